@@ -1,0 +1,21 @@
+"""GRPO with verifiable rewards: `from grpo import Trainer, Config, Reward`."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grpo.config import Config
+    from grpo.scoring import Reward
+    from grpo.trainer import Trainer
+
+__all__ = ["Config", "Reward", "Trainer"]
+
+_HOMES = {"Config": "grpo.config", "Reward": "grpo.scoring", "Trainer": "grpo.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: a reward worker imports this package and must not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'grpo' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

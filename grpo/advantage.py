@@ -1,0 +1,36 @@
+"""Rewards -> advantages: what each completion did better than its siblings. Pure."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+FLAT = 1e-6  # a spread below this, relative to the rewards' size, is float noise and no signal
+
+
+def group_advantages(rewards: Tensor, *, normalize_by_std: bool) -> Tensor:
+    """Group-relative advantages (DeepSeekMath, arXiv 2402.03300, section 4.1.2).
+
+        A_i = (r_i - mean(r)) / std(r)        over the group; without the division for Dr. GRPO (arXiv 2503.20783)
+
+    The standard deviation is that of the group itself (divided by G, not G - 1), so a group's advantages have mean 0 and
+    variance 1 exactly, and no epsilon is needed: a group whose rewards are all equal up to float noise has no signal and
+    gets advantages of exactly 0.
+
+    Args:
+        rewards: (P, G); NaN where a reward is unknown. Unknown rewards take no part in their group's mean and deviation.
+
+    Returns:
+        (P, G) advantages; NaN where the reward is.
+    """
+    known = ~rewards.isnan()
+    count = known.sum(1, keepdim=True)
+    centred = rewards - rewards.nanmean(1, keepdim=True)
+    std = (centred.nan_to_num().square().sum(1, keepdim=True) / count).sqrt()
+    signal = std > FLAT * rewards.nan_to_num().abs().amax(1, keepdim=True).clamp(min=1)
+    advantages = centred / std if normalize_by_std else centred
+    return advantages.masked_fill(known & ~signal, 0.0)
+
+
+def has_signal(advantages: Tensor) -> Tensor:
+    """(P,) bool: which groups can move the policy. For (P, G) advantages."""
+    return (advantages.nan_to_num() != 0).any(1)

@@ -1,0 +1,392 @@
+"""The settings of a run: a YAML file and overrides in, one validated, typed tree out.
+
+Sections are two levels deep and go by concern. A default lives here and nowhere else. Whatever is wrong is refused with
+a `ValueError` before any model is loaded; its message has the setting as spelled, the value, the rule and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    name: str
+    """Hub id or local directory of a causal language model in Hugging Face format; the policy starts from it."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model. Pin it for a run that others should repeat."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Weights in the forward pass; the optimizer keeps float32 masters. auto: bfloat16 on CUDA, float32 on CPU."""
+
+
+class DataConfig(Section):
+    name: str | None = None
+    """Training questions: a hub data set id, or a local .json, .jsonl, .jsonl.gz or .parquet file (taken whole). May be
+    left out only where rows are handed to `Trainer(train_dataset=...)`."""
+    subset: str | None = None
+    """Configuration name of a hub data set, such as `main` of openai/gsm8k."""
+    split: str = "train"
+    """Split of a hub data set to train on."""
+    eval_name: str | None = None
+    """Held-out questions, named like `name`. null: the hub data set of `name` itself, with `eval_split`."""
+    eval_split: str = "test"
+    """Split of a hub data set to evaluate on."""
+    question_column: str = "question"
+    """Column that holds the question."""
+    answer_column: str = "answer"
+    """Column that holds the gold answer."""
+    answer_regex: str | None = None
+    """Where the answer column holds more than the answer: a regular expression whose first group is the answer."""
+    template: Literal["r1_zero", "r1_zero_think", "chat", "none"] = "r1_zero"
+    """How a question becomes a prompt; see grpo/prompts.py. `chat` is the tokenizer's own chat template."""
+    system_prompt: str | None = None
+    """System message of the `chat` template."""
+    max_prompt_tokens: PositiveInt = 512
+    """Rows whose prompt is longer are dropped, and counted."""
+
+
+class RolloutConfig(Section):
+    num_prompts: PositiveInt = 32
+    """Questions sampled per step, over all processes. With group_size it sets the completions per step."""
+    group_size: PositiveInt = 16
+    """Completions per question (G in the paper). Raising it sharpens the baseline and costs rollout time."""
+    max_completion_tokens: PositiveInt = 1024
+    """Where sampling is cut off; such a completion has finish_reason "length"."""
+    temperature: PositiveFloat = 1.0
+    """Of sampling, and of every log-probability in the loss. Raising it explores more."""
+
+
+class RewardConfig(Section):
+    function: str
+    """A name in rewards/, `module:function`, or `path/to/file.py:function`."""
+    weight: float = 1.0
+    """Factor in the sum. 0: only logged."""
+    name: str | None = None
+    """Name in the metrics; null: the function's own."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments handed to the function."""
+
+
+class ScoringConfig(Section):
+    num_workers: PositiveInt = 2
+    """Reward worker processes per training process."""
+    timeout_seconds: PositiveFloat = 10.0
+    """Wall-clock limit for one completion and one function; then the worker is killed and the verdict is "can't tell"."""
+    memory_gib: PositiveFloat = 4.0
+    """Address-space limit of a worker."""
+
+
+class AlgorithmConfig(Section):
+    normalize_by_std: bool = True
+    """Divide centred rewards by the group's standard deviation (GRPO). false: Dr. GRPO."""
+    aggregation: Literal["sequence", "token", "constant"] = "sequence"
+    """Weight of a token in the loss: 1/length (GRPO), 1/all tokens (DAPO), 1/max_completion_tokens (Dr. GRPO)."""
+    clip_low: PositiveFloat = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: PositiveFloat = 0.2
+    """The ratio is clipped above at 1 + clip_high. DAPO raises it to 0.28; DeepSeek-R1's first stage used 10."""
+    kl_coef: NonNegativeFloat = 0.001
+    """Weight of the KL penalty to the reference model (beta). 0: no reference model is loaded."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Per-token KL estimator; see grpo/loss.py. The paper's is k3."""
+    num_minibatches: PositiveInt = 1
+    """Optimizer steps per rollout (the paper: 16). With 1 every update is strictly on-policy."""
+
+
+class OptimizerConfig(Section):
+    learning_rate: PositiveFloat = 1e-6
+    """Peak learning rate of AdamW."""
+    beta1: Fraction = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: Fraction = 0.95
+    """AdamW's decay of the second moment."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after warm-up; linear and cosine end at 0 with the last step."""
+    max_grad_norm: PositiveFloat = 1.0
+    """The gradient is scaled down to this global L2 norm."""
+
+
+class MemoryConfig(Section):
+    micro_batch_tokens: PositiveInt = 16384
+    """Tokens (prompts and completions) per forward and backward pass of one process. Results do not depend on it."""
+    logprob_chunk_tokens: PositiveInt = 1024
+    """Completion tokens whose logits over the vocabulary exist at once. Results do not depend on it."""
+    gradient_checkpointing: bool = True
+    """Recompute layer activations in the backward pass: much less memory for about a third more compute."""
+    max_sequences: PositiveInt = 256
+    """Completions that one process samples at once."""
+
+
+class DistributedConfig(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage: 1 shards the optimizer over the GPUs, 2 also the gradients, 3 also the weights."""
+
+
+class EvaluationConfig(Section):
+    num_questions: NonNegativeInt = 0
+    """Held-out questions, from the start of the evaluation set. 0: no evaluation."""
+    every_steps: NonNegativeInt = 0
+    """Evaluate after every so many steps, besides before the first and after the last. 0: only those two."""
+    temperature: NonNegativeFloat = 0.0
+    """Of the evaluation's sampling; 0 is greedy decoding."""
+
+
+class CheckpointConfig(Section):
+    every_steps: NonNegativeInt = 50
+    """Save after every so many steps, besides after the last. 0: only after the last."""
+    keep: PositiveInt = 2
+    """How many of the newest checkpoints stay on disk."""
+
+
+class LoggingConfig(Section):
+    wandb: Literal["online", "offline", "disabled"] = "disabled"
+    """Weights & Biases. Without a login `online` says so and goes on as `offline`."""
+    wandb_project: str = "grpo"
+    """Project of the W&B run."""
+    completions_every: NonNegativeInt = 1
+    """Write all completions of every so many steps to completions.jsonl (and a sample to W&B). 0: never."""
+    num_samples: NonNegativeInt = 2
+    """Held-out questions whose answers before and after training are printed at the end."""
+
+
+class RunConfig(Section):
+    dir: str
+    """Where everything the run produces goes."""
+    steps: PositiveInt
+    """Training steps; one is a rollout of num_prompts questions and all its updates."""
+    seed: NonNegativeInt = 0
+    """Of the prompt order and the sampling."""
+    resume: Literal["never", "auto"] = "never"
+    """auto: go on from the newest complete checkpoint in `dir`, or start there. never: a used `dir` is left alone and
+    the next free of dir-2, dir-3, ... is taken."""
+
+
+class Config(Section):
+    """Everything that defines a run.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known one), a value of the wrong type or out of range, or a
+            combination that cannot work.
+    """
+
+    model: ModelConfig
+    data: DataConfig = Field(default_factory=DataConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    rewards: list[RewardConfig] = Field(
+        default_factory=lambda: [RewardConfig(function="accuracy"), RewardConfig(function="format")]
+    )
+    scoring: ScoringConfig = Field(default_factory=ScoringConfig)
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    memory: MemoryConfig = Field(default_factory=MemoryConfig)
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    run: RunConfig
+
+    def __init__(self, **settings: Any) -> None:
+        _refuse_unknown_keys(settings, type(self))
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ValueError("\n".join(_explain(detail) for detail in error.errors())) from None
+        _check_combinations(self)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Config:
+        """Read a YAML file and apply overrides such as `rollout.group_size=8`, in order.
+
+        The value of an override is read as YAML; a list item is addressed by its number: `rewards.0.weight=0.5`.
+        """
+        if not Path(path).is_file():
+            raise ValueError(f"--config is {str(path)!r}; there is no such file. Name one of the files in configs/.")
+        settings = _load_yaml(Path(path).read_text(), str(path))
+        for override in overrides:
+            _apply_override(settings, override)
+        return cls(**settings)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+    # Derived numbers, each computed here and nowhere else.
+
+    @property
+    def completions_per_step(self) -> int:
+        return self.rollout.num_prompts * self.rollout.group_size
+
+    @property
+    def prompts_per_minibatch(self) -> int:
+        return self.rollout.num_prompts // self.algorithm.num_minibatches
+
+    @property
+    def optimizer_steps(self) -> int:
+        return self.run.steps * self.algorithm.num_minibatches
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        return self.data.max_prompt_tokens + self.rollout.max_completion_tokens
+
+    def summary(self, *, num_rows: int, world_size: int) -> str:
+        """The numbers people ask for first, for a data set of `num_rows` questions on `world_size` processes."""
+        rollout, steps = self.rollout, self.run.steps
+        questions = steps * rollout.num_prompts
+        return "\n".join(
+            [
+                f"questions per step     {rollout.num_prompts} over {world_size} process{'es' * (world_size > 1)}",
+                f"completions per step   {self.completions_per_step} ({rollout.num_prompts} x {rollout.group_size}), "
+                f"at most {self.completions_per_step * rollout.max_completion_tokens:,} tokens",
+                f"optimizer steps        {self.optimizer_steps:,} ({self.algorithm.num_minibatches} per rollout, "
+                f"{self.prompts_per_minibatch * rollout.group_size} completions each)",
+                f"questions in all       {questions:,} = {questions / num_rows:.2f} epochs of {num_rows:,}",
+            ]
+        )
+
+    def check_world_size(self, world_size: int) -> None:
+        if self.rollout.num_prompts < world_size:
+            raise ValueError(
+                f"rollout.num_prompts is {self.rollout.num_prompts}; each of the {world_size} processes needs at least "
+                f"one question per step. Set rollout.num_prompts >= {world_size} or launch fewer processes."
+            )
+
+
+def _check_combinations(config: Config) -> None:
+    rollout, algorithm, memory = config.rollout, config.algorithm, config.memory
+    if rollout.group_size < 2:
+        raise ValueError(
+            f"rollout.group_size is {rollout.group_size}; group-relative advantages need at least 2 completions per "
+            "prompt. Set rollout.group_size >= 2."
+        )
+    if rollout.num_prompts % algorithm.num_minibatches:
+        raise ValueError(
+            f"algorithm.num_minibatches is {algorithm.num_minibatches}; the {rollout.num_prompts} questions of a step "
+            "(rollout.num_prompts) must divide evenly into minibatches. Set it to a divisor of rollout.num_prompts."
+        )
+    if memory.micro_batch_tokens < config.max_sequence_tokens:
+        raise ValueError(
+            f"memory.micro_batch_tokens is {memory.micro_batch_tokens}; one sequence may have "
+            f"{config.max_sequence_tokens} tokens (data.max_prompt_tokens + rollout.max_completion_tokens) and is never "
+            f"split. Set memory.micro_batch_tokens >= {config.max_sequence_tokens}."
+        )
+    if config.optimizer.warmup_steps > config.optimizer_steps:
+        raise ValueError(
+            f"optimizer.warmup_steps is {config.optimizer.warmup_steps}; the run has {config.optimizer_steps} optimizer "
+            "steps (run.steps * algorithm.num_minibatches) and would end before its peak rate. Lower the warm-up."
+        )
+    if config.data.system_prompt is not None and config.data.template != "chat":
+        raise ValueError(
+            f"data.system_prompt is {config.data.system_prompt!r}; only the chat template has a system message, and "
+            f"data.template is {config.data.template!r}. Remove data.system_prompt or set data.template to chat."
+        )
+    if not any(reward.weight for reward in config.rewards):
+        raise ValueError(
+            f"rewards is {[reward.function for reward in config.rewards]} without any weight; at least one reward must "
+            "count for something. Give one of them a weight other than 0."
+        )
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys in silence; this one refuses them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise ValueError(f"{node.start_mark}: key {sorted(twice)[0]!r} is given twice. Keep one of them.")
+        return super().construct_mapping(node, deep=deep)
+
+
+def _load_yaml(text: str, where: str) -> dict[str, Any]:
+    try:
+        settings = yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not valid YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where} holds {settings!r}; a configuration is a mapping of sections. See configs/.")
+    return settings
+
+
+def _apply_override(settings: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    if not equals:
+        raise ValueError(f"--set {override!r}: an override reads section.setting=value, such as run.steps=10.")
+    node: Any = settings
+    *parents, last = path.strip().split(".")
+    for name in parents:
+        if isinstance(node, dict) and node.get(name) is None:
+            node[name] = {}
+        node = node[_child_key(node, name, path)]
+    node[_child_key(node, last, path)] = yaml.load(value, _StrictLoader)
+
+
+def _child_key(node: Any, name: str, path: str) -> str | int:
+    if isinstance(node, dict):
+        return name
+    if isinstance(node, list) and name.isdigit() and int(name) < len(node):
+        return int(name)
+    raise ValueError(f"--set {path}: there is no {name!r} to set in {node!r}.")
+
+
+def _refuse_unknown_keys(settings: dict[str, Any], section: type[BaseModel], prefix: str = "") -> None:
+    for key, value in settings.items():
+        if key not in section.model_fields:
+            raise ValueError(_unknown_key(f"{prefix}{key}", key, section, prefix))
+        inner = section.model_fields[key].annotation
+        if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, BaseModel):
+            _refuse_unknown_keys(value, inner, f"{prefix}{key}.")
+        if key == "rewards" and isinstance(value, list):
+            for i, item in enumerate(value):
+                if isinstance(item, dict):
+                    _refuse_unknown_keys(item, RewardConfig, f"rewards.{i}.")
+
+
+def _unknown_key(spelled: str, key: str, section: type[BaseModel], prefix: str) -> str:
+    """The nearest name within the section; else where in the whole tree a setting of that name lives."""
+    near = [f"{prefix}{name}" for name in difflib.get_close_matches(str(key), section.model_fields, n=1)]
+    near = near or [name for name in setting_names() if name.split(".")[-1] == key]
+    hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(section.model_fields)}."
+    return f"{spelled} is not a setting. {hint}"
+
+
+def setting_names() -> list[str]:
+    """Every setting as `section.name`."""
+    names = []
+    for section, field in Config.model_fields.items():
+        inner = RewardConfig if section == "rewards" else field.annotation
+        assert isinstance(inner, type), f"section {section} is not a model"
+        assert issubclass(inner, BaseModel), f"section {section} is not a model"
+        names += [f"{section}.{name}" for name in inner.model_fields]
+    return names
+
+
+def _explain(detail: ErrorDetails) -> str:
+    spelled = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "missing":
+        return f"{spelled} is missing; it has no default. Set {spelled}."
+    rule = detail["msg"][0].lower() + detail["msg"][1:]
+    return f"{spelled} is {detail['input']!r}; {rule}. Correct {spelled}."

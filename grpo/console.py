@@ -1,0 +1,92 @@
+"""What a run shows while it runs: a line per step, and on a terminal a bar with the time left."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+WIDE = 9
+
+
+class ConsoleSink:
+    """Rewards, length and KL of each step in columns, with the time left estimated from the last steps."""
+
+    HEADER_EVERY = 20
+    ESTIMATE_OVER = 10
+
+    def __init__(self, *, num_steps: int, first_step: int, reward_names: list[str]) -> None:
+        self.num_steps = num_steps
+        self.columns = {
+            "reward": "reward/mean",
+            **{name: f"reward/{name}" for name in reward_names},
+            "signal": "group/with_signal",
+            "length": "completion/length_mean",
+            "cut off": "completion/truncated",
+            "entropy": "policy/entropy",
+            "KL": "policy/kl",
+            "s/step": "time/step",
+        }
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._lines = 0
+        self._seconds: list[float] = []
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=num_steps, completed=first_step, left="")
+        self._bar.start()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        if "time/step" in metrics:
+            self._log_step(step, metrics)
+        evaluated = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+        if evaluated:
+            shown = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in evaluated.items())
+            self.console.print(f"[bold]held-out, step {step}:[/]  {shown}")
+
+    def _log_step(self, step: int, metrics: dict[str, float]) -> None:
+        self._seconds = [*self._seconds, metrics["time/step"]][-self.ESTIMATE_OVER :]
+        seconds_left = (self.num_steps - step) * sum(self._seconds) / len(self._seconds)
+        left = f"{time.strftime('%H:%M:%S', time.gmtime(seconds_left))} left"
+        if self._lines % self.HEADER_EVERY == 0:
+            self.console.print(
+                "[dim]" + " ".join(f"{t[:WIDE]:>{WIDE}}" for t in ("step", *self.columns, "time left")) + "[/]"
+            )
+        cells = [f"{step}/{self.num_steps}", *(_number(metrics.get(name)) for name in self.columns.values())]
+        self.console.print(" ".join(f"{cell:>{WIDE}}" for cell in (*cells, left.removesuffix(" left"))))
+        self._bar.update(self._task, completed=step, left=left)
+        self._lines += 1
+
+    def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Completions go to completions.jsonl."""
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if abs(value) >= 100:
+        return f"{value:.0f}"
+    return (
+        f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}" if abs(value) >= 0.001 or not value else f"{value:.0e}"
+    )
+
+
+def show_samples(before: list[dict[str, Any]], after: list[dict[str, Any]], num_samples: int) -> None:
+    """The same held-out questions answered before and after training, the first ones of the set."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    for old, new in list(zip(before, after, strict=True))[:num_samples]:
+        console.print(f"\nQuestion: {old['question']}\nGold answer: {old['answer']}")
+        for label, row in (("before", old), ("after", new)):
+            verdicts = ", ".join(f"{name} {value}" for name, value in row["rewards"].items())
+            console.print(f"  {label} ({verdicts}): {row['completion'].strip()}")

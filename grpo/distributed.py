@@ -1,0 +1,166 @@
+"""The process group, and the few collectives the rest needs.
+
+accelerate launches the processes and DeepSpeed shards the training state; this module is the only place that sets either
+up. Three defaults of theirs are silent traps on machines without a GPU, and `start` guards against each:
+
+- accelerate finds no backend for DeepSpeed on a CPU, so every rank would believe it is alone (`num_processes == 1`) while
+  DeepSpeed averages gradients over all of them. We name gloo, and check the world size.
+- `cpu=True` or `ACCELERATE_USE_CPU=1` makes accelerate drop DeepSpeed without a word. We never set the one and clear the
+  other, and check the distributed type.
+- DeepSpeed compiles a shared-memory collective (a minute of g++) at the first start on a CPU. We leave it out.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from transformers.integrations import unset_hf_deepspeed_config
+
+from grpo.config import Config
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its peers."""
+
+    accelerator: Accelerator
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Sum of each value over the ranks."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, value: int) -> int:
+        """Largest value over the ranks."""
+        return int(self._reduce((value,), dist.ReduceOp.MAX)[0])
+
+    def _reduce(self, values: tuple[float, ...], op: Any) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank passed, in rank order, on every rank. For small Python objects."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """What rank 0 passed, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def start(config: Config, *, dtype: torch.dtype) -> Processes:
+    """Join the process group that the launcher described (or a group of one) with DeepSpeed as `config` asks.
+
+    Raises:
+        ValueError: the launcher's own accelerate configuration asks for another ZeRO stage than the YAML.
+    """
+    _check_launcher(config)
+    _quiet()
+    _complete_environment()
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        _leave_out_compiled_collective()
+    AcceleratorState._reset_state()  # an earlier Trainer in this process may have had another ZeRO stage
+    unset_hf_deepspeed_config()
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, dtype=dtype)),
+        mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu else [],
+    )
+    launched = int(os.environ["WORLD_SIZE"])
+    assert accelerator.num_processes == launched == dist.get_world_size(), (
+        f"{launched} processes were launched, accelerate sees {accelerator.num_processes}, torch {dist.get_world_size()}"
+    )
+    assert accelerator.distributed_type == DistributedType.DEEPSPEED, f"no DeepSpeed: {accelerator.distributed_type}"
+    return Processes(accelerator, accelerator.process_index, launched, accelerator.device)
+
+
+def deepspeed_config(config: Config, *, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's own settings. It clips and steps; loss scaling and the number of micro-batches are the trainer's."""
+    zero: dict[str, Any] = {"stage": config.distributed.zero_stage}
+    if config.distributed.zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # unused, but DeepSpeed wants a number
+        "gradient_accumulation_steps": 1,  # else DeepSpeed would divide a loss that is already a sum of weighted tokens
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**40,
+    }
+
+
+def _check_launcher(config: Config) -> None:
+    """Both files may name a ZeRO stage; if they differ one of them would be ignored."""
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and stage and int(stage) != config.distributed.zero_stage:
+        raise ValueError(
+            f"distributed.zero_stage is {config.distributed.zero_stage}; accelerate's own configuration file says "
+            f"zero_stage {stage}, and the two must agree. Set distributed.zero_stage={stage}, or launch without "
+            "--config_file."
+        )
+
+
+def _complete_environment() -> None:
+    """A plain `python script.py` is a group of one."""
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _quiet() -> None:
+    """Keep progress bars of loading, and notices that only library authors can act on, out of a run's output."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _leave_out_compiled_collective() -> None:
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def stop() -> None:
+    """Leave the process group. A later `start` in the same process joins a new one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    AcceleratorState._reset_state()
+    PartialState._reset_state()

@@ -1,0 +1,156 @@
+"""Every metric's name and formula, their and their reduction over micro-batches and processes.
+
+docs/metrics.md shows METRICS as a table; a test keeps the two the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from grpo.advantage import has_signal
+from grpo.distributed import Processes
+from grpo.loss import TokenLoss
+from grpo.types import Batch, Group, Scores
+
+METRICS = {
+    "reward/mean": "mean of the weighted reward over the step's completions whose reward is known",
+    "reward/std": "standard deviation of the same rewards over the step",
+    "reward/<function>": "mean of that function's unweighted value over the completions it gave a verdict on",
+    "reward/unknown": 'share of completions whose reward is unknown ("can\'t tell"); they are not trained on',
+    "group/with_signal": "share of groups whose known rewards are not all equal; only they move the policy",
+    "completion/length_mean": "mean number of completion tokens, the end-of-sequence token included",
+    "completion/length_max": "largest number of completion tokens",
+    "completion/truncated": "share of completions cut off at rollout.max_completion_tokens",
+    "policy/entropy": "mean over completion tokens of the entropy of the policy's next-token distribution, in nats",
+    "policy/kl": "mean over completion tokens of the KL estimator between policy and reference, in nats",
+    "policy/ratio_mean": "mean over completion tokens of pi / pi_old; 1 when every update is on-policy",
+    "policy/ratio_max": "largest of these ratios",
+    "policy/clip_fraction": "share of completion tokens whose surrogate is at its bound and so has no gradient",
+    "policy/sampling_gap": "mean over completion tokens of |log-probability in the trainer, before any update - when sampled|, nats",
+    "policy/sampling_gap_max": "largest of these gaps",
+    "optimizer/loss": "mean over the step's optimizer steps of the loss (surrogate and KL term, summed over processes)",
+    "optimizer/grad_norm": "mean over the step's optimizer steps of the gradient's global L2 norm before clipping",
+    "optimizer/learning_rate": "learning rate of the step's last optimizer step",
+    "optimizer/steps": "optimizer steps since the start of the run",
+    "batch/padding": "share of forward passes that a process ran without work, to keep in step with the others",
+    "scoring/timeouts": "reward calls that were killed at scoring.timeout_seconds",
+    "scoring/crashes": "reward calls whose worker died or ran out of memory",
+    "time/step": "seconds of the whole step on the main process",
+    "time/rollout": "seconds of it spent sampling",
+    "time/scoring": "seconds of it spent in reward functions",
+    "time/logprobs": "seconds of it spent on old and reference log-probabilities",
+    "time/update": "seconds of it spent in forward and backward passes and optimizer steps",
+    "throughput/rollout": "completion tokens of all processes per second of sampling",
+    "throughput/update": "tokens (prompts and completions) of all processes per second of updating",
+    "progress/epoch": "questions dealt so far, as a multiple of the training set",
+    "eval/<function>": "mean of that function's value over the held-out questions it gave a verdict on",
+    "eval/<function>_stderr": "standard error of that mean",
+    "eval/length_mean": "mean number of completion tokens in the evaluation",
+    "eval/truncated": "share of the evaluation's completions that were cut off",
+}
+"""Formula of each metric; `<function>` stands for the name of a reward function."""
+
+
+@dataclass
+class Meter:
+    """Collects one step's values on one process, then reduces them over all of them.
+
+    A mean is kept as a sum and a count until the very end, so a mean over completions is a mean over all completions, never
+    a mean of the means of micro-batches or processes.
+    """
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)
+
+    def mean(self, name: str, values: Tensor) -> None:
+        """Add values, of any shape, to the mean."""
+        self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
+        self.counts[name] = self.counts.get(name, 0.0) + values.numel()
+
+    def mean_of_known(self, name: str, values: Tensor) -> None:
+        """The same for rewards, of which NaN entries are unknown and do not count."""
+        self.mean(name, values[~values.isnan()])
+
+    def max(self, name: str, values: Tensor) -> None:
+        if values.numel():
+            self.maxima[name] = max(self.maxima.get(name, float("-inf")), float(values.max()))
+
+    def total(self, name: str, value: float) -> None:
+        """Add to a sum over everything and everyone."""
+        self.totals[name] = self.totals.get(name, 0.0) + value
+
+    def reduce(self, processes: Processes) -> dict[str, float]:
+        """The step's metrics over all processes. A mean over nothing is left out."""
+        meters = processes.gather(self)
+        reduced: dict[str, float] = {}
+        for name in _names(meter.counts for meter in meters):
+            count = sum(meter.counts.get(name, 0.0) for meter in meters)
+            if count:
+                reduced[name] = sum(meter.sums.get(name, 0.0) for meter in meters) / count
+        for name in _names(meter.maxima for meter in meters):
+            reduced[name] = max(meter.maxima[name] for meter in meters if name in meter.maxima)
+        for name in _names(meter.totals for meter in meters):
+            reduced[name] = sum(meter.totals.get(name, 0.0) for meter in meters)
+        return reduced
+
+
+def measure_rollout(meter: Meter, groups: list[Group], scores: Scores, advantages: Tensor) -> None:
+    """What the sampling and the scoring of one step gave."""
+    meter.mean_of_known("reward/mean", scores.rewards)
+    meter.mean_of_known(SQUARED_REWARD, scores.rewards.double().square())
+    for name, values in scores.values.items():
+        meter.mean_of_known(f"reward/{name}", values)
+    meter.mean("reward/unknown", scores.rewards.isnan().double())
+    meter.mean("group/with_signal", has_signal(advantages).double())
+    completions = [completion for group in groups for completion in group.completions]
+    lens = torch.tensor([float(len(completion.token_ids)) for completion in completions])
+    meter.mean("completion/length_mean", lens)
+    meter.max("completion/length_max", lens)
+    meter.mean("completion/truncated", torch.tensor([float(c.finish_reason == "length") for c in completions]))
+    meter.total("scoring/timeouts", scores.num_timeouts)
+    meter.total("scoring/crashes", scores.num_crashes)
+    meter.total("throughput/rollout", float(lens.sum()))
+
+
+def measure_micro_batch(meter: Meter, micro: Batch, logprobs: Tensor, entropy: Tensor, result: TokenLoss) -> None:
+    """What one forward pass of the update gave; every tensor (T,). The tokens of a spare pass do not count."""
+    assert micro.weights is not None, "token weights are set before a minibatch is split"
+    real = micro.weights > 0
+    meter.mean("policy/entropy", entropy[real])
+    if micro.ref_logprobs is not None:
+        meter.mean("policy/kl", result.kl[real])
+    meter.mean("policy/ratio_mean", result.ratio[real])
+    meter.max("policy/ratio_max", result.ratio[real])
+    meter.mean("policy/clip_fraction", result.clipped[real].double())
+    before_update = logprobs if micro.old_logprobs is None else micro.old_logprobs
+    gap = (before_update - micro.sampling_logprobs).abs()[real]
+    meter.mean("policy/sampling_gap", gap)
+    meter.max("policy/sampling_gap_max", gap)
+    meter.total("optimizer/loss", float(result.loss.detach()))
+    meter.total("throughput/update", float(len(micro.tokens)))
+
+
+def step_metrics(
+    meter: Meter, seconds: dict[str, float], processes: Processes, *, num_updates: int
+) -> dict[str, float]:
+    """All metrics of a step, from what each process collected and from the main process's clock."""
+    metrics = meter.reduce(processes)
+    variance = metrics.pop(SQUARED_REWARD, 0.0) - metrics.get("reward/mean", 0.0) ** 2
+    metrics["reward/std"] = max(variance, 0.0) ** 0.5
+    metrics["optimizer/loss"] = metrics.get("optimizer/loss", 0.0) / num_updates
+    metrics["throughput/rollout"] /= seconds["rollout"]
+    metrics["throughput/update"] = metrics.get("throughput/update", 0.0) / seconds["update"]
+    return metrics | {f"time/{name}": value for name, value in seconds.items()}
+
+
+SQUARED_REWARD = "reward/squared"
+
+
+def _names(mappings: Iterable[dict[str, float]]) -> list[str]:
+    return list(dict.fromkeys(name for mapping in mappings for name in mapping))

@@ -1,0 +1,282 @@
+"""The policy being trained, the frozen reference, and the tokenizer that goes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations import unset_hf_deepspeed_config
+
+from grpo.attention import implementation_for, packed_inputs
+from grpo.config import Config, ModelConfig, OptimizerConfig
+from grpo.distributed import Processes, deepspeed_config
+from grpo.logprobs import token_logprobs
+from grpo.types import Batch
+
+END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<end_of_turn>", "</s>")
+"""Special tokens by which model families end a text or a turn; whichever a tokenizer has ends a completion."""
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Raises ValueError if neither a directory nor the hub has it."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision or "main")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.name is {config.name!r}; it is neither a directory with a model in Hugging Face format nor a model "
+            f"that the hub gave: {error}. Set model.name to a local directory, or check the id and the network."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def end_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a completion, sorted.
+
+    Base models disagree with themselves: the tokenizer, the model's config and its generation config may each name another
+    one. A completion that ends with any of them has ended; honouring only one makes most completions run to the limit.
+    """
+    model = AutoConfig.from_pretrained(config.name, revision=config.revision or "main")
+    ids: set[int] = set()
+    for value in (tokenizer.eos_token_id, model.get_text_config().eos_token_id, _generation_eos(config)):
+        ids.update([value] if isinstance(value, int) else value or [])
+    vocabulary = tokenizer.get_vocab()
+    special = set(tokenizer.all_special_tokens)
+    ids.update(vocabulary[token] for token in END_TOKENS if token in vocabulary and token in special)
+    if not ids:
+        raise ValueError(
+            f"model.name is {config.name!r}; its tokenizer, config and generation config name no end-of-sequence token, "
+            "so no completion could ever end. Set eos_token_id in its generation_config.json."
+        )
+    return sorted(ids)
+
+
+def _generation_eos(config: ModelConfig) -> int | list[int] | None:
+    try:
+        return GenerationConfig.from_pretrained(config.name, revision=config.revision or "main").eos_token_id
+    except OSError:
+        return None  # a model need not have a generation_config.json
+
+
+class PackedLM(nn.Module):
+    """A causal language model that reads packed sequences and answers with the log-probabilities of given tokens."""
+
+    def __init__(self, lm: PreTrainedModel, *, temperature: float, chunk_tokens: int) -> None:
+        super().__init__()
+        self.lm = lm
+        self.temperature = temperature
+        self.chunk_tokens = chunk_tokens
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy (nats) of each completion token at the sampling temperature; (T,) and (T,)."""
+        inputs = packed_inputs(batch.tokens, batch.position_ids, batch.cu_seqlens)
+        hidden = self.lm.base_model(**inputs).last_hidden_state.squeeze(0)
+        targets = batch.target_index
+        return token_logprobs(
+            hidden[targets - 1],
+            batch.tokens[targets],
+            output_head(self.lm),
+            temperature=self.temperature,
+            chunk_tokens=self.chunk_tokens,
+        )
+
+
+def output_head(lm: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """(N, H) -> (N, V) logits, as the model's own forward computes them from its last hidden state."""
+    head, config = lm.get_output_embeddings(), lm.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    if softcap:
+        return lambda hidden: softcap * torch.tanh(head(hidden) / softcap)
+    return head
+
+
+DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "residual_dropout")
+"""Dropout settings of transformers' model families. With dropout the ratio of an unchanged policy would not be 1."""
+
+
+def load_lm(config: ModelConfig, *, dtype: torch.dtype, gradient_checkpointing: bool = False) -> PreTrainedModel:
+    settings = AutoConfig.from_pretrained(config.name, revision=config.revision or "main")
+    for name in DROPOUTS:
+        if hasattr(settings, name):
+            setattr(settings, name, 0.0)
+    lm = AutoModelForCausalLM.from_pretrained(
+        config.name, config=settings, revision=config.revision or "main", dtype=dtype
+    )
+    if gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return lm
+
+
+class Policy:
+    """The trained model behind DeepSpeed, its reference, and a model with whole weights to sample from.
+
+    Args:
+        processes: where to put it; every process must construct it, since loading is a collective under ZeRO-3.
+    """
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> None:
+        self.tokenizer = tokenizer
+        self.end_token_ids = end_token_ids(config.model, tokenizer)
+        self.processes = processes
+        self.dtype = resolve_dtype(config.model.dtype)
+        self._sharded = config.distributed.zero_stage == 3
+        self._config = config
+        self.lm = load_lm(config.model, dtype=self.dtype, gradient_checkpointing=config.memory.gradient_checkpointing)
+        self.engine, self.optimizer = processes.accelerator.prepare(
+            self._packed(self.lm), _adamw(self.lm, config.optimizer, processes.device)
+        )
+        self.lm.set_attn_implementation(implementation_for(self.lm))
+        self.reference = self._load_reference() if config.algorithm.kl_coef > 0 else None
+        unset_hf_deepspeed_config()  # from here on, loading a model must not shard it
+        self._replica = self._load_replica() if self._sharded else None
+        self._check_logits()
+
+    def _packed(self, lm: PreTrainedModel) -> PackedLM:
+        return PackedLM(
+            lm, temperature=self._config.rollout.temperature, chunk_tokens=self._config.memory.logprob_chunk_tokens
+        )
+
+    def _check_logits(self) -> None:
+        """Log-probabilities are computed from hidden states; make sure that this model has no further step in between."""
+        tokens = torch.arange(8, device=self.processes.device).unsqueeze(0)
+        with self.sampling_model() as lm, torch.no_grad():
+            expected = lm(input_ids=tokens, use_cache=False).logits
+            hidden = lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            actual = output_head(lm)(hidden)
+        if not torch.allclose(actual.float(), expected.float(), rtol=1e-2, atol=1e-2):
+            raise ValueError(
+                f"model.name is {self._config.model.name!r}; {type(lm).__name__} does more to its hidden states than its "
+                "output layer, so its log-probabilities cannot be computed from them. Use another model family."
+            )
+
+    def _load_reference(self) -> nn.Module:
+        """A frozen copy of the starting point; sharded like the policy under ZeRO-3."""
+        lm = load_lm(self._config.model, dtype=self.dtype)
+        lm.requires_grad_(False)
+        packed = self._packed(lm)
+        if self._sharded:
+            import deepspeed
+
+            settings = deepspeed_config(self._config, dtype=self.dtype)
+            packed = deepspeed.initialize(model=packed, config=settings)[0]
+        else:
+            packed.to(self.processes.device)
+        lm.set_attn_implementation(implementation_for(lm))
+        packed.eval()
+        return packed
+
+    def _load_replica(self) -> PreTrainedModel:
+        """Under ZeRO-3 a process holds a shard of each weight; sampling reads this whole copy, refreshed by `sync`."""
+        replica = load_lm(self._config.model, dtype=self.dtype).requires_grad_(False).eval()
+        nn.Module.to(replica, self.processes.device)
+        return replica
+
+    def logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of the completion tokens of a micro-batch on this device, with gradient; (T,)."""
+        self.engine.train()
+        return self.engine(batch)
+
+    @torch.no_grad()
+    def old_logprobs(self, batch: Batch) -> Tensor:
+        """The policy's own log-probabilities of a micro-batch before it is updated; (T,)."""
+        return self.engine(batch)[0]
+
+    @torch.no_grad()
+    def ref_logprobs(self, batch: Batch) -> Tensor:
+        """The reference's log-probabilities of a micro-batch; (T,)."""
+        assert self.reference is not None, "no reference was loaded, because kl_coef is 0"
+        return self.reference(batch)[0]
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of this process's share of the loss; `last` marks the end of an optimizer step.
+
+        DeepSpeed averages gradients over the processes. Our loss is a sum over all of them, so it is scaled back.
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.processes.world_size)
+
+    def optimizer_step(self, learning_rate: float) -> float:
+        """Clip, update, and return the global L2 norm of the gradient before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self._dense_grad_norm()
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def _dense_grad_norm(self) -> Tensor | None:
+        """DeepSpeed reports no norm without ZeRO in float32; every process then holds the whole gradient."""
+        if self.engine.zero_optimization() or self.engine.bfloat16_enabled():
+            return None
+        return nn.utils.get_total_norm([p.grad for p in self.lm.parameters() if p.grad is not None])
+
+    def sync(self) -> None:
+        """Bring the sampling weights up to date after an update. A collective under ZeRO-3, otherwise nothing to do."""
+        if self._replica is None:
+            return
+        import deepspeed
+
+        with torch.no_grad():
+            for source, target in zip(self.lm.parameters(), self._replica.parameters(), strict=True):
+                with deepspeed.zero.GatheredParameters([source]):
+                    target.copy_(source)
+
+    @contextmanager
+    def sampling_model(self) -> Iterator[PreTrainedModel]:
+        """The policy as an ordinary transformers model with whole weights, in eval mode with cached attention."""
+        if self._replica is not None:
+            yield self._replica
+            return
+        trained_with = self.lm.config._attn_implementation
+        self.lm.set_attn_implementation("sdpa")
+        with _eval_mode(self.lm):
+            try:
+                yield self.lm
+            finally:
+                self.lm.set_attn_implementation(trained_with)
+
+    def export(self, directory: Path) -> None:
+        """Write weights, config and tokenizer in Hugging Face format. To be called by the main process alone."""
+        with self.sampling_model() as lm:
+            lm.generation_config.eos_token_id = self.end_token_ids
+            lm.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+def _adamw(lm: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
+    options: dict[str, Any] = {"fused": True} if device.type == "cuda" else {}
+    return torch.optim.AdamW(
+        [p for p in lm.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        **options,
+    )

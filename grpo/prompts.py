@@ -1,0 +1,170 @@
+"""Data set rows -> Prompts: load, fill the template, filter, and serve in a resumable order."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from grpo.config import DataConfig
+from grpo.types import Prompt
+
+R1_ZERO = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant first "
+    "thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning process and "
+    "answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> reasoning process "
+    "here </think> <answer> answer here </answer>. User: {question} Assistant:"
+)
+"""DeepSeek-R1 (arXiv 2501.12948v1), table 1, word for word: raw text for a base model, no chat template."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """`fill(question, tokenizer, system_prompt)` is the prompt without `prefill`, which follows it and counts as answer."""
+
+    fill: Callable[[str, PreTrainedTokenizerBase, str | None], str]
+    prefill: str = ""
+    adds_special_tokens: bool = True  # False where the filled text has the tokenizer's special tokens already
+
+
+def _chat(question: str, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "data.template is 'chat'; the tokenizer of this model has no chat template. Set data.template to r1_zero."
+        )
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    messages = [*system, {"role": "user", "content": question}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+TEMPLATES: dict[str, Template] = {
+    "r1_zero": Template(lambda question, *_: R1_ZERO.replace("{question}", question)),
+    "r1_zero_think": Template(lambda question, *_: R1_ZERO.replace("{question}", question) + " ", prefill="<think>"),
+    "chat": Template(_chat, adds_special_tokens=False),
+    "none": Template(lambda question, *_: question),
+}
+
+
+def load_rows(config: DataConfig, *, evaluation: bool = False) -> list[dict[str, Any]]:
+    """Rows of the training or the evaluation set, each with `question` and `answer` among its columns.
+
+    Raises:
+        ValueError: no such data set, a column is missing, or `answer_regex` does not match an answer.
+    """
+    setting, name = "data.name", config.name
+    if evaluation and config.eval_name is not None:
+        setting, name = "data.eval_name", config.eval_name
+    if name is None:
+        raise ValueError(
+            "data.name is missing; a run needs questions. Set data.name, or pass train_dataset to Trainer."
+        )
+    split = config.eval_split if evaluation else config.split
+    return prepare_rows(_load(name, config.subset, split, setting), config, setting=setting)
+
+
+FORMATS = {".json": "json", ".jsonl": "json", ".gz": "json", ".parquet": "parquet"}
+
+
+def _load(name: str, subset: str | None, split: str, setting: str) -> Any:
+    import datasets
+
+    path = Path(name)
+    if path.is_file():
+        if path.suffix not in FORMATS:
+            raise ValueError(f"{setting} is {name!r}; a local file ends in {', '.join(FORMATS)}. Convert the file.")
+        return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+    if path.suffix in FORMATS or name.startswith((".", "/", "~")):
+        raise ValueError(f"{setting} is {name!r}; there is no such file. Correct the path, or name a hub data set.")
+    try:
+        return datasets.load_dataset(name, subset, split=split)
+    except Exception as error:
+        raise ValueError(
+            f"{setting} is {name!r} (subset {subset!r}, split {split!r}); there is no such local file and the hub gave no "
+            f"such data set: {error}. Correct the name, or set {setting} to a .jsonl or .parquet file."
+        ) from error
+
+
+def prepare_rows(rows: Iterable[Mapping[str, Any]], config: DataConfig, *, setting: str) -> list[dict[str, Any]]:
+    """Give each row its `question` and `answer`; the row's other columns stay."""
+    prepared = []
+    pattern = re.compile(config.answer_regex) if config.answer_regex is not None else None
+    for number, row in enumerate(rows):
+        for column, option in ((config.question_column, "question_column"), (config.answer_column, "answer_column")):
+            if column not in row:
+                raise ValueError(
+                    f"data.{option} is {column!r}; {setting} has the columns {', '.join(row)}. Set data.{option} to one."
+                )
+        answer = str(row[config.answer_column])
+        if pattern is not None:
+            found = pattern.search(answer)
+            if found is None or not found.groups():
+                raise ValueError(
+                    f"data.answer_regex is {config.answer_regex!r}; it finds no group in the answer of row {number} of "
+                    f"{setting}: {answer[-200:]!r}. Correct it, or set it to null if the column is the bare answer."
+                )
+            answer = found.group(1).strip()
+        prepared.append({**row, "question": str(row[config.question_column]), "answer": answer})
+    if not prepared:
+        raise ValueError(f"{setting} holds no rows. Name a data set with at least one.")
+    return prepared
+
+
+def build_prompts(
+    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> tuple[list[Prompt], Counter[str]]:
+    """Prompts in the order of `rows`, and how many rows were dropped for which reason.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    template = TEMPLATES[config.template]
+    texts = [template.fill(row["question"], tokenizer, config.system_prompt) + template.prefill for row in rows]
+    ids = tokenizer(texts, add_special_tokens=template.adds_special_tokens)["input_ids"]
+    prompts, dropped = [], Counter[str]()
+    for number, (row, text, token_ids) in enumerate(zip(rows, texts, ids, strict=True)):
+        if len(token_ids) > config.max_prompt_tokens:
+            dropped[f"prompt longer than data.max_prompt_tokens ({config.max_prompt_tokens})"] += 1
+        else:
+            prompts.append(Prompt(number, list(token_ids), text, template.prefill, row))
+    if not prompts:
+        shortest = min(len(token_ids) for token_ids in ids)
+        raise ValueError(
+            f"data.max_prompt_tokens is {config.max_prompt_tokens}; the shortest of {len(rows)} prompts has {shortest} "
+            f"tokens, so none is left. Set data.max_prompt_tokens >= {shortest}."
+        )
+    return prompts, dropped
+
+
+class PromptOrder:
+    """Deals prompts to the processes, epoch after epoch, in an order that depends only on seed and position.
+
+    `position` counts the prompts dealt so far over all processes; it is all there is to save and restore.
+    """
+
+    def __init__(self, prompts: list[Prompt], *, num_prompts: int, seed: int, rank: int, world_size: int) -> None:
+        self.prompts = prompts
+        self.num_prompts = num_prompts
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.position = 0
+        self._epoch: tuple[int, list[int]] = (-1, [])
+
+    def next_batch(self) -> list[Prompt]:
+        """This process's share of the next `num_prompts` prompts: every world_size-th, starting at its rank."""
+        mine = range(self.position + self.rank, self.position + self.num_prompts, self.world_size)
+        self.position += self.num_prompts
+        return [self._at(place) for place in mine]
+
+    def _at(self, place: int) -> Prompt:
+        epoch, offset = divmod(place, len(self.prompts))
+        if self._epoch[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._epoch = (epoch, torch.randperm(len(self.prompts), generator=generator).tolist())
+        return self.prompts[self._epoch[1][offset]]

@@ -1,0 +1,133 @@
+"""Rollouts through transformers' `generate`: any device, any model.
+
+Slow, because it decodes in lockstep until the last completion of a batch has ended, but it is the plainest way to sample
+and so the reference that any faster engine is tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from grpo.policy import Policy
+from grpo.types import Completion, FinishReason, Group, Prompt
+
+
+class HFGenerator:
+    """Samples from `policy`, at most `max_sequences` completions at once."""
+
+    def __init__(self, policy: Policy, *, max_sequences: int) -> None:
+        self.policy = policy
+        self.max_sequences = max_sequences
+
+    def sync(self) -> None:
+        self.policy.sync()
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: list[Prompt], *, num_completions: int, temperature: float, max_tokens: int, seed: int
+    ) -> list[Group]:
+        """See Generator."""
+        wanted = [prompt for prompt in prompts for _ in range(num_completions)]
+        completions = []
+        device = self.policy.processes.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), self.policy.sampling_model():
+            torch.manual_seed(seed)
+            for start in range(0, len(wanted), self.max_sequences):
+                part = wanted[start : start + self.max_sequences]
+                completions += self._generate(part, temperature=temperature, max_tokens=max_tokens)
+        return [
+            Group(prompt, completions[i * num_completions : (i + 1) * num_completions])
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def _generate(self, prompts: list[Prompt], *, temperature: float, max_tokens: int) -> list[Completion]:
+        policy = self.policy
+        input_ids, attention_mask = self._pad_left(prompts)
+        recorder = LogprobRecorder(temperature or 1.0)
+        output: Tensor
+        with policy.sampling_model() as lm, _without_defaults(lm):
+            output = lm.generate(  # type: ignore[operator]
+                input_ids,
+                attention_mask=attention_mask,
+                generation_config=GenerationConfig(
+                    do_sample=temperature > 0,
+                    temperature=temperature or None,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=max_tokens,
+                    eos_token_id=policy.end_token_ids,
+                    pad_token_id=policy.tokenizer.pad_token_id,
+                ),
+                logits_processor=LogitsProcessorList([recorder]),
+            )
+        tokens = output[:, input_ids.shape[1] :]
+        return self._completions(prompts, tokens.cpu(), recorder.logprobs(tokens).cpu())
+
+    def _pad_left(self, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask; both (len(prompts), longest prompt)."""
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        pad = [longest - len(prompt.token_ids) for prompt in prompts]
+        filler = self.policy.tokenizer.pad_token_id
+        ids = torch.tensor([[filler] * n + prompt.token_ids for n, prompt in zip(pad, prompts, strict=True)])
+        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in pad])
+        device = self.policy.processes.device
+        return ids.to(device), mask.to(device)
+
+    def _completions(self, prompts: list[Prompt], tokens: Tensor, logprobs: Tensor) -> list[Completion]:
+        """Cut each row of `tokens` and `logprobs`, (N, steps), after its first end-of-sequence token."""
+        ends = torch.isin(tokens, torch.tensor(self.policy.end_token_ids))
+        has_end = ends.any(1).tolist()
+        lens = torch.where(ends.any(1), ends.int().argmax(1) + 1, tokens.shape[1]).tolist()
+        ids = [row[:n].tolist() for row, n in zip(tokens, lens, strict=True)]
+        visible = [row[:-1] if ended else row for row, ended in zip(ids, has_end, strict=True)]
+        texts = self.policy.tokenizer.batch_decode(visible, clean_up_tokenization_spaces=False)
+        reasons: list[FinishReason] = ["stop" if ended else "length" for ended in has_end]
+        return [
+            Completion(ids[i], logprobs[i, : lens[i]].tolist(), prompts[i].prefill + texts[i], reasons[i])
+            for i in range(len(prompts))
+        ]
+
+
+@contextmanager
+def _without_defaults(lm: PreTrainedModel) -> Iterator[None]:
+    """Whatever a call leaves open, `generate` takes from the model's own generation config: a repetition penalty or a top-k
+    there would silently make the samples come from another distribution than the log-probabilities."""
+    own = lm.generation_config
+    lm.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        lm.generation_config = own
+
+
+class LogprobRecorder(LogitsProcessor):
+    """Keeps the log-probability of each sampled token without keeping any step's (N, V) scores.
+
+    `generate` shows a processor the scores of the step about to be sampled together with the tokens so far, so a step's
+    scores are read off when the next step shows which token was drawn from them. Sampling warpers such as the temperature
+    run after custom processors, so the recorder divides by the temperature itself.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self._columns: list[Tensor] = []
+        self._pending: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._pending is not None:
+            self._columns.append(self._pick(input_ids[:, -1]))
+        self._pending = scores / self.temperature
+        return scores
+
+    def _pick(self, tokens: Tensor) -> Tensor:
+        assert self._pending is not None, "no scores were seen"
+        return self._pending.gather(1, tokens.unsqueeze(1)).squeeze(1) - self._pending.logsumexp(1)
+
+    def logprobs(self, tokens: Tensor) -> Tensor:
+        """(N, steps) for the tokens that `generate` returned."""
+        return torch.stack([*self._columns, self._pick(tokens[:, -1])], 1)

@@ -1,0 +1,23 @@
+"""The learning rate as a plain function of the optimizer step; nothing to save, nothing to step twice. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from grpo.config import OptimizerConfig
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+}
+"""Factor of the peak rate against progress in [0, 1] since the end of warm-up."""
+
+
+def learning_rate(config: OptimizerConfig, *, step: int, num_steps: int) -> float:
+    """Rate of optimizer step `step`, counted from 0, of `num_steps`: the first warm-up step has 1/warmup_steps of the peak."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
+    return config.learning_rate * SCHEDULES[config.schedule](progress)

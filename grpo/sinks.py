@@ -1,0 +1,124 @@
+"""Where a run's numbers and texts go: metrics.jsonl and completions.jsonl, the console, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Sink(Protocol):
+    """Somewhere metrics go. Only the main process has sinks."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlSink:
+    """metrics.jsonl, completions.jsonl: one JSON object a line, written through at once."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        append_jsonl(self.directory / "metrics.jsonl", [{"step": step, **metrics}])
+
+    def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
+        append_jsonl(self.directory / "completions.jsonl", rows)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def rewind_jsonl(path: Path, step: int) -> None:
+    """Move rows after `step` to `<name>.superseded.jsonl`: a resumed run writes those steps anew, and loses nothing.
+
+    A last line that a kill cut short goes there too.
+    """
+    if not path.exists():
+        return
+    kept: list[str] = []
+    superseded: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        (kept if _step_of(line) <= step else superseded).append(line + "\n")
+    if superseded:
+        with path.with_suffix(".superseded.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(superseded)
+        rewritten = path.with_suffix(".rewritten")
+        rewritten.write_text("".join(kept), encoding="utf-8")
+        os.replace(rewritten, path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return float("inf")
+
+
+class WandbSink:
+    """A Weights & Biases run with the curves, the resolved config and a table of completions.
+
+    Without a login, or when the service cannot be reached, the run is kept on disk (`wandb sync` uploads it later) and a
+    line says so; nothing here stops training.
+    """
+
+    TABLE_ROWS = 32
+
+    def __init__(self, mode: str, *, project: str, directory: Path, config: dict[str, Any]) -> None:
+        import wandb
+
+        self._wandb = wandb
+        if mode == "online" and not wandb.login(prompt=False):
+            print("wandb: no login found (run `wandb login`); this run is logged offline.", flush=True)
+            mode = "offline"
+        options: dict[str, Any] = {
+            "project": project,
+            "name": directory.name,
+            "dir": str(directory),
+            "config": config,
+            "id": _wandb_id(directory),
+            "resume": "allow",
+        }
+        try:
+            self._run = wandb.init(mode=mode, **options)  # type: ignore[arg-type]
+        except Exception as error:  # whatever goes wrong with a logging service must not cost a run
+            print(f"wandb: {error}; this run is logged offline.", flush=True)
+            self._run = wandb.init(mode="offline", **options)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log(metrics, step=step)
+
+    def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
+        if not rows:
+            return
+        table = self._wandb.Table(columns=list(rows[0]))
+        for row in rows[: self.TABLE_ROWS]:
+            table.add_data(*(json.dumps(v) if isinstance(v, dict) else v for v in row.values()))
+        self._run.log({"completions": table}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _wandb_id(directory: Path) -> str:
+    """The run's id, kept beside its results so that a resumed run continues the same curves."""
+    path = directory / "wandb_id"
+    if not path.exists():
+        path.write_text(os.urandom(4).hex())
+    return path.read_text()

@@ -1,0 +1,327 @@
+"""The loop: sample, score, centre, update."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from grpo import checkpoint, distributed, rundir
+from grpo.advantage import group_advantages
+from grpo.batch import minibatch_bounds, pack, plan_micro_batches, spare, take, with_per_token
+from grpo.checkpoint import RunState
+from grpo.config import Config
+from grpo.console import show_samples
+from grpo.evaluate import completion_rows, evaluate
+from grpo.loss import grpo_loss, token_weights
+from grpo.metrics import Meter, measure_micro_batch, measure_rollout, step_metrics
+from grpo.policy import Policy, load_tokenizer, resolve_dtype
+from grpo.prompts import PromptOrder, build_prompts, load_rows, prepare_rows
+from grpo.report import plot_curves
+from grpo.rollout.hf import HFGenerator
+from grpo.rundir import RunLog
+from grpo.schedule import learning_rate
+from grpo.scoring import Reward, Scorer, resolve_function
+from grpo.types import Batch, Prompt
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+class Trainer:
+    """Trains a language model with GRPO on rule-based rewards.
+
+    Args:
+        config: see grpo/config.py.
+        rewards: reward functions (or `Reward`s, which add a weight, a name and arguments) instead of `config.rewards`.
+        train_dataset: rows instead of those of `config.data.name`: a `datasets.Dataset` or a list of dictionaries.
+        eval_dataset: rows instead of those of `config.data.eval_name`.
+
+    Raises:
+        ValueError: whatever is wrong with the settings, the data or the rewards; before the model is loaded.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        rewards: Sequence[Callable[..., Any] | Reward] | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+    ) -> None:
+        self.config = config
+        functions = _reward_functions(config, rewards)
+        self.processes = distributed.start(config, dtype=resolve_dtype(config.model.dtype))
+        config.check_world_size(self.processes.world_size)
+        self.directory = Path(self.processes.broadcast(str(rundir.choose(config.run))))
+        self.found = checkpoint.find(self.directory, config, self.processes)
+        tokenizer = load_tokenizer(config.model)
+        with self.processes.accelerator.main_process_first():
+            rows = _rows(config, train_dataset, evaluation=False)
+            eval_rows = _rows(config, eval_dataset, evaluation=True) if config.evaluation.num_questions else []
+        self.scorer = Scorer(
+            functions,
+            columns=list(rows[0]),
+            max_completion_tokens=config.rollout.max_completion_tokens,
+            conversational=config.data.template == "chat",
+            num_workers=config.scoring.num_workers,
+            timeout_seconds=config.scoring.timeout_seconds,
+            memory_gib=config.scoring.memory_gib,
+        )
+        prompts = self._gradable_prompts(rows, tokenizer, "training questions")
+        wanted = eval_rows[: config.evaluation.num_questions]
+        self.eval_prompts = self._gradable_prompts(wanted, tokenizer, "held-out questions") if wanted else []
+        self.prompts = PromptOrder(
+            prompts,
+            num_prompts=config.rollout.num_prompts,
+            seed=config.run.seed,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+        )
+        self.say(config.summary(num_rows=len(prompts), world_size=self.processes.world_size))
+        self.policy = Policy(config, tokenizer, self.processes)
+        self.generator = HFGenerator(self.policy, max_sequences=config.memory.max_sequences)
+        self.state = self._restore() if self.found else RunState()
+        self.log = RunLog(
+            self.directory, config, self.processes, reward_names=[reward.name for reward in self.scorer.rewards]
+        )
+        self.log.open(step=self.state.step)
+
+    def train(self) -> Path:
+        """Run all steps that are left, with the evaluations and checkpoints that are due.
+
+        Returns:
+            The last checkpoint; its `hf/` is a directory that `AutoModelForCausalLM.from_pretrained` loads.
+        """
+        config, last = self.config, self.config.run.steps
+        self._evaluate()
+        while self.state.step < last:
+            self.train_step()
+            if self.state.step == last or _due(self.state.step, config.evaluation.every_steps):
+                self._evaluate()
+            if self.state.step == last or _due(self.state.step, config.checkpoint.every_steps):
+                self.save()
+        self.log.close()
+        return self._finish()
+
+    def train_step(self) -> dict[str, float]:
+        """Sample a rollout, score it, and update the policy on it; the step's metrics over all processes."""
+        config, self.meter = self.config, Meter()
+        self.seconds: dict[str, float] = {}
+        prompts = self.prompts.next_batch()
+        with self._clock("step"):
+            with self._clock("rollout"):
+                groups = self.generator.sample(
+                    prompts,
+                    num_completions=config.rollout.group_size,
+                    temperature=config.rollout.temperature,
+                    max_tokens=config.rollout.max_completion_tokens,
+                    seed=self._seed("rollout"),
+                )
+            with self._clock("scoring"):
+                scores = self.scorer.score(groups)
+            advantages = group_advantages(scores.rewards, normalize_by_std=config.algorithm.normalize_by_std)
+            minibatches = [pack(groups[part], advantages[part]) for part in self._minibatch_bounds()]
+            with self._clock("logprobs"):
+                minibatches = [self._with_fixed_logprobs(minibatch) for minibatch in minibatches]
+            with self._clock("update"):
+                for minibatch in minibatches:
+                    self._optimizer_step(minibatch)
+            self.generator.sync()
+        measure_rollout(self.meter, groups, scores, advantages)
+        self.state.step += 1
+        self.state.position = self.prompts.position
+        if _due(self.state.step, config.logging.completions_every):
+            self._log_completions(completion_rows(groups, scores), advantages)
+        return self._log_metrics()
+
+    def _with_fixed_logprobs(self, batch: Batch) -> Batch:
+        """Add the log-probabilities that stay fixed during the updates, where the algorithm needs them."""
+        if self.config.algorithm.num_minibatches > 1:
+            batch = replace(batch, old_logprobs=self._no_grad_logprobs(batch, self.policy.old_logprobs))
+        if self.policy.reference is not None:
+            batch = replace(batch, ref_logprobs=self._no_grad_logprobs(batch, self.policy.ref_logprobs))
+        return batch
+
+    def _no_grad_logprobs(self, batch: Batch, logprobs: Callable[[Batch], Tensor]) -> Tensor:
+        plan, micro_batches = self._micro_batches(batch)
+        return with_per_token(batch, plan, [logprobs(micro) for micro in micro_batches][: len(plan)])
+
+    def _optimizer_step(self, minibatch: Batch) -> None:
+        """One update on one minibatch, whose other parts lie on the other processes."""
+        algorithm = self.config.algorithm
+        lens = minibatch.completion_lens
+        num_completions, num_tokens = map(int, self.processes.sum(len(lens), int(lens.sum())))
+        if not num_completions:
+            return  # not one completion has a known reward, on any process
+        weights = token_weights(
+            algorithm.aggregation,
+            lens,
+            num_completions=num_completions,
+            num_tokens=num_tokens,
+            max_completion_tokens=self.config.rollout.max_completion_tokens,
+        )
+        plan, micro_batches = self._micro_batches(replace(minibatch, weights=weights))
+        for number, micro in enumerate(micro_batches):
+            assert micro.weights is not None, "weights were set before the split"
+            logprobs, entropy = self.policy.logprobs(micro)
+            result = grpo_loss(
+                logprobs,
+                micro.advantages[micro.sequence_index],
+                micro.weights,
+                old_logprobs=micro.old_logprobs,
+                ref_logprobs=micro.ref_logprobs,
+                clip_low=algorithm.clip_low,
+                clip_high=algorithm.clip_high,
+                kl_coef=algorithm.kl_coef,
+                kl_estimator=algorithm.kl_estimator,
+            )
+            self.policy.backward(result.loss, last=number == len(micro_batches) - 1)
+            measure_micro_batch(self.meter, micro, logprobs.detach(), entropy, result)
+            self.meter.mean("batch/padding", torch.tensor(float(number >= len(plan))))
+        rate = learning_rate(
+            self.config.optimizer, step=self.state.optimizer_steps, num_steps=self.config.optimizer_steps
+        )
+        norm = self.policy.optimizer_step(rate)
+        self.state.optimizer_steps += 1
+        self.meter.mean("optimizer/grad_norm", torch.tensor(norm))
+        self.meter.max("optimizer/learning_rate", torch.tensor(rate))
+
+    def _micro_batches(self, batch: Batch) -> tuple[list[list[int]], list[Batch]]:
+        """Which sequences share a pass, and the passes, on the device; spare ones make up the number of the busiest rank."""
+        plan = plan_micro_batches(batch, self.config.memory.micro_batch_tokens)
+        num_passes = self.processes.max(len(plan))
+        passes = [take(batch, sequences) for sequences in plan] + [spare(batch)] * (num_passes - len(plan))
+        return plan, [micro.to(self.processes.device) for micro in passes]
+
+    def _minibatch_bounds(self) -> list[slice]:
+        return minibatch_bounds(
+            num_prompts=self.config.rollout.num_prompts,
+            num_minibatches=self.config.algorithm.num_minibatches,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+        )
+
+    def save(self) -> Path:
+        """Write a checkpoint of the current state; every process calls it."""
+        self.last_checkpoint = checkpoint.save(
+            self.directory / "checkpoints",
+            self.state,
+            policy=self.policy,
+            config=self.config,
+            processes=self.processes,
+            keep=self.config.checkpoint.keep,
+        )
+        return self.last_checkpoint
+
+    def close(self) -> None:
+        """End the reward workers and the logs; for a trainer that is stepped by hand."""
+        self.log.close()
+        self.scorer.close()
+
+    def _restore(self) -> RunState:
+        assert self.found is not None, "there is no checkpoint to restore"
+        state = checkpoint.restore(self.found, policy=self.policy, processes=self.processes)
+        self.prompts.position = state.position
+        self.say(f"resumed after step {state.step} from {self.found}")
+        return state
+
+    def _evaluate(self) -> None:
+        if not self.eval_prompts or self.processes.broadcast(bool(self.log.evaluation(self.state.step))):
+            return
+        rows = evaluate(
+            self.eval_prompts,
+            generator=self.generator,
+            scorer=self.scorer,
+            processes=self.processes,
+            temperature=self.config.evaluation.temperature,
+            max_tokens=self.config.rollout.max_completion_tokens,
+            seed=self._seed("evaluation"),
+        )
+        self.log.log_evaluation(self.state.step, rows)
+
+    def _log_completions(self, rows: list[dict[str, Any]], advantages: Tensor) -> None:
+        known = advantages.nan_to_num().flatten().tolist()
+        mine = [
+            {"step": self.state.step, **row, "advantage": advantage} for row, advantage in zip(rows, known, strict=True)
+        ]
+        self.log.log_completions(self.state.step, [row for part in self.processes.gather(mine) for row in part])
+
+    def _log_metrics(self) -> dict[str, float]:
+        metrics = step_metrics(
+            self.meter, self.seconds, self.processes, num_updates=self.config.algorithm.num_minibatches
+        )
+        metrics["optimizer/steps"] = self.state.optimizer_steps
+        metrics["progress/epoch"] = self.state.position / len(self.prompts.prompts)
+        self.log.log(self.state.step, metrics)
+        return metrics
+
+    def _finish(self) -> Path:
+        """Draw the curves, show samples, and say where everything lies."""
+        self.scorer.close()
+        last = self.directory / "checkpoints" / checkpoint.name_of(self.state.step)
+        if self.processes.is_main:
+            show_samples(self.log.evaluation(0), self.log.evaluation(self.state.step), self.config.logging.num_samples)
+            self.say(f"\nmetrics    {self.directory / 'metrics.jsonl'}")
+            self.say(f"curves     {plot_curves(self.directory)}")
+            self.say(f"model      {last / 'hf'}")
+        return last
+
+    def _seed(self, purpose: str) -> int:
+        """Of this process's random numbers in this step; a function of run.seed, so nothing has to be saved."""
+        return random.Random(f"{self.config.run.seed} {purpose} {self.state.step} {self.processes.rank}").getrandbits(
+            62
+        )
+
+    def say(self, text: str) -> None:
+        if self.processes.is_main:
+            print(text, flush=True)
+
+    @contextmanager
+    def _clock(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+    def _gradable_prompts(
+        self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, what: str
+    ) -> list[Prompt]:
+        """Prompts of the rows that fit and whose answer every reward function can grade; says what was dropped."""
+        reasons = self.scorer.check_rows(rows)
+        gradable = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
+        if not gradable:
+            raise ValueError(
+                f"data.answer_column is {self.config.data.answer_column!r}; not one of the {len(rows)} {what} has an answer "
+                f"that can be graded; the first: {reasons[0]}. Correct data.answer_column or data.answer_regex."
+            )
+        prompts, dropped = build_prompts(gradable, tokenizer, self.config.data)
+        if len(gradable) < len(rows):
+            dropped[f"answer cannot be graded, e.g. {next(filter(None, reasons))}"] += len(rows) - len(gradable)
+        self.say(f"{len(prompts):,} {what}" + "".join(f"; {n:,} dropped: {why}" for why, n in dropped.items()))
+        return prompts
+
+
+def _reward_functions(config: Config, rewards: Sequence[Callable[..., Any] | Reward] | None) -> list[Reward]:
+    if rewards is None:
+        return [
+            Reward(resolve_function(r.function), weight=r.weight, name=r.name or "", args=r.args)
+            for r in config.rewards
+        ]
+    return [reward if isinstance(reward, Reward) else Reward(reward) for reward in rewards]
+
+
+def _rows(config: Config, given: Rows | None, *, evaluation: bool) -> list[dict[str, Any]]:
+    if given is None:
+        return load_rows(config.data, evaluation=evaluation)
+    return prepare_rows(given, config.data, setting="eval_dataset" if evaluation else "train_dataset")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,9 @@
+"""Reward functions: strings and numbers in, a number out (None: can't tell). A YAML names them as they are named here."""
+
+from rewards.accuracy import accuracy
+from rewards.exact_match import exact_match
+from rewards.format import format
+from rewards.length import overlong
+from rewards.repetition import repetition
+
+__all__ = ["accuracy", "exact_match", "format", "overlong", "repetition"]

@@ -1,0 +1,125 @@
+r"""Find the one answer that a completion commits to.
+
+Everything here returns a single candidate or None. A completion that lists several answers must not be paid for the one
+that happens to be right, so a list is handed on as a list ("1, 2, 3" equals a set, never a number), and a sentence that
+ends in alternatives ("3 or 4") holds no answer. Every function is linear in the length of the text.
+"""
+
+from __future__ import annotations
+
+import re
+
+MAX_TAG_CHARS = 2_000  # an answer tag without a box that is longer than this holds an essay, not an answer
+
+_BOX_TOKEN = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
+_MATH = re.compile(  # a closing "$" may not follow a space or precede a digit, so that "$18 and $5" is money
+    r"\$\$(?P<display>[^$]+)\$\$"
+    r"|\\\[(?P<bracket>(?:[^\\]|\\(?!\]))+)\\\]"
+    r"|\\\((?P<paren>(?:[^\\]|\\(?!\)))+)\\\)"
+    r"|(?<!\\)\$(?P<inline>(?!\s)(?:[^$\n\\]|\\.)+(?<!\s))\$(?!\d)"
+)
+_NUMBER = re.compile(
+    r"(?:(?<![\w)}\]])[-+−])?(?:\\?[$€£¥]\s?)?"
+    r"(?:\\[dt]?frac\{\d+\}\{\d+\}|(?:\d{1,3}(?:,\d{3}){1,12}(?!\d)|\d+)(?:\.\d+)?(?:\s?/\s?\d+)?|\.\d+)(?:\s?\\?%)?"
+)
+_BELONGS_TO_TEXT_BEFORE = re.compile(r"(?:[\w{}]|[0-9][:.]|(?:[-+−*×÷·/^_]|\\times|\\cdot)\s*|[\^_]\{\s*)$")
+_BELONGS_TO_TEXT_AFTER = re.compile(r"\s*[\^_{]|[:.][0-9]")
+_LIST_SEPARATOR = re.compile(r"[\s,;/$*]*(?:\b(?:or|and)\b[\s$*]*)?")
+_LATEX_WORDS = re.compile(r"\\(?:text\w*|mbox|math\w+|operatorname|begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+")
+_PROSE = re.compile(r"(?!(?:sin|cos|tan|log|exp|mod|det|max|min|and)\b)[a-zA-Z]{3,}|\b(?:[kcm]m|[km]g|ml|ft|hr|is)\b")
+
+
+def last_answer_tag(completion: str) -> str | None:
+    """The content of the last `<answer>...</answer>`, stripped; None without a complete pair."""
+    end = completion.rfind("</answer>")
+    start = completion.rfind("<answer>", 0, max(end, 0))
+    return None if start < 0 else completion[start + len("<answer>") : end].strip()
+
+
+def last_box(text: str) -> str | None:
+    r"""The content of the `\boxed{...}` that opens last among those whose braces balance; None without one.
+
+    `last_box(r"\boxed{1} or \boxed{\frac{1}{2}}")` is `\frac{1}{2}`.
+    """
+    content, content_start = None, -1
+    open_braces: list[int] = []  # where the content of each open box starts; -1 for a brace that is not a box
+    for token in _BOX_TOKEN.finditer(text):
+        if token[0].startswith("\\boxed"):
+            open_braces.append(token.end())
+        elif token[0] == "{":
+            open_braces.append(-1)
+        elif token[0] == "}" and open_braces:
+            start = open_braces.pop()
+            if start > content_start:
+                content, content_start = text[start : token.start()].strip(), start
+    return content
+
+
+def _is_list_separator(text: str, start: int, end: int) -> bool:
+    return end - start <= 20 and _LIST_SEPARATOR.fullmatch(text, start, end) is not None
+
+
+def last_number(text: str) -> str | None:
+    """The last number in the text, with its sign, currency or percent sign.
+
+    None if there is none, if its digits belong to something else (`10^5`, `x_2`, `CO2`, `5:30`, `9 + 2`), or if it ends
+    a list of different numbers.
+    """
+    matches = list(_NUMBER.finditer(text))
+    if not matches:
+        return None
+    start, end = matches[-1].span()
+    number = matches[-1][0]
+    if _BELONGS_TO_TEXT_BEFORE.search(text[max(0, start - 20) : start]) or _BELONGS_TO_TEXT_AFTER.match(
+        text[end : end + 20]
+    ):
+        return None
+    ends_a_list = len(matches) > 1 and _is_list_separator(text, matches[-2].end(), start)
+    return None if ends_a_list and matches[-2][0] != number else number
+
+
+def last_math(text: str) -> tuple[str, int] | None:
+    r"""The last `$...$`, `\(...\)` or `\[...\]` and where it ends; spans that form a list ("$1$, $2$ and $3$") are joined."""
+    spans = list(_MATH.finditer(text))
+    if not spans:
+        return None
+    first = len(spans) - 1
+    while first > 0 and _is_list_separator(text, spans[first - 1].end(), spans[first].start()):
+        first -= 1
+    return ", ".join(span[span.lastgroup or 0].strip() for span in spans[first:]), spans[-1].end()
+
+
+def is_prose(text: str) -> bool:
+    r"""Whether words remain once LaTeX commands and `\text{...}` are taken out: "18 dollars", not "2x" or "\frac{1}{2}"."""
+    return _PROSE.search(_LATEX_WORDS.sub(" ", text)) is not None
+
+
+def final_expression(content: str) -> str | None:
+    r"""The expression that the content of an answer tag or box commits to, or None.
+
+    A box wins, then math between delimiters, then, in a sentence, its last number. What is not a sentence is taken whole:
+    "1, 2, 3" stays a list and "x = 5" an equation. A sentence without a number is taken whole too: "Evelyn".
+    """
+    boxed = last_box(content)
+    if boxed is not None:
+        return boxed or None
+    if not content or len(content) > MAX_TAG_CHARS:
+        return None
+    math = last_math(content)
+    if math is not None and not _NUMBER.search(content, math[1]):
+        return math[0]
+    if is_prose(content) and any(character.isdigit() for character in content):
+        return last_number(content)
+    return content
+
+
+def from_answer_tag(completion: str) -> str | None:
+    """What the last `<answer>` tag of the completion commits to."""
+    content = last_answer_tag(completion)
+    return None if content is None else final_expression(content)
+
+
+def from_box(completion: str) -> str | None:
+    r"""What the last `\boxed{}` of the completion commits to."""
+    content = last_box(completion)
+    return None if content is None else final_expression(content)

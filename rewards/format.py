@@ -1,0 +1,28 @@
+"""Format: did the model think inside `<think>` and answer inside `<answer>`?"""
+
+from __future__ import annotations
+
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def format(completion: str) -> float:
+    """1 if the whole completion is `<think>...</think> <answer>...</answer>`, else 0 (DeepSeek-R1, section 2.2).
+
+    Each tag occurs once, both contents hold more than white space, and nothing but white space stands outside of them.
+    A `<think>` that the prompt already ends with has to be part of `completion`.
+    """
+    text = completion.strip()
+    places = [text.find(tag) for tag in _TAGS]
+    if places != sorted(places) or any(text.count(tag) != 1 for tag in _TAGS):
+        return 0.0
+    before, thought, between, answer, after = _split_at_tags(text)
+    return float(bool(thought and answer) and not (before or between or after))
+
+
+def _split_at_tags(text: str) -> list[str]:
+    """The five stretches before, between and after the four tags, stripped."""
+    stretches = []
+    for tag in _TAGS:
+        stretch, _, text = text.partition(tag)
+        stretches.append(stretch.strip())
+    return [*stretches, text.strip()]

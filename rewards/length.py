@@ -1,0 +1,24 @@
+"""Length: a soft penalty for answers that come close to the token limit."""
+
+from __future__ import annotations
+
+
+def overlong(num_tokens: int, max_completion_tokens: int, *, buffer: int) -> float:
+    """DAPO's soft overlong punishment (Yu et al. 2025, eq. 13): 0 for most lengths, falling to -1 over the last `buffer`.
+
+        0                                                   num_tokens <= max_completion_tokens - buffer
+        (max_completion_tokens - buffer - num_tokens) / buffer      up to max_completion_tokens
+        -1                                                  beyond
+
+    DAPO generates 20,480 tokens with a buffer of 4,096. With a limit of 100 and a buffer of 20, 90 tokens cost 0.5.
+
+    Raises:
+        ValueError: buffer is not between 1 and max_completion_tokens.
+    """
+    if not 1 <= buffer <= max_completion_tokens:
+        raise ValueError(
+            f"overlong's buffer is {buffer}; it must be between 1 and max_completion_tokens ({max_completion_tokens}). "
+            f"Set rewards.*.args.buffer to, say, {max(max_completion_tokens // 5, 1)}."
+        )
+    room = max_completion_tokens - buffer - num_tokens
+    return max(min(room / buffer, 0.0), -1.0)

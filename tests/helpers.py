@@ -1,0 +1,86 @@
+"""What several tests share: a small configuration, a generator with known completions, and launching processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from grpo.config import Config
+from grpo.types import Completion, Group, Prompt
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "configs" / "quickstart"
+VOCABULARY = 300  # token ids below this are ordinary text of the tiny model
+
+
+def tiny_settings(run_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A run of the tiny model that takes a second a step; `sections` are merged over it."""
+    settings: dict[str, Any] = {
+        "model": {"name": str(TINY / "model")},
+        "data": {"name": str(TINY / "train.jsonl"), "template": "chat", "max_prompt_tokens": 96},
+        "rollout": {"num_prompts": 4, "group_size": 4, "max_completion_tokens": 24},
+        "algorithm": {"kl_coef": 0.0},
+        "optimizer": {"learning_rate": 1e-3},
+        "memory": {"micro_batch_tokens": 256, "gradient_checkpointing": False},
+        "distributed": {"zero_stage": 0},
+        "scoring": {"num_workers": 1},
+        "run": {"dir": str(run_dir), "steps": 2},
+    }
+    for section, values in sections.items():
+        if isinstance(values, dict):
+            settings[section] = {**settings.get(section, {}), **values}
+        else:
+            settings[section] = values
+    return settings
+
+
+def tiny_config(run_dir: Path, **sections: Any) -> Config:
+    return Config(**tiny_settings(run_dir, **sections))
+
+
+class FixedGenerator:
+    """Completions that depend on the prompt alone, so that runs on different processes can be compared."""
+
+    def __init__(self, longest: int = 20) -> None:
+        self.longest = longest
+
+    def sample(self, prompts: list[Prompt], *, num_completions: int, **_: Any) -> list[Group]:
+        return [Group(p, [self._completion(p, i) for i in range(num_completions)]) for p in prompts]
+
+    def _completion(self, prompt: Prompt, number: int) -> Completion:
+        rng = random.Random(f"{prompt.row} {number}")
+        ids = [rng.randrange(5, VOCABULARY) for _ in range(rng.randint(1, self.longest))]
+        return Completion(ids, [-1.0] * len(ids), f"{rng.random():.3f}", "length")
+
+    def sync(self) -> None:
+        """The completions do not depend on the weights."""
+
+
+def number_in_text(completion: str) -> float:
+    """A reward: the number that FixedGenerator wrote as text."""
+    return float(completion)
+
+
+def launch(script: str, *arguments: str, processes: int = 1, timeout: float = 300) -> str:
+    """Run tests/<script> under torchrun and return what it printed; fails with its output if it failed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    return done.stdout
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())

@@ -1,0 +1,156 @@
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, tiny_config, tiny_settings
+
+from grpo.config import Config, setting_names
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_configuration_loads(path: Path):
+    assert Config.load(path).optimizer_steps > 0
+
+
+def test_there_are_configurations_to_load():
+    assert {"quickstart.yaml", "qwen1.5b.yaml"} <= {path.name for path in CONFIGS}
+
+
+def test_every_setting_is_read_somewhere():
+    code = "\n".join(path.read_text() for path in (ROOT / "grpo").rglob("*.py") if path.name != "config.py")
+    code += inspect.getsource(Config)
+    for setting in setting_names():
+        name = setting.split(".")[1]
+        assert re.search(rf"\.{name}\b", code), f"nothing reads {setting}"
+
+
+def test_every_setting_says_what_it_means():
+    for section in Config.model_fields.values():
+        for name, field in getattr(section.annotation, "model_fields", {}).items():
+            assert field.description, f"{section.annotation.__name__}.{name} has no line beneath it"
+
+
+def messages(tmp_path: Path, **sections) -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        tiny_config(tmp_path, **sections)
+    return str(caught.value)
+
+
+def test_an_unknown_setting_names_the_nearest_one(tmp_path: Path):
+    assert messages(tmp_path, rollout={"group_sise": 8}) == (
+        "rollout.group_sise is not a setting. Did you mean rollout.group_size?"
+    )
+
+
+def test_an_unknown_section_names_the_nearest_one(tmp_path: Path):
+    assert messages(tmp_path, algoritm={"kl_coef": 0}) == "algoritm is not a setting. Did you mean algorithm?"
+
+
+def test_a_setting_in_the_wrong_section_names_the_right_one(tmp_path: Path):
+    assert messages(tmp_path, rollout={"kl_coef": 0}) == (
+        "rollout.kl_coef is not a setting. Did you mean algorithm.kl_coef?"
+    )
+
+
+def test_an_unknown_reward_setting_names_the_nearest_one(tmp_path: Path):
+    assert messages(tmp_path, rewards=[{"function": "accuracy", "wieght": 2}]) == (
+        "rewards.0.wieght is not a setting. Did you mean rewards.0.weight?"
+    )
+
+
+def test_a_missing_setting_is_named(tmp_path: Path):
+    settings = tiny_settings(tmp_path)
+    del settings["run"]["steps"]
+    with pytest.raises(ValueError, match=re.escape("run.steps is missing; it has no default. Set run.steps.")):
+        Config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("sections", "parts"),
+    [
+        ({"rollout": {"group_size": 1}}, ["rollout.group_size is 1", "at least 2", "Set rollout.group_size >= 2"]),
+        ({"rollout": {"num_prompts": "many"}}, ["rollout.num_prompts is 'many'", "valid integer"]),
+        ({"rollout": {"temperature": 0}}, ["rollout.temperature is 0", "greater than 0"]),
+        ({"algorithm": {"num_minibatches": 3}}, ["algorithm.num_minibatches is 3", "rollout.num_prompts"]),
+        ({"algorithm": {"aggregation": "mean"}}, ["algorithm.aggregation is 'mean'", "'sequence', 'token'"]),
+        ({"memory": {"micro_batch_tokens": 100}}, ["memory.micro_batch_tokens is 100", ">= 120"]),
+        ({"optimizer": {"warmup_steps": 9}}, ["optimizer.warmup_steps is 9", "2 optimizer steps"]),
+        ({"data": {"template": "none", "system_prompt": "x"}}, ["data.system_prompt is 'x'", "template is 'none'"]),
+        ({"distributed": {"zero_stage": 4}}, ["distributed.zero_stage is 4", "0, 1, 2 or 3"]),
+        ({"rewards": [{"function": "format", "weight": 0}]}, ["rewards is ['format']", "weight other than 0"]),
+    ],
+    ids=lambda value: (
+        ".".join(f"{s}.{next(iter(v))}" for s, v in value.items() if isinstance(v, dict))
+        if isinstance(value, dict)
+        else ""
+    ),
+)
+def test_a_bad_value_is_refused_with_setting_value_rule_and_remedy(tmp_path: Path, sections: dict, parts: list[str]):
+    message = messages(tmp_path, **sections)
+    for part in parts:
+        assert part in message
+
+
+def test_fewer_prompts_than_processes_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=re.escape("rollout.num_prompts is 4; each of the 8 processes")):
+        tiny_config(tmp_path).check_world_size(8)
+
+
+def test_overrides_are_read_as_yaml_and_reach_into_lists(tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text(tiny_config(tmp_path, rewards=[{"function": "accuracy"}]).to_yaml())
+    overrides = ["rollout.group_size=8", "rewards.0.weight=0.5", "optimizer.learning_rate=1e-5", "model.name=/a b"]
+    config = Config.load(path, [*overrides, "data.answer_regex=null", "scoring.num_workers=3"])
+    assert config.rollout.group_size == 8
+    assert config.rewards[0].weight == 0.5
+    assert config.optimizer.learning_rate == 1e-5
+    assert config.model.name == "/a b"
+    assert config.scoring.num_workers == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.group_size", "section.setting=value"),
+        ("rollout.size=3", "rollout.size is not a setting"),
+        ("rewards.7.weight=1", "there is no '7'"),
+        ("run.steps.x=1", "there is no 'x' to set in 2"),
+    ],
+)
+def test_a_bad_override_is_refused(tmp_path: Path, override: str, message: str):
+    path = tmp_path / "c.yaml"
+    path.write_text(tiny_config(tmp_path).to_yaml())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Config.load(path, [override])
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text("run: {dir: a, steps: 1}\nrun: {dir: b, steps: 2}\n")
+    with pytest.raises(ValueError, match="key 'run' is given twice"):
+        Config.load(path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="there is no such file"):
+        Config.load(tmp_path / "nowhere.yaml")
+
+
+def test_the_saved_configuration_loads_as_the_same_one(tmp_path: Path):
+    config = tiny_config(tmp_path, rewards=[{"function": "overlong", "args": {"buffer": 4}}])
+    path = tmp_path / "c.yaml"
+    path.write_text(config.to_yaml())
+    assert Config.load(path) == config
+
+
+def test_derived_numbers(tmp_path: Path):
+    config = tiny_config(
+        tmp_path, rollout={"num_prompts": 512, "group_size": 16}, algorithm={"num_minibatches": 16}, run={"steps": 650}
+    )  # DeepSeek-R1-Zero: 8,192 completions a rollout, 16 minibatches of 32 x 16, 10,400 optimizer steps
+    assert config.completions_per_step == 8192
+    assert config.prompts_per_minibatch == 32
+    assert config.optimizer_steps == 10_400
+    assert "332,800 = 2.00 epochs" in config.summary(num_rows=166_400, world_size=8)

@@ -1,0 +1,146 @@
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+from helpers import TINY
+from transformers import AutoTokenizer
+
+from grpo.config import DataConfig
+from grpo.prompts import TEMPLATES, PromptOrder, build_prompts, load_rows, prepare_rows
+from grpo.types import Prompt
+
+ROWS = [{"question": f"What is {i}+1?", "answer": str(i + 1), "level": i} for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY / "model")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    import pandas
+
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in ROWS)
+    pandas.DataFrame(ROWS).to_parquet(tmp_path / "rows.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.parquet"])
+def test_local_files_load_with_all_their_columns(files: Path, name: str):
+    assert load_rows(DataConfig(name=str(files / name))) == ROWS
+
+
+def test_evaluation_rows_come_from_the_evaluation_file(files: Path):
+    (files / "eval.jsonl").write_text(json.dumps({"question": "q", "answer": "a"}) + "\n")
+    config = DataConfig(name=str(files / "rows.jsonl"), eval_name=str(files / "eval.jsonl"))
+    assert load_rows(config, evaluation=True) == [{"question": "q", "answer": "a"}]
+
+
+def test_columns_can_be_named_and_the_answer_cut_out():
+    rows = [{"problem": "1+1?", "solution": "Add them.\n#### 2"}]
+    config = DataConfig(question_column="problem", answer_column="solution", answer_regex=r"####\s*(.+)")
+    (row,) = prepare_rows(rows, config, setting="data.name")
+    assert (row["question"], row["answer"], row["problem"]) == ("1+1?", "2", "1+1?")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "/nowhere/rows.jsonl"}, "data.name is '/nowhere/rows.jsonl'; there is no such file"),
+        ({"name": str(Path(__file__))}, "a local file ends in .json"),
+        ({}, "data.name is missing"),
+    ],
+)
+def test_missing_data_is_refused_by_its_setting(settings: dict, message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_rows(DataConfig(**settings))
+
+
+def test_a_missing_column_is_refused_with_the_columns_there_are():
+    with pytest.raises(
+        ValueError, match=r"data.question_column is 'problem'; data.name has the columns question, answer"
+    ):
+        prepare_rows(ROWS, DataConfig(question_column="problem"), setting="data.name")
+
+
+def test_an_answer_that_the_pattern_misses_is_refused_with_its_row():
+    with pytest.raises(ValueError, match=r"data.answer_regex is .* row 0 of data.name: '1'"):
+        prepare_rows(ROWS, DataConfig(answer_regex="#### (.*)"), setting="data.name")
+
+
+def test_r1_zero_is_the_papers_text_with_the_question_in_it(tokenizer):
+    text = TEMPLATES["r1_zero"].fill("What is {x}?", tokenizer, None)
+    assert text.startswith("A conversation between User and Assistant. The user asks a question, and the Assistant")
+    assert text.endswith("<answer> answer here </answer>. User: What is {x}? Assistant:")
+
+
+def test_r1_zero_think_begins_the_answer_and_says_so(tokenizer):
+    (prompt,), _ = build_prompts(ROWS[:1], tokenizer, DataConfig(template="r1_zero_think"))
+    assert prompt.text.endswith("Assistant: <think>")
+    assert prompt.prefill == "<think>"
+
+
+def test_chat_uses_the_tokenizers_template_and_the_system_prompt(tokenizer):
+    (prompt,), _ = build_prompts(ROWS[:1], tokenizer, DataConfig(template="chat", system_prompt="Be brief."))
+    assert "Be brief." in prompt.text
+    assert prompt.text.endswith("User: What is 0+1?\nAssistant:")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_token_ids_are_those_of_the_text(tokenizer, template: str):
+    prompts, dropped = build_prompts(ROWS, tokenizer, DataConfig(template=template, max_prompt_tokens=1000))
+    assert not dropped
+    for prompt in prompts:
+        assert prompt.token_ids
+        assert tokenizer.decode(prompt.token_ids) == prompt.text
+
+
+def test_too_long_prompts_are_dropped_and_counted(tokenizer):
+    rows = [*ROWS, {"question": "long " * 200, "answer": "1"}]
+    prompts, dropped = build_prompts(rows, tokenizer, DataConfig(template="none", max_prompt_tokens=50))
+    assert [prompt.row for prompt in prompts] == list(range(6))
+    assert dropped == {"prompt longer than data.max_prompt_tokens (50)": 1}
+
+
+def test_dropping_every_prompt_is_refused_with_the_length_that_would_do(tokenizer):
+    with pytest.raises(ValueError, match=r"the shortest of 6 prompts has \d+ tokens"):
+        build_prompts(ROWS, tokenizer, DataConfig(template="r1_zero", max_prompt_tokens=10))
+
+
+def order(rank: int = 0, world_size: int = 1, seed: int = 0, num_prompts: int = 4) -> PromptOrder:
+    prompts = [Prompt(i, [i], "", "", {}) for i in range(10)]
+    return PromptOrder(prompts, num_prompts=num_prompts, seed=seed, rank=rank, world_size=world_size)
+
+
+def rows_of(prompts: list[Prompt]) -> list[int]:
+    return [prompt.row for prompt in prompts]
+
+
+def test_an_epoch_deals_every_prompt_once_and_the_next_in_another_order():
+    dealer = order(num_prompts=5)
+    first = rows_of(dealer.next_batch() + dealer.next_batch())
+    second = rows_of(dealer.next_batch() + dealer.next_batch())
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+
+
+def test_the_order_depends_only_on_seed_and_position():
+    dealer = order()
+    batches = [rows_of(dealer.next_batch()) for _ in range(6)]
+    resumed = order()
+    resumed.position = 12
+    assert rows_of(resumed.next_batch()) == batches[3]
+    assert rows_of(order(seed=1).next_batch()) != batches[0]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_processes_together_deal_the_same_prompts_as_one(world_size: int):
+    alone, shared = order(), [order(rank, world_size) for rank in range(world_size)]
+    for _ in range(6):
+        assert sorted(rows_of(alone.next_batch())) == sorted(r for s in shared for r in rows_of(s.next_batch()))

@@ -1,0 +1,60 @@
+"""Started by test_distributed: two updates on fixed completions; writes metrics and weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from helpers import FixedGenerator, number_in_text, tiny_config
+from safetensors.torch import save_file
+
+from grpo import Trainer, distributed
+
+parser = argparse.ArgumentParser()
+parser.add_argument("out", type=Path)
+parser.add_argument("--zero", type=int, required=True)
+parser.add_argument("--budget", type=int, required=True)
+parser.add_argument("--dtype", default="float32")
+arguments = parser.parse_args()
+
+original = distributed.deepspeed_config
+
+
+def shard_even_small_weights(*args: object, **kwargs: object) -> dict:
+    """ZeRO-3 leaves weights below 100k elements whole, and the tiny model has no others: nothing would be tested."""
+    settings = original(*args, **kwargs)
+    if settings["zero_optimization"]["stage"] == 3:
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return settings
+
+
+distributed.deepspeed_config = shard_even_small_weights
+
+config = tiny_config(
+    arguments.out / "run",
+    model={"dtype": arguments.dtype},
+    rollout={"num_prompts": 6, "group_size": 3},
+    algorithm={"kl_coef": 0.1, "num_minibatches": 2, "aggregation": "token"},
+    memory={"micro_batch_tokens": arguments.budget, "gradient_checkpointing": arguments.zero == 3},
+    optimizer={"learning_rate": 1e-5},  # on random completions a larger step makes ratios explode, and noise with them
+    distributed={"zero_stage": arguments.zero},
+    checkpoint={"every_steps": 0},
+    logging={"completions_every": 0},
+)
+trainer = Trainer(config, rewards=[number_in_text])
+trainer.generator = FixedGenerator()
+metrics = [trainer.train_step() for _ in range(2)]
+trainer.policy.sync()
+if trainer.processes.is_main:
+    with trainer.policy.sampling_model() as lm:
+        save_file(
+            {k: v.float().contiguous().clone() for k, v in lm.named_parameters()}, arguments.out / "weights.safetensors"
+        )
+    (arguments.out / "metrics.json").write_text(json.dumps(metrics))
+    shards = [getattr(p, "ds_tensor", p).numel() for p in trainer.policy.lm.parameters()]
+    (arguments.out / "held.json").write_text(json.dumps(sum(shards)))
+trainer.close()
+torch.distributed.barrier()
+distributed.stop()
