@@ -69,7 +69,7 @@ class Processes:
         return values[0]
 
     def barrier(self) -> None:
-        dist.barrier()
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
 
 def start(config: Config, *, dtype: torch.dtype) -> Processes:
