@@ -131,9 +131,10 @@ def _check_launcher(config: Config) -> None:
 def _complete_environment() -> None:
     """A plain `python script.py` is a group of one."""
     if "WORLD_SIZE" not in os.environ:
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
-        )
+        os.environ.update(_ALONE, MASTER_PORT=str(_free_port()))
+
+
+_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
 def _free_port() -> int:

@@ -60,6 +60,11 @@ def load_rows(config: DataConfig, *, evaluation: bool = False) -> list[dict[str,
     setting, name = "data.name", config.name
     if evaluation and config.eval_name is not None:
         setting, name = "data.eval_name", config.eval_name
+    elif evaluation and (name is None or Path(name).is_file()):
+        raise ValueError(
+            f"data.eval_name is missing; the training questions ({name or 'given as train_dataset'}) have no held-out split "
+            "of their own. Set data.eval_name, pass eval_dataset to Trainer, or set evaluation.num_questions to 0."
+        )
     if name is None:
         raise ValueError(
             "data.name is missing; a run needs questions. Set data.name, or pass train_dataset to Trainer."

@@ -1,8 +1,8 @@
 """Functions called in processes that can be killed: both ends of the pipe.
 
-The parent keeps a pool of workers, sends each a chunk of calls and gets the results back one by one, so that a time limit
-holds for every single call. A worker that exceeds it is killed and replaced. The worker is this file run as a script; it
-imports the standard library, and what the functions import, and nothing else (no torch: it starts in 0.1 s and cannot touch a GPU).
+The parent keeps a pool of workers, sends each a chunk of calls and gets the results back one by one, so that a time
+limit holds for every single call. A worker that exceeds it is killed and replaced. The worker is this file run as a
+script; it imports the standard library and what the functions import, and nothing else (no torch), and sees no GPU.
 
     parent -> worker    once: import path, source files, functions, memory limit; then lists of (function, arguments)
     worker -> parent    ("ready", None) or ("broken", traceback); then per call ("value", result), ("bug", traceback)
@@ -42,7 +42,7 @@ _ENVIRONMENT = {
 }
 
 
-# ---- the parent's end ----------------------------------------------------------------------------------------------------
+# ---- the parent's end ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a call: the function returned `value`, or its worker was killed for time, or died or ran out of memory."""
+    """What became of a call.
+
+    It returned `value`; or its worker was killed for time ("timeout"), or died or ran out of memory ("crash").
+    """
 
     kind: Literal["value", "timeout", "crash"]
     value: Any = None
@@ -142,11 +145,17 @@ class WorkerPool:
             if pending and not worker.is_alive:
                 worker.start()
             elif pending and not worker.is_busy:
-                worker.send(calls, [pending.popleft() for _ in range(min(chunk, len(pending)))])
+                numbers = [pending.popleft() for _ in range(min(chunk, len(pending)))]
+                if not worker.send(calls, numbers):  # it died while idle: nobody's fault
+                    pending.extendleft(reversed(numbers))
+                    worker.start()
 
 
 class _Worker:
-    """One worker process as its parent sees it. `assigned` are the calls it was sent and has not answered, the first running."""
+    """One worker process as its parent sees it.
+
+    `assigned` are the calls it was sent and has not answered; the first of them is running.
+    """
 
     def __init__(self, setup: bytes) -> None:
         self.setup = setup
@@ -191,16 +200,16 @@ class _Worker:
         self.process = None
         self.connection.close()
 
-    def send(self, calls: list[Call], numbers: list[int]) -> None:
-        """Let it make these calls. If it died while idle, a new process is started and they stay undone."""
-        self.assigned.extend((number, calls[number]) for number in numbers)
-        message = pickle.dumps([(call.function, call.arguments) for _, call in self.assigned])
+    def send(self, calls: list[Call], numbers: list[int]) -> bool:
+        """Let it make these calls; False if its process turns out to be dead."""
         try:
-            self.connection.send_bytes(message)
+            self.connection.send_bytes(pickle.dumps([(calls[i].function, calls[i].arguments) for i in numbers]))
         except (BrokenPipeError, ConnectionResetError):
             self.kill()
-            self.start()
+            return False
+        self.assigned.extend((i, calls[i]) for i in numbers)
         self._restart_clock()
+        return True
 
     def take_back_undone(self) -> list[int]:
         """The numbers of the calls that a process which is gone was sent but never came to."""
@@ -268,7 +277,7 @@ def _kill_all(workers: Iterable[_Worker], owner: int) -> None:
         worker.kill()
 
 
-# ---- the worker's end ----------------------------------------------------------------------------------------------------
+# ---- the worker's end ------------------------------------------------------------------------------------------------
 
 
 def main(descriptor: int, parent: int) -> None:
@@ -289,7 +298,7 @@ def main(descriptor: int, parent: int) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """Be killed when the parent dies, even in the middle of a call (Linux; elsewhere the closed pipe ends us after it)."""
+    """Be killed when the parent dies, even in the middle of a call (elsewhere than on Linux: after it)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

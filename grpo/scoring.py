@@ -6,9 +6,9 @@ A reward function is a plain function; the names of its parameters say what it i
     accuracy(completions, answer, **kwargs) -> list        the completions of one group, as TRL calls it: every argument
                                                            is a list with one item per completion
 
-It can ask for `completion`, `prompt`, `finish_reason`, `num_tokens`, `max_completion_tokens`, `completion_ids`, any column
-of the data, and the keys of its `args`; `**kwargs` is given everything. Three endings are kept apart: a value, "can't
-tell" (None, a timeout, a crash), and a bug in the function, which stops the run and shows the sample.
+It can ask for `completion`, `prompt`, `finish_reason`, `num_tokens`, `max_completion_tokens`, `completion_ids`, any
+column of the data, and the keys of its `args`; `**kwargs` is given everything. Three endings are kept apart: a value,
+"can't tell" (None, a timeout, a crash), and a bug in the function, which stops the run and shows the sample.
 """
 
 from __future__ import annotations
@@ -182,7 +182,8 @@ class Scorer:
         """Everything that a function of a list can ask for: a list with one item per completion under every name."""
         num = len(group.completions)
         texts = [completion.text for completion in group.completions]
-        completions, prompts = texts, [group.prompt.text] * num
+        completions: list[Any] = texts
+        prompts: list[Any] = [group.prompt.text] * num
         if self.conversational:
             completions = [[{"role": "assistant", "content": text}] for text in texts]
             prompts = [[{"role": "user", "content": group.prompt.columns["question"]}] for _ in texts]
@@ -206,8 +207,8 @@ def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     """The reward of each completion: sum over functions of weight * value, where NaN stands for "can't tell".
 
     A function that can't tell for any completion of a group does not apply to that prompt (a code checker on a maths
-    question): it is left out of that group's sum. If it can't tell for some, the sum of those completions is NaN. A group
-    to which no function applies is NaN throughout. Functions of weight 0 have no part in any of this.
+    question): it is left out of that group's sum. If it can't tell for some, the sum of those completions is NaN. A
+    group to which no function applies is NaN throughout. Functions of weight 0 have no part in any of this.
 
     Args:
         values: (F, P, G).
@@ -252,7 +253,7 @@ def resolve_function(spec: str) -> Callable[..., Any]:
     return function
 
 
-# ---- who is given what ---------------------------------------------------------------------------------------------------
+# ---- who is given what -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -353,7 +354,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"there is {', '.join(known) or 'nothing'}" + (f"; did you mean {close[0]}?" if close else "")
 
 
-# ---- calls and what comes of them ----------------------------------------------------------------------------------------
+# ---- calls and what comes of them ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -399,8 +400,8 @@ class _Task:
         """The error that shows the sample."""
         shown = "\n".join(f"  {name}: {_shorten(value, 2000)}" for name, value in self.sample.items())
         return RewardError(
-            f"Reward {self.bound.reward.name} {what}. This is a bug in the reward: what the model writes badly must score "
-            f"0 inside of it. The sample:\n{shown}\n{worker_traceback}".rstrip()
+            f"Reward {self.bound.reward.name} {what}. This is a bug in the reward: what the model writes badly must "
+            f"score 0 inside of it. The sample:\n{shown}\n{worker_traceback}".rstrip()
         )
 
 
@@ -409,13 +410,13 @@ def _shorten(value: Any, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 
-# ---- modules -------------------------------------------------------------------------------------------------------------
+# ---- modules ---------------------------------------------------------------------------------------------------------
 
 
 def _import_module(spec: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # ValueError: an empty name
         raise ValueError(
             f"rewards.*.function is {spec!r}; the module {name!r} cannot be imported: {error}. "
             "Install it, add its folder to PYTHONPATH, or name its file: path/to/file.py:function."
@@ -429,7 +430,7 @@ def _load_file(spec: str, path: Path) -> ModuleType:
             "Give the path from the folder in which the run is started, or an absolute one."
         )
     path = path.resolve()
-    name = f"reward_file_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+    name = f"reward_file_{zlib.crc32(str(path).encode()):08x}"  # of two files with one name, and never with a dot
     if name not in _files:
         _files[name] = SourceFile(name, str(path), path.read_text(encoding="utf-8"))
         _files[name].load()

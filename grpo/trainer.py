@@ -100,14 +100,12 @@ class Trainer:
         Returns:
             The last checkpoint; its `hf/` is a directory that `AutoModelForCausalLM.from_pretrained` loads.
         """
-        config, last = self.config, self.config.run.steps
-        self._evaluate()
-        while self.state.step < last:
+        self._evaluate_if_due()
+        while self.state.step < self.config.run.steps:
             self.train_step()
-            if self.state.step == last or _due(self.state.step, config.evaluation.every_steps):
-                self._evaluate()
-            if self.state.step == last or _due(self.state.step, config.checkpoint.every_steps):
+            if self._is_last() or _due(self.state.step, self.config.checkpoint.every_steps):
                 self.save()
+            self._evaluate_if_due()
         self.log.close()
         return self._finish()
 
@@ -192,7 +190,7 @@ class Trainer:
         norm = self.policy.optimizer_step(rate)
         self.state.optimizer_steps += 1
         self.meter.mean("optimizer/grad_norm", torch.tensor(norm))
-        self.meter.max("optimizer/learning_rate", torch.tensor(rate))
+        self.meter.max("optimizer/learning_rate", torch.tensor(rate, dtype=torch.float64))
 
     def _micro_batches(self, batch: Batch) -> tuple[list[list[int]], list[Batch]]:
         """Which sequences share a pass, and the passes, on the device; spare ones make up the number of the busiest rank."""
@@ -211,7 +209,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the current state; every process calls it."""
-        self.last_checkpoint = checkpoint.save(
+        return checkpoint.save(
             self.directory / "checkpoints",
             self.state,
             policy=self.policy,
@@ -219,7 +217,6 @@ class Trainer:
             processes=self.processes,
             keep=self.config.checkpoint.keep,
         )
-        return self.last_checkpoint
 
     def close(self) -> None:
         """End the reward workers and the logs; for a trainer that is stepped by hand."""
@@ -233,8 +230,11 @@ class Trainer:
         self.say(f"resumed after step {state.step} from {self.found}")
         return state
 
-    def _evaluate(self) -> None:
-        if not self.eval_prompts or self.processes.broadcast(bool(self.log.evaluation(self.state.step))):
+    def _evaluate_if_due(self) -> None:
+        """Before the first step, after the last, and as configured between; not again for a step that a run resumes at."""
+        step = self.state.step
+        due = step == 0 or self._is_last() or _due(step, self.config.evaluation.every_steps)
+        if not self.eval_prompts or not due or self.processes.broadcast(bool(self.log.evaluation(step))):
             return
         rows = evaluate(
             self.eval_prompts,
@@ -245,7 +245,10 @@ class Trainer:
             max_tokens=self.config.rollout.max_completion_tokens,
             seed=self._seed("evaluation"),
         )
-        self.log.log_evaluation(self.state.step, rows)
+        self.log.log_evaluation(step, rows)
+
+    def _is_last(self) -> bool:
+        return self.state.step == self.config.run.steps
 
     def _log_completions(self, rows: list[dict[str, Any]], advantages: Tensor) -> None:
         known = advantages.nan_to_num().flatten().tolist()

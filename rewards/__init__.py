@@ -1,4 +1,4 @@
-"""Reward functions: strings and numbers in, a number out (None: can't tell). A YAML names them as they are named here."""
+"""Reward functions: strings and numbers in, a number out (None: can't tell). A YAML uses the names they have here."""
 
 from rewards.accuracy import accuracy
 from rewards.exact_match import exact_match

@@ -15,7 +15,7 @@ _CANDIDATE = {"answer_tag": from_answer_tag, "boxed": from_box, "last_number": l
 def accuracy(completion: str, answer: str, *, source: Source = "answer_tag") -> float | None:
     r"""1 if the completion's final answer is mathematically equal to `answer`, 0 if not (DeepSeek-R1, section 2.2).
 
-    One candidate is considered, so listing every possible answer earns nothing. A completion without an answer is wrong.
+    One candidate is considered, so listing all possible answers earns nothing. A completion without an answer is wrong.
 
     Args:
         completion: what the model wrote.

@@ -12,17 +12,19 @@ import re
 MAX_TAG_CHARS = 2_000  # an answer tag without a box that is longer than this holds an essay, not an answer
 
 _BOX_TOKEN = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
-_MATH = re.compile(  # a closing "$" may not follow a space or precede a digit, so that "$18 and $5" is money
+_MATH = re.compile(  # a closing "$" may not stand before a digit: "$18 and $5" is money
     r"\$\$(?P<display>[^$]+)\$\$"
     r"|\\\[(?P<bracket>(?:[^\\]|\\(?!\]))+)\\\]"
     r"|\\\((?P<paren>(?:[^\\]|\\(?!\)))+)\\\)"
-    r"|(?<!\\)\$(?P<inline>(?!\s)(?:[^$\n\\]|\\.)+(?<!\s))\$(?!\d)"
+    r"|(?<!\\)\$(?P<inline>(?:[^$\n\\]|\\.)+)\$(?!\s?\d)"
 )
 _NUMBER = re.compile(
-    r"(?:(?<![\w)}\]])[-+−])?(?:\\?[$€£¥]\s?)?"
+    r"(?:(?<![\w)}\]])[-+\u2212])?(?:\\?[$€£¥]\s?)?"
     r"(?:\\[dt]?frac\{\d+\}\{\d+\}|(?:\d{1,3}(?:,\d{3}){1,12}(?!\d)|\d+)(?:\.\d+)?(?:\s?/\s?\d+)?|\.\d+)(?:\s?\\?%)?"
 )
-_BELONGS_TO_TEXT_BEFORE = re.compile(r"(?:[\w{}]|[0-9][:.]|(?:[-+−*×÷·/^_]|\\times|\\cdot)\s*|[\^_]\{\s*)$")
+_BELONGS_TO_TEXT_BEFORE = re.compile(
+    r"(?:[\w{}]|[0-9][:.]|(?:[-+\u2212*\u00d7\u00f7\u00b7/^_]|\\times|\\cdot)\s*|[\^_]\{\s*)$"
+)
 _BELONGS_TO_TEXT_AFTER = re.compile(r"\s*[\^_{]|[:.][0-9]")
 _LIST_SEPARATOR = re.compile(r"[\s,;/$*]*(?:\b(?:or|and)\b[\s$*]*)?")
 _LATEX_WORDS = re.compile(r"\\(?:text\w*|mbox|math\w+|operatorname|begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+")
@@ -79,7 +81,7 @@ def last_number(text: str) -> str | None:
 
 
 def last_math(text: str) -> tuple[str, int] | None:
-    r"""The last `$...$`, `\(...\)` or `\[...\]` and where it ends; spans that form a list ("$1$, $2$ and $3$") are joined."""
+    r"""The last `$...$`, `\(...\)` or `\[...\]` and where it ends; a list of them ("$1$, $2$ and $3$") counts as one."""
     spans = list(_MATH.finditer(text))
     if not spans:
         return None
@@ -90,15 +92,15 @@ def last_math(text: str) -> tuple[str, int] | None:
 
 
 def is_prose(text: str) -> bool:
-    r"""Whether words remain once LaTeX commands and `\text{...}` are taken out: "18 dollars", not "2x" or "\frac{1}{2}"."""
+    r"""Whether words remain once LaTeX commands are taken out: they do in "18 dollars", not in "2x" or "\frac{1}{2}"."""
     return _PROSE.search(_LATEX_WORDS.sub(" ", text)) is not None
 
 
 def final_expression(content: str) -> str | None:
     r"""The expression that the content of an answer tag or box commits to, or None.
 
-    A box wins, then math between delimiters, then, in a sentence, its last number. What is not a sentence is taken whole:
-    "1, 2, 3" stays a list and "x = 5" an equation. A sentence without a number is taken whole too: "Evelyn".
+    A box wins, then math between delimiters, then, in a sentence, its last number. What is not a sentence is taken
+    whole: "1, 2, 3" stays a list and "x = 5" an equation. So is a sentence without a number: "Evelyn".
     """
     boxed = last_box(content)
     if boxed is not None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 def overlong(num_tokens: int, max_completion_tokens: int, *, buffer: int) -> float:
-    """DAPO's soft overlong punishment (Yu et al. 2025, eq. 13): 0 for most lengths, falling to -1 over the last `buffer`.
+    """DAPO's soft overlong punishment (Yu et al. 2025, eq. 13): 0, then falling to -1 over the last `buffer` tokens.
 
-        0                                                   num_tokens <= max_completion_tokens - buffer
+        0                                                           num_tokens <= max_completion_tokens - buffer
         (max_completion_tokens - buffer - num_tokens) / buffer      up to max_completion_tokens
-        -1                                                  beyond
+        -1                                                          beyond
 
     DAPO generates 20,480 tokens with a buffer of 4,096. With a limit of 100 and a buffer of 20, 90 tokens cost 0.5.
 

@@ -10,7 +10,8 @@ def repetition(completion: str, *, ngram: int = 20, max_penalty: float = 1.0) ->
 
     The n-gram penalty is from Yeo et al. 2025, "Demystifying Long Chain-of-Thought Reasoning in LLMs" (section 4), who
     charge it to single tokens with n = 40; the share over a whole completion is open-r1's. Short n-grams also punish
-    restating a formula, which a good solution does; raise `ngram` to punish only long loops. Fewer words than `ngram`: 0.
+    restating a formula, which a good solution does; raise `ngram` to punish only long loops. 0 for a completion of
+    fewer words than `ngram`.
 
     Raises:
         ValueError: ngram is below 1, or max_penalty is negative.

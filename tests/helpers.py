@@ -66,10 +66,16 @@ def number_in_text(completion: str) -> float:
     return float(completion)
 
 
+def clean_environment() -> dict[str, str]:
+    """The environment for a process of its own: without the process group that a Trainer here has set up."""
+    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in group}
+
+
 def launch(script: str, *arguments: str, processes: int = 1, timeout: float = 300) -> str:
     """Run tests/<script> under torchrun and return what it printed; fails with its output if it failed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment = {**clean_environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(
         [*command, str(ROOT / "tests" / script), *arguments],
         capture_output=True,

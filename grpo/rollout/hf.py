@@ -55,10 +55,7 @@ class HFGenerator:
                 input_ids,
                 attention_mask=attention_mask,
                 generation_config=GenerationConfig(
-                    do_sample=temperature > 0,
-                    temperature=temperature or None,
-                    top_k=0,
-                    top_p=1.0,
+                    **({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}),
                     max_new_tokens=max_tokens,
                     eos_token_id=policy.end_token_ids,
                     pad_token_id=policy.tokenizer.pad_token_id,

@@ -1,0 +1,137 @@
+"""The update must not depend on how it was split: micro-batches, processes, ZeRO stages. On CPUs with gloo."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, clean_environment, launch, read_json, tiny_config
+from safetensors.torch import load_file
+
+from grpo import distributed
+from grpo.sinks import read_jsonl
+
+COMPARED = (
+    "optimizer/grad_norm",
+    "optimizer/loss",
+    "policy/kl",
+    "policy/entropy",
+    "policy/ratio_mean",
+    "policy/clip_fraction",
+    "policy/sampling_gap",
+    "reward/mean",
+    "reward/std",
+    "completion/length_mean",
+)
+TINY_PARAMETERS = 496_128
+
+
+def update(out: Path, *, zero: int, processes: int, budget: int) -> Path:
+    out.mkdir()
+    launch("worker_update.py", str(out), "--zero", str(zero), "--budget", str(budget), processes=processes)
+    return out
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything in one pass on one process, without ZeRO."""
+    return update(tmp_path_factory.mktemp("reference") / "out", zero=0, processes=1, budget=100_000)
+
+
+@pytest.mark.parametrize(
+    ("zero", "processes", "budget"),
+    [
+        (0, 1, 120),  # a sequence or two per pass
+        (0, 2, 256),
+        (1, 2, 256),
+        (2, 2, 256),
+        (3, 2, 256),
+        (2, 3, 120),  # minibatches of 3 questions over 3 processes: uneven passes
+        (2, 4, 256),  # more processes than questions in a minibatch: one has nothing to do
+    ],
+)
+def test_the_update_does_not_depend_on_how_it_is_split(
+    tmp_path: Path, reference: Path, zero: int, processes: int, budget: int
+):
+    out = update(tmp_path / "out", zero=zero, processes=processes, budget=budget)
+    for ours, theirs in zip(read_json(out / "metrics.json"), read_json(reference / "metrics.json"), strict=True):
+        for name in COMPARED:
+            # float32 sums in another order; they differ by 2e-7 relative, and the second step starts from such weights
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-5, abs=1e-6), name
+    weights, expected = load_file(out / "weights.safetensors"), load_file(reference / "weights.safetensors")
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-6)  # a fifth of one step of 1e-5
+    held = read_json(out / "held.json")
+    assert held == TINY_PARAMETERS / (processes if zero == 3 else 1)
+
+
+def test_processes_with_nothing_to_do_still_run_as_many_passes(tmp_path: Path):
+    out = update(tmp_path / "out", zero=2, processes=4, budget=256)
+    assert any(step["batch/padding"] > 0 for step in read_json(out / "metrics.json"))
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_sharded_run_resumes_where_it_stopped(tmp_path: Path, zero: int):
+    launch("worker_resume.py", str(tmp_path), "--zero", str(zero), processes=2)
+    whole, halves = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "halves"))
+    drop = ("time/", "throughput/")
+    clean = [[{k: v for k, v in row.items() if not k.startswith(drop)} for row in rows] for rows in (whole, halves)]
+    assert [row["step"] for row in clean[0]] == [1, 2, 3]
+    assert clean[0] == clean[1]
+
+
+ACCELERATE_CONFIG = """
+compute_environment: LOCAL_MACHINE
+distributed_type: DEEPSPEED
+num_processes: 2
+num_machines: 1
+machine_rank: 0
+main_process_port: 0
+mixed_precision: 'no'
+use_cpu: false
+deepspeed_config: {{zero_stage: {zero}, gradient_accumulation_steps: 1, gradient_clipping: 1.0}}
+"""
+
+
+def launch_with_config_file(tmp_path: Path, *, zero: int) -> subprocess.CompletedProcess[str]:
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(ACCELERATE_CONFIG.format(zero=zero))
+    settings = ["run.steps=1", "evaluation.num_questions=0", "distributed.zero_stage=2", f"run.dir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), "scripts/train_zero.py"]
+    return subprocess.run(
+        [*command, "--config", "configs/quickstart.yaml", "--set", *settings],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=clean_environment(),
+    )
+
+
+def test_accelerates_own_configuration_file_may_set_the_number_of_processes(tmp_path: Path):
+    done = launch_with_config_file(tmp_path, zero=2)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads((tmp_path / "run/environment.json").read_text())["processes"] == 2
+    assert done.stdout.count("training questions") == 1  # one process speaks
+
+
+def test_a_zero_stage_that_accelerates_file_contradicts_is_refused(tmp_path: Path):
+    done = launch_with_config_file(tmp_path, zero=3)
+    assert done.returncode != 0
+    assert "distributed.zero_stage is 2; accelerate's own configuration file says zero_stage 3" in done.stderr
+
+
+def test_accelerates_cpu_switch_does_not_drop_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    processes = distributed.start(tiny_config(tmp_path), dtype=torch.float32)
+    assert processes.accelerator.distributed_type == "DEEPSPEED"
+
+
+def test_nothing_is_compiled_at_the_start_on_a_cpu(tmp_path: Path):
+    from deepspeed import ops
+
+    distributed.start(tiny_config(tmp_path), dtype=torch.float32)
+    assert ops.__compatible_ops__["deepspeed_shm_comm"] is False

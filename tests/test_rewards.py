@@ -1,0 +1,359 @@
+"""The reward functions, called directly."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rewards import accuracy, exact_match, format, overlong, repetition
+from rewards.extraction import last_box, last_number
+
+N = 100_000
+
+
+def tag(content: str) -> str:
+    return f"<think> let me see </think> <answer>{content}</answer>"
+
+
+# ---- accuracy: what is right -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        ("18", "18"),
+        (" 18.0 ", "18"),
+        ("$18", "18"),
+        ("\\$18.00", "18"),
+        ("18 dollars", "18"),
+        ("**18**", "18"),
+        ("18 %", "18"),
+        ("-5", "-5"),
+        ("\N{MINUS SIGN}5", "-5"),
+        ("12,000", "12000"),
+        ("12{,}000", "12,\\!000"),
+        ("0.5", "\\frac{1}{2}"),
+        ("1/2", "\\frac12"),
+        ("\\dfrac{1}{2}", "0.5"),
+        ("50%", "0.5"),
+        ("1.45e-5", "0.0000145"),
+        ("120", "120^\\circ"),
+        ("1" + "0" * 40, "1" + "0" * 40),
+        ("The answer is 18.", "18"),
+        ("Janet makes 9 * 2 = $18 every day.", "18"),
+        ("She pays $5 and gets $18 back", "18"),
+        ("If $x=2$ then the total is 18", "18"),
+        ("So it costs $x = 18$ dollars.", "18"),
+        ("Step 1: \\boxed{7}. Step 2: \\boxed{18}", "18"),
+        ("The total is \\boxed{18} for 4 people", "18"),
+        ("It is $ 2\\sqrt{2} $.", "\\sqrt{8}"),
+        ("$x = \\text{even}$", "\\text{even}"),
+        ("\\[ x = \\frac{3}{2} \\]", "\\frac{3}{2}"),
+        ("n = 18", "18"),
+        ("9 * 2 = 18", "18"),
+        ("18 \\text{ dollars}", "18"),
+        ("\\sqrt{8}", "2\\sqrt{2}"),
+        ("(x+1)^2", "x^2+2x+1"),
+        ("x = \\frac{3}{2}", "x=1.5"),
+        ("3/2", "x = \\frac{3}{2}"),
+        ("3, 1, 2", "1,2,3"),
+        ("$1$, $2$ and $3$", "1,2,3"),
+        ("(3, \\frac{\\pi}{2})", "\\left( 3, \\frac{\\pi}{2} \\right)"),
+        ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
+        ("Evelyn", "\\text{Evelyn}"),
+        ("\\text{evelyn}", "Evelyn"),
+        ("C", "\\text{(C)}"),
+        ("\\boxed{60}", "\\[\n\\boxed{60}\n\\]"),
+    ],
+)
+def test_an_answer_equal_to_gold_is_right(content: str, answer: str) -> None:
+    assert accuracy(tag(content), answer) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        ("19", "18"),
+        ("18.01", "18"),
+        ("-18", "18"),
+        ("0.333333", "1/3"),  # plain numbers are compared exactly
+        ("1" + "0" * 40 + "1", "1" + "0" * 40 + "2"),  # equal as floats
+        ("20", "0.2"),  # 20% would be right
+        ("50", "1/2"),
+        ("18 or 19", "18"),
+        ("19 or 18", "18"),
+        ("(2,1)", "(1,2)"),
+        ("neve", "\\text{even}"),  # an anagram has the same letters as factors
+        ("5", "5t"),
+        ("3 2", "6"),  # juxtaposition is no product
+        ("10^5 metres", "5"),
+        ("9 + 2 dollars", "2"),
+        ("See step_3", "3"),
+        ("at 5:30 in the morning", "30"),
+        ("CO2", "2"),
+    ],
+)
+def test_an_answer_different_from_gold_is_wrong(content: str, answer: str) -> None:
+    assert accuracy(tag(content), answer) == 0.0
+
+
+def test_each_source_looks_in_its_own_place_only() -> None:
+    completion = "<think> 3 </think><answer> 1 </answer> \\boxed{2} done, 3"
+    for source, right in (("answer_tag", "1"), ("boxed", "2"), ("last_number", "3")):
+        verdicts = {answer: accuracy(completion, answer, source=source) for answer in "123"}
+        assert verdicts == {answer: float(answer == right) for answer in "123"}
+
+
+def test_the_last_of_several_tags_or_boxes_counts() -> None:
+    assert accuracy("<answer>1</answer> wait, <answer>2</answer>", "2") == 1.0
+    assert accuracy("<answer>1</answer> wait, <answer>2</answer>", "1") == 0.0
+    assert accuracy("<answer>2</answer> wait, <answer>1", "2") == 1.0  # cut off: the last complete pair
+    assert last_box("\\boxed{1} \\boxed{\\frac{1}{2}} \\boxed{unclosed") == "\\frac{1}{2}"
+    assert last_box("{\\boxed{\\boxed{5} \\{}}") == "5"
+    assert last_box("no box, \\boxed 5") is None
+
+
+def test_a_number_that_ends_a_list_of_alternatives_is_no_answer() -> None:
+    assert last_number("It is 3 or 4") is None
+    assert last_number("1, 2, 3, 4") is None
+    assert last_number("7, or 7") == "7"
+    assert last_number("3 apples cost $4") == "$4"
+
+
+def test_an_unknown_source_is_refused() -> None:
+    with pytest.raises(ValueError, match="source is 'tag'; it is one of answer_tag, boxed, last_number"):
+        accuracy("5", "5", source="tag")  # type: ignore[arg-type]
+
+
+# ---- accuracy: what must never be paid -------------------------------------------------------------------------------
+
+NUMBERS = [str(n) for n in range(31)]
+LISTED = ", ".join(NUMBERS)
+SPAM = [
+    LISTED,
+    "\\{" + LISTED + "\\}",
+    "[" + LISTED + "]",
+    "(" + LISTED + ")",
+    " or ".join(NUMBERS),
+    " ".join(NUMBERS),
+    "/".join(NUMBERS),
+    "=".join(NUMBERS),
+    "; ".join(NUMBERS),
+    "\n".join(NUMBERS),
+    "\\pm ".join(NUMBERS),
+    "".join(f"\\boxed{{{n}}}" for n in NUMBERS),
+    ", ".join(f"${n}$" for n in NUMBERS),
+    " ".join(f"$x={n}$" for n in NUMBERS),
+    ", ".join(f"x={n}" for n in NUMBERS),
+    "\\boxed{" + LISTED + "}",
+    "\\boxed{\\{0,\\ldots,30\\}}",
+    "It is 1, 2, 3, 4, or 5",
+    "It is 3 or 4",
+    "3 \\approx 4",
+    "0 \\le x \\le 30",
+    "[0, 30]",
+    "(-\\infty,\\infty)",
+    "\\mathbb{R}",
+    "x",
+    "x=x",
+    "0=0",
+    "0/0",
+    "1/0",
+    "nan",
+    "\\infty",
+    "\\emptyset",
+    "0 \\pm 30",
+]
+ECHOES = ["answer here", "", " ", "\\boxed{}", "\\boxed{ }", "$$", "...", "?", "\x00\x00", "\\text{}", "{}", "[]"]
+
+
+@pytest.mark.parametrize("spam", SPAM)
+def test_no_text_is_right_for_two_different_answers(spam: str) -> None:
+    answers = [*NUMBERS, "1/2", "-1", "\\sqrt{2}", "y", "\\text{(A)}", "\\text{(B)}", "1,2"]
+    for completion, source in ((tag(spam), "answer_tag"), (f"\\boxed{{{spam}}}", "boxed"), (spam, "last_number")):
+        paid = [answer for answer in answers if accuracy(completion, answer, source=source) == 1.0]
+        assert len(paid) <= 1, (source, paid)
+
+
+@pytest.mark.parametrize("echo", ECHOES)
+def test_an_echo_of_the_prompt_or_an_empty_answer_is_wrong(echo: str) -> None:
+    for answer in ("0", "1", "x", "\\text{even}", "\\frac{1}{2}"):
+        for completion in (tag(echo), echo, f"\\boxed{{{echo}}}"):
+            for source in ("answer_tag", "boxed", "last_number"):
+                assert accuracy(completion, answer, source=source) == 0.0
+
+
+BOMBS = [
+    "10**10**10",
+    "10^{10^{10}}",
+    "9^{(9+9)^9}",
+    "{9^9}^{9^9}",
+    "(((9^9)^9)^9)^9",
+    "2^{99999999}",
+    "(x+1)^{9999}",
+    "99999999!",
+    "3!!!!!!",
+    "\\gcd(10^{10^{10}}, 3)",
+    "\\Gamma(99999999)",
+    "\\binom{99999999}{5555555}",
+    "\\sqrt[9^{9^9}]{3}",
+    "\\sum_{k=1}^{99999999} k",
+    "\\begin{pmatrix}1&1\\\\1&0\\end{pmatrix}^{99999999}",
+    "(" * 30 + "1" + ")" * 30,
+    "9" * N,
+    "9" * 400,
+    "9," * N,
+    "1,111" * N,
+    "9." * N,
+    "9/" * N,
+    "-" * N + "9",
+    " " * N + "x 9",
+    "$" * N,
+    "$9" * N,
+    "\\(" * N,
+    "\\[9" * N,
+    "(" * N,
+    "\\frac{" * N + "1" + "}{2}" * N,
+    "\\sqrt{" * N + "2" + "}" * N,
+    "\\boxed{" * N,
+    "\\boxed{" * N + "7" + "}" * (N - 1) + "8}",
+    "\\boxed " * N,
+    "{" * N,
+    "}" * N,
+    "<answer>" * N,
+    "</answer>" * N,
+    "\x00" * N,
+    "9\x00" * N,
+    "\u202e7" * N,
+    "\N{SUPERSCRIPT TWO}" * N,
+    "1 " + "," * N + " 2",
+    "e" * N,
+    "\\text{" * N,
+]
+
+
+@pytest.mark.parametrize("bomb", BOMBS, ids=lambda bomb: f"{bomb[:12]!r}x{len(bomb)}")
+def test_hostile_text_is_wrong_and_costs_little(bomb: str) -> None:
+    started = time.process_time()
+    for answer in ("7777", "\\sqrt{2}+x"):
+        assert accuracy(tag(bomb), answer) == 0.0
+        assert accuracy(f"\\boxed{{{bomb}}}", answer, source="boxed") == 0.0
+        assert accuracy(bomb, answer, source="last_number") == 0.0
+    assert exact_match(tag(bomb), "7777") == 0.0
+    assert format(bomb) == 0.0
+    assert -1.0 <= repetition(bomb) <= 0.0
+    assert time.process_time() - started < 5.0  # most take a few ms; a quadratic scan would take minutes
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        " ",
+        "$$",
+        "\\boxed{}",
+        "\\frac{5055}{2^{15}",
+        "f(x) = ax+b where b is an arbitrary integer",
+        "\\frac{1}{0}{",
+        "a\x0crac{1}{2}",
+        "10^{10^{10}}",
+        "9" * 1000,
+    ],
+)
+def test_a_gold_answer_that_cannot_be_graded_pays_nobody(answer: str) -> None:
+    """With open-r1's first release, a gold answer that failed to parse paid 1 to everything (open-r1#293)."""
+    for content in (answer, "", "5", "anything"):
+        assert accuracy(tag(content), answer) is None
+    assert "Rewrite or drop the row" in accuracy.check_row(answer)
+
+
+def test_check_row_passes_what_accuracy_can_grade_and_names_what_it_cannot() -> None:
+    assert accuracy.check_row("18") is None
+    assert accuracy.check_row("\\frac{\\pi}{2}") is None
+    assert accuracy.check_row("\\text{(C)}", source="boxed") is None
+    assert "only finds plain numbers" in accuracy.check_row("\\sqrt{2}", source="last_number")
+    assert accuracy.check_row(18).startswith("answer is 18, a int")
+
+
+# ---- the others ------------------------------------------------------------------------------------------------------
+
+
+def test_exact_match_takes_the_whole_tag_and_overlooks_only_spaces_and_thousands_commas() -> None:
+    assert exact_match(tag(" 12,000 "), "12000") == 1.0
+    assert exact_match(tag("two\n lines"), "two lines") == 1.0
+    for content in ("12000.0", "$12000", "12000 dollars", "1,2000", "1, 2000", ""):
+        assert exact_match(tag(content), "12000") == 0.0
+    assert exact_match("12000", "12000") == 0.0
+    assert exact_match(tag(""), "") == 0.0
+
+
+@pytest.mark.parametrize(
+    "completion",
+    ["<think>a</think><answer>b</answer>", " \n<think>\na\n\nb\n</think>\n\n<answer>\nb < c\n</answer>\n", tag("5")],
+)
+def test_format_accepts_thought_then_answer(completion: str) -> None:
+    assert format(completion) == 1.0
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "",
+        "5",
+        "<think>a</think>",
+        "<answer>b</answer>",
+        "<think></think><answer>b</answer>",
+        "<think>a</think><answer> </answer>",
+        "a</think><answer>b</answer>",  # a prompt's prefilled <think> has to be put back
+        "<think>a</think><answer>b",
+        "<think>a</think><answer>b</answer> and more",
+        "well, <think>a</think><answer>b</answer>",
+        "<think>a</think> so <answer>b</answer>",
+        "<answer>b</answer><think>a</think>",
+        "<think>a<answer>b</answer></think>",
+        "<think>a</answer></think><answer>b",
+        "<think>a</think><answer>b</answer><answer>c</answer>",
+        "<think>a<think>b</think><answer>c</answer>",
+        "<Think>a</Think><Answer>b</Answer>",
+        "<think>a</think><answer>b</answer>\x00",
+        "<think>" * N + "a" + "</think>" * N + "<answer>b</answer>",
+    ],
+)
+def test_format_refuses_everything_else(completion: str) -> None:
+    assert format(completion) == 0.0
+
+
+def test_format_is_linear_in_the_length() -> None:
+    started = time.process_time()
+    assert format("<think>" + "<" * 10**6 + "</think><answer>" + " >" * 10**6 + "</answer>") == 1.0
+    assert format("<think>" + "<think " * 10**6) == 0.0
+    assert time.process_time() - started < 1.0  # takes about 10 ms
+
+
+def test_overlong_follows_dapo_equation_13() -> None:
+    # limit 100, buffer 20: free up to 80; 90 is half way: (80 - 90) / 20 = -0.5; 100 and beyond: -1
+    penalties = [overlong(n, 100, buffer=20) for n in (0, 80, 81, 90, 100, 101)]
+    assert penalties == [0.0, 0.0, -0.05, -0.5, -1.0, -1.0]
+    for buffer in (0, -1, 101):
+        with pytest.raises(ValueError, match=f"buffer is {buffer}; it must be between 1 and max_completion_tokens"):
+            overlong(5, 100, buffer=buffer)
+
+
+def test_repetition_is_the_share_of_repeated_ngrams() -> None:
+    # bigrams of "a b a b a": ab ba ab ba: 2 distinct of 4 -> -(1 - 2/4)
+    assert repetition("a b A b a", ngram=2) == -0.5
+    assert repetition("a b a b a", ngram=2, max_penalty=0.2) == pytest.approx(-0.1)
+    assert repetition("a b c d e", ngram=2) == 0.0
+    assert repetition("a", ngram=2) == repetition("") == 0.0
+    # 1,000 words of one: 981 20-grams, 1 distinct
+    assert repetition("wait " * 1000) == pytest.approx(-(1 - 1 / 981))
+    with pytest.raises(ValueError, match="ngram is 0"):
+        repetition("a", ngram=0)
+
+
+def test_rewards_import_neither_grpo_nor_torch() -> None:
+    code = "import rewards, sys; print({'grpo', 'torch', 'transformers'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

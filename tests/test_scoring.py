@@ -1,0 +1,537 @@
+"""The scorer: who is given what, the three endings of a call, and the sum."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grpo.scoring import Reward, RewardError, Scorer, resolve_function, weighted_sum
+from grpo.types import Completion, Group, Prompt
+from rewards import accuracy, format, overlong
+
+nan = math.nan
+
+
+def make_group(texts: list[str], *, row: int = 0, answer: str = "18", **columns: Any) -> Group:
+    """Completion i has i + 1 tokens; the last one of a group was cut off."""
+    prompt = Prompt(row, [1, 2], f"Q{row}? A:", "", {"question": f"Q{row}?", "answer": answer} | columns)
+    completions = [
+        Completion(list(range(i + 1)), [0.0] * (i + 1), text, "length" if i + 1 == len(texts) else "stop")
+        for i, text in enumerate(texts)
+    ]
+    return Group(prompt, completions)
+
+
+def make_scorer(*rewards: Reward | Callable[..., Any], **options: Any) -> Scorer:
+    settings: dict[str, Any] = {
+        "columns": ["question", "answer"],
+        "max_completion_tokens": 10,
+        "conversational": False,
+        "num_workers": 1,
+        "timeout_seconds": 20.0,
+        "memory_gib": 1.0,
+    }
+    return Scorer([r if isinstance(r, Reward) else Reward(r) for r in rewards], **(settings | options))
+
+
+def score_one(function: Callable[..., Any], texts: list[str], **options: Any) -> list[float]:
+    """What a function says of the completions of one group."""
+    with make_scorer(Reward(function, name="it"), **options) as scorer:
+        return scorer.score([make_group(texts)]).values["it"][0].tolist()
+
+
+def assert_equal(actual: torch.Tensor, expected: list[list[float]]) -> None:
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=0, equal_nan=True)
+
+
+# ---- the sum ---------------------------------------------------------------------------------------------------------
+
+
+def test_reward_is_the_weighted_sum() -> None:
+    right, well_formed = "<think>a</think><answer>18</answer>", "<think>a</think><answer>1</answer>"
+    groups = [make_group([right, well_formed, "18"]), make_group(["<answer>7</answer>", "", right], answer="7")]
+    with make_scorer(accuracy, Reward(format, weight=0.5)) as scorer:
+        scores = scorer.score(groups)
+    assert_equal(scores.values["accuracy"], [[1, 0, 0], [1, 0, 0]])
+    assert_equal(scores.values["format"], [[1, 1, 0], [0, 0, 1]])
+    assert_equal(scores.rewards, [[1.5, 0.5, 0], [1, 0, 0.5]])
+    assert scores.rewards.dtype == torch.float32
+    assert (scores.num_timeouts, scores.num_crashes) == (0, 0)
+    assert 0 < scores.seconds < 20
+
+
+def test_a_function_that_cannot_tell_is_left_out_of_a_group_or_makes_the_sum_unknown() -> None:
+    values = torch.tensor(
+        [
+            [[1.0, 0.0, 1.0], [nan, nan, nan]],  # a, weight 1
+            [[0.5, nan, 0.0], [1.0, 2.0, 3.0]],  # b, weight 2
+        ]
+    )
+    # group 0: both apply. 1 + 2*0.5 = 2; b cannot tell -> NaN; 1 + 2*0 = 1
+    # group 1: a cannot tell for any, so it does not apply: 2*1, 2*2, 2*3
+    assert_equal(weighted_sum(values, torch.tensor([1.0, 2.0])), [[2, nan, 1], [2, 4, 6]])
+    # b at weight 0 has no say, not even its NaN; then no weighted function applies to group 1
+    assert_equal(weighted_sum(values, torch.tensor([1.0, 0.0])), [[1, 0, 1], [nan, nan, nan]])
+    assert_equal(weighted_sum(values, torch.tensor([0.0, 0.0])), [[nan] * 3] * 2)
+
+
+def test_none_is_unknown_and_not_wrong() -> None:
+    assert str(score_one(lambda completion: {"a": 1, "b": None, "c": False}[completion], ["a", "b", "c"])) == str(
+        [1.0, nan, 0.0]
+    )
+
+
+def test_no_groups_have_scores_of_no_rows() -> None:
+    with make_scorer(accuracy) as scorer:
+        scores = scorer.score([])
+        assert scores.rewards.shape[0] == scores.values["accuracy"].shape[0] == 0
+        assert scorer.check_rows([]) == []
+
+
+# ---- who is given what -----------------------------------------------------------------------------------------------
+
+
+def test_a_function_is_given_what_its_parameters_name() -> None:
+    def check(
+        completion: str,
+        prompt: str,
+        finish_reason: str,
+        num_tokens: int,
+        max_completion_tokens: int,
+        completion_ids: list[int],
+        question: str,
+        *,
+        bonus: float,
+        unused: int = 7,
+    ) -> float:
+        assert (prompt, question, max_completion_tokens, unused) == ("Q0? A:", "Q0?", 10, 7)
+        assert completion_ids == list(range(num_tokens))
+        return {"a": 1, "b": 2}[completion] * num_tokens + (finish_reason == "length") * bonus
+
+    with make_scorer(Reward(check, args={"bonus": 100})) as scorer:
+        assert_equal(scorer.score([make_group(["a", "b"])]).rewards, [[1, 104]])  # 1 * 1, 2 * 2 + 100
+
+
+def test_kwargs_receive_everything() -> None:
+    with make_scorer(Reward(lambda **kw: len(kw["completion"]) + kw["x"], name="f", args={"x": 10})) as scorer:
+        assert_equal(scorer.score([make_group(["a", "bb"])]).rewards, [[11, 12]])
+    names = {"completion", "prompt", "finish_reason", "num_tokens", "max_completion_tokens", "completion_ids"}
+    assert score_one(lambda **kw: set(kw) == names | {"question", "answer"}, ["a"]) == [1.0]
+
+
+# As a TRL user writes them, see the GRPO trainer's documentation, "Using a custom reward function".
+
+
+def test_a_list_function_written_for_trl_runs_unchanged() -> None:
+    def reward_func(completions, ground_truth, **kwargs):  # type: ignore[no-untyped-def]
+        import re
+
+        matches = [re.search(r"\\boxed\{(.*?)\}", completion) for completion in completions]
+        contents = [match.group(1) if match else "" for match in matches]
+        return [1.0 if c == gt else 0.0 for c, gt in zip(contents, ground_truth, strict=True)]
+
+    def length_func(completion_ids, completions, prompts, **kwargs):  # type: ignore[no-untyped-def]
+        assert prompts == ["Q0? A:"] * 3 or prompts == ["Q1? A:"] * 3
+        return [None if len(ids) == 2 else float(len(ids)) for ids in completion_ids]
+
+    groups = [make_group(["\\boxed{4}", "4", "\\boxed{5}"], row=row, ground_truth=gt) for row, gt in enumerate("45")]
+    with make_scorer(reward_func, length_func, columns=["question", "answer", "ground_truth"]) as scorer:
+        scores = scorer.score(groups)
+    assert_equal(scores.values["reward_func"], [[1, 0, 0], [0, 0, 1]])
+    assert_equal(scores.values["length_func"], [[1, nan, 3], [1, nan, 3]])
+
+
+def test_a_conversational_function_written_for_trl_runs_unchanged() -> None:
+    def format_reward_func(completions, **kwargs):  # type: ignore[no-untyped-def]
+        import re
+
+        contents = [completion[0]["content"] for completion in completions]
+        assert all(prompt == [{"role": "user", "content": "Q0?"}] for prompt in kwargs["prompts"])
+        assert [completion[0]["role"] for completion in completions] == ["assistant"] * 2
+        assert kwargs["answer"] == ["18", "18"]
+        return [1.0 if re.match(r"^<think>.*?</think>", content) else 0.0 for content in contents]
+
+    assert score_one(format_reward_func, ["<think>a</think> b", "b"], conversational=True) == [1.0, 0.0]
+
+
+def test_lambdas_closures_callable_objects_and_partials_travel() -> None:
+    import functools
+
+    factor = 3
+
+    class Scaled:
+        def __call__(self, completion: str) -> float:
+            return factor * len(completion)
+
+    def times(completion: str, *, by: float) -> float:
+        return by * len(completion)
+
+    for function in (lambda completion: 3 * len(completion), Scaled(), functools.partial(times, by=3)):
+        assert score_one(function, ["a", "bb"]) == [3.0, 6.0]
+
+
+def test_numpy_and_torch_numbers_are_numbers() -> None:
+    import numpy as np
+
+    assert score_one(lambda completion: np.float32(0.5), ["a"]) == [0.5]
+    assert score_one(lambda completions: np.array([0.5, 1.0]), ["a", "b"]) == [0.5, 1.0]
+
+
+# ---- finding functions -----------------------------------------------------------------------------------------------
+
+
+def test_functions_are_found_by_name_by_module_and_by_file(tmp_path: Path) -> None:
+    assert resolve_function("accuracy") is accuracy
+    assert resolve_function("rewards:overlong") is overlong
+    path = tmp_path / "my rewards.v2.py"
+    path.write_text(
+        textwrap.dedent(
+            """
+            from __future__ import annotations
+            import dataclasses, functools, threading
+            LOCK = threading.Lock()  # cannot be pickled
+
+            @dataclasses.dataclass
+            class Verdict:
+                value: float
+
+            @functools.lru_cache
+            def length(text):
+                return len(text)
+
+            def shout(completion, answer):
+                with LOCK:
+                    return Verdict(length(completion.upper())).value + (answer == "18") * 0.5
+            """
+        )
+    )
+    shout = resolve_function(f"{path}:shout")
+    path.write_text("def shout(completion): return -1")  # a worker that is replaced later runs the same code
+    assert score_one(shout, ["a", "bb"]) == [1.5, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("acuracy", "there is accuracy, exact_match, format, overlong, repetition; did you mean accuracy?"),
+        ("check_answer", "there is accuracy"),
+        ("no_such_module:f", "the module 'no_such_module' cannot be imported"),
+        ("rewards:acuracy", "did you mean accuracy?"),
+        ("no/such/file.py:f", "there is no file .*no/such/file.py"),
+        ("accuracy.py", "there is accuracy"),
+        (":f", "the module '' cannot be imported"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_refused_with_the_nearest(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        resolve_function(spec)
+    assert repr(spec) in str(error.value)
+
+
+def returns_zero(completion: str) -> float:
+    return 0.0
+
+
+@pytest.mark.parametrize(
+    ("rewards", "options", "message"),
+    [
+        ([lambda completion, anwser: 1], {}, "asks for 'anwser'; there is answer, .*; did you mean answer?"),
+        ([lambda completions, anwsers: [1]], {}, "asks for 'anwsers'"),
+        ([Reward(overlong)], {}, "overlong asks for 'buffer'; .* set rewards.*args.buffer"),
+        ([Reward(overlong, args={"bufer": 3})], {}, "sets 'bufer'; .*did you mean buffer?"),
+        (
+            [Reward(accuracy, args={"answer": "18"})],
+            {},
+            "sets 'answer'; that comes with the completion or the data row",
+        ),
+        ([accuracy, accuracy], {}, "rewards has accuracy twice"),
+        (
+            [Reward(lambda completion, prompt: 1)],
+            {"columns": ["question", "answer", "prompt"]},
+            "asks for 'prompt'; the data has a column of that name",
+        ),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_refused_before_anything_starts(
+    rewards: list[Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_scorer(*rewards, **options)
+
+
+def test_a_function_that_cannot_travel_is_refused() -> None:
+    lock = threading.Lock()
+
+    def locked(completion: str) -> float:
+        with lock:
+            return 1.0
+
+    with pytest.raises(ValueError, match=r"reward locked is .*cannot be sent there: .*lock"):
+        make_scorer(locked)
+
+
+# ---- the three endings -----------------------------------------------------------------------------------------------
+
+
+def naughty(completion: str) -> float | None:
+    """Does what the completion says."""
+    if completion == "loop":
+        while True:
+            pass
+    if completion == "big power":  # in C, holding the interpreter's lock: no signal handler would run
+        return float(10 ** (10**9) % 7)
+    if completion == "spawn":
+        subprocess.run(["sleep", "1000"], check=True)
+    if completion == "exit":
+        os._exit(0)
+    if completion == "sys.exit":
+        sys.exit(1)
+    if completion == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if completion == "memory":
+        return float(len(bytearray(2**30)))
+    if completion == "print":
+        print("noise " * 10_000, flush=True)
+        os.write(1, b"noise")
+        sys.stdin.read()
+    return float(len(completion))
+
+
+def test_a_hung_call_is_killed_and_counted_and_the_others_are_scored() -> None:
+    groups = [
+        make_group(["a", "loop", "ccc"], row=0),
+        make_group(["big power", "a", "bb"], row=1),
+        make_group(["a", "bb", "spawn"], row=2),
+    ]
+    with make_scorer(naughty, accuracy, num_workers=2, timeout_seconds=1.0) as scorer:
+        scores = scorer.score(groups)
+        assert_equal(scores.values["naughty"], [[1, nan, 3], [nan, 1, 2], [1, 2, nan]])
+        assert_equal(scores.values["accuracy"], [[0, 0, 0]] * 3)
+        assert_equal(scores.rewards, [[1, nan, 3], [nan, 1, 2], [1, 2, nan]])
+        assert (scores.num_timeouts, scores.num_crashes) == (3, 0)
+        assert scores.seconds < 15
+        assert scorer.score(groups[:1]).num_timeouts == 1  # and it goes on working
+
+
+def test_what_a_hung_call_started_is_killed_with_it(tmp_path: Path) -> None:
+    def run_program(completion: str) -> float:
+        with open(completion, "w") as file:
+            subprocess.run("echo $$; exec sleep 1000", shell=True, stdout=file)
+        return 1.0
+
+    with make_scorer(run_program, timeout_seconds=0.5) as scorer:
+        assert scorer.score([make_group([str(tmp_path / "pid")])]).num_timeouts == 1
+    assert_gone(int((tmp_path / "pid").read_text()))
+
+
+def test_a_list_function_has_the_time_of_all_its_completions() -> None:
+    def slow(completions: list[str]) -> list[float]:
+        for completion in completions:
+            time.sleep(float(completion))
+        return [1.0] * len(completions)
+
+    with make_scorer(slow, timeout_seconds=0.4) as scorer:
+        scores = scorer.score([make_group(["0.2"] * 4), make_group(["0.6", "0.6", "0.6", "9"])])
+    assert_equal(scores.values["slow"], [[1, 1, 1, 1], [nan] * 4])
+    assert scores.num_timeouts == 1
+
+
+def test_a_dead_worker_or_no_memory_is_a_crash_and_the_others_are_scored(capfd: pytest.CaptureFixture[str]) -> None:
+    texts = ["a", "exit", "bb", "segfault", "ccc", "memory", "dddd", "sys.exit", "print"]
+    with make_scorer(naughty, memory_gib=0.5) as scorer:
+        scores = scorer.score([make_group(texts)])
+    assert_equal(scores.values["naughty"], [[1, nan, 2, nan, 3, nan, 4, nan, 5]])
+    assert (scores.num_timeouts, scores.num_crashes) == (0, 4)
+    assert "noise" in capfd.readouterr().out  # what a function prints is seen, and does no harm
+
+
+def test_a_worker_that_dies_between_calls_is_replaced_and_blamed_on_nobody() -> None:
+    with make_scorer(lambda completion: os.getpid()) as scorer:
+        pid = int(scorer.score([make_group(["a"])]).rewards[0, 0])
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(0.2)
+        scores = scorer.score([make_group(["a", "b"])])
+        assert scores.num_crashes == 0
+        assert pid not in scores.rewards[0].tolist()
+
+
+def test_a_bug_stops_the_run_and_shows_the_sample() -> None:
+    def buggy(completion: str, answer: str) -> float:
+        return 1 / len(completion)
+
+    with make_scorer(Reward(buggy, weight=0.0)) as scorer:
+        with pytest.raises(RewardError) as error:
+            scorer.score([make_group(["a", "b"]), make_group(["c", ""], answer="the gold one", row=3)])
+        message = str(error.value)
+        for shown in (
+            "buggy raised an exception",
+            "completion: ''",
+            "the gold one",
+            "Q3?",
+            "return 1 / len(completion)",
+        ):
+            assert shown in message
+        assert "ZeroDivisionError: division by zero" in message
+        assert scorer.score([make_group(["aaaa"])]).values["buggy"].tolist() == [[0.25]]  # it goes on working
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda completion: "1.0", "returned '1.0'; it must return a finite number"),
+        (lambda completion: nan, "returned nan"),
+        (lambda completion: math.inf, "returned inf"),
+        (lambda completion: [1.0], "returned \\[1.0\\]"),
+        (lambda completions: [1.0], "returned 1 values for 2 completions"),
+        (lambda completions: 1.0, "returned 1.0 for 2 completions"),
+        (lambda completions: [1.0, "x"], "returned 'x'"),
+        (lambda completion: lambda: 1, "raised an exception"),  # cannot even be sent back
+    ],
+)
+def test_what_is_not_a_reward_is_a_bug(function: Callable[..., Any], message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        score_one(function, ["a", "b"])
+
+
+# ---- checking the data -----------------------------------------------------------------------------------------------
+
+
+def test_check_rows_gives_the_reason_for_each_row_that_cannot_be_graded() -> None:
+    rows = [{"question": "?", "answer": answer} for answer in ("18", "\\frac{1}{2", "\\sqrt{2}", "")]
+    with make_scorer(accuracy, format) as scorer:
+        reasons = scorer.check_rows(rows)
+    assert [reason is None for reason in reasons] == [True, False, True, False]
+    assert "it is empty" in str(reasons[3])
+    with make_scorer(Reward(accuracy, args={"source": "last_number"})) as scorer:
+        assert "only finds plain numbers" in str(scorer.check_rows(rows)[2])
+    with make_scorer(format) as scorer:
+        assert scorer.check_rows(rows) == [None] * 4
+
+
+def test_check_rows_is_bounded_in_time_and_a_bug_in_it_shows_the_row() -> None:
+    def function(completion: str) -> float:
+        return 0.0
+
+    def check_row(answer: str) -> str | None:
+        return {"loop": lambda: naughty("loop"), "bug": lambda: 1 / 0, "fine": lambda: None}[answer]()  # type: ignore
+
+    function.check_row = check_row  # type: ignore[attr-defined]
+    with make_scorer(function, timeout_seconds=0.5) as scorer:
+        assert scorer.check_rows([{"question": "", "answer": a} for a in ("fine", "loop", "fine")]) == [
+            None,
+            "function ended in a timeout while checking the row",
+            None,
+        ]
+        with pytest.raises(RewardError, match="answer: 'bug'"):
+            scorer.check_rows([{"question": "", "answer": "bug"}])
+
+
+def test_ten_thousand_integer_answers_are_checked_in_seconds() -> None:
+    with make_scorer(accuracy, num_workers=2) as scorer:
+        started = time.perf_counter()
+        reasons = scorer.check_rows([{"question": "?", "answer": str(n)} for n in range(10_000)])
+        assert time.perf_counter() - started < 5  # takes 0.4 s on a free machine
+    assert reasons == [None] * 10_000
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def assert_gone(pid: int) -> None:
+    deadline = time.monotonic() + 5
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_alive(pid)
+
+
+def pid_of(completion: str) -> float:
+    return float(os.getpid())
+
+
+def test_workers_end_with_close_and_with_the_scorer() -> None:
+    for end in (lambda scorer: scorer.close(), lambda scorer: None):
+        scorer = make_scorer(pid_of)
+        [[pid]] = scorer.score([make_group(["a"])]).rewards.int().tolist()
+        assert is_alive(pid)
+        end(scorer)
+        del scorer
+        gc.collect()
+        assert_gone(pid)
+
+
+SCRIPT = """
+import os, signal, sys, time
+from grpo.scoring import Reward, Scorer
+from grpo.types import Completion, Group, Prompt
+
+HALF = 0.5
+
+def worker(completion):
+    import threading
+    assert "torch" not in sys.modules and os.environ["CUDA_VISIBLE_DEVICES"] == "" and os.environ["OMP_NUM_THREADS"] == "1"
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    if completion == "hang":
+        while True: pass
+    return os.getpid() + HALF * 0
+
+scorer = Scorer([Reward(worker)], columns=["question"], max_completion_tokens=1, conversational=False, num_workers=1,
+                timeout_seconds=60, memory_gib=1)
+group = lambda text: Group(Prompt(0, [], "", "", {"question": ""}), [Completion([], [], text, "stop")])
+print(int(scorer.score([group("")]).rewards.item()), flush=True)
+ENDING
+"""
+
+
+def start_script(path: Path, ending: str) -> tuple[subprocess.Popen[str], int]:
+    """A running script without a `__main__` guard, and the process id of its worker."""
+    path.write_text(SCRIPT.replace("ENDING", ending))
+    root = str(Path(__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": root}
+    script = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, text=True, env=env)
+    assert script.stdout is not None
+    return script, int(script.stdout.readline())
+
+
+def test_a_script_without_a_main_guard_works_and_leaves_no_worker_behind(tmp_path: Path) -> None:
+    script, pid = start_script(tmp_path / "train.py", "raise SystemExit(3)")
+    assert script.wait(timeout=30) == 3
+    assert_gone(pid)
+
+
+def test_a_worker_dies_with_its_parent_even_in_the_middle_of_a_call(tmp_path: Path) -> None:
+    script, pid = start_script(tmp_path / "train.py", "scorer.score([group('hang')])")
+    time.sleep(0.3)
+    assert is_alive(pid)
+    script.kill()
+    script.wait()
+    assert_gone(pid)
+
+
+def test_a_worker_that_cannot_load_the_functions_says_why(tmp_path: Path) -> None:
+    path = tmp_path / "parent_only.py"
+    path.write_text(
+        "import os\nassert os.environ.get('CUDA_VISIBLE_DEVICES') != '', 'needs a GPU'\ndef f(completion): return 1"
+    )
+    with pytest.raises(RuntimeError, match=r"could not load the reward functions:[\s\S]*needs a GPU"):
+        make_scorer(resolve_function(f"{path}:f"))

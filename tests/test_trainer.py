@@ -1,0 +1,281 @@
+"""Whole runs of the tiny model: does it learn, repeat itself, stop and resume?"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, TINY, FixedGenerator, clean_environment, number_in_text, tiny_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo import Reward, Trainer, checkpoint
+from grpo.sinks import read_jsonl
+
+CLOCKS = ("time/", "throughput/")
+
+
+def steps_of(run: Path) -> list[dict]:
+    """The step rows of metrics.jsonl without what a clock measured."""
+    rows = [row for row in read_jsonl(run / "metrics.jsonl") if "time/step" in row]
+    return [{name: value for name, value in row.items() if not name.startswith(CLOCKS)} for row in rows]
+
+
+def guesses(completion: str) -> float:
+    return float(completion.startswith(" <think> I guess"))
+
+
+def test_the_tiny_model_learns_what_is_rewarded(tmp_path: Path):
+    config = tiny_config(
+        tmp_path / "run",
+        rollout={"num_prompts": 8, "group_size": 8, "max_completion_tokens": 6},
+        algorithm={"kl_coef": 0.001},
+        run={"steps": 12},
+    )
+    trainer = Trainer(config, rewards=[guesses])
+    rewards = [trainer.train_step()["reward/mean"] for _ in range(12)]
+    trainer.close()
+    assert rewards[0] < 0.5  # a quarter of the base model's answers begin so
+    assert sum(rewards[-3:]) / 3 > 0.9
+
+
+def test_two_runs_with_the_same_seed_are_identical_and_another_seed_is_not(tmp_path: Path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        Trainer(tiny_config(tmp_path / name, run={"seed": seed})).train()
+    assert steps_of(tmp_path / "a") == steps_of(tmp_path / "b")
+    assert read_jsonl(tmp_path / "a" / "completions.jsonl") == read_jsonl(tmp_path / "b" / "completions.jsonl")
+    assert steps_of(tmp_path / "a") != steps_of(tmp_path / "c")
+
+
+SEVERAL_UPDATES = {
+    "algorithm": {"kl_coef": 0.05, "num_minibatches": 2},
+    "optimizer": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 3},
+    "checkpoint": {"every_steps": 2, "keep": 3},
+}
+
+
+def test_four_steps_equal_two_steps_a_save_a_resume_and_two_more(tmp_path: Path):
+    Trainer(tiny_config(tmp_path / "whole", **SEVERAL_UPDATES, run={"steps": 4})).train()
+    first = Trainer(tiny_config(tmp_path / "halves", **SEVERAL_UPDATES, run={"steps": 4, "resume": "auto"}))
+    for _ in range(2):
+        first.train_step()
+    first.save()
+    first.train_step()  # lost when the run is stopped here; done again after the resume
+    first.close()
+    Trainer(tiny_config(tmp_path / "halves", **SEVERAL_UPDATES, run={"steps": 4, "resume": "auto"})).train()
+    assert steps_of(tmp_path / "halves") == steps_of(tmp_path / "whole")
+    assert read_jsonl(tmp_path / "halves/completions.jsonl") == read_jsonl(tmp_path / "whole/completions.jsonl")
+    superseded = read_jsonl(tmp_path / "halves/metrics.superseded.jsonl")
+    assert [row["step"] for row in superseded] == [3]
+
+
+def test_resuming_a_finished_run_adds_nothing(tmp_path: Path):
+    config = tiny_config(tmp_path / "run", run={"resume": "auto"})
+    Trainer(config).train()
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    assert Trainer(config).train() == tmp_path / "run/checkpoints/step-00000002"
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+def test_a_used_directory_is_left_alone_without_resume(tmp_path: Path):
+    Trainer(tiny_config(tmp_path / "run")).train()
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    last = Trainer(tiny_config(tmp_path / "run")).train()
+    assert last == tmp_path / "run-2/checkpoints/step-00000002"
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+KILLED_WHILE_SAVING = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from helpers import tiny_config
+from grpo import Trainer, checkpoint
+
+def power_cut(directory):
+    if "step-00000002" in str(directory):
+        os.kill(os.getpid(), 9)
+
+checkpoint._flush = power_cut
+Trainer(tiny_config(Path({run!r}), run={{"steps": 3}}, checkpoint={{"every_steps": 1}})).train()
+"""
+
+
+def test_a_kill_while_saving_leaves_the_checkpoint_before_and_the_run_resumes_from_it(tmp_path: Path):
+    code = KILLED_WHILE_SAVING.format(tests=str(ROOT / "tests"), run=str(tmp_path / "run"))
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=clean_environment())
+    assert killed.returncode == -9, killed.stderr[-3000:]
+    saved = tmp_path / "run/checkpoints"
+    assert {path.name for path in saved.iterdir()} == {"step-00000001", "step-00000002.partial"}
+    config = tiny_config(tmp_path / "run", run={"steps": 3, "resume": "auto"}, checkpoint={"every_steps": 1})
+    trainer = Trainer(config)
+    assert trainer.state.step == 1
+    trainer.train()
+    Trainer(tiny_config(tmp_path / "whole", run={"steps": 3}, checkpoint={"every_steps": 1})).train()
+    assert steps_of(tmp_path / "run") == steps_of(tmp_path / "whole")
+    assert [path.name for path in checkpoint.complete_checkpoints(saved)] == ["step-00000002", "step-00000003"]
+
+
+def test_resuming_with_other_settings_is_refused_by_the_setting(tmp_path: Path):
+    Trainer(tiny_config(tmp_path / "run")).train()
+    changed = tiny_config(tmp_path / "run", rollout={"temperature": 0.5}, run={"resume": "auto"})
+    with pytest.raises(ValueError, match=re.escape("rollout.temperature is 0.5;")):
+        Trainer(changed)
+
+
+def test_a_run_leaves_everything_it_should_behind(tmp_path: Path):
+    config = tiny_config(
+        tmp_path / "run",
+        data={"eval_name": str(TINY / "test.jsonl")},
+        evaluation={"num_questions": 6},
+        rewards=[{"function": "accuracy"}, {"function": "format", "weight": 0.5}],
+    )
+    last = Trainer(config).train()
+    run = tmp_path / "run"
+    model = AutoModelForCausalLM.from_pretrained(last / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(last / "hf")
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id]
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    rows = read_jsonl(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 2]
+    assert {"eval/accuracy", "eval/accuracy_stderr", "eval/format"} <= rows[0].keys()
+    completions = read_jsonl(run / "completions.jsonl")
+    assert len(completions) == 2 * 4 * 4
+    one = completions[0]
+    assert one["reward"] == pytest.approx(one["rewards"]["accuracy"] + 0.5 * one["rewards"]["format"])
+    mean = sum(row["reward"] for row in completions if row["step"] == 1) / 16
+    assert mean == pytest.approx(rows[1]["reward/mean"])
+    assert len(read_jsonl(run / "evaluations.jsonl")) == 2 * 6
+    assert json.loads((run / "environment.json").read_text())["processes"] == 1
+
+
+def scores_in(path: Path, code: str) -> str:
+    path.write_text(code)
+    return str(path)
+
+
+def test_rewards_come_from_the_library_a_file_and_python(tmp_path: Path):
+    spec = scores_in(tmp_path / "mine.py", "def short(completion, limit):\n    return float(len(completion) < limit)\n")
+    rewards = [{"function": f"{spec}:short", "args": {"limit": 30}}, {"function": "format", "name": "well_formed"}]
+    trainer = Trainer(tiny_config(tmp_path / "a", rewards=rewards))
+    metrics = trainer.train_step()
+    trainer.close()
+    assert {"reward/short", "reward/well_formed"} <= metrics.keys()
+
+    def in_trl_form(completions, answer, **kwargs):
+        return [float(gold in completion[0]["content"]) for completion, gold in zip(completions, answer, strict=True)]
+
+    trainer = Trainer(tiny_config(tmp_path / "b"), rewards=[in_trl_form, Reward(len_of, weight=0.0, name="chars")])
+    metrics = trainer.train_step()
+    trainer.close()
+    assert 0 < metrics["reward/in_trl_form"] < 1
+    assert metrics["reward/mean"] == pytest.approx(metrics["reward/in_trl_form"])
+    assert metrics["reward/chars"] > 1
+
+
+def len_of(completion: str) -> float:
+    return float(len(completion))
+
+
+def test_rows_are_taken_from_python(tmp_path: Path):
+    rows = [{"question": f"What is {i}+{i}?", "answer": str(2 * i)} for i in range(8)]
+    trainer = Trainer(tiny_config(tmp_path / "run", data={"name": None}), train_dataset=rows)
+    trainer.train_step()
+    trainer.close()
+    questions = {row["question"] for row in read_jsonl(tmp_path / "run/completions.jsonl")}
+    assert len(questions) == 4
+    assert questions <= {row["question"] for row in rows}
+
+
+def test_a_gold_answer_that_cannot_be_graded_is_dropped_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [{"question": f"What is {i}+1?", "answer": str(i + 1)} for i in range(6)] + [{"question": "?", "answer": ""}]
+    trainer = Trainer(tiny_config(tmp_path / "run"), train_dataset=rows)
+    trainer.close()
+    assert len(trainer.prompts.prompts) == 6
+    assert "6 training questions; 1 dropped: answer cannot be graded" in capsys.readouterr().out
+
+
+def test_unknown_rewards_are_neither_rewarded_nor_counted_as_wrong(tmp_path: Path):
+    def undecided(completion: str) -> float | None:
+        value = float(completion)
+        return None if value < 0.5 else value
+
+    trainer = Trainer(tiny_config(tmp_path / "run"), rewards=[undecided])
+    trainer.generator = FixedGenerator()
+    metrics = trainer.train_step()
+    trainer.close()
+    rows = read_jsonl(tmp_path / "run/completions.jsonl")
+    known = [row["reward"] for row in rows if row["reward"] is not None]
+    assert 0 < len(known) < len(rows)
+    assert all(value >= 0.5 for value in known)
+    assert metrics["reward/mean"] == pytest.approx(sum(known) / len(known), rel=1e-6)
+    assert metrics["reward/unknown"] == pytest.approx(1 - len(known) / len(rows))
+
+
+def test_a_step_without_one_known_reward_leaves_the_weights_alone(tmp_path: Path):
+    def nothing(completion: str) -> float | None:
+        return None
+
+    trainer = Trainer(tiny_config(tmp_path / "run"), rewards=[nothing])
+    before = {name: weight.clone() for name, weight in trainer.policy.lm.named_parameters()}
+    metrics = trainer.train_step()
+    trainer.close()
+    assert metrics["reward/unknown"] == 1.0
+    assert "reward/mean" not in metrics
+    assert all(torch.equal(before[name], weight) for name, weight in trainer.policy.lm.named_parameters())
+
+
+def test_rows_without_a_held_out_part_cannot_be_evaluated_on(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"data.eval_name is missing; the training questions .* have no held-out"):
+        Trainer(tiny_config(tmp_path / "run", evaluation={"num_questions": 4}))
+
+
+def test_an_unknown_reward_is_refused_before_a_model_is_loaded(tmp_path: Path):
+    config = tiny_config(tmp_path / "run", model={"name": "/nowhere"}, rewards=[{"function": "acuracy"}])
+    with pytest.raises(ValueError, match=r"acuracy.*accuracy"):
+        Trainer(config)
+
+
+def test_wandb_without_a_login_goes_on_offline_with_curves_config_and_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    Trainer(tiny_config(tmp_path / "run", logging={"wandb": "online"})).train()
+    assert "no login found" in capsys.readouterr().out
+    (offline,) = (tmp_path / "run/wandb").glob("offline-run-*")
+    assert list(offline.glob("*.wandb"))
+    assert list(offline.glob("files/media/table/completions*"))
+
+
+def launch_script(*overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "scripts/train_zero.py"]
+    arguments = ["--config", "configs/quickstart.yaml", "--set", "run.steps=1", "evaluation.num_questions=4"]
+    return subprocess.run(
+        [*command, *arguments, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=300, env=clean_environment()
+    )
+
+
+def test_the_script_trains_and_says_where_the_results_lie(tmp_path: Path):
+    done = launch_script(f"run.dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for part in ("4,000 training questions", "completions per step   128 (16 x 8)", "held-out, step 0:", "held-out, step 1:"):
+        assert part in done.stdout
+    for name in ("metrics.jsonl", "curves.png", "checkpoints/step-00000001/hf"):
+        assert str(tmp_path / "run" / name) in done.stdout
+        assert (tmp_path / "run" / name).exists()
+
+
+def test_the_script_refuses_a_bad_setting_in_one_line(tmp_path: Path):
+    done = launch_script(f"run.dir={tmp_path / 'run'}", "rollout.group_sise=3")
+    assert done.returncode != 0
+    assert "error: rollout.group_sise is not a setting. Did you mean rollout.group_size?" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_number_in_text_is_what_the_fixed_generator_wrote():
+    assert number_in_text("0.25") == 0.25
