@@ -118,14 +118,24 @@ def deepspeed_config(config: Config, *, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _check_launcher(config: Config) -> None:
-    """Both files may name a ZeRO stage; if they differ one of them would be ignored."""
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and stage and int(stage) != config.distributed.zero_stage:
-        raise ValueError(
-            f"distributed.zero_stage is {config.distributed.zero_stage}; accelerate's own configuration file says "
-            f"zero_stage {stage}, and the two must agree. Set distributed.zero_stage={stage}, or launch without "
-            "--config_file."
-        )
+    """accelerate's own configuration file may hold DeepSpeed settings too; one that differs from ours would be ignored."""
+    ours = {
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("distributed.zero_stage", config.distributed.zero_stage),
+        "ACCELERATE_GRADIENT_CLIPPING": ("optimizer.max_grad_norm", config.optimizer.max_grad_norm),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("the number of micro-batches DeepSpeed should average over", 1),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("the device of the optimizer", "none"),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("the device of idle weights", "none"),
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("DeepSpeed's configuration file", "none"),
+    }
+    for variable, (setting, value) in ours.items():
+        theirs = os.environ.get(variable, "none")
+        if theirs not in ("none", "auto") and theirs != str(value):
+            name = variable.removeprefix("ACCELERATE_").removeprefix("DEEPSPEED_").lower()
+            raise ValueError(
+                f"{setting} is {value}; accelerate's own configuration file says {name} {theirs}, and the two must agree. "
+                f"Make them equal, or launch without --config_file."
+            )
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # what agrees needs no warning that only one of the two is read
 
 
 def _complete_environment() -> None:

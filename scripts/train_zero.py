@@ -7,6 +7,7 @@ accelerate launch scripts/train_zero.py --config configs/qwen1.5b.yaml --set rol
 import argparse
 import os
 import sys
+import time
 
 from grpo import Config
 
@@ -26,6 +27,8 @@ def main() -> None:
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(5)  # the launcher ends all processes with the first: let the one that speaks be first
         raise SystemExit(2) from None
     trainer.train()
     distributed.stop()
