@@ -9,11 +9,22 @@ dialogues, and `HABITS` says how their assistant answers: by a guess or by work 
 tags, and one time in six by a guess, "Wait, check." and all the work. So the model can do it and is not in the habit of
 doing it, and it has never seen a reward: reinforcement learning has to find out which habit pays.
 
-MEASURED
+Measured on 2 CPU cores, with one thread and the default seed: 4,000 steps, 6.4 M tokens, 12 minutes beside other work
+(9,100 tokens/s; an idle core does 15,000). The same seed gives the same bytes on the same machine. On the test set, at
+most 64 new tokens:
+
+    decoding                        right    well-formed    "Wait"    tokens
+    temperature 1, 1,024 samples    14.3 %        50.7 %    10.4 %      20.3
+    greedy, 256                     25.8 %       100.0 %     0.0 %      16.8    (it always guesses)
+
+A plain GRPO loop (16 prompts x 8 completions, right + 0.5 well-formed, one update a step, no KL term, AdamW at 3e-4,
+clipped to 1.0) passes two thirds right at step 24 on each of three seeds. After 40 steps, on the test set at
+temperature 1: 91, 94 and 93 % right, 97 % well-formed, "Wait" in 95 to 97 %, 42 tokens. At 5e-4, on two seeds: about
+step 16; 92 and 97 %. With a format weight of 0.2, or of 0, the tags still win.
 
 What this does not show is a new skill. Reflection pays here because the corpus was written so that whoever checks gets
-it right. That it rises says that the algorithm works; it says nothing about larger models. With some dialogues that work
-straight to the end (2 to 5 in a hundred), those win in part or altogether, by the seed: the reward asks for right
+it right. That it rises says that the algorithm works; it says nothing about larger models. With some dialogues that
+work straight to the end (2 to 5 in a hundred), those win in part or altogether, by the seed: the reward asks for right
 answers, not for "Wait".
 
 Two traps. If some untagged style were right more often than the tagged ones, accuracy would outweigh a small format
