@@ -271,7 +271,9 @@ class Trainer:
         self.scorer.close()
         last = self.directory / "checkpoints" / checkpoint.name_of(self.state.step)
         if self.processes.is_main:
-            show_samples(self.log.evaluation(0), self.log.evaluation(self.state.step), self.config.logging.num_samples)
+            before, after = self.log.evaluation(0), self.log.evaluation(self.state.step)
+            if before and after:  # a trainer that was first stepped by hand has not seen the base model's answers
+                show_samples(before, after, self.config.logging.num_samples)
             self.say(f"\nmetrics    {self.directory / 'metrics.jsonl'}")
             self.say(f"curves     {plot_curves(self.directory)}")
             self.say(f"model      {last / 'hf'}")

@@ -20,7 +20,7 @@ _MATH = re.compile(  # a closing "$" may not stand before a digit: "$18 and $5" 
 )
 _NUMBER = re.compile(
     r"(?:(?<![\w)}\]])[-+\u2212])?(?:\\?[$€£¥]\s?)?"
-    r"(?:\\[dt]?frac\{\d+\}\{\d+\}|(?:\d{1,3}(?:,\d{3}){1,12}(?!\d)|\d+)(?:\.\d+)?(?:\s?/\s?\d+)?|\.\d+)(?:\s?\\?%)?"
+    r"(?:\\[dt]?frac\{\d+\}\{\d+\}|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s?/\s?\d+)?|\.\d+)(?:\s?\\?%)?"
 )
 _BELONGS_TO_TEXT_BEFORE = re.compile(
     r"(?:[\w{}]|[0-9][:.]|(?:[-+\u2212*\u00d7\u00f7\u00b7/^_]|\\times|\\cdot)\s*|[\^_]\{\s*)$"

@@ -11,7 +11,7 @@ import pytest
 from rewards import accuracy, exact_match, format, overlong, repetition
 from rewards.extraction import last_box, last_number
 
-N = 100_000
+N = 50_000
 
 
 def tag(content: str) -> str:
@@ -88,7 +88,11 @@ def test_an_answer_equal_to_gold_is_right(content: str, answer: str) -> None:
         ("(2,1)", "(1,2)"),
         ("neve", "\\text{even}"),  # an anagram has the same letters as factors
         ("5", "5t"),
-        ("3 2", "6"),  # juxtaposition is no product
+        ("3 2", "5"),  # math-verify reads a mixed number,
+        ("3 000", "0"),  # a product,
+        ("1 2 3", "6"),  # and another
+        ("x=3, x=4", "4"),
+        ("(" * 8 + "18" + ")" * 8, "18"),  # too deep to be read
         ("10^5 metres", "5"),
         ("9 + 2 dollars", "2"),
         ("See step_3", "3"),
@@ -207,6 +211,7 @@ BOMBS = [
     "9" * 400,
     "9," * N,
     "1,111" * N,
+    "1" + ",111" * N + "1",
     "9." * N,
     "9/" * N,
     "-" * N + "9",
@@ -245,7 +250,7 @@ def test_hostile_text_is_wrong_and_costs_little(bomb: str) -> None:
     assert exact_match(tag(bomb), "7777") == 0.0
     assert format(bomb) == 0.0
     assert -1.0 <= repetition(bomb) <= 0.0
-    assert time.process_time() - started < 5.0  # most take a few ms; a quadratic scan would take minutes
+    assert time.process_time() - started < 3.0  # most take a few ms; a quadratic scan would take minutes
 
 
 @pytest.mark.parametrize(

@@ -326,6 +326,15 @@ def test_a_hung_call_is_killed_and_counted_and_the_others_are_scored() -> None:
         assert scorer.score(groups[:1]).num_timeouts == 1  # and it goes on working
 
 
+def test_the_time_limit_holds_for_a_call_and_not_for_what_is_sent_with_it() -> None:
+    def nap(completion: str) -> float:
+        time.sleep(0.15)
+        return 1.0
+
+    with make_scorer(nap, timeout_seconds=0.6) as scorer:  # 24 calls for one worker are sent six at a time: 0.9 s
+        assert scorer.score([make_group(["a"] * 24)]).num_timeouts == 0
+
+
 def test_what_a_hung_call_started_is_killed_with_it(tmp_path: Path) -> None:
     def run_program(completion: str) -> float:
         with open(completion, "w") as file:
@@ -470,14 +479,14 @@ def pid_of(completion: str) -> float:
 
 
 def test_workers_end_with_close_and_with_the_scorer() -> None:
-    for end in (lambda scorer: scorer.close(), lambda scorer: None):
-        scorer = make_scorer(pid_of)
-        [[pid]] = scorer.score([make_group(["a"])]).rewards.int().tolist()
-        assert is_alive(pid)
-        end(scorer)
-        del scorer
-        gc.collect()
-        assert_gone(pid)
+    closed, dropped = make_scorer(pid_of), make_scorer(pid_of)
+    pids = [int(scorer.score([make_group(["a"])]).rewards[0, 0]) for scorer in (closed, dropped)]
+    assert all(map(is_alive, pids))
+    closed.close()
+    assert_gone(pids[0])
+    del dropped
+    gc.collect()
+    assert_gone(pids[1])
 
 
 SCRIPT = """
