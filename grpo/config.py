@@ -94,7 +94,7 @@ class ScoringConfig(Section):
     timeout_seconds: PositiveFloat = 10.0
     """Wall-clock limit for one completion and one function; then the worker is killed and the verdict is "can't tell"."""
     memory_gib: PositiveFloat = 4.0
-    """Address-space limit of a worker."""
+    """Address space that reward calls may take in a worker, on top of what importing the functions took."""
 
 
 class AlgorithmConfig(Section):

@@ -49,6 +49,18 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_context(config: Config) -> None:
+    """Raises ValueError if a sequence may grow longer than the positions the model knows."""
+    model = AutoConfig.from_pretrained(config.model.name, revision=config.model.revision or "main").get_text_config()
+    limit = getattr(model, "max_position_embeddings", None)
+    if limit is not None and config.max_sequence_tokens > limit:
+        raise ValueError(
+            f"rollout.max_completion_tokens is {config.rollout.max_completion_tokens}; with data.max_prompt_tokens "
+            f"({config.data.max_prompt_tokens}) a sequence may have {config.max_sequence_tokens} tokens, and model.name "
+            f"{config.model.name!r} knows {limit} positions. Lower one of the two."
+        )
+
+
 def end_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a completion, sorted.
 

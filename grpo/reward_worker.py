@@ -194,7 +194,7 @@ class _Worker:
         """Kill the process and whatever it started."""
         if self.process is None:
             return
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it is gone already
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.process = None

@@ -19,7 +19,6 @@ import inspect
 import math
 import numbers
 import sys
-import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -111,7 +110,6 @@ class Scorer:
         Raises:
             RewardError: a function raised an exception or returned something that is not a reward.
         """
-        started = time.perf_counter()
         num_completions = len(groups[0].completions) if groups else 0
         verdicts = [[[math.nan] * num_completions for _ in groups] for _ in self.rewards]  # (F, P, G)
         tasks = [task for p, group in enumerate(groups) for task in self._tasks(p, group)]
@@ -125,7 +123,6 @@ class Scorer:
             values={reward.name: values[f] for f, reward in enumerate(self.rewards)},
             num_timeouts=sum(outcome.kind == "timeout" for outcome in outcomes),
             num_crashes=sum(outcome.kind == "crash" for outcome in outcomes),
-            seconds=time.perf_counter() - started,
         )
 
     def check_rows(self, rows: list[dict[str, Any]]) -> list[str | None]:

@@ -23,7 +23,7 @@ from grpo.console import show_samples
 from grpo.evaluate import completion_rows, evaluate
 from grpo.loss import grpo_loss, token_weights
 from grpo.metrics import Meter, measure_micro_batch, measure_rollout, step_metrics
-from grpo.policy import Policy, load_tokenizer, resolve_dtype
+from grpo.policy import Policy, check_context, load_tokenizer, resolve_dtype
 from grpo.prompts import PromptOrder, build_prompts, load_rows, prepare_rows
 from grpo.report import plot_curves
 from grpo.rollout.hf import HFGenerator
@@ -63,12 +63,13 @@ class Trainer:
         self.directory = Path(self.processes.broadcast(str(rundir.choose(config.run))))
         self.found = checkpoint.find(self.directory, config, self.processes)
         tokenizer = load_tokenizer(config.model)
+        check_context(config)
         with self.processes.accelerator.main_process_first():
             rows = _rows(config, train_dataset, evaluation=False)
             eval_rows = _rows(config, eval_dataset, evaluation=True) if config.evaluation.num_questions else []
         self.scorer = Scorer(
             functions,
-            columns=list(rows[0]),
+            columns=[name for name in rows[0] if not eval_rows or name in eval_rows[0]],
             max_completion_tokens=config.rollout.max_completion_tokens,
             conversational=config.data.template == "chat",
             num_workers=config.scoring.num_workers,

@@ -63,7 +63,6 @@ class Scores:
     values: dict[str, Tensor]  # function name -> (P, G), unweighted
     num_timeouts: int  # calls that were killed for exceeding the time limit
     num_crashes: int  # calls whose worker process died or ran out of memory
-    seconds: float  # wall-clock time of the scoring
 
 
 @dataclass

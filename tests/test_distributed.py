@@ -77,6 +77,8 @@ def test_a_sharded_run_resumes_where_it_stopped(tmp_path: Path, zero: int):
     clean = [[{k: v for k, v in row.items() if not k.startswith(drop)} for row in rows] for rows in (whole, halves)]
     assert [row["step"] for row in clean[0]] == [1, 2, 3]
     assert clean[0] == clean[1]
+    # steps of 1e-3 move log-probabilities by tenths: weights that sampling had not taken over would show
+    assert all(row["policy/sampling_gap_max"] < 1e-3 for row in clean[0])
 
 
 ACCELERATE_CONFIG = """

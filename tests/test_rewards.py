@@ -66,6 +66,7 @@ def tag(content: str) -> str:
         ("Evelyn", "\\text{Evelyn}"),
         ("\\text{evelyn}", "Evelyn"),
         ("C", "\\text{(C)}"),
+        ("\\[\n\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}\n\\]", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
         ("\\boxed{60}", "\\[\n\\boxed{60}\n\\]"),
     ],
 )

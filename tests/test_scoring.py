@@ -70,7 +70,6 @@ def test_reward_is_the_weighted_sum() -> None:
     assert_equal(scores.rewards, [[1.5, 0.5, 0], [1, 0, 0.5]])
     assert scores.rewards.dtype == torch.float32
     assert (scores.num_timeouts, scores.num_crashes) == (0, 0)
-    assert 0 < scores.seconds < 20
 
 
 def test_a_function_that_cannot_tell_is_left_out_of_a_group_or_makes_the_sum_unknown() -> None:
@@ -317,12 +316,13 @@ def test_a_hung_call_is_killed_and_counted_and_the_others_are_scored() -> None:
         make_group(["a", "bb", "spawn"], row=2),
     ]
     with make_scorer(naughty, accuracy, num_workers=2, timeout_seconds=1.0) as scorer:
+        started = time.perf_counter()
         scores = scorer.score(groups)
+        assert time.perf_counter() - started < 15
         assert_equal(scores.values["naughty"], [[1, nan, 3], [nan, 1, 2], [1, 2, nan]])
         assert_equal(scores.values["accuracy"], [[0, 0, 0]] * 3)
         assert_equal(scores.rewards, [[1, nan, 3], [nan, 1, 2], [1, 2, nan]])
         assert (scores.num_timeouts, scores.num_crashes) == (3, 0)
-        assert scores.seconds < 15
         assert scorer.score(groups[:1]).num_timeouts == 1  # and it goes on working
 
 

@@ -105,7 +105,9 @@ Trainer(tiny_config(Path({run!r}), run={{"steps": 3}}, checkpoint={{"every_steps
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before_and_the_run_resumes_from_it(tmp_path: Path):
     code = KILLED_WHILE_SAVING.format(tests=str(ROOT / "tests"), run=str(tmp_path / "run"))
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=clean_environment())
+    killed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=clean_environment()
+    )
     assert killed.returncode == -9, killed.stderr[-3000:]
     saved = tmp_path / "run/checkpoints"
     assert {path.name for path in saved.iterdir()} == {"step-00000001", "step-00000002.partial"}
@@ -232,6 +234,14 @@ def test_rows_without_a_held_out_part_cannot_be_evaluated_on(tmp_path: Path):
         Trainer(tiny_config(tmp_path / "run", evaluation={"num_questions": 4}))
 
 
+def test_a_sequence_longer_than_the_models_positions_is_refused(tmp_path: Path):
+    sections = {"rollout": {"max_completion_tokens": 5000}, "memory": {"micro_batch_tokens": 6000}}
+    with pytest.raises(
+        ValueError, match=r"rollout.max_completion_tokens is 5000; .* 5096 tokens, .* knows \d+ positions"
+    ):
+        Trainer(tiny_config(tmp_path / "run", **sections))
+
+
 def test_an_unknown_reward_is_refused_before_a_model_is_loaded(tmp_path: Path):
     config = tiny_config(tmp_path / "run", model={"name": "/nowhere"}, rewards=[{"function": "acuracy"}])
     with pytest.raises(ValueError, match=r"acuracy.*accuracy"):
@@ -256,14 +266,24 @@ def launch_script(*overrides: str, launcher: tuple[str, ...] = ()) -> subprocess
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "scripts/train_zero.py"]
     arguments = ["--config", "configs/quickstart.yaml", "--set", "run.steps=1", "evaluation.num_questions=4"]
     return subprocess.run(
-        [*command, *arguments, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=300, env=clean_environment()
+        [*command, *arguments, *overrides],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=clean_environment(),
     )
 
 
 def test_the_script_trains_and_says_where_the_results_lie(tmp_path: Path):
     done = launch_script(f"run.dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr[-3000:]
-    for part in ("4,000 training questions", "completions per step   128 (16 x 8)", "held-out, step 0:", "held-out, step 1:"):
+    for part in (
+        "4,000 training questions",
+        "completions per step   128 (16 x 8)",
+        "held-out, step 0:",
+        "held-out, step 1:",
+    ):
         assert part in done.stdout
     for name in ("metrics.jsonl", "curves.png", "checkpoints/step-00000001/hf"):
         assert str(tmp_path / "run" / name) in done.stdout
