@@ -30,7 +30,7 @@ METRICS = {
     "policy/ratio_mean": "mean over completion tokens of pi / pi_old; 1 when every update is on-policy",
     "policy/ratio_max": "largest of these ratios",
     "policy/clip_fraction": "share of completion tokens whose surrogate is at its bound and so has no gradient",
-    "policy/sampling_gap": "mean over completion tokens of |log-probability in the trainer - when sampled|, nats, before an update",
+    "policy/sampling_gap": "mean over completion tokens of |log-probability in the trainer - when sampled|, before an update",
     "policy/sampling_gap_max": "largest of these gaps",
     "optimizer/loss": "mean over the step's optimizer steps of the loss (surrogate and KL term, summed over processes)",
     "optimizer/grad_norm": "mean over the step's optimizer steps of the gradient's global L2 norm before clipping",
