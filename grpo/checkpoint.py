@@ -39,6 +39,8 @@ class RunState:
 def save(directory: Path, state: RunState, *, policy: Policy, config: Config, processes: Processes, keep: int) -> Path:
     """Write a checkpoint and remove all but the newest `keep`. Every process calls it."""
     final = directory / name_of(state.step)
+    if processes.broadcast(final.exists()):
+        return final
     partial = final.with_suffix(".partial")
     if processes.is_main:
         shutil.rmtree(partial, ignore_errors=True)
@@ -52,11 +54,10 @@ def save(directory: Path, state: RunState, *, policy: Policy, config: Config, pr
         record = {**asdict(state), "world_size": processes.world_size, "config": config.model_dump()}
         (partial / "state.json").write_text(json.dumps(record, indent=1))
         _flush(partial)
-        shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         _flush_directory(directory)
         for old in complete_checkpoints(directory)[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(old.with_suffix(".partial")))
     processes.barrier()
     return final
 

@@ -7,6 +7,7 @@ a `ValueError` before any model is loaded; its message has the setting as spelle
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,7 +35,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     name: str
     """Hub id or local directory of a causal language model in Hugging Face format; the policy starts from it."""
-    revision: str | None = None
+    revision: str = "main"
     """Branch, tag or commit of a hub model. Pin it for a run that others should repeat."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights in the forward pass; the optimizer keeps float32 masters. auto: bfloat16 on CUDA, float32 on CPU."""
@@ -50,6 +51,8 @@ class DataConfig(Section):
     """Split of a hub data set to train on."""
     eval_name: str | None = None
     """Held-out questions, named like `name`. null: the hub data set of `name` itself, with `eval_split`."""
+    eval_subset: str | None = None
+    """Configuration name of the hub data set `eval_name`; without `eval_name` that of `name` holds."""
     eval_split: str = "test"
     """Split of a hub data set to evaluate on."""
     question_column: str = "question"
@@ -58,6 +61,8 @@ class DataConfig(Section):
     """Column that holds the gold answer."""
     answer_regex: str | None = None
     """Where the answer column holds more than the answer: a regular expression whose first group is the answer."""
+    eval_answer_regex: str | None = None
+    """The same for `eval_name`; without `eval_name` that of `name` holds."""
     template: Literal["r1_zero", "r1_zero_think", "chat", "none"] = "r1_zero"
     """How a question becomes a prompt; see grpo/prompts.py. `chat` is the tokenizer's own chat template."""
     system_prompt: str | None = None
@@ -110,6 +115,9 @@ class AlgorithmConfig(Section):
     """Weight of the KL penalty to the reference model (beta). 0: no reference model is loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Per-token KL estimator; see grpo/loss.py. The paper's is k3."""
+    max_sampling_gap: PositiveFloat = 0.25
+    """Stop when sampled tokens' log-probabilities and the trainer's own of the same tokens differ by more than this, in
+    nats on average: one of them is wrong. bfloat16 noise is about 0.01."""
     num_minibatches: PositiveInt = 1
     """Optimizer steps per rollout (the paper: 16). With 1 every update is strictly on-policy."""
 
@@ -298,6 +306,13 @@ def _check_combinations(config: Config) -> None:
             f"optimizer.warmup_steps is {config.optimizer.warmup_steps}; the run has {config.optimizer_steps} optimizer "
             "steps (run.steps * algorithm.num_minibatches) and would end before its peak rate. Lower the warm-up."
         )
+    for name in ("answer_regex", "eval_answer_regex"):
+        _check_regex(f"data.{name}", getattr(config.data, name))
+    if config.data.eval_name is None and (config.data.eval_subset or config.data.eval_answer_regex):
+        raise ValueError(
+            "data.eval_name is missing; data.eval_subset and data.eval_answer_regex belong to it and have no effect without. "
+            "Set data.eval_name, or remove them."
+        )
     if config.data.system_prompt is not None and config.data.template != "chat":
         raise ValueError(
             f"data.system_prompt is {config.data.system_prompt!r}; only the chat template has a system message, and "
@@ -308,6 +323,17 @@ def _check_combinations(config: Config) -> None:
             f"rewards is {[reward.function for reward in config.rewards]} without any weight; at least one reward must "
             "count for something. Give one of them a weight other than 0."
         )
+
+
+def _check_regex(setting: str, pattern: str | None) -> None:
+    if pattern is None:
+        return
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"{setting} is {pattern!r}; it is not a regular expression: {error}. Correct it.") from None
+    if groups < 1:
+        raise ValueError(f"{setting} is {pattern!r}; its first group is the answer, and it has none. Add parentheses.")
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -341,7 +367,17 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
         if isinstance(node, dict) and node.get(name) is None:
             node[name] = {}
         node = node[_child_key(node, name, path)]
-    node[_child_key(node, last, path)] = yaml.load(value, _StrictLoader)
+    node[_child_key(node, last, path)] = _read_value(value, override)
+
+
+def _read_value(text: str, override: str) -> Any:
+    """The text as YAML; as it stands where YAML would take it for a comment, such as the pattern `####\\s*(.+)`."""
+    if text.lstrip().startswith("#"):
+        return text
+    try:
+        return yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {override!r}: {text!r} is not valid YAML: {error}. Quote it.") from None
 
 
 def _child_key(node: Any, name: str, path: str) -> str | int:

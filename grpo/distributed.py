@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,10 @@ class Processes:
         values = [value]
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
+
+    def on_main(self, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns on rank 0, on every rank."""
+        return self.broadcast(compute() if self.is_main else None)
 
     def barrier(self) -> None:
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
@@ -129,13 +134,20 @@ def _check_launcher(config: Config) -> None:
     }
     for variable, (setting, value) in ours.items():
         theirs = os.environ.get(variable, "none")
-        if theirs not in ("none", "auto") and theirs != str(value):
+        if theirs not in ("none", "auto") and not _same(theirs, value):
             name = variable.removeprefix("ACCELERATE_").removeprefix("DEEPSPEED_").lower()
             raise ValueError(
                 f"{setting} is {value}; accelerate's own configuration file says {name} {theirs}, and the two must agree. "
                 f"Make them equal, or launch without --config_file."
             )
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # what agrees needs no warning that only one of the two is read
+
+
+def _same(text: str, value: float | str) -> bool:
+    try:
+        return float(text) == float(value)
+    except ValueError:
+        return text == value
 
 
 def _complete_environment() -> None:

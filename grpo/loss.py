@@ -50,13 +50,15 @@ def grpo_loss(
 
     A token counts as clipped when the bound is what the minimum chose, so that its surrogate has no gradient.
     """
-    old = logprobs.detach() if old_logprobs is None else old_logprobs
+    real = weights > 0  # a token without weight must not reach exp(): infinity times a weight of 0 is NaN
+    fixed = logprobs.detach()
+    old = fixed if old_logprobs is None else torch.where(real, old_logprobs, fixed)
     ratio = (logprobs - old).exp()
     free, bounded = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     per_token = -torch.minimum(free, bounded)
     kl = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
-        kl = KL_ESTIMATORS[kl_estimator](logprobs, ref_logprobs)
+        kl = KL_ESTIMATORS[kl_estimator](logprobs, torch.where(real, ref_logprobs, fixed))
         per_token = per_token + kl_coef * kl
     return TokenLoss((weights * per_token).sum(), ratio.detach(), (bounded < free).detach(), kl.detach())
 

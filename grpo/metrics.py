@@ -1,4 +1,4 @@
-"""Every metric's name and formula, their and their reduction over micro-batches and processes.
+"""Every metric's name and formula, and their reduction over micro-batches and processes.
 
 docs/metrics.md shows METRICS as a table; a test keeps the two the same.
 """
@@ -132,18 +132,14 @@ def measure_micro_batch(meter: Meter, micro: Batch, logprobs: Tensor, entropy: T
     gap = (before_update - micro.sampling_logprobs).abs()[real]
     meter.mean("policy/sampling_gap", gap)
     meter.max("policy/sampling_gap_max", gap)
-    meter.total("optimizer/loss", float(result.loss.detach()))
     meter.total("throughput/update", float(len(micro.tokens)))
 
 
-def step_metrics(
-    meter: Meter, seconds: dict[str, float], processes: Processes, *, num_updates: int
-) -> dict[str, float]:
+def step_metrics(meter: Meter, seconds: dict[str, float], processes: Processes) -> dict[str, float]:
     """All metrics of a step, from what each process collected and from the main process's clock."""
     metrics = meter.reduce(processes)
     variance = metrics.pop(SQUARED_REWARD, 0.0) - metrics.get("reward/mean", 0.0) ** 2
     metrics["reward/std"] = max(variance, 0.0) ** 0.5
-    metrics["optimizer/loss"] = metrics.get("optimizer/loss", 0.0) / num_updates
     metrics["throughput/rollout"] /= seconds["rollout"]
     metrics["throughput/update"] = metrics.get("throughput/update", 0.0) / seconds["update"]
     return metrics | {f"time/{name}": value for name, value in seconds.items()}

@@ -19,14 +19,19 @@ from transformers import (
 )
 from transformers.integrations import unset_hf_deepspeed_config
 
+from grpo import distributed
 from grpo.attention import implementation_for, packed_inputs
 from grpo.config import Config, ModelConfig, OptimizerConfig
-from grpo.distributed import Processes, deepspeed_config
+from grpo.distributed import Processes
 from grpo.logprobs import token_logprobs
 from grpo.types import Batch
 
 END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<end_of_turn>", "</s>")
 """Special tokens by which model families end a text or a turn; whichever a tokenizer has ends a completion."""
+
+
+FORWARD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
+"""Mean gap in nats between two ways to compute the same log-probability that rounding explains, with room to spare."""
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -38,7 +43,7 @@ def resolve_dtype(name: str) -> torch.dtype:
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Raises ValueError if neither a directory nor the hub has it."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.name is {config.name!r}; it is neither a directory with a model in Hugging Face format nor a model "
@@ -51,7 +56,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def check_context(config: Config) -> None:
     """Raises ValueError if a sequence may grow longer than the positions the model knows."""
-    model = AutoConfig.from_pretrained(config.model.name, revision=config.model.revision or "main").get_text_config()
+    model = AutoConfig.from_pretrained(config.model.name, revision=config.model.revision).get_text_config()
     limit = getattr(model, "max_position_embeddings", None)
     if limit is not None and config.max_sequence_tokens > limit:
         raise ValueError(
@@ -67,7 +72,7 @@ def end_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> li
     Base models disagree with themselves: the tokenizer, the model's config and its generation config may each name another
     one. A completion that ends with any of them has ended; honouring only one makes most completions run to the limit.
     """
-    model = AutoConfig.from_pretrained(config.name, revision=config.revision or "main")
+    model = AutoConfig.from_pretrained(config.name, revision=config.revision)
     ids: set[int] = set()
     for value in (tokenizer.eos_token_id, model.get_text_config().eos_token_id, _generation_eos(config)):
         ids.update([value] if isinstance(value, int) else value or [])
@@ -84,7 +89,7 @@ def end_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> li
 
 def _generation_eos(config: ModelConfig) -> int | list[int] | None:
     try:
-        return GenerationConfig.from_pretrained(config.name, revision=config.revision or "main").eos_token_id
+        return GenerationConfig.from_pretrained(config.name, revision=config.revision).eos_token_id
     except OSError:
         return None  # a model need not have a generation_config.json
 
@@ -121,18 +126,14 @@ def output_head(lm: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     return head
 
 
-DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "residual_dropout")
-"""Dropout settings of transformers' model families. With dropout the ratio of an unchanged policy would not be 1."""
-
-
 def load_lm(config: ModelConfig, *, dtype: torch.dtype, gradient_checkpointing: bool = False) -> PreTrainedModel:
-    settings = AutoConfig.from_pretrained(config.name, revision=config.revision or "main")
-    for name in DROPOUTS:
-        if hasattr(settings, name):
-            setattr(settings, name, 0.0)
-    lm = AutoModelForCausalLM.from_pretrained(
-        config.name, config=settings, revision=config.revision or "main", dtype=dtype
-    )
+    """A model without dropout: with it, the ratio of an unchanged policy would not be 1."""
+    settings = AutoConfig.from_pretrained(config.name, revision=config.revision)
+    for part in (settings, settings.get_text_config()):
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+    lm = AutoModelForCausalLM.from_pretrained(config.name, config=settings, revision=config.revision, dtype=dtype)
     if gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     return lm
@@ -160,24 +161,40 @@ class Policy:
         self.reference = self._load_reference() if config.algorithm.kl_coef > 0 else None
         unset_hf_deepspeed_config()  # from here on, loading a model must not shard it
         self._replica = self._load_replica() if self._sharded else None
-        self._check_logits()
+        self._check_forward()
 
     def _packed(self, lm: PreTrainedModel) -> PackedLM:
         return PackedLM(
             lm, temperature=self._config.rollout.temperature, chunk_tokens=self._config.memory.logprob_chunk_tokens
         )
 
-    def _check_logits(self) -> None:
-        """Log-probabilities are computed from hidden states; make sure that this model has no further step in between."""
-        tokens = torch.arange(8, device=self.processes.device).unsqueeze(0)
+    def _check_forward(self) -> None:
+        """Two packed sequences must have the log-probabilities that the model itself gives to each alone.
+
+        They would not if the model does more to its hidden states than its output layer, or if its attention, its position
+        embeddings or a convolution looks across the border of packed sequences; several families do.
+        """
+        device, length = self.processes.device, 12
+        vocabulary = self.lm.config.get_text_config().vocab_size
+        tokens = (torch.arange(2 * length, device=device) * 7919 + 3) % vocabulary
+        pair = Batch(
+            tokens=tokens,
+            cu_seqlens=torch.tensor([0, length, 2 * length], dtype=torch.int32, device=device),
+            prompt_lens=torch.ones(2, dtype=torch.long, device=device),
+            advantages=torch.zeros(2, device=device),
+            sampling_logprobs=torch.zeros(2 * length - 2, device=device),
+        )
+        packed = self.old_logprobs(pair)
         with self.sampling_model() as lm, torch.no_grad():
-            expected = lm(input_ids=tokens, use_cache=False).logits
-            hidden = lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-            actual = output_head(lm)(hidden)
-        if not torch.allclose(actual.float(), expected.float(), rtol=1e-2, atol=1e-2):
+            logits = lm(input_ids=tokens.view(2, length), use_cache=False).logits[:, :-1].float()
+        alone = (logits / self._config.rollout.temperature).log_softmax(-1)
+        alone = alone.gather(-1, tokens.view(2, length)[:, 1:].unsqueeze(-1)).flatten()
+        gap = float((packed - alone).abs().mean())
+        if not gap < FORWARD_TOLERANCE[self.dtype]:
             raise ValueError(
-                f"model.name is {self._config.model.name!r}; {type(lm).__name__} does more to its hidden states than its "
-                "output layer, so its log-probabilities cannot be computed from them. Use another model family."
+                f"model.name is {self._config.model.name!r}; the log-probabilities of packed sequences differ by {gap:.3g} "
+                f"nats on average from {type(self.lm).__name__}'s own for each sequence alone. Packing does not work for "
+                "this model family; use another."
             )
 
     def _load_reference(self) -> nn.Module:
@@ -188,7 +205,7 @@ class Policy:
         if self._sharded:
             import deepspeed
 
-            settings = deepspeed_config(self._config, dtype=self.dtype)
+            settings = distributed.deepspeed_config(self._config, dtype=self.dtype)
             packed = deepspeed.initialize(model=packed, config=settings)[0]
         else:
             packed.to(self.processes.device)
@@ -268,8 +285,14 @@ class Policy:
     def export(self, directory: Path) -> None:
         """Write weights, config and tokenizer in Hugging Face format. To be called by the main process alone."""
         with self.sampling_model() as lm:
-            lm.generation_config.eos_token_id = self.end_token_ids
-            lm.save_pretrained(directory)
+            own = lm.generation_config
+            lm.generation_config = GenerationConfig(
+                eos_token_id=self.end_token_ids, pad_token_id=self.tokenizer.pad_token_id, bos_token_id=own.bos_token_id
+            )  # sampling defaults of the base would not fit the trained model, and an odd one makes saving fail
+            try:
+                lm.save_pretrained(directory)
+            finally:
+                lm.generation_config = own
         self.tokenizer.save_pretrained(directory)
 
 

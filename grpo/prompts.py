@@ -70,7 +70,10 @@ def load_rows(config: DataConfig, *, evaluation: bool = False) -> list[dict[str,
             "data.name is missing; a run needs questions. Set data.name, or pass train_dataset to Trainer."
         )
     split = config.eval_split if evaluation else config.split
-    return prepare_rows(_load(name, config.subset, split, setting), config, setting=setting)
+    own = evaluation and config.eval_name is not None
+    subset = config.eval_subset if own else config.subset
+    regex = config.eval_answer_regex if own else config.answer_regex
+    return prepare_rows(_load(name, subset, split, setting), config, answer_regex=regex, setting=setting)
 
 
 FORMATS = {".json": "json", ".jsonl": "json", ".gz": "json", ".parquet": "parquet"}
@@ -95,26 +98,33 @@ def _load(name: str, subset: str | None, split: str, setting: str) -> Any:
         ) from error
 
 
-def prepare_rows(rows: Iterable[Mapping[str, Any]], config: DataConfig, *, setting: str) -> list[dict[str, Any]]:
+def prepare_rows(
+    rows: Iterable[Mapping[str, Any]], config: DataConfig, *, answer_regex: str | None, setting: str
+) -> list[dict[str, Any]]:
     """Give each row its `question` and `answer`; the row's other columns stay."""
     prepared = []
-    pattern = re.compile(config.answer_regex) if config.answer_regex is not None else None
+    pattern = re.compile(answer_regex) if answer_regex is not None else None
     for number, row in enumerate(rows):
         for column, option in ((config.question_column, "question_column"), (config.answer_column, "answer_column")):
             if column not in row:
                 raise ValueError(
                     f"data.{option} is {column!r}; {setting} has the columns {', '.join(row)}. Set data.{option} to one."
                 )
-        answer = str(row[config.answer_column])
-        if pattern is not None:
+        question, given = row[config.question_column], row[config.answer_column]
+        if question is None:
+            raise ValueError(
+                f"data.question_column is {config.question_column!r}; row {number} of {setting} has none. Drop it."
+            )
+        answer = "" if given is None or given != given else str(given)  # a missing answer: no reward can grade it
+        if pattern is not None and answer:
             found = pattern.search(answer)
-            if found is None or not found.groups():
+            if found is None or found.group(1) is None:
                 raise ValueError(
-                    f"data.answer_regex is {config.answer_regex!r}; it finds no group in the answer of row {number} of "
+                    f"data.answer_regex is {answer_regex!r}; it finds no group in the answer of row {number} of "
                     f"{setting}: {answer[-200:]!r}. Correct it, or set it to null if the column is the bare answer."
                 )
             answer = found.group(1).strip()
-        prepared.append({**row, "question": str(row[config.question_column]), "answer": answer})
+        prepared.append({**row, "question": str(question), "answer": answer})
     if not prepared:
         raise ValueError(f"{setting} holds no rows. Name a data set with at least one.")
     return prepared

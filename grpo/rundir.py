@@ -6,7 +6,7 @@ import json
 import platform
 import sys
 from importlib.metadata import version
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,22 @@ from grpo.sinks import JsonlSink, Sink, WandbSink, append_jsonl, read_jsonl, rew
 RECORDED = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "math-verify")
 
 
-def choose(config: RunConfig) -> Path:
-    """`run.dir` itself to resume or if it is still unused; otherwise the next free of dir-2, dir-3, ..."""
+def claim(config: RunConfig) -> Path:
+    """Create and return the run's directory: `run.dir` itself to resume or if it is new; else the first of dir-2, dir-3, ...
+
+    Creating it is the claim, so two runs started together do not share one.
+    """
     wanted = Path(config.dir)
-    if config.resume == "auto" or _unused(wanted):
+    if config.resume == "auto":
+        wanted.mkdir(parents=True, exist_ok=True)
         return wanted
-    return next(path for n in count(2) if _unused(path := wanted.with_name(f"{wanted.name}-{n}")))
-
-
-def _unused(path: Path) -> bool:
-    return not path.exists() or not any(path.iterdir())
+    for path in chain([wanted], (wanted.with_name(f"{wanted.name}-{n}") for n in count(2))):
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("count(2) does not end")
 
 
 def record(directory: Path, config: Config, processes: Processes) -> None:
@@ -57,13 +63,17 @@ class RunLog:
         self.reward_names = reward_names
         self.sinks: list[Sink] = []
 
-    def open(self, *, step: int) -> None:
-        """Start writing after `step` finished steps. What an earlier attempt wrote of later steps is set aside."""
+    def open(self, *, resumed_step: int | None) -> None:
+        """Start writing, after a checkpoint of `resumed_step` if there was one.
+
+        What an earlier attempt wrote of later steps, or all of it without a checkpoint, is set aside.
+        """
         if not self.processes.is_main:
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
         for name in ("metrics", "completions", "evaluations"):
-            rewind_jsonl(self.directory / f"{name}.jsonl", step)
+            rewind_jsonl(self.directory / f"{name}.jsonl", -1 if resumed_step is None else resumed_step)
+        if resumed_step is None:
+            (self.directory / "wandb_id").unlink(missing_ok=True)
         record(self.directory, self.config, self.processes)
         logging = self.config.logging
         self.sinks = [JsonlSink(self.directory)]
@@ -76,7 +86,9 @@ class RunLog:
                     config=self.config.model_dump(),
                 )
             )
-        self.sinks.append(ConsoleSink(num_steps=self.config.run.steps, first_step=step, reward_names=self.reward_names))
+        self.sinks.append(
+            ConsoleSink(num_steps=self.config.run.steps, first_step=resumed_step or 0, reward_names=self.reward_names)
+        )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for sink in self.sinks:

@@ -19,5 +19,5 @@ def learning_rate(config: OptimizerConfig, *, step: int, num_steps: int) -> floa
     """Rate of optimizer step `step`, counted from 0, of `num_steps`: the first warm-up step has 1/warmup_steps of the peak."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
+    progress = min((step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1), 1.0)
     return config.learning_rate * SCHEDULES[config.schedule](progress)

@@ -99,7 +99,7 @@ class Scorer:
         self._checkers = [check for reward in rewards if (check := _bind_check(reward, list(columns))) is not None]
         self._pool = WorkerPool(
             [bound.pickled() for bound in [*self._scorers, *self._checkers]],
-            files=list(_files.values()),
+            files=[_files[name] for name in _modules(rewards) if name in _files],
             num_workers=num_workers,
             memory_gib=memory_gib,
         )
@@ -418,6 +418,12 @@ def _import_module(spec: str, name: str) -> ModuleType:
             f"rewards.*.function is {spec!r}; the module {name!r} cannot be imported: {error}. "
             "Install it, add its folder to PYTHONPATH, or name its file: path/to/file.py:function."
         ) from error
+
+
+def _modules(rewards: Sequence[Reward]) -> list[str]:
+    """Where the functions and their `check_row`s were defined, each once."""
+    functions = [f for reward in rewards for f in (reward.function, getattr(reward.function, "check_row", None))]
+    return list(dict.fromkeys(getattr(f, "__module__", type(f).__module__) for f in functions))
 
 
 def _load_file(spec: str, path: Path) -> ModuleType:

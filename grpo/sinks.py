@@ -42,7 +42,12 @@ def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in _lines(path)]
+
+
+def _lines(path: Path) -> list[str]:
+    """Split at line feeds only: a completion may hold other characters that `str.splitlines` takes for line ends."""
+    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n") if path.stat().st_size else []
 
 
 def rewind_jsonl(path: Path, step: int) -> None:
@@ -54,7 +59,7 @@ def rewind_jsonl(path: Path, step: int) -> None:
         return
     kept: list[str] = []
     superseded: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in _lines(path):
         (kept if _step_of(line) <= step else superseded).append(line + "\n")
     if superseded:
         with path.with_suffix(".superseded.jsonl").open("a", encoding="utf-8") as file:
@@ -84,7 +89,7 @@ class WandbSink:
         import wandb
 
         self._wandb = wandb
-        if mode == "online" and not wandb.login(prompt=False):
+        if mode == "online" and not _has_login(wandb):
             print("wandb: no login found (run `wandb login`); this run is logged offline.", flush=True)
             mode = "offline"
         options: dict[str, Any] = {
@@ -114,6 +119,14 @@ class WandbSink:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _has_login(wandb: Any) -> bool:
+    try:
+        return wandb.login(prompt=False)
+    except Exception as error:  # a key that is no key, a service that cannot be reached
+        print(f"wandb: {error}", flush=True)
+        return False
 
 
 def _wandb_id(directory: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from grpo.metrics import Meter, measure_micro_batch, measure_rollout, step_metri
 from grpo.policy import Policy, check_context, load_tokenizer, resolve_dtype
 from grpo.prompts import PromptOrder, build_prompts, load_rows, prepare_rows
 from grpo.report import plot_curves
-from grpo.rollout.hf import HFGenerator
+from grpo.rollout import make_generator
 from grpo.rundir import RunLog
 from grpo.schedule import learning_rate
 from grpo.scoring import Reward, Scorer, resolve_function
@@ -60,8 +61,6 @@ class Trainer:
         functions = _reward_functions(config, rewards)
         self.processes = distributed.start(config, dtype=resolve_dtype(config.model.dtype))
         config.check_world_size(self.processes.world_size)
-        self.directory = Path(self.processes.broadcast(str(rundir.choose(config.run))))
-        self.found = checkpoint.find(self.directory, config, self.processes)
         tokenizer = load_tokenizer(config.model)
         check_context(config)
         with self.processes.accelerator.main_process_first():
@@ -86,14 +85,19 @@ class Trainer:
             rank=self.processes.rank,
             world_size=self.processes.world_size,
         )
+        self.directory = Path(self.processes.on_main(lambda: str(rundir.claim(config.run))))
+        found = checkpoint.find(self.directory, config, self.processes)
         self.say(config.summary(num_rows=len(prompts), world_size=self.processes.world_size))
         self.policy = Policy(config, tokenizer, self.processes)
-        self.generator = HFGenerator(self.policy, max_sequences=config.memory.max_sequences)
-        self.state = self._restore() if self.found else RunState()
+        self.generator = make_generator(config, self.policy)
+        self.state = RunState() if found is None else self._restore(found)
         self.log = RunLog(
             self.directory, config, self.processes, reward_names=[reward.name for reward in self.scorer.rewards]
         )
-        self.log.open(step=self.state.step)
+        self.log.open(resumed_step=None if found is None else self.state.step)
+        self.learning_rate = 0.0  # of the last optimizer step
+        self.meter = Meter()  # of the step under way, as are the seconds
+        self.seconds: dict[str, float] = {}
 
     def train(self) -> Path:
         """Run all steps that are left, with the evaluations and checkpoints that are due.
@@ -112,8 +116,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """Sample a rollout, score it, and update the policy on it; the step's metrics over all processes."""
-        config, self.meter = self.config, Meter()
-        self.seconds: dict[str, float] = {}
+        config, self.meter, self.seconds = self.config, Meter(), {}
         prompts = self.prompts.next_batch()
         with self._clock("step"):
             with self._clock("rollout"):
@@ -168,6 +171,7 @@ class Trainer:
             max_completion_tokens=self.config.rollout.max_completion_tokens,
         )
         plan, micro_batches = self._micro_batches(replace(minibatch, weights=weights))
+        total = 0.0
         for number, micro in enumerate(micro_batches):
             assert micro.weights is not None, "weights were set before the split"
             logprobs, entropy = self.policy.logprobs(micro)
@@ -182,16 +186,28 @@ class Trainer:
                 kl_coef=algorithm.kl_coef,
                 kl_estimator=algorithm.kl_estimator,
             )
+            total += float(result.loss.detach())
             self.policy.backward(result.loss, last=number == len(micro_batches) - 1)
             measure_micro_batch(self.meter, micro, logprobs.detach(), entropy, result)
             self.meter.mean("batch/padding", torch.tensor(float(number >= len(plan))))
         rate = learning_rate(
             self.config.optimizer, step=self.state.optimizer_steps, num_steps=self.config.optimizer_steps
         )
+        self._refuse_if_not_finite("loss", self.processes.sum(total)[0])
         norm = self.policy.optimizer_step(rate)
+        self._refuse_if_not_finite("gradient's norm", norm)
         self.state.optimizer_steps += 1
+        self.learning_rate = rate
         self.meter.mean("optimizer/grad_norm", torch.tensor(norm))
-        self.meter.max("optimizer/learning_rate", torch.tensor(rate, dtype=torch.float64))
+        self.meter.mean("optimizer/loss", torch.tensor(self.processes.world_size * total))
+
+    def _refuse_if_not_finite(self, what: str, value: float) -> None:
+        """Stop before a broken update reaches a checkpoint."""
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the {what} of step {self.state.step + 1} is {value}; the weights are lost from here on, the last checkpoint "
+                "is not. Lower optimizer.learning_rate or optimizer.max_grad_norm and resume from it in another run.dir."
+            )
 
     def _micro_batches(self, batch: Batch) -> tuple[list[list[int]], list[Batch]]:
         """Which sequences share a pass, and the passes, on the device; spare ones make up the number of the busiest rank."""
@@ -224,11 +240,10 @@ class Trainer:
         self.log.close()
         self.scorer.close()
 
-    def _restore(self) -> RunState:
-        assert self.found is not None, "there is no checkpoint to restore"
-        state = checkpoint.restore(self.found, policy=self.policy, processes=self.processes)
+    def _restore(self, found: Path) -> RunState:
+        state = checkpoint.restore(found, policy=self.policy, processes=self.processes)
         self.prompts.position = state.position
-        self.say(f"resumed after step {state.step} from {self.found}")
+        self.say(f"resumed after step {state.step} from {found}")
         return state
 
     def _evaluate_if_due(self) -> None:
@@ -259,13 +274,22 @@ class Trainer:
         self.log.log_completions(self.state.step, [row for part in self.processes.gather(mine) for row in part])
 
     def _log_metrics(self) -> dict[str, float]:
-        metrics = step_metrics(
-            self.meter, self.seconds, self.processes, num_updates=self.config.algorithm.num_minibatches
-        )
+        metrics = step_metrics(self.meter, self.seconds, self.processes)
+        metrics["optimizer/learning_rate"] = self.learning_rate
         metrics["optimizer/steps"] = self.state.optimizer_steps
         metrics["progress/epoch"] = self.state.position / len(self.prompts.prompts)
         self.log.log(self.state.step, metrics)
+        self._check_sampling_gap(metrics.get("policy/sampling_gap", 0.0))
         return metrics
+
+    def _check_sampling_gap(self, gap: float) -> None:
+        limit = self.config.algorithm.max_sampling_gap
+        if not gap <= limit:
+            raise RuntimeError(
+                f"policy/sampling_gap is {gap:.3g} nats in step {self.state.step}, above algorithm.max_sampling_gap {limit}: "
+                "the log-probabilities that tokens were sampled with are not those of the trained policy. Likely causes, "
+                "in this order: the rollout engine has stale weights, another temperature, or another numerical precision."
+            )
 
     def _finish(self) -> Path:
         """Draw the curves, show samples, and say where everything lies."""
@@ -300,7 +324,8 @@ class Trainer:
         self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, what: str
     ) -> list[Prompt]:
         """Prompts of the rows that fit and whose answer every reward function can grade; says what was dropped."""
-        reasons = self.scorer.check_rows(rows)
+        # asked once: a time limit that strikes on one process only would leave them with different questions
+        reasons = self.processes.on_main(lambda: self.scorer.check_rows(rows))
         gradable = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
         if not gradable:
             raise ValueError(
@@ -326,7 +351,8 @@ def _reward_functions(config: Config, rewards: Sequence[Callable[..., Any] | Rew
 def _rows(config: Config, given: Rows | None, *, evaluation: bool) -> list[dict[str, Any]]:
     if given is None:
         return load_rows(config.data, evaluation=evaluation)
-    return prepare_rows(given, config.data, setting="eval_dataset" if evaluation else "train_dataset")
+    setting = "eval_dataset" if evaluation else "train_dataset"
+    return prepare_rows(given, config.data, answer_regex=config.data.answer_regex, setting=setting)
 
 
 def _due(step: int, every: int) -> bool:

@@ -109,6 +109,8 @@ def test_overrides_are_read_as_yaml_and_reach_into_lists(tmp_path: Path):
     assert config.optimizer.learning_rate == 1e-5
     assert config.model.name == "/a b"
     assert config.scoring.num_workers == 3
+    # YAML would take this pattern for a comment
+    assert Config.load(path, [r"data.answer_regex=####\s*(.+)"]).data.answer_regex == r"####\s*(.+)"
 
 
 @pytest.mark.parametrize(
@@ -118,6 +120,10 @@ def test_overrides_are_read_as_yaml_and_reach_into_lists(tmp_path: Path):
         ("rollout.size=3", "rollout.size is not a setting"),
         ("rewards.7.weight=1", "there is no '7'"),
         ("run.steps.x=1", "there is no 'x' to set in 2"),
+        ("model.name=[", "'[' is not valid YAML"),
+        ("data.answer_regex=(", "data.answer_regex is '('; it is not a regular expression"),
+        ("data.answer_regex=x", "data.answer_regex is 'x'; its first group is the answer, and it has none"),
+        ("data.eval_subset=main", "data.eval_name is missing"),
     ],
 )
 def test_a_bad_override_is_refused(tmp_path: Path, override: str, message: str):

@@ -129,6 +129,16 @@ def test_k3_restrains_and_k1_does_not():
     assert gradient["k3"].item() == pytest.approx(p - q)
 
 
+def test_a_token_without_weight_adds_nothing_however_improbable_it_is():
+    logprobs = torch.tensor([-1.0, -500.0], requires_grad=True)
+    others = {"old_logprobs": torch.tensor([-1.0, 0.0]), "ref_logprobs": torch.tensor([-1.2, 0.0])}
+    result = grpo_loss(logprobs, torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]), **others, **CLIP, kl_coef=1.0)
+    result.loss.backward()
+    assert torch.isfinite(result.loss)
+    assert logprobs.grad[1] == 0
+    assert torch.isfinite(logprobs.grad[0])
+
+
 def test_kl_is_zero_for_equal_policies_and_k3_is_never_negative():
     x = torch.randn(50, dtype=torch.float64)
     for estimator in KL_ESTIMATORS.values():

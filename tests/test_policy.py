@@ -13,6 +13,8 @@ from transformers import (
     Gemma2Config,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -24,7 +26,7 @@ from grpo.attention import implementation_for, packed_inputs
 from grpo.batch import pack, take
 from grpo.config import ModelConfig
 from grpo.logprobs import token_logprobs
-from grpo.policy import Policy, end_token_ids, load_tokenizer, output_head
+from grpo.policy import Policy, end_token_ids, load_lm, load_tokenizer, output_head
 from grpo.prompts import build_prompts, load_rows
 from grpo.rollout.hf import HFGenerator
 from grpo.types import Group
@@ -226,6 +228,46 @@ def test_the_exported_model_gives_the_policys_logits(policy: Policy, tmp_path: P
     ids = torch.arange(20).unsqueeze(0)
     with torch.no_grad(), policy.sampling_model() as lm:
         assert torch.equal(loaded(input_ids=ids).logits, lm(input_ids=ids).logits)
+
+
+def test_the_export_does_not_inherit_sampling_defaults(policy: Policy, tmp_path: Path):
+    own = policy.lm.generation_config
+    own.update(temperature=0.3)  # without do_sample: transformers refuses to save such a configuration
+    try:
+        policy.export(tmp_path / "hf")
+    finally:
+        own.update(temperature=None)
+    saved = json.loads((tmp_path / "hf/generation_config.json").read_text())
+    assert saved["eos_token_id"] == policy.end_token_ids
+    assert "temperature" not in saved
+
+
+def save_family(directory: Path, config: PretrainedConfig) -> Path:
+    """A random model with the tiny tokenizer."""
+    shutil.copytree(TINY / "model", directory)
+    (directory / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return directory
+
+
+OPT = OPTConfig(
+    vocab_size=512, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+)
+
+
+def test_a_family_that_packing_does_not_fit_is_refused(tmp_path: Path):
+    """OPT counts positions from the attention mask, so packed sequences would see each other's places."""
+    config = tiny_config(tmp_path, model={"name": str(save_family(tmp_path / "opt", OPT))})
+    with pytest.raises(ValueError, match="Packing does not work for this model family"):
+        Policy(config, load_tokenizer(config.model), distributed.start(config, dtype=torch.float32))
+
+
+def test_dropout_is_switched_off(tmp_path: Path):
+    lm = load_lm(ModelConfig(name=str(save_family(tmp_path / "opt", OPT))), dtype=torch.float32).train()
+    assert OPT.dropout > 0
+    ids = torch.arange(20).unsqueeze(0)
+    assert torch.equal(lm(input_ids=ids).logits, lm(input_ids=ids).logits)
 
 
 @pytest.fixture

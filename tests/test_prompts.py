@@ -45,7 +45,7 @@ def test_evaluation_rows_come_from_the_evaluation_file(files: Path):
 def test_columns_can_be_named_and_the_answer_cut_out():
     rows = [{"problem": "1+1?", "solution": "Add them.\n#### 2"}]
     config = DataConfig(question_column="problem", answer_column="solution", answer_regex=r"####\s*(.+)")
-    (row,) = prepare_rows(rows, config, setting="data.name")
+    (row,) = prepare_rows(rows, config, answer_regex=config.answer_regex, setting="data.name")
     assert (row["question"], row["answer"], row["problem"]) == ("1+1?", "2", "1+1?")
 
 
@@ -66,12 +66,34 @@ def test_a_missing_column_is_refused_with_the_columns_there_are():
     with pytest.raises(
         ValueError, match=r"data.question_column is 'problem'; data.name has the columns question, answer"
     ):
-        prepare_rows(ROWS, DataConfig(question_column="problem"), setting="data.name")
+        prepare_rows(ROWS, DataConfig(question_column="problem"), answer_regex=None, setting="data.name")
 
 
 def test_an_answer_that_the_pattern_misses_is_refused_with_its_row():
     with pytest.raises(ValueError, match=r"data.answer_regex is .* row 0 of data.name: '1'"):
-        prepare_rows(ROWS, DataConfig(answer_regex="#### (.*)"), setting="data.name")
+        prepare_rows(ROWS, DataConfig(), answer_regex="#### (.*)", setting="data.name")
+
+
+def test_a_missing_answer_stays_missing_and_a_missing_question_is_refused():
+    (row,) = prepare_rows([{"question": "q", "answer": None}], DataConfig(), answer_regex=None, setting="data.name")
+    assert row["answer"] == ""
+    with pytest.raises(ValueError, match="row 0 of data.name has none"):
+        prepare_rows([{"question": None, "answer": "1"}], DataConfig(), answer_regex=None, setting="data.name")
+
+
+def test_evaluation_on_another_hub_data_set_uses_its_own_subset_and_pattern(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def load_dataset(name: str, subset: str | None, *, split: str) -> list[dict]:
+        asked.append((name, subset, split))
+        return [{"question": "q", "answer": "work #### 7"}] if name == "a/b" else [{"question": "q", "answer": "7"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    own = DataConfig(name="a/b", subset="main", answer_regex="#### (.+)")
+    other = DataConfig(name="a/b", subset="main", answer_regex="#### (.+)", eval_name="c/d", eval_split="validation")
+    for config, evaluation in ((own, False), (own, True), (other, True)):
+        assert load_rows(config, evaluation=evaluation)[0]["answer"] == "7"
+    assert asked == [("a/b", "main", "train"), ("a/b", "main", "test"), ("c/d", None, "validation")]
 
 
 def test_r1_zero_is_the_papers_text_with_the_question_in_it(tokenizer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from helpers import tiny_config
+from helpers import TINY, tiny_config
 
 from grpo import Trainer, distributed
 
@@ -19,6 +19,8 @@ def trainer(name: str) -> Trainer:
     return Trainer(
         tiny_config(
             arguments.out / name,
+            data={"eval_name": str(TINY / "test.jsonl")},
+            evaluation={"num_questions": 5},  # an odd number over two processes
             algorithm={"kl_coef": 0.05, "num_minibatches": 2},
             distributed={"zero_stage": arguments.zero},
             run={"steps": 3, "resume": "auto"},

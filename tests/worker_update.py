@@ -36,7 +36,7 @@ config = tiny_config(
     arguments.out / "run",
     model={"dtype": arguments.dtype},
     rollout={"num_prompts": 6, "group_size": 3},
-    algorithm={"kl_coef": 0.1, "num_minibatches": 2, "aggregation": "token"},
+    algorithm={"kl_coef": 0.1, "num_minibatches": 2, "aggregation": "token", "max_sampling_gap": 100},
     memory={"micro_batch_tokens": arguments.budget, "gradient_checkpointing": arguments.zero == 3},
     optimizer={"learning_rate": 1e-5},  # on random completions a larger step makes ratios explode, and noise with them
     distributed={"zero_stage": arguments.zero},

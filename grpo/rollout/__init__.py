@@ -1,10 +1,14 @@
-"""Prompts -> Groups of sampled Completions: the protocol every rollout engine follows."""
+"""Prompts -> Groups of sampled Completions: the protocol every rollout engine follows, and the choice among them."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from grpo.types import Group, Prompt
+
+if TYPE_CHECKING:
+    from grpo.config import Config
+    from grpo.policy import Policy
 
 
 class Generator(Protocol):
@@ -21,3 +25,10 @@ class Generator(Protocol):
     def sync(self) -> None:
         """Take over the policy's weights after an update. Every process calls it."""
         ...
+
+
+def make_generator(config: Config, policy: Policy) -> Generator:
+    """The engine for this configuration; transformers' `generate` is the only one so far."""
+    from grpo.rollout.hf import HFGenerator
+
+    return HFGenerator(policy, max_sequences=config.memory.max_sequences)

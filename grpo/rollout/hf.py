@@ -35,22 +35,24 @@ class HFGenerator:
         wanted = [prompt for prompt in prompts for _ in range(num_completions)]
         completions = []
         device = self.policy.processes.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), self.policy.sampling_model():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), self.policy.sampling_model() as lm:
             torch.manual_seed(seed)
             for start in range(0, len(wanted), self.max_sequences):
                 part = wanted[start : start + self.max_sequences]
-                completions += self._generate(part, temperature=temperature, max_tokens=max_tokens)
+                completions += self._generate(lm, part, temperature=temperature, max_tokens=max_tokens)
         return [
             Group(prompt, completions[i * num_completions : (i + 1) * num_completions])
             for i, prompt in enumerate(prompts)
         ]
 
-    def _generate(self, prompts: list[Prompt], *, temperature: float, max_tokens: int) -> list[Completion]:
+    def _generate(
+        self, lm: PreTrainedModel, prompts: list[Prompt], *, temperature: float, max_tokens: int
+    ) -> list[Completion]:
         policy = self.policy
         input_ids, attention_mask = self._pad_left(prompts)
         recorder = LogprobRecorder(temperature or 1.0)
         output: Tensor
-        with policy.sampling_model() as lm, _without_defaults(lm):
+        with _without_defaults(lm):
             output = lm.generate(  # type: ignore[operator]
                 input_ids,
                 attention_mask=attention_mask,
