@@ -8,6 +8,8 @@ import argparse
 import os
 import sys
 import time
+import traceback
+from pathlib import Path
 
 from grpo import Config
 
@@ -25,13 +27,21 @@ def main() -> None:
 
         trainer = Trainer(config)
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            time.sleep(5)  # the launcher ends all processes with the first: let the one that speaks be first
+        raise_if_not_ours(error)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(5)  # the launcher ends all processes with the first; mostly rank 0 has the same to say
+        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     trainer.train()
     distributed.stop()
+
+
+def raise_if_not_ours(error: ValueError) -> None:
+    """A message for users speaks for itself; a ValueError out of a library needs its traceback."""
+    origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    if origin.parent.name not in ("grpo", "rollout", "rewards"):
+        raise error
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-import inspect
 import re
 from pathlib import Path
 
 import pytest
 from helpers import ROOT, tiny_config, tiny_settings
 
-from grpo.config import Config, setting_names
+from grpo import Trainer
+from grpo.config import Config, RewardConfig, Section, setting_names
 
+SECTIONS = {name: getattr(field.annotation, "__name__", "") for name, field in Config.model_fields.items()}
+SECTIONS["rewards"] = RewardConfig.__name__
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -19,12 +21,26 @@ def test_there_are_configurations_to_load():
     assert {"quickstart.yaml", "qwen1.5b.yaml"} <= {path.name for path in CONFIGS}
 
 
-def test_every_setting_is_read_somewhere():
-    code = "\n".join(path.read_text() for path in (ROOT / "grpo").rglob("*.py") if path.name != "config.py")
-    code += inspect.getsource(Config)
-    for setting in setting_names():
-        name = setting.split(".")[1]
-        assert re.search(rf"\.{name}\b", code), f"nothing reads {setting}"
+def test_every_setting_is_read_in_some_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two short runs with everything switched on, watched: whatever nobody looks at has no effect."""
+    read = set()
+
+    def watched(section: Section, name: str) -> object:
+        read.add((type(section).__name__, name))
+        return object.__getattribute__(section, name)
+
+    hub = [{"question": f"What is {i}+1?", "answer": str(i + 1)} for i in range(8)]
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: hub)
+    everything = {"evaluation": {"num_questions": 2}, "logging": {"wandb": "offline"}, "run": {"steps": 2}}
+    configs = [
+        tiny_config(tmp_path / "a", **everything, data={"name": "some/set"}, algorithm={"kl_coef": 0.1}),
+        tiny_config(tmp_path / "b", **everything, data={"name": "some/set", "eval_name": "another/set"}),
+    ]
+    monkeypatch.setattr(Section, "__getattribute__", watched, raising=False)
+    for config in configs:
+        Trainer(config).train()
+    unread = [name for name in setting_names() if (SECTIONS[name.split(".")[0]], name.split(".")[1]) not in read]
+    assert unread == []
 
 
 def test_every_setting_says_what_it_means():

@@ -77,7 +77,7 @@ def test_an_answer_that_the_pattern_misses_is_refused_with_its_row():
 def test_a_missing_answer_stays_missing_and_a_missing_question_is_refused():
     (row,) = prepare_rows([{"question": "q", "answer": None}], DataConfig(), answer_regex=None, setting="data.name")
     assert row["answer"] == ""
-    with pytest.raises(ValueError, match="row 0 of data.name has none"):
+    with pytest.raises(ValueError, match=r"row 0 of data\.name has none"):
         prepare_rows([{"question": None, "answer": "1"}], DataConfig(), answer_regex=None, setting="data.name")
 
 
