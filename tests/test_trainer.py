@@ -398,6 +398,8 @@ def test_every_setting_of_the_algorithm_reaches_the_update(tmp_path: Path):
         with torch.no_grad():
             old = [[logprobs(model, g, c) for c in g.completions] for g in groups]
             ref = [[logprobs(reference, g, c) for c in g.completions] for g in groups]
+        norms: list[float] = []
+        losses: list[float] = []
         for half in (slice(0, 2), slice(2, 4)):
             loss = torch.zeros(())
             for group, old_rows, ref_rows in zip(groups[half], old[half], ref[half], strict=True):
@@ -414,10 +416,14 @@ def test_every_setting_of_the_algorithm_reaches_the_update(tmp_path: Path):
                     loss = loss + (-surrogate + 0.5 * (now - ref_row) ** 2 / 2).sum() / (6 * 24)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)))
+            losses.append(loss.item())
             optimizer.param_groups[0]["lr"] = next(rates)
             optimizer.step()
-        trainer.train_step()
+        metrics = trainer.train_step()
+        # Adam and the norm's bound hide the size of the gradient, these do not
+        assert metrics["optimizer/loss"] == pytest.approx(sum(losses) / 2, rel=1e-3)
+        assert metrics["optimizer/grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-3)
     trainer.close()
     assert clipped > 0, "no ratio reached a bound, so the bounds were not tested"
     for (name, actual), expected in zip(trainer.policy.lm.named_parameters(), model.parameters(), strict=True):
