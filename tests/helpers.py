@@ -88,5 +88,18 @@ def launch(script: str, *arguments: str, processes: int = 1, timeout: float = 30
     return done.stdout
 
 
+def launch_script(*overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """One step of the quickstart as a user starts it, with settings and with options for accelerate."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "scripts/train_zero.py"]
+    return subprocess.run(
+        [*command, "--config", "configs/quickstart.yaml", "--set", "run.steps=1", *overrides],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=clean_environment(),
+    )
+
+
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TINY, FixedGenerator, clean_environment, number_in_text, tiny_config
+from helpers import ROOT, TINY, FixedGenerator, clean_environment, launch_script, number_in_text, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo import Reward, Trainer, checkpoint
@@ -264,21 +264,8 @@ def test_wandb_without_a_login_goes_on_offline_with_curves_config_and_table(
     assert list(offline.glob("files/media/table/completions*"))
 
 
-def launch_script(*overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "scripts/train_zero.py"]
-    arguments = ["--config", "configs/quickstart.yaml", "--set", "run.steps=1", "evaluation.num_questions=4"]
-    return subprocess.run(
-        [*command, *arguments, *overrides],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=clean_environment(),
-    )
-
-
 def test_the_script_trains_and_says_where_the_results_lie(tmp_path: Path):
-    done = launch_script(f"run.dir={tmp_path / 'run'}")
+    done = launch_script(f"run.dir={tmp_path / 'run'}", "evaluation.num_questions=4")
     assert done.returncode == 0, done.stderr[-3000:]
     for part in (
         "4,000 training questions",
