@@ -5,7 +5,7 @@ setup: .venv/installed
 .venv/installed: pyproject.toml scripts/install.sh
 	scripts/install.sh
 
-# Train a tiny model on the CPU in about three minutes.
+# Train a tiny model on the CPU in about two minutes.
 quickstart: setup
 	.venv/bin/accelerate launch scripts/train_zero.py --config configs/quickstart.yaml
 
