@@ -206,7 +206,7 @@ class Trainer:
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the {what} of step {self.state.step + 1} is {value}; the weights are lost from here on, the last checkpoint "
-                "is not. Lower optimizer.learning_rate or optimizer.max_grad_norm and resume from it in another run.dir."
+                "is not. Lower optimizer.learning_rate or optimizer.max_grad_norm, and start from it with model.name=.../hf."
             )
 
     def _micro_batches(self, batch: Batch) -> tuple[list[list[int]], list[Batch]]:
