@@ -136,13 +136,18 @@ def build_prompts(
     """Prompts in the order of `rows`, and how many rows were dropped for which reason.
 
     Raises:
-        ValueError: no row is left.
+        ValueError: no row is left, or a prompt has no tokens.
     """
     template = TEMPLATES[config.template]
     texts = [template.fill(row["question"], tokenizer, config.system_prompt) + template.prefill for row in rows]
     ids = tokenizer(texts, add_special_tokens=template.adds_special_tokens)["input_ids"]
     prompts, dropped = [], Counter[str]()
     for number, (row, text, token_ids) in enumerate(zip(rows, texts, ids, strict=True)):
+        if not token_ids:  # seen with tokenizer files that transformers reads as another family's
+            raise ValueError(
+                f"data.template is {config.template!r}; {type(tokenizer).__name__} turns the prompt {text[:80]!r} into no tokens "
+                "at all. If the question is not empty, the tokenizer does not load as it was saved; check model.name."
+            )
         if len(token_ids) > config.max_prompt_tokens:
             dropped[f"prompt longer than data.max_prompt_tokens ({config.max_prompt_tokens})"] += 1
         else:

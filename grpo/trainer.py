@@ -250,7 +250,7 @@ class Trainer:
         """Before the first step, after the last, and as configured between; not again for a step that a run resumes at."""
         step = self.state.step
         due = step == 0 or self._is_last() or _due(step, self.config.evaluation.every_steps)
-        if not self.eval_prompts or not due or self.processes.broadcast(bool(self.log.evaluation(step))):
+        if not self.eval_prompts or not due or self.processes.on_main(lambda: bool(self.log.evaluation(step))):
             return
         rows = evaluate(
             self.eval_prompts,

@@ -130,6 +130,11 @@ def test_too_long_prompts_are_dropped_and_counted(tokenizer):
     assert dropped == {"prompt longer than data.max_prompt_tokens (50)": 1}
 
 
+def test_a_prompt_without_tokens_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"turns the prompt '' into no tokens at all"):
+        build_prompts([{"question": "", "answer": "1"}], tokenizer, DataConfig(template="none"))
+
+
 def test_dropping_every_prompt_is_refused_with_the_length_that_would_do(tokenizer):
     with pytest.raises(ValueError, match=r"the shortest of 6 prompts has \d+ tokens"):
         build_prompts(ROWS, tokenizer, DataConfig(template="r1_zero", max_prompt_tokens=10))
