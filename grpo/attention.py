@@ -39,12 +39,20 @@ def packed_attention(
     if softcap is not None:
         raise ValueError("this model caps its attention logits (softcap), which packed attention does not support.")
     q, k, v = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    return varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scale=scaling, window=sliding_window).unsqueeze(
+        0
+    ), None
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, *, scale: float | None, window: int | None
+) -> Tensor:
+    """torch's flash attention, causal within each sequence; q `(L, heads, D)`, k and v `(L, kv_heads, D)`; 16 bit on CUDA."""
     grouped: dict[str, Any] = {"enable_gqa": True} if _NEEDS_GQA_FLAG and q.shape[1] != k.shape[1] else {}
-    lens, longest = cu_seq_lens_q, max_length_q
-    out = varlen_attn(q, k, v, lens, lens, longest, longest, scale=scaling, window_size=window, **grouped)
+    sizes = (-1 if window is None else window - 1, 0)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=sizes, **grouped)
     assert isinstance(out, Tensor), "varlen_attn returned auxiliary values that nobody asked for"
-    return out.unsqueeze(0), None
+    return out
 
 
 AttentionInterface.register("packed", packed_attention)

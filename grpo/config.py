@@ -25,6 +25,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from grpo.types import Sampling
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -80,6 +82,20 @@ class RolloutConfig(Section):
     """Where sampling is cut off; such a completion has finish_reason "length"."""
     temperature: PositiveFloat = 1.0
     """Of sampling, and of every log-probability in the loss. Raising it explores more."""
+    top_k: NonNegativeInt = 0
+    """Draw from the k likeliest tokens only. 0: from all. The loss keeps the log-probabilities of the whole vocabulary, so this
+    and the two below make training off-policy; they are for rollouts that would otherwise derail."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the fewest likeliest tokens that have this probability together. 1: from all."""
+    min_p: Fraction = 0.0
+    """Draw from tokens at least this share as likely as the likeliest. 0: from all."""
+    stop: list[str] = Field(default_factory=list)
+    """Texts that end a completion, such as `</answer>`, besides the end-of-sequence tokens. They stay part of it."""
+    engine: Literal["auto", "native", "hf", "vllm"] = "auto"
+    """What samples; see grpo/rollout. native: grpo's own, on the policy's weights. hf: transformers' `generate`, slow. vllm: an
+    optional extra. auto: native on CUDA if it supports the model, else hf."""
+    fused_layers: bool = True
+    """Let the native engine run its fused kernels for the families it has them for. false: the model's own layers."""
 
 
 class RewardConfig(Section):
@@ -147,7 +163,10 @@ class MemoryConfig(Section):
     gradient_checkpointing: bool = True
     """Recompute layer activations in the backward pass: much less memory for about a third more compute."""
     max_sequences: PositiveInt = 256
-    """Completions that one process samples at once."""
+    """Completions that one process samples at once. Raising it uses the GPU better, and takes memory for keys and values."""
+    kv_cache_gib: PositiveFloat | None = None
+    """Memory of one process for the native engine's keys and values, kept through the run. With less than max_sequences
+    completions need, fewer run at once. null: what they need, or half of what is free once the policy is loaded."""
 
 
 class DistributedConfig(Section):
@@ -162,6 +181,8 @@ class EvaluationConfig(Section):
     """Evaluate after every so many steps, besides before the first and after the last. 0: only those two."""
     temperature: NonNegativeFloat = 0.0
     """Of the evaluation's sampling; 0 is greedy decoding."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The evaluation draws from the fewest likeliest tokens that have this probability together (the paper: 0.95, at 0.6)."""
 
 
 class CheckpointConfig(Section):
@@ -242,7 +263,31 @@ class Config(Section):
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
-    # Derived numbers, each computed here and nowhere else.
+    # What follows from the settings, each worked out here and nowhere else.
+
+    @property
+    def sampling(self) -> Sampling:
+        """Of the training rollouts."""
+        rollout = self.rollout
+        return Sampling(
+            max_tokens=rollout.max_completion_tokens,
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            min_p=rollout.min_p,
+            stop=tuple(rollout.stop),
+        )
+
+    @property
+    def eval_sampling(self) -> Sampling:
+        """Of the held-out evaluation: ends where training rollouts end."""
+        evaluation = self.evaluation
+        return Sampling(
+            max_tokens=self.rollout.max_completion_tokens,
+            temperature=evaluation.temperature,
+            top_p=evaluation.top_p,
+            stop=tuple(self.rollout.stop),
+        )
 
     @property
     def completions_per_step(self) -> int:
@@ -305,6 +350,15 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(
             f"optimizer.warmup_steps is {config.optimizer.warmup_steps}; the run has {config.optimizer_steps} optimizer "
             "steps (run.steps * algorithm.num_minibatches) and would end before its peak rate. Lower the warm-up."
+        )
+    if "" in rollout.stop:
+        raise ValueError(
+            'rollout.stop holds ""; every completion contains it and would end with its first token. Remove it.'
+        )
+    if config.evaluation.temperature == 0 and config.evaluation.top_p < 1:
+        raise ValueError(
+            f"evaluation.top_p is {config.evaluation.top_p}; at evaluation.temperature 0 the likeliest token is taken and "
+            "top_p has no effect. Remove it, or set evaluation.temperature."
         )
     for name in ("answer_regex", "eval_answer_regex"):
         _check_regex(f"data.{name}", getattr(config.data, name))

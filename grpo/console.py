@@ -12,7 +12,7 @@ WIDE = 9
 
 
 class ConsoleSink:
-    """Rewards, length and KL of each step in columns, with the time left estimated from the last steps."""
+    """Rewards, length, KL and the rollout's speed and memory of each step in columns, with the time left by the last steps."""
 
     HEADER_EVERY = 20
     ESTIMATE_OVER = 10
@@ -27,6 +27,9 @@ class ConsoleSink:
             "cut off": "completion/truncated",
             "entropy": "policy/entropy",
             "KL": "policy/kl",
+            "tok/s": "throughput/rollout",
+            "slots": "rollout/slots",
+            "KV GiB": "rollout/kv_gib",
             "s/step": "time/step",
         }
         self.console = Console(highlight=False, soft_wrap=True)

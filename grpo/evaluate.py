@@ -8,7 +8,7 @@ from typing import Any
 from grpo.distributed import Processes
 from grpo.rollout import Generator
 from grpo.scoring import Scorer
-from grpo.types import Group, Prompt, Scores
+from grpo.types import Group, Prompt, Sampling, Scores
 
 
 def evaluate(
@@ -17,8 +17,7 @@ def evaluate(
     generator: Generator,
     scorer: Scorer,
     processes: Processes,
-    temperature: float,
-    max_tokens: int,
+    sampling: Sampling,
     seed: int,
 ) -> list[dict[str, Any]]:
     """Answer each prompt once, the prompts shared out over the processes; a row per answer, in the order of `prompts`.
@@ -26,7 +25,7 @@ def evaluate(
     Every process gets all rows.
     """
     mine = prompts[processes.rank :: processes.world_size]
-    groups = generator.sample(mine, num_completions=1, temperature=temperature, max_tokens=max_tokens, seed=seed)
+    groups = generator.sample(mine, sampling, num_completions=1, seed=seed)
     rows = [row for part in processes.gather(completion_rows(groups, scorer.score(groups))) for row in part]
     place = {prompt.row: i for i, prompt in enumerate(prompts)}
     return sorted(rows, key=lambda row: place[row["row"]])

@@ -144,6 +144,42 @@ def load_lm(config: ModelConfig, *, dtype: torch.dtype, gradient_checkpointing: 
     return lm
 
 
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linear layers that read the same input, so that sampling can run them as one if their weights follow each other in memory."""
+
+
+def joined_weights(lm: nn.Module) -> list[list[nn.Parameter]]:
+    """The weights, and the biases, of each such set of layers."""
+    found = []
+    for module in lm.modules():
+        for names in JOINED:
+            parts = [getattr(module, name, None) for name in names]
+            if all(isinstance(part, nn.Linear) for part in parts):
+                for kind in ("weight", "bias"):
+                    tensors = [getattr(part, kind) for part in parts]
+                    found += [tensors] if all(tensor is not None for tensor in tensors) else []
+    return found
+
+
+def lay_out(lm: PreTrainedModel, device: torch.device) -> None:
+    """Move a model to the device, with joined weights end to end in memory."""
+    nn.Module.to(lm, device)
+    for parts in joined_weights(lm):
+        whole = torch.cat([part.detach() for part in parts])
+        for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+            part.data = view
+
+
+def trained_parameters(lm: nn.Module) -> list[nn.Parameter]:
+    """Parameters to train, joined ones one after the other: ZeRO 1 and 2 lay all of them out anew in this order."""
+    followers = {id(parts[0]): parts[1:] for parts in joined_weights(lm)}
+    ordered: dict[int, nn.Parameter] = {}
+    for parameter in lm.parameters():
+        for each in (parameter, *followers.get(id(parameter), ())):
+            ordered.setdefault(id(each), each)
+    return [parameter for parameter in ordered.values() if parameter.requires_grad]
+
+
 class Policy:
     """The trained model behind DeepSpeed, its reference, and a model with whole weights to sample from.
 
@@ -158,7 +194,10 @@ class Policy:
         self.dtype = resolve_dtype(config.model.dtype)
         self._sharded = config.distributed.zero_stage == 3
         self._config = config
+        self.temperature = config.rollout.temperature  # of the log-probabilities
         self.lm = load_lm(config.model, dtype=self.dtype, gradient_checkpointing=config.memory.gradient_checkpointing)
+        if not self._sharded:
+            lay_out(self.lm, processes.device)
         self.engine, self.optimizer = processes.accelerator.prepare(
             self._packed(self.lm), _adamw(self.lm, config.optimizer, processes.device)
         )
@@ -169,9 +208,7 @@ class Policy:
         self._check_forward()
 
     def _packed(self, lm: PreTrainedModel) -> PackedLM:
-        return PackedLM(
-            lm, temperature=self._config.rollout.temperature, chunk_tokens=self._config.memory.logprob_chunk_tokens
-        )
+        return PackedLM(lm, temperature=self.temperature, chunk_tokens=self._config.memory.logprob_chunk_tokens)
 
     def _check_forward(self) -> None:
         """Two packed sequences must have the log-probabilities that the model itself gives to each alone.
@@ -179,29 +216,33 @@ class Policy:
         They would not if the model does more to its hidden states than its output layer, or if its attention, its position
         embeddings or a convolution looks across the border of packed sequences; several families do.
         """
-        device = self.processes.device
-        both = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in PLAIN_SENTENCES]
-        length = min(map(len, both))
-        tokens = torch.tensor([token for ids in both for token in ids[:length]], device=device)
+        tokens, alone = self.plain_logprobs()
+        length = tokens.shape[1]
+        device = tokens.device
         pair = Batch(
-            tokens=tokens,
+            tokens=tokens.flatten(),
             cu_seqlens=torch.tensor([0, length, 2 * length], dtype=torch.int32, device=device),
             prompt_lens=torch.ones(2, dtype=torch.long, device=device),
             advantages=torch.zeros(2, device=device),
             sampling_logprobs=torch.zeros(2 * length - 2, device=device),
         )
-        packed = self.old_logprobs(pair)
-        with self.sampling_model() as lm, torch.no_grad():
-            logits = lm(input_ids=tokens.view(2, length), use_cache=False).logits[:, :-1].float()
-        alone = (logits / self._config.rollout.temperature).log_softmax(-1)
-        alone = alone.gather(-1, tokens.view(2, length)[:, 1:].unsqueeze(-1)).flatten()
-        gap = float((packed - alone).abs().mean())
+        gap = float((self.old_logprobs(pair) - alone.flatten()).abs().mean())
         if not gap < FORWARD_TOLERANCE[self.dtype]:
             raise ValueError(
                 f"model.name is {self._config.model.name!r}; the log-probabilities of packed sequences differ by {gap:.3g} "
                 f"nats on average from {type(self.lm).__name__}'s own for each sequence alone. Packing does not work for "
                 "this model family; use another."
             )
+
+    @torch.no_grad()
+    def plain_logprobs(self) -> tuple[Tensor, Tensor]:
+        """Two plain sentences, cut to one length N, and the model's own log-probabilities of them; (2, N) and (2, N - 1)."""
+        both = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in PLAIN_SENTENCES]
+        length = min(map(len, both))
+        tokens = torch.tensor([ids[:length] for ids in both], device=self.processes.device)
+        with self.sampling_model() as lm:
+            logits = lm(input_ids=tokens, use_cache=False).logits[:, :-1].float() / self.temperature
+        return tokens, logits.log_softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
 
     def _load_reference(self) -> nn.Module:
         """A frozen copy of the starting point; sharded like the policy under ZeRO-3."""
@@ -222,7 +263,7 @@ class Policy:
     def _load_replica(self) -> PreTrainedModel:
         """Under ZeRO-3 a process holds a shard of each weight; sampling reads this whole copy, refreshed by `sync`."""
         replica = load_lm(self._config.model, dtype=self.dtype).requires_grad_(False).eval()
-        nn.Module.to(replica, self.processes.device)
+        lay_out(replica, self.processes.device)
         return replica
 
     def logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -275,18 +316,16 @@ class Policy:
                     target.copy_(source)
 
     @contextmanager
-    def sampling_model(self) -> Iterator[PreTrainedModel]:
-        """The policy as an ordinary transformers model with whole weights, in eval mode with cached attention."""
-        if self._replica is not None:
-            yield self._replica
-            return
-        trained_with = self.lm.config._attn_implementation
-        self.lm.set_attn_implementation("sdpa")
-        with _eval_mode(self.lm):
+    def sampling_model(self, attention: str = "sdpa") -> Iterator[PreTrainedModel]:
+        """The policy as a transformers model with whole weights, in eval mode, with the attention of that name."""
+        lm = self.lm if self._replica is None else self._replica
+        own = lm.config._attn_implementation
+        lm.set_attn_implementation(attention)
+        with _eval_mode(lm):
             try:
-                yield self.lm
+                yield lm
             finally:
-                self.lm.set_attn_implementation(trained_with)
+                lm.set_attn_implementation(own)
 
     def export(self, directory: Path) -> None:
         """Write weights, config and tokenizer in Hugging Face format. To be called by the main process alone."""
@@ -315,7 +354,7 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
 def _adamw(lm: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
     options: dict[str, Any] = {"fused": True} if device.type == "cuda" else {}
     return torch.optim.AdamW(
-        [p for p in lm.parameters() if p.requires_grad],
+        trained_parameters(lm),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,

@@ -122,9 +122,8 @@ class Trainer:
             with self._clock("rollout"):
                 groups = self.generator.sample(
                     prompts,
+                    config.sampling,
                     num_completions=config.rollout.group_size,
-                    temperature=config.rollout.temperature,
-                    max_tokens=config.rollout.max_completion_tokens,
                     seed=self._seed("rollout"),
                 )
             with self._clock("scoring"):
@@ -138,6 +137,8 @@ class Trainer:
                     self._optimizer_step(minibatch)
             self.generator.sync()
         measure_rollout(self.meter, groups, scores, advantages)
+        for name, value in self.generator.metrics().items():
+            self.meter.mean(name, torch.tensor(value))
         self.state.step += 1
         self.state.position = self.prompts.position
         if _due(self.state.step, config.logging.completions_every):
@@ -257,8 +258,7 @@ class Trainer:
             generator=self.generator,
             scorer=self.scorer,
             processes=self.processes,
-            temperature=self.config.evaluation.temperature,
-            max_tokens=self.config.rollout.max_completion_tokens,
+            sampling=self.config.eval_sampling,
             seed=self._seed("evaluation"),
         )
         self.log.log_evaluation(step, rows)

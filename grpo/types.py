@@ -26,15 +26,38 @@ class Prompt:
     text: str  # the same as text, with the template filled in
     prefill: str  # the end of `text` that already belongs to the answer, such as "<think>"; often empty
     columns: dict[str, Any]  # the data row; `question` and `answer` are always there
+    max_tokens: int | None = None  # a limit for its completions, where it is to be lower than that of the sampling
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw the next token, and when to stop.
+
+    Top-k, top-p and min-p choose which tokens may be drawn, in this order, each of what the one before left; a token as likely
+    as the last one kept is kept too.
+    """
+
+    max_tokens: int  # per completion
+    temperature: float = 1.0  # 0: greedy decoding
+    top_k: int = 0  # only the k likeliest tokens; 0: all
+    top_p: float = 1.0  # only the fewest likeliest tokens that have this probability together
+    min_p: float = 0.0  # only tokens at least this share as likely as the likeliest
+    stop: tuple[str, ...] = ()  # a completion ends with the token that completes one of these texts
+
+    @property
+    def truncated(self) -> bool:
+        """Whether some tokens may never be drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 @dataclass(frozen=True)
 class Completion:
     """One sampled continuation of a prompt.
 
-    `token_ids` and `logprobs` are aligned: `logprobs[t]` is the log-probability under the sampling distribution (logits
-    divided by the temperature) of `token_ids[t]` given the prompt and the tokens before it. The end-of-sequence token is
-    the last of both when `finish_reason` is "stop". `text` is what a reader sees: no end-of-sequence token, and with the
+    `token_ids` and `logprobs` are aligned: `logprobs[t]` is the log-probability of `token_ids[t]` given the prompt and the
+    tokens before it, under softmax(logits / temperature) over the whole vocabulary: the policy of the loss, whatever top-k,
+    top-p and min-p left to draw from. At temperature 0 it is that of temperature 1. With finish_reason "stop" the last token is
+    an end-of-sequence token or completes a stop text. `text` is what a reader sees: no end-of-sequence token, and with the
     prompt's `prefill` put back in front, so that a reward sees the whole answer.
     """
 

@@ -8,4 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported; the kernels then run on the CPU
+
 torch.set_num_threads(1)

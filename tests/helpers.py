@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
 from grpo.config import Config
-from grpo.types import Completion, Group, Prompt
+from grpo.types import Completion, Group, Prompt, Sampling
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "quickstart"
@@ -39,6 +43,15 @@ def tiny_settings(run_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def save_family(directory: Path, config: PretrainedConfig) -> Path:
+    """A random model with the tiny tokenizer."""
+    shutil.copytree(TINY / "model", directory)
+    (directory / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return directory
+
+
 def tiny_config(run_dir: Path, **sections: Any) -> Config:
     return Config(**tiny_settings(run_dir, **sections))
 
@@ -49,7 +62,7 @@ class FixedGenerator:
     def __init__(self, longest: int = 20) -> None:
         self.longest = longest
 
-    def sample(self, prompts: list[Prompt], *, num_completions: int, **_: Any) -> list[Group]:
+    def sample(self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int) -> list[Group]:
         return [Group(p, [self._completion(p, i) for i in range(num_completions)]) for p in prompts]
 
     def _completion(self, prompt: Prompt, number: int) -> Completion:
@@ -59,6 +72,9 @@ class FixedGenerator:
 
     def sync(self) -> None:
         """The completions do not depend on the weights."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
 
 def number_in_text(completion: str) -> float:

@@ -34,7 +34,12 @@ def test_every_setting_is_read_in_some_run(tmp_path: Path, monkeypatch: pytest.M
     everything = {"evaluation": {"num_questions": 2}, "logging": {"wandb": "offline"}, "run": {"steps": 2}}
     configs = [
         tiny_config(tmp_path / "a", **everything, data={"name": "some/set"}, algorithm={"kl_coef": 0.1}),
-        tiny_config(tmp_path / "b", **everything, data={"name": "some/set", "eval_name": "another/set"}),
+        tiny_config(
+            tmp_path / "b",
+            **everything,
+            data={"name": "some/set", "eval_name": "another/set"},
+            rollout={"engine": "native"},
+        ),
     ]
     monkeypatch.setattr(Section, "__getattribute__", watched, raising=False)
     for config in configs:

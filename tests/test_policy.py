@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, tiny_config
+from helpers import TINY, save_family, tiny_config
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
-    PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -29,7 +28,7 @@ from grpo.logprobs import token_logprobs
 from grpo.policy import Policy, end_token_ids, load_lm, load_tokenizer, output_head
 from grpo.prompts import build_prompts, load_rows
 from grpo.rollout.hf import HFGenerator
-from grpo.types import Group
+from grpo.types import Group, Sampling
 
 SIZES = {
     "vocab_size": 128,
@@ -141,7 +140,7 @@ def groups(policy: Policy) -> list[Group]:
     config = policy._config
     prompts, _ = build_prompts(load_rows(config.data)[:6], policy.tokenizer, config.data)
     generator = HFGenerator(policy, max_sequences=9)  # 24 completions: more than one call, the last one smaller
-    return generator.sample(prompts, num_completions=4, temperature=0.7, max_tokens=24, seed=3)
+    return generator.sample(prompts, Sampling(max_tokens=24, temperature=0.7), num_completions=4, seed=3)
 
 
 def test_sampling_logprobs_equal_a_fresh_forward_pass(policy: Policy, groups: list[Group]):
@@ -178,7 +177,7 @@ def test_completions_end_with_their_first_end_token_or_at_the_limit(policy: Poli
 def test_the_same_seed_samples_the_same_and_another_one_does_not(policy: Policy, groups: list[Group]):
     generator = HFGenerator(policy, max_sequences=64)
     prompts = [group.prompt for group in groups]
-    options = {"num_completions": 2, "temperature": 1.0, "max_tokens": 12}
+    options = {"sampling": Sampling(max_tokens=12), "num_completions": 2}
     first, again, other = (generator.sample(prompts, seed=seed, **options) for seed in (1, 1, 2))
     assert first == again
     assert first != other
@@ -186,7 +185,7 @@ def test_the_same_seed_samples_the_same_and_another_one_does_not(policy: Policy,
 
 def test_greedy_decoding_takes_the_likeliest_token(policy: Policy, groups: list[Group]):
     (group,) = HFGenerator(policy, max_sequences=4).sample(
-        [groups[0].prompt], num_completions=1, temperature=0.0, max_tokens=10, seed=0
+        [groups[0].prompt], Sampling(max_tokens=10, temperature=0.0), num_completions=1, seed=0
     )
     ids = torch.tensor([group.prompt.token_ids + group.completions[0].token_ids])
     with torch.no_grad():
@@ -196,12 +195,12 @@ def test_greedy_decoding_takes_the_likeliest_token(policy: Policy, groups: list[
 
 def test_no_prompts_give_no_groups(policy: Policy):
     generator = HFGenerator(policy, max_sequences=4)
-    assert generator.sample([], num_completions=2, temperature=1.0, max_tokens=4, seed=0) == []
+    assert generator.sample([], Sampling(max_tokens=4), num_completions=2, seed=0) == []
 
 
 def test_the_models_own_generation_settings_do_not_change_the_samples(policy: Policy, groups: list[Group]):
     generator = HFGenerator(policy, max_sequences=64)
-    options = {"num_completions": 3, "temperature": 1.0, "max_tokens": 12, "seed": 5}
+    options = {"sampling": Sampling(max_tokens=12), "num_completions": 3, "seed": 5}
     before = generator.sample([group.prompt for group in groups], **options)
     own = policy.lm.generation_config
     own.update(repetition_penalty=3.0, top_k=1, top_p=0.1, min_p=0.5, max_length=5)
@@ -216,9 +215,7 @@ def test_a_prefill_is_part_of_the_answer(policy: Policy, groups: list[Group]):
     from dataclasses import replace
 
     prompt = replace(groups[0].prompt, prefill="<think>")
-    (group,) = HFGenerator(policy, max_sequences=4).sample(
-        [prompt], num_completions=1, temperature=1.0, max_tokens=4, seed=0
-    )
+    (group,) = HFGenerator(policy, max_sequences=4).sample([prompt], Sampling(max_tokens=4), num_completions=1, seed=0)
     assert group.completions[0].text.startswith("<think>")
 
 
@@ -240,15 +237,6 @@ def test_the_export_does_not_inherit_sampling_defaults(policy: Policy, tmp_path:
     saved = json.loads((tmp_path / "hf/generation_config.json").read_text())
     assert saved["eos_token_id"] == policy.end_token_ids
     assert "temperature" not in saved
-
-
-def save_family(directory: Path, config: PretrainedConfig) -> Path:
-    """A random model with the tiny tokenizer."""
-    shutil.copytree(TINY / "model", directory)
-    (directory / "model.safetensors").unlink()
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    return directory
 
 
 OPT = OPTConfig(

@@ -381,7 +381,9 @@ def test_every_setting_of_the_algorithm_reaches_the_update(tmp_path: Path):
     clipped = 0
     for _ in range(2):
         order = trainer.prompts.position
-        groups = trainer.generator.sample([trainer.prompts._at(order + i) for i in range(4)], num_completions=3)
+        groups = trainer.generator.sample(
+            [trainer.prompts._at(order + i) for i in range(4)], trainer.config.sampling, num_completions=3, seed=0
+        )
         with torch.no_grad():
             old = [[logprobs(model, g, c) for c in g.completions] for g in groups]
             ref = [[logprobs(reference, g, c) for c in g.completions] for g in groups]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from grpo.types import Group, Prompt
+from grpo.types import Group, Prompt, Sampling
 
 if TYPE_CHECKING:
     from grpo.config import Config
@@ -12,13 +12,10 @@ if TYPE_CHECKING:
 
 
 class Generator(Protocol):
-    def sample(
-        self, prompts: list[Prompt], *, num_completions: int, temperature: float, max_tokens: int, seed: int
-    ) -> list[Group]:
-        """Sample `num_completions` continuations of each prompt, at most `max_tokens` long.
+    def sample(self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int) -> list[Group]:
+        """Sample `num_completions` continuations of each prompt.
 
-        Temperature 0 is greedy decoding; the log-probabilities are then those of temperature 1. The result is a function of
-        the weights, the arguments and the device. Every token carries the log-probability it was sampled with.
+        The result is a function of the weights, the arguments and the device; see Completion for the log-probabilities.
         """
         ...
 
@@ -26,9 +23,32 @@ class Generator(Protocol):
         """Take over the policy's weights after an update. Every process calls it."""
         ...
 
+    def metrics(self) -> dict[str, float]:
+        """The rollout/ metrics of the last call of `sample`; see grpo/metrics.py."""
+        ...
+
 
 def make_generator(config: Config, policy: Policy) -> Generator:
-    """The engine for this configuration; transformers' `generate` is the only one so far."""
+    """The engine that `rollout.engine` names; `auto` takes the native one on CUDA if it supports the model.
+
+    Raises:
+        ValueError: the engine cannot run this model here.
+    """
     from grpo.rollout.hf import HFGenerator
 
+    engine = config.rollout.engine
+    if engine == "vllm":
+        from grpo.rollout.vllm import VLLMGenerator
+
+        return VLLMGenerator(policy, config)
+    if engine == "native" or (engine == "auto" and policy.processes.device.type == "cuda"):
+        from grpo.rollout.engine import NativeGenerator, unsupported
+
+        reason = unsupported(policy, fused=config.rollout.fused_layers)
+        if reason is None:
+            return NativeGenerator(policy, config)
+        if engine == "native":
+            raise ValueError(f"rollout.engine is native; {reason}. Set rollout.engine to hf.")
+        if policy.processes.is_main:
+            print(f"rollout.engine is auto: sampling with transformers' generate, because {reason}")
     return HFGenerator(policy, max_sequences=config.memory.max_sequences)

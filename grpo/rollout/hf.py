@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from grpo.policy import Policy
-from grpo.types import Completion, FinishReason, Group, Prompt
+from grpo.rollout.ending import Ending, token_limit
+from grpo.types import Completion, Group, Prompt, Sampling
 
 
 class HFGenerator:
@@ -23,14 +25,13 @@ class HFGenerator:
     def __init__(self, policy: Policy, *, max_sequences: int) -> None:
         self.policy = policy
         self.max_sequences = max_sequences
+        self.ending = Ending(policy.tokenizer, policy.end_token_ids)
 
     def sync(self) -> None:
         self.policy.sync()
 
     @torch.no_grad()
-    def sample(
-        self, prompts: list[Prompt], *, num_completions: int, temperature: float, max_tokens: int, seed: int
-    ) -> list[Group]:
+    def sample(self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int) -> list[Group]:
         """See Generator."""
         wanted = [prompt for prompt in prompts for _ in range(num_completions)]
         completions = []
@@ -38,34 +39,38 @@ class HFGenerator:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), self.policy.sampling_model() as lm:
             torch.manual_seed(seed)
             for start in range(0, len(wanted), self.max_sequences):
-                part = wanted[start : start + self.max_sequences]
-                completions += self._generate(lm, part, temperature=temperature, max_tokens=max_tokens)
+                completions += self._generate(lm, wanted[start : start + self.max_sequences], sampling)
         return [
             Group(prompt, completions[i * num_completions : (i + 1) * num_completions])
             for i, prompt in enumerate(prompts)
         ]
 
-    def _generate(
-        self, lm: PreTrainedModel, prompts: list[Prompt], *, temperature: float, max_tokens: int
-    ) -> list[Completion]:
+    def metrics(self) -> dict[str, float]:
+        """See Generator; `generate` has no slots."""
+        return {}
+
+    def _generate(self, lm: PreTrainedModel, prompts: list[Prompt], sampling: Sampling) -> list[Completion]:
         policy = self.policy
         input_ids, attention_mask = self._pad_left(prompts)
-        recorder = LogprobRecorder(temperature or 1.0)
+        recorder = LogprobRecorder(sampling.temperature or 1.0)
         output: Tensor
         with _without_defaults(lm):
             output = lm.generate(  # type: ignore[operator]
                 input_ids,
                 attention_mask=attention_mask,
                 generation_config=GenerationConfig(
-                    **({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}),
-                    max_new_tokens=max_tokens,
+                    **_drawing(sampling),
+                    max_new_tokens=max(token_limit(prompt, sampling) for prompt in prompts),
                     eos_token_id=policy.end_token_ids,
                     pad_token_id=policy.tokenizer.pad_token_id,
+                    stop_strings=list(sampling.stop) or None,
                 ),
+                tokenizer=policy.tokenizer,
                 logits_processor=LogitsProcessorList([recorder]),
             )
         tokens = output[:, input_ids.shape[1] :]
-        return self._completions(prompts, tokens.cpu(), recorder.logprobs(tokens).cpu())
+        rows = zip(prompts, tokens.tolist(), recorder.logprobs(tokens).tolist(), strict=True)
+        return [self.ending.completion(prompt, sampling, ids, logprobs) for prompt, ids, logprobs in rows]
 
     def _pad_left(self, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask; both (len(prompts), longest prompt)."""
@@ -77,19 +82,13 @@ class HFGenerator:
         device = self.policy.processes.device
         return ids.to(device), mask.to(device)
 
-    def _completions(self, prompts: list[Prompt], tokens: Tensor, logprobs: Tensor) -> list[Completion]:
-        """Cut each row of `tokens` and `logprobs`, (N, steps), after its first end-of-sequence token."""
-        ends = torch.isin(tokens, torch.tensor(self.policy.end_token_ids))
-        has_end = ends.any(1).tolist()
-        lens = torch.where(ends.any(1), ends.int().argmax(1) + 1, tokens.shape[1]).tolist()
-        ids = [row[:n].tolist() for row, n in zip(tokens, lens, strict=True)]
-        visible = [row[:-1] if ended else row for row, ended in zip(ids, has_end, strict=True)]
-        texts = self.policy.tokenizer.batch_decode(visible, clean_up_tokenization_spaces=False)
-        reasons: list[FinishReason] = ["stop" if ended else "length" for ended in has_end]
-        return [
-            Completion(ids[i], logprobs[i, : lens[i]].tolist(), prompts[i].prefill + texts[i], reasons[i])
-            for i in range(len(prompts))
-        ]
+
+def _drawing(sampling: Sampling) -> dict[str, Any]:
+    """The arguments of `generate` for how to draw a token."""
+    if sampling.temperature == 0:
+        return {}
+    kept = {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p or None}
+    return {"do_sample": True, "temperature": sampling.temperature, **kept}
 
 
 @contextmanager

@@ -1,0 +1,239 @@
+"""The device's side of the native engine: the cache, the state of the rows, and the decoding step, captured as CUDA graphs.
+
+A step reads the newest token of each row, keeps its keys and values, and draws the next. Rows are the running sequences in any
+order; all that a row is, is a column of `state` and a row of the block table, so rows can be rearranged between chunks of steps
+without touching a key or value. A row that has ended repeats its last step until it is taken out, which changes nothing.
+
+The device never waits for the host: a chunk is launched before the results of the one before it are known. The state of a
+sequence that goes on therefore stays on the device, and only moves to its new column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grpo.policy import output_head
+from grpo.rollout.drawing import KNOBS, draw, knobs_of
+from grpo.rollout.layers import FusedLayers, model_layers
+from grpo.rollout.paged import PAGE, PagedCache, Places
+from grpo.rollout.slots import Prefix, Sequence
+from grpo.types import Sampling
+
+CHUNK = 4
+"""Steps per launch. A sequence is taken out one chunk after the one in which it ends; so more steps waste more on ended rows,
+and fewer leave the host too little time to prepare the next launch."""
+
+TOKEN, LENGTH, REMAINING = range(3)  # rows of the state: newest token, tokens before it, tokens it may still draw
+
+
+def bucket_of(num_rows: int) -> int:
+    """Rows of the smallest graph that has so many: steps of about a quarter, so that few graphs waste few rows."""
+    step = max((1 << (num_rows - 1).bit_length()) >> 3, 1)
+    return -(-num_rows // step) * step
+
+
+@dataclass
+class Chunk:
+    """Steps that were launched, and what they will have given once `wait` returns."""
+
+    rows: list[Sequence]
+    num_places: int  # rows of the graph times steps
+    tokens: Tensor  # (CHUNK, slots) int32, on the host
+    logprobs: Tensor  # (CHUNK, slots) float32
+    state: Tensor  # (3, slots) int32, after the last step
+    event: torch.cuda.Event | None
+
+    def wait(self) -> None:
+        if self.event is not None:
+            self.event.synchronize()
+
+
+class Decoder:
+    """Runs forward passes of one model over one cache.
+
+    Args:
+        num_slots: most rows of a step.
+        pages_each: pages of the longest sequence.
+        fused: run the layers on our own kernels.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        cache: PagedCache,
+        *,
+        num_slots: int,
+        pages_each: int,
+        end_token_ids: list[int],
+        fused: bool,
+    ) -> None:
+        self.lm, self.cache, self.fused = lm, cache, fused
+        self.device = cache.keys.device
+        self.ends = torch.tensor(end_token_ids, dtype=torch.int32, device=self.device)
+        self.state = self._zeros(3, num_slots)
+        self.seeds = self._zeros(num_slots, dtype=torch.int64)
+        self.table = self._zeros(num_slots, pages_each)
+        self.knobs = self._zeros(len(KNOBS), dtype=torch.float32)
+        self.step_number = self._zeros(1, dtype=torch.int64)
+        self.tokens = self._zeros(CHUNK, num_slots)
+        self.logprobs = self._zeros(CHUNK, num_slots, dtype=torch.float32)
+        self._columns: dict[Sequence, int] = {}  # where each row of the last launch is
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
+        self._addresses: list[int] = []
+        self._layers: Callable[..., Tensor] = model_layers
+
+    def _zeros(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def check_weights(self) -> bool:
+        """Drop what was captured if a weight has moved: a graph reads addresses, not tensors. Whether one has."""
+        addresses = [weight.data_ptr() for weight in self.lm.parameters()]
+        if addresses == self._addresses:
+            return False
+        self._addresses = addresses
+        self._graphs.clear()
+        self._layers = FusedLayers(self.lm) if self.fused else model_layers
+        return True
+
+    def begin(self, sampling: Sampling) -> None:
+        """Before the first launch of a call."""
+        self._columns = {}
+        self.knobs.copy_(knobs_of(sampling))
+        self.truncated = sampling.truncated
+
+    def read(self, prefixes: list[Prefix]) -> None:
+        """Keep the keys and values of whole prefixes."""
+        rows = [(prefix.tokens, prefix.pages) for prefix in prefixes]
+        rows = [(tokens, pages) for tokens, pages in rows if tokens]
+        if not rows:
+            return
+        lens = [len(tokens) for tokens, _ in rows]
+        positions = [np.arange(n) for n in lens]
+        places = [
+            np.array(pages)[at // PAGE] * PAGE + at % PAGE for at, (_, pages) in zip(positions, rows, strict=True)
+        ]
+        self._layers(
+            self.lm,
+            self._upload(np.concatenate([tokens for tokens, _ in rows])),
+            self._upload(np.concatenate(positions)),
+            Places(
+                self.cache,
+                write=self._upload(np.concatenate(places)),
+                cu_seqlens=self._upload(np.cumsum([0, *lens])).int(),
+                longest=max(lens),
+            ),
+        )
+
+    def copy(self, pages: list[tuple[int, int]]) -> None:
+        """Copy pages, as (source, target)."""
+        if pages:
+            sources, targets = self._upload(np.array(pages)).unbind(1)
+            self.cache.copy(sources, targets)
+
+    def _upload(self, values: np.ndarray) -> Tensor:
+        return self._pinned(values.astype(np.int64)).to(self.device, non_blocking=True)
+
+    def decode(self, rows: list[Sequence]) -> Chunk:
+        """Launch CHUNK steps of these sequences. One that was in the last launch goes on from there."""
+        size = self._size(len(rows))
+        graph = self._graph(size) if self.device.type == "cuda" else None
+        self._stage(rows)
+        for _ in range(CHUNK):
+            if graph is None:
+                self._step(size)
+            else:
+                graph.replay()
+        return self._collect(rows, size)
+
+    def _size(self, num_rows: int) -> int:
+        return min(bucket_of(num_rows), self.state.shape[1]) if self.device.type == "cuda" else num_rows
+
+    def _stage(self, rows: list[Sequence]) -> None:
+        """Set up the rows of the next steps; columns beyond them draw nothing and write to page 0."""
+        num_slots, width = self.table.shape
+        table = np.zeros((num_slots, width), np.int32)
+        state = np.zeros((3, num_slots), np.int32)
+        seeds = np.zeros(num_slots, np.int64)
+        source = np.arange(num_slots, 2 * num_slots)  # columns of the state as it is, then of the new one
+        for column, sequence in enumerate(rows):
+            table[column, : len(sequence.shared)] = sequence.shared
+            table[column, len(sequence.shared) :][: len(sequence.own)] = sequence.own
+            seeds[column] = sequence.seed
+            if sequence in self._columns:
+                source[column] = self._columns[sequence]
+            else:
+                state[:, column] = sequence.newest, sequence.num_cached, sequence.remaining
+        self._columns = {sequence: column for column, sequence in enumerate(rows)}
+        self.table.copy_(self._pinned(table), non_blocking=True)
+        self.seeds.copy_(self._pinned(seeds), non_blocking=True)
+        both = torch.cat([self.state, self._pinned(state).to(self.device, non_blocking=True)], 1)
+        self.state.copy_(both.index_select(1, self._pinned(source).to(self.device, non_blocking=True)))
+        self.step_number.zero_()
+
+    def _pinned(self, values: np.ndarray) -> Tensor:
+        """On the host, in memory that the device copies from while the host goes on."""
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def _collect(self, rows: list[Sequence], size: int) -> Chunk:
+        results = {name: self._download(getattr(self, name)) for name in ("tokens", "logprobs", "state")}
+        event = None
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        return Chunk(rows, size * CHUNK, event=event, **results)
+
+    def _download(self, source: Tensor) -> Tensor:
+        target = torch.empty(source.shape, dtype=source.dtype, pin_memory=self.device.type == "cuda")
+        return target.copy_(source, non_blocking=True)
+
+    def logits(self, size: int) -> Tensor:
+        """Read the newest token of each of the first `size` rows; (size, V) logits of the next."""
+        tokens, lens = self.state[TOKEN, :size], self.state[LENGTH, :size]
+        table = self.table[:size]
+        page = table.gather(1, (lens // PAGE).long().unsqueeze(1)).squeeze(1).long()
+        places = Places(self.cache, write=page * PAGE + lens % PAGE, block_table=table, lens=lens + 1)
+        return output_head(self.lm)(self._layers(self.lm, tokens, lens, places))
+
+    def _step(self, size: int) -> None:
+        logits = self.logits(size)
+        tokens, lens, remaining = self.state[:, :size].unbind(0)
+        drawn, logprobs = draw(logits, self.seeds[:size], lens + 1, self.knobs, truncated=self.truncated)
+        self.tokens[:, :size].index_copy_(0, self.step_number, drawn.unsqueeze(0))
+        self.logprobs[:, :size].index_copy_(0, self.step_number, logprobs.unsqueeze(0))
+        self.step_number.add_(1)
+        alive = remaining > 0
+        lens.add_(alive)
+        tokens.copy_(drawn.where(alive, tokens))
+        ended = (drawn.unsqueeze(1) == self.ends).any(1)
+        remaining.sub_(alive.int()).mul_(~(alive & ended))
+
+    def _graph(self, size: int) -> torch.cuda.CUDAGraph:
+        """A captured step. The step before the capture, which compiles and sets up, has no sequences: it writes to page 0."""
+        key = (size, self.truncated)
+        if key not in self._graphs:
+            state, table = self.state.clone(), self.table.clone()
+            self.state.zero_()
+            self.table.zero_()
+            self.step_number.zero_()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._step(size)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                self._step(size)
+            self._pool = self._pool or graph.pool()
+            self._graphs[key] = graph
+            self.state.copy_(state)
+            self.table.copy_(table)
+        return self._graphs[key]

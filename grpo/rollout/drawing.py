@@ -1,0 +1,98 @@
+"""Logits -> one token per row and its log-probability, with random numbers that belong to the sequence and not to the batch.
+
+The random number of a token is a hash of its sequence's seed and its position, so what a sequence draws does not depend on which
+others are decoded beside it, in which row, or when. The token is found by inverting the cumulative distribution: a change of the
+logits by rounding moves the draw only where it falls on a border.
+
+On CUDA `kernels.draw` does this in one pass over the logits; `plain_draw` is the CPU's way and what the kernel is tested against.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo.types import Sampling
+
+KNOBS = ("temperature", "top_k", "top_p", "min_p")
+"""What `knobs` holds, in this order, as float32."""
+
+
+def knobs_of(sampling: Sampling) -> Tensor:
+    """(4,) float32: a captured step reads them from memory, so one graph serves every setting."""
+    return torch.tensor([float(getattr(sampling, name)) for name in KNOBS])
+
+
+def draw(logits: Tensor, seeds: Tensor, positions: Tensor, knobs: Tensor, *, truncated: bool) -> tuple[Tensor, Tensor]:
+    """Draw one token per row.
+
+    Args:
+        logits: (B, V).
+        seeds: (B,) int64, of the row's sequence.
+        positions: (B,) int32, of the token to be drawn in its sequence.
+        knobs: (4,) float32, see KNOBS; temperature 0 takes the likeliest token.
+        truncated: whether top_k, top_p or min_p leave anything out; else they are not looked at.
+
+    Returns:
+        tokens (B,) int32 and their log-probabilities (B,) float32 under softmax(logits / temperature) over the whole vocabulary.
+    """
+    if logits.is_cuda:
+        from grpo.rollout.kernels import draw as kernel
+
+        return kernel(logits, seeds, positions, knobs, truncated=truncated)
+    return plain_draw(logits, seeds, positions, knobs, truncated=truncated)
+
+
+def plain_draw(
+    logits: Tensor, seeds: Tensor, positions: Tensor, knobs: Tensor, *, truncated: bool
+) -> tuple[Tensor, Tensor]:
+    """`draw` in plain torch."""
+    temperature = knobs[0]
+    logits = logits.float() / temperature.where(temperature > 0, 1.0)
+    kept = logits.where(_allowed(logits, knobs), float("-inf")) if truncated else logits
+    cumulative = (kept - kept.amax(-1, keepdim=True)).exp().double().cumsum(-1)
+    target = uniform(seeds, positions).unsqueeze(1) * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    tokens = drawn.where(temperature > 0, logits.argmax(-1))
+    return tokens.int(), logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
+
+
+def _allowed(logits: Tensor, knobs: Tensor) -> Tensor:
+    """(B, V) which tokens top-k, top-p and min-p leave."""
+    _, top_k, top_p, min_p = knobs.tolist()
+    ordered = logits.sort(-1, descending=True).values
+    floor = ordered[:, int(top_k or logits.shape[1]) - 1 :][:, :1]
+    weights = (ordered - ordered[:, :1]).exp().where(ordered >= floor, 0.0).double()
+    before = weights.cumsum(-1) - weights
+    last = (before < top_p * weights.sum(-1, keepdim=True)).sum(-1, keepdim=True) - 1
+    floor = floor.maximum(ordered.gather(1, last))
+    if min_p > 0:
+        floor = floor.maximum(ordered[:, :1] + torch.tensor(min_p).log())
+    return logits >= floor
+
+
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+
+
+def mix(state: Tensor) -> Tensor:
+    """splitmix64 (Steele, Lea and Flood 2014): int64 -> int64, multiplication modulo 2^64."""
+    for shift, factor in zip((30, 27), MIX, strict=True):
+        state = (state ^ _shifted(state, shift)) * factor
+    return state ^ _shifted(state, 31)
+
+
+def _shifted(state: Tensor, shift: int) -> Tensor:
+    """Right shift as of an unsigned number."""
+    return (state >> shift) & (2 ** (64 - shift) - 1)
+
+
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """(B,) float64 in [0, 1): the random number of each position of each sequence."""
+    return _shifted(mix(seeds + (positions.long() + 1) * GOLDEN), 11).double() * 2.0**-53
+
+
+def sequence_seeds(seed: int, num_sequences: int) -> Tensor:
+    """(num_sequences,) int64: a seed for each sequence of a rollout."""
+    start = mix(torch.tensor([seed], dtype=torch.int64) * GOLDEN)
+    return mix(start + torch.arange(1, num_sequences + 1) * GOLDEN)

@@ -1,0 +1,298 @@
+"""The native engine: rollouts on the policy's own weights, at the speed of the hardware.
+
+There is no second copy of the weights and no transfer: a decoding step reads the tensors that the optimizer has just updated
+(under ZeRO-3, the gathered replica that `sync` refreshes). Sequences take and leave slots as they start and end, each step is one
+CUDA graph whose size follows the number of running sequences, and a prompt is read once for all of its completions.
+
+    slots.py     who runs, and on which pages         decoder.py   the cache and the captured step
+    layers.py    a step through the layers            drawing.py   logits -> tokens
+    paged.py     attention over pages                 kernels.py   the same on CUDA
+
+Sampling is reproducible: a token's random number depends on the seed, its sequence's place in the call and its position alone.
+What a sequence draws is then independent of the slots and of its neighbours as far as its logits are, and those depend on the
+number of rows of a step only through rounding: matrix products of different shapes add in different orders.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grpo.config import Config
+from grpo.policy import FORWARD_TOLERANCE, Policy
+from grpo.rollout.decoder import CHUNK, LENGTH, REMAINING, TOKEN, Chunk, Decoder
+from grpo.rollout.drawing import sequence_seeds
+from grpo.rollout.ending import Ending, token_limit
+from grpo.rollout.layers import can_fuse
+from grpo.rollout.paged import PAGE, PagedCache, num_pages_for
+from grpo.rollout.slots import Prefix, Sequence, Slots
+from grpo.types import Completion, Group, Prompt, Sampling
+
+READ_TOKENS = 16384
+"""Most prompt tokens in one forward pass; a longer prompt is read alone. The update's micro-batches are larger."""
+
+GIB = 2**30
+
+
+class NativeGenerator:
+    """Samples with the policy's own weights; see the module."""
+
+    def __init__(self, policy: Policy, config: Config) -> None:
+        self.policy = policy
+        self.max_sequences = config.memory.max_sequences
+        self.kv_cache_gib = config.memory.kv_cache_gib
+        self.max_sequence_tokens = config.max_sequence_tokens
+        self.fused = config.rollout.fused_layers
+        self.ending = Ending(policy.tokenizer, policy.end_token_ids)
+        self._decoder: Decoder | None = None
+        self._metrics: dict[str, float] = {}
+
+    def sync(self) -> None:
+        self.policy.sync()
+
+    def metrics(self) -> dict[str, float]:
+        """See Generator."""
+        return self._metrics
+
+    @torch.no_grad()
+    def sample(self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int) -> list[Group]:
+        """See Generator."""
+        if not prompts:
+            return []
+        with self.policy.sampling_model("paged") as lm:
+            decoder = self._decoder_for(lm, _longest(prompts, sampling))
+            call = Call(decoder, self.ending, prompts, sampling, num_completions=num_completions, seed=seed)
+            completions = call.run()
+        self._metrics = call.metrics()
+        return [
+            Group(prompt, completions[i * num_completions : (i + 1) * num_completions])
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def _decoder_for(self, lm: PreTrainedModel, longest: int) -> Decoder:
+        """The decoder of the last call, or a new one if a sequence may be longer than any before."""
+        pages_each = num_pages_for(max(longest, self.max_sequence_tokens))
+        if self._decoder is None or self._decoder.table.shape[1] < pages_each:
+            self._decoder = None  # its cache makes room for the new one
+            self._decoder = make_decoder(
+                lm,
+                self.policy.end_token_ids,
+                num_slots=self.max_sequences,
+                pages_each=pages_each,
+                gib=self.kv_cache_gib,
+                fused=self.fused and can_fuse(lm),
+            )
+        self._decoder.check_weights()
+        return self._decoder
+
+
+def _longest(prompts: list[Prompt], sampling: Sampling) -> int:
+    return max(len(prompt.token_ids) + token_limit(prompt, sampling) for prompt in prompts)
+
+
+class Call:
+    """One call of `sample`, from prompts to completions."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        ending: Ending,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        num_completions: int,
+        seed: int,
+    ) -> None:
+        self.decoder, self.ending, self.sampling = decoder, ending, sampling
+        decoder.begin(sampling)
+        seeds = iter(sequence_seeds(seed, len(prompts) * num_completions).tolist())
+        self.prompts = [prompt for prompt in prompts for _ in range(num_completions)]
+        sequences = [
+            Sequence(index, prompt.token_ids, token_limit(prompt, sampling), next(seeds))
+            for index, prompt in enumerate(self.prompts)
+        ]
+        starts = range(0, len(sequences), num_completions)
+        self.slots = Slots(
+            [Prefix(deque(sequences[start : start + num_completions])) for start in starts],
+            num_slots=decoder.state.shape[1],
+            pages=range(1, decoder.cache.keys.shape[1]),
+            pages_each=decoder.table.shape[1],
+        )
+        self.completions: list[Completion | None] = [None] * len(sequences)
+        self.num_places = 0
+        self.timeline: list[tuple[float, int]] = []  # when each chunk was launched, and its sequences
+
+    def run(self) -> list[Completion]:
+        """Launch a chunk of steps, and while it runs take in the results of the one before."""
+        before: Chunk | None = None
+        while self.slots:
+            chunk = self._launch(before)
+            if before is not None:
+                self._take_in(before)
+            before = chunk
+        completions = [completion for completion in self.completions if completion is not None]
+        assert len(completions) == len(self.prompts), "a sequence was lost"
+        return completions
+
+    def _launch(self, before: Chunk | None) -> Chunk | None:
+        """The next steps of all that run, or None if all of them come to their limits in the chunk before."""
+        while prefixes := self.slots.read_ahead(READ_TOKENS):
+            self.decoder.read(prefixes)
+        self.decoder.copy(self.slots.start(CHUNK))
+        self.slots.grow(2 * CHUNK)  # the steps of the chunk before are not counted yet
+        rows = list(self.slots.running)
+        under_way = set() if before is None else set(before.rows)
+        if all(sequence.remaining <= CHUNK and sequence in under_way for sequence in rows):
+            return None
+        self.timeline.append((time.perf_counter(), len(rows)))
+        chunk = self.decoder.decode(rows)
+        self.num_places += chunk.num_places
+        return chunk
+
+    def _take_in(self, chunk: Chunk) -> None:
+        """Append what each sequence of a chunk drew, and make completions of those that have ended."""
+        chunk.wait()
+        tokens, logprobs = chunk.tokens.T.tolist(), chunk.logprobs.T.tolist()
+        finished = []
+        for row, (sequence, newest, length) in enumerate(
+            zip(chunk.rows, *chunk.state[:REMAINING].tolist(), strict=False)
+        ):
+            if self.completions[sequence.index] is not None:
+                continue  # it ended in the chunk before
+            count = length - sequence.num_cached
+            sequence.newest, sequence.num_cached = newest, length
+            sequence.tokens += tokens[row][:count]
+            sequence.logprobs += logprobs[row][:count]
+            if self._has_ended(sequence) or self._has_stop(sequence, count):
+                finished.append(sequence)
+                self.completions[sequence.index] = self.ending.completion(
+                    self.prompts[sequence.index], self.sampling, sequence.tokens, sequence.logprobs
+                )
+        self.slots.finish(finished)
+
+    def _has_ended(self, sequence: Sequence) -> bool:
+        return len(sequence.tokens) == sequence.limit or sequence.tokens[-1] in self.ending.end_token_ids
+
+    def _has_stop(self, sequence: Sequence, count: int) -> bool:
+        """Whether one of the newest `count` tokens completes a stop text, which has no more tokens than bytes."""
+        if not self.sampling.stop:
+            return False
+        reach = max(len(text.encode()) for text in self.sampling.stop)
+        return self.ending.has_stop(sequence.tokens[-(count + reach) :], self.sampling.stop)
+
+    def metrics(self) -> dict[str, float]:
+        num_tokens = sum(len(completion.token_ids) for completion in self.completions if completion is not None)
+        return {
+            "rollout/slots": max(rows for _, rows in self.timeline),
+            "rollout/kv_gib": self.decoder.cache.num_bytes / GIB,
+            "rollout/occupancy": num_tokens / self.num_places,
+            "rollout/preempted": self.slots.num_preempted,
+        }
+
+
+def make_decoder(
+    lm: PreTrainedModel, end_token_ids: list[int], *, num_slots: int, pages_each: int, gib: float | None, fused: bool
+) -> Decoder:
+    """A decoder whose cache holds `num_slots` sequences of full length, or as much as there is memory for.
+
+    Args:
+        gib: GiB for the cache; None: as much as is needed, but at most half of what is free.
+
+    Raises:
+        ValueError: there is not enough memory for the fewest sequences that always come to an end.
+    """
+    weight = next(lm.parameters())
+    shape = _cache_shape(lm)
+    page_bytes = PagedCache.bytes_per_page(**shape, dtype=weight.dtype)
+    fewest = FEWEST_SEQUENCES * pages_each + 1  # page 0 is nobody's
+    free = _free_bytes(weight.device)
+    budget = free / 2 if gib is None else gib * GIB
+    num_pages = min(int(budget / page_bytes), (num_slots + FEWEST_SEQUENCES) * pages_each + 1)
+    if num_pages < fewest or num_pages * page_bytes > free:
+        raise ValueError(
+            f"memory.kv_cache_gib is {gib}; {free / GIB:.2f} GiB are free, and keys and values of {FEWEST_SEQUENCES} "
+            f"sequences of {pages_each * PAGE} tokens take {fewest * page_bytes / GIB:.2f}. Set it between the two, lower "
+            "rollout.max_completion_tokens, or shard the policy over more GPUs (distributed.zero_stage)."
+        )
+    cache = PagedCache(**shape, num_pages=num_pages, dtype=weight.dtype, device=weight.device)
+    return Decoder(lm, cache, num_slots=num_slots, pages_each=pages_each, end_token_ids=end_token_ids, fused=fused)
+
+
+FEWEST_SEQUENCES = 3
+"""Sequences of full length that a cache must hold: one that runs, one that is read again, and the reserve."""
+
+
+def _cache_shape(lm: PreTrainedModel) -> dict[str, int]:
+    config = lm.config.get_text_config()
+    return {
+        "num_layers": config.num_hidden_layers,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    }
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def unsupported(policy: Policy, *, fused: bool) -> str | None:
+    """Why this engine cannot sample from this model, or None if it can."""
+    with policy.sampling_model() as lm:
+        reason = _unsupported_by_design(lm)
+    if reason is not None:
+        return reason
+    tokens, own = policy.plain_logprobs()
+    with policy.sampling_model("paged") as lm:
+        fused = fused and can_fuse(lm)
+        pages_each = num_pages_for(tokens.shape[1])
+        decoder = make_decoder(lm, policy.end_token_ids, num_slots=2, pages_each=pages_each, gib=None, fused=fused)
+        ours = _teacher_forced(decoder, tokens, temperature=policy.temperature)
+    gap = float((ours - own[:, -ours.shape[1] :]).abs().mean())
+    if not gap < FORWARD_TOLERANCE[policy.dtype]:
+        return f"with it the log-probabilities of {type(lm).__name__} differ by {gap:.3g} nats on average from the model's own"
+    return None
+
+
+def _unsupported_by_design(lm: PreTrainedModel) -> str | None:
+    config = lm.config.get_text_config()
+    name = type(lm).__name__
+    if not getattr(lm, "_supports_attention_backend", False):
+        return f"{name} does not take its attention from transformers' AttentionInterface"
+    others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if others:
+        return f"{name} has layers other than full and sliding-window attention: {', '.join(sorted(others))}"
+    if getattr(config, "attn_logit_softcapping", None):
+        return f"{name} caps its attention logits"
+    if getattr(config, "kv_lora_rank", None):
+        return f"{name} keeps compressed keys and values (multi-head latent attention)"
+    return None
+
+
+@torch.no_grad()
+def _teacher_forced(decoder: Decoder, tokens: Tensor, *, temperature: float) -> Tensor:
+    """Log-probabilities of the second half of each row of `tokens` (B, N): the first half is read as a prompt, then one token
+    per step."""
+    num_rows, length = tokens.shape
+    half = length // 2
+    pages = [
+        list(range(1 + row * decoder.table.shape[1], 1 + (row + 1) * decoder.table.shape[1])) for row in range(num_rows)
+    ]
+    prompts = [Sequence(0, row[: half + 1], 1, 0) for row in tokens.tolist()]
+    decoder.check_weights()
+    decoder.read([Prefix(deque([prompt]), own) for prompt, own in zip(prompts, pages, strict=True)])
+    decoder.table.copy_(torch.tensor(pages))
+    parts = []
+    for place in range(half, length - 1):
+        decoder.state[TOKEN] = tokens[:, place]
+        decoder.state[LENGTH] = place
+        logits = decoder.logits(num_rows).float() / temperature
+        parts.append(logits.log_softmax(-1).gather(1, tokens[:, place + 1 : place + 2]))
+    return torch.cat(parts, 1)

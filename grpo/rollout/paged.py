@@ -1,0 +1,160 @@
+"""Keys and values in pages, and attention over them, registered with transformers under the name `paged`.
+
+A page holds PAGE positions of one sequence in every layer; a sequence's row of the block table lists its pages in order. The
+pages of a prompt are listed by all of its completions, so a prompt is read once per group, and a completion takes memory only
+for what it has written. Page 0 belongs to nobody: rows of a step that have no sequence write there.
+
+One forward pass does one of two things, told apart by the `Places` that travel through the model as a keyword argument:
+
+    prefill   (1, N) tokens of whole prompts end to end; attention among themselves; keys and values are kept
+    decode    (1, B) tokens, the last one of each of B sequences; attention over the pages
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from grpo.attention import varlen_attention
+
+PAGE = 64
+"""Positions in a page. On average half a page per completion stays empty; smaller pages cost more lookups."""
+
+
+def num_pages_for(num_tokens: int) -> int:
+    return -(-num_tokens // PAGE)
+
+
+class PagedCache:
+    """Keys and values of `num_pages` pages; each `(layers, pages, kv_heads, PAGE, head_dim)`."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_pages: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, num_pages, num_kv_heads, PAGE, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    @staticmethod
+    def bytes_per_page(*, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        return 2 * num_layers * num_kv_heads * PAGE * head_dim * dtype.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy pages in every layer; both (N,) page numbers."""
+        self.keys[:, targets] = self.keys[:, sources]
+        self.values[:, targets] = self.values[:, sources]
+
+    def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keep keys and values, (N, kv_heads, head_dim), at `places` (N,): page * PAGE + position in the page."""
+        page, position = places // PAGE, places % PAGE
+        self.keys[layer][page, :, position] = keys
+        self.values[layer][page, :, position] = values
+
+
+@dataclass
+class Places:
+    """Where the tokens of one forward pass keep their keys and values, and what they attend to."""
+
+    cache: PagedCache
+    write: Tensor  # (N,) int64, page * PAGE + position in the page
+    cu_seqlens: Tensor | None = None  # prefill: (sequences + 1,) int32
+    longest: int = 0  # prefill: tokens of the longest sequence
+    block_table: Tensor | None = None  # decode: (B, pages) int32
+    lens: Tensor | None = None  # decode: (B,) int32, tokens of each sequence with the one that is being read
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    places: Places,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """query `(1, heads, N, D)`, key and value `(1, kv_heads, N, D)`; see `Places`."""
+    assert softcap is None, "capped attention logits are refused when the engine is made"
+    q, k, v = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    places.cache.write(layer, places.write, k, v)
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(q, k, v, places, layer, scale=scale, window=sliding_window).unsqueeze(0), None
+
+
+AttentionInterface.register("paged", paged_attention)
+AttentionMaskInterface.register("paged", lambda *args, **kwargs: None)  # what a token may see follows from its Places
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, places: Places, layer: int, *, scale: float, window: int | None) -> Tensor:
+    """Attention of tokens whose keys and values have been written; q (N, heads, D), k and v (N, kv_heads, D)."""
+    if places.cu_seqlens is not None:
+        return _prefill_attention(q, k, v, places.cu_seqlens, places.longest, scale=scale, window=window)
+    assert places.block_table is not None, "a decoding step has a block table"
+    assert places.lens is not None, "a decoding step has lengths"
+    keys, values = places.cache.keys[layer], places.cache.values[layer]
+    if q.is_cuda:
+        from grpo.rollout.kernels import decode_attention
+
+        return decode_attention(q, keys, values, places.block_table, places.lens, scale=scale, window=window)
+    return plain_decode_attention(q, keys, values, places.block_table, places.lens, scale=scale, window=window)
+
+
+def _prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, *, scale: float, window: int | None
+) -> Tensor:
+    """Causal attention within each sequence."""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return varlen_attention(q, k, v, cu_seqlens, longest, scale=scale, window=window)
+    lens = cu_seqlens.diff().tolist()
+    parts = []
+    for qs, ks, vs in zip(q.split(lens), k.split(lens), v.split(lens), strict=True):
+        age = torch.arange(len(qs), device=q.device).unsqueeze(1) - torch.arange(len(qs), device=q.device)
+        seen = (age >= 0) if window is None else (age >= 0) & (age < window)
+        parts.append(_masked(qs.unsqueeze(0).transpose(1, 2), ks.unsqueeze(0), vs.unsqueeze(0), seen, scale)[0])
+    return torch.cat(parts)
+
+
+def plain_decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lens: Tensor, *, scale: float, window: int | None
+) -> Tensor:
+    """The same in plain torch: for the CPU, and what the kernel is tested against.
+
+    Args:
+        q: (B, heads, D).
+        keys, values: (pages, kv_heads, PAGE, D).
+    """
+    pages = block_table[:, : num_pages_for(int(lens.max()))].long()
+    k, v = (x[pages].transpose(1, 2).flatten(2, 3) for x in (keys, values))  # (B, kv_heads, positions, D)
+    age = lens.unsqueeze(1) - 1 - torch.arange(k.shape[2], device=q.device)
+    seen = (age >= 0) if window is None else (age >= 0) & (age < window)
+    k, v = (x.where(seen[:, None, :, None], 0) for x in (k, v))  # what lies behind the end, even NaN, does not count
+    return _masked(q.unsqueeze(2), k.transpose(1, 2), v.transpose(1, 2), seen[:, None, None], scale)[:, 0]
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """q (B, heads, N, D), k and v (B, M, kv_heads, D), seen broadcast to (B, 1, N, M); (B, N, heads, D)."""
+    out = scaled_dot_product_attention(
+        q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[2]
+    )
+    return out.transpose(1, 2)

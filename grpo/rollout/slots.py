@@ -1,0 +1,173 @@
+"""Which sequences run, and which pages are theirs: the bookkeeping of the native engine, without tensors.
+
+A prompt is read once into pages of its own (a `Prefix`) and its completions start from them. The prompt's last token is left
+out: a completion reads that itself, as the first step of decoding, and so draws its first token like every other one. It lists
+the prompt's full pages and owns a copy of the last, part-filled one.
+
+When pages run out, the running sequence with the fewest tokens gives its place up and is later read again, prompt and tokens, as
+a prefix of its own. The space for one sequence of full length is never given to prefixes, so the last one running always ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from grpo.rollout.paged import PAGE, num_pages_for
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One completion under way."""
+
+    index: int  # its place among all completions of the call
+    prompt: list[int]
+    limit: int  # most tokens it may have
+    seed: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    num_cached: int = 0  # tokens, prompt included, whose keys and values are kept; the newest token's are not yet
+    newest: int = 0
+    shared: list[int] = field(default_factory=list)  # pages of its prefix
+    own: list[int] = field(default_factory=list)
+    prefix: Prefix | None = None
+
+    @property
+    def remaining(self) -> int:
+        return self.limit - (self.num_cached + 1 - len(self.prompt))
+
+    def missing(self, num_steps: int) -> int:
+        """Pages that its next steps need beyond those it has."""
+        return max(
+            num_pages_for(self.num_cached + min(num_steps, self.remaining)) - len(self.shared) - len(self.own), 0
+        )
+
+
+@dataclass(eq=False)
+class Prefix:
+    """Tokens that are read at once, and the sequences that go on from them."""
+
+    waiting: deque[Sequence]
+    pages: list[int] = field(default_factory=list)
+    num_users: int = 0  # sequences that run on its pages
+
+    @property
+    def tokens(self) -> list[int]:
+        """All known tokens of its sequences but the last: the prompt, or all of a sequence that had to give up its place."""
+        first = self.waiting[0]
+        return [*first.prompt, *first.tokens][:-1]
+
+
+def _num_drawn(sequence: Sequence) -> int:
+    return sequence.num_cached - len(sequence.prompt)
+
+
+class Slots:
+    """Takes sequences from waiting to running to finished.
+
+    Args:
+        prefixes: what to sample, in the order to start it in.
+        num_slots: most sequences that run at once.
+        pages: page numbers to hand out.
+        pages_each: pages of the longest possible sequence; `pages` must have at least three times as many.
+    """
+
+    def __init__(self, prefixes: list[Prefix], *, num_slots: int, pages: range, pages_each: int) -> None:
+        assert len(pages) >= 3 * pages_each, "the cache is too small for a sequence, its prefix and a reserve"
+        self.unread = deque(prefixes)
+        self.ready: deque[Prefix] = deque()
+        self.running: list[Sequence] = []
+        self.num_slots = num_slots
+        self.pages_each = pages_each
+        self.num_preempted = 0
+        self._free = list(reversed(pages))
+
+    def __bool__(self) -> bool:
+        return bool(self.unread or self.ready or self.running)
+
+    def read_ahead(self, max_tokens: int) -> list[Prefix]:
+        """Prefixes to read now, their pages allotted: once fewer completions are ready than slots are free, as many as fit."""
+        if sum(len(prefix.waiting) for prefix in self.ready) >= self.num_slots - len(self.running):
+            return []
+        taken: list[Prefix] = []
+        num_tokens = 0
+        while self.unread:
+            length = len(self.unread[0].tokens)
+            too_long = bool(taken) and num_tokens + length > max_tokens
+            if too_long or num_pages_for(length) + self.pages_each > len(self._free):
+                break
+            prefix = self.unread.popleft()
+            prefix.pages = self._take(num_pages_for(length))
+            num_tokens += length
+            taken.append(prefix)
+        self.ready.extend(taken)
+        return taken
+
+    def start(self, num_steps: int) -> list[tuple[int, int]]:
+        """Fill free slots with ready completions; the pages to copy, as (source, target)."""
+        copies = []
+        while self.ready and len(self.running) < self.num_slots:
+            prefix = self.ready[0]
+            sequence = prefix.waiting[0]
+            sequence.num_cached = len(sequence.prompt) + len(sequence.tokens) - 1
+            num_shared, partial = divmod(sequence.num_cached, PAGE)
+            sequence.shared = prefix.pages[:num_shared]
+            needed = sequence.missing(num_steps)
+            if len(self._free) - needed < len(self.running):
+                break  # else the sequences that run could not each take another page
+            sequence.newest = [*sequence.prompt, *sequence.tokens][-1]
+            sequence.own = self._take(needed)
+            sequence.prefix = prefix
+            prefix.num_users += 1
+            if partial:
+                copies.append((prefix.pages[num_shared], sequence.own[0]))
+            self.running.append(sequence)
+            prefix.waiting.popleft()
+            if not prefix.waiting:
+                self.ready.popleft()
+        return copies
+
+    def grow(self, num_steps: int) -> None:
+        """Give every running sequence the pages for its next steps; if there are too few, the shortest give up their places."""
+        for sequence in sorted(self.running, key=_num_drawn, reverse=True) if self._scarce(num_steps) else self.running:
+            while sequence.prefix is not None and sequence.missing(num_steps) > len(self._free):
+                self._preempt(min(self.running, key=_num_drawn))
+            if sequence.prefix is not None:
+                sequence.own += self._take(sequence.missing(num_steps))
+
+    def _scarce(self, num_steps: int) -> bool:
+        return sum(sequence.missing(num_steps) for sequence in self.running) > len(self._free)
+
+    def finish(self, finished: list[Sequence]) -> None:
+        """Let go of sequences; of one that had given up its place, too."""
+        gone = set(finished)
+        for sequence in finished:
+            if sequence.prefix is None:
+                self.unread = deque(prefix for prefix in self.unread if prefix.waiting[0] is not sequence)
+            else:
+                self._release(sequence)
+        self.running = [sequence for sequence in self.running if sequence not in gone]
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Its tokens are read again later, when the host has recorded all of them."""
+        assert len(self.running) > 1, "a lone sequence always has pages"
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.unread.appendleft(Prefix(deque([sequence])))
+        self.num_preempted += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        prefix = sequence.prefix
+        assert prefix is not None, "only a running sequence has pages to give back"
+        self._free += sequence.own
+        sequence.shared, sequence.own, sequence.prefix = [], [], None
+        prefix.num_users -= 1
+        if not prefix.num_users and not prefix.waiting:
+            self._free += prefix.pages
+            prefix.pages = []
+
+    def _take(self, number: int) -> list[int]:
+        assert number <= len(self._free), f"{number} pages asked for, {len(self._free)} free"
+        taken = self._free[len(self._free) - number :]
+        del self._free[len(self._free) - number :]
+        return taken

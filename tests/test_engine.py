@@ -1,0 +1,527 @@
+"""The native engine: what it samples is what `generate` samples, whatever the slots, the memory and the neighbours."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import TINY, save_family, tiny_config
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from grpo import Trainer, distributed
+from grpo.batch import pack
+from grpo.policy import Policy, load_tokenizer
+from grpo.rollout import make_generator
+from grpo.rollout.decoder import Decoder, bucket_of
+from grpo.rollout.engine import NativeGenerator, _unsupported_by_design, unsupported
+from grpo.rollout.hf import HFGenerator
+from grpo.rollout.layers import FusedLayers, Joined, end_to_end, model_layers
+from grpo.types import Completion, Group, Prompt, Sampling
+
+CUDA = torch.cuda.is_available()
+GREEDY = Sampling(max_tokens=30, temperature=0.0)
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,  # else all tokens of a random model are about as likely, and rounding decides
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES: dict[str, PretrainedConfig] = {
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen2 with a window in some layers": Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=12, max_window_layers=1
+    ),
+    "qwen3": Qwen3Config(**SIZES),
+    "llama without grouped heads": LlamaConfig(**{**SIZES, "num_key_value_heads": 4}, attention_bias=True),
+    "mistral with a window": MistralConfig(**SIZES, sliding_window=12),
+    "smollm3": SmolLM3Config(**SIZES),
+    "gemma": GemmaConfig(**SIZES),
+    "gemma3": Gemma3TextConfig(**SIZES, sliding_window=12, query_pre_attn_scalar=16),
+}
+FUSED = [name for name in FAMILIES if name.split()[0] in ("qwen2", "qwen3", "llama", "mistral")]
+
+
+def make_policy(directory: Path, model: Path = TINY / "model", **sections: Any) -> Policy:
+    config = tiny_config(directory, **{"model": {"name": str(model), "dtype": "float32"}, **sections})
+    return Policy(config, load_tokenizer(config.model), distributed.start(config, dtype=torch.float32))
+
+
+def native(policy: Policy, **memory: Any) -> NativeGenerator:
+    changed = policy._config.model_copy(deep=True)
+    for name, value in memory.items():
+        setattr(changed.memory, name, value)
+    return NativeGenerator(policy, changed)
+
+
+def some_prompts(number: int = 6, *, longest: int = 150, vocabulary: int = 400, seed: int = 0) -> list[Prompt]:
+    """Prompts of random tokens; some fill a page exactly, or are a single token."""
+    rng = random.Random(seed)
+    lens = [1, 64, 65, longest, *(rng.randint(2, longest) for _ in range(number))][:number]
+    return [Prompt(i, [rng.randrange(5, vocabulary) for _ in range(n)], "", "", {}) for i, n in enumerate(lens)]
+
+
+def all_completions(groups: list[Group]) -> list[Completion]:
+    return [completion for group in groups for completion in group.completions]
+
+
+def tokens_of(groups: list[Group]) -> list[list[int]]:
+    return [completion.token_ids for completion in all_completions(groups)]
+
+
+def fresh_logprobs(policy: Policy, group: Group, completion: Completion, temperature: float = 1.0) -> Tensor:
+    """By one plain forward pass over the whole sequence."""
+    ids = torch.tensor([group.prompt.token_ids + completion.token_ids], device=policy.processes.device)
+    with torch.no_grad(), policy.sampling_model() as lm:
+        logits = lm(input_ids=ids, use_cache=False).logits[0, len(group.prompt.token_ids) - 1 : -1].float()
+    return (logits / temperature).log_softmax(-1).gather(1, ids[0, -len(logits) :].unsqueeze(1)).squeeze(1).cpu()
+
+
+def assert_logprobs(policy: Policy, groups: list[Group], *, temperature: float = 1.0, tolerance: float = 1e-4) -> None:
+    for group in groups:
+        for completion in group.completions:
+            fresh = fresh_logprobs(policy, group, completion, temperature)
+            torch.testing.assert_close(torch.tensor(completion.logprobs), fresh, rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    return make_policy(tmp_path_factory.mktemp("run"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_decoding_equals_generate_token_for_token(family: str, tmp_path: Path):
+    policy = make_policy(tmp_path, save_family(tmp_path / "model", FAMILIES[family]))
+    assert unsupported(policy, fused=False) is None
+    prompts = some_prompts()
+    ours = native(policy, max_sequences=4).sample(prompts, GREEDY, num_completions=2, seed=0)
+    theirs = HFGenerator(policy, max_sequences=16).sample(prompts, GREEDY, num_completions=2, seed=0)
+    assert tokens_of(ours) == tokens_of(theirs)
+    assert [c.finish_reason for c in all_completions(ours)] == [c.finish_reason for c in all_completions(theirs)]
+    assert_logprobs(policy, ours)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(20), Sampling(20, temperature=0.6), Sampling(20, temperature=1.4, top_k=20, top_p=0.9, min_p=0.01)],
+    ids=["plain", "cold", "truncated"],
+)
+def test_logprobs_are_those_of_the_whole_vocabulary_at_the_temperature(policy: Policy, sampling: Sampling):
+    groups = native(policy).sample(some_prompts(), sampling, num_completions=3, seed=1)
+    assert_logprobs(policy, groups, temperature=sampling.temperature)
+
+
+def test_the_trainers_logprobs_equal_the_engines(policy: Policy):
+    groups = native(policy).sample(some_prompts(4), Sampling(12), num_completions=2, seed=1)
+    batch = pack(groups, torch.ones(4, 2)).to(policy.processes.device)
+    torch.testing.assert_close(policy.old_logprobs(batch), batch.sampling_logprobs, rtol=0, atol=1e-4)
+
+
+def chi_square(counts: Tensor, probabilities: Tensor) -> float:
+    """How many standard deviations the chi-square statistic is above its mean; cells of fewer than five expected draws joined."""
+    expected = probabilities * counts.sum()
+    large = expected >= 5
+    counts = torch.cat([counts[large], counts[~large].sum().view(1)]).double()
+    expected = torch.cat([expected[large], expected[~large].sum().view(1)]).double()
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    degrees = len(counts) - 1
+    statistic = ((counts - expected).square() / expected).sum()
+    return float((statistic - degrees) / (2 * degrees) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    "engine", [native, lambda policy: HFGenerator(policy, max_sequences=3000)], ids=["native", "hf"]
+)
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1), Sampling(1, temperature=0.7), Sampling(1, temperature=1.5, top_k=12, top_p=0.8)]
+)
+def test_first_tokens_are_distributed_as_the_model_says(tmp_path: Path, engine: Callable[..., Any], sampling: Sampling):
+    policy = make_policy(tmp_path, save_family(tmp_path / "model", Qwen2Config(**{**SIZES, "initializer_range": 0.05})))
+    prompt = some_prompts(6)[4]
+    (group,) = engine(policy).sample([prompt], sampling, num_completions=3000, seed=0)
+    counts = torch.bincount(torch.tensor([c.token_ids[0] for c in group.completions]), minlength=512)
+    with torch.no_grad(), policy.sampling_model() as lm:
+        ids = torch.tensor([prompt.token_ids], device=policy.processes.device)
+        p = (lm(input_ids=ids).logits[0, -1].cpu() / sampling.temperature).softmax(-1)
+    if sampling.top_k:
+        p = p.where(p >= p.topk(sampling.top_k).values[-1], 0)
+        ordered = (p / p.sum()).sort(descending=True)
+        p = (
+            torch.zeros(512).scatter(0, ordered.indices[ordered.values.cumsum(0) - ordered.values < sampling.top_p], 1)
+            * p
+        )
+        assert counts[p == 0].sum() == 0
+    assert abs(chi_square(counts, p / p.sum())) < 4  # of 1 in 30,000 for a right engine
+
+
+def test_second_tokens_are_distributed_as_generates(policy: Policy):
+    """Two samples against each other, over pairs of tokens: the second ones come from decoding, not from the prompt."""
+    (prompt,) = some_prompts(1, seed=3)
+    pairs = []
+    for engine in (native(policy), HFGenerator(policy, max_sequences=4000)):
+        (group,) = engine.sample([prompt], Sampling(2), num_completions=4000, seed=0)
+        pairs.append(Counter(tuple(completion.token_ids) for completion in group.completions))
+    common = [pair for pair, count in pairs[1].items() if count + pairs[0][pair] >= 20]
+    assert len(common) > 10
+    ours, theirs = (torch.tensor([counter[pair] for pair in common], dtype=torch.float64) for counter in pairs)
+    statistic = ((ours - theirs).square() / (ours + theirs)).sum()
+    assert float((statistic - len(common)) / (2 * len(common)) ** 0.5) < 4
+
+
+def test_what_a_sequence_draws_depends_on_neither_slots_nor_neighbours_nor_memory(policy: Policy):
+    prompts = some_prompts(6)
+    expected = native(policy).sample(prompts, Sampling(90), num_completions=3, seed=5)
+    narrow = native(policy, max_sequences=3).sample(prompts, Sampling(90), num_completions=3, seed=5)
+    assert tokens_of(narrow) == tokens_of(expected)
+    alone = native(policy).sample(prompts[:1], Sampling(90), num_completions=3, seed=5)
+    assert tokens_of(alone) == tokens_of(expected[:1])
+    assert tokens_of(native(policy).sample(prompts, Sampling(90), num_completions=3, seed=6)) != tokens_of(expected)
+
+
+def small_cache(policy: Policy, *, sequences: float, tokens: int) -> float:
+    """GiB that hold so many sequences of so many tokens."""
+    config = policy.lm.config
+    per_page = (
+        2
+        * config.num_hidden_layers
+        * config.num_key_value_heads
+        * 64
+        * (config.hidden_size // config.num_attention_heads)
+        * 4
+    )
+    return (sequences * -(-tokens // 64) + 1) * per_page / 2**30
+
+
+def test_with_too_little_memory_sequences_are_set_aside_and_come_out_the_same(policy: Policy):
+    prompts = some_prompts(8, longest=100)
+    sampling = Sampling(150)  # few of these models' completions end before
+    expected = native(policy).sample(prompts, sampling, num_completions=4, seed=5)
+    scarce = native(policy, kv_cache_gib=small_cache(policy, sequences=4.2, tokens=250))
+    assert tokens_of(scarce.sample(prompts, sampling, num_completions=4, seed=5)) == tokens_of(expected)
+    assert scarce.metrics()["rollout/preempted"] > 0
+
+
+def test_a_cache_too_small_is_refused_by_its_setting(policy: Policy):
+    tiny = native(policy, kv_cache_gib=small_cache(policy, sequences=2, tokens=120))
+    with pytest.raises(ValueError, match=r"memory\.kv_cache_gib is .* sequences of 128 tokens take"):
+        tiny.sample(some_prompts(1), Sampling(5), num_completions=1, seed=0)
+
+
+def chain(token: int, position: int) -> int:
+    """The token after `token` at `position` in the model of the next test."""
+    return (token * 31 + position * 17 + 5) % 500
+
+
+def test_ten_thousand_sequences_through_64_slots_come_out_whole(policy: Policy, monkeypatch: pytest.MonkeyPatch):
+    """Each sequence's tokens follow from its first one, so a token that is lost, doubled or swapped shows."""
+
+    def logits(self: Decoder, size: int) -> Tensor:
+        tokens, positions = self.state[0, :size].long(), self.state[1, :size].long() + 1
+        return torch.nn.functional.one_hot((tokens * 31 + positions * 17 + 5) % 500, 512).float() * 50
+
+    monkeypatch.setattr(Decoder, "logits", logits)
+    monkeypatch.setattr(Decoder, "read", lambda self, prefixes: None)
+    rng = random.Random(0)
+    ends = set(policy.end_token_ids)
+    prompts = [replace(prompt, max_tokens=rng.randint(1, 60)) for prompt in some_prompts(2500, vocabulary=500)]
+    groups = native(policy, max_sequences=64).sample(prompts, Sampling(50), num_completions=4, seed=0)
+    assert [group.prompt for group in groups] == prompts
+    for group in groups:
+        expected: list[int] = []
+        token, position = group.prompt.token_ids[-1], len(group.prompt.token_ids)
+        while len(expected) < min(group.prompt.max_tokens or 0, 50) and not ends & set(expected):
+            token, position = chain(token, position), position + 1
+            expected.append(token)
+        assert [completion.token_ids for completion in group.completions] == [expected] * 4
+    assert sum(len(group.completions) for group in groups) == 10_000
+
+
+def test_every_end_token_and_limit_ends_a_completion(policy: Policy, monkeypatch: pytest.MonkeyPatch):
+    usual = Counter(
+        t
+        for ids in tokens_of(native(policy).sample(some_prompts(6), Sampling(20), num_completions=8, seed=0))
+        for t in ids
+    )
+    ends = [token for token, _ in usual.most_common(2)]
+    monkeypatch.setattr(policy, "end_token_ids", [*policy.end_token_ids, *ends])
+    prompts = [replace(prompt, max_tokens=n) for prompt, n in zip(some_prompts(6), [1, 3, 9, 9, 40, 40], strict=True)]
+    groups = native(policy).sample(prompts, Sampling(20), num_completions=8, seed=0)
+    last = set()
+    for group in groups:
+        for completion in group.completions:
+            *before, final = completion.token_ids
+            assert not set(before) & set(policy.end_token_ids)
+            limit = min(20, group.prompt.max_tokens or 20)
+            assert completion.finish_reason == ("stop" if final in policy.end_token_ids else "length")
+            assert len(completion.token_ids) == limit or (
+                len(completion.token_ids) < limit and completion.finish_reason == "stop"
+            )
+            last.add(final)
+    assert set(ends) <= last
+
+
+def test_stop_texts_end_completions_where_generate_ends_them(policy: Policy):
+    from grpo.prompts import build_prompts, load_rows
+
+    prompts, _ = build_prompts(load_rows(policy._config.data)[:8], policy.tokenizer, policy._config.data)
+    sampling = Sampling(60, temperature=0.0, stop=("<answer>", "guess 1"))
+    ours = native(policy, max_sequences=3).sample(prompts, sampling, num_completions=1, seed=0)
+    theirs = HFGenerator(policy, max_sequences=8).sample(prompts, sampling, num_completions=1, seed=0)
+    assert ours != []
+    assert tokens_of(ours) == tokens_of(theirs)
+    stopped = [c for c in all_completions(ours) if any(text in c.text for text in sampling.stop)]
+    assert stopped
+    for completion in stopped:
+        assert completion.finish_reason == "stop"
+        shorter = policy.tokenizer.decode(completion.token_ids[:-1])
+        assert not any(text in shorter for text in sampling.stop)
+
+
+def test_an_update_of_the_weights_is_seen_by_the_next_call(policy: Policy):
+    """Nothing of a call outlives it: neither keys and values of its prompts nor anything captured."""
+    engine, prompts = native(policy), some_prompts()
+    first = engine.sample(prompts, GREEDY, num_completions=1, seed=0)
+    saved = {name: weight.clone() for name, weight in policy.lm.state_dict().items()}
+    try:
+        with torch.no_grad():
+            for weight in policy.lm.parameters():
+                weight.add_(torch.randn_like(weight) * 0.05)
+        second = engine.sample(prompts, GREEDY, num_completions=1, seed=0)
+        assert tokens_of(second) != tokens_of(first)
+        assert_logprobs(policy, second)
+    finally:
+        policy.lm.load_state_dict(saved)
+    assert tokens_of(engine.sample(prompts, GREEDY, num_completions=1, seed=0)) == tokens_of(first)
+
+
+@pytest.mark.parametrize("synced", [True, False], ids=["synced", "stale"])
+def test_stale_weights_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synced: bool):
+    """Under ZeRO-3 sampling reads a replica; without its refresh the trainer's log-probabilities are not those sampled with."""
+    config = tiny_config(
+        tmp_path / "run",
+        rollout={"engine": "native"},
+        distributed={"zero_stage": 3},
+        optimizer={"learning_rate": 3e-3},
+        run={"dir": str(tmp_path / "run"), "steps": 3},
+        algorithm={"kl_coef": 0.0, "max_sampling_gap": 0.01},
+        data={"name": str(TINY / "train.jsonl"), "template": "chat", "max_prompt_tokens": 96},
+    )
+    trainer = Trainer(config)
+    assert isinstance(trainer.generator, NativeGenerator)
+    if not synced:
+        monkeypatch.setattr(trainer.policy, "sync", lambda: None)
+    trainer.train_step()  # the first rollout is on the weights as they were loaded
+    try:
+        if synced:
+            assert trainer.train_step()["policy/sampling_gap"] < 1e-4
+        else:
+            with pytest.raises(RuntimeError, match="the rollout engine has stale weights"):
+                trainer.train_step()
+    finally:
+        trainer.close()
+
+
+def test_a_call_without_prompts_gives_no_groups(policy: Policy):
+    assert native(policy).sample([], Sampling(4), num_completions=2, seed=0) == []
+
+
+def test_the_metrics_say_what_a_call_took(policy: Policy):
+    engine = native(policy, max_sequences=5)
+    engine.sample(some_prompts(4), Sampling(30), num_completions=3, seed=0)
+    metrics = engine.metrics()
+    assert metrics["rollout/slots"] == 5
+    assert metrics["rollout/preempted"] == 0
+    assert 0.5 < metrics["rollout/occupancy"] < 1
+    pages = (5 + 3) * -(-max(96 + 24, 150 + 30) // 64) + 1
+    config = policy.lm.config
+    head_dim = config.hidden_size // config.num_attention_heads
+    expected = pages * 64 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 4 / 2**30
+    assert metrics["rollout/kv_gib"] == pytest.approx(expected)
+
+
+def test_auto_takes_generate_on_a_cpu_and_native_can_be_asked_for(policy: Policy):
+    config = policy._config.model_copy(deep=True)
+    assert isinstance(make_generator(config, policy), NativeGenerator if CUDA else HFGenerator)
+    config.rollout.engine = "native"
+    assert isinstance(make_generator(config, policy), NativeGenerator)
+    config.rollout.engine = "hf"
+    assert isinstance(make_generator(config, policy), HFGenerator)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Gemma2Config(**SIZES, attn_logit_softcapping=1.0), "Gemma2ForCausalLM caps its attention logits"),
+        (
+            Lfm2Config(**SIZES, layer_types=["conv", "full_attention", "conv"]),
+            "Lfm2ForCausalLM has layers other than full and sliding-window attention: conv",
+        ),
+        (BloomConfig(vocab_size=512, hidden_size=64), "BloomForCausalLM does not take its attention from"),
+    ],
+    ids=["capped", "convolutions", "own attention"],
+)
+def test_models_the_engine_does_not_fit_are_named(config: PretrainedConfig, reason: str):
+    assert str(_unsupported_by_design(AutoModelForCausalLM.from_config(config))).startswith(reason)
+
+
+def test_native_for_a_model_it_does_not_fit_is_refused_and_auto_says_why(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("grpo.rollout.engine._unsupported_by_design", lambda lm: "its attention is odd")
+    config = policy._config.model_copy(deep=True)
+    config.rollout.engine = "native"
+    with pytest.raises(
+        ValueError, match=r"rollout\.engine is native; its attention is odd\. Set rollout\.engine to hf"
+    ):
+        make_generator(config, policy)
+    config.rollout.engine = "auto"
+    assert isinstance(make_generator(config, policy), HFGenerator)
+    assert not CUDA or "its attention is odd" in capsys.readouterr().out
+
+
+def test_a_model_whose_numbers_come_out_wrong_is_refused(policy: Policy, monkeypatch: pytest.MonkeyPatch):
+    import grpo.rollout.layers as layers
+
+    wrong = lambda lm, tokens, positions, places: model_layers(lm, tokens, positions * 0, places)  # noqa: E731
+    monkeypatch.setattr("grpo.rollout.decoder.model_layers", wrong)
+    assert "differ by" in str(unsupported(policy, fused=False))
+    assert layers.model_layers is not wrong
+
+
+def test_buckets_waste_at_most_a_quarter_and_few_are_needed():
+    buckets = {bucket_of(n) for n in range(1, 1025)}
+    assert all(n <= bucket_of(n) <= max(n * 1.25, n + 1) for n in range(1, 1025))
+    assert len(buckets) <= 36
+
+
+# --- fused layers, on the CPU through Triton's interpreter, on a GPU compiled ---------------------------------------------
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_fused_layers_equal_the_models_own(family: str, tmp_path: Path):
+    pytest.importorskip("triton")
+    from grpo.rollout.engine import _teacher_forced, make_decoder
+    from grpo.rollout.paged import num_pages_for
+
+    policy = make_policy(tmp_path, save_family(tmp_path / "model", FAMILIES[family]))
+    with torch.no_grad():
+        for name, weight in policy.lm.named_parameters():
+            if "norm" in name or "bias" in name:  # 1 and 0 in a fresh model
+                weight.add_(torch.randn_like(weight) * 0.2)
+    tokens = torch.randint(5, 500, (2, 70), device=policy.processes.device)
+    results = []
+    with policy.sampling_model("paged") as lm, torch.no_grad():
+        for fused in (False, True):
+            decoder = make_decoder(lm, [0], num_slots=2, pages_each=num_pages_for(70), gib=0.5, fused=fused)
+            results.append(_teacher_forced(decoder, tokens, temperature=1.0))
+            assert isinstance(decoder._layers, FusedLayers) is fused
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_projections_of_one_input_are_joined_without_a_copy(stage: int, dtype: str, tmp_path: Path):
+    config = tiny_config(
+        tmp_path, model={"name": str(TINY / "model"), "dtype": dtype}, distributed={"zero_stage": stage}
+    )
+    policy = Policy(config, load_tokenizer(config.model), distributed.start(config, dtype=getattr(torch, dtype)))
+    with policy.sampling_model() as lm:
+        for layer in FusedLayers(lm).layers:
+            assert layer.qkv.one
+            assert layer.gate_up.one
+        attention = lm.base_model.layers[0].self_attn
+        joined = Joined([attention.q_proj, attention.k_proj, attention.v_proj])
+        x = torch.randn(5, lm.config.hidden_size, dtype=lm.dtype, device=policy.processes.device)
+        for part, linear in zip(joined(x), joined.parts, strict=True):
+            torch.testing.assert_close(part, linear(x))
+        assert joined.weight is not None
+        assert joined.weight.data_ptr() == attention.q_proj.weight.data_ptr()
+
+
+def test_weights_apart_in_memory_are_not_joined():
+    one, two = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    assert end_to_end([one.weight, two.weight]) is None
+    both = Joined([one, two])
+    x = torch.randn(2, 4)
+    assert not both.one
+    assert torch.equal(torch.cat(list(both(x)), 1), torch.cat([one(x), two(x)], 1))
+    whole = torch.randn(6, 4)
+    assert torch.equal(end_to_end([whole[:3], whole[3:]]), whole)  # type: ignore[arg-type]
+    assert end_to_end([whole[3:], whole[:3]]) is None
+
+
+# --- on a GPU ------------------------------------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device for graphs and flash attention")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "gemma", "mistral with a window"])
+def test_sampling_logprobs_in_bfloat16_agree_with_a_forward_pass(family: str, fused: bool, tmp_path: Path):
+    name = str(save_family(tmp_path / "model", FAMILIES[family]))
+    config = tiny_config(tmp_path, model={"name": name, "dtype": "bfloat16"}, rollout={"fused_layers": fused})
+    policy = Policy(config, load_tokenizer(config.model), distributed.start(config, dtype=torch.bfloat16))
+    groups = NativeGenerator(policy, config).sample(some_prompts(), Sampling(60), num_completions=4, seed=0)
+    gaps = [
+        (torch.tensor(completion.logprobs) - fresh_logprobs(policy, group, completion)).abs()
+        for group in groups
+        for completion in group.completions
+    ]
+    # bfloat16 logits of size 4 are rounded to 1/64; three layers of rounding in another order add as much again
+    assert float(torch.cat(gaps).mean()) < 0.03
+
+
+@pytest.mark.gpu
+@gpu
+def test_graphs_are_captured_again_when_a_weight_moves(policy: Policy):
+    engine, prompts = native(policy), some_prompts()
+    first = engine.sample(prompts, GREEDY, num_completions=2, seed=0)
+    weight = policy.lm.base_model.layers[0].mlp.down_proj.weight
+    with torch.no_grad():
+        weight.data = weight.data.clone() * 1.5
+    moved = engine.sample(prompts, GREEDY, num_completions=2, seed=0)
+    assert tokens_of(moved) != tokens_of(first)
+    assert_logprobs(policy, moved, tolerance=1e-3)
+    with torch.no_grad():
+        weight.data = weight.data / 1.5
+
+
+@pytest.mark.gpu
+@gpu
+def test_memory_does_not_grow_from_call_to_call(policy: Policy):
+    engine, prompts = native(policy), some_prompts()
+    sizes = []
+    for seed in range(4):
+        engine.sample(prompts, Sampling(40), num_completions=4, seed=seed)
+        torch.cuda.synchronize()
+        sizes.append(torch.cuda.memory_allocated())
+    assert sizes[-1] == sizes[1]

@@ -1,0 +1,118 @@
+"""The native engine's bookkeeping: nothing is lost, and no page belongs to two."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+
+import pytest
+
+from grpo.rollout.paged import PAGE, num_pages_for
+from grpo.rollout.slots import Prefix, Sequence, Slots
+
+
+def make_slots(lens: list[tuple[int, int]], *, group: int, num_slots: int, num_pages: int) -> Slots:
+    """Groups of `group` sequences, of (prompt length, limit)."""
+    prefixes = [
+        Prefix(deque(Sequence(i * group + g, [i] * length, limit, seed=0) for g in range(group)))
+        for i, (length, limit) in enumerate(lens)
+    ]
+    pages_each = max(num_pages_for(length + limit) for length, limit in lens)
+    return Slots(prefixes, num_slots=num_slots, pages=range(1, num_pages + 1), pages_each=pages_each)
+
+
+def owners(slots: Slots, prefixes: set[Prefix]) -> Counter[int]:
+    pages: Counter[int] = Counter(slots._free)
+    for sequence in slots.running:
+        pages.update(sequence.own)
+        prefixes.add(sequence.prefix)
+    for prefix in prefixes | set(slots.ready):
+        pages.update(prefix.pages)
+    return pages
+
+
+def run(slots: Slots, *, num_pages: int, rng: random.Random, num_steps: int = 4) -> tuple[list[int], int]:
+    """Play the device: every running sequence takes its steps or ends early; the order of ends, and the most that ran."""
+    ended, most = [], 0
+    prefixes: set[Prefix] = set()
+    while slots:
+        while taken := slots.read_ahead(1000):
+            prefixes.update(taken)
+        slots.start(num_steps)
+        slots.grow(num_steps)
+        assert owners(slots, prefixes) == Counter(range(1, num_pages + 1)), "a page is lost or has two owners"
+        assert slots.running, "nothing runs, and nothing ever will"
+        most = max(most, len(slots.running))
+        finished = []
+        for sequence in slots.running:
+            steps = min(num_steps, sequence.remaining)
+            pages = sequence.shared + sequence.own
+            assert len(pages) * PAGE >= sequence.num_cached + steps, "a step without a page"
+            sequence.num_cached += steps
+            sequence.tokens += [7] * steps
+            if not sequence.remaining or rng.random() < 0.02:
+                finished.append(sequence)
+        slots.finish(finished)
+        ended += [sequence.index for sequence in finished]
+    return ended, most
+
+
+@pytest.mark.parametrize("num_pages", [40, 80, 2000])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_sequence_ends_once_whatever_the_memory(num_pages: int, seed: int):
+    rng = random.Random(seed)
+    lens = [(rng.randint(1, 300), rng.randint(1, 400)) for _ in range(60)]
+    slots = make_slots(lens, group=5, num_slots=16, num_pages=num_pages)
+    ended, most = run(slots, num_pages=num_pages, rng=rng)
+    assert sorted(ended) == list(range(300))
+    assert most <= 16
+    if num_pages == 2000:
+        assert (most, slots.num_preempted) == (16, 0)
+    if num_pages == 40:
+        assert slots.num_preempted > 0
+
+
+def test_a_prompt_is_read_once_and_its_full_pages_are_shared():
+    slots = make_slots([(2 * PAGE + 10, 20)], group=3, num_slots=8, num_pages=30)
+    (prefix,) = slots.read_ahead(1000)
+    assert len(prefix.tokens) == 2 * PAGE + 9
+    copies = slots.start(4)
+    assert slots.read_ahead(1000) == []
+    assert [sequence.shared for sequence in slots.running] == [prefix.pages[:2]] * 3
+    assert copies == [(prefix.pages[2], sequence.own[0]) for sequence in slots.running]
+    assert len({sequence.own[0] for sequence in slots.running}) == 3
+
+
+def test_a_prompt_that_fills_its_pages_needs_no_copy():
+    slots = make_slots([(PAGE + 1, 20)], group=2, num_slots=8, num_pages=30)
+    slots.read_ahead(1000)
+    assert slots.start(4) == []
+
+
+def test_a_sequence_that_gave_up_its_place_is_read_again_with_its_tokens():
+    slots = make_slots([(10, 100), (10, 100)], group=1, num_slots=2, num_pages=6)
+    slots.read_ahead(1000)
+    slots.start(4)
+    short, long = slots.running
+    for sequence, drawn in ((short, 3), (long, 60)):
+        sequence.num_cached += drawn
+        sequence.tokens += [9] * drawn
+    taken = slots._take(len(slots._free))
+    slots.grow(8)
+    assert slots.running == [long]
+    assert slots.num_preempted == 1
+    slots._free += taken
+    (again,) = slots.read_ahead(1000)
+    assert again.tokens == [*short.prompt, 9, 9]  # without the last, which is read by its first step
+    slots.start(4)
+    assert (short.num_cached, short.newest, short.remaining) == (12, 9, 97)
+
+
+def test_a_sequence_that_ended_while_it_had_no_place_is_not_started_again():
+    slots = make_slots([(10, 100), (10, 100)], group=1, num_slots=2, num_pages=6)
+    slots.read_ahead(1000)
+    slots.start(4)
+    first, second = slots.running
+    slots._preempt(second)
+    slots.finish([second, first])
+    assert not slots
