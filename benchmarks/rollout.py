@@ -12,9 +12,7 @@ A real length distribution, where answers end by themselves:
 from __future__ import annotations
 
 import argparse
-import itertools
 import random
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -69,7 +67,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--plain-layers", action="store_true", help="the model's own layers instead of the fused ones")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--profile", action="store_true", help="kernels of a decoding step at half of --new-tokens")
+    parser.add_argument("--profile", action="store_true", help="kernels of a decoding step")
     parser.add_argument("--peers", nargs="*", default=[], choices=["generate", "continuous"])
     parser.add_argument("--peer-batch", type=int, default=256, help="completions that `generate` runs at once")
     return parser.parse_args()
@@ -134,29 +132,19 @@ def native(lm: Any, ending: Ending, prompts: list[Prompt], sampling: Sampling, a
     report("native", num_tokens, took)
     launches = [at - start for at, _ in call.timeline]
     print(
-        f"  first step after {launches[0] * 1e3:.0f} ms, {CHUNK} steps each {statistics.median(intervals(call)) * 1e3:.2f} ms, "
-        f"last launch {(took - launches[-1]) * 1e3:.0f} ms before the end; time lost to the tail {tail(call, took):.1%}; "
+        f"  first step launched after {launches[0] * 1e3:.0f} ms, the last {(took - launches[-1]) * 1e3:.0f} ms before the end; "
         f"mean length {num_tokens / len(call.completions):.0f}\n  {call.metrics()}"
     )
-    step_time(decoder, args)
+    lens = [
+        len(prompt.token_ids) + len(c.token_ids) // 2 for prompt, c in zip(call.prompts, call.completions, strict=True)
+    ]
+    rate = step_rate(decoder, sum(lens) // len(lens), args)
+    print(f"  with all slots busy from first to last it would take {1 - num_tokens / rate / took:.0%} less", flush=True)
 
 
-def intervals(call: Call) -> list[float]:
-    return [b - a for a, b in itertools.pairwise(at for at, _ in call.timeline)]
-
-
-def tail(call: Call, seconds: float) -> float:
-    """Share of the time that would have been saved had all slots been busy from first to last."""
-    rows = [rows for _, rows in call.timeline]
-    full = [t for t, r in zip(intervals(call), rows, strict=False) if r == max(rows)]
-    rate = max(rows) / statistics.median(full)
-    return 1 - sum(rows) / rate / seconds
-
-
-def step_time(decoder: Decoder, args: argparse.Namespace) -> None:
-    """A captured step with all slots at half of the longest length, without host or prefill."""
+def step_rate(decoder: Decoder, middle: int, args: argparse.Namespace) -> float:
+    """Tokens per second of a captured step with all slots busy and `middle` tokens each, without host or prefill."""
     size = decoder.state.shape[1]
-    middle = 145 + args.new_tokens // 2
     graph = decoder._graph(size)
 
     def reset() -> None:
@@ -191,6 +179,7 @@ def step_time(decoder: Decoder, args: argparse.Namespace) -> None:
             torch.cuda.synchronize()
         table = profiler.key_averages().table(sort_by="cuda_time_total", row_limit=24, max_name_column_width=64)
         print(table, flush=True)
+    return size / milliseconds * 1e3
 
 
 def peer(name: str, run: Callable[[Sampling], int], sampling: Sampling) -> None:

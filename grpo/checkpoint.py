@@ -116,7 +116,6 @@ def restore(checkpoint: Path, *, policy: Policy, processes: Processes) -> RunSta
     """Load weights, optimizer and random states in place. Every process calls it."""
     loaded, _ = policy.engine.load_checkpoint(str(checkpoint), tag="training")
     assert loaded is not None, f"DeepSpeed found no training state in {checkpoint}"
-    policy.sync()
     _restore_random_states(torch.load(checkpoint / "random" / f"rank-{processes.rank}.pt", weights_only=False))
     saved = read_state(checkpoint)
     return RunState(saved["step"], saved["optimizer_steps"], saved["position"])

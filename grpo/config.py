@@ -98,6 +98,27 @@ class RolloutConfig(Section):
     """Let the native engine run its fused kernels for the families it has them for. false: the model's own layers."""
 
 
+class VLLMConfig(Section):
+    mode: Literal["colocated", "server"] = "colocated"
+    """colocated: an engine in every training process, on its GPU, asleep while the policy trains. server: a `vllm serve` that
+    you started elsewhere; docs/vllm.md has the command."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Share of a GPU's memory that a colocated engine takes while it samples, its copy of the weights included. Raising it makes
+    room for more completions at once; the policy, its gradients and optimizer stay where they are."""
+    url: str | None = None
+    """Where the server listens, such as http://127.0.0.1:8000."""
+    sync_dir: str | None = None
+    """Directory that the trainer and the server see under this path. New weights pass through it after every step: it needs room
+    for one copy, and /dev/shm serves if both run on one machine."""
+    timeout_seconds: PositiveFloat = 300.0
+    """Longest wait for one answer of the server: a completion with its time in the queue, or taking over weights. Raise it for
+    long completions; the other processes wait for at most ten minutes."""
+
+
+VLLM_SETTINGS = {"colocated": {"gpu_memory_utilization"}, "server": {"url", "sync_dir", "timeout_seconds"}}
+"""What each mode reads besides `mode`."""
+
+
 class RewardConfig(Section):
     function: str
     """A name in rewards/, `module:function`, or `path/to/file.py:function`."""
@@ -226,6 +247,7 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig = Field(default_factory=DataConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    vllm: VLLMConfig = Field(default_factory=VLLMConfig)
     rewards: list[RewardConfig] = Field(
         default_factory=lambda: [RewardConfig(function="accuracy"), RewardConfig(function="format")]
     )
@@ -288,6 +310,21 @@ class Config(Section):
             top_p=evaluation.top_p,
             stop=tuple(self.rollout.stop),
         )
+
+    @property
+    def samplings(self) -> dict[str, Sampling]:
+        """All that happen in the run, by the section that sets them."""
+        held_out = {"evaluation": self.eval_sampling} if self.evaluation.num_questions else {}
+        return {"rollout": self.sampling, **held_out}
+
+    @property
+    def vllm_logprobs_mode(self) -> str:
+        """How a vLLM engine must report log-probabilities so that they are those of Completion.
+
+        vLLM's processed_logprobs come after temperature, min-p, top-k and top-p: right at any temperature, but renormalised over
+        the tokens that were left. Its raw_logprobs come before all of them: right at temperature 1 only, whatever is left out.
+        """
+        return "raw_logprobs" if any(each.truncated for each in self.samplings.values()) else "processed_logprobs"
 
     @property
     def completions_per_step(self) -> int:
@@ -377,6 +414,58 @@ def _check_combinations(config: Config) -> None:
             f"rewards is {[reward.function for reward in config.rewards]} without any weight; at least one reward must "
             "count for something. Give one of them a weight other than 0."
         )
+    _check_vllm_settings(config)
+    if rollout.engine == "vllm":
+        _check_vllm_sampling(config)
+
+
+def _check_vllm_settings(config: Config) -> None:
+    """What the chosen engine needs is there, and nothing that it does not read."""
+    vllm, used = config.vllm, config.rollout.engine == "vllm"
+    where = f"vllm.mode {vllm.mode}" if used else f"rollout.engine {config.rollout.engine}"
+    for name, field in VLLMConfig.model_fields.items():
+        value = getattr(vllm, name)
+        if value != field.default and not (used and name in {"mode", *VLLM_SETTINGS[vllm.mode]}):
+            raise ValueError(f"vllm.{name} is {value!r}; it has no effect with {where}. Remove it.")
+        if value is None and used and name in VLLM_SETTINGS[vllm.mode]:
+            raise ValueError(f"vllm.{name} is missing; {where} needs it. Set vllm.{name} as docs/vllm.md says.")
+    if vllm.url is not None and not re.match(r"https?://[^/]+", vllm.url):
+        raise ValueError(
+            f"vllm.url is {vllm.url!r}; it is not an address like http://127.0.0.1:8000. Set it to where the server listens."
+        )
+    if used and config.memory.kv_cache_gib is not None:
+        raise ValueError(
+            f"memory.kv_cache_gib is {config.memory.kv_cache_gib}; it has no effect with rollout.engine vllm. Remove it; "
+            "vllm.gpu_memory_utilization sets the memory of a colocated engine."
+        )
+    if used and not config.rollout.fused_layers:
+        raise ValueError("rollout.fused_layers is False; it has no effect with rollout.engine vllm. Remove it.")
+
+
+def _check_vllm_sampling(config: Config) -> None:
+    """vLLM can sample like this, and tell the log-probabilities that Completion promises; see Config.vllm_logprobs_mode."""
+    for section, sampling in config.samplings.items():
+        if 0 < sampling.temperature < VLLM_LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"{section}.temperature is {sampling.temperature}; vLLM would sample at {VLLM_LOWEST_TEMPERATURE} instead, "
+                f"the lowest that it knows above 0. Set {section}.temperature >= {VLLM_LOWEST_TEMPERATURE}."
+            )
+        if sampling.min_p > 0 and sampling.top_p < 1:
+            raise ValueError(
+                f"{section}.min_p is {sampling.min_p} and {section}.top_p {sampling.top_p}; vLLM takes top_p of what min_p "
+                "left, and the rule is the other way round. Remove one of the two, or take another rollout.engine."
+            )
+        if config.vllm_logprobs_mode == "raw_logprobs" and sampling.temperature not in (0, 1):
+            cut = {name for name, each in config.samplings.items() if each.truncated}
+            raise ValueError(
+                f"{section}.temperature is {sampling.temperature}; where top_k, top_p or min_p leave tokens out, as in "
+                f"{' and '.join(sorted(cut))}, vLLM tells log-probabilities of the whole vocabulary at temperature 1 only. "
+                f"Set {section}.temperature to 1, sample from all tokens, or take another rollout.engine."
+            )
+
+
+VLLM_LOWEST_TEMPERATURE = 0.01
+"""A lower one is raised to this in silence (vllm/sampling_params.py, _MAX_TEMP)."""
 
 
 def _check_regex(setting: str, pattern: str | None) -> None:

@@ -27,7 +27,7 @@ from grpo.metrics import Meter, measure_micro_batch, measure_rollout, step_metri
 from grpo.policy import Policy, check_context, load_tokenizer, resolve_dtype
 from grpo.prompts import PromptOrder, build_prompts, load_rows, prepare_rows
 from grpo.report import plot_curves
-from grpo.rollout import make_generator
+from grpo.rollout import check_engine, make_generator
 from grpo.rundir import RunLog
 from grpo.schedule import learning_rate
 from grpo.scoring import Reward, Scorer, resolve_function
@@ -63,6 +63,7 @@ class Trainer:
         config.check_world_size(self.processes.world_size)
         tokenizer = load_tokenizer(config.model)
         check_context(config)
+        check_engine(config)
         with self.processes.accelerator.main_process_first():
             rows = _rows(config, train_dataset, evaluation=False)
             eval_rows = _rows(config, eval_dataset, evaluation=True) if config.evaluation.num_questions else []
@@ -243,6 +244,7 @@ class Trainer:
 
     def _restore(self, found: Path) -> RunState:
         state = checkpoint.restore(found, policy=self.policy, processes=self.processes)
+        self.generator.sync()
         self.prompts.position = state.position
         self.say(f"resumed after step {state.step} from {found}")
         return state

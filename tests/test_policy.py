@@ -131,7 +131,8 @@ def test_chunked_logprobs_and_entropy_equal_the_plain_formula(chunk_tokens: int,
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
-    config = tiny_config(tmp_path_factory.mktemp("run"), rollout={"temperature": 0.7})
+    model = {"name": str(TINY / "model"), "dtype": "float32"}
+    config = tiny_config(tmp_path_factory.mktemp("run"), model=model, rollout={"temperature": 0.7})
     return Policy(config, load_tokenizer(config.model), distributed.start(config, dtype=torch.float32))
 
 
@@ -146,16 +147,16 @@ def groups(policy: Policy) -> list[Group]:
 def test_sampling_logprobs_equal_a_fresh_forward_pass(policy: Policy, groups: list[Group]):
     for group in groups:
         for completion in group.completions:
-            ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
+            ids = torch.tensor([group.prompt.token_ids + completion.token_ids], device=policy.processes.device)
             with torch.no_grad():
-                logits = policy.lm(input_ids=ids, use_cache=False).logits[0, len(group.prompt.token_ids) - 1 : -1]
+                logits = policy.lm(input_ids=ids, use_cache=False).logits[0, len(group.prompt.token_ids) - 1 : -1].cpu()
             fresh = (logits / 0.7).log_softmax(-1).gather(1, torch.tensor(completion.token_ids).unsqueeze(1)).squeeze(1)
             # cached keys and left padding in float32: 1e-4 of a log-probability
             torch.testing.assert_close(torch.tensor(completion.logprobs), fresh, rtol=0, atol=1e-4)
 
 
 def test_the_trainers_logprobs_equal_the_sampling_logprobs(policy: Policy, groups: list[Group]):
-    batch = pack(groups, torch.ones(len(groups), 4))
+    batch = pack(groups, torch.ones(len(groups), 4)).to(policy.processes.device)
     torch.testing.assert_close(policy.old_logprobs(batch), batch.sampling_logprobs, rtol=0, atol=1e-4)
     part = take(batch, [5, 0, 17])
     torch.testing.assert_close(policy.old_logprobs(part), part.sampling_logprobs, rtol=0, atol=1e-4)
@@ -187,7 +188,7 @@ def test_greedy_decoding_takes_the_likeliest_token(policy: Policy, groups: list[
     (group,) = HFGenerator(policy, max_sequences=4).sample(
         [groups[0].prompt], Sampling(max_tokens=10, temperature=0.0), num_completions=1, seed=0
     )
-    ids = torch.tensor([group.prompt.token_ids + group.completions[0].token_ids])
+    ids = torch.tensor([group.prompt.token_ids + group.completions[0].token_ids], device=policy.processes.device)
     with torch.no_grad():
         logits = policy.lm(input_ids=ids, use_cache=False).logits[0, len(group.prompt.token_ids) - 1 : -1]
     assert logits.argmax(-1).tolist() == group.completions[0].token_ids
@@ -222,9 +223,10 @@ def test_a_prefill_is_part_of_the_answer(policy: Policy, groups: list[Group]):
 def test_the_exported_model_gives_the_policys_logits(policy: Policy, tmp_path: Path):
     policy.export(tmp_path / "hf")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
-    ids = torch.arange(20).unsqueeze(0)
+    device = policy.processes.device
+    ids = torch.arange(20, device=device).unsqueeze(0)
     with torch.no_grad(), policy.sampling_model() as lm:
-        assert torch.equal(loaded(input_ids=ids).logits, lm(input_ids=ids).logits)
+        assert torch.equal(loaded.to(device)(input_ids=ids).logits, lm(input_ids=ids).logits)
 
 
 def test_the_export_does_not_inherit_sampling_defaults(policy: Policy, tmp_path: Path):
@@ -246,7 +248,7 @@ OPT = OPTConfig(
 
 def test_a_family_that_packing_does_not_fit_is_refused(tmp_path: Path):
     """OPT counts positions from the attention mask, so packed sequences would see each other's places."""
-    config = tiny_config(tmp_path, model={"name": str(save_family(tmp_path / "opt", OPT))})
+    config = tiny_config(tmp_path, model={"name": str(save_family(tmp_path / "opt", OPT)), "dtype": "float32"})
     with pytest.raises(ValueError, match="Packing does not work for this model family"):
         Policy(config, load_tokenizer(config.model), distributed.start(config, dtype=torch.float32))
 

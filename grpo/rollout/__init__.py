@@ -28,6 +28,18 @@ class Generator(Protocol):
         ...
 
 
+def check_engine(config: Config) -> None:
+    """Whether `rollout.engine` can run here, as far as that can be told before a model is loaded.
+
+    Raises:
+        ValueError: its package or its server is not there.
+    """
+    if config.rollout.engine == "vllm":
+        from grpo.rollout.vllm import check_available
+
+        check_available(config)
+
+
 def make_generator(config: Config, policy: Policy) -> Generator:
     """The engine that `rollout.engine` names; `auto` takes the native one on CUDA if it supports the model.
 
