@@ -200,10 +200,10 @@ def report(name: str, num_tokens: int, seconds: float) -> None:
     print(f"{name}: {num_tokens:,} tokens in {seconds:.2f} s = {num_tokens / seconds:,.0f} tokens/s", flush=True)
 
 
-def generation_config(ending: Ending, sampling: Sampling, **more: Any) -> GenerationConfig:
+def generation_config(ending: Ending, sampling: Sampling) -> GenerationConfig:
     return GenerationConfig(
         do_sample=True, temperature=sampling.temperature, top_k=0, top_p=1.0, max_new_tokens=sampling.max_tokens,
-        eos_token_id=ending.end_token_ids or -1, pad_token_id=0, **more,
+        eos_token_id=ending.end_token_ids or -1, pad_token_id=0,
     )  # fmt: skip
 
 
@@ -229,8 +229,8 @@ def continuous_batching(
     lm.set_attn_implementation("sdpa")
     settings = ContinuousBatchingConfig(return_logprobs=True, max_memory_percent=0.5)
     output = lm.generate_batch(
-        [prompt.token_ids for prompt in prompts],
-        generation_config=generation_config(ending, sampling, num_return_sequences=args.completions),
+        [prompt.token_ids for prompt in prompts for _ in range(args.completions)],
+        generation_config=generation_config(ending, sampling),
         continuous_batching_config=settings,
     )
     return sum(len(each.generated_tokens) for each in output.values())

@@ -59,6 +59,8 @@ class ConsoleSink:
         self._seconds = [*self._seconds, metrics["time/step"]][-self.ESTIMATE_OVER :]
         seconds_left = (self.num_steps - step) * sum(self._seconds) / len(self._seconds)
         left = f"{time.strftime('%H:%M:%S', time.gmtime(seconds_left))} left"
+        if self._lines == 0:  # not every engine has slots
+            self.columns = {t: n for t, n in self.columns.items() if n in metrics or not n.startswith("rollout/")}
         if self._lines % self.HEADER_EVERY == 0:
             self.console.print(
                 "[dim]" + " ".join(f"{t[:WIDE]:>{WIDE}}" for t in ("step", *self.columns, "time left")) + "[/]"
