@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from grpo.config import DataConfig
-from grpo.policy import lay_out
+from grpo.config import DataConfig, ModelConfig
+from grpo.policy import end_token_ids, lay_out
 from grpo.prompts import TEMPLATES, build_prompts, load_rows
 from grpo.rollout.decoder import CHUNK, LENGTH, REMAINING, Decoder
 from grpo.rollout.ending import Ending
@@ -66,7 +66,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=0, help="completions at once; 0: all")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--plain-layers", action="store_true", help="the model's own layers instead of the fused ones")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="calls after the first, at least 1")
     parser.add_argument("--profile", action="store_true", help="kernels of a decoding step")
     parser.add_argument("--peers", nargs="*", default=[], choices=["generate", "continuous"])
     parser.add_argument("--peer-batch", type=int, default=256, help="completions that `generate` runs at once")
@@ -78,7 +78,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Ending]:
     if args.model:
         lm = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        ends = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])} - {None}
+        ends = end_token_ids(ModelConfig(name=args.model), tokenizer)
     else:
         config = Qwen2Config(
             vocab_size=151936, max_position_embeddings=32768, num_key_value_heads=2, tie_word_embeddings=True,
@@ -86,9 +86,9 @@ def load(args: argparse.Namespace) -> tuple[Any, Ending]:
         )  # fmt: skip
         with torch.device("cuda"):
             lm = Qwen2ForCausalLM(config).to(torch.bfloat16)
-        tokenizer, ends = AutoTokenizer.from_pretrained(QUICKSTART), set()
+        tokenizer, ends = AutoTokenizer.from_pretrained(QUICKSTART), []
     lay_out(lm.eval(), torch.device("cuda"))
-    return lm, Ending(tokenizer, sorted(ends))
+    return lm, Ending(tokenizer, ends)
 
 
 def random_prompts(number: int) -> list[Prompt]:

@@ -433,13 +433,13 @@ def _check_vllm_settings(config: Config) -> None:
         raise ValueError(
             f"vllm.url is {vllm.url!r}; it is not an address like http://127.0.0.1:8000. Set it to where the server listens."
         )
-    if used and config.memory.kv_cache_gib is not None:
-        raise ValueError(
-            f"memory.kv_cache_gib is {config.memory.kv_cache_gib}; it has no effect with rollout.engine vllm. Remove it; "
-            "vllm.gpu_memory_utilization sets the memory of a colocated engine."
-        )
-    if used and not config.rollout.fused_layers:
-        raise ValueError("rollout.fused_layers is False; it has no effect with rollout.engine vllm. Remove it.")
+    engine = config.rollout.engine
+    native = {"memory.kv_cache_gib": config.memory.kv_cache_gib, "rollout.fused_layers": config.rollout.fused_layers}
+    for setting, value in native.items():
+        if engine in ("hf", "vllm") and value not in (None, True):
+            raise ValueError(
+                f"{setting} is {value}; only the native engine reads it, and rollout.engine is {engine}. Remove it."
+            )
 
 
 def _check_vllm_sampling(config: Config) -> None:

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -63,12 +64,33 @@ def check_context(config: Config) -> None:
     """Raises ValueError if a sequence may grow longer than the positions the model knows."""
     model = AutoConfig.from_pretrained(config.model.name, revision=config.model.revision).get_text_config()
     limit = getattr(model, "max_position_embeddings", None)
+    changing = sorted(rope_types(model) & set(CHANGING_ROPE))
+    original = getattr(model, "original_max_position_embeddings", None) or (
+        (model.rope_parameters or {}).get("original_max_position_embeddings", limit) if changing else limit
+    )
+    if changing and original is not None and config.max_sequence_tokens > original:
+        raise ValueError(
+            f"model.name is {config.model.name!r}; its rotary embedding ({changing[0]}) changes for all packed sequences once "
+            f"one of them is longer than {original} tokens, and a sequence may have {config.max_sequence_tokens} "
+            "(data.max_prompt_tokens + rollout.max_completion_tokens). Lower one of the two, or use another model."
+        )
     if limit is not None and config.max_sequence_tokens > limit:
         raise ValueError(
             f"rollout.max_completion_tokens is {config.rollout.max_completion_tokens}; with data.max_prompt_tokens "
             f"({config.data.max_prompt_tokens}) a sequence may have {config.max_sequence_tokens} tokens, and model.name "
             f"{config.model.name!r} knows {limit} positions. Lower one of the two."
         )
+
+
+CHANGING_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies transformers picks by the longest sequence of a forward pass, for all of it."""
+
+
+def rope_types(model: PretrainedConfig) -> set[str]:
+    """The kinds of rotary embedding of a model's layers."""
+    parameters = getattr(model, "rope_parameters", None) or {}
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return {kind["rope_type"] for kind in kinds if "rope_type" in kind}
 
 
 def end_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -153,8 +175,8 @@ def joined_weights(lm: nn.Module) -> list[list[nn.Parameter]]:
     found = []
     for module in lm.modules():
         for names in JOINED:
-            parts = [getattr(module, name, None) for name in names]
-            if all(isinstance(part, nn.Linear) for part in parts):
+            parts = [part for name in names if isinstance(part := getattr(module, name, None), nn.Linear)]
+            if len(parts) == len(names) and len({part.in_features for part in parts}) == 1:
                 for kind in ("weight", "bias"):
                     tensors = [getattr(part, kind) for part in parts]
                     found += [tensors] if all(tensor is not None for tensor in tensors) else []
@@ -235,11 +257,15 @@ class Policy:
             )
 
     @torch.no_grad()
-    def plain_logprobs(self) -> tuple[Tensor, Tensor]:
-        """Two plain sentences, cut to one length N, and the model's own log-probabilities of them; (2, N) and (2, N - 1)."""
+    def plain_logprobs(self, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Two plain sentences and the model's own log-probabilities of them; (2, N) and (2, N - 1).
+
+        Args:
+            length: N, the sentences said again and again if it takes that; None: the shorter one's.
+        """
         both = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in PLAIN_SENTENCES]
-        length = min(map(len, both))
-        tokens = torch.tensor([ids[:length] for ids in both], device=self.processes.device)
+        length = length or min(map(len, both))
+        tokens = torch.tensor([(ids * length)[:length] for ids in both], device=self.processes.device)
         with self.sampling_model() as lm:
             logits = lm(input_ids=tokens, use_cache=False).logits[:, :-1].float() / self.temperature
         return tokens, logits.log_softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)

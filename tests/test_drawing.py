@@ -56,6 +56,25 @@ def test_truncation_keeps_what_it_says():
     assert kept(Sampling(1, top_p=1e-6), p) == [0]
 
 
+def test_more_tokens_than_there_are_can_be_allowed():
+    assert kept(Sampling(1, top_k=9), [0.4, 0.1, 0.3, 0.2]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_without_numbers_give_a_token_of_the_vocabulary_and_no_finite_logprob(temperature: float):
+    pytest.importorskip("triton")
+    from grpo.rollout import kernels
+
+    logits = torch.zeros(3, 5000, device=DEVICE)
+    logits[0], logits[1, 7], logits[2] = float("nan"), float("inf"), float("-inf")
+    knobs = knobs_of(Sampling(1, temperature=temperature)).to(DEVICE)
+    positions = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    for draw in (kernels.draw, plain_draw):
+        tokens, logprobs = draw(logits, sequence_seeds(0, 3).to(DEVICE), positions, knobs, truncated=False)
+        assert bool(((tokens >= 0) & (tokens < 5000)).all())
+        assert not logprobs.isfinite().any()
+
+
 def test_a_token_without_probability_is_never_drawn():
     logits = torch.full((2000, 10), float("-inf"))
     logits[:, 3], logits[:, 8] = 0.0, -1.0

@@ -531,9 +531,16 @@ REFUSED_SETTINGS = [
     ),
     (
         {"rollout": {"engine": "vllm"}, "memory": {"kv_cache_gib": 2}},
-        "memory.kv_cache_gib is 2.0; it has no effect with",
+        "memory.kv_cache_gib is 2.0; only the native engine reads it, and rollout.engine is vllm. Remove it.",
     ),
-    ({"rollout": {"engine": "vllm", "fused_layers": False}}, "rollout.fused_layers is False; it has no effect with"),
+    (
+        {"rollout": {"engine": "vllm", "fused_layers": False}},
+        "rollout.fused_layers is False; only the native engine reads it",
+    ),
+    (
+        {"rollout": {"engine": "hf", "fused_layers": False}},
+        "rollout.fused_layers is False; only the native engine reads it",
+    ),
 ]
 
 

@@ -15,7 +15,8 @@ class Generator(Protocol):
     def sample(self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int) -> list[Group]:
         """Sample `num_completions` continuations of each prompt.
 
-        The result is a function of the weights, the arguments and the device; see Completion for the log-probabilities.
+        The result is a function of the weights and the arguments, up to rounding, which depends on the device and on how much
+        runs at once; see Completion for the log-probabilities.
         """
         ...
 

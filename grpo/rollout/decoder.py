@@ -84,6 +84,7 @@ class Decoder:
         self.step_number = self._zeros(1, dtype=torch.int64)
         self.tokens = self._zeros(CHUNK, num_slots)
         self.logprobs = self._zeros(CHUNK, num_slots, dtype=torch.float32)
+        self.truncated = False
         self._columns: dict[Sequence, int] = {}  # where each row of the last launch is
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
@@ -93,15 +94,13 @@ class Decoder:
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
-    def check_weights(self) -> bool:
-        """Drop what was captured if a weight has moved: a graph reads addresses, not tensors. Whether one has."""
+    def check_weights(self) -> None:
+        """Drop what was captured if a weight has moved: a graph reads addresses, not tensors."""
         addresses = [weight.data_ptr() for weight in self.lm.parameters()]
-        if addresses == self._addresses:
-            return False
-        self._addresses = addresses
-        self._graphs.clear()
-        self._layers = FusedLayers(self.lm) if self.fused else model_layers
-        return True
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._graphs.clear()
+            self._layers = FusedLayers(self.lm) if self.fused else model_layers
 
     def begin(self, sampling: Sampling) -> None:
         """Before the first launch of a call."""
@@ -152,6 +151,12 @@ class Decoder:
             else:
                 graph.replay()
         return self._collect(rows, size)
+
+    def warm_up(self, num_rows: int) -> None:
+        """Compile and capture the step of so many rows."""
+        if self.device.type == "cuda":
+            with torch.no_grad():
+                self._graph(self._size(num_rows))
 
     def _size(self, num_rows: int) -> int:
         return min(bucket_of(num_rows), self.state.shape[1]) if self.device.type == "cuda" else num_rows

@@ -34,7 +34,8 @@ def draw(logits: Tensor, seeds: Tensor, positions: Tensor, knobs: Tensor, *, tru
         truncated: whether top_k, top_p or min_p leave anything out; else they are not looked at.
 
     Returns:
-        tokens (B,) int32 and their log-probabilities (B,) float32 under softmax(logits / temperature) over the whole vocabulary.
+        tokens (B,) int32 and their log-probabilities (B,) float32 under softmax(logits / temperature) over the whole vocabulary;
+        any token, with a log-probability that is not finite, where the logits are not numbers.
     """
     if logits.is_cuda:
         from grpo.rollout.kernels import draw as kernel
@@ -52,7 +53,7 @@ def plain_draw(
     kept = logits.where(_allowed(logits, knobs), float("-inf")) if truncated else logits
     cumulative = (kept - kept.amax(-1, keepdim=True)).exp().double().cumsum(-1)
     target = uniform(seeds, positions).unsqueeze(1) * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_max(logits.shape[1] - 1)
     tokens = drawn.where(temperature > 0, logits.argmax(-1))
     return tokens.int(), logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
 
@@ -61,7 +62,7 @@ def _allowed(logits: Tensor, knobs: Tensor) -> Tensor:
     """(B, V) which tokens top-k, top-p and min-p leave."""
     _, top_k, top_p, min_p = knobs.tolist()
     ordered = logits.sort(-1, descending=True).values
-    floor = ordered[:, int(top_k or logits.shape[1]) - 1 :][:, :1]
+    floor = ordered[:, min(int(top_k) or logits.shape[1], logits.shape[1]) - 1].unsqueeze(1)
     weights = (ordered - ordered[:, :1]).exp().where(ordered >= floor, 0.0).double()
     before = weights.cumsum(-1) - weights
     last = (before < top_p * weights.sum(-1, keepdim=True)).sum(-1, keepdim=True) - 1

@@ -11,8 +11,15 @@ from grpo.types import Completion, FinishReason, Prompt, Sampling
 
 
 def token_limit(prompt: Prompt, sampling: Sampling) -> int:
-    """Most tokens that a completion of `prompt` may have."""
-    return sampling.max_tokens if prompt.max_tokens is None else min(prompt.max_tokens, sampling.max_tokens)
+    """Most tokens that a completion of `prompt` may have.
+
+    Raises:
+        ValueError: it may have none.
+    """
+    limit = sampling.max_tokens if prompt.max_tokens is None else min(prompt.max_tokens, sampling.max_tokens)
+    if limit < 1:
+        raise ValueError(f"the limit of the completions of prompt {prompt.row} is {limit}; it is at least 1 token.")
+    return limit
 
 
 @dataclass(frozen=True)

@@ -15,22 +15,24 @@ number of rows of a step only through rounding: matrix products of different sha
 
 from __future__ import annotations
 
-import os
+import math
+import re
 import time
 from collections import deque
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.config import Config
-from grpo.policy import FORWARD_TOLERANCE, Policy
+from grpo.policy import CHANGING_ROPE, FORWARD_TOLERANCE, Policy, rope_types
 from grpo.rollout.decoder import CHUNK, LENGTH, REMAINING, TOKEN, Chunk, Decoder
 from grpo.rollout.drawing import sequence_seeds
 from grpo.rollout.ending import Ending, token_limit
 from grpo.rollout.layers import can_fuse
 from grpo.rollout.paged import PAGE, PagedCache, num_pages_for
-from grpo.rollout.slots import Prefix, Sequence, Slots
+from grpo.rollout.slots import READ_AHEAD, Prefix, Sequence, Slots
 from grpo.types import Completion, Group, Prompt, Sampling
 
 READ_TOKENS = 16384
@@ -40,17 +42,22 @@ GIB = 2**30
 
 
 class NativeGenerator:
-    """Samples with the policy's own weights; see the module."""
+    """Samples with the policy's own weights; see the module. Every process must construct it.
+
+    Raises:
+        ValueError: a process has too little memory for keys and values.
+    """
 
     def __init__(self, policy: Policy, config: Config) -> None:
         self.policy = policy
         self.max_sequences = config.memory.max_sequences
         self.kv_cache_gib = config.memory.kv_cache_gib
-        self.max_sequence_tokens = config.max_sequence_tokens
         self.fused = config.rollout.fused_layers
         self.ending = Ending(policy.tokenizer, policy.end_token_ids)
-        self._decoder: Decoder | None = None
         self._metrics: dict[str, float] = {}
+        self._decoder: Decoder | None = None
+        with policy.sampling_model("paged") as lm:
+            self._make_decoder(lm, num_pages_for(config.max_sequence_tokens))
 
     def sync(self) -> None:
         self.policy.sync()
@@ -75,10 +82,18 @@ class NativeGenerator:
         ]
 
     def _decoder_for(self, lm: PreTrainedModel, longest: int) -> Decoder:
-        """The decoder of the last call, or a new one if a sequence may be longer than any before."""
-        pages_each = num_pages_for(max(longest, self.max_sequence_tokens))
-        if self._decoder is None or self._decoder.table.shape[1] < pages_each:
-            self._decoder = None  # its cache makes room for the new one
+        """The decoder there is, unless a sequence may be longer than the configuration says."""
+        assert self._decoder is not None, "the decoder is made with the engine"
+        if self._decoder.table.shape[1] < num_pages_for(longest):
+            self._make_decoder(lm, num_pages_for(longest))
+        self._decoder.check_weights()
+        return self._decoder
+
+    def _make_decoder(self, lm: PreTrainedModel, pages_each: int) -> None:
+        """On every process or on none: one alone would leave the others waiting."""
+        self._decoder = None  # its memory is for the new one
+        problem = None
+        try:
             self._decoder = make_decoder(
                 lm,
                 self.policy.end_token_ids,
@@ -87,8 +102,11 @@ class NativeGenerator:
                 gib=self.kv_cache_gib,
                 fused=self.fused and can_fuse(lm),
             )
-        self._decoder.check_weights()
-        return self._decoder
+        except ValueError as error:
+            problem = str(error)
+        for each in self.policy.processes.gather(problem):
+            if each is not None:
+                raise ValueError(each)
 
 
 def _longest(prompts: list[Prompt], sampling: Sampling) -> int:
@@ -140,14 +158,14 @@ class Call:
         return completions
 
     def _launch(self, before: Chunk | None) -> Chunk | None:
-        """The next steps of all that run, or None if all of them come to their limits in the chunk before."""
+        """The next steps of all that run and do not come to their limits in the chunk before; None if there are none."""
         while prefixes := self.slots.read_ahead(READ_TOKENS):
             self.decoder.read(prefixes)
         self.decoder.copy(self.slots.start(CHUNK))
         self.slots.grow(2 * CHUNK)  # the steps of the chunk before are not counted yet
-        rows = list(self.slots.running)
         under_way = set() if before is None else set(before.rows)
-        if all(sequence.remaining <= CHUNK and sequence in under_way for sequence in rows):
+        rows = [sequence for sequence in self.slots.running if sequence.remaining > CHUNK or sequence not in under_way]
+        if not rows:
             return None
         self.timeline.append((time.perf_counter(), len(rows)))
         chunk = self.decoder.decode(rows)
@@ -157,6 +175,11 @@ class Call:
     def _take_in(self, chunk: Chunk) -> None:
         """Append what each sequence of a chunk drew, and make completions of those that have ended."""
         chunk.wait()
+        if not chunk.logprobs[:, : len(chunk.rows)].isfinite().all():
+            raise FloatingPointError(
+                "the policy's logits are not finite numbers, so no token can be drawn from them: its weights are broken. Go on "
+                "from an older checkpoint with model.name=.../hf and a lower optimizer.learning_rate."
+            )
         tokens, logprobs = chunk.tokens.T.tolist(), chunk.logprobs.T.tolist()
         finished = []
         for row, (sequence, newest, length) in enumerate(
@@ -170,10 +193,15 @@ class Call:
             sequence.logprobs += logprobs[row][:count]
             if self._has_ended(sequence) or self._has_stop(sequence, count):
                 finished.append(sequence)
-                self.completions[sequence.index] = self.ending.completion(
-                    self.prompts[sequence.index], self.sampling, sequence.tokens, sequence.logprobs
-                )
+                self.completions[sequence.index] = self._completion(sequence)
         self.slots.finish(finished)
+
+    def _completion(self, sequence: Sequence) -> Completion:
+        prompt = self.prompts[sequence.index]
+        completion = self.ending.completion(prompt, self.sampling, sequence.tokens, sequence.logprobs)
+        cut_off = completion.finish_reason == "length"
+        assert not cut_off or len(completion.token_ids) == sequence.limit, "a completion was cut off below its limit"
+        return completion
 
     def _has_ended(self, sequence: Sequence) -> bool:
         return len(sequence.tokens) == sequence.limit or sequence.tokens[-1] in self.ending.end_token_ids
@@ -212,12 +240,18 @@ def make_decoder(
     fewest = FEWEST_SEQUENCES * pages_each + 1  # page 0 is nobody's
     free = _free_bytes(weight.device)
     budget = free / 2 if gib is None else gib * GIB
-    num_pages = min(int(budget / page_bytes), (num_slots + FEWEST_SEQUENCES) * pages_each + 1)
-    if num_pages < fewest or num_pages * page_bytes > free:
+    # besides its own pages a sequence holds its prefix's last, part-filled one
+    ample = math.ceil((num_slots * (pages_each + 1) + fewest) / (1 - READ_AHEAD))
+    num_pages = min(int(budget / page_bytes), ample)
+    most = LARGEST_SHARE * free
+    if num_pages < fewest or num_pages * page_bytes > most:
+        setting = "null (half of what is free)" if gib is None else f"{gib:g}"
+        needed = fewest * page_bytes
+        remedy = f"Set it between {needed / GIB:.3g} and {most / GIB:.3g}" if needed < most else "Free memory"
         raise ValueError(
-            f"memory.kv_cache_gib is {gib}; {free / GIB:.2f} GiB are free, and keys and values of {FEWEST_SEQUENCES} "
-            f"sequences of {pages_each * PAGE} tokens take {fewest * page_bytes / GIB:.2f}. Set it between the two, lower "
-            "rollout.max_completion_tokens, or shard the policy over more GPUs (distributed.zero_stage)."
+            f"memory.kv_cache_gib is {setting}; {free / GIB:.3g} GiB are free, of which a step needs some to work in, and keys "
+            f"and values of {FEWEST_SEQUENCES} sequences of {pages_each * PAGE} tokens take {needed / GIB:.3g}. {remedy}, lower "
+            "data.max_prompt_tokens or rollout.max_completion_tokens, or raise distributed.zero_stage on more GPUs."
         )
     cache = PagedCache(**shape, num_pages=num_pages, dtype=weight.dtype, device=weight.device)
     return Decoder(lm, cache, num_slots=num_slots, pages_each=pages_each, end_token_ids=end_token_ids, fused=fused)
@@ -225,6 +259,9 @@ def make_decoder(
 
 FEWEST_SEQUENCES = 3
 """Sequences of full length that a cache must hold: one that runs, one that is read again, and the reserve."""
+
+LARGEST_SHARE = 0.9
+"""Of the free memory, what a cache may take: logits and the reading of prompts take some besides it."""
 
 
 def _cache_shape(lm: PreTrainedModel) -> dict[str, int]:
@@ -240,7 +277,13 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    assert available is not None, "Linux says how much memory is available"
+    return int(available.group(1)) * 1024
+
+
+CHECKED_TOKENS = 2 * PAGE + 20
+"""Length of the sequences by which a model is checked: long enough to go over borders of pages while decoding."""
 
 
 def unsupported(policy: Policy, *, fused: bool) -> str | None:
@@ -249,12 +292,17 @@ def unsupported(policy: Policy, *, fused: bool) -> str | None:
         reason = _unsupported_by_design(lm)
     if reason is not None:
         return reason
-    tokens, own = policy.plain_logprobs()
+    positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or CHECKED_TOKENS
+    tokens, own = policy.plain_logprobs(min(CHECKED_TOKENS, positions))
     with policy.sampling_model("paged") as lm:
         fused = fused and can_fuse(lm)
         pages_each = num_pages_for(tokens.shape[1])
         decoder = make_decoder(lm, policy.end_token_ids, num_slots=2, pages_each=pages_each, gib=None, fused=fused)
-        ours = _teacher_forced(decoder, tokens, temperature=policy.temperature)
+        try:
+            ours = _teacher_forced(decoder, tokens, temperature=policy.temperature)
+            decoder.warm_up(len(tokens))
+        except RuntimeError as error:
+            return f"a step of {type(lm).__name__} cannot be run or captured: {str(error).splitlines()[0]}"
     gap = float((ours - own[:, -ours.shape[1] :]).abs().mean())
     if not gap < FORWARD_TOLERANCE[policy.dtype]:
         return f"with it the log-probabilities of {type(lm).__name__} differ by {gap:.3g} nats on average from the model's own"
@@ -271,6 +319,9 @@ def _unsupported_by_design(lm: PreTrainedModel) -> str | None:
         return f"{name} has layers other than full and sliding-window attention: {', '.join(sorted(others))}"
     if getattr(config, "attn_logit_softcapping", None):
         return f"{name} caps its attention logits"
+    changing = sorted(rope_types(config) & set(CHANGING_ROPE))
+    if changing:
+        return f"{name} has a rotary embedding that changes with the longest sequence of a step ({changing[0]})"
     if getattr(config, "kv_lora_rank", None):
         return f"{name} keeps compressed keys and values (multi-head latent attention)"
     return None

@@ -373,7 +373,8 @@ def draw(logits: Tensor, seeds: Tensor, positions: Tensor, knobs: Tensor, *, tru
     """`drawing.plain_draw` in one pass over the logits, and one over the chosen block of them.
 
     First the maximum and the sum of exponentials of each block of a row; then a block is drawn by its share, and a token within
-    it. Truncation adds four passes (of 16-bit logits) per limit, each of which narrows the lowest logit kept to a 16th.
+    it. Truncation adds nine passes over bfloat16 logits, whatever its limits: two searches for the lowest logit kept, each of
+    four passes that narrow it to a 16th, and the mass that the first one leaves.
     """
     num_rows, size = logits.shape
     num_blocks = triton.cdiv(size, BLOCK)
@@ -509,7 +510,7 @@ def _pick(
     drawn = _first_above(tl.cumsum(inner, 0), target, inner, places)
     likeliest = tl.min(tl.where(x == top, places, BLOCK), 0)
     place = tl.where(temperature > 0, drawn, likeliest)
-    tl.store(token_ptr + row, block * BLOCK + place)
+    tl.store(token_ptr + row, tl.minimum(block * BLOCK + place, SIZE - 1))  # beyond it only where logits are NaN
     tl.store(logprob_ptr + row, _at(tl.where(places == place, x, 0.0), places, place) - normalizer)
 
 
@@ -541,8 +542,9 @@ FANOUT = 16
 def _search(logits: Tensor, knobs: Tensor, top: Tensor, wanted: Tensor, floor: Tensor, *, mass: bool) -> Tensor:
     """(B,) the largest value such that the logits from it up number `wanted`, or weigh as much, `floor` counting as the end.
 
-    Floats are searched by their bits, in the order of the numbers they stand for: 16-bit logits differ in the upper 16 only.
+    Floats are searched by their bits, in the order of the numbers they stand for: bfloat16 ones differ in the upper 16 only.
     """
+    assert logits.dtype in (torch.bfloat16, torch.float32), f"no search over {logits.dtype}"
     base = torch.full((len(logits), 1), -(2**31), dtype=torch.int64, device=logits.device)
     ways = torch.arange(1, FANOUT, device=logits.device)
     for digit in range(logits.dtype.itemsize * 2):

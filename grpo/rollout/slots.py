@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 
 from grpo.rollout.paged import PAGE, num_pages_for
 
+READ_AHEAD = 0.125
+"""Share of the pages that prompts may take before a completion of theirs can start, so that many are read in one pass."""
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -79,6 +82,7 @@ class Slots:
         self.running: list[Sequence] = []
         self.num_slots = num_slots
         self.pages_each = pages_each
+        self.num_pages = len(pages)
         self.num_preempted = 0
         self._free = list(reversed(pages))
 
@@ -86,12 +90,11 @@ class Slots:
         return bool(self.unread or self.ready or self.running)
 
     def read_ahead(self, max_tokens: int) -> list[Prefix]:
-        """Prefixes to read now, their pages allotted: once fewer completions are ready than slots are free, as many as fit."""
-        if sum(len(prefix.waiting) for prefix in self.ready) >= self.num_slots - len(self.running):
-            return []
+        """Prefixes to read now, their pages allotted: none while enough completions are ready for the free slots, else as many
+        as `max_tokens`, the memory and READ_AHEAD allow."""
         taken: list[Prefix] = []
         num_tokens = 0
-        while self.unread:
+        while self.unread and (not self._enough_ready() or (taken and self._may_read_ahead())):
             length = len(self.unread[0].tokens)
             too_long = bool(taken) and num_tokens + length > max_tokens
             if too_long or num_pages_for(length) + self.pages_each > len(self._free):
@@ -100,8 +103,14 @@ class Slots:
             prefix.pages = self._take(num_pages_for(length))
             num_tokens += length
             taken.append(prefix)
-        self.ready.extend(taken)
+            self.ready.append(prefix)
         return taken
+
+    def _enough_ready(self) -> bool:
+        return sum(len(prefix.waiting) for prefix in self.ready) >= self.num_slots - len(self.running)
+
+    def _may_read_ahead(self) -> bool:
+        return sum(len(prefix.pages) for prefix in self.ready) < self.num_pages * READ_AHEAD
 
     def start(self, num_steps: int) -> list[tuple[int, int]]:
         """Fill free slots with ready completions; the pages to copy, as (source, target)."""
@@ -113,8 +122,8 @@ class Slots:
             num_shared, partial = divmod(sequence.num_cached, PAGE)
             sequence.shared = prefix.pages[:num_shared]
             needed = sequence.missing(num_steps)
-            if len(self._free) - needed < len(self.running):
-                break  # else the sequences that run could not each take another page
+            if needed > len(self._free):
+                break
             sequence.newest = [*sequence.prompt, *sequence.tokens][-1]
             sequence.own = self._take(needed)
             sequence.prefix = prefix
