@@ -34,7 +34,7 @@ from grpo import Trainer, distributed
 from grpo.batch import pack
 from grpo.policy import Policy, load_tokenizer
 from grpo.rollout import make_generator
-from grpo.rollout.decoder import Decoder, bucket_of
+from grpo.rollout.decoder import CHUNK, Decoder, bucket_of
 from grpo.rollout.ending import token_limit
 from grpo.rollout.engine import NativeGenerator, _unsupported_by_design, unsupported
 from grpo.rollout.hf import HFGenerator
@@ -358,6 +358,23 @@ def test_stop_texts_end_completions_where_generate_ends_them(policy: Policy):
         assert completion.finish_reason == "stop"
         shorter = policy.tokenizer.decode(completion.token_ids[:-1])
         assert not any(text in shorter for text in sampling.stop)
+
+
+@pytest.mark.parametrize("end", ["tokens", "texts", "limits"])
+def test_a_completion_takes_no_more_steps_than_it_needs(policy: Policy, monkeypatch: pytest.MonkeyPatch, end: str):
+    """It is taken out one chunk after the one in which it ends, and is not in that one if its limit ends it. Whoever overlooked
+    an end would get the same completions later, since all of them are cut."""
+    prompts = some_prompts(5)
+    usual = tokens_of(native(policy).sample(prompts, Sampling(60), num_completions=4, seed=0))
+    frequent = [token for token, _ in Counter(token for ids in usual for token in ids).most_common(3)]
+    monkeypatch.setattr(policy, "end_token_ids", frequent if end == "tokens" else [])
+    stop = (policy.tokenizer.decode(frequent[:1]),) if end == "texts" else ()
+    engine = native(policy, max_sequences=6)
+    lens = [len(ids) for ids in tokens_of(engine.sample(prompts, Sampling(60, stop=stop), num_completions=4, seed=0))]
+    places = sum(lens) / engine.metrics()["rollout/occupancy"]
+    chunks = sum(-(-n // CHUNK) + (n < 60) for n in lens)
+    assert sum(n < 60 for n in lens) > 15 or end == "limits"
+    assert round(places) <= chunks * CHUNK
 
 
 def test_an_update_of_the_weights_is_seen_by_the_next_call(policy: Policy):

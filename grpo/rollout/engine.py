@@ -56,8 +56,15 @@ class NativeGenerator:
         self.ending = Ending(policy.tokenizer, policy.end_token_ids)
         self._metrics: dict[str, float] = {}
         self._decoder: Decoder | None = None
-        with policy.sampling_model("paged") as lm:
-            self._make_decoder(lm, num_pages_for(config.max_sequence_tokens))
+        problem = None
+        try:
+            with policy.sampling_model("paged") as lm:
+                self._make_decoder(lm, num_pages_for(config.max_sequence_tokens))
+        except ValueError as error:
+            problem = str(error)
+        for each in policy.processes.gather(problem):  # one process alone would leave the others waiting
+            if each is not None:
+                raise ValueError(each)
 
     def sync(self) -> None:
         self.policy.sync()
@@ -69,6 +76,7 @@ class NativeGenerator:
     @torch.no_grad()
     def sample(self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int) -> list[Group]:
         """See Generator."""
+        self._metrics = {}
         if not prompts:
             return []
         with self.policy.sampling_model("paged") as lm:
@@ -82,31 +90,23 @@ class NativeGenerator:
         ]
 
     def _decoder_for(self, lm: PreTrainedModel, longest: int) -> Decoder:
-        """The decoder there is, unless a sequence may be longer than the configuration says."""
-        assert self._decoder is not None, "the decoder is made with the engine"
-        if self._decoder.table.shape[1] < num_pages_for(longest):
+        """The decoder there is, or a new one if a sequence may be longer than the configuration says."""
+        if self._decoder is None or self._decoder.table.shape[1] < num_pages_for(longest):
             self._make_decoder(lm, num_pages_for(longest))
+        assert self._decoder is not None, "the decoder was just made"
         self._decoder.check_weights()
         return self._decoder
 
     def _make_decoder(self, lm: PreTrainedModel, pages_each: int) -> None:
-        """On every process or on none: one alone would leave the others waiting."""
         self._decoder = None  # its memory is for the new one
-        problem = None
-        try:
-            self._decoder = make_decoder(
-                lm,
-                self.policy.end_token_ids,
-                num_slots=self.max_sequences,
-                pages_each=pages_each,
-                gib=self.kv_cache_gib,
-                fused=self.fused and can_fuse(lm),
-            )
-        except ValueError as error:
-            problem = str(error)
-        for each in self.policy.processes.gather(problem):
-            if each is not None:
-                raise ValueError(each)
+        self._decoder = make_decoder(
+            lm,
+            self.policy.end_token_ids,
+            num_slots=self.max_sequences,
+            pages_each=pages_each,
+            gib=self.kv_cache_gib,
+            fused=self.fused and can_fuse(lm),
+        )
 
 
 def _longest(prompts: list[Prompt], sampling: Sampling) -> int:
