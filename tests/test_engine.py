@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import random
 from collections import Counter
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TINY, save_family, tiny_config
+from helpers import TINY, launch, save_family, tiny_config
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -420,6 +421,18 @@ def test_stale_weights_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 trainer.train_step()
     finally:
         trainer.close()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_sample_their_own_questions_with_the_weights_they_train(tmp_path: Path, stage: int):
+    """Three questions over two processes: they take different numbers of steps, and neither waits for the other."""
+    settings = ["run.steps=2", f"run.dir={tmp_path / 'run'}", "evaluation.num_questions=0", "rollout.num_prompts=3"]
+    engine = ["rollout.engine=native", f"distributed.zero_stage={stage}", "memory.max_sequences=5"]
+    script = ["../scripts/train_zero.py", "--config", "configs/quickstart.yaml", "--set"]
+    launch(*script, *settings, *engine, processes=2)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["rollout/slots"] for row in rows] == [5, 5]
+    assert all(row["policy/sampling_gap_max"] < 1e-3 for row in rows)
 
 
 def test_a_call_without_prompts_gives_no_groups(policy: Policy):
