@@ -414,12 +414,12 @@ def _check_combinations(config: Config) -> None:
             f"rewards is {[reward.function for reward in config.rewards]} without any weight; at least one reward must "
             "count for something. Give one of them a weight other than 0."
         )
-    _check_vllm_settings(config)
+    _check_engine_settings(config)
     if rollout.engine == "vllm":
         _check_vllm_sampling(config)
 
 
-def _check_vllm_settings(config: Config) -> None:
+def _check_engine_settings(config: Config) -> None:
     """What the chosen engine needs is there, and nothing that it does not read."""
     vllm, used = config.vllm, config.rollout.engine == "vllm"
     where = f"vllm.mode {vllm.mode}" if used else f"rollout.engine {config.rollout.engine}"

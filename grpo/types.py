@@ -75,6 +75,12 @@ class Group:
     completions: list[Completion]
 
 
+def grouped(prompts: list[Prompt], completions: list[Completion]) -> list[Group]:
+    """Groups of completions that come in the order of their prompts, equally many of each."""
+    each = len(completions) // max(len(prompts), 1)
+    return [Group(prompt, completions[i * each : (i + 1) * each]) for i, prompt in enumerate(prompts)]
+
+
 @dataclass(frozen=True)
 class Scores:
     """What the reward functions said of some groups.

@@ -6,6 +6,7 @@ from helpers import ROOT, tiny_config, tiny_settings
 
 from grpo import Trainer
 from grpo.config import Config, RewardConfig, Section, setting_names
+from grpo.types import Sampling
 
 SECTIONS = {name: getattr(field.annotation, "__name__", "") for name, field in Config.model_fields.items()}
 SECTIONS["rewards"] = RewardConfig.__name__
@@ -48,6 +49,13 @@ def test_every_setting_is_read_in_some_run(tmp_path: Path, monkeypatch: pytest.M
         name.split(".") for name in setting_names() if not name.startswith("vllm.")
     ]  # tests/test_vllm.py watches those
     assert [f"{section}.{name}" for section, name in names if (SECTIONS[section], name) not in read] == []
+
+
+def test_an_evaluation_ends_answers_where_rollouts_do_and_draws_as_its_own_section_says(tmp_path: Path):
+    rollout = {"temperature": 0.8, "top_k": 9, "top_p": 0.7, "min_p": 0.1, "stop": ["</answer>"]}
+    config = tiny_config(tmp_path, rollout=rollout, evaluation={"temperature": 0.6, "top_p": 0.95})
+    assert config.sampling == Sampling(24, temperature=0.8, top_k=9, top_p=0.7, min_p=0.1, stop=("</answer>",))
+    assert config.eval_sampling == Sampling(24, temperature=0.6, top_p=0.95, stop=("</answer>",))
 
 
 def test_every_setting_says_what_it_means():
@@ -97,6 +105,10 @@ def test_a_missing_setting_is_named(tmp_path: Path):
         ({"rollout": {"group_size": 1}}, ["rollout.group_size is 1", "at least 2", "Set rollout.group_size >= 2"]),
         ({"rollout": {"num_prompts": "many"}}, ["rollout.num_prompts is 'many'", "valid integer"]),
         ({"rollout": {"temperature": 0}}, ["rollout.temperature is 0", "greater than 0"]),
+        ({"rollout": {"stop": ["a", ""]}}, ['rollout.stop holds ""', "Remove it"]),
+        ({"rollout": {"top_p": 0}}, ["rollout.top_p is 0", "greater than 0"]),
+        ({"evaluation": {"top_p": 0.95}}, ["evaluation.top_p is 0.95", "no effect", "set evaluation.temperature"]),
+        ({"rollout": {"engine": "vlm"}}, ["rollout.engine is 'vlm'", "'auto', 'native', 'hf' or 'vllm'"]),
         ({"algorithm": {"num_minibatches": 3}}, ["algorithm.num_minibatches is 3", "rollout.num_prompts"]),
         ({"algorithm": {"aggregation": "mean"}}, ["algorithm.aggregation is 'mean'", "'sequence', 'token'"]),
         ({"memory": {"micro_batch_tokens": 100}}, ["memory.micro_batch_tokens is 100", ">= 120"]),

@@ -554,6 +554,24 @@ def test_projections_of_one_input_are_joined_without_a_copy(stage: int, dtype: s
         assert joined.weight.data_ptr() == attention.q_proj.weight.data_ptr()
 
 
+def test_what_was_captured_is_dropped_when_a_weight_moves_and_only_then(policy: Policy):
+    engine = native(policy)
+    decoder = engine._decoder
+    assert decoder is not None
+    decoder.check_weights()
+    decoder._graphs[1, False] = "a graph"  # type: ignore[assignment]
+    decoder.check_weights()
+    assert decoder._graphs
+    weight = policy.lm.base_model.layers[0].mlp.down_proj.weight
+    before = weight.data
+    weight.data = before.clone()
+    try:
+        decoder.check_weights()
+        assert not decoder._graphs
+    finally:
+        weight.data = before
+
+
 def test_weights_apart_in_memory_are_not_joined():
     one, two = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
     assert end_to_end([one.weight, two.weight]) is None

@@ -25,7 +25,7 @@ from grpo.attention import implementation_for, packed_inputs
 from grpo.batch import pack, take
 from grpo.config import ModelConfig
 from grpo.logprobs import token_logprobs
-from grpo.policy import Policy, end_token_ids, load_lm, load_tokenizer, output_head
+from grpo.policy import Policy, check_context, end_token_ids, load_lm, load_tokenizer, output_head
 from grpo.prompts import build_prompts, load_rows
 from grpo.rollout.hf import HFGenerator
 from grpo.types import Group, Sampling
@@ -283,6 +283,23 @@ def test_end_tokens_do_not_need_a_generation_config(model_copy: Path):
     (model_copy / "generation_config.json").unlink()
     config = ModelConfig(name=str(model_copy))
     assert load_tokenizer(config).eos_token_id in end_token_ids(config, load_tokenizer(config))
+
+
+def test_a_rotary_embedding_that_changes_with_its_neighbours_is_refused_where_it_would(model_copy: Path):
+    parameters = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 119}
+    rewrite(
+        model_copy / "config.json",
+        rope_parameters={**parameters, "short_factor": [1.0] * 16, "long_factor": [2.0] * 16},
+    )
+    config = tiny_config(
+        model_copy.parent / "run", model={"name": str(model_copy)}
+    )  # sequences of up to 96 + 24 tokens
+    with pytest.raises(
+        ValueError, match=r"rotary embedding \(longrope\) changes .* longer than 119 tokens, .* may have 120"
+    ):
+        check_context(config)
+    config.rollout.max_completion_tokens = 23
+    check_context(config)
 
 
 def test_a_model_that_is_not_there_is_refused_by_its_setting():

@@ -48,7 +48,6 @@ def run(slots: Slots, *, num_pages: int, rng: random.Random, num_steps: int = 4)
             steps = min(num_steps, sequence.remaining)
             pages = sequence.shared + sequence.own
             assert len(pages) * PAGE >= sequence.num_cached + steps, "a step without a page"
-            sequence.num_cached += steps
             sequence.tokens += [7] * steps
             if not sequence.remaining or rng.random() < 0.02:
                 finished.append(sequence)
@@ -95,7 +94,6 @@ def test_a_sequence_that_gave_up_its_place_is_read_again_with_its_tokens():
     slots.start(4)
     short, long = slots.running
     for sequence, drawn in ((short, 3), (long, 60)):
-        sequence.num_cached += drawn
         sequence.tokens += [9] * drawn
     taken = slots._take(len(slots._free))
     slots.grow(8)

@@ -12,6 +12,7 @@ from helpers import ROOT, TINY, FixedGenerator, clean_environment, launch_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo import Reward, Trainer, checkpoint
+from grpo.console import ConsoleSink
 from grpo.rundir import claim
 from grpo.sinks import append_jsonl, read_jsonl, rewind_jsonl
 
@@ -418,3 +419,19 @@ def test_every_setting_of_the_algorithm_reaches_the_update(tmp_path: Path):
     for (name, actual), expected in zip(trainer.policy.lm.named_parameters(), model.parameters(), strict=True):
         # float32 sums in another order, and Adam divides small gradients by their own size: a twentieth of a step
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("slots", [None, 256.0])
+def test_the_console_shows_slots_only_of_an_engine_that_has_them(
+    slots: float | None, capsys: pytest.CaptureFixture[str]
+):
+    sink = ConsoleSink(num_steps=2, first_step=0, reward_names=["accuracy"])
+    rollout = {} if slots is None else {"rollout/slots": slots, "rollout/kv_gib": 2.85}
+    sink.log(1, {"time/step": 3.2, "throughput/rollout": 108_234.0, **rollout})
+    sink.close()
+    header, row = capsys.readouterr().out.splitlines()[:2]
+    shown = dict(
+        zip(header.replace("cut off", "cut_off").replace("KV GiB", "KV_GiB").split(), row.split(), strict=False)
+    )
+    assert shown["tok/s"] == "108234"
+    assert (shown.get("slots"), shown.get("KV_GiB")) == ((None, None) if slots is None else ("256", "2.850"))

@@ -608,6 +608,33 @@ def test_a_run_samples_with_the_weights_it_trains(
     assert last.name == "step-00000003"
 
 
+@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_resumed_run_samples_with_the_restored_weights(
+    mode: str, zero_stage: int, tmp_path: Path, server: VLLMServer, llm: type[LLM]
+):
+    config = vllm_config(
+        tmp_path,
+        mode,
+        server.url,
+        optimizer={"learning_rate": 1e-2},
+        algorithm={"kl_coef": 0.0, "max_sampling_gap": 1e-3},
+        distributed={"zero_stage": zero_stage},
+        run={"dir": str(tmp_path / "run"), "steps": 1, "resume": "auto"},
+    )
+    Trainer(config).train()
+    config.run.steps = 2
+    assert Trainer(config).train().name == "step-00000002"
+
+
+def test_an_engine_that_is_not_there_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("grpo.trainer.Policy", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match="the package vllm is not installed"):
+        Trainer(vllm_config(tmp_path, "colocated", None))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_sample_with_the_weights_they_train(mode: str, tmp_path: Path):
     """Under ZeRO-3, each with prompts of its own; and no process waits for one that lost the server."""

@@ -47,7 +47,7 @@ class Chunk:
     num_places: int  # rows of the graph times steps
     tokens: Tensor  # (CHUNK, slots) int32, on the host
     logprobs: Tensor  # (CHUNK, slots) float32
-    state: Tensor  # (3, slots) int32, after the last step
+    lens: Tensor  # (slots,) int32, tokens before the newest of each row after the last step
     event: torch.cuda.Event | None
 
     def wait(self) -> None:
@@ -189,12 +189,12 @@ class Decoder:
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def _collect(self, rows: list[Sequence], size: int) -> Chunk:
-        results = {name: self._download(getattr(self, name)) for name in ("tokens", "logprobs", "state")}
+        tokens, logprobs, lens = map(self._download, (self.tokens, self.logprobs, self.state[LENGTH]))
         event = None
         if self.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
-        return Chunk(rows, size * CHUNK, event=event, **results)
+        return Chunk(rows, size * CHUNK, tokens, logprobs, lens, event)
 
     def _download(self, source: Tensor) -> Tensor:
         target = torch.empty(source.shape, dtype=source.dtype, pin_memory=self.device.type == "cuda")

@@ -27,13 +27,13 @@ from transformers import PreTrainedModel
 
 from grpo.config import Config
 from grpo.policy import CHANGING_ROPE, FORWARD_TOLERANCE, Policy, rope_types
-from grpo.rollout.decoder import CHUNK, LENGTH, REMAINING, TOKEN, Chunk, Decoder
+from grpo.rollout.decoder import CHUNK, LENGTH, TOKEN, Chunk, Decoder
 from grpo.rollout.drawing import sequence_seeds
 from grpo.rollout.ending import Ending, token_limit
 from grpo.rollout.layers import can_fuse
 from grpo.rollout.paged import PAGE, PagedCache, num_pages_for
-from grpo.rollout.slots import READ_AHEAD, Prefix, Sequence, Slots
-from grpo.types import Completion, Group, Prompt, Sampling
+from grpo.rollout.slots import FEWEST_SEQUENCES, READ_AHEAD, Prefix, Sequence, Slots
+from grpo.types import Completion, Group, Prompt, Sampling, grouped
 
 READ_TOKENS = 16384
 """Most prompt tokens in one forward pass; a longer prompt is read alone. The update's micro-batches are larger."""
@@ -84,10 +84,7 @@ class NativeGenerator:
             call = Call(decoder, self.ending, prompts, sampling, num_completions=num_completions, seed=seed)
             completions = call.run()
         self._metrics = call.metrics()
-        return [
-            Group(prompt, completions[i * num_completions : (i + 1) * num_completions])
-            for i, prompt in enumerate(prompts)
-        ]
+        return grouped(prompts, completions)
 
     def _decoder_for(self, lm: PreTrainedModel, longest: int) -> Decoder:
         """The decoder there is, or a new one if a sequence may be longer than the configuration says."""
@@ -182,13 +179,10 @@ class Call:
             )
         tokens, logprobs = chunk.tokens.T.tolist(), chunk.logprobs.T.tolist()
         finished = []
-        for row, (sequence, newest, length) in enumerate(
-            zip(chunk.rows, *chunk.state[:REMAINING].tolist(), strict=False)
-        ):
+        for row, (sequence, length) in enumerate(zip(chunk.rows, chunk.lens.tolist(), strict=False)):
             if self.completions[sequence.index] is not None:
                 continue  # it ended in the chunk before
             count = length - sequence.num_cached
-            sequence.newest, sequence.num_cached = newest, length
             sequence.tokens += tokens[row][:count]
             sequence.logprobs += logprobs[row][:count]
             if self._has_ended(sequence) or self._has_stop(sequence, count):
@@ -256,9 +250,6 @@ def make_decoder(
     cache = PagedCache(**shape, num_pages=num_pages, dtype=weight.dtype, device=weight.device)
     return Decoder(lm, cache, num_slots=num_slots, pages_each=pages_each, end_token_ids=end_token_ids, fused=fused)
 
-
-FEWEST_SEQUENCES = 3
-"""Sequences of full length that a cache must hold: one that runs, one that is read again, and the reserve."""
 
 LARGEST_SHARE = 0.9
 """Of the free memory, what a cache may take: logits and the reading of prompts take some besides it."""

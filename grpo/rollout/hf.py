@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from grpo.policy import Policy
 from grpo.rollout.ending import Ending, token_limit
-from grpo.types import Completion, Group, Prompt, Sampling
+from grpo.types import Completion, Group, Prompt, Sampling, grouped
 
 
 class HFGenerator:
@@ -40,10 +40,7 @@ class HFGenerator:
             torch.manual_seed(seed)
             for start in range(0, len(wanted), self.max_sequences):
                 completions += self._generate(lm, wanted[start : start + self.max_sequences], sampling)
-        return [
-            Group(prompt, completions[i * num_completions : (i + 1) * num_completions])
-            for i, prompt in enumerate(prompts)
-        ]
+        return grouped(prompts, completions)
 
     def metrics(self) -> dict[str, float]:
         """See Generator; `generate` has no slots."""

@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 
 from grpo.rollout.paged import PAGE, num_pages_for
 
+FEWEST_SEQUENCES = 3
+"""Sequences of full length that the pages must hold: one that runs, one that is read again, and the reserve."""
+
 READ_AHEAD = 0.125
 """Share of the pages that prompts may take before a completion of theirs can start, so that many are read in one pass."""
 
@@ -29,15 +32,22 @@ class Sequence:
     seed: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    num_cached: int = 0  # tokens, prompt included, whose keys and values are kept; the newest token's are not yet
-    newest: int = 0
     shared: list[int] = field(default_factory=list)  # pages of its prefix
     own: list[int] = field(default_factory=list)
     prefix: Prefix | None = None
 
     @property
+    def newest(self) -> int:
+        return (self.tokens or self.prompt)[-1]
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens, prompt included, whose keys and values are kept; the newest token's are not yet."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+    @property
     def remaining(self) -> int:
-        return self.limit - (self.num_cached + 1 - len(self.prompt))
+        return self.limit - len(self.tokens)
 
     def missing(self, num_steps: int) -> int:
         """Pages that its next steps need beyond those it has."""
@@ -62,7 +72,7 @@ class Prefix:
 
 
 def _num_drawn(sequence: Sequence) -> int:
-    return sequence.num_cached - len(sequence.prompt)
+    return len(sequence.tokens)
 
 
 class Slots:
@@ -72,11 +82,11 @@ class Slots:
         prefixes: what to sample, in the order to start it in.
         num_slots: most sequences that run at once.
         pages: page numbers to hand out.
-        pages_each: pages of the longest possible sequence; `pages` must have at least three times as many.
+        pages_each: pages of the longest possible sequence; `pages` must have FEWEST_SEQUENCES times as many or more.
     """
 
     def __init__(self, prefixes: list[Prefix], *, num_slots: int, pages: range, pages_each: int) -> None:
-        assert len(pages) >= 3 * pages_each, "the cache is too small for a sequence, its prefix and a reserve"
+        assert len(pages) >= FEWEST_SEQUENCES * pages_each, "too few pages for every sequence to come to its end"
         self.unread = deque(prefixes)
         self.ready: deque[Prefix] = deque()
         self.running: list[Sequence] = []
@@ -118,13 +128,11 @@ class Slots:
         while self.ready and len(self.running) < self.num_slots:
             prefix = self.ready[0]
             sequence = prefix.waiting[0]
-            sequence.num_cached = len(sequence.prompt) + len(sequence.tokens) - 1
             num_shared, partial = divmod(sequence.num_cached, PAGE)
             sequence.shared = prefix.pages[:num_shared]
             needed = sequence.missing(num_steps)
             if needed > len(self._free):
                 break
-            sequence.newest = [*sequence.prompt, *sequence.tokens][-1]
             sequence.own = self._take(needed)
             sequence.prefix = prefix
             prefix.num_users += 1

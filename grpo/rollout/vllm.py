@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from grpo.rollout.ending import Ending, token_limit
-from grpo.types import Completion, Group, Prompt, Sampling
+from grpo.types import Completion, Group, Prompt, Sampling, grouped
 
 if TYPE_CHECKING:
     from grpo.config import Config
@@ -62,10 +62,7 @@ class VLLMGenerator:
         requests = [self._request(prompt, sampling, seed=f"{seed} {place}") for place, prompt in enumerate(wanted)]
         sampled = self.engine.generate(requests) if requests else []
         completions = [self._completion(prompt, sampling, each) for prompt, each in zip(wanted, sampled, strict=True)]
-        return [
-            Group(prompt, completions[i * num_completions : (i + 1) * num_completions])
-            for i, prompt in enumerate(prompts)
-        ]
+        return grouped(prompts, completions)
 
     def metrics(self) -> dict[str, float]:
         """See Generator; vLLM's own metrics stay with vLLM."""
