@@ -1,10 +1,11 @@
 """Attention over packed sequences: `(1, L)` tokens hold many sequences end to end and none sees another.
 
-On CUDA this is torch's own variable-length flash attention, registered with transformers under the name `packed`; the
-sequence boundaries travel as keyword arguments through the model's forward. Elsewhere transformers' sdpa derives a
-block-diagonal mask from `position_ids` that restart at 0. That only happens with `attention_mask=None` and
-`use_cache=False`; with anything else sequences would mix in silence, so `packed_inputs` is the one place that builds the
-arguments of a packed forward pass.
+It is registered with transformers under the name `packed`, and where the sequences lie travels through the model's forward as
+the keyword argument `packing`. In 16 bit on CUDA it is torch's own variable-length flash attention, elsewhere one call of
+scaled_dot_product_attention per sequence.
+
+Completions of one prompt share it: the prompt's tokens go through the model once, and each completion attends to the prompt's
+keys followed by its own. Nothing is approximated; keys and values of a prompt do not depend on what comes after it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, PreTrainedModel
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
+
+from grpo.types import MicroBatch, Packing
 
 _NEEDS_GQA_FLAG = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 has grouped queries without it
 
@@ -28,53 +32,121 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
+    packing: Packing,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    cu_seq_lens_q: Tensor,
-    max_length_q: int,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence; query `(1, heads, L, D)`, key and value `(1, kv_heads, L, D)`."""
     if softcap is not None:
         raise ValueError("this model caps its attention logits (softcap), which packed attention does not support.")
     q, k, v = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
-    return varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scale=scaling, window=sliding_window).unsqueeze(
-        0
-    ), None
+    out = varlen_attention(
+        q,
+        spread(k, packing),
+        spread(v, packing),
+        packing.cu_queries,
+        packing.cu_keys,
+        packing.longest_query,
+        packing.longest_key,
+        scale=scaling,
+        window=sliding_window,
+    )
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)  # `packing` says who sees whom, not a mask
+
+
+def packed_inputs(micro: MicroBatch) -> dict[str, Any]:
+    """Arguments of a model's forward, with attention `packed`, over a micro-batch."""
+    return {
+        "input_ids": micro.tokens.unsqueeze(0),
+        "position_ids": micro.position_ids.unsqueeze(0),
+        "attention_mask": None,
+        "use_cache": False,
+        "packing": micro.packing,
+    }
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, *, scale: float | None, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    longest_query: int,
+    longest_key: int,
+    *,
+    scale: float | None,
+    window: int | None,
 ) -> Tensor:
-    """torch's flash attention, causal within each sequence; q `(L, heads, D)`, k and v `(L, kv_heads, D)`; 16 bit on CUDA."""
+    """Causal attention of each run of queries over its own run of keys, of which the last belongs to the last query.
+
+    Args:
+        q: (L, heads, D); k, v: (K, kv_heads, D).
+        cu_queries, cu_keys: (N + 1,) int32, where each of the N runs starts in q and in k, and their lengths.
+        window: how many of the latest keys a query sees; None: all before it.
+    """
+    if not (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)):
+        return _plain_varlen_attention(q, k, v, cu_queries, cu_keys, scale=scale, window=window)
     grouped: dict[str, Any] = {"enable_gqa": True} if _NEEDS_GQA_FLAG and q.shape[1] != k.shape[1] else {}
     sizes = (-1 if window is None else window - 1, 0)
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=sizes, **grouped)
+    out = varlen_attn(
+        q, k, v, cu_queries, cu_keys, longest_query, longest_key, scale=scale, window_size=sizes, **grouped
+    )
     assert isinstance(out, Tensor), "varlen_attn returned auxiliary values that nobody asked for"
     return out
 
 
-AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)  # boundaries come as cu_seq_lens, not as a mask
+def _plain_varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor, *, scale: float | None, window: int | None
+) -> Tensor:
+    num_queries, num_keys = cu_queries.diff().tolist(), cu_keys.diff().tolist()
+    parts = []
+    for each in zip(q.split(num_queries), k.split(num_keys), v.split(num_keys), strict=True):
+        qs, ks, vs = (x.transpose(0, 1).unsqueeze(0) for x in each)  # (1, heads, run, D)
+        plain = len(each[0]) == len(each[1]) and window is None
+        mask = None if plain else _causal_mask(len(each[0]), len(each[1]), window, q.device)
+        out = scaled_dot_product_attention(
+            qs, ks, vs, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        parts.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(parts)
 
 
-def implementation_for(model: PreTrainedModel) -> str:
-    """Name of the attention to train `model` with; flash attention exists for 16-bit weights on CUDA only."""
-    weight = next(model.parameters())
-    return "packed" if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) else "sdpa"
+def _causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(queries, keys) whether a query sees a key; both end at the same place."""
+    places = torch.arange(num_keys, device=device)
+    age = places[num_keys - num_queries :].unsqueeze(1) - places
+    return (age >= 0) if window is None else (age >= 0) & (age < window)
 
 
-def packed_inputs(tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> dict[str, Any]:
-    """Arguments for a model's forward over `tokens (L,)` whose sequences start at `cu_seqlens[:-1]`."""
-    longest = int(cu_seqlens.diff().max())
-    return {
-        "input_ids": tokens.unsqueeze(0),
-        "position_ids": position_ids.unsqueeze(0),
-        "attention_mask": None,
-        "use_cache": False,
-        "cu_seq_lens_q": cu_seqlens,
-        "cu_seq_lens_k": cu_seqlens,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+def spread(x: Tensor, packing: Packing) -> Tensor:
+    """Keys or values as the runs of queries see them, a shared prompt's once for each; (S, ...) -> (K, ...)."""
+    return _Spread.apply(x, packing)
+
+
+class _Spread(torch.autograd.Function):
+    """x[key_index], with a gradient that adds a shared place's parts in a fixed order and in float32.
+
+    Indexing's own backward pass adds them with atomic operations in the tensor's precision: in bfloat16 it would lose bits, and
+    two runs would differ.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return x[packing.key_index]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        packing: Packing = ctx.packing
+        result = gradient[packing.own_key]
+        uses = packing.shared_keys  # (S, U), -1 where a place has fewer uses
+        known = (uses >= 0).unflatten(1, (-1, *[1] * (gradient.ndim - 1)))
+        shared = torch.where(known, gradient[uses.clamp(min=0)], 0).sum(1, dtype=torch.float32)
+        result[: len(uses)] = (result[: len(uses)] + shared).to(result.dtype)
+        return result, None

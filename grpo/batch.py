@@ -1,18 +1,17 @@
-"""Groups -> one packed batch -> minibatches -> micro-batches under a token budget. Pure.
+"""Groups -> the batch of an optimizer step -> micro-batches of equal size for every process. Pure.
 
 A minibatch is what one optimizer step sees, over all processes; a micro-batch is what one forward pass of one process
-holds. Splitting never changes the gradient, because every token's weight is fixed before the split.
+holds. Splitting never changes the gradient, because every token's weight follows from the whole minibatch.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import Any
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
 
-from grpo.types import Batch, Completion, Group, Prompt
+from grpo.types import Batch, Completion, Group, MicroBatch, Packing
 
 
 def pack(groups: list[Group], advantages: Tensor) -> Batch:
@@ -21,24 +20,40 @@ def pack(groups: list[Group], advantages: Tensor) -> Batch:
     Args:
         advantages: (P, G); a completion whose advantage is NaN ("can't tell") is left out.
     """
-    kept = [
-        (group.prompt, completion, advantage)
-        for group, row in zip(groups, advantages.tolist(), strict=True)
+    kept: list[tuple[int, list[int], Completion, float]] = [
+        (number, group.prompt.token_ids, completion, advantage)
+        for number, (group, row) in enumerate(zip(groups, advantages.tolist(), strict=True))
         for completion, advantage in zip(group.completions, row, strict=True)
         if advantage == advantage
     ]
-    return _build(kept)
-
-
-def _build(sequences: list[tuple[Prompt, Completion, float]]) -> Batch:
-    lens = [len(prompt.token_ids) + len(completion.token_ids) for prompt, completion, _ in sequences]
+    lens = [len(prompt) + len(completion.token_ids) for _, prompt, completion, _ in kept]
     return Batch(
-        tokens=torch.tensor([t for p, c, _ in sequences for t in (*p.token_ids, *c.token_ids)], dtype=torch.long),
-        cu_seqlens=torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        prompt_lens=torch.tensor([len(prompt.token_ids) for prompt, _, _ in sequences], dtype=torch.long),
-        advantages=torch.tensor([advantage for _, _, advantage in sequences], dtype=torch.float32),
-        sampling_logprobs=torch.tensor([x for _, c, _ in sequences for x in c.logprobs], dtype=torch.float32),
+        tokens=torch.tensor([t for _, p, c, _ in kept for t in (*p, *c.token_ids)], dtype=torch.long),
+        cu_seqlens=_offsets(torch.tensor(lens, dtype=torch.long)),
+        prompt_lens=torch.tensor([len(prompt) for _, prompt, _, _ in kept], dtype=torch.long),
+        prompt_index=torch.tensor([number for number, _, _, _ in kept], dtype=torch.long),
+        advantages=torch.tensor([advantage for _, _, _, advantage in kept], dtype=torch.float32),
+        sampling_logprobs=torch.tensor([x for _, _, c, _ in kept for x in c.logprobs], dtype=torch.float32),
     )
+
+
+def join(batches: list[Batch]) -> Batch:
+    """One batch of several with different prompts, in their order."""
+    bounds = _offsets(torch.tensor([len(batch.tokens) for batch in batches]))[:-1].tolist()
+    first_prompts = _offsets(torch.tensor([_num_prompts(batch) for batch in batches]))[:-1].tolist()
+    starts = [batch.cu_seqlens[:-1] + start for batch, start in zip(batches, bounds, strict=True)]
+    return Batch(
+        tokens=torch.cat([batch.tokens for batch in batches]),
+        cu_seqlens=torch.cat([*starts, torch.tensor([sum(len(batch.tokens) for batch in batches)])]),
+        prompt_lens=torch.cat([batch.prompt_lens for batch in batches]),
+        prompt_index=torch.cat([b.prompt_index + first for b, first in zip(batches, first_prompts, strict=True)]),
+        advantages=torch.cat([batch.advantages for batch in batches]),
+        sampling_logprobs=torch.cat([batch.sampling_logprobs for batch in batches]),
+    )
+
+
+def _num_prompts(batch: Batch) -> int:
+    return int(batch.prompt_index.max()) + 1 if batch.num_sequences else 0
 
 
 def minibatch_bounds(*, num_prompts: int, num_minibatches: int, rank: int, world_size: int) -> list[slice]:
@@ -52,73 +67,158 @@ def minibatch_bounds(*, num_prompts: int, num_minibatches: int, rank: int, world
     return [slice(a, b) for a, b in pairwise(edges)]
 
 
+# --- which sequences share a pass -------------------------------------------------------------------------------------------
+
+
+def plan_passes(batch: Batch, *, token_budget: int, num_processes: int) -> list[list[list[int]]]:
+    """For each process, the sequences of each of its passes: as few passes as fit the budget, all of about the same size.
+
+    Every process has the same number of passes, because under ZeRO they run them in step; passes that run at the same time are
+    the most alike. A pass without sequences is empty. The tokens of a prompt count once in a pass, so completions of the same
+    prompt stay together except where a pass is full. A sequence longer than the budget gets a pass of its own.
+    """
+    completion_lens = batch.completion_lens.tolist()
+    prompt_lens, prompts = batch.prompt_lens.tolist(), batch.prompt_index.tolist()
+    numbered = sorted(range(batch.num_sequences), key=lambda i: (prompts[i], -completion_lens[i]))
+    groups = [list(group) for _, group in groupby(numbered, key=lambda i: prompts[i])]
+    sizes = [prompt_lens[group[0]] + sum(completion_lens[i] for i in group) for group in groups]
+    largest_first = [groups[i] for i in sorted(range(len(groups)), key=lambda i: -sizes[i])]
+    num_passes = -(-sum(sizes) // (token_budget * num_processes))
+    while True:
+        passes = [_Pass() for _ in range(num_passes * num_processes)]
+        if all(
+            _deal_group(group, passes, prompt_lens, completion_lens, sum(sizes), token_budget)
+            for group in largest_first
+        ):
+            break
+        num_passes += 1
+    passes.sort(key=lambda each: -each.num_tokens)
+    return [[each.sequences for each in passes[rank::num_processes]] for rank in range(num_processes)]
+
+
+class _Pass:
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.sequences: list[int] = []
+
+
+def _deal_group(
+    group: list[int],
+    passes: list[_Pass],
+    prompt_lens: list[int],
+    completion_lens: list[int],
+    num_tokens: int,
+    token_budget: int,
+) -> bool:
+    """Deal completions of one prompt to the emptiest pass until it has its share, then to the next; whether all found room."""
+    share = num_tokens / len(passes)
+    here: _Pass | None = None
+    for i in group:
+        stay = here.num_tokens + completion_lens[i] if here else float("inf")
+        if stay > share:
+            emptiest = min(passes, key=lambda each: each.num_tokens)
+            moved = emptiest.num_tokens + prompt_lens[i] + completion_lens[i]
+            if moved < stay:
+                here, stay = emptiest, moved
+        assert here is not None, "a pass was chosen"
+        if stay > token_budget and here.num_tokens:
+            return False
+        here.num_tokens = int(stay)
+        here.sequences.append(i)
+    return True
+
+
+# --- what a pass reads ------------------------------------------------------------------------------------------------------
+
+
 def take(batch: Batch, sequences: list[int]) -> Batch:
     """The given sequences of a batch, in the given order."""
     chosen = torch.tensor(sequences, dtype=torch.long)
-    tokens = _ranges(batch.cu_seqlens.long(), chosen)
-    completion_tokens = _ranges(_offsets(batch.completion_lens), chosen)
-    fields: dict[str, Tensor | None] = {name: getattr(batch, name) for name in Batch.PER_TOKEN}
-    per_token: dict[str, Any] = {k: v if v is None else v[completion_tokens] for k, v in fields.items()}
+    lens, completion_lens = batch.sequence_lens[chosen], batch.completion_lens
     return Batch(
-        tokens=batch.tokens[tokens],
-        cu_seqlens=_offsets(batch.sequence_lens[chosen]).int(),
+        tokens=batch.tokens[_spans(batch.cu_seqlens[chosen], lens)],
+        cu_seqlens=_offsets(lens),
         prompt_lens=batch.prompt_lens[chosen],
+        prompt_index=batch.prompt_index[chosen],
         advantages=batch.advantages[chosen],
-        **per_token,
+        sampling_logprobs=batch.sampling_logprobs[_spans(_offsets(completion_lens)[chosen], completion_lens[chosen])],
     )
+
+
+def micro_batch(batch: Batch, weights: Tensor) -> MicroBatch:
+    """A batch laid out for one forward pass: all distinct prompts, then all completions. `weights` (T,) are those in the loss."""
+    numbers, owner = batch.prompt_index.unique(return_inverse=True)  # owner (B,): which of the distinct prompts
+    first = owner.new_full((len(numbers),), batch.num_sequences).scatter_reduce(
+        0, owner, torch.arange(batch.num_sequences), "amin"
+    )
+    prompt_lens, completion_lens = batch.prompt_lens, batch.completion_lens
+    starts = batch.cu_seqlens[:-1]
+    prompt_starts = _offsets(prompt_lens[first])  # in the pass, as are the following
+    completion_starts = _offsets(completion_lens) + prompt_starts[-1]
+    targets = batch.tokens[_spans(starts + prompt_lens, completion_lens)]
+    source_index = _spans(completion_starts[:-1] - 1, completion_lens)
+    begins = _offsets(completion_lens)[:-1][completion_lens > 0]
+    source_index[begins] = (prompt_starts[owner + 1] - 1)[
+        completion_lens > 0
+    ]  # a prompt's last token predicts the first
+    return MicroBatch(
+        tokens=torch.cat([batch.tokens[_spans(starts[first], prompt_lens[first])], targets]),
+        position_ids=torch.cat(
+            [_spans(torch.zeros_like(first), prompt_lens[first]), _spans(prompt_lens, completion_lens)]
+        ),
+        packing=_packing(owner, prompt_lens, completion_lens, prompt_starts, completion_starts),
+        source_index=source_index,
+        targets=targets,
+        advantages=batch.advantages.repeat_interleave(completion_lens),
+        weights=weights,
+        sampling_logprobs=batch.sampling_logprobs,
+        num_sequence_tokens=len(batch.tokens),
+    )
+
+
+def _packing(
+    owner: Tensor, prompt_lens: Tensor, completion_lens: Tensor, prompt_starts: Tensor, completion_starts: Tensor
+) -> Packing:
+    """Prompts see themselves; each completion sees its prompt and itself."""
+    num_prompts, num_prompt_tokens = len(prompt_starts) - 1, int(prompt_starts[-1])
+    num_keys = torch.cat([prompt_starts.diff(), prompt_lens + completion_lens])
+    cu_keys = _offsets(num_keys)
+    seen_from = cu_keys[num_prompts:-1]  # (B,) where each completion's keys start: first its prompt's, then its own
+    seen_starts = torch.stack([prompt_starts[owner], completion_starts[:-1]], 1).flatten()
+    seen_lens = torch.stack([prompt_lens, completion_lens], 1).flatten()
+    order = owner.argsort(stable=True)
+    number = torch.empty_like(owner)  # of a completion among those of its prompt
+    number[order] = torch.arange(len(owner)) - _offsets(owner.bincount())[owner[order]]
+    shared_keys = torch.full((num_prompt_tokens, int(number.max()) + 1), -1)
+    shared_keys[_spans(prompt_starts[owner], prompt_lens), number.repeat_interleave(prompt_lens)] = _spans(
+        seen_from, prompt_lens
+    )
+    cu_queries = torch.cat([prompt_starts, completion_starts[1:]])
+    return Packing(
+        cu_queries=cu_queries.int(),
+        cu_keys=cu_keys.int(),
+        longest_query=int(cu_queries.diff().max()),
+        longest_key=int(num_keys.max()),
+        key_index=torch.cat([torch.arange(num_prompt_tokens), _spans(seen_starts, seen_lens)]),
+        own_key=torch.cat([torch.arange(num_prompt_tokens), _spans(seen_from + prompt_lens, completion_lens)]),
+        shared_keys=shared_keys,
+    )
+
+
+def spare() -> MicroBatch:
+    """One sequence of two tokens and no weight: a process without work runs it to keep in step with the others."""
+    one, zero = torch.ones(1, dtype=torch.long), torch.zeros(1)
+    batch = Batch(torch.zeros(2, dtype=torch.long), torch.tensor([0, 2]), one, one, zero, zero)
+    micro = micro_batch(batch, weights=zero)
+    micro.is_spare = True
+    return micro
 
 
 def _offsets(lens: Tensor) -> Tensor:
     return torch.cat([lens.new_zeros(1), lens.cumsum(0)])
 
 
-def _ranges(offsets: Tensor, chosen: Tensor) -> Tensor:
-    """The places `offsets[i] ... offsets[i + 1] - 1` for each chosen i, one after the other."""
-    if not len(chosen):
-        return chosen
-    starts, ends = offsets[chosen].tolist(), offsets[chosen + 1].tolist()
-    return torch.cat([torch.arange(a, b) for a, b in zip(starts, ends, strict=True)])
-
-
-def plan_micro_batches(batch: Batch, token_budget: int) -> list[list[int]]:
-    """Which sequences share a forward pass: first-fit decreasing, so few passes, each nearly full.
-
-    A sequence longer than the budget gets a pass of its own.
-    """
-    lens = batch.sequence_lens.tolist()
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lens)), key=lambda i: -lens[i]):
-        fitting = next((b for b, free in enumerate(room) if free >= lens[i]), None)
-        if fitting is None:
-            bins.append([])
-            room.append(token_budget)
-            fitting = len(bins) - 1
-        bins[fitting].append(i)
-        room[fitting] -= lens[i]
-    return bins
-
-
-def spare(batch: Batch) -> Batch:
-    """One sequence of two tokens and no weight, with the same fields as `batch`.
-
-    Under ZeRO every process must run the same number of passes; those with less work run this instead.
-    """
-    zero = torch.zeros(1)
-    per_token: dict[str, Any] = {k: None if getattr(batch, k) is None else zero for k in Batch.PER_TOKEN}
-    return Batch(
-        tokens=torch.zeros(2, dtype=torch.long),
-        cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),
-        prompt_lens=torch.ones(1, dtype=torch.long),
-        advantages=zero,
-        **per_token,
-    )
-
-
-def with_per_token(batch: Batch, plan: list[list[int]], parts: list[Tensor]) -> Tensor:
-    """Put per-token results of the micro-batches of `plan` back into the order of `batch`; (T,)."""
-    result = torch.zeros(int(batch.completion_lens.sum()))
-    offsets = _offsets(batch.completion_lens)
-    for sequences, values in zip(plan, parts, strict=True):
-        result[_ranges(offsets, torch.tensor(sequences, dtype=torch.long))] = values.cpu()
-    return result
+def _spans(starts: Tensor, lens: Tensor) -> Tensor:
+    """The places `starts[i] ... starts[i] + lens[i] - 1` for each i, one after the other."""
+    offsets = _offsets(lens)
+    return (starts - offsets[:-1]).repeat_interleave(lens) + torch.arange(int(offsets[-1]))

@@ -179,10 +179,11 @@ class OptimizerConfig(Section):
 class MemoryConfig(Section):
     micro_batch_tokens: PositiveInt = 16384
     """Tokens (prompts and completions) per forward and backward pass of one process. Results do not depend on it."""
-    logprob_chunk_tokens: PositiveInt = 1024
-    """Completion tokens whose logits over the vocabulary exist at once. Results do not depend on it."""
-    gradient_checkpointing: bool = True
-    """Recompute layer activations in the backward pass: much less memory for about a third more compute."""
+    logprob_chunk_tokens: PositiveInt = 4096
+    """Completion tokens whose logits over the vocabulary exist at once, in the model's precision. Results do not depend on it."""
+    activation_checkpointing: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the layers whose activations are computed again in the backward pass instead of kept. 1: all, least memory; 0:
+    none, a fifth faster; docs/performance.md has the cost of both. Results do not depend on it."""
     max_sequences: PositiveInt = 256
     """Completions that one process samples at once. Raising it uses the GPU better, and takes memory for keys and values."""
     kv_cache_gib: PositiveFloat | None = None

@@ -169,7 +169,8 @@ def _quiet() -> None:
     """Keep progress bars of loading, and notices that only library authors can act on, out of a run's output."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    for module in ("torch.distributed", "transformers"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

@@ -1,13 +1,17 @@
 """Hidden states -> log-probabilities and entropy of the completion tokens, chunked over tokens.
 
-A float32 `(T, V)` tensor of logits would be the peak of a step's memory (16k tokens of a 152k vocabulary are 10 GB, and
-the backward pass wants it twice more), so logits exist for `chunk_tokens` tokens at a time and are computed again in the
-backward pass.
+A `(T, V)` tensor of logits would be the peak of a step's memory (16k tokens of a 152k vocabulary are 5 GB in bfloat16 and 10 in
+float32, and the backward pass wants as much again), so logits exist for `chunk_tokens` tokens at a time, in the model's own
+precision, and are computed again in the backward pass, which overwrites them with their gradient. On CUDA the rest is two
+kernels that read a row of logits once, in float32 registers (logprob_kernels.py).
+
+torch's linear_cross_entropy (2.13) and Liger's fused losses have neither the entropy nor, but for the former, a value per token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +29,7 @@ def token_logprobs(
     Args:
         hidden: (T, H), the state that predicts each target, i.e. of the token before it.
         targets: (T,) token ids.
-        head: (N, H) -> (N, V) logits.
+        head: (N, H) -> (N, V) logits, a new tensor that nothing else needs.
 
     Returns:
         logprobs (T,) and entropy (T,) in nats, both float32.
@@ -43,10 +47,49 @@ def token_logprobs(
 def _chunk(
     hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], temperature: float
 ) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float() / temperature
-    normalizer = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normalizer
-    with torch.no_grad():
-        probabilities = (logits - normalizer.unsqueeze(-1)).exp()
-        entropy = normalizer - (probabilities * logits).sum(-1)
-    return logprobs, entropy
+    return _LogSoftmaxAt.apply(head(hidden), targets, temperature)
+
+
+class _LogSoftmaxAt(torch.autograd.Function):
+    """log softmax(logits / temperature)[target] and the entropy, row by row; the gradient takes the place of the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        if logits.is_cuda:
+            from grpo.logprob_kernels import row_statistics
+        else:
+            row_statistics = plain_row_statistics
+        logprobs, entropy, normalizer = row_statistics(logits, targets, temperature)
+        ctx.save_for_backward(logits, targets, normalizer)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets, normalizer = ctx.saved_tensors
+        if logits.is_cuda:
+            from grpo.logprob_kernels import replace_by_gradient
+        else:
+            replace_by_gradient = plain_replace_by_gradient
+        replace_by_gradient(logits, targets, normalizer, gradient, ctx.temperature)
+        return logits, None, None
+
+
+def plain_row_statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each target, entropy, and logarithm of the softmax's denominator; each (N,) for logits (N, V)."""
+    scaled = logits.float() / temperature
+    normalizer = scaled.logsumexp(-1)
+    logprobs = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normalizer
+    probabilities = (scaled - normalizer.unsqueeze(-1)).exp_()
+    terms = torch.where(probabilities > 0, probabilities * scaled, 0)  # an impossible token's logit may be -inf
+    return logprobs, normalizer - terms.sum(-1), normalizer
+
+
+def plain_replace_by_gradient(
+    logits: Tensor, targets: Tensor, normalizer: Tensor, gradient: Tensor, temperature: float
+) -> None:
+    """logits <- gradient / temperature * (1[target] - softmax(logits / temperature)), in place."""
+    result = (logits.float() / temperature - normalizer.unsqueeze(-1)).exp_().neg_()
+    result[torch.arange(len(targets), device=targets.device), targets] += 1
+    logits.data.copy_(result.mul_((gradient / temperature).unsqueeze(-1)))

@@ -14,7 +14,7 @@ from torch import Tensor
 from grpo.advantage import has_signal
 from grpo.distributed import Processes
 from grpo.loss import TokenLoss
-from grpo.types import Batch, Group, Scores
+from grpo.types import Group, MicroBatch, Scores
 
 METRICS = {
     "reward/mean": "mean of the weighted reward over the step's completions whose reward is known",
@@ -41,15 +41,17 @@ METRICS = {
     "rollout/occupancy": "share of the native engine's decoded places (slots x decoding steps) that gave a token of a completion",
     "rollout/preempted": "completions that the native engine set aside for want of memory and took up again; mean over processes",
     "batch/padding": "share of forward passes that a process ran without work, to keep in step with the others",
+    "batch/shared": "share of the tokens of prompts and completions that need no pass, because completions share their prompt",
+    "batch/imbalance": "share of the update's passes that the processes would wait for the fullest, if time were tokens",
     "scoring/timeouts": "reward calls that were killed at scoring.timeout_seconds",
     "scoring/crashes": "reward calls whose worker died or ran out of memory",
     "time/step": "seconds of the whole step on the main process",
     "time/rollout": "seconds of it spent sampling",
     "time/scoring": "seconds of it spent in reward functions",
-    "time/logprobs": "seconds of it spent on old and reference log-probabilities",
+    "time/logprobs": "seconds of it spent on dealing sequences to processes, and on old and reference log-probabilities",
     "time/update": "seconds of it spent in forward and backward passes and optimizer steps",
     "throughput/rollout": "completion tokens of all processes per second of sampling",
-    "throughput/update": "tokens (prompts and completions) of all processes per second of updating",
+    "throughput/update": "tokens (of each completion and its prompt) of all processes per second of updating",
     "progress/epoch": "questions dealt so far, as a multiple of the training set",
     "eval/<function>": "mean of that function's value over the held-out questions it gave a verdict on",
     "eval/<function>_stderr": "standard error of that mean",
@@ -64,17 +66,18 @@ class Meter:
     """Collects one step's values on one process, then reduces them over all of them.
 
     A mean is kept as a sum and a count until the very end, so a mean over completions is a mean over all completions, never
-    a mean of the means of micro-batches or processes.
+    a mean of the means of micro-batches or processes. Values stay on their device till then: nothing waits for a number.
     """
 
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, float | Tensor] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
-    maxima: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float | Tensor] = field(default_factory=dict)
     totals: dict[str, float] = field(default_factory=dict)
+    work: dict[str, list[float]] = field(default_factory=dict)
 
     def mean(self, name: str, values: Tensor) -> None:
         """Add values, of any shape, to the mean."""
-        self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
+        self.sums[name] = self.sums.get(name, 0.0) + values.double().sum()
         self.counts[name] = self.counts.get(name, 0.0) + values.numel()
 
     def mean_of_known(self, name: str, values: Tensor) -> None:
@@ -83,14 +86,21 @@ class Meter:
 
     def max(self, name: str, values: Tensor) -> None:
         if values.numel():
-            self.maxima[name] = max(self.maxima.get(name, float("-inf")), float(values.max()))
+            largest = values.max()
+            before = self.maxima.get(name)
+            self.maxima[name] = largest if before is None else torch.maximum(torch.as_tensor(before), largest)
 
     def total(self, name: str, value: float) -> None:
         """Add to a sum over everything and everyone."""
         self.totals[name] = self.totals.get(name, 0.0) + value
 
+    def lost(self, name: str, work: list[float]) -> None:
+        """Add work that all processes do in step, each its own amount: the share of the time that they wait for the busiest."""
+        self.work[name] = self.work.get(name, []) + work
+
     def reduce(self, processes: Processes) -> dict[str, float]:
         """The step's metrics over all processes. A mean over nothing is left out."""
+        self.sums, self.maxima = _numbers(self.sums), _numbers(self.maxima)
         meters = processes.gather(self)
         reduced: dict[str, float] = {}
         for name in _names(meter.counts for meter in meters):
@@ -101,7 +111,15 @@ class Meter:
             reduced[name] = max(meter.maxima[name] for meter in meters if name in meter.maxima)
         for name in _names(meter.totals for meter in meters):
             reduced[name] = sum(meter.totals.get(name, 0.0) for meter in meters)
+        for name in _names(meter.work for meter in meters):
+            columns = list(zip(*(meter.work[name] for meter in meters), strict=True))
+            fullest = len(meters) * sum(max(column) for column in columns)
+            reduced[name] = 1 - sum(map(sum, columns)) / fullest if fullest else 0.0
         return reduced
+
+
+def _numbers(values: dict[str, float | Tensor]) -> dict[str, float | Tensor]:
+    return {name: float(value) for name, value in values.items()}
 
 
 def measure_rollout(meter: Meter, groups: list[Group], scores: Scores, advantages: Tensor) -> None:
@@ -122,21 +140,30 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores, advantage
     meter.total("throughput/rollout", float(lens.sum()))
 
 
-def measure_micro_batch(meter: Meter, micro: Batch, logprobs: Tensor, entropy: Tensor, result: TokenLoss) -> None:
+def measure_passes(meter: Meter, passes: list[MicroBatch]) -> None:
+    """How the sequences of a minibatch were dealt to this process."""
+    for micro in passes:
+        meter.mean("batch/padding", torch.tensor(float(micro.is_spare)))
+        meter.lost("batch/imbalance", [0.0 if micro.is_spare else float(len(micro.tokens))])
+        if not micro.is_spare:
+            meter.total("throughput/update", float(micro.num_sequence_tokens))
+            meter.total(TOKENS_READ, float(len(micro.tokens)))
+
+
+def measure_micro_batch(meter: Meter, micro: MicroBatch, logprobs: Tensor, entropy: Tensor, result: TokenLoss) -> None:
     """What one forward pass of the update gave; every tensor (T,). The tokens of a spare pass do not count."""
-    assert micro.weights is not None, "token weights are set before a minibatch is split"
-    real = micro.weights > 0
-    meter.mean("policy/entropy", entropy[real])
+    if micro.is_spare:
+        return
+    meter.mean("policy/entropy", entropy)
     if micro.ref_logprobs is not None:
-        meter.mean("policy/kl", result.kl[real])
-    meter.mean("policy/ratio_mean", result.ratio[real])
-    meter.max("policy/ratio_max", result.ratio[real])
-    meter.mean("policy/clip_fraction", result.clipped[real].double())
+        meter.mean("policy/kl", result.kl)
+    meter.mean("policy/ratio_mean", result.ratio)
+    meter.max("policy/ratio_max", result.ratio)
+    meter.mean("policy/clip_fraction", result.clipped.double())
     before_update = logprobs if micro.old_logprobs is None else micro.old_logprobs
-    gap = (before_update - micro.sampling_logprobs).abs()[real]
+    gap = (before_update - micro.sampling_logprobs).abs()
     meter.mean("policy/sampling_gap", gap)
     meter.max("policy/sampling_gap_max", gap)
-    meter.total("throughput/update", float(len(micro.tokens)))
 
 
 def step_metrics(meter: Meter, seconds: dict[str, float], processes: Processes) -> dict[str, float]:
@@ -144,12 +171,16 @@ def step_metrics(meter: Meter, seconds: dict[str, float], processes: Processes) 
     metrics = meter.reduce(processes)
     variance = metrics.pop(SQUARED_REWARD, 0.0) - metrics.get("reward/mean", 0.0) ** 2
     metrics["reward/std"] = max(variance, 0.0) ** 0.5
+    read = metrics.pop(TOKENS_READ, 0.0)
+    metrics["batch/shared"] = 1 - read / metrics["throughput/update"] if read else 0.0
     metrics["throughput/rollout"] /= seconds["rollout"]
     metrics["throughput/update"] = metrics.get("throughput/update", 0.0) / seconds["update"]
     return metrics | {f"time/{name}": value for name, value in seconds.items()}
 
 
 SQUARED_REWARD = "reward/squared"
+TOKENS_READ = "batch/tokens"
+"""Collected for another metric only."""
 
 
 def _names(mappings: Iterable[dict[str, float]]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +21,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import unset_hf_deepspeed_config
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo import distributed
-from grpo.attention import implementation_for, packed_inputs
+from grpo.attention import packed_inputs
+from grpo.batch import micro_batch
 from grpo.config import Config, ModelConfig, OptimizerConfig
 from grpo.distributed import Processes
 from grpo.logprobs import token_logprobs
-from grpo.types import Batch
+from grpo.types import Batch, MicroBatch
 
 END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<end_of_turn>", "</s>")
 """Special tokens by which model families end a text or a turn; whichever a tokenizer has ends a completion."""
@@ -130,14 +134,12 @@ class PackedLM(nn.Module):
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy (nats) of each completion token at the sampling temperature; (T,) and (T,)."""
-        inputs = packed_inputs(batch.tokens, batch.position_ids, batch.cu_seqlens)
-        hidden = self.lm.base_model(**inputs).last_hidden_state.squeeze(0)
-        targets = batch.target_index
+        hidden = self.lm.base_model(**packed_inputs(micro)).last_hidden_state.squeeze(0)
         return token_logprobs(
-            hidden[targets - 1],
-            batch.tokens[targets],
+            hidden[micro.source_index],
+            micro.targets,
             output_head(self.lm),
             temperature=self.temperature,
             chunk_tokens=self.chunk_tokens,
@@ -153,17 +155,34 @@ def output_head(lm: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     return head
 
 
-def load_lm(config: ModelConfig, *, dtype: torch.dtype, gradient_checkpointing: bool = False) -> PreTrainedModel:
+def load_lm(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
     """A model without dropout: with it, the ratio of an unchanged policy would not be 1."""
     settings = AutoConfig.from_pretrained(config.name, revision=config.revision)
     for part in (settings, settings.get_text_config()):
         for name, value in vars(part).items():
             if "drop" in name and isinstance(value, float):
                 setattr(part, name, 0.0)
-    lm = AutoModelForCausalLM.from_pretrained(config.name, config=settings, revision=config.revision, dtype=dtype)
-    if gradient_checkpointing:
+    return AutoModelForCausalLM.from_pretrained(config.name, config=settings, revision=config.revision, dtype=dtype)
+
+
+def checkpoint_activations(lm: PreTrainedModel, share: float) -> None:
+    """Compute the activations of this share of the layers, evenly spread, again in the backward pass instead of keeping them."""
+    if share > 0:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return lm
+        layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for number, layer in enumerate(layers):
+            layer.gradient_checkpointing = math.floor((number + 1) * share) > math.floor(number * share)
+
+
+def fuse_kernels(lm: PreTrainedModel) -> None:
+    """Let norms, rotary embeddings and gated activations be single kernels, for the families that Liger has them for.
+
+    Liger patches the modules of this model, and the rotary embedding for all models of its family in this process.
+    """
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(lm, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -217,38 +236,45 @@ class Policy:
         self._sharded = config.distributed.zero_stage == 3
         self._config = config
         self.temperature = config.rollout.temperature  # of the log-probabilities
-        self.lm = load_lm(config.model, dtype=self.dtype, gradient_checkpointing=config.memory.gradient_checkpointing)
+        self.lm = load_lm(config.model, dtype=self.dtype)
+        checkpoint_activations(self.lm, config.memory.activation_checkpointing)
         if not self._sharded:
             lay_out(self.lm, processes.device)
         self.engine, self.optimizer = processes.accelerator.prepare(
             self._packed(self.lm), _adamw(self.lm, config.optimizer, processes.device)
         )
-        self.lm.set_attn_implementation(implementation_for(self.lm))
+        self.lm.set_attn_implementation("packed")
         self.reference = self._load_reference() if config.algorithm.kl_coef > 0 else None
         unset_hf_deepspeed_config()  # from here on, loading a model must not shard it
         self._replica = self._load_replica() if self._sharded else None
         self._check_forward()
 
     def _packed(self, lm: PreTrainedModel) -> PackedLM:
+        if self.processes.device.type == "cuda":
+            fuse_kernels(lm)
         return PackedLM(lm, temperature=self.temperature, chunk_tokens=self._config.memory.logprob_chunk_tokens)
 
     def _check_forward(self) -> None:
-        """Two packed sequences must have the log-probabilities that the model itself gives to each alone.
+        """Packed sequences must have the log-probabilities that the model itself gives to each alone.
 
         They would not if the model does more to its hidden states than its output layer, or if its attention, its position
-        embeddings or a convolution looks across the border of packed sequences; several families do.
+        embeddings or a convolution looks across the border of packed sequences; several families do. The first two of the three
+        sequences here share a prompt.
         """
         tokens, alone = self.plain_logprobs()
-        length = tokens.shape[1]
-        device = tokens.device
-        pair = Batch(
-            tokens=tokens.flatten(),
-            cu_seqlens=torch.tensor([0, length, 2 * length], dtype=torch.int32, device=device),
-            prompt_lens=torch.ones(2, dtype=torch.long, device=device),
-            advantages=torch.zeros(2, device=device),
-            sampling_logprobs=torch.zeros(2 * length - 2, device=device),
+        both, length = tokens.cpu(), tokens.shape[1]
+        prompt_len = length // 2
+        kept = alone[[0, 0, 1], prompt_len - 1 :].flatten()
+        batch = Batch(
+            tokens=both[[0, 0, 1]].flatten(),
+            cu_seqlens=torch.arange(0, 3 * length + 1, length),
+            prompt_lens=torch.full((3,), prompt_len),
+            prompt_index=torch.tensor([0, 0, 1]),
+            advantages=torch.zeros(3),
+            sampling_logprobs=kept.cpu(),
         )
-        gap = float((self.old_logprobs(pair) - alone.flatten()).abs().mean())
+        micro = micro_batch(batch, weights=torch.zeros(len(kept))).to(self.processes.device)
+        gap = float((self.old_logprobs(micro) - kept).abs().mean())
         if not gap < FORWARD_TOLERANCE[self.dtype]:
             raise ValueError(
                 f"model.name is {self._config.model.name!r}; the log-probabilities of packed sequences differ by {gap:.3g} "
@@ -282,7 +308,7 @@ class Policy:
             packed = deepspeed.initialize(model=packed, config=settings)[0]
         else:
             packed.to(self.processes.device)
-        lm.set_attn_implementation(implementation_for(lm))
+        lm.set_attn_implementation("packed")
         packed.eval()
         return packed
 
@@ -292,21 +318,21 @@ class Policy:
         lay_out(replica, self.processes.device)
         return replica
 
-    def logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def logprobs(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of the completion tokens of a micro-batch on this device, with gradient; (T,)."""
         self.engine.train()
-        return self.engine(batch)
+        return self.engine(micro)
 
     @torch.no_grad()
-    def old_logprobs(self, batch: Batch) -> Tensor:
+    def old_logprobs(self, micro: MicroBatch) -> Tensor:
         """The policy's own log-probabilities of a micro-batch before it is updated; (T,)."""
-        return self.engine(batch)[0]
+        return self.engine(micro)[0]
 
     @torch.no_grad()
-    def ref_logprobs(self, batch: Batch) -> Tensor:
+    def ref_logprobs(self, micro: MicroBatch) -> Tensor:
         """The reference's log-probabilities of a micro-batch; (T,)."""
         assert self.reference is not None, "no reference was loaded, because kl_coef is 0"
-        return self.reference(batch)[0]
+        return self.reference(micro)[0]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of this process's share of the loss; `last` marks the end of an optimizer step.

@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo import checkpoint, distributed, rundir
 from grpo.advantage import group_advantages
-from grpo.batch import minibatch_bounds, pack, plan_micro_batches, spare, take, with_per_token
+from grpo.batch import join, micro_batch, minibatch_bounds, pack, plan_passes, spare, take
 from grpo.checkpoint import RunState
 from grpo.config import Config
 from grpo.console import show_samples
 from grpo.evaluate import completion_rows, evaluate
 from grpo.loss import grpo_loss, token_weights
-from grpo.metrics import Meter, measure_micro_batch, measure_rollout, step_metrics
+from grpo.metrics import Meter, measure_micro_batch, measure_passes, measure_rollout, step_metrics
 from grpo.policy import Policy, check_context, load_tokenizer, resolve_dtype
 from grpo.prompts import PromptOrder, build_prompts, load_rows, prepare_rows
 from grpo.report import plot_curves
@@ -31,7 +30,7 @@ from grpo.rollout import check_engine, make_generator
 from grpo.rundir import RunLog
 from grpo.schedule import learning_rate
 from grpo.scoring import Reward, Scorer, resolve_function
-from grpo.types import Batch, Prompt
+from grpo.types import Batch, MicroBatch, Prompt
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -130,9 +129,10 @@ class Trainer:
             with self._clock("scoring"):
                 scores = self.scorer.score(groups)
             advantages = group_advantages(scores.rewards, normalize_by_std=config.algorithm.normalize_by_std)
-            minibatches = [pack(groups[part], advantages[part]) for part in self._minibatch_bounds()]
             with self._clock("logprobs"):
-                minibatches = [self._with_fixed_logprobs(minibatch) for minibatch in minibatches]
+                minibatches = [self._deal(pack(groups[part], advantages[part])) for part in self._minibatch_bounds()]
+                for micro in (micro for minibatch in minibatches for micro in minibatch):
+                    self._fix_logprobs(micro)
             with self._clock("update"):
                 for minibatch in minibatches:
                     self._optimizer_step(minibatch)
@@ -146,40 +146,51 @@ class Trainer:
             self._log_completions(completion_rows(groups, scores), advantages)
         return self._log_metrics()
 
-    def _with_fixed_logprobs(self, batch: Batch) -> Batch:
-        """Add the log-probabilities that stay fixed during the updates, where the algorithm needs them."""
-        if self.config.algorithm.num_minibatches > 1:
-            batch = replace(batch, old_logprobs=self._no_grad_logprobs(batch, self.policy.old_logprobs))
-        if self.policy.reference is not None:
-            batch = replace(batch, ref_logprobs=self._no_grad_logprobs(batch, self.policy.ref_logprobs))
-        return batch
+    def _deal(self, mine: Batch) -> list[MicroBatch]:
+        """This process's passes over a minibatch of which it sampled a part, on its device.
 
-    def _no_grad_logprobs(self, batch: Batch, logprobs: Callable[[Batch], Tensor]) -> Tensor:
-        plan, micro_batches = self._micro_batches(batch)
-        return with_per_token(batch, plan, [logprobs(micro) for micro in micro_batches][: len(plan)])
+        All sequences are dealt anew, so that no process waits for one whose completions happen to be longer. The weights follow
+        from the whole minibatch; it is empty if not one completion has a known reward, on any process.
+        """
+        whole = join(self.processes.gather(mine)) if self.processes.world_size > 1 else mine
+        plan = plan_passes(
+            whole, token_budget=self.config.memory.micro_batch_tokens, num_processes=self.processes.world_size
+        )
+        passes = [self._pass(whole, sequences) for sequences in plan[self.processes.rank]]
+        measure_passes(self.meter, passes)
+        return [micro.to(self.processes.device) for micro in passes]
 
-    def _optimizer_step(self, minibatch: Batch) -> None:
-        """One update on one minibatch, whose other parts lie on the other processes."""
-        algorithm = self.config.algorithm
-        lens = minibatch.completion_lens
-        num_completions, num_tokens = map(int, self.processes.sum(len(lens), int(lens.sum())))
-        if not num_completions:
-            return  # not one completion has a known reward, on any process
+    def _pass(self, whole: Batch, sequences: list[int]) -> MicroBatch:
+        if not sequences:
+            return spare()
+        part = take(whole, sequences)
         weights = token_weights(
-            algorithm.aggregation,
-            lens,
-            num_completions=num_completions,
-            num_tokens=num_tokens,
+            self.config.algorithm.aggregation,
+            part.completion_lens,
+            num_completions=whole.num_sequences,
+            num_tokens=int(whole.completion_lens.sum()),
             max_completion_tokens=self.config.rollout.max_completion_tokens,
         )
-        plan, micro_batches = self._micro_batches(replace(minibatch, weights=weights))
-        total = 0.0
-        for number, micro in enumerate(micro_batches):
-            assert micro.weights is not None, "weights were set before the split"
+        return micro_batch(part, weights)
+
+    def _fix_logprobs(self, micro: MicroBatch) -> None:
+        """Add the log-probabilities that stay fixed during the updates, where the algorithm needs them."""
+        if self.config.algorithm.num_minibatches > 1:
+            micro.old_logprobs = self.policy.old_logprobs(micro)
+        if self.policy.reference is not None:
+            micro.ref_logprobs = self.policy.ref_logprobs(micro)
+
+    def _optimizer_step(self, minibatch: list[MicroBatch]) -> None:
+        """One update on this process's passes over a minibatch; the other processes run as many at the same time."""
+        if not minibatch:
+            return
+        algorithm = self.config.algorithm
+        total = torch.zeros((), device=self.processes.device)
+        for number, micro in enumerate(minibatch):
             logprobs, entropy = self.policy.logprobs(micro)
             result = grpo_loss(
                 logprobs,
-                micro.advantages[micro.sequence_index],
+                micro.advantages,
                 micro.weights,
                 old_logprobs=micro.old_logprobs,
                 ref_logprobs=micro.ref_logprobs,
@@ -188,20 +199,20 @@ class Trainer:
                 kl_coef=algorithm.kl_coef,
                 kl_estimator=algorithm.kl_estimator,
             )
-            total += float(result.loss.detach())
-            self.policy.backward(result.loss, last=number == len(micro_batches) - 1)
+            total += result.loss.detach()
+            self.policy.backward(result.loss, last=number == len(minibatch) - 1)
             measure_micro_batch(self.meter, micro, logprobs.detach(), entropy, result)
-            self.meter.mean("batch/padding", torch.tensor(float(number >= len(plan))))
         rate = learning_rate(
             self.config.optimizer, step=self.state.optimizer_steps, num_steps=self.config.optimizer_steps
         )
-        self._refuse_if_not_finite("loss", self.processes.sum(total)[0])
+        (loss,) = self.processes.sum(float(total))
+        self._refuse_if_not_finite("loss", loss)
         norm = self.policy.optimizer_step(rate)
         self._refuse_if_not_finite("gradient's norm", norm)
         self.state.optimizer_steps += 1
         self.learning_rate = rate
         self.meter.mean("optimizer/grad_norm", torch.tensor(norm))
-        self.meter.mean("optimizer/loss", torch.tensor(self.processes.world_size * total))
+        self.meter.mean("optimizer/loss", torch.tensor(loss))
 
     def _refuse_if_not_finite(self, what: str, value: float) -> None:
         """Stop before a broken update reaches a checkpoint."""
@@ -210,13 +221,6 @@ class Trainer:
                 f"the {what} of step {self.state.step + 1} is {value}; the weights are lost from here on, the last checkpoint "
                 "is not. Lower optimizer.learning_rate or optimizer.max_grad_norm, and start from it with model.name=.../hf."
             )
-
-    def _micro_batches(self, batch: Batch) -> tuple[list[list[int]], list[Batch]]:
-        """Which sequences share a pass, and the passes, on the device; spare ones make up the number of the busiest rank."""
-        plan = plan_micro_batches(batch, self.config.memory.micro_batch_tokens)
-        num_passes = self.processes.max(len(plan))
-        passes = [take(batch, sequences) for sequences in plan] + [spare(batch)] * (num_passes - len(plan))
-        return plan, [micro.to(self.processes.device) for micro in passes]
 
     def _minibatch_bounds(self) -> list[slice]:
         return minibatch_bounds(
@@ -320,6 +324,8 @@ class Trainer:
     def _clock(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
+        if self.processes.device.type == "cuda":
+            torch.cuda.synchronize()
         self.seconds[name] = time.perf_counter() - started
 
     def _gradable_prompts(

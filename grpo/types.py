@@ -1,15 +1,16 @@
-"""What flows through one training step: Prompt -> Completion -> Group -> Scores -> Batch.
+"""What flows through one training step: Prompt -> Completion -> Group -> Scores -> Batch -> MicroBatch.
 
 Shapes use one legend everywhere:
 
     P  prompts            G  completions per prompt      B  sequences (P * G, less those that are not trained on)
-    L  all tokens of a pack (prompts and completions)    T  its completion tokens        V  vocabulary
+    L  all tokens of a batch (prompts and completions)   T  its completion tokens        V  vocabulary
+    S  places in a forward pass, shared prompts once     K  keys that its attention sees
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -96,27 +97,20 @@ class Scores:
 
 @dataclass
 class Batch:
-    """Sequences end to end, without padding: prompt 0, completion 0, prompt 1, completion 1, ...
+    """The sequences of an optimizer step, end to end: prompt 0, completion 0, prompt 1, completion 1, ...
 
-    For two sequences of prompts `a b` and `c` with completions `x y` and `z`:
+    For two completions `x y` and `z` of the prompt `a b`, and one completion `w` of the prompt `c`:
 
-        tokens           a b x y c z        cu_seqlens      0 4 6       prompt_lens     2 1
-        position_ids     0 1 2 3 0 1        completion_lens   2 1       sequence_index  0 0 1
-        target_index     2 3 5              (tokens[target_index] are x y z; each is predicted at the place before)
-
-    Per-token fields hold the completion tokens only, in the same order.
+        tokens    a b x y a b z c w        cu_seqlens    0 4 7 9       prompt_index      0 0 1
+                                           prompt_lens   2 2 1         completion_lens   2 1 1
     """
 
     tokens: Tensor  # (L,) int64
-    cu_seqlens: Tensor  # (B + 1,) int32, where each sequence starts, and L
+    cu_seqlens: Tensor  # (B + 1,) int64, where each sequence starts, and L
     prompt_lens: Tensor  # (B,) int64
+    prompt_index: Tensor  # (B,) int64, the same number for the same prompt
     advantages: Tensor  # (B,)
-    sampling_logprobs: Tensor  # (T,) as the generator sampled them
-    old_logprobs: Tensor | None = None  # (T,) of the policy before the first update; None: strictly on-policy
-    ref_logprobs: Tensor | None = None  # (T,) of the reference; None: no KL term
-    weights: Tensor | None = None  # (T,) in the loss, set per optimizer step
-
-    PER_TOKEN: ClassVar = ("sampling_logprobs", "old_logprobs", "ref_logprobs", "weights")
+    sampling_logprobs: Tensor  # (T,) of the completion tokens, as the generator sampled them
 
     @property
     def num_sequences(self) -> int:
@@ -124,30 +118,64 @@ class Batch:
 
     @property
     def sequence_lens(self) -> Tensor:
-        return self.cu_seqlens.diff().long()
+        return self.cu_seqlens.diff()
 
     @property
     def completion_lens(self) -> Tensor:
         return self.sequence_lens - self.prompt_lens
 
-    @property
-    def sequence_index(self) -> Tensor:
-        """(T,) the sequence that each completion token belongs to."""
-        lens = self.completion_lens
-        return torch.arange(len(lens), device=lens.device).repeat_interleave(lens)
 
-    @property
-    def position_ids(self) -> Tensor:
-        """(L,) place of each token in its sequence."""
-        lens = self.sequence_lens
-        starts = self.cu_seqlens[:-1].long().repeat_interleave(lens)
-        return torch.arange(len(self.tokens), device=lens.device) - starts
+@dataclass(frozen=True)
+class Packing:
+    """Who attends to whom in a forward pass: runs of queries, each with the run of keys that it sees causally.
 
-    @property
-    def target_index(self) -> Tensor:
-        """(T,) places of the completion tokens in `tokens`."""
-        return (self.position_ids >= self.prompt_lens.repeat_interleave(self.sequence_lens)).nonzero().squeeze(-1)
+    Of the `S` places in a pass the first `P` are prompts. `MicroBatch` has an example.
+    """
 
-    def to(self, device: torch.device) -> Batch:
-        moved: dict[str, Any] = {k: v if v is None else v.to(device) for k, v in vars(self).items()}
-        return Batch(**moved)
+    cu_queries: Tensor  # (N + 1,) int32, where each run of queries starts, and S
+    cu_keys: Tensor  # (N + 1,) int32, where each run of keys starts, and K
+    longest_query: int
+    longest_key: int
+    key_index: Tensor  # (K,) the place of each key
+    own_key: Tensor  # (S,) where the keys have each place as part of its own run
+    shared_keys: Tensor  # (P, U) where else they have each prompt token, for the completions that see it; -1: nowhere
+
+
+@dataclass
+class MicroBatch:
+    """What one forward pass of one process reads. Completions of the same prompt share it: its tokens are there once.
+
+    For the sequences `a b x y` and `a b z`:
+
+        tokens         a b x y z        runs of queries    a b | x y     | z          cu_queries   0 2 4 5
+        position_ids   0 1 2 3 2        runs of keys       a b | a b x y | a b z      cu_keys      0 2 6 9
+        source_index   1 2 1            (the places whose hidden states predict x, y and z, which are the targets)
+
+    Per-token fields hold the completion tokens only, in the order of the batch's sequences.
+    """
+
+    tokens: Tensor  # (S,) int64
+    position_ids: Tensor  # (S,)
+    packing: Packing
+    source_index: Tensor  # (T,)
+    targets: Tensor  # (T,)
+    advantages: Tensor  # (T,) each token's completion's
+    weights: Tensor  # (T,) in the loss
+    sampling_logprobs: Tensor  # (T,)
+    num_sequence_tokens: int  # of its sequences, each with a prompt of its own
+    is_spare: bool = False  # run for the sake of the other processes only; all weights are 0
+    old_logprobs: Tensor | None = None  # (T,) of the policy before the first update; None: strictly on-policy
+    ref_logprobs: Tensor | None = None  # (T,) of the reference; None: no KL term
+
+    def to(self, device: torch.device) -> MicroBatch:
+        return _moved(self, device)
+
+
+def _moved(data: Any, device: torch.device) -> Any:
+    """A dataclass with its tensors, and those of dataclasses in it, on the device."""
+    fields = vars(data).items()
+    return replace(
+        data,
+        **{k: v.to(device, non_blocking=True) for k, v in fields if isinstance(v, Tensor)},
+        **{k: _moved(v, device) for k, v in fields if is_dataclass(v)},
+    )

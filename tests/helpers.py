@@ -30,7 +30,7 @@ def tiny_settings(run_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         "rollout": {"num_prompts": 4, "group_size": 4, "max_completion_tokens": 24},
         "algorithm": {"kl_coef": 0.0},
         "optimizer": {"learning_rate": 1e-3},
-        "memory": {"micro_batch_tokens": 256, "gradient_checkpointing": False},
+        "memory": {"micro_batch_tokens": 256, "activation_checkpointing": 0},
         "distributed": {"zero_stage": 0},
         "scoring": {"num_workers": 1},
         "run": {"dir": str(run_dir), "steps": 2},

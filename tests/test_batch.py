@@ -3,7 +3,8 @@ import random
 import pytest
 import torch
 
-from grpo.batch import minibatch_bounds, pack, plan_micro_batches, spare, take, with_per_token
+from grpo.attention import spread
+from grpo.batch import join, micro_batch, minibatch_bounds, pack, plan_passes, spare, take
 from grpo.types import Batch, Completion, Group, Prompt
 
 
@@ -24,25 +25,23 @@ def batch() -> Batch:
     return pack(groups, torch.tensor([[0.5, float("nan")], [1.5, -1.5]]))
 
 
-def random_batch(rng: random.Random, num_groups: int = 9) -> Batch:
+def random_batch(rng: random.Random, num_groups: int = 9, num_completions: int = 3) -> Batch:
     groups = [
         Group(
             prompt([rng.randrange(100) for _ in range(rng.randint(1, 9))]),
-            [completion([rng.randrange(100) for _ in range(rng.randint(1, 30))]) for _ in range(3)],
+            [completion([rng.randrange(100) for _ in range(rng.randint(1, 30))]) for _ in range(num_completions)],
         )
         for _ in range(num_groups)
     ]
-    return pack(groups, torch.randn(num_groups, 3))
+    return pack(groups, torch.randn(num_groups, num_completions))
 
 
 def test_packing_lays_sequences_end_to_end_and_leaves_out_unknown_rewards(batch: Batch):
     assert batch.tokens.tolist() == [1, 2, 10, 11, 3, 13, 3, 14, 15, 16]
     assert batch.cu_seqlens.tolist() == [0, 4, 6, 10]
+    assert batch.prompt_index.tolist() == [0, 1, 1]
     assert batch.advantages.tolist() == [0.5, 1.5, -1.5]
-    assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2, 3]
     assert batch.completion_lens.tolist() == [2, 1, 3]
-    assert batch.sequence_index.tolist() == [0, 0, 1, 2, 2, 2]
-    assert batch.tokens[batch.target_index].tolist() == [10, 11, 13, 14, 15, 16]
     assert (-batch.sampling_logprobs).tolist() == [10, 11, 13, 14, 15, 16]
 
 
@@ -50,47 +49,103 @@ def test_taking_sequences_takes_their_tokens_and_per_token_values(batch: Batch):
     part = take(batch, [2, 0])
     assert part.tokens.tolist() == [3, 14, 15, 16, 1, 2, 10, 11]
     assert part.cu_seqlens.tolist() == [0, 4, 8]
+    assert part.prompt_index.tolist() == [1, 0]
     assert part.advantages.tolist() == [-1.5, 0.5]
-    assert (-part.sampling_logprobs).tolist() == part.tokens[part.target_index].tolist() == [14, 15, 16, 10, 11]
-    assert part.old_logprobs is None
+    assert (-part.sampling_logprobs).tolist() == [14, 15, 16, 10, 11]
+    assert take(batch, []).tokens.numel() == 0
+
+
+def test_joined_batches_keep_their_prompts_apart(batch: Batch):
+    empty = pack([], torch.empty(0, 2))
+    both = join([batch, empty, batch])
+    assert both.prompt_index.tolist() == [0, 1, 1, 2, 3, 3]
+    assert both.cu_seqlens.tolist() == [0, 4, 6, 10, 14, 16, 20]
+    back = take(both, [3, 4, 5])
+    assert back.tokens.equal(batch.tokens)
+    assert back.sampling_logprobs.equal(batch.sampling_logprobs)
+
+
+def test_a_pass_holds_each_prompt_once_and_every_completion_sees_its_own(batch: Batch):
+    micro = micro_batch(batch, weights=torch.ones(6))
+    #                                 prompts   completions
+    assert micro.tokens.tolist() == [1, 2, 3, 10, 11, 13, 14, 15, 16]
+    assert micro.position_ids.tolist() == [0, 1, 0, 2, 3, 1, 1, 2, 3]
+    assert micro.targets.tolist() == [10, 11, 13, 14, 15, 16]
+    assert micro.source_index.tolist() == [1, 3, 2, 2, 6, 7]
+    assert micro.advantages.tolist() == [0.5, 0.5, 1.5, -1.5, -1.5, -1.5]
+    packing = micro.packing
+    assert packing.cu_queries.tolist() == [0, 2, 3, 5, 6, 9]
+    assert packing.cu_keys.tolist() == [0, 2, 3, 7, 9, 13]
+    assert micro.tokens[packing.key_index].tolist() == [1, 2, 3, 1, 2, 10, 11, 3, 13, 3, 14, 15, 16]
+    assert (packing.longest_query, packing.longest_key) == (3, 4)
+    assert micro.num_sequence_tokens == 10
+
+
+def test_the_gradient_of_shared_keys_is_that_of_plain_indexing():
+    batch = random_batch(random.Random(4))
+    micro = micro_batch(batch, weights=torch.ones(int(batch.completion_lens.sum())))
+    x = torch.randn(len(micro.tokens), 2, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(len(micro.packing.key_index), 2, 3, dtype=torch.float64)
+    ours, plain = spread(x, micro.packing), x[micro.packing.key_index]
+    assert ours.equal(plain)
+    expected = torch.autograd.grad((plain * weights).sum(), x)
+    # the parts of a shared place are added in float32
+    torch.testing.assert_close(torch.autograd.grad((ours * weights).sum(), x), expected, rtol=1e-5, atol=1e-6)
+
+
+def tokens_in(batch: Batch, sequences: list[int]) -> int:
+    return len(micro_batch(take(batch, sequences), torch.empty(0)).tokens)
 
 
 @pytest.mark.parametrize("budget", [1, 40, 100, 10**6])
-def test_micro_batches_hold_every_sequence_once_within_the_budget(budget: int):
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_passes_hold_every_sequence_once_within_the_budget(budget: int, num_processes: int):
     batch = random_batch(random.Random(0))
-    plan = plan_micro_batches(batch, budget)
-    assert sorted(i for part in plan for i in part) == list(range(batch.num_sequences))
-    for part in plan:
-        assert len(part) == 1 or int(batch.sequence_lens[part].sum()) <= budget
+    plan = plan_passes(batch, token_budget=budget, num_processes=num_processes)
+    assert len(plan) == num_processes
+    assert len({len(passes) for passes in plan}) == 1
+    held = [sequences for passes in plan for sequences in passes]
+    assert sorted(i for sequences in held for i in sequences) == list(range(batch.num_sequences))
+    for sequences in held:
+        assert len(sequences) <= 1 or tokens_in(batch, sequences) <= budget
 
 
-def test_first_fit_decreasing_fills_passes_well():
-    batch = random_batch(random.Random(1), num_groups=60)
-    used = int(batch.sequence_lens.sum())
-    assert len(plan_micro_batches(batch, 200)) <= used / 200 * 1.1 + 1
+def test_passes_are_equally_full_and_split_few_groups():
+    batch = random_batch(random.Random(1), num_groups=60, num_completions=8)
+    plan = plan_passes(batch, token_budget=1000, num_processes=4)
+    sizes = [tokens_in(batch, sequences) for passes in plan for sequences in passes]
+    alone = tokens_in(batch, list(range(batch.num_sequences)))
+    assert len(sizes) == 4 * -(-alone // 4000)
+    assert max(sizes) < 1.03 * sum(sizes) / len(sizes)  # by less than the longest completion, 30 tokens
+    assert sum(sizes) < 1.02 * alone  # prompts that are read twice because their group was split
 
 
-def test_per_token_results_return_to_the_order_of_the_batch():
-    batch = random_batch(random.Random(2))
-    plan = plan_micro_batches(batch, 60)
-    parts = [take(batch, part).sampling_logprobs for part in plan]
-    assert with_per_token(batch, plan, parts).equal(batch.sampling_logprobs)
+def test_long_sequences_are_dealt_evenly_too():
+    rng = random.Random(2)
+    groups = [Group(prompt([1] * 50), [completion([2] * rng.randint(100, 4000)) for _ in range(8)]) for _ in range(16)]
+    plan = plan_passes(pack(groups, torch.ones(16, 8)), token_budget=16_000, num_processes=4)
+    batch = pack(groups, torch.ones(16, 8))
+    loads = [sum(tokens_in(batch, sequences) for sequences in passes) for passes in plan]
+    assert min(loads) > 0.97 * max(loads)
 
 
-def test_an_empty_batch_packs_into_no_pass():
+def test_an_empty_batch_needs_no_pass():
     empty = pack([], torch.empty(0, 4))
     assert empty.num_sequences == 0
-    assert plan_micro_batches(empty, 100) == []
-    assert with_per_token(empty, [], []).numel() == 0
-    assert take(empty, []).tokens.numel() == 0
+    assert plan_passes(empty, token_budget=100, num_processes=2) == [[], []]
+    assert join([empty, empty]).num_sequences == 0
 
 
-def test_a_spare_pass_has_the_fields_of_its_batch_and_no_weight(batch: Batch):
-    batch.weights = torch.ones_like(batch.sampling_logprobs)
-    passing = spare(batch)
-    assert passing.weights.tolist() == [0.0]
-    assert passing.old_logprobs is None
-    assert passing.target_index.tolist() == [1]
+def test_with_fewer_sequences_than_processes_some_passes_are_empty(batch: Batch):
+    plan = plan_passes(batch, token_budget=100, num_processes=5)
+    assert sorted(len(passes[0]) for passes in plan) == [0, 0, 1, 1, 1]
+
+
+def test_a_spare_pass_has_no_weight():
+    micro = spare()
+    assert micro.is_spare
+    assert micro.weights.tolist() == [0.0]
+    assert micro.tokens[micro.source_index + 1].equal(micro.targets)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])

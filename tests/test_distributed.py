@@ -47,8 +47,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (1, 2, 256),
         (2, 2, 256),
         (3, 2, 256),
-        (2, 3, 120),  # minibatches of 3 questions over 3 processes: uneven passes
-        (2, 4, 256),  # more processes than questions in a minibatch: one has nothing to do
+        (2, 3, 120),  # minibatches of 3 questions over 3 processes
+        (2, 4, 1),  # a pass for each of 9 sequences, on 4 processes: some are spare; and one process samples nothing
     ],
 )
 def test_the_update_does_not_depend_on_how_it_is_split(
@@ -59,7 +59,7 @@ def test_the_update_does_not_depend_on_how_it_is_split(
         for name in COMPARED:
             # float32 sums in another order; they differ by 2e-7 relative, and the second step starts from such weights
             assert ours[name] == pytest.approx(theirs[name], rel=2e-5, abs=1e-6), name
-        assert processes < 4 or ours["batch/padding"] > 0  # the one with nothing to do ran spare passes
+        assert (ours["batch/padding"] > 0) == (processes == 4)
     weights, expected = load_file(out / "weights.safetensors"), load_file(reference / "weights.safetensors")
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from helpers import TINY, save_family, tiny_config
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma2Config,
     LlamaConfig,
     MistralConfig,
@@ -21,14 +24,23 @@ from transformers import (
 )
 
 from grpo import distributed
-from grpo.attention import implementation_for, packed_inputs
-from grpo.batch import pack, take
+from grpo.attention import packed_inputs
+from grpo.batch import micro_batch, pack, take
 from grpo.config import ModelConfig
 from grpo.logprobs import token_logprobs
-from grpo.policy import Policy, check_context, end_token_ids, load_lm, load_tokenizer, output_head
+from grpo.policy import (
+    Policy,
+    check_context,
+    checkpoint_activations,
+    end_token_ids,
+    fuse_kernels,
+    load_lm,
+    load_tokenizer,
+    output_head,
+)
 from grpo.prompts import build_prompts, load_rows
 from grpo.rollout.hf import HFGenerator
-from grpo.types import Group, Sampling
+from grpo.types import Batch, Group, MicroBatch, Sampling
 
 SIZES = {
     "vocab_size": 128,
@@ -55,61 +67,153 @@ FAMILIES = {
 
 def random_model(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
+    return AutoModelForCausalLM.from_config(deepcopy(FAMILIES[family])).eval()
 
 
-def ragged(lens: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+PROMPT_LENS, COMPLETION_LENS = [3, 3, 1, 5, 3], [4, 9, 6, 80, 2]  # the first two and the last share a prompt
+
+
+def ragged() -> MicroBatch:
+    """Five sequences of three prompts."""
     torch.manual_seed(1)
-    tokens = torch.randint(3, 128, (sum(lens),))
-    return tokens, torch.cat([torch.arange(n) for n in lens]), torch.tensor([0, *lens]).cumsum(0).int()
+    prompt_index = torch.tensor([0, 0, 1, 2, 0])
+    prompts = {i: torch.randint(3, 128, (n,)) for i, n in zip(prompt_index.tolist(), PROMPT_LENS, strict=True)}
+    lens = [p + c for p, c in zip(PROMPT_LENS, COMPLETION_LENS, strict=True)]
+    parts = [
+        (prompts[i], torch.randint(3, 128, (n,))) for i, n in zip(prompt_index.tolist(), COMPLETION_LENS, strict=True)
+    ]
+    batch = Batch(
+        tokens=torch.cat([part for both in parts for part in both]),
+        cu_seqlens=torch.tensor([0, *lens]).cumsum(0),
+        prompt_lens=torch.tensor(PROMPT_LENS),
+        prompt_index=prompt_index,
+        advantages=torch.zeros(5),
+        sampling_logprobs=torch.zeros(sum(COMPLETION_LENS)),
+    )
+    return micro_batch(batch, weights=torch.ones(sum(COMPLETION_LENS)))
+
+
+def runs(micro: MicroBatch) -> list[slice]:
+    """Where the completions lie in the pass."""
+    edges = micro.packing.cu_queries.tolist()[-1 - len(COMPLETION_LENS) :]
+    return [slice(a, b) for a, b in pairwise(edges)]
+
+
+def alone(model: PreTrainedModel, micro: MicroBatch) -> list[torch.Tensor]:
+    """Logits of each completion's tokens, its sequence the only one in the model's own forward pass."""
+    keys = micro.tokens[micro.packing.key_index].split(micro.packing.cu_keys.diff().tolist())[-len(COMPLETION_LENS) :]
+    lens = zip(keys, PROMPT_LENS, strict=True)
+    return [model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, prompt_len:] for ids, prompt_len in lens]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_packed_forward_equals_one_sequence_at_a_time(family: str):
-    model = random_model(family)
-    tokens, position_ids, cu_seqlens = ragged([7, 1, 12, 5])
+    model, micro = random_model(family), ragged()
     with torch.no_grad():
-        packed = model.base_model(**packed_inputs(tokens, position_ids, cu_seqlens)).last_hidden_state[0]
-        alone = [
-            model(input_ids=tokens[a:b].unsqueeze(0), use_cache=False).logits[0]
-            for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)
-        ]
-    # float32 sums in another order: 1e-5 of logits of size one
-    torch.testing.assert_close(output_head(model)(packed), torch.cat(alone), rtol=1e-4, atol=1e-5)
+        expected = alone(model, micro)
+        model.set_attn_implementation("packed")
+        packed = output_head(model)(model.base_model(**packed_inputs(micro)).last_hidden_state[0])
+    for place, logits in zip(runs(micro), expected, strict=True):
+        # float32 sums in another order: 1e-5 of logits of size one
+        torch.testing.assert_close(packed[place], logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_gradient_of_a_packed_forward_is_the_sum_over_the_sequences(share: float):
+    model, micro = random_model("qwen2"), ragged()
+    model.train()
+    weights = [torch.randn(n, 128) for n in COMPLETION_LENS]
+    loss = sum((logits * w).sum() for logits, w in zip(alone(model, micro), weights, strict=True))
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    model.set_attn_implementation("packed")
+    checkpoint_activations(model, share)
+    assert sum(layer.gradient_checkpointing for layer in model.model.layers) == 2 * share
+    packed = output_head(model)(model.base_model(**packed_inputs(micro)).last_hidden_state[0])
+    loss = sum((packed[place] * w).sum() for place, w in zip(runs(micro), weights, strict=True))
+    actual = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_neighbour_of_enormous_values_does_not_leak_in(family: str):
-    model = random_model(family)
-    tokens, position_ids, cu_seqlens = ragged([6, 8, 9])
-    inputs = packed_inputs(tokens, position_ids, cu_seqlens)
+    model, micro = random_model(family), ragged()
+    model.set_attn_implementation("packed")
+    inputs = packed_inputs(micro)
+    watched = runs(micro)[1]
     with torch.no_grad():
         calm = model.base_model(**inputs).last_hidden_state[0]
-        embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
-        embeddings[:, :6] = 10_000.0
-        embeddings[:, 14:] = -10_000.0
-        beside = model.base_model(inputs_embeds=embeddings, **inputs).last_hidden_state[0]
-    assert not torch.allclose(calm[:6], beside[:6])
-    torch.testing.assert_close(beside[6:14], calm[6:14], rtol=1e-4, atol=1e-5)
+        beside = with_loud_neighbours(model, inputs, micro, 10_000.0)
+    assert not torch.allclose(calm[runs(micro)[2]], beside[runs(micro)[2]])
+    torch.testing.assert_close(beside[watched], calm[watched], rtol=1e-4, atol=1e-5)
+
+
+def with_loud_neighbours(model: PreTrainedModel, inputs: dict, micro: MicroBatch, value: float) -> torch.Tensor:
+    """Hidden states when every place but the second completion and its prompt (the first 3 places) has this embedding."""
+    inputs = dict(inputs)
+    embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
+    loud = torch.ones(len(micro.tokens), dtype=torch.bool)
+    loud[:3] = loud[runs(micro)[1]] = False
+    embeddings[:, loud] = value
+    return model.base_model(inputs_embeds=embeddings, **inputs).last_hidden_state[0]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device for variable-length flash attention")
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flash_attention_over_packs_equals_sdpa_and_keeps_nan_neighbours_out(family: str):
-    model = random_model(family).to("cuda", torch.bfloat16)
-    tokens, position_ids, cu_seqlens = (x.cuda() for x in ragged([6, 80, 9]))
-    inputs = packed_inputs(tokens, position_ids, cu_seqlens)
+def test_flash_attention_over_packs_equals_sdpa_and_keeps_nan_neighbours_out(family: str, fused: bool):
+    model, micro = random_model(family).to("cuda"), ragged().to(torch.device("cuda"))
+    model.set_attn_implementation("packed")
+    inputs, watched = packed_inputs(micro), runs(micro)[1]
     with torch.no_grad():
-        expected = model.float().base_model(**inputs).last_hidden_state[0]
-        model.to(torch.bfloat16).set_attn_implementation(implementation_for(model))
-        assert model.config._attn_implementation == "packed"
-        embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
-        embeddings[:, :6] = float("nan")
-        embeddings[:, 86:] = float("nan")
-        actual = model.base_model(inputs_embeds=embeddings, **inputs).last_hidden_state[0]
+        expected = model.base_model(**inputs).last_hidden_state[0]  # in float32
+        if fused:
+            fuse_kernels(model)
+        actual = with_loud_neighbours(model.to(torch.bfloat16), inputs, micro, float("nan"))
     # bfloat16 keeps 8 bits: 2 % of hidden states of size one, over two layers
-    torch.testing.assert_close(actual[6:86].float(), expected[6:86], rtol=0.05, atol=0.05)
+    torch.testing.assert_close(actual[watched].float(), expected[watched], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device for variable-length flash attention")
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_through_flash_attention_equal_those_in_float32(fused: bool):
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, micro = random_model("qwen2").to("cuda", dtype).train(), ragged().to(torch.device("cuda"))
+        if fused and dtype == torch.bfloat16:
+            fuse_kernels(model)
+        model.set_attn_implementation("packed")
+        hidden = model.base_model(**packed_inputs(micro)).last_hidden_state[0]
+        logprobs, _ = token_logprobs(
+            hidden[micro.source_index], micro.targets, output_head(model), temperature=0.7, chunk_tokens=50
+        )
+        gradients.append(torch.autograd.grad(logprobs.mean(), list(model.parameters())))
+    for exact, ours in zip(*gradients, strict=True):
+        # bfloat16 keeps 8 bits, through two layers and back
+        assert (ours.float() - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device for the kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [50, 4096, 151_936])
+def test_the_kernels_over_logits_equal_the_plain_formulas(dtype: torch.dtype, size: int):
+    from grpo import logprob_kernels, logprobs
+
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(33, size, device="cuda")).to(dtype)
+    logits[:, 7] = float("-inf")
+    logits[3] += 500
+    targets = torch.randint(8, size, (33,), device="cuda")
+    ours = logprob_kernels.row_statistics(logits, targets, 0.7)
+    plain = logprobs.plain_row_statistics(logits, targets, 0.7)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-4)  # logits of up to 700 in float32
+    gradient = torch.randn((), device="cuda").expand(33)
+    other = logits.clone()
+    logprob_kernels.replace_by_gradient(logits, targets, plain[2], gradient, 0.7)
+    logprobs.plain_replace_by_gradient(other, targets, plain[2], gradient, 0.7)
+    torch.testing.assert_close(logits, other, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
@@ -148,18 +252,18 @@ def test_sampling_logprobs_equal_a_fresh_forward_pass(policy: Policy, groups: li
     for group in groups:
         for completion in group.completions:
             ids = torch.tensor([group.prompt.token_ids + completion.token_ids], device=policy.processes.device)
-            with torch.no_grad():
-                logits = policy.lm(input_ids=ids, use_cache=False).logits[0, len(group.prompt.token_ids) - 1 : -1].cpu()
+            with torch.no_grad(), policy.sampling_model() as lm:
+                logits = lm(input_ids=ids, use_cache=False).logits[0, len(group.prompt.token_ids) - 1 : -1].cpu()
             fresh = (logits / 0.7).log_softmax(-1).gather(1, torch.tensor(completion.token_ids).unsqueeze(1)).squeeze(1)
             # cached keys and left padding in float32: 1e-4 of a log-probability
             torch.testing.assert_close(torch.tensor(completion.logprobs), fresh, rtol=0, atol=1e-4)
 
 
 def test_the_trainers_logprobs_equal_the_sampling_logprobs(policy: Policy, groups: list[Group]):
-    batch = pack(groups, torch.ones(len(groups), 4)).to(policy.processes.device)
-    torch.testing.assert_close(policy.old_logprobs(batch), batch.sampling_logprobs, rtol=0, atol=1e-4)
-    part = take(batch, [5, 0, 17])
-    torch.testing.assert_close(policy.old_logprobs(part), part.sampling_logprobs, rtol=0, atol=1e-4)
+    batch = pack(groups, torch.ones(len(groups), 4))
+    for part in (batch, take(batch, [5, 0, 17])):
+        micro = micro_batch(part, torch.ones_like(part.sampling_logprobs)).to(policy.processes.device)
+        torch.testing.assert_close(policy.old_logprobs(micro), micro.sampling_logprobs, rtol=0, atol=1e-4)
 
 
 def test_completions_end_with_their_first_end_token_or_at_the_limit(policy: Policy, groups: list[Group]):
@@ -189,8 +293,8 @@ def test_greedy_decoding_takes_the_likeliest_token(policy: Policy, groups: list[
         [groups[0].prompt], Sampling(max_tokens=10, temperature=0.0), num_completions=1, seed=0
     )
     ids = torch.tensor([group.prompt.token_ids + group.completions[0].token_ids], device=policy.processes.device)
-    with torch.no_grad():
-        logits = policy.lm(input_ids=ids, use_cache=False).logits[0, len(group.prompt.token_ids) - 1 : -1]
+    with torch.no_grad(), policy.sampling_model() as lm:
+        logits = lm(input_ids=ids, use_cache=False).logits[0, len(group.prompt.token_ids) - 1 : -1]
     assert logits.argmax(-1).tolist() == group.completions[0].token_ids
 
 
@@ -241,14 +345,16 @@ def test_the_export_does_not_inherit_sampling_defaults(policy: Policy, tmp_path:
     assert "temperature" not in saved
 
 
+FALCON = FalconConfig(vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 OPT = OPTConfig(
     vocab_size=512, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
 )
 
 
 def test_a_family_that_packing_does_not_fit_is_refused(tmp_path: Path):
-    """OPT counts positions from the attention mask, so packed sequences would see each other's places."""
-    config = tiny_config(tmp_path, model={"name": str(save_family(tmp_path / "opt", OPT)), "dtype": "float32"})
+    """Falcon does not hand its attention what tells sequences apart, so each would see those before it."""
+    model = {"name": str(save_family(tmp_path / "falcon", FALCON)), "dtype": "float32"}
+    config = tiny_config(tmp_path, model=model)
     with pytest.raises(ValueError, match="Packing does not work for this model family"):
         Policy(config, load_tokenizer(config.model), distributed.start(config, dtype=torch.float32))
 

@@ -37,12 +37,15 @@ config = tiny_config(
     model={"dtype": arguments.dtype},
     rollout={"num_prompts": 6, "group_size": 3},
     algorithm={"kl_coef": 0.1, "num_minibatches": 2, "aggregation": "token", "max_sampling_gap": 100},
-    memory={"micro_batch_tokens": arguments.budget, "gradient_checkpointing": arguments.zero == 3},
+    memory={"activation_checkpointing": 0.5 if arguments.zero == 3 else 0},
     optimizer={"learning_rate": 1e-5},  # on random completions a larger step makes ratios explode, and noise with them
     distributed={"zero_stage": arguments.zero},
     checkpoint={"every_steps": 0},
     logging={"completions_every": 0},
 )
+config.memory.micro_batch_tokens = (
+    arguments.budget
+)  # less than the longest sequence too: then each has a pass of its own
 trainer = Trainer(config, rewards=[number_in_text])
 trainer.generator = FixedGenerator()
 metrics = [trainer.train_step() for _ in range(2)]

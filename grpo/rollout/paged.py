@@ -113,7 +113,8 @@ AttentionMaskInterface.register("paged", lambda *args, **kwargs: None)  # what a
 def attend(q: Tensor, k: Tensor, v: Tensor, places: Places, layer: int, *, scale: float, window: int | None) -> Tensor:
     """Attention of tokens whose keys and values have been written; q (N, heads, D), k and v (N, kv_heads, D)."""
     if places.cu_seqlens is not None:
-        return _prefill_attention(q, k, v, places.cu_seqlens, places.longest, scale=scale, window=window)
+        bounds, longest = places.cu_seqlens, places.longest
+        return varlen_attention(q, k, v, bounds, bounds, longest, longest, scale=scale, window=window)
     assert places.block_table is not None, "a decoding step has a block table"
     assert places.lens is not None, "a decoding step has lengths"
     keys, values = places.cache.keys[layer], places.cache.values[layer]
@@ -122,21 +123,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, places: Places, layer: int, *, scale
 
         return decode_attention(q, keys, values, places.block_table, places.lens, scale=scale, window=window)
     return plain_decode_attention(q, keys, values, places.block_table, places.lens, scale=scale, window=window)
-
-
-def _prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, *, scale: float, window: int | None
-) -> Tensor:
-    """Causal attention within each sequence."""
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return varlen_attention(q, k, v, cu_seqlens, longest, scale=scale, window=window)
-    lens = cu_seqlens.diff().tolist()
-    parts = []
-    for qs, ks, vs in zip(q.split(lens), k.split(lens), v.split(lens), strict=True):
-        age = torch.arange(len(qs), device=q.device).unsqueeze(1) - torch.arange(len(qs), device=q.device)
-        seen = (age >= 0) if window is None else (age >= 0) & (age < window)
-        parts.append(_masked(qs.unsqueeze(0).transpose(1, 2), ks.unsqueeze(0), vs.unsqueeze(0), seen, scale)[0])
-    return torch.cat(parts)
 
 
 def plain_decode_attention(

@@ -1,0 +1,89 @@
+"""Triton kernels of logprobs.py. Each has a plain counterpart there that it is tested against."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096
+"""Logits of a row that a program holds at once."""
+
+
+def row_statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`logprobs.plain_row_statistics`, reading the logits once."""
+    num_rows, size = logits.shape
+    logprobs, entropy, normalizer = torch.empty((3, num_rows), dtype=torch.float32, device=logits.device)
+    _row_statistics[(num_rows,)](
+        logits,
+        targets,
+        logprobs,
+        entropy,
+        normalizer,
+        size,
+        logits.stride(0),
+        1 / temperature,
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
+    return logprobs, entropy, normalizer
+
+
+@triton.jit
+def _row_statistics(
+    logits_ptr, target_ptr, logprob_ptr, entropy_ptr, normalizer_ptr, size, stride, scale, BLOCK: tl.constexpr
+):
+    """Running maximum, sum of exponentials, and sum of exponentials times logits, rescaled whenever the maximum rises."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
+    top = float("-inf")
+    total = 0.0
+    weighted = 0.0
+    for start in range(0, size, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + columns, mask=columns < size, other=float("-inf")).to(tl.float32) * scale
+        new_top = tl.maximum(top, tl.max(x, 0))
+        faded = tl.exp(top - new_top)
+        e = tl.exp(x - new_top)
+        total = total * faded + tl.sum(e, 0)
+        weighted = weighted * faded + tl.sum(tl.where(e > 0, e * x, 0.0), 0)
+        top = new_top
+    normalizer = top + tl.log(total)
+    target = tl.load(target_ptr + row)
+    chosen = tl.load(logits_ptr + target).to(tl.float32) * scale
+    tl.store(logprob_ptr + row, chosen - normalizer)
+    tl.store(entropy_ptr + row, normalizer - weighted / total)
+    tl.store(normalizer_ptr + row, normalizer)
+
+
+def replace_by_gradient(
+    logits: Tensor, targets: Tensor, normalizer: Tensor, gradient: Tensor, temperature: float
+) -> None:
+    """`logprobs.plain_replace_by_gradient`."""
+    num_rows, size = logits.shape
+    _replace_by_gradient[(num_rows, triton.cdiv(size, BLOCK))](
+        logits,
+        targets,
+        normalizer,
+        gradient.contiguous(),  # that of a sum is one number, with a stride of 0
+        size,
+        logits.stride(0),
+        1 / temperature,
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
+
+
+@triton.jit
+def _replace_by_gradient(
+    logits_ptr, target_ptr, normalizer_ptr, gradient_ptr, size, stride, scale, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    here = logits_ptr + row * stride + columns
+    x = tl.load(here, mask=columns < size, other=0.0)
+    probability = tl.exp(x.to(tl.float32) * scale - tl.load(normalizer_ptr + row))
+    chosen = tl.where(columns == tl.load(target_ptr + row), 1.0, 0.0)
+    result = tl.load(gradient_ptr + row) * scale * (chosen - probability)
+    tl.store(here, result.to(x.dtype), mask=columns < size)
