@@ -34,7 +34,7 @@ def row_statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple
 def _row_statistics(
     logits_ptr, target_ptr, logprob_ptr, entropy_ptr, normalizer_ptr, size, stride, scale, BLOCK: tl.constexpr
 ):
-    """Running maximum, sum of exponentials, and sum of exponentials times logits, rescaled whenever the maximum rises."""
+    """Running maximum, and sums of exp(x - maximum) and of that times x - maximum, corrected whenever the maximum rises."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     top = float("-inf")
@@ -44,16 +44,17 @@ def _row_statistics(
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + columns, mask=columns < size, other=float("-inf")).to(tl.float32) * scale
         new_top = tl.maximum(top, tl.max(x, 0))
-        faded = tl.exp(top - new_top)
-        e = tl.exp(x - new_top)
-        total = total * faded + tl.sum(e, 0)
-        weighted = weighted * faded + tl.sum(tl.where(e > 0, e * x, 0.0), 0)
+        rise = tl.where(total > 0, top - new_top, 0.0)  # in the first block there is nothing to correct
+        x -= new_top
+        e = tl.exp(x)
+        weighted = tl.exp(rise) * (weighted + rise * total) + tl.sum(tl.where(e > 0, e * x, 0.0), 0)
+        total = tl.exp(rise) * total + tl.sum(e, 0)
         top = new_top
     normalizer = top + tl.log(total)
     target = tl.load(target_ptr + row)
     chosen = tl.load(logits_ptr + target).to(tl.float32) * scale
     tl.store(logprob_ptr + row, chosen - normalizer)
-    tl.store(entropy_ptr + row, normalizer - weighted / total)
+    tl.store(entropy_ptr + row, tl.log(total) - weighted / total)
     tl.store(normalizer_ptr + row, normalizer)
 
 

@@ -81,9 +81,10 @@ def plain_row_statistics(logits: Tensor, targets: Tensor, temperature: float) ->
     scaled = logits.float() / temperature
     normalizer = scaled.logsumexp(-1)
     logprobs = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normalizer
-    probabilities = (scaled - normalizer.unsqueeze(-1)).exp_()
-    terms = torch.where(probabilities > 0, probabilities * scaled, 0)  # an impossible token's logit may be -inf
-    return logprobs, normalizer - terms.sum(-1), normalizer
+    all_logprobs = scaled.sub_(normalizer.unsqueeze(-1))
+    probabilities = all_logprobs.exp()
+    terms = torch.where(probabilities > 0, probabilities * all_logprobs, 0)  # an impossible token's logit may be -inf
+    return logprobs, -terms.sum(-1), normalizer
 
 
 def plain_replace_by_gradient(
