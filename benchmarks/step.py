@@ -87,7 +87,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="steps before them")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.SETTING=VALUE")
     parser.add_argument("--update-only", action="store_true", help="make completions up instead of sampling them")
-    parser.add_argument("--profile", action="store_true", help="parts and kernels of one more update")
+    parser.add_argument("--profile", action="store_true", help="parts and kernels of an update, in two more steps")
     parser.add_argument("--peers", nargs="*", default=[], choices=PEERS, help="after our own run; on one GPU")
     parser.add_argument("--peer-micro-batch", type=int, default=32, help="a peer's completions per forward pass")
     parser.add_argument("--out", type=Path, help="append the result to this file, as a line of JSON")
@@ -130,9 +130,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         trainer = make_trainer(args, config)
         watch = PhaseWatch(trainer)
         all_steps = [timed_step(trainer, watch) for _ in range(args.warmup + args.steps)]
-        tables = profile_update(trainer, watch, model_config(args.size).vocab_size) if args.profile else ""
         record = make_record(args, trainer, all_steps[args.warmup :])
-        trainer.say(describe(record) + tables)
+        trainer.say(describe(record))
+        if args.profile:
+            trainer.say(profile_update(trainer, watch, model_config(args.size).vocab_size))
         trainer.close()
         trainer.processes.barrier()
     distributed.stop()
@@ -151,7 +152,7 @@ def make_config(args: argparse.Namespace, model: Path, scratch: Path) -> Config:
         "algorithm": {"kl_coef": 0.001},
         "memory": {"max_sequences": args.prompts * args.completions},
         "logging": {"completions_every": 0},
-        "run": {"dir": str(scratch / "run"), "steps": args.warmup + args.steps + args.profile},
+        "run": {"dir": str(scratch / "run"), "steps": args.warmup + args.steps + 2 * args.profile},
     }
     if args.update_only:
         settings["rollout"]["engine"] = "hf"  # it takes no memory before it samples, which it never does
@@ -378,16 +379,18 @@ def _or_dash(value: float | None, width: int) -> str:
 
 
 def profile_update(trainer: Trainer, watch: PhaseWatch, vocab_size: int) -> str:
-    """One more step, whose update is taken apart: seconds of its parts, then its kernels.
+    """Two more steps: the kernels of the first one's update, and the seconds of the parts of the second's.
 
     The parts are timed by waiting for the device between them, so they do not overlap as they otherwise do.
     """
-    parts: dict[str, float] = {}
-    for part, method in (("forward", "logprobs"), ("backward", "backward"), ("optimizer", "optimizer_step")):
-        around(trainer.policy, method, partial(timed, parts, part))
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
     profiler = profile(activities=activities, record_shapes=True)
     watch.on_enter = {"update": profiler.start, "rest": profiler.stop}
+    trainer.train_step()
+    watch.on_enter = {}
+    parts: dict[str, float] = {}
+    for part, method in (("forward", "logprobs"), ("backward", "backward"), ("optimizer", "optimizer_step")):
+        around(trainer.policy, method, partial(timed, parts, part))
     trainer.train_step()
     return (
         "\n\n" + ", ".join(f"{part} {seconds:.3f} s" for part, seconds in parts.items()) + kernels(profiler, vocab_size)
