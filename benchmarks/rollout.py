@@ -12,7 +12,6 @@ A real length distribution, where answers end by themselves:
 from __future__ import annotations
 
 import argparse
-import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from workload import SHAPES, prompt_ids, random_lm
 
 from grpo.config import DataConfig, ModelConfig
 from grpo.policy import end_token_ids, lay_out
@@ -32,10 +32,6 @@ from grpo.rollout.layers import can_fuse
 from grpo.rollout.paged import num_pages_for
 from grpo.types import Prompt, Sampling
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
-    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
-}
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart" / "model"
 
 
@@ -80,21 +76,14 @@ def load(args: argparse.Namespace) -> tuple[Any, Ending]:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         ends = end_token_ids(ModelConfig(name=args.model), tokenizer)
     else:
-        config = Qwen2Config(
-            vocab_size=151936, max_position_embeddings=32768, num_key_value_heads=2, tie_word_embeddings=True,
-            **SHAPES[args.size],
-        )  # fmt: skip
-        with torch.device("cuda"):
-            lm = Qwen2ForCausalLM(config).to(torch.bfloat16)
+        lm = random_lm(args.size)
         tokenizer, ends = AutoTokenizer.from_pretrained(QUICKSTART), []
     lay_out(lm.eval(), torch.device("cuda"))
     return lm, Ending(tokenizer, ends)
 
 
 def random_prompts(number: int) -> list[Prompt]:
-    rng = random.Random(0)
-    ids = [[rng.randrange(1000, 100_000) for _ in range(rng.randrange(90, 200))] for _ in range(number)]
-    return [Prompt(i, tokens, "", "", {}) for i, tokens in enumerate(ids)]
+    return [Prompt(i, tokens, "", "", {}) for i, tokens in enumerate(prompt_ids(number))]
 
 
 def questions(args: argparse.Namespace, ending: Ending) -> list[Prompt]:

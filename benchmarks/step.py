@@ -1,0 +1,442 @@
+"""A whole training step through `grpo.Trainer`, beside TRL's in the same command: seconds, tokens per second, memory.
+
+The fixed workload: random weights in the shape of Qwen2.5, bfloat16 on CUDA, AdamW on all of them, a reference (kl_coef 0.001),
+temperature 1, random rewards; --prompts x --completions per process, prompts of 90 to 199 random tokens, exactly --new-tokens
+in each completion.
+
+    python benchmarks/step.py --size 0.5b --peers trl trl-liger --profile
+    python benchmarks/step.py --size 1.5b --set memory.micro_batch_tokens=32768 --out one.jsonl
+
+Several GPUs, with the same work for each; beside the run on one, the ratio of the steps is the efficiency of scaling:
+
+    accelerate launch --num_processes 2 --multi_gpu benchmarks/step.py --size 1.5b --set distributed.zero_stage=3 \
+--compare one.jsonl
+
+The update alone, on completions that are made up, in seconds:
+
+    python benchmarks/step.py --size 0.5b --update-only --steps 5 --profile --set memory.micro_batch_tokens=32768
+
+Without a GPU, to see that it runs:
+
+    python benchmarks/step.py --size tiny --prompts 2 --completions 4 --new-tokens 16 --peers trl --peer-micro-batch 4
+
+Every number is the median of --steps steps after --warmup. The peers are started after our own run, each in a process of its own,
+on the model that our run has saved under --cache. TRL without DeepSpeed keeps weights and optimizer in bfloat16, 6 bytes per
+parameter; ours keeps float32 masters and moments too, 14 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import yaml
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoTokenizer, Qwen2Config
+from trl_step import measure_trl
+from workload import LONGEST_PROMPT, SHAPES, model_config, prompt_ids, random_reward, saved_model, synchronize
+
+from grpo import Config, Trainer, distributed
+from grpo.types import Completion, Group, Prompt, Sampling
+
+GIB = 2**30
+PEERS = {"trl": partial(measure_trl, liger=False), "trl-liger": partial(measure_trl, liger=True)}
+
+
+def main() -> None:
+    args = parse_args()
+    if not args.peers:
+        record = measure(args)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        record = in_a_process(measure, args)
+        args.checkpointing = recomputes(record["settings"]["memory"])
+    if os.environ.get("RANK", "0") == "0":
+        earlier = [json.loads(args.compare.read_text().splitlines()[-1]) | {"name": "before"}] if args.compare else []
+        peers = [peer for name in args.peers if (peer := measure_peer(name, args)) is not None]
+        if earlier or peers:
+            print(side_by_side([record, *earlier, *peers]), flush=True)
+        if args.out:
+            with args.out.open("a") as file:
+                file.writelines(json.dumps(each) + "\n" for each in (*peers, record))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SHAPES, default="0.5b", help="shape of the random weights")
+    parser.add_argument("--prompts", type=int, default=32, help="per process and step")
+    parser.add_argument("--completions", type=int, default=8, help="per prompt")
+    parser.add_argument("--new-tokens", type=int, default=512, help="per completion, exactly")
+    parser.add_argument("--steps", type=int, default=3, help="that are measured")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.SETTING=VALUE")
+    parser.add_argument("--update-only", action="store_true", help="make completions up instead of sampling them")
+    parser.add_argument("--profile", action="store_true", help="parts and kernels of an update, in two more steps")
+    parser.add_argument("--peers", nargs="*", default=[], choices=PEERS, help="after our own run; on one GPU")
+    parser.add_argument("--peer-micro-batch", type=int, default=32, help="a peer's completions per forward pass")
+    parser.add_argument("--out", type=Path, help="append the result to this file, as a line of JSON")
+    parser.add_argument("--compare", type=Path, help="such a file: show the result of its last line beside this one")
+    parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks"), help="where the random models are kept")
+    args = parser.parse_args()
+    if args.peers and (args.update_only or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        parser.error("--peers are measured in whole steps and on one GPU")
+    return args
+
+
+def in_a_process(run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What `run` returns in a process of its own, whose memory it alone has used."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(run, *arguments).result()
+
+
+def recomputes(memory: dict[str, Any]) -> bool:
+    """Whether our run computes activations again in the backward pass, as the peers shall then."""
+    return memory.get("activation_checkpointing", memory.get("gradient_checkpointing")) not in (False, "none")
+
+
+def measure_peer(name: str, args: argparse.Namespace) -> dict[str, Any] | None:
+    """A peer that fails is reported and does not take the others' numbers with it."""
+    try:
+        return in_a_process(PEERS[name], args) | {"name": name}
+    except Exception as error:
+        print(f"{name}: failed with {type(error).__name__}: {str(error)[:300]}", flush=True)
+        return None
+
+
+# ---- our own step ----------------------------------------------------------------------------------------------------
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything about our step, which rank 0 prints as well."""
+    model = saved_model(args.size, args.cache)
+    with tempfile.TemporaryDirectory() as scratch:
+        config = make_config(args, model, Path(scratch))
+        trainer = make_trainer(args, config)
+        watch = PhaseWatch(trainer)
+        all_steps = [timed_step(trainer, watch) for _ in range(args.warmup + args.steps)]
+        record = make_record(args, trainer, all_steps[args.warmup :])
+        trainer.say(describe(record))
+        if args.profile:
+            trainer.say(profile_update(trainer, watch, model_config(args.size).vocab_size))
+        trainer.close()
+        trainer.processes.barrier()
+    distributed.stop()
+    return record
+
+
+def make_config(args: argparse.Namespace, model: Path, scratch: Path) -> Config:
+    settings = {
+        "model": {"name": str(model)},
+        "data": {"template": "none", "max_prompt_tokens": LONGEST_PROMPT},
+        "rollout": {
+            "num_prompts": args.prompts * int(os.environ.get("WORLD_SIZE", "1")),
+            "group_size": args.completions,
+            "max_completion_tokens": args.new_tokens,
+        },
+        "algorithm": {"kl_coef": 0.001},
+        "memory": {"max_sequences": args.prompts * args.completions},
+        "logging": {"completions_every": 0},
+        "run": {"dir": str(scratch / "run"), "steps": args.warmup + args.steps + 2 * args.profile},
+    }
+    if args.update_only:
+        settings["rollout"]["engine"] = "hf"  # it takes no memory before it samples, which it never does
+        settings["algorithm"]["max_sampling_gap"] = 1e6
+    file = scratch / "settings.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return Config.load(file, args.set)
+
+
+def make_trainer(args: argparse.Namespace, config: Config) -> Trainer:
+    """On as many questions as a step has, so that all steps are the same work."""
+    ids = prompt_ids(config.rollout.num_prompts)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name)
+    rows = [{"question": tokenizer.decode(each), "answer": ""} for each in ids]
+    trainer = Trainer(config, rewards=[random_reward], train_dataset=rows)
+    assert [prompt.token_ids for prompt in trainer.prompts.prompts] == ids, "a prompt is not read as its tokens"
+    if args.update_only:
+        trainer.generator = MadeUp(len(tokenizer) - 1)
+    return trainer
+
+
+class MadeUp:
+    """A generator of random tokens, as likely as they are to a model that knows nothing."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def sample(self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int) -> list[Group]:
+        shape = (len(prompts), num_completions, sampling.max_tokens)
+        ids = torch.randint(self.vocab_size, shape, generator=torch.Generator().manual_seed(seed)).tolist()
+        logprobs = torch.full((sampling.max_tokens,), 1 / self.vocab_size).log().tolist()
+        return [
+            Group(prompt, [Completion(each, logprobs, "", "length") for each in group])
+            for prompt, group in zip(prompts, ids, strict=True)
+        ]
+
+    def sync(self) -> None:
+        """The completions do not depend on the weights."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+def timed_step(trainer: Trainer, watch: PhaseWatch) -> dict[str, float]:
+    """The trainer's metrics of a step, with the seconds to the end of the device's work, and each phase's memory in GiB.
+
+    `time/step` here includes the metrics and logs that the trainer's own leaves out; `time/rest` is what is in no other phase.
+    """
+    synchronize()
+    start = time.perf_counter()
+    metrics = trainer.train_step()
+    synchronize()
+    phases = sum(value for name, value in metrics.items() if name.startswith("time/") and name != "time/step")
+    metrics["time/step"] = time.perf_counter() - start
+    metrics["time/rest"] = metrics["time/step"] - phases
+    return watch.end_step() | metrics
+
+
+class PhaseWatch:
+    """Notices by the calls that the trainer makes where a step goes on to its next phase, and keeps each phase's peak memory."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.processes = trainer.processes
+        self.on_enter: dict[str, Callable[[], Any]] = {}
+        self.phase = "rest"
+        self.peaks: dict[str, float] = {}
+        for phase, owner, method in (
+            ("rollout", trainer.generator, "sample"),
+            ("scoring", trainer.scorer, "score"),
+            ("logprobs", trainer.policy, "old_logprobs"),
+            ("logprobs", trainer.policy, "ref_logprobs"),
+            ("update", trainer.policy, "logprobs"),
+            ("rest", trainer.generator, "sync"),
+        ):
+            around(owner, method, partial(self._enter, phase))
+
+    @contextmanager
+    def _enter(self, phase: str) -> Iterator[None]:
+        if phase != self.phase:
+            self._keep_peaks()
+            self.phase = phase
+            self.on_enter.get(phase, lambda: None)()
+        yield
+
+    def _keep_peaks(self) -> None:
+        if torch.cuda.is_available():
+            for name, value in (
+                (self.phase, torch.cuda.max_memory_allocated()),
+                ("reserved", torch.cuda.max_memory_reserved()),
+            ):
+                self.peaks[f"memory/{name}"] = max(self.peaks.get(f"memory/{name}", 0.0), value / GIB)
+            torch.cuda.reset_peak_memory_stats()
+
+    def end_step(self) -> dict[str, float]:
+        """The peaks since the last call, on the process that has most."""
+        self._keep_peaks()
+        peaks, self.peaks = self.processes.gather(self.peaks), {}
+        return {name: max(each[name] for each in peaks) for name in peaks[0]}
+
+
+def around(owner: Any, method: str, context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Run every call of a method of this object within a context."""
+    call = getattr(owner, method)
+
+    def within(*args: Any, **options: Any) -> Any:
+        with context():
+            return call(*args, **options)
+
+    setattr(owner, method, within)
+
+
+# ---- what is made of the numbers -------------------------------------------------------------------------------------
+
+
+def make_record(args: argparse.Namespace, trainer: Trainer, steps: list[dict[str, float]]) -> dict[str, Any]:
+    middle = {name: median(step[name] for step in steps) for name in steps[0]}
+    peaks = {k.removeprefix("memory/"): max(s[k] for s in steps) for k in middle if k.startswith("memory/")}
+    reserved = peaks.pop("reserved", None)
+    world = trainer.processes.world_size
+    prompt_lens = [len(prompt.token_ids) for prompt in trainer.prompts.prompts]
+    flops = update_flops(model_config(args.size), prompt_lens * args.completions, args.new_tokens) / world
+    return {
+        "name": "grpo",
+        "command": shlex.join(sys.argv),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "deepspeed")},
+        "size": args.size,
+        "processes": world,
+        "work": f"{args.prompts} prompts x {args.completions} completions x {args.new_tokens} tokens per process",
+        "measured": f"{args.steps} steps after {args.warmup}",
+        "update_only": args.update_only,
+        "step": middle["time/step"],
+        "generation": None if args.update_only else middle["time/rollout"],
+        "rest": middle["time/step"] - middle["time/rollout"],
+        "peak_gib": max(peaks.values(), default=None),
+        "reserved_gib": reserved,
+        "tflops_update": flops / middle["time/update"] / 1e12,
+        "tflops_matrix": matrix_rate() / 1e12,
+        "peaks": peaks,
+        "medians": middle,
+        "steps": steps,
+        "settings": trainer.config.model_dump(),
+    }
+
+
+def update_flops(config: Qwen2Config, prompt_lens: list[int], new_tokens: int) -> float:
+    """Floating-point operations that a forward and a backward pass over these sequences need; recomputing is not counted.
+
+        6 W        per token: the W weights of the layers' matrix products, 2 operations forward and 4 backward
+        6 V H      per completion token: the output head, which reads no others
+        12 H t     per layer and token: attention of the t-th token of a sequence, which sees t keys; for all S tokens of it
+                   6 H S (S + 1), which is 12 H per token and key of the mean context, (S + 1) / 2
+
+    Norms, rotation, softmax, the embedding's look-up and the optimizer are not counted either.
+    """
+    hidden, num_layers = config.hidden_size, config.num_hidden_layers
+    key_value = hidden * config.num_key_value_heads // config.num_attention_heads
+    weights = num_layers * hidden * (2 * hidden + 2 * key_value + 3 * config.intermediate_size)
+    lens = [length + new_tokens for length in prompt_lens]
+    attention = num_layers * sum(6 * hidden * length * (length + 1) for length in lens)
+    head = 6 * config.vocab_size * hidden * new_tokens * len(lens)
+    return 6 * weights * sum(lens) + head + attention
+
+
+def matrix_rate() -> float:
+    """Operations per second of a large matrix product in bfloat16, as this device reaches them."""
+    on_gpu = torch.cuda.is_available()
+    size, repeats = (8192, 50) if on_gpu else (512, 5)
+    a, b = torch.randn(2, size, size, dtype=torch.bfloat16, device="cuda" if on_gpu else "cpu")
+    for _ in range(repeats):
+        a @ b
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        a @ b
+    synchronize()
+    return 2 * size**3 * repeats / (time.perf_counter() - start)
+
+
+def describe(record: dict[str, Any]) -> str:
+    """The result for a reader."""
+    middle, processes, peaks = record["medians"], record["processes"], record["peaks"]
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    lines = [
+        f"\n{processes} x {record['device']}; {versions}",
+        record["command"],
+        f"{record['size']}, {record['work']}; median of {record['measured']}",
+        f"memory {record['settings']['memory']}, distributed {record['settings']['distributed']}\n",
+        f"{'':10}{'seconds':>10}{'share':>8}{'peak GiB':>10}",
+    ]
+    phases = [name.removeprefix("time/") for name in middle if name.startswith("time/") and name != "time/step"]
+    for phase in (*phases, "step"):
+        seconds = middle[f"time/{phase}"]
+        peak = record["peak_gib"] if phase == "step" else peaks.get(phase)
+        lines.append(f"{phase:10}{seconds:10.3f}{seconds / record['step']:8.0%}{_or_dash(peak, 10)}")
+    lines.append(f"reserved from the device at most: {_or_dash(record['reserved_gib'], 0)} GiB\n")
+    for phase in ("rollout", "update")[record["update_only"] :]:
+        rate = middle[f"throughput/{phase}"]
+        lines.append(f"{phase:10}{rate / processes:10,.0f} tokens/s per process,{rate:12,.0f} in all")
+    ours, matrix = record["tflops_update"], record["tflops_matrix"]
+    lines.append(
+        f"the update needs {ours:.4g} TFLOP/s per process, {ours / matrix:.0%} of a large product's {matrix:.4g}"
+    )
+    return "\n".join(lines)
+
+
+def side_by_side(records: list[dict[str, Any]]) -> str:
+    """A table of steps, with ratios to the first; "the rest" is the update with all that comes before and after it."""
+    lines = ["\n" + " " * 16 + "".join(f"{record['name']:>20}" for record in records)]
+    rows = {"step": "step, s", "generation": "generation, s", "rest": "the rest, s", "peak_gib": "peak GiB"}
+    for key, title in rows.items():
+        own = records[0][key]
+        ratios = [f" ({value / own:.2f}x)" if own and value else "" for value in (record[key] for record in records)]
+        cells = [_or_dash(record[key], 0) + ratio for record, ratio in zip(records, ratios, strict=True)]
+        lines.append(f"{title:16}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _or_dash(value: float | None, width: int) -> str:
+    return f"{'-' if value is None else format(value, '.2f'):>{width}}"
+
+
+# ---- where the time of an update goes --------------------------------------------------------------------------------
+
+
+def profile_update(trainer: Trainer, watch: PhaseWatch, vocab_size: int) -> str:
+    """Two more steps: the kernels of the first one's update, and the seconds of the parts of the second's.
+
+    The parts are timed by waiting for the device between them, so they do not overlap as they otherwise do.
+    """
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
+    profiler = profile(activities=activities, record_shapes=True)
+    watch.on_enter = {"update": profiler.start, "rest": profiler.stop}
+    trainer.train_step()
+    watch.on_enter = {}
+    parts: dict[str, float] = {}
+    for part, method in (("forward", "logprobs"), ("backward", "backward"), ("optimizer", "optimizer_step")):
+        around(trainer.policy, method, partial(timed, parts, part))
+    trainer.train_step()
+    return (
+        "\n\n" + ", ".join(f"{part} {seconds:.3f} s" for part, seconds in parts.items()) + kernels(profiler, vocab_size)
+    )
+
+
+@contextmanager
+def timed(parts: dict[str, float], part: str) -> Iterator[None]:
+    synchronize()
+    start = time.perf_counter()
+    yield
+    synchronize()
+    parts[part] = parts.get(part, 0.0) + time.perf_counter() - start
+
+
+def kernels(profiler: profile, vocab_size: int, rows: int = 30) -> str:
+    """The costliest kernels (operators, without a GPU), and what some kinds of them take together.
+
+    Operators over the vocabulary are those with an argument of that size: the output head, forward, recomputed and backward, what
+    comes after its logits, and the embedding. Kernels that no torch operator launches, such as Triton's own, are not among them.
+    """
+    on_gpu = torch.cuda.is_available()
+    kind, time_of = (DeviceType.CUDA, "self_device_time_total") if on_gpu else (DeviceType.CPU, "self_cpu_time_total")
+    every = [each for each in profiler.key_averages() if each.device_type == kind and not each.is_user_annotation]
+    by_shape = [each for each in profiler.key_averages(group_by_input_shape=True) if each.device_type == DeviceType.CPU]
+    whole = sum(getattr(each, time_of) for each in every)
+
+    def share(title: str, events: list[Any]) -> str:
+        microseconds = sum(getattr(each, time_of) for each in events)
+        return f"{title} {microseconds / 1e6:.3f} s ({microseconds / whole:.0%})"
+
+    named = {
+        "communication": [each for each in every if "nccl" in each.key],
+        "attention": [each for each in every if any(name in each.key for name in ("flash", "fmha", "attention"))],
+        "over the vocabulary": [each for each in by_shape if vocab_size in _flat(each.input_shapes)],
+    }
+    lines = [share("\nkernels", every) + ": " + ", ".join(share(title, events) for title, events in named.items())]
+    for each in sorted(every, key=lambda each: -getattr(each, time_of))[:rows]:
+        taken = getattr(each, time_of)
+        lines.append(f"{taken / 1e3:10.2f} ms{taken / whole:6.1%}{each.count:8}  {each.key[:70]}")
+    return "\n".join(lines)
+
+
+def _flat(shape: Any) -> list[int]:
+    return [size for each in shape for size in _flat(each)] if isinstance(shape, (list, tuple)) else [shape]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What the benchmarks share: random weights in the shape of Qwen2.5, and prompts of 90 to 199 random tokens."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from itertools import islice, product
+from pathlib import Path
+from string import ascii_lowercase
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2Tokenizer
+
+LONGEST_PROMPT = 199
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+    "7b": {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "tie_word_embeddings": False, "vocab_size": 152064,
+    },
+}  # fmt: skip
+"""Qwen2.5's, where they differ from `model_config`; tiny is for trying a benchmark out on a CPU."""
+
+
+def model_config(size: str) -> Qwen2Config:
+    smaller = {"vocab_size": 151936, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    return Qwen2Config(max_position_embeddings=32768, **{**smaller, **SHAPES[size]})
+
+
+def random_lm(size: str) -> PreTrainedModel:
+    """In bfloat16, on the GPU if there is one."""
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return AutoModelForCausalLM.from_config(model_config(size), dtype=torch.bfloat16)
+
+
+def prompt_ids(number: int) -> list[list[int]]:
+    """Tokens of `number` prompts, the same in every call; each is one of `word_tokenizer`'s words."""
+    rng = random.Random(0)
+    return [[rng.randrange(1000, 100_000) for _ in range(rng.randrange(90, LONGEST_PROMPT + 1))] for _ in range(number)]
+
+
+def random_reward(completion_ids: list[int]) -> float:
+    return hash(tuple(completion_ids)) % 1000 / 1000
+
+
+def word_tokenizer(vocab_size: int) -> Qwen2Tokenizer:
+    """Words of up to four letters, each a token, so that text made of words reads back as the same tokens.
+
+    Every id that a model can draw is some text. The end-of-sequence token has the first id that it cannot draw: no completion
+    ends before its limit, in any library, and without changing how it samples.
+    """
+    all_words = ("Ġ" + "".join(letters) for n in range(1, 5) for letters in product(ascii_lowercase, repeat=n))
+    others = [*ascii_lowercase, "Ġ", "<pad>"]
+    words = list(islice(all_words, vocab_size - len(others)))
+    vocabulary = {token: number for number, token in enumerate([*others, *words])}
+    merges = [(word[:-1], word[-1]) for word in words]
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary, merges=merges, pad_token="<pad>", unk_token="<pad>", eos_token="<end>", padding_side="left"
+    )
+    assert tokenizer.eos_token_id == vocab_size, f"the end token has id {tokenizer.eos_token_id}, which may be drawn"
+    return tokenizer
+
+
+def saved_model(size: str, cache: Path) -> Path:
+    """A directory with the random model and its tokenizer. Rank 0 writes it, once; the other processes wait for it."""
+    directory = cache / f"qwen2.5-{size}"
+    if not directory.exists() and os.environ.get("RANK", "0") == "0":
+        unfinished = directory.with_suffix(".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        random_lm(size).save_pretrained(unfinished)
+        word_tokenizer(model_config(size).vocab_size).save_pretrained(unfinished)
+        unfinished.rename(directory)
+        torch.cuda.empty_cache()
+    while not directory.exists():
+        time.sleep(0.1)
+    return directory
+
+
+def synchronize() -> None:
+    """Wait for the device, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
