@@ -107,7 +107,7 @@ def in_a_process(run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[st
 
 def recomputes(memory: dict[str, Any]) -> bool:
     """Whether our run computes activations again in the backward pass, as the peers shall then."""
-    return memory.get("activation_checkpointing", memory.get("gradient_checkpointing")) not in (False, "none")
+    return memory["activation_checkpointing"] > 0
 
 
 def measure_peer(name: str, args: argparse.Namespace) -> dict[str, Any] | None:
