@@ -37,7 +37,7 @@ def token_logprobs(
     parts = []
     for h, y in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
         if torch.is_grad_enabled():
-            parts.append(checkpoint(_chunk, h, y, head, temperature, use_reentrant=False))
+            parts.append(checkpoint(_chunk, h, y, head, temperature, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(_chunk(h, y, head, temperature))
     logprobs, entropies = zip(*parts, strict=True)

@@ -168,7 +168,10 @@ def load_lm(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
 def checkpoint_activations(lm: PreTrainedModel, share: float) -> None:
     """Compute the activations of this share of the layers, evenly spread, again in the backward pass instead of keeping them."""
     if share > 0:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        # there is no dropout, and saving random states costs the host more time than launching a small model's layer
+        lm.gradient_checkpointing_enable(
+            {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
+        )
         layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
         for number, layer in enumerate(layers):
             layer.gradient_checkpointing = math.floor((number + 1) * share) > math.floor(number * share)

@@ -91,7 +91,7 @@ def clean_environment() -> dict[str, str]:
 def launch(script: str, *arguments: str, processes: int = 1, timeout: float = 300) -> str:
     """Run tests/<script> under torchrun and return what it printed; fails with its output if it failed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**clean_environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment = {**clean_environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
         [*command, str(ROOT / "tests" / script), *arguments],
         capture_output=True,
