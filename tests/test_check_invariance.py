@@ -78,8 +78,9 @@ def test_a_run_that_cannot_start_says_why(tmp_path: Path, capsys: pytest.Capture
     config = small_config(tmp_path, data={"name": "absent.jsonl"})
     assert invariance.check(config, processes=[1]) == 1
     out = capsys.readouterr().out
-    assert "error: data.name is 'absent.jsonl'; there is no such file." in out
+    assert "crashed:\nerror: data.name is 'absent.jsonl'; there is no such file." in out
     assert "did not run, so there is nothing to compare" in out
+    assert "Traceback" not in out
 
 
 def test_the_variants_are_budgets_processes_and_stages(tmp_path: Path):

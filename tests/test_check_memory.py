@@ -98,10 +98,11 @@ def test_something_is_always_advised_and_names_real_settings(tmp_path: Path, pha
         assert set(settings_named(suggestions)) <= set(setting_names())
 
 
-def test_the_longest_step_is_as_long_as_the_settings_allow(tmp_path: Path):
+@pytest.mark.parametrize("engine", ["hf", "native"])
+def test_the_longest_step_is_as_long_as_the_settings_allow(tmp_path: Path, engine: str):
     config = tiny_config(
         tmp_path / "run",
-        rollout={"stop": ["e"], "num_prompts": 3},  # would end nearly every completion
+        rollout={"stop": ["e"], "num_prompts": 3, "engine": engine},  # the text would end nearly every completion
         algorithm={"kl_coef": 0.1, "num_minibatches": 3},
         run={"steps": 1},
     )

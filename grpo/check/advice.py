@@ -83,7 +83,7 @@ def _step_up(setting: str, steps: dict[Any, Any], why: str, config: Config, **_:
 def _zero_stage(config: Config, *, world_size: int, **_: Any) -> str | None:
     now = config.distributed.zero_stage
     if world_size == 1:
-        change = "" if now == 3 else f" and distributed.zero_stage 3 instead of {now}"
+        change = "" if now == 3 else f" with distributed.zero_stage 3 instead of {now}"
         return f"launch on 2 GPUs or more (accelerate launch --num_processes 2){change}, so that each holds a share"
     if now < 3:
         return _change(

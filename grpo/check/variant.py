@@ -9,6 +9,7 @@ replay the completions and compare their weights. Started by grpo/check/invarian
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 from dataclasses import asdict
@@ -66,7 +67,8 @@ def run(config: Config, directory: Path) -> dict[str, Any] | None:
     rollout, reference = directory / "rollout.json", directory / "weights.safetensors"
     if not processes.on_main(rollout.exists):
         _sample(trainer, rollout)
-    trainer.generator = Replay(rollout, policy)  # the sampling engine's memory is free from here on
+    trainer.generator = Replay(rollout, policy)
+    gc.collect()  # the sampling engine's memory is free from here on
     for group in policy.optimizer.param_groups:
         group["eps"] = EPSILON
     before = _weights(policy)

@@ -69,9 +69,10 @@ class NativeGenerator:
         self.policy.sync()
 
     @property
-    def kv_gib(self) -> tuple[float, float]:
-        """GiB held for keys and values, and the fewest that `memory.kv_cache_gib` may be."""
-        assert self._decoder is not None, "the decoder is made at construction and only replaced"
+    def kv_gib(self) -> tuple[float, float] | None:
+        """GiB held for keys and values, and the fewest that `memory.kv_cache_gib` may be; None if making them has failed."""
+        if self._decoder is None:
+            return None
         held = self._decoder.cache.num_bytes / GIB
         fewest = FEWEST_SEQUENCES * self._decoder.table.shape[1] + 1
         return held, held * fewest / self._decoder.cache.keys.shape[1]
