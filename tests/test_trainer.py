@@ -438,7 +438,7 @@ def test_the_console_shows_slots_only_of_an_engine_that_has_them(
     assert (shown.get("slots"), shown.get("KV_GiB")) == ((None, None) if slots is None else ("256", "2.850"))
 
 
-PEAKS: dict[str, float] = {"rollout": 3.0, "scoring": 1.0, "logprobs": 2.0, "update": 7.0}
+PEAKS: dict[str, float] = {"rollout": 7.0, "scoring": 1.0, "logprobs": 2.0, "update": 3.0}
 
 
 def test_the_peak_of_each_phase_is_a_metric_and_the_steps_is_the_largest(
