@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -97,3 +103,24 @@ def show_samples(before: list[dict[str, Any]], after: list[dict[str, Any]], num_
         for label, row in (("before", old), ("after", new)):
             verdicts = ", ".join(f"{name} {value}" for name, value in row["rewards"].items())
             console.print(f"  {label} ({verdicts}): {row['completion'].strip()}")
+
+
+@contextmanager
+def errors_for_users() -> Iterator[None]:
+    """A ValueError of ours speaks for itself: print it and exit with 2. One out of a library keeps its traceback."""
+    try:
+        yield
+    except ValueError as error:
+        origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if origin.parent.name not in ("grpo", "rollout", "check", "rewards"):
+            raise
+        print_of_rank(f"error: {error}", f"error on rank {os.environ.get('RANK')}: {error}")
+        raise SystemExit(2) from None
+
+
+def print_of_rank(on_main: str, elsewhere: str) -> None:
+    """Print to stderr why this process ends; the launcher ends all with the first, and mostly rank 0 has the same to say."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    if not is_main:
+        time.sleep(5)
+    print(on_main if is_main else elsewhere, file=sys.stderr, flush=True)

@@ -30,6 +30,8 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from grpo.config import Config
 
+GIB = 2**30
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -72,6 +74,20 @@ class Processes:
     def on_main(self, compute: Callable[[], Any]) -> Any:
         """What `compute` returns on rank 0, on every rank."""
         return self.broadcast(compute() if self.is_main else None)
+
+    def reset_peak_memory(self) -> None:
+        """Let `peak_memory_gib` start from what is allocated now."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_memory_gib(self) -> float | None:
+        """Most GPU memory that this process's tensors took at once since the reset; None without a GPU."""
+        return torch.cuda.max_memory_allocated(self.device) / GIB if self.device.type == "cuda" else None
+
+    def synchronize(self) -> None:
+        """Wait until the GPU has done what was asked of it, so that a clock tells its time."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def barrier(self) -> None:
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)

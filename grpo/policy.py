@@ -246,6 +246,7 @@ class Policy:
         self.engine, self.optimizer = processes.accelerator.prepare(
             self._packed(self.lm), _adamw(self.lm, config.optimizer, processes.device)
         )
+        _count_from_zero(self.engine.basic_optimizer)
         self.lm.set_attn_implementation("packed")
         self.reference = self._load_reference() if config.algorithm.kl_coef > 0 else None
         unset_hf_deepspeed_config()  # from here on, loading a model must not shard it
@@ -415,3 +416,10 @@ def _adamw(lm: nn.Module, config: OptimizerConfig, device: torch.device) -> torc
         weight_decay=config.weight_decay,
         **options,
     )
+
+
+def _count_from_zero(optimizer: torch.optim.Optimizer) -> None:
+    """Forget a step that was none: without ZeRO in bfloat16, DeepSpeed makes room for AdamW's moments by a step with gradients of
+    zero. Counted, it would make the first update 0.73 times as large as in the other stages, as if the moments had decayed."""
+    for state in optimizer.state.values():
+        state["step"] *= 0

@@ -88,7 +88,7 @@ class Trainer:
         self.directory = Path(self.processes.on_main(lambda: str(rundir.claim(config.run))))
         found = checkpoint.find(self.directory, config, self.processes)
         self.say(config.summary(num_rows=len(prompts), world_size=self.processes.world_size))
-        self.policy = Policy(config, tokenizer, self.processes)
+        self.policy = self._load_policy(tokenizer)
         self.generator = make_generator(config, self.policy)
         self.state = RunState() if found is None else self._restore(found)
         self.log = RunLog(
@@ -98,6 +98,10 @@ class Trainer:
         self.learning_rate = 0.0  # of the last optimizer step
         self.meter = Meter()  # of the step under way, as are the seconds
         self.seconds: dict[str, float] = {}
+        self.phase = ""  # of the step: the last one that began
+
+    def _load_policy(self, tokenizer: PreTrainedTokenizerBase) -> Policy:
+        return Policy(self.config, tokenizer, self.processes)
 
     def train(self) -> Path:
         """Run all steps that are left, with the evaluations and checkpoints that are due.
@@ -322,11 +326,17 @@ class Trainer:
 
     @contextmanager
     def _clock(self, name: str) -> Iterator[None]:
+        """Record the seconds and the peak memory of a phase; the step's peak is the largest of its phases."""
+        self.phase = name
+        self.processes.reset_peak_memory()
         started = time.perf_counter()
         yield
-        if self.processes.device.type == "cuda":
-            torch.cuda.synchronize()
+        self.processes.synchronize()
         self.seconds[name] = time.perf_counter() - started
+        peak = self.processes.peak_memory_gib()
+        if peak is not None:
+            for each in (name, "step"):
+                self.meter.max(f"memory/{each}", torch.tensor(peak))
 
     def _gradable_prompts(
         self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, what: str

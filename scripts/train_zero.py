@@ -2,16 +2,13 @@
 
 accelerate launch scripts/train_zero.py --config configs/quickstart.yaml
 accelerate launch scripts/train_zero.py --config configs/qwen1.5b.yaml --set rollout.group_size=8 run.steps=100
+accelerate launch scripts/train_zero.py --config configs/qwen1.5b.yaml --dry-run
 """
 
 import argparse
-import os
-import sys
-import time
-import traceback
-from pathlib import Path
 
 from grpo import Config
+from grpo.console import errors_for_users
 
 
 def main() -> None:
@@ -20,28 +17,23 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="SECTION.SETTING=VALUE", help="override settings"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="run the longest possible steps and say whether they fit"
+    )
     arguments = parser.parse_args()
-    try:
+    with errors_for_users():
         config = Config.load(arguments.config, arguments.set)
         from grpo import Trainer, distributed
 
+        if arguments.dry_run:
+            from grpo.check import memory
+
+            exit_code = memory.check(config)
+            distributed.stop()
+            raise SystemExit(exit_code)
         trainer = Trainer(config)
-    except ValueError as error:
-        raise_if_not_ours(error)
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":
-            time.sleep(5)  # the launcher ends all processes with the first; mostly rank 0 has the same to say
-        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     trainer.train()
     distributed.stop()
-
-
-def raise_if_not_ours(error: ValueError) -> None:
-    """A message for users speaks for itself; a ValueError out of a library needs its traceback."""
-    origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    if origin.parent.name not in ("grpo", "rollout", "rewards"):
-        raise error
 
 
 if __name__ == "__main__":

@@ -251,6 +251,15 @@ def test_with_too_little_memory_sequences_are_set_aside_and_come_out_the_same(po
     assert scarce.metrics()["rollout/preempted"] > 0
 
 
+def test_an_engine_knows_the_fewest_gib_it_works_with(policy: Policy):
+    cache = small_cache(policy, sequences=6, tokens=120)
+    held, fewest = native(policy, kv_cache_gib=cache).kv_gib or (0.0, 0.0)
+    assert held <= cache
+    native(policy, kv_cache_gib=fewest * 1.01)
+    with pytest.raises(ValueError, match=r"memory\.kv_cache_gib is"):
+        native(policy, kv_cache_gib=fewest * 0.99)
+
+
 def test_a_cache_too_small_is_refused_by_its_setting(policy: Policy):
     with pytest.raises(ValueError, match=r"memory\.kv_cache_gib is .* sequences of 128 tokens take .* Set it between"):
         native(policy, kv_cache_gib=small_cache(policy, sequences=2, tokens=120))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, save_family, tiny_config
+from helpers import TINY, FixedGenerator, number_in_text, save_family, tiny_config
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -23,7 +23,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-from grpo import distributed
+from grpo import Trainer, distributed
 from grpo.attention import packed_inputs
 from grpo.batch import micro_batch, pack, take
 from grpo.config import ModelConfig
@@ -356,6 +356,29 @@ def test_a_family_that_packing_does_not_fit_is_refused(tmp_path: Path):
     config = tiny_config(tmp_path, model=model)
     with pytest.raises(ValueError, match="Packing does not work for this model family"):
         Policy(config, load_tokenizer(config.model), distributed.start(config, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_update_is_adamws_first_step_in_every_stage(tmp_path: Path, dtype: str, zero_stage: int):
+    """The larger part of the weights moves by the learning rate then, whatever its gradient: AdamW's first step is its sign."""
+    sections = {
+        "model": {"dtype": dtype},
+        "distributed": {"zero_stage": zero_stage},
+        "optimizer": {"learning_rate": 0.5},
+        "algorithm": {"max_sampling_gap": 100},
+    }
+    trainer = Trainer(tiny_config(tmp_path / "run", **sections), rewards=[number_in_text])
+    trainer.generator = FixedGenerator()
+    policy = trainer.policy
+    with policy.sampling_model() as lm:
+        before = lm.model.layers[0].mlp.up_proj.weight.detach().float().clone()
+    trainer.train_step()
+    policy.sync()
+    trainer.close()
+    with policy.sampling_model() as lm:
+        moved = (lm.model.layers[0].mlp.up_proj.weight.detach().float() - before).abs()
+    assert float(moved.median()) == pytest.approx(0.5, rel=0.01)  # 0.37 if a step of zeros were counted before
 
 
 def test_dropout_is_switched_off(tmp_path: Path):

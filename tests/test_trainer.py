@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo import Reward, Trainer, checkpoint
 from grpo.console import ConsoleSink
+from grpo.distributed import Processes
 from grpo.rundir import claim
 from grpo.sinks import append_jsonl, read_jsonl, rewind_jsonl
 
-CLOCKS = ("time/", "throughput/")
+CLOCKS = ("time/", "throughput/", "memory/")
 
 
 def steps_of(run: Path) -> list[dict]:
@@ -435,3 +436,28 @@ def test_the_console_shows_slots_only_of_an_engine_that_has_them(
     )
     assert shown["tok/s"] == "108234"
     assert (shown.get("slots"), shown.get("KV_GiB")) == ((None, None) if slots is None else ("256", "2.850"))
+
+
+PEAKS: dict[str, float] = {"rollout": 7.0, "scoring": 1.0, "logprobs": 2.0, "update": 3.0}
+
+
+def test_the_peak_of_each_phase_is_a_metric_and_the_steps_is_the_largest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = Trainer(tiny_config(tmp_path / "run"), rewards=[lambda completion: 1.0])
+    log: list[str] = []
+    monkeypatch.setattr(Processes, "reset_peak_memory", lambda self: log.append(trainer.phase))
+    # the phase that began last; after the update, the step itself ends with what taking over the weights took
+    monkeypatch.setattr(Processes, "peak_memory_gib", lambda self: PEAKS[trainer.phase])
+    metrics = trainer.train_step()
+    trainer.close()
+    assert log == ["step", "rollout", "scoring", "logprobs", "update"]
+    assert {name: metrics[f"memory/{name}"] for name in PEAKS} == PEAKS
+    assert metrics["memory/step"] == 7.0
+
+
+def test_without_a_gpu_there_is_no_peak(tmp_path: Path):
+    trainer = Trainer(tiny_config(tmp_path / "run"), rewards=[lambda completion: 1.0])
+    metrics = trainer.train_step()
+    trainer.close()
+    assert torch.cuda.is_available() == any(name.startswith("memory/") for name in metrics)

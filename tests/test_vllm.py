@@ -203,6 +203,14 @@ def test_every_end_token_ends_a_completion_and_is_part_of_it(
     assert gap(policy, groups) < ROUNDING
 
 
+def test_without_an_end_token_nothing_ends_a_completion_before_its_limit(
+    generator: VLLMGenerator, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(generator, "ending", replace(generator.ending, end_token_ids=[]))
+    groups = generator.sample(prompts, Sampling(max_tokens=24), num_completions=4, seed=3)
+    assert {len(each.token_ids) for group in groups for each in group.completions} == {24}
+
+
 def test_vllm_itself_stops_where_completions_end(generator: VLLMGenerator, prompts: list[Prompt]):
     """Ending would cut what ran on; but tokens behind the end would cost time and could hit the limit."""
     wanted = [replace(prompt, max_tokens=12) for prompt in prompts for _ in range(3)]

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.config import Config
+from grpo.distributed import GIB
 from grpo.policy import CHANGING_ROPE, FORWARD_TOLERANCE, Policy, rope_types
 from grpo.rollout.decoder import CHUNK, LENGTH, TOKEN, Chunk, Decoder
 from grpo.rollout.drawing import sequence_seeds
@@ -37,8 +38,6 @@ from grpo.types import Completion, Group, Prompt, Sampling, grouped
 
 READ_TOKENS = 16384
 """Most prompt tokens in one forward pass; a longer prompt is read alone. The update's micro-batches are larger."""
-
-GIB = 2**30
 
 
 class NativeGenerator:
@@ -68,6 +67,15 @@ class NativeGenerator:
 
     def sync(self) -> None:
         self.policy.sync()
+
+    @property
+    def kv_gib(self) -> tuple[float, float] | None:
+        """GiB held for keys and values, and the fewest that `memory.kv_cache_gib` may be; None if making them has failed."""
+        if self._decoder is None:
+            return None
+        held = self._decoder.cache.num_bytes / GIB
+        fewest = FEWEST_SEQUENCES * self._decoder.table.shape[1] + 1
+        return held, held * fewest / self._decoder.cache.keys.shape[1]
 
     def metrics(self) -> dict[str, float]:
         """See Generator."""

@@ -77,6 +77,7 @@ class VLLMGenerator:
             "seed": random.Random(seed).getrandbits(62),
             "max_tokens": token_limit(prompt, sampling),
             "stop_token_ids": list(self.ending.end_token_ids),
+            "ignore_eos": not self.ending.end_token_ids,  # or vLLM's own end token would end what nothing is to end
             "stop": list(sampling.stop),
             "include_stop_str_in_output": True,
             "skip_special_tokens": False,  # a stop text may hold one

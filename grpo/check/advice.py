@@ -1,0 +1,129 @@
+"""Which setting to change when memory runs out, from what to what: the cheapest change that frees some first. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from grpo.config import Config, setting_names
+
+FEWEST_CHUNK_TOKENS = 128
+"""With fewer the logits are no longer what takes the memory."""
+
+
+def advice(phase: str, config: Config, *, world_size: int, kv_gib: tuple[float, float] | None = None) -> list[str]:
+    """Changes that lower the peak of `phase`, each with its numbers, the cheapest first.
+
+    Args:
+        phase: loading, or a phase of the step; see `LADDERS`.
+        kv_gib: what the native engine holds for keys and values on a process, and the fewest it works with.
+    """
+    rungs = LADDERS.get(phase, LADDERS["update"])
+    found = [rung(config, world_size=world_size, kv_gib=kv_gib) for rung in rungs]
+    return [text for text in found if text is not None]
+
+
+Rung = Callable[..., str | None]
+
+
+def _change(setting: str, now: Any, then: Any, why: str) -> str:
+    shown = [str(value).lower() if isinstance(value, bool) else str(value) for value in (now, then)]
+    return f"set {setting} from {shown[0]} to {shown[1]} ({why})"
+
+
+def _kv_cache(config: Config, *, kv_gib: tuple[float, float] | None, **_: Any) -> str | None:
+    if kv_gib is None:
+        return None
+    held, fewest = kv_gib
+    then = max(held / 2, fewest * 1.01)  # a hair more than the fewest, for it is shown rounded
+    if then >= held:
+        return None
+    setting = config.memory.kv_cache_gib
+    now = f"null ({held:.3g} GiB)" if setting is None else f"{setting:g}"
+    return _change("memory.kv_cache_gib", now, f"{then:.3g}", "fewer completions run at once")
+
+
+def _max_sequences(config: Config, *, world_size: int, **_: Any) -> str | None:
+    now = config.memory.max_sequences
+    at_once = min(now, _share(config.rollout.num_prompts, world_size) * config.rollout.group_size)
+    if at_once < 2:
+        return None
+    return _change("memory.max_sequences", now, at_once // 2, "sampling takes longer")
+
+
+def _micro_batch(config: Config, *, world_size: int, **_: Any) -> str | None:
+    """Halving the budget halves the passes' sequences, as long as there are two in one: none is ever split."""
+    now, longest = config.memory.micro_batch_tokens, config.max_sequence_tokens
+    most = _share(config.prompts_per_minibatch, world_size) * config.rollout.group_size * longest
+    tokens = min(now, most)
+    if tokens < 2 * longest:
+        return None
+    return _change("memory.micro_batch_tokens", now, tokens // 2, "smaller passes; results do not depend on it")
+
+
+def _chunk(config: Config, **_: Any) -> str | None:
+    now = config.memory.logprob_chunk_tokens
+    if now <= FEWEST_CHUNK_TOKENS:
+        return None
+    then = max(now // 2, FEWEST_CHUNK_TOKENS)
+    return _change("memory.logprob_chunk_tokens", now, then, "fewer logits at once; results do not depend on it")
+
+
+def _step_up(setting: str, steps: dict[Any, Any], why: str, config: Config, **_: Any) -> str | None:
+    """The next value of a setting that has one, if this version has the setting."""
+    section, name = setting.split(".")
+    if setting not in setting_names():
+        return None
+    now = getattr(getattr(config, section), name)
+    return _change(setting, now, steps[now], why) if now in steps else None
+
+
+def _zero_stage(config: Config, *, world_size: int, **_: Any) -> str | None:
+    now = config.distributed.zero_stage
+    if world_size == 1:
+        change = "" if now == 3 else f" with distributed.zero_stage 3 instead of {now}"
+        return f"launch on 2 GPUs or more (accelerate launch --num_processes 2){change}, so that each holds a share"
+    if now < 3:
+        return _change(
+            "distributed.zero_stage", now, 3, "weights, gradients and optimizer are shared out over the GPUs"
+        )
+    return f"launch on {2 * world_size} GPUs instead of {world_size} (accelerate launch --num_processes), for smaller shares"
+
+
+def _completion_length(config: Config, **_: Any) -> str | None:
+    now = config.rollout.max_completion_tokens
+    return (
+        _change("rollout.max_completion_tokens", now, max(now // 2, 1), "longer answers are cut off")
+        if now > 1
+        else None
+    )
+
+
+def _smaller_model(config: Config, **_: Any) -> str:
+    return f"take a smaller model than model.name {config.model.name}"
+
+
+def _share(count: int, world_size: int) -> int:
+    return math.ceil(count / world_size)
+
+
+def _checkpointing(config: Config, **_: Any) -> str | None:
+    now = config.memory.activation_checkpointing
+    if now == 1:
+        return None
+    return _change("memory.activation_checkpointing", f"{now:g}", 1, "activations are computed twice")
+
+
+_OFFLOAD: Rung = partial(
+    _step_up, "distributed.offload_optimizer", {False: True}, "the optimizer's states wait in the machine's memory"
+)
+
+LADDERS: dict[str, list[Rung]] = {
+    "loading": [_OFFLOAD, _zero_stage, _smaller_model],
+    "rollout": [_kv_cache, _max_sequences, _OFFLOAD, _zero_stage, _completion_length],
+    "logprobs": [_micro_batch, _chunk, _OFFLOAD, _zero_stage, _completion_length],
+    "update": [_micro_batch, _chunk, _checkpointing, _OFFLOAD, _zero_stage, _completion_length],
+}
+"""By phase, what may help there, cheapest first. The rest of a step (taking over the weights) counts as the update."""

@@ -1,0 +1,190 @@
+"""Does the run fit, and how long will it take? Steps of the longest possible sequences, on this machine and this model.
+
+What is run is the trainer's own step with every prompt stretched to data.max_prompt_tokens and every completion running to
+rollout.max_completion_tokens: all questions of a step, the reference as configured, every minibatch and its optimizer step. Two
+things differ from the run: nothing ends a completion, and rewards are random numbers, because scoring takes no GPU memory.
+Data and rewards are loaded and checked all the same. No file is left behind; the updated weights are thrown away.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from grpo.check.advice import advice
+from grpo.check.rehearsal import is_out_of_memory, rehearse
+from grpo.config import Config
+from grpo.console import print_of_rank
+from grpo.distributed import GIB, Processes
+from grpo.policy import Policy
+from grpo.rollout.engine import NativeGenerator
+from grpo.trainer import Trainer
+from grpo.types import Prompt
+
+NUM_STEPS = 2
+"""The last one is shown: the first compiles and captures."""
+
+PHASES = ("rollout", "logprobs", "update", "step")
+
+
+def check(config: Config) -> int:
+    """Run the longest steps and print what they took.
+
+    Returns:
+        0 if they fit. If not, 1 after the advice is printed; where other processes wait for this one it ends here, and the
+        launcher ends them.
+
+    Raises:
+        ValueError: as Trainer.
+    """
+    trainer = None
+    try:
+        trainer = worst_case(config)
+        metrics = [trainer.train_step() for _ in range(NUM_STEPS)][-1]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        _explain(error, config, trainer)
+        if os.environ["WORLD_SIZE"] != "1":
+            sys.stdout.flush()
+            os._exit(1)  # leaving the process group in order would wait for the others
+        return 1
+    memory = GpuMemory.now(trainer.processes)
+    trainer.say(report(config, metrics, memory, world_size=trainer.processes.world_size))
+    return 0
+
+
+def worst_case(config: Config) -> Trainer:
+    """A trainer whose steps are the longest that `config` allows."""
+    trainer = rehearse(config, EndlessTrainer, rollout={"stop": []}, run={"steps": max(config.run.steps, NUM_STEPS)})
+    longest = config.data.max_prompt_tokens
+    trainer.prompts.prompts = [stretched(p, longest) for p in trainer.prompts.prompts[: config.rollout.num_prompts]]
+    completions = f"{config.rollout.num_prompts} x {config.rollout.group_size} completions"
+    trainer.say(
+        f"\nThe longest steps there can be, {NUM_STEPS} of them: {completions} that all run to "
+        f"{config.rollout.max_completion_tokens:,} tokens after prompts of {longest:,}; random rewards."
+    )
+    return trainer
+
+
+class EndlessTrainer(Trainer):
+    """Its completions run to their limit, because no token ends them."""
+
+    def _load_policy(self, tokenizer: PreTrainedTokenizerBase) -> Policy:
+        policy = super()._load_policy(tokenizer)
+        policy.end_token_ids = []
+        return policy
+
+
+def stretched(prompt: Prompt, length: int) -> Prompt:
+    """The prompt said again and again, to exactly `length` tokens."""
+    times = -(-length // len(prompt.token_ids))
+    return replace(prompt, token_ids=(prompt.token_ids * times)[:length], max_tokens=None)
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """GiB of the GPU with the least left once the steps are done and PyTorch keeps what they took; None: no GPU."""
+
+    free: float | None
+    total: float | None
+    resident: float  # largest resident memory that a process ever had on the host
+
+    @classmethod
+    def now(cls, processes: Processes) -> GpuMemory:
+        on_gpu = processes.device.type == "cuda"
+        mine = torch.cuda.mem_get_info(processes.device) if on_gpu else None
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+        everyone = processes.gather((mine, resident))
+        free, total = min(each for each, _ in everyone) if on_gpu else (None, None)
+        return cls(free and free / GIB, total and total / GIB, max(each for _, each in everyone))
+
+
+def report(config: Config, metrics: dict[str, float], memory: GpuMemory, *, world_size: int) -> str:
+    """What a step took by phase, what is left of the GPU, and how long the run will take at most."""
+    lines = [f"\n{'phase':<10}{'seconds':>10}{'peak GiB':>12}"]
+    for phase in PHASES:
+        peak = metrics.get(f"memory/{phase}")
+        lines.append(f"{phase:<10}{metrics[f'time/{phase}']:>10.2f}{'-' if peak is None else f'{peak:.2f}':>12}")
+    lines.append("")
+    if memory.total is None:
+        lines.append(
+            f"It fits. The largest process took {memory.resident:.2f} GiB of this machine's memory; there is no GPU."
+        )
+    else:
+        lines.append(
+            f"It fits. Of the fullest GPU's {memory.total:.1f} GiB {memory.free:.1f} are free, with all that PyTorch keeps for "
+            "the next step. Peaks are what tensors took at once."
+        )
+    lines.append(projection(config, metrics))
+    spare_gpus = torch.cuda.device_count() - world_size
+    if spare_gpus > 0:
+        lines.append(
+            f"{world_size} of {world_size + spare_gpus} GPUs were used. For all of them: accelerate launch scripts/train_zero.py "
+            "--dry-run --config ..."
+        )
+    return "\n".join(lines)
+
+
+def projection(config: Config, metrics: dict[str, float]) -> str:
+    """The run's time if every step were as long as these."""
+    step = metrics["time/step"]
+    text = f"{config.run.steps:,} such steps take {_duration(config.run.steps * step)}"
+    evaluation, seconds = config.evaluation, 0.0
+    if evaluation.num_questions:
+        every, steps = evaluation.every_steps, config.run.steps
+        times = len({0, steps} | set(range(every, steps, every) if every else ()))
+        tokens = times * evaluation.num_questions * config.rollout.max_completion_tokens
+        seconds = tokens / metrics["throughput/rollout"]
+        text += f" and {times} evaluations of {evaluation.num_questions:,} questions about {_duration(seconds)} more"
+    return (
+        f"{text}. An upper bound: completions mostly end before their limit. Not in it: scoring (the rewards were random), "
+        "checkpoints and loading."
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
+
+
+def _explain(error: RuntimeError, config: Config, trainer: Trainer | None) -> None:
+    """Say where memory ran out and what to do."""
+    phase = "loading" if trainer is None else trainer.phase
+    generator = None if trainer is None else trainer.generator
+    world_size = int(os.environ["WORLD_SIZE"])
+    text = shortage(
+        phase,
+        config,
+        reason=str(error).splitlines()[0],
+        world_size=world_size,
+        kv_gib=generator.kv_gib if isinstance(generator, NativeGenerator) else None,
+    )
+    print_of_rank(text, f"on rank {os.environ['RANK']} of {world_size}: {text}")
+
+
+WHERE = {
+    "loading": "while the model is loaded and set up",
+    "rollout": "while sampling (rollout)",
+    "logprobs": "while computing old and reference log-probabilities (logprobs)",
+}
+
+
+def shortage(
+    phase: str, config: Config, *, reason: str, world_size: int, kv_gib: tuple[float, float] | None = None
+) -> str:
+    """What is said when memory runs out."""
+    first, *more = advice(phase, config, world_size=world_size, kv_gib=kv_gib)
+    lines = [
+        f"It does not fit: out of memory {WHERE.get(phase, 'in forward and backward passes or the optimizer step (update)')}.",
+        f"  {reason}",
+        f"First, {first}.",
+        *([f"If that is not enough, {text}." for text in more]),
+    ]
+    return "\n".join(lines)

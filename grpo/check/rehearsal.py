@@ -1,0 +1,66 @@
+"""A trainer for checks: it steps like any other, with rewards drawn at random, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from grpo.config import Config
+from grpo.scoring import Scorer
+from grpo.trainer import Trainer
+from grpo.types import Group, Scores
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+"""Parts of the messages with which torch, the driver and the libraries under them say so."""
+
+
+def rehearse(config: Config, trainer_class: type[Trainer] = Trainer, **changes: dict[str, Any]) -> Trainer:
+    """A trainer of `config` with its data and its rewards checked, that writes no files and calls no reward function.
+
+    Args:
+        changes: settings to set, by section.
+
+    Raises:
+        ValueError: as Trainer.
+    """
+    quiet = {"logging": {"wandb": "disabled", "completions_every": 0}}
+    with TemporaryDirectory(prefix="grpo-check-") as directory:
+        run = {"resume": "never", **changes.pop("run", {}), "dir": str(Path(directory) / "run")}
+        trainer = trainer_class(changed(config, **quiet, **changes, run=run))
+        trainer.close()
+    trainer.scorer = RandomRewards()
+    return trainer
+
+
+def changed(config: Config, **changes: dict[str, Any]) -> Config:
+    """`config` with other settings, by section."""
+    settings = config.model_dump()
+    for section, values in changes.items():
+        settings[section] |= values
+    return Config(**settings)
+
+
+class RandomRewards(Scorer):
+    """Gives every completion a reward of its own, so that each group moves the policy; the same in every process and run."""
+
+    def __init__(self) -> None:
+        self.rewards = []
+
+    def score(self, groups: list[Group]) -> Scores:
+        """See Scorer."""
+        rewards = [
+            [random.Random(f"{group.prompt.row} {number}").random() for number in range(len(group.completions))]
+            for group in groups
+        ]
+        return Scores(torch.tensor(rewards), {}, num_timeouts=0, num_crashes=0)
+
+    def close(self) -> None:
+        """There are no workers."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)

@@ -1,0 +1,248 @@
+"""The dry run: are its steps the longest there can be, does it leave nothing behind, what does it say when memory runs out?"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ROOT, clean_environment, launch_script, tiny_config
+
+from grpo.check import memory
+from grpo.check.advice import LADDERS, advice
+from grpo.check.rehearsal import RandomRewards, is_out_of_memory
+from grpo.config import Config, setting_names
+from grpo.types import Completion, Group, Prompt
+
+
+def long_config(tmp_path: Path, **sections: Any) -> Config:
+    """32 x 16 completions of at most 512 + 1,024 tokens; nothing is loaded."""
+    rollout = {"num_prompts": 32, "group_size": 16, "max_completion_tokens": 1024, **sections.pop("rollout", {})}
+    memory_section = {"micro_batch_tokens": 32768, **sections.pop("memory", {})}
+    return tiny_config(
+        tmp_path / "run", data={"max_prompt_tokens": 512}, rollout=rollout, memory=memory_section, **sections
+    )
+
+
+def settings_named(suggestions: list[str]) -> list[str]:
+    return [match.group(1) for text in suggestions if (match := re.match(r"set ([\w.]+) from", text))]
+
+
+def test_smaller_passes_are_advised_first_down_to_one_sequence(tmp_path: Path):
+    config = long_config(tmp_path)
+    assert "memory.micro_batch_tokens from 32768 to 16384" in advice("update", config, world_size=1)[0]
+    two = long_config(tmp_path, memory={"micro_batch_tokens": 2 * 1536})
+    assert "memory.micro_batch_tokens from 3072 to 1536" in advice("logprobs", two, world_size=1)[0]
+    # one sequence of 1,536 tokens fits into a pass of 3,071: a smaller budget would change nothing
+    one = long_config(tmp_path, memory={"micro_batch_tokens": 2 * 1536 - 1})
+    assert "memory.logprob_chunk_tokens from 4096 to 2048" in advice("update", one, world_size=1)[0]
+
+
+def test_a_budget_above_what_a_process_has_is_halved_from_what_it_has(tmp_path: Path):
+    # a minibatch of 2 questions on 2 processes: 16 sequences of 1,536 tokens each
+    config = long_config(tmp_path, memory={"micro_batch_tokens": 10**6}, algorithm={"num_minibatches": 16})
+    assert f"memory.micro_batch_tokens from 1000000 to {8 * 1536}" in advice("update", config, world_size=2)[0]
+
+
+def test_every_legal_budget_that_is_advised_is_one_that_the_configuration_takes(tmp_path: Path):
+    config = long_config(tmp_path)
+    budgets = []
+    while True:
+        match = re.search(r"micro_batch_tokens from \d+ to (\d+)", advice("update", config, world_size=1)[0])
+        if match is None:
+            break
+        budgets.append(int(match.group(1)))
+        config = long_config(tmp_path, memory={"micro_batch_tokens": budgets[-1]})
+    assert budgets == [16384, 8192, 4096, 2048]
+
+
+def test_after_the_passes_come_activations_and_then_more_gpus(tmp_path: Path):
+    last = {"micro_batch_tokens": 1536, "logprob_chunk_tokens": 128}
+    suggestions = advice("update", long_config(tmp_path, memory=last), world_size=1)
+    assert "memory.activation_checkpointing from 0 to 1" in suggestions[0]
+    assert any("launch on 2 GPUs or more" in text and "zero_stage 3" in text for text in suggestions)
+    # nothing is kept for a backward pass when log-probabilities are computed without one
+    assert not any("checkpointing" in text for text in advice("logprobs", long_config(tmp_path), world_size=1))
+
+
+def test_sampling_is_given_less_memory_for_keys_and_values_never_below_the_fewest(tmp_path: Path):
+    config = long_config(tmp_path)
+    first = advice("rollout", config, world_size=1, kv_gib=(40.0, 1.0))[0]
+    assert "memory.kv_cache_gib from null (40 GiB) to 20 " in first
+    assert "to 1.01 " in advice("rollout", config, world_size=1, kv_gib=(1.5, 1.0))[0]
+    for kv_gib in (None, (1.0, 1.0)):  # transformers' generate; a cache as small as can be
+        assert "memory.max_sequences from 256 to 128" in advice("rollout", config, world_size=1, kv_gib=kv_gib)[0]
+    # each of 8 processes samples 64 completions at most: 128 at once would change nothing
+    assert "memory.max_sequences from 256 to 32" in advice("rollout", config, world_size=8)[0]
+
+
+def test_a_model_too_large_is_shared_out(tmp_path: Path):
+    alone = advice("loading", long_config(tmp_path), world_size=1)
+    assert "launch on 2 GPUs or more" in " ".join(alone)
+    assert "distributed.zero_stage from 0 to 3" in " ".join(advice("loading", long_config(tmp_path), world_size=4))
+    sharded = long_config(tmp_path, distributed={"zero_stage": 3})
+    assert "launch on 8 GPUs instead of 4" in " ".join(advice("loading", sharded, world_size=4))
+
+
+@pytest.mark.parametrize("phase", LADDERS)
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_something_is_always_advised_and_names_real_settings(tmp_path: Path, phase: str, world_size: int):
+    least = {"micro_batch_tokens": 1536, "logprob_chunk_tokens": 1, "max_sequences": 1}
+    config = long_config(tmp_path, memory=least, distributed={"zero_stage": 3})
+    for each in (config, long_config(tmp_path)):
+        suggestions = advice(phase, each, world_size=world_size)
+        assert suggestions
+        assert set(settings_named(suggestions)) <= set(setting_names())
+
+
+@pytest.mark.parametrize("engine", ["hf", "native"])
+def test_the_longest_step_is_as_long_as_the_settings_allow(tmp_path: Path, engine: str):
+    config = tiny_config(
+        tmp_path / "run",
+        rollout={"stop": ["e"], "num_prompts": 3, "engine": engine},  # the text would end nearly every completion
+        algorithm={"kl_coef": 0.1, "num_minibatches": 3},
+        run={"steps": 1},
+    )
+    trainer = memory.worst_case(config)
+    metrics = [trainer.train_step() for _ in range(memory.NUM_STEPS)][-1]
+    assert metrics["completion/length_mean"] == metrics["completion/length_max"] == 24
+    assert metrics["completion/truncated"] == 1
+    assert metrics["group/with_signal"] == 1
+    assert metrics["optimizer/steps"] == 2 * 3
+    assert round(metrics["throughput/update"] * metrics["time/update"]) == 3 * 4 * (96 + 24)
+    assert metrics["optimizer/learning_rate"] > 0
+
+
+def test_a_prompt_is_stretched_to_exactly_the_length_asked_for():
+    prompt = Prompt(0, [5, 6, 7], "", "", {}, max_tokens=4)
+    assert memory.stretched(prompt, 7).token_ids == [5, 6, 7, 5, 6, 7, 5]
+    assert memory.stretched(prompt, 3).token_ids == [5, 6, 7]
+    assert memory.stretched(prompt, 7).max_tokens is None
+
+
+def test_random_rewards_give_every_group_a_signal_and_depend_on_the_question_alone():
+    groups = [Group(Prompt(row, [1], "", "", {}), [Completion([1], [0.0], "", "stop")] * 3) for row in (4, 7)]
+    rewards = RandomRewards().score(groups).rewards
+    assert len(set(rewards.flatten().tolist())) == 6
+    assert torch.equal(RandomRewards().score(groups[1:]).rewards, rewards[1:])
+
+
+def test_what_fits_is_reported_and_nothing_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    config = tiny_config(
+        tmp_path / "run", run={"steps": 100, "resume": "auto"}, evaluation={"num_questions": 3, "every_steps": 40},
+        data={"eval_name": str(ROOT / "configs/quickstart/test.jsonl")},
+    )  # fmt: skip
+    assert memory.check(config) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^update +\d+\.\d\d +-$", out, re.MULTILINE)
+    assert re.search(r"^It fits\. The largest process took \d+\.\d\d GiB", out, re.MULTILINE)
+    assert "100 such steps take" in out
+    assert "4 evaluations of 3 questions" in out  # after steps 0, 40, 80, 100
+    assert not (tmp_path / "run").exists()
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_on_a_gpu_peaks_and_what_is_left_are_reported(tmp_path: Path):
+    metrics = {f"time/{phase}": 1.5 for phase in memory.PHASES} | {"memory/update": 61.234, "memory/step": 61.234}
+    left = memory.GpuMemory(free=17.94, total=79.1, resident=9.0)
+    text = memory.report(long_config(tmp_path), metrics, left, world_size=torch.cuda.device_count() or 1)
+    assert re.search(r"^update +1\.50 +61\.23$", text, re.MULTILINE)
+    assert "Of the fullest GPU's 79.1 GiB 17.9 are free" in text
+    assert "GPUs were used" not in text
+
+
+def test_the_projection_adds_up(tmp_path: Path):
+    config = long_config(tmp_path, run={"steps": 100}, evaluation={"num_questions": 50, "every_steps": 50})
+    text = memory.projection(config, {"time/step": 72.0, "throughput/rollout": 1024.0})
+    assert "100 such steps take 2.0 hours" in text  # 7,200 s
+    assert "3 evaluations of 50 questions about 2.5 minutes" in text  # 3 * 50 * 1,024 tokens at 1,024 a second: 150 s
+
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+
+def raising(*args: object, **kwargs: object) -> None:
+    raise OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("target", "where", "first"),
+    [
+        ("grpo.policy.load_lm", "while the model is loaded", "launch on 2 GPUs or more"),
+        ("grpo.rollout.hf.HFGenerator.sample", "while sampling (rollout)", "memory.max_sequences from 256 to 8"),
+        ("grpo.policy.Policy.ref_logprobs", "(logprobs)", "memory.logprob_chunk_tokens from 4096 to 2048"),
+        ("grpo.policy.Policy.backward", "(update)", "memory.micro_batch_tokens from 512 to 256"),
+        ("grpo.policy.Policy.optimizer_step", "(update)", "memory.micro_batch_tokens from 512 to 256"),
+    ],
+)
+def test_a_shortage_is_told_with_its_phase_and_its_remedy(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    target: str,
+    where: str,
+    first: str,
+):
+    monkeypatch.setattr(target, raising)
+    budget = 512 if "(update)" in where else 128
+    config = tiny_config(tmp_path / "run", algorithm={"kl_coef": 0.1}, memory={"micro_batch_tokens": budget})
+    assert memory.check(config) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("It does not fit: out of memory ")
+    assert where in error.splitlines()[0]
+    assert error.splitlines()[1] == "  CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert first in error.splitlines()[2]
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_error_is_not_taken_for_a_shortage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("grpo.policy.Policy.backward", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        memory.check(tiny_config(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.",
+    ],
+)
+def test_shortages_that_do_not_come_from_torchs_allocator_are_known(text: str):
+    assert is_out_of_memory(RuntimeError(text))
+
+
+@pytest.mark.slow
+def test_the_training_script_rehearses_with_dry_run(tmp_path: Path):
+    overrides = ("rollout.num_prompts=2", "rollout.group_size=2", f"run.dir={tmp_path / 'run'}", "--dry-run")
+    done = launch_script(*overrides)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "It fits." in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_shortage_on_one_process_of_two_ends_both(tmp_path: Path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests/worker_shortage.py"), str(tmp_path / "run")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,  # the other one would wait for ten minutes
+        env={**clean_environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    )
+    assert done.returncode == 1, done.stderr[-4000:]
+    assert "on rank 1 of 2: It does not fit: out of memory in forward and backward passes" in done.stderr
+    assert "It fits" not in done.stdout
