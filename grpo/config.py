@@ -152,6 +152,9 @@ class AlgorithmConfig(Section):
     """Weight of the KL penalty to the reference model (beta). 0: no reference model is loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Per-token KL estimator; see grpo/loss.py. The paper's is k3."""
+    reference_refresh_steps: NonNegativeInt = 0
+    """After every so many optimizer steps the reference becomes the current policy (the paper: 400). 0: it stays the starting
+    model. Lowering it lets the policy move further from its start."""
     max_sampling_gap: PositiveFloat = 0.25
     """Stop when sampled tokens' log-probabilities and the trainer's own of the same tokens differ by more than this, in
     nats on average: one of them is wrong. bfloat16 noise is about 0.01."""
@@ -376,6 +379,17 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(
             f"algorithm.num_minibatches is {algorithm.num_minibatches}; the {rollout.num_prompts} questions of a step "
             "(rollout.num_prompts) must divide evenly into minibatches. Set it to a divisor of rollout.num_prompts."
+        )
+    if algorithm.reference_refresh_steps % algorithm.num_minibatches:
+        raise ValueError(
+            f"algorithm.reference_refresh_steps is {algorithm.reference_refresh_steps}; the reference changes between rollouts "
+            f"only, each of which has {algorithm.num_minibatches} optimizer steps (algorithm.num_minibatches). Set it to a "
+            "multiple of them."
+        )
+    if algorithm.reference_refresh_steps and algorithm.kl_coef == 0:
+        raise ValueError(
+            f"algorithm.reference_refresh_steps is {algorithm.reference_refresh_steps}; there is no reference, because "
+            "algorithm.kl_coef is 0. Remove it, or set algorithm.kl_coef > 0."
         )
     if memory.micro_batch_tokens < config.max_sequence_tokens:
         raise ValueError(

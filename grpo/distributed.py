@@ -16,6 +16,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ import transformers
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import nn
 from transformers.integrations import unset_hf_deepspeed_config
 
 from grpo.config import Config
@@ -178,6 +180,17 @@ def _leave_out_compiled_collective() -> None:
     from deepspeed import ops
 
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def whole(parameter: nn.Parameter, *, written: bool = False) -> AbstractContextManager[None]:
+    """Within it, a parameter has all of its elements, of which a process holds a share under ZeRO-3. Every process enters it.
+
+    Args:
+        written: what rank 0 writes to the parameter reaches all; else it must not be written to.
+    """
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if written else None)
 
 
 def stop() -> None:

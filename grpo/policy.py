@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -23,7 +25,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from grpo import distributed
 from grpo.attention import implementation_for, packed_inputs
 from grpo.config import Config, ModelConfig, OptimizerConfig
-from grpo.distributed import Processes
+from grpo.distributed import Processes, whole
 from grpo.logprobs import token_logprobs
 from grpo.types import Batch
 
@@ -225,6 +227,7 @@ class Policy:
         )
         self.lm.set_attn_implementation(implementation_for(self.lm))
         self.reference = self._load_reference() if config.algorithm.kl_coef > 0 else None
+        self.reference_moved = False  # it is no longer the starting model
         unset_hf_deepspeed_config()  # from here on, loading a model must not shard it
         self._replica = self._load_replica() if self._sharded else None
         self._check_forward()
@@ -308,6 +311,39 @@ class Policy:
         assert self.reference is not None, "no reference was loaded, because kl_coef is 0"
         return self.reference(batch)[0]
 
+    def _reference_pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        """Name of each weight of the reference, the policy's of that name, and the reference's."""
+        assert self.reference is not None, "no reference was loaded, because kl_coef is 0"
+        for (name, source), target in zip(self.lm.named_parameters(), self.reference.parameters(), strict=True):
+            yield name, source, target
+
+    @torch.no_grad()
+    def refresh_reference(self) -> None:
+        """Make the current policy the reference. Every process calls it; no more than one weight is gathered at a time."""
+        for _, source, target in self._reference_pairs():
+            with whole(source), whole(target, written=True):
+                target.copy_(source)
+        self.reference_moved = True
+
+    def save_reference(self, path: Path) -> None:
+        """Write the reference's weights to one file. Every process calls it."""
+        weights = {}
+        for name, _, target in self._reference_pairs():
+            with whole(target):
+                if self.processes.is_main:
+                    weights[name] = target.detach().cpu().clone()
+        if self.processes.is_main:
+            save_file(weights, path)
+
+    @torch.no_grad()
+    def load_reference(self, path: Path) -> None:
+        """Read what `save_reference` wrote. Every process calls it."""
+        with safe_open(path, framework="pt") as weights:
+            for name, _, target in self._reference_pairs():
+                with whole(target, written=True):
+                    target.copy_(weights.get_tensor(name))
+        self.reference_moved = True
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of this process's share of the loss; `last` marks the end of an optimizer step.
 
@@ -334,11 +370,9 @@ class Policy:
         """Bring the sampling weights up to date after an update. A collective under ZeRO-3, otherwise nothing to do."""
         if self._replica is None:
             return
-        import deepspeed
-
         with torch.no_grad():
             for source, target in zip(self.lm.parameters(), self._replica.parameters(), strict=True):
-                with deepspeed.zero.GatheredParameters([source]):
+                with whole(source):
                     target.copy_(source)
 
     @contextmanager

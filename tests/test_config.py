@@ -110,6 +110,11 @@ def test_a_missing_setting_is_named(tmp_path: Path):
         ({"evaluation": {"top_p": 0.95}}, ["evaluation.top_p is 0.95", "no effect", "set evaluation.temperature"]),
         ({"rollout": {"engine": "vlm"}}, ["rollout.engine is 'vlm'", "'auto', 'native', 'hf' or 'vllm'"]),
         ({"algorithm": {"num_minibatches": 3}}, ["algorithm.num_minibatches is 3", "rollout.num_prompts"]),
+        (
+            {"algorithm": {"reference_refresh_steps": 3, "num_minibatches": 2, "kl_coef": 1}},
+            ["algorithm.reference_refresh_steps is 3", "2 optimizer steps", "a multiple"],
+        ),
+        ({"algorithm": {"reference_refresh_steps": 4}}, ["reference_refresh_steps is 4", "algorithm.kl_coef > 0"]),
         ({"algorithm": {"aggregation": "mean"}}, ["algorithm.aggregation is 'mean'", "'sequence', 'token'"]),
         ({"memory": {"micro_batch_tokens": 100}}, ["memory.micro_batch_tokens is 100", ">= 120"]),
         ({"optimizer": {"warmup_steps": 9}}, ["optimizer.warmup_steps is 9", "2 optimizer steps"]),

@@ -74,10 +74,11 @@ def test_a_sharded_run_resumes_where_it_stopped(tmp_path: Path, zero: int):
     whole, halves = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "halves"))
     drop = ("time/", "throughput/")
     clean = [[{k: v for k, v in row.items() if not k.startswith(drop)} for row in rows] for rows in (whole, halves)]
-    assert [row["step"] for row in clean[0]] == [0, 1, 2, 3, 3]
+    assert [row["step"] for row in clean[0]] == [0, 1, 2, 3, 4, 4]
     assert clean[0][1:] == clean[1]  # the half that was stepped by hand did not evaluate the base model
+    assert clean[0][2]["policy/kl"] > 2 * clean[0][3]["policy/kl"] > 0  # the reference became the policy after step 2
     evaluated = read_jsonl(tmp_path / "whole/evaluations.jsonl")
-    assert [(row["step"], row["row"]) for row in evaluated] == [(step, row) for step in (0, 3) for row in range(5)]
+    assert [(row["step"], row["row"]) for row in evaluated] == [(step, row) for step in (0, 4) for row in range(5)]
     sampled = [row["completion"] for row in read_jsonl(tmp_path / "whole/completions.jsonl") if row["step"] == 1]
     assert len(sampled) == 16
     assert sampled[:8] != sampled[8:]

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import torch
-from helpers import FixedGenerator, number_in_text, tiny_config
+from helpers import FixedGenerator, number_in_text, shard_even_small_weights, tiny_config
 from safetensors.torch import save_file
 
 from grpo import Trainer, distributed
@@ -19,19 +19,7 @@ parser.add_argument("--budget", type=int, required=True)
 parser.add_argument("--dtype", default="float32")
 arguments = parser.parse_args()
 
-original = distributed.deepspeed_config
-
-
-def shard_even_small_weights(*args: object, **kwargs: object) -> dict:
-    """ZeRO-3 leaves weights below 100k elements whole, and the tiny model has no others: nothing would be tested."""
-    settings = original(*args, **kwargs)
-    if settings["zero_optimization"]["stage"] == 3:
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    return settings
-
-
-distributed.deepspeed_config = shard_even_small_weights
-
+shard_even_small_weights()
 config = tiny_config(
     arguments.out / "run",
     model={"dtype": arguments.dtype},
