@@ -196,6 +196,11 @@ class MemoryConfig(Section):
 class DistributedConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: 1 shards the optimizer over the GPUs, 2 also the gradients, 3 also the weights."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's float32 weights and moments in the machine's memory and update them there, under ZeRO 1 to 3. Frees 12
+    bytes of GPU memory per trained weight, divided by the processes; each update then takes the CPU's time."""
+    offload_parameters: bool = False
+    """Keep the weights' shards in the machine's memory too, under ZeRO-3 only; they pass through the GPU layer by layer."""
 
 
 class EvaluationConfig(Section):
@@ -402,6 +407,7 @@ def _check_combinations(config: Config) -> None:
             f"optimizer.warmup_steps is {config.optimizer.warmup_steps}; the run has {config.optimizer_steps} optimizer "
             "steps (run.steps * algorithm.num_minibatches) and would end before its peak rate. Lower the warm-up."
         )
+    _check_offload(config.distributed)
     if "" in rollout.stop:
         raise ValueError(
             'rollout.stop holds ""; every completion contains it and would end with its first token. Remove it.'
@@ -431,6 +437,15 @@ def _check_combinations(config: Config) -> None:
     _check_engine_settings(config)
     if rollout.engine == "vllm":
         _check_vllm_sampling(config)
+
+
+def _check_offload(distributed: DistributedConfig) -> None:
+    for name, lowest in (("offload_optimizer", 1), ("offload_parameters", 3)):
+        if getattr(distributed, name) and distributed.zero_stage < lowest:
+            raise ValueError(
+                f"distributed.{name} is true; DeepSpeed can do so from ZeRO stage {lowest} on, and distributed.zero_stage is "
+                f"{distributed.zero_stage}. Set distributed.zero_stage to {lowest}{' or higher' * (lowest < 3)}, or remove it."
+            )
 
 
 def _check_engine_settings(config: Config) -> None:

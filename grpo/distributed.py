@@ -113,6 +113,11 @@ def deepspeed_config(config: Config, *, dtype: torch.dtype) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.distributed.zero_stage}
     if config.distributed.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
+    cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.distributed.offload_optimizer:
+        zero["offload_optimizer"] = cpu
+    if config.distributed.offload_parameters:
+        zero["offload_param"] = cpu
     return {
         "train_micro_batch_size_per_gpu": 1,  # unused, but DeepSpeed wants a number
         "gradient_accumulation_steps": 1,  # else DeepSpeed would divide a loss that is already a sum of weighted tokens
@@ -120,6 +125,7 @@ def deepspeed_config(config: Config, *, dtype: torch.dtype) -> dict[str, Any]:
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # else accelerate puts DeepSpeed's own in place of torch's, compiled for minutes
         "steps_per_print": 2**40,
     }
 
@@ -130,8 +136,14 @@ def _check_launcher(config: Config) -> None:
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("distributed.zero_stage", config.distributed.zero_stage),
         "ACCELERATE_GRADIENT_CLIPPING": ("optimizer.max_grad_norm", config.optimizer.max_grad_norm),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("the number of micro-batches DeepSpeed should average over", 1),
-        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("the device of the optimizer", "none"),
-        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("the device of idle weights", "none"),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": (
+            "distributed.offload_optimizer",
+            config.distributed.offload_optimizer,
+        ),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": (
+            "distributed.offload_parameters",
+            config.distributed.offload_parameters,
+        ),
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("DeepSpeed's configuration file", "none"),
     }
     for variable, (setting, value) in ours.items():
@@ -146,6 +158,8 @@ def _check_launcher(config: Config) -> None:
 
 
 def _same(text: str, value: float | str) -> bool:
+    if isinstance(value, bool):
+        return text == "cpu" and value  # of offloading: accelerate's file names a device
     try:
         return float(text) == float(value)
     except ValueError:

@@ -120,6 +120,14 @@ def test_a_missing_setting_is_named(tmp_path: Path):
         ({"optimizer": {"warmup_steps": 9}}, ["optimizer.warmup_steps is 9", "2 optimizer steps"]),
         ({"data": {"template": "none", "system_prompt": "x"}}, ["data.system_prompt is 'x'", "template is 'none'"]),
         ({"distributed": {"zero_stage": 4}}, ["distributed.zero_stage is 4", "0, 1, 2 or 3"]),
+        (
+            {"distributed": {"offload_optimizer": True}},
+            ["distributed.offload_optimizer is true", "distributed.zero_stage is 0", "to 1 or higher"],
+        ),
+        (
+            {"distributed": {"offload_parameters": True, "zero_stage": 2}},
+            ["distributed.offload_parameters is true", "distributed.zero_stage is 2", "to 3, or"],
+        ),
         ({"rewards": [{"function": "format", "weight": 0}]}, ["rewards is ['format']", "weight other than 0"]),
     ],
     ids=lambda value: (

@@ -10,6 +10,7 @@ from helpers import launch, launch_script, read_json, tiny_config
 from safetensors.torch import load_file
 
 from grpo import distributed
+from grpo.policy import Policy, load_tokenizer
 from grpo.sinks import read_jsonl
 
 COMPARED = (
@@ -27,9 +28,9 @@ COMPARED = (
 TINY_PARAMETERS = 496_128
 
 
-def update(out: Path, *, zero: int, processes: int, budget: int) -> Path:
+def update(out: Path, *options: str, zero: int, processes: int, budget: int) -> Path:
     out.mkdir()
-    launch("worker_update.py", str(out), "--zero", str(zero), "--budget", str(budget), processes=processes)
+    launch("worker_update.py", str(out), "--zero", str(zero), "--budget", str(budget), *options, processes=processes)
     return out
 
 
@@ -40,21 +41,23 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("zero", "processes", "budget"),
+    ("zero", "processes", "budget", "options"),
     [
-        (0, 1, 120),  # a sequence or two per pass
-        (0, 2, 256),
-        (1, 2, 256),
-        (2, 2, 256),
-        (3, 2, 256),
-        (2, 3, 120),  # minibatches of 3 questions over 3 processes: uneven passes
-        (2, 4, 256),  # more processes than questions in a minibatch: one has nothing to do
+        (0, 1, 120, []),  # a sequence or two per pass
+        (0, 2, 256, []),
+        (1, 2, 256, []),
+        (2, 2, 256, []),
+        (3, 2, 256, []),
+        (2, 3, 120, []),  # minibatches of 3 questions over 3 processes: uneven passes
+        (2, 4, 256, []),  # more processes than questions in a minibatch: one has nothing to do
+        (2, 2, 256, ["--offload", "optimizer"]),
+        (3, 2, 256, ["--offload", "optimizer", "parameters"]),
     ],
 )
 def test_the_update_does_not_depend_on_how_it_is_split(
-    tmp_path: Path, reference: Path, zero: int, processes: int, budget: int
+    tmp_path: Path, reference: Path, zero: int, processes: int, budget: int, options: list[str]
 ):
-    out = update(tmp_path / "out", zero=zero, processes=processes, budget=budget)
+    out = update(tmp_path / "out", *options, zero=zero, processes=processes, budget=budget)
     for ours, theirs in zip(read_json(out / "metrics.json"), read_json(reference / "metrics.json"), strict=True):
         for name in COMPARED:
             # float32 sums in another order; they differ by 2e-7 relative, and the second step starts from such weights
@@ -123,7 +126,16 @@ def test_a_zero_stage_that_accelerates_file_contradicts_is_refused(tmp_path: Pat
     ("variable", "value", "message"),
     [
         ("ACCELERATE_GRADIENT_CLIPPING", "0.5", "optimizer.max_grad_norm is 1.0; .* says gradient_clipping 0.5"),
-        ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu", "says offload_optimizer_device cpu"),
+        (
+            "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+            "cpu",
+            "distributed.offload_optimizer is False; .* says offload_optimizer_device cpu",
+        ),
+        (
+            "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
+            "cpu",
+            "distributed.offload_parameters is False; .* says offload_param_device cpu",
+        ),
         ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json", "says config_file ds.json"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "says gradient_accumulation_steps 4"),
     ],
@@ -134,6 +146,23 @@ def test_nothing_in_accelerates_file_is_ignored_in_silence(
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=message):
         distributed.start(tiny_config(tmp_path), dtype=torch.float32)
+
+
+def test_accelerates_file_may_offload_what_the_configuration_offloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    variable = "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"
+    config = tiny_config(tmp_path, distributed={"zero_stage": 1, "offload_optimizer": True})
+    monkeypatch.setenv(variable, "nvme")
+    with pytest.raises(ValueError, match=r"distributed.offload_optimizer is True; .* offload_optimizer_device nvme"):
+        distributed.start(config, dtype=torch.float32)
+    monkeypatch.setenv(variable, "cpu")
+    distributed.start(config, dtype=torch.float32)
+
+
+def test_an_offloaded_update_is_torchs_own_and_nothing_is_compiled(tmp_path: Path):
+    config = tiny_config(tmp_path, distributed={"zero_stage": 2, "offload_optimizer": True})
+    policy = Policy(config, load_tokenizer(config.model), distributed.start(config, dtype=torch.float32))
+    assert policy.engine.zero_offload_optimizer().device == "cpu"
+    assert type(policy.engine.basic_optimizer) is torch.optim.AdamW
 
 
 def test_accelerates_cpu_switch_does_not_drop_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
