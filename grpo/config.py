@@ -162,6 +162,16 @@ class AlgorithmConfig(Section):
     """Optimizer steps per rollout (the paper: 16). With 1 every update is strictly on-policy."""
 
 
+class LoRAConfig(Section):
+    rank: NonNegativeInt = 0
+    """Train low-rank adapters of this rank and leave the model's weights as they are; see grpo/lora.py. 0: train all weights.
+    Adapters need a higher optimizer.learning_rate, about ten times that of all weights."""
+    alpha: PositiveFloat = 32.0
+    """What adapters add is multiplied by alpha / rank. Raising it acts like a higher learning rate."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get adapters, such as [q_proj, v_proj]. all-linear: all but the output layer."""
+
+
 class OptimizerConfig(Section):
     learning_rate: PositiveFloat = 1e-6
     """Peak learning rate of AdamW."""
@@ -261,6 +271,7 @@ class Config(Section):
     )
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    lora: LoRAConfig = Field(default_factory=LoRAConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     memory: MemoryConfig = Field(default_factory=MemoryConfig)
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
@@ -408,6 +419,7 @@ def _check_combinations(config: Config) -> None:
             "steps (run.steps * algorithm.num_minibatches) and would end before its peak rate. Lower the warm-up."
         )
     _check_offload(config.distributed)
+    _check_lora(config.lora)
     if "" in rollout.stop:
         raise ValueError(
             'rollout.stop holds ""; every completion contains it and would end with its first token. Remove it.'
@@ -446,6 +458,16 @@ def _check_offload(distributed: DistributedConfig) -> None:
                 f"distributed.{name} is true; DeepSpeed can do so from ZeRO stage {lowest} on, and distributed.zero_stage is "
                 f"{distributed.zero_stage}. Set distributed.zero_stage to {lowest}{' or higher' * (lowest < 3)}, or remove it."
             )
+
+
+def _check_lora(lora: LoRAConfig) -> None:
+    for name, field in LoRAConfig.model_fields.items():
+        if lora.rank == 0 and getattr(lora, name) != field.default:
+            raise ValueError(
+                f"lora.{name} is {getattr(lora, name)!r}; it has no effect while lora.rank is 0. Set lora.rank, or remove it."
+            )
+    if not lora.target_modules:
+        raise ValueError("lora.target_modules is []; nothing would be trained. Name layers, or set it to all-linear.")
 
 
 def _check_engine_settings(config: Config) -> None:

@@ -27,7 +27,7 @@ import transformers
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
-from torch import nn
+from torch import Tensor
 from transformers.integrations import unset_hf_deepspeed_config
 
 from grpo.config import Config
@@ -196,15 +196,15 @@ def _leave_out_compiled_collective() -> None:
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def whole(parameter: nn.Parameter, *, written: bool = False) -> AbstractContextManager[None]:
-    """Within it, a parameter has all of its elements, of which a process holds a share under ZeRO-3. Every process enters it.
+def whole(*parameters: Tensor, written: bool = False) -> AbstractContextManager[None]:
+    """Within it, parameters have all of their elements, of which a process holds a share under ZeRO-3. Every process enters it.
 
     Args:
-        written: what rank 0 writes to the parameter reaches all; else it must not be written to.
+        written: what rank 0 writes to the parameters reaches all; else they must not be written to.
     """
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if written else None)
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if written else None)
 
 
 def stop() -> None:

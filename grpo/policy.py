@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.integrations import unset_hf_deepspeed_config
 
-from grpo import distributed
+from grpo import distributed, lora
 from grpo.attention import implementation_for, packed_inputs
 from grpo.config import Config, ModelConfig, OptimizerConfig
 from grpo.distributed import Processes, whole
@@ -220,6 +220,9 @@ class Policy:
         self._config = config
         self.temperature = config.rollout.temperature  # of the log-probabilities
         self.lm = load_lm(config.model, dtype=self.dtype, gradient_checkpointing=config.memory.gradient_checkpointing)
+        self._adapted = config.lora.rank > 0
+        if self._adapted:
+            lora.add_adapters(self.lm, config)
         if not self._sharded:
             lay_out(self.lm, processes.device)
         self.engine, self.optimizer = processes.accelerator.prepare(
@@ -229,7 +232,7 @@ class Policy:
         self.reference = self._load_reference() if config.algorithm.kl_coef > 0 else None
         self.reference_moved = False  # it is no longer the starting model
         unset_hf_deepspeed_config()  # from here on, loading a model must not shard it
-        self._replica = self._load_replica() if self._sharded else None
+        self._replica = self._load_replica() if self._sharded or self._adapted else None
         self._check_forward()
 
     def _packed(self, lm: PreTrainedModel) -> PackedLM:
@@ -274,7 +277,9 @@ class Policy:
         return tokens, logits.log_softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
 
     def _load_reference(self) -> nn.Module:
-        """A frozen copy of the starting point; sharded like the policy under ZeRO-3."""
+        """A frozen copy of the starting point, sharded like the policy under ZeRO-3; with adapters the policy's own model."""
+        if self._adapted:
+            return self.engine
         lm = load_lm(self._config.model, dtype=self.dtype)
         lm.requires_grad_(False)
         packed = self._packed(lm)
@@ -290,7 +295,8 @@ class Policy:
         return packed
 
     def _load_replica(self) -> PreTrainedModel:
-        """Under ZeRO-3 a process holds a shard of each weight; sampling reads this whole copy, refreshed by `sync`."""
+        """Under ZeRO-3 a process holds a shard of each weight, and adapters lie beside the weights that they change; sampling
+        reads this whole and merged copy, refreshed by `sync`."""
         replica = load_lm(self._config.model, dtype=self.dtype).requires_grad_(False).eval()
         lay_out(replica, self.processes.device)
         return replica
@@ -309,11 +315,15 @@ class Policy:
     def ref_logprobs(self, batch: Batch) -> Tensor:
         """The reference's log-probabilities of a micro-batch; (T,)."""
         assert self.reference is not None, "no reference was loaded, because kl_coef is 0"
-        return self.reference(batch)[0]
+        with lora.reference_active(self.lm) if self._adapted else nullcontext():
+            return self.reference(batch)[0]
 
-    def _reference_pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+    def _reference_pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name of each weight of the reference, the policy's of that name, and the reference's."""
         assert self.reference is not None, "no reference was loaded, because kl_coef is 0"
+        if self._adapted:
+            yield from lora.adapter_pairs(self.lm)
+            return
         for (name, source), target in zip(self.lm.named_parameters(), self.reference.parameters(), strict=True):
             yield name, source, target
 
@@ -367,9 +377,11 @@ class Policy:
         return nn.utils.get_total_norm([p.grad for p in self.lm.parameters() if p.grad is not None])
 
     def sync(self) -> None:
-        """Bring the sampling weights up to date after an update. A collective under ZeRO-3, otherwise nothing to do."""
+        """Bring the sampling weights up to date after an update; a collective. Without a replica there is nothing to do."""
         if self._replica is None:
             return
+        if self._adapted:
+            return lora.merge_into(self._replica, self.lm)
         with torch.no_grad():
             for source, target in zip(self.lm.parameters(), self._replica.parameters(), strict=True):
                 with whole(source):
@@ -399,6 +411,22 @@ class Policy:
             finally:
                 lm.generation_config = own
         self.tokenizer.save_pretrained(directory)
+
+    def export_adapter(self, directory: Path) -> None:
+        """Write what was trained in peft's format, if that is adapters. Every process calls it."""
+        if self._adapted:
+            lora.save_adapter(directory, self.lm, self._config, is_main=self.processes.is_main)
+
+    def save_training_state(self, directory: Path) -> None:
+        """Write DeepSpeed's state to directory/training, without what is not trained. Every process calls it."""
+        self.engine.save_checkpoint(
+            str(directory), tag="training", save_latest=False, exclude_frozen_parameters=self._adapted
+        )
+
+    def load_training_state(self, directory: Path) -> None:
+        """Read what `save_training_state` wrote. Every process calls it."""
+        loaded, _ = self.engine.load_checkpoint(str(directory), tag="training", load_module_strict=not self._adapted)
+        assert loaded is not None, f"DeepSpeed found no training state in {directory}"
 
 
 @contextmanager

@@ -1,0 +1,135 @@
+"""Low-rank adapters instead of all weights (LoRA, arXiv 2106.09685), as layers of peft.
+
+An adapted layer computes W x + s B A x with s = alpha / rank. W stays as it was loaded, A starts random and B at zero, so the
+policy starts as the base model to the last bit. Each layer has two adapters: the policy's, which is trained, and the
+reference's, which is not: with its B at zero it is the starting model, and a refresh copies the policy's into it. So the
+reference costs no second model.
+
+Adapters have the model's dtype, because DeepSpeed casts every parameter to it and keeps float32 masters of those it trains.
+There is no dropout: with it, the ratio of an unchanged policy would not be 1.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grpo.config import Config
+from grpo.distributed import whole
+
+POLICY, REFERENCE = "default", "reference"
+"""Names of a layer's adapters."""
+
+
+def add_adapters(lm: PreTrainedModel, config: Config) -> None:
+    """Freeze the model and adapt its target layers in place; the same random A on every process.
+
+    Raises:
+        ValueError: a name in lora.target_modules is that of no linear layer.
+    """
+    lm.requires_grad_(False)
+    for name in (POLICY, REFERENCE):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # the second adapter is meant
+            torch.default_generator.manual_seed(config.run.seed)
+            inject_adapter_in_model(peft_config(lm, config), lm, adapter_name=name)
+    _activate(lm, POLICY)
+
+
+def peft_config(lm: PreTrainedModel, config: Config) -> LoraConfig:
+    """The adapters' configuration as peft spells and stores it."""
+    return LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,  # type: ignore[arg-type] # peft divides it by r, whatever its type
+        target_modules=_targets(lm, config),
+        lora_dropout=0.0,
+        base_model_name_or_path=config.model.name,
+        revision=config.model.revision,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _targets(lm: PreTrainedModel, config: Config) -> list[str]:
+    """Last parts of the names of all linear layers but the output layer; or those that were asked for."""
+    head = lm.get_output_embeddings()
+    linear = {
+        name.removesuffix(".base_layer")
+        for name, module in lm.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and ".lora_" not in name
+    }
+    kinds = sorted({name.rpartition(".")[2] for name in linear})
+    if config.lora.target_modules == "all-linear":
+        return kinds
+    for asked in config.lora.target_modules:
+        if not any(f".{name}".endswith(f".{asked}") for name in linear):
+            raise ValueError(
+                f"lora.target_modules holds {asked!r}; no linear layer below the output layer of model.name "
+                f"{config.model.name!r} has this name. Known: {', '.join(kinds)}."
+            )
+    return config.lora.target_modules
+
+
+def adapted_layers(lm: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    for name, module in lm.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def _matrices(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank)."""
+    return cast("nn.Linear", layer.lora_A[adapter]).weight, cast("nn.Linear", layer.lora_B[adapter]).weight
+
+
+def adapter_pairs(lm: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name of each matrix, the policy's, and the reference's."""
+    for name, layer in adapted_layers(lm):
+        for kind, source, target in zip("AB", _matrices(layer, POLICY), _matrices(layer, REFERENCE), strict=True):
+            yield f"{name}.lora_{kind}.weight", source, target
+
+
+@contextmanager
+def reference_active(lm: nn.Module) -> Iterator[None]:
+    """Within it, the layers run with the reference's adapters."""
+    _activate(lm, REFERENCE)
+    try:
+        yield
+    finally:
+        _activate(lm, POLICY)
+
+
+def _activate(lm: nn.Module, adapter: str) -> None:
+    """Let the layers run with these adapters. Only the policy's ever ask for gradients, and only while they are active."""
+    for _, layer in adapted_layers(lm):
+        layer.set_adapter(adapter, inference_mode=adapter == REFERENCE)
+
+
+@torch.no_grad()
+def merge_into(plain: nn.Module, lm: nn.Module) -> None:
+    """Write W + s B A of every adapted layer into a model without adapters. Every process calls it."""
+    for name, layer in adapted_layers(lm):
+        base, (a, b) = cast("nn.Linear", layer.get_base_layer()).weight, _matrices(layer, POLICY)
+        with whole(base, a, b):
+            merged = base.float() + layer.scaling[POLICY] * (b.float() @ a.float())
+            cast("nn.Linear", plain.get_submodule(name)).weight.copy_(merged)
+
+
+def save_adapter(directory: Path, lm: PreTrainedModel, config: Config, *, is_main: bool) -> None:
+    """Write the policy's adapters in peft's format, for `PeftModel.from_pretrained`. Every process calls it."""
+    weights: dict[str, Tensor] = {}
+    for name, source, _ in adapter_pairs(lm):
+        with whole(source):
+            if is_main:
+                weights[f"base_model.model.{name}"] = source.detach().cpu().clone()
+    if is_main:
+        peft_config(lm, config).save_pretrained(str(directory))
+        save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
