@@ -40,6 +40,7 @@ def test_every_setting_is_read_in_some_run(tmp_path: Path, monkeypatch: pytest.M
             **everything,
             data={"name": "some/set", "eval_name": "another/set"},
             rollout={"engine": "native"},
+            lora={"rank": 2},
         ),
     ]
     monkeypatch.setattr(Section, "__getattribute__", watched, raising=False)
@@ -128,6 +129,9 @@ def test_a_missing_setting_is_named(tmp_path: Path):
             {"distributed": {"offload_parameters": True, "zero_stage": 2}},
             ["distributed.offload_parameters is true", "distributed.zero_stage is 2", "to 3, or"],
         ),
+        ({"lora": {"alpha": 16}}, ["lora.alpha is 16.0", "no effect", "Set lora.rank"]),
+        ({"lora": {"target_modules": ["q_proj"]}}, ["lora.target_modules is ['q_proj']", "no effect"]),
+        ({"lora": {"rank": 4, "target_modules": []}}, ["lora.target_modules is []", "nothing would be trained"]),
         ({"rewards": [{"function": "format", "weight": 0}]}, ["rewards is ['format']", "weight other than 0"]),
     ],
     ids=lambda value: (

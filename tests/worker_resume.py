@@ -12,6 +12,7 @@ from grpo import Trainer, distributed
 parser = argparse.ArgumentParser()
 parser.add_argument("out", type=Path)
 parser.add_argument("--zero", type=int, required=True)
+parser.add_argument("--lora", type=int, default=0, help="rank")
 arguments = parser.parse_args()
 shard_even_small_weights()
 
@@ -23,6 +24,7 @@ def trainer(name: str) -> Trainer:
             data={"eval_name": str(TINY / "test.jsonl")},
             evaluation={"num_questions": 5},  # an odd number over two processes
             algorithm={"kl_coef": 0.05, "num_minibatches": 2, "reference_refresh_steps": 4},  # after step 2
+            lora={"rank": arguments.lora},
             distributed={"zero_stage": arguments.zero},
             run={"steps": 4, "resume": "auto"},
         )

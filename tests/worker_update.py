@@ -17,6 +17,7 @@ parser.add_argument("out", type=Path)
 parser.add_argument("--zero", type=int, required=True)
 parser.add_argument("--budget", type=int, required=True)
 parser.add_argument("--dtype", default="float32")
+parser.add_argument("--lora", type=int, default=0, help="rank")
 parser.add_argument("--offload", nargs="*", default=[], choices=["optimizer", "parameters"])
 arguments = parser.parse_args()
 
@@ -27,7 +28,9 @@ config = tiny_config(
     rollout={"num_prompts": 6, "group_size": 3},
     algorithm={"kl_coef": 0.1, "num_minibatches": 2, "aggregation": "token", "max_sampling_gap": 100},
     memory={"micro_batch_tokens": arguments.budget, "gradient_checkpointing": arguments.zero == 3},
-    optimizer={"learning_rate": 1e-5},  # on random completions a larger step makes ratios explode, and noise with them
+    # on random completions a larger step makes ratios explode, and noise with them; adapters start where B is zero
+    optimizer={"learning_rate": 1e-4 if arguments.lora else 1e-5},
+    lora={"rank": arguments.lora},
     distributed={"zero_stage": arguments.zero, **{f"offload_{what}": True for what in arguments.offload}},
     checkpoint={"every_steps": 0},
     logging={"completions_every": 0},
