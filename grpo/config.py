@@ -165,7 +165,8 @@ class AlgorithmConfig(Section):
 class LoRAConfig(Section):
     rank: NonNegativeInt = 0
     """Train low-rank adapters of this rank and leave the model's weights as they are; see grpo/lora.py. 0: train all weights.
-    Adapters need a higher optimizer.learning_rate, about ten times that of all weights."""
+    Adapters need a higher optimizer.learning_rate, ten times that of all weights or more: in bfloat16 the smallest updates
+    have no effect until they add up."""
     alpha: PositiveFloat = 32.0
     """What adapters add is multiplied by alpha / rank. Raising it acts like a higher learning rate."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"

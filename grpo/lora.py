@@ -7,6 +7,12 @@ reference costs no second model.
 
 Adapters have the model's dtype, because DeepSpeed casts every parameter to it and keeps float32 masters of those it trains.
 There is no dropout: with it, the ratio of an unchanged policy would not be 1.
+
+In bfloat16 a layer's output, and the merged weight that sampling reads, lose what an adapter adds below half a unit in the last
+place, 2^-9 of the value. With AdamW steps of 1e-5 on a random model (hidden size 1,024, rank 16) the merged weights held 2 % of
+the first update, 14 % of the sum of six and 58 % of 26; ten steps of 1e-4 later, 99 %. The mean gap between what is sampled from
+and what is trained stayed below 0.03 nats. Rounding at random, right on average, keeps all of it in the weights but not in the
+layers' output, and made the gap larger; so it is to the nearest.
 """
 
 from __future__ import annotations
@@ -32,12 +38,11 @@ POLICY, REFERENCE = "default", "reference"
 
 
 def add_adapters(lm: PreTrainedModel, config: Config) -> None:
-    """Freeze the model and adapt its target layers in place; the same random A on every process.
+    """Adapt the target layers of a model in place and freeze all else; the same random A on every process.
 
     Raises:
         ValueError: a name in lora.target_modules is that of no linear layer.
     """
-    lm.requires_grad_(False)
     for name in (POLICY, REFERENCE):
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # the second adapter is meant

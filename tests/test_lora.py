@@ -76,6 +76,9 @@ def test_adapters_alone_are_trained_and_the_reference_does_not_move(tmp_path: Pa
     assert len(adapters) == 2 * 7 * policy.lm.config.num_hidden_layers  # A and B of q, k, v, o, gate, up, down
     assert all(weight.grad is None for name, weight in policy.lm.named_parameters() if name not in adapters)
     assert torch.equal(policy.ref_logprobs(batch), start)
+    assert {name for name, weight in policy.lm.named_parameters() if weight.requires_grad} == adapters
+    with lora.reference_active(policy.lm):
+        assert not any(weight.requires_grad for weight in policy.lm.parameters())
     # 12 random completions become likelier by nats a token: far from where they started
     assert (policy.old_logprobs(batch) - start).mean() > 0.1
 
