@@ -366,6 +366,12 @@ class Config(Section):
         """The numbers people ask for first, for a data set of `num_rows` questions on `world_size` processes."""
         rollout, steps = self.rollout, self.run.steps
         questions = steps * rollout.num_prompts
+        refresh = self.algorithm.reference_refresh_steps
+        refreshes = (
+            [f"reference refreshes    {self.optimizer_steps // refresh}, every {refresh} optimizer steps"]
+            if refresh
+            else []
+        )
         return "\n".join(
             [
                 f"questions per step     {rollout.num_prompts} over {world_size} process{'es' * (world_size > 1)}",
@@ -373,6 +379,7 @@ class Config(Section):
                 f"at most {self.completions_per_step * rollout.max_completion_tokens:,} tokens",
                 f"optimizer steps        {self.optimizer_steps:,} ({self.algorithm.num_minibatches} per rollout, "
                 f"{self.prompts_per_minibatch * rollout.group_size} completions each)",
+                *refreshes,
                 f"questions in all       {questions:,} = {questions / num_rows:.2f} epochs of {num_rows:,}",
             ]
         )

@@ -118,6 +118,14 @@ def _activate(lm: nn.Module, adapter: str) -> None:
         layer.set_adapter(adapter, inference_mode=adapter == REFERENCE)
 
 
+def share_unadapted(plain: nn.Module, lm: nn.Module) -> None:
+    """Let a model without adapters read embeddings, norms and whatever else has no adapter from the adapted one's memory."""
+    own = dict(lm.named_parameters())
+    for name, parameter in plain.named_parameters():
+        if name in own:  # an adapted layer's own weight and bias have other names, below `base_layer`
+            parameter.data = own[name].data
+
+
 @torch.no_grad()
 def merge_into(plain: nn.Module, lm: nn.Module) -> None:
     """Write W + s B A of every adapted layer into a model without adapters. Every process calls it."""

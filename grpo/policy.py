@@ -299,6 +299,8 @@ class Policy:
         reads this whole and merged copy, refreshed by `sync`."""
         replica = load_lm(self._config.model, dtype=self.dtype).requires_grad_(False).eval()
         lay_out(replica, self.processes.device)
+        if not self._sharded:
+            lora.share_unadapted(replica, self.lm)
         return replica
 
     def logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -206,9 +206,14 @@ def test_the_saved_configuration_loads_as_the_same_one(tmp_path: Path):
 
 def test_derived_numbers(tmp_path: Path):
     config = tiny_config(
-        tmp_path, rollout={"num_prompts": 512, "group_size": 16}, algorithm={"num_minibatches": 16}, run={"steps": 650}
+        tmp_path,
+        rollout={"num_prompts": 512, "group_size": 16},
+        algorithm={"num_minibatches": 16, "kl_coef": 0.001, "reference_refresh_steps": 400},
+        run={"steps": 650},
     )  # DeepSeek-R1-Zero: 8,192 completions a rollout, 16 minibatches of 32 x 16, 10,400 optimizer steps
     assert config.completions_per_step == 8192
     assert config.prompts_per_minibatch == 32
     assert config.optimizer_steps == 10_400
-    assert "332,800 = 2.00 epochs" in config.summary(num_rows=166_400, world_size=8)
+    summary = config.summary(num_rows=166_400, world_size=8)
+    assert "332,800 = 2.00 epochs" in summary
+    assert "reference refreshes    26, every 400 optimizer steps" in summary

@@ -64,6 +64,16 @@ def test_the_policy_starts_as_the_reference_and_as_what_is_sampled_from_to_the_l
             assert torch.equal(weight.cpu(), BASE[name].float()), name
 
 
+@pytest.mark.parametrize("zero", [0, 2])
+def test_what_has_no_adapter_is_in_memory_once(tmp_path: Path, zero: int):
+    policy = make_policy(tmp_path, distributed={"zero_stage": zero})
+    own = {weight.data_ptr() for weight in policy.lm.parameters()}
+    with policy.sampling_model() as lm:
+        shared = {name for name, weight in lm.named_parameters() if weight.data_ptr() in own}
+    assert "model.embed_tokens.weight" in shared
+    assert {name for name in BASE if "norm" in name or "embed" in name} == shared
+
+
 def test_adapters_alone_are_trained_and_the_reference_does_not_move(tmp_path: Path):
     policy = make_policy(tmp_path)
     batch = fixed_batch(policy)
