@@ -220,9 +220,7 @@ class Policy:
         self._config = config
         self.temperature = config.rollout.temperature  # of the log-probabilities
         self.lm = load_lm(config.model, dtype=self.dtype, gradient_checkpointing=config.memory.gradient_checkpointing)
-        self._adapted = config.lora.rank > 0
-        if self._adapted:
-            lora.add_adapters(self.lm, config)
+        self.adapters = lora.add_adapters(self.lm, config) if config.lora.rank else {}
         if not self._sharded:
             lay_out(self.lm, processes.device)
         self.engine, self.optimizer = processes.accelerator.prepare(
@@ -232,7 +230,7 @@ class Policy:
         self.reference = self._load_reference() if config.algorithm.kl_coef > 0 else None
         self.reference_moved = False  # it is no longer the starting model
         unset_hf_deepspeed_config()  # from here on, loading a model must not shard it
-        self._replica = self._load_replica() if self._sharded or self._adapted else None
+        self._replica = self._load_replica() if self._sharded or self.adapters else None
         self._check_forward()
 
     def _packed(self, lm: PreTrainedModel) -> PackedLM:
@@ -278,7 +276,7 @@ class Policy:
 
     def _load_reference(self) -> nn.Module:
         """A frozen copy of the starting point, sharded like the policy under ZeRO-3; with adapters the policy's own model."""
-        if self._adapted:
+        if self.adapters:
             return self.engine
         lm = load_lm(self._config.model, dtype=self.dtype)
         lm.requires_grad_(False)
@@ -317,14 +315,14 @@ class Policy:
     def ref_logprobs(self, batch: Batch) -> Tensor:
         """The reference's log-probabilities of a micro-batch; (T,)."""
         assert self.reference is not None, "no reference was loaded, because kl_coef is 0"
-        with lora.reference_active(self.lm) if self._adapted else nullcontext():
+        with lora.reference_active(self.adapters) if self.adapters else nullcontext():
             return self.reference(batch)[0]
 
     def _reference_pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name of each weight of the reference, the policy's of that name, and the reference's."""
         assert self.reference is not None, "no reference was loaded, because kl_coef is 0"
-        if self._adapted:
-            yield from lora.adapter_pairs(self.lm)
+        if self.adapters:
+            yield from lora.adapter_pairs(self.adapters)
             return
         for (name, source), target in zip(self.lm.named_parameters(), self.reference.parameters(), strict=True):
             yield name, source, target
@@ -382,8 +380,8 @@ class Policy:
         """Bring the sampling weights up to date after an update; a collective. Without a replica there is nothing to do."""
         if self._replica is None:
             return
-        if self._adapted:
-            return lora.merge_into(self._replica, self.lm)
+        if self.adapters:
+            return lora.merge_into(self._replica, self.adapters)
         with torch.no_grad():
             for source, target in zip(self.lm.parameters(), self._replica.parameters(), strict=True):
                 with whole(source):
@@ -416,18 +414,19 @@ class Policy:
 
     def export_adapter(self, directory: Path) -> None:
         """Write what was trained in peft's format, if that is adapters. Every process calls it."""
-        if self._adapted:
-            lora.save_adapter(directory, self.lm, self._config, is_main=self.processes.is_main)
+        if self.adapters:
+            stored = lora.peft_config(self.lm, self._config)
+            lora.save_adapter(directory, self.adapters, stored, is_main=self.processes.is_main)
 
     def save_training_state(self, directory: Path) -> None:
         """Write DeepSpeed's state to directory/training, without what is not trained. Every process calls it."""
         self.engine.save_checkpoint(
-            str(directory), tag="training", save_latest=False, exclude_frozen_parameters=self._adapted
+            str(directory), tag="training", save_latest=False, exclude_frozen_parameters=bool(self.adapters)
         )
 
     def load_training_state(self, directory: Path) -> None:
         """Read what `save_training_state` wrote. Every process calls it."""
-        loaded, _ = self.engine.load_checkpoint(str(directory), tag="training", load_module_strict=not self._adapted)
+        loaded, _ = self.engine.load_checkpoint(str(directory), tag="training", load_module_strict=not self.adapters)
         assert loaded is not None, f"DeepSpeed found no training state in {directory}"
 
 

@@ -87,8 +87,6 @@ def test_adapters_alone_are_trained_and_the_reference_does_not_move(tmp_path: Pa
     assert all(weight.grad is None for name, weight in policy.lm.named_parameters() if name not in adapters)
     assert torch.equal(policy.ref_logprobs(batch), start)
     assert {name for name, weight in policy.lm.named_parameters() if weight.requires_grad} == adapters
-    with lora.reference_active(policy.lm):
-        assert not any(weight.requires_grad for weight in policy.lm.parameters())
     # 12 random completions become likelier by nats a token: far from where they started
     assert (policy.old_logprobs(batch) - start).mean() > 0.1
 
@@ -145,7 +143,7 @@ def test_the_gradient_checkpointed_backward_gives_the_same_adapters(tmp_path: Pa
         policy = make_policy(tmp_path / str(checkpointing), memory=memory)
         batch = fixed_batch(policy)
         move(policy, batch)
-        results.append([source.clone() for _, source, _ in lora.adapter_pairs(policy.lm)])
+        results.append([source.clone() for _, source, _ in lora.adapter_pairs(policy.adapters)])
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-6)
 
 
@@ -180,9 +178,10 @@ def test_both_exports_are_the_base_plus_the_adapters(tmp_path: Path):
 
 def test_only_the_layers_that_were_named_are_adapted(tmp_path: Path):
     policy = make_policy(tmp_path, lora={**LORA, "target_modules": ["q_proj", "1.mlp.down_proj"]})
-    names = {name for name, _ in lora.adapted_layers(policy.lm)}
     layers = range(policy.lm.config.num_hidden_layers)
-    assert names == {f"model.layers.{i}.self_attn.q_proj" for i in layers} | {"model.layers.1.mlp.down_proj"}
+    assert policy.adapters.keys() == {f"model.layers.{i}.self_attn.q_proj" for i in layers} | {
+        "model.layers.1.mlp.down_proj"
+    }
 
 
 @pytest.mark.parametrize("asked", ["q_prjo", "lm_head", "embed_tokens", "norm"])
@@ -237,7 +236,7 @@ def test_a_run_with_adapters_resumes_where_it_stopped_without_the_frozen_weights
     ]
     assert rows[0] == rows[1]
     newest = checkpoint.complete_checkpoints(tmp_path / "halves/checkpoints")[-1]
-    trained = sum(source.numel() for _, source, _ in lora.adapter_pairs(second.policy.lm))
+    trained = sum(source.numel() for _, source, _ in lora.adapter_pairs(second.policy.adapters))
     size = sum(path.stat().st_size for path in (newest / "training").rglob("*.pt"))
     assert size < 1.5 * 16 * trained  # weights, masters and two moments of four bytes, and names
     assert {"hf", "adapter", checkpoint.REFERENCE} < {path.name for path in newest.iterdir()}
