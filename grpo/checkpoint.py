@@ -2,7 +2,9 @@
 
     checkpoints/step-00000050/
         hf/             weights, config and tokenizer; `AutoModelForCausalLM.from_pretrained` loads it
+        adapter/        with LoRA: the adapters alone, which are merged into hf/; `PeftModel.from_pretrained` loads it
         training/       DeepSpeed's state: float32 masters and optimizer moments, a file per process
+        reference.safetensors    the reference's weights, once it is no longer the starting model
         random/         each process's random states
         state.json      where the run stands, and the configuration it ran with
 
@@ -26,6 +28,8 @@ from grpo.config import Config
 from grpo.distributed import Processes
 from grpo.policy import Policy
 
+REFERENCE = "reference.safetensors"
+
 
 @dataclass
 class RunState:
@@ -47,7 +51,10 @@ def save(directory: Path, state: RunState, *, policy: Policy, config: Config, pr
         (partial / "random").mkdir(parents=True)
         policy.export(partial / "hf")
     processes.barrier()
-    policy.engine.save_checkpoint(str(partial), tag="training", save_latest=False)
+    policy.export_adapter(partial / "adapter")
+    policy.save_training_state(partial)
+    if policy.reference_moved:
+        policy.save_reference(partial / REFERENCE)
     torch.save(_random_states(), partial / "random" / f"rank-{processes.rank}.pt")
     processes.barrier()
     if processes.is_main:
@@ -114,8 +121,9 @@ def _check_resumable(checkpoint: Path, config: Config, processes: Processes) -> 
 
 def restore(checkpoint: Path, *, policy: Policy, processes: Processes) -> RunState:
     """Load weights, optimizer and random states in place. Every process calls it."""
-    loaded, _ = policy.engine.load_checkpoint(str(checkpoint), tag="training")
-    assert loaded is not None, f"DeepSpeed found no training state in {checkpoint}"
+    policy.load_training_state(checkpoint)
+    if (checkpoint / REFERENCE).exists():
+        policy.load_reference(checkpoint / REFERENCE)
     _restore_random_states(torch.load(checkpoint / "random" / f"rank-{processes.rank}.pt", weights_only=False))
     saved = read_state(checkpoint)
     return RunState(saved["step"], saved["optimizer_steps"], saved["position"])

@@ -152,11 +152,25 @@ class AlgorithmConfig(Section):
     """Weight of the KL penalty to the reference model (beta). 0: no reference model is loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Per-token KL estimator; see grpo/loss.py. The paper's is k3."""
+    reference_refresh_steps: NonNegativeInt = 0
+    """After every so many optimizer steps the reference becomes the current policy (the paper: 400). 0: it stays the starting
+    model. Lowering it lets the policy move further from its start."""
     max_sampling_gap: PositiveFloat = 0.25
     """Stop when sampled tokens' log-probabilities and the trainer's own of the same tokens differ by more than this, in
     nats on average: one of them is wrong. bfloat16 noise is about 0.01."""
     num_minibatches: PositiveInt = 1
     """Optimizer steps per rollout (the paper: 16). With 1 every update is strictly on-policy."""
+
+
+class LoRAConfig(Section):
+    rank: NonNegativeInt = 0
+    """Train low-rank adapters of this rank and leave the model's weights as they are; see grpo/lora.py. 0: train all weights.
+    Adapters need a higher optimizer.learning_rate, ten times that of all weights or more: in bfloat16 the smallest updates
+    have no effect until they add up."""
+    alpha: PositiveFloat = 32.0
+    """What adapters add is multiplied by alpha / rank. Raising it acts like a higher learning rate."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get adapters, such as [q_proj, v_proj]. all-linear: all but the output layer."""
 
 
 class OptimizerConfig(Section):
@@ -194,6 +208,11 @@ class MemoryConfig(Section):
 class DistributedConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: 1 shards the optimizer over the GPUs, 2 also the gradients, 3 also the weights."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's float32 weights and moments in the machine's memory and update them there, under ZeRO 1 to 3. Frees 12
+    bytes of GPU memory per trained weight, divided by the processes; each update then takes the CPU's time."""
+    offload_parameters: bool = False
+    """Keep the weights' shards in the machine's memory too, under ZeRO-3 only; they pass through the GPU layer by layer."""
 
 
 class EvaluationConfig(Section):
@@ -254,6 +273,7 @@ class Config(Section):
     )
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    lora: LoRAConfig = Field(default_factory=LoRAConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     memory: MemoryConfig = Field(default_factory=MemoryConfig)
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
@@ -347,6 +367,12 @@ class Config(Section):
         """The numbers people ask for first, for a data set of `num_rows` questions on `world_size` processes."""
         rollout, steps = self.rollout, self.run.steps
         questions = steps * rollout.num_prompts
+        refresh = self.algorithm.reference_refresh_steps
+        refreshes = (
+            [f"reference refreshes    {self.optimizer_steps // refresh}, every {refresh} optimizer steps"]
+            if refresh
+            else []
+        )
         return "\n".join(
             [
                 f"questions per step     {rollout.num_prompts} over {world_size} process{'es' * (world_size > 1)}",
@@ -354,6 +380,7 @@ class Config(Section):
                 f"at most {self.completions_per_step * rollout.max_completion_tokens:,} tokens",
                 f"optimizer steps        {self.optimizer_steps:,} ({self.algorithm.num_minibatches} per rollout, "
                 f"{self.prompts_per_minibatch * rollout.group_size} completions each)",
+                *refreshes,
                 f"questions in all       {questions:,} = {questions / num_rows:.2f} epochs of {num_rows:,}",
             ]
         )
@@ -378,6 +405,17 @@ def _check_combinations(config: Config) -> None:
             f"algorithm.num_minibatches is {algorithm.num_minibatches}; the {rollout.num_prompts} questions of a step "
             "(rollout.num_prompts) must divide evenly into minibatches. Set it to a divisor of rollout.num_prompts."
         )
+    if algorithm.reference_refresh_steps % algorithm.num_minibatches:
+        raise ValueError(
+            f"algorithm.reference_refresh_steps is {algorithm.reference_refresh_steps}; the reference changes between rollouts "
+            f"only, each of which has {algorithm.num_minibatches} optimizer steps (algorithm.num_minibatches). Set it to a "
+            "multiple of them."
+        )
+    if algorithm.reference_refresh_steps and algorithm.kl_coef == 0:
+        raise ValueError(
+            f"algorithm.reference_refresh_steps is {algorithm.reference_refresh_steps}; there is no reference, because "
+            "algorithm.kl_coef is 0. Remove it, or set algorithm.kl_coef > 0."
+        )
     if memory.micro_batch_tokens < config.max_sequence_tokens:
         raise ValueError(
             f"memory.micro_batch_tokens is {memory.micro_batch_tokens}; one sequence may have "
@@ -389,6 +427,8 @@ def _check_combinations(config: Config) -> None:
             f"optimizer.warmup_steps is {config.optimizer.warmup_steps}; the run has {config.optimizer_steps} optimizer "
             "steps (run.steps * algorithm.num_minibatches) and would end before its peak rate. Lower the warm-up."
         )
+    _check_offload(config.distributed)
+    _check_lora(config.lora)
     if "" in rollout.stop:
         raise ValueError(
             'rollout.stop holds ""; every completion contains it and would end with its first token. Remove it.'
@@ -418,6 +458,25 @@ def _check_combinations(config: Config) -> None:
     _check_engine_settings(config)
     if rollout.engine == "vllm":
         _check_vllm_sampling(config)
+
+
+def _check_offload(distributed: DistributedConfig) -> None:
+    for name, lowest in (("offload_optimizer", 1), ("offload_parameters", 3)):
+        if getattr(distributed, name) and distributed.zero_stage < lowest:
+            raise ValueError(
+                f"distributed.{name} is true; DeepSpeed can do so from ZeRO stage {lowest} on, and distributed.zero_stage is "
+                f"{distributed.zero_stage}. Set distributed.zero_stage to {lowest}{' or higher' * (lowest < 3)}, or remove it."
+            )
+
+
+def _check_lora(lora: LoRAConfig) -> None:
+    for name, field in LoRAConfig.model_fields.items():
+        if lora.rank == 0 and getattr(lora, name) != field.default:
+            raise ValueError(
+                f"lora.{name} is {getattr(lora, name)!r}; it has no effect while lora.rank is 0. Set lora.rank, or remove it."
+            )
+    if not lora.target_modules:
+        raise ValueError("lora.target_modules is []; nothing would be trained. Name layers, or set it to all-linear.")
 
 
 def _check_engine_settings(config: Config) -> None:

@@ -16,6 +16,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ import transformers
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import Tensor
 from transformers.integrations import unset_hf_deepspeed_config
 
 from grpo.config import Config
@@ -127,6 +129,11 @@ def deepspeed_config(config: Config, *, dtype: torch.dtype) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.distributed.zero_stage}
     if config.distributed.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
+    cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.distributed.offload_optimizer:
+        zero["offload_optimizer"] = cpu
+    if config.distributed.offload_parameters:
+        zero["offload_param"] = cpu
     return {
         "train_micro_batch_size_per_gpu": 1,  # unused, but DeepSpeed wants a number
         "gradient_accumulation_steps": 1,  # else DeepSpeed would divide a loss that is already a sum of weighted tokens
@@ -134,6 +141,7 @@ def deepspeed_config(config: Config, *, dtype: torch.dtype) -> dict[str, Any]:
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # else accelerate puts DeepSpeed's own in place of torch's, compiled for minutes
         "steps_per_print": 2**40,
     }
 
@@ -144,8 +152,14 @@ def _check_launcher(config: Config) -> None:
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("distributed.zero_stage", config.distributed.zero_stage),
         "ACCELERATE_GRADIENT_CLIPPING": ("optimizer.max_grad_norm", config.optimizer.max_grad_norm),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("the number of micro-batches DeepSpeed should average over", 1),
-        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("the device of the optimizer", "none"),
-        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("the device of idle weights", "none"),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": (
+            "distributed.offload_optimizer",
+            config.distributed.offload_optimizer,
+        ),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": (
+            "distributed.offload_parameters",
+            config.distributed.offload_parameters,
+        ),
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("DeepSpeed's configuration file", "none"),
     }
     for variable, (setting, value) in ours.items():
@@ -160,6 +174,8 @@ def _check_launcher(config: Config) -> None:
 
 
 def _same(text: str, value: float | str) -> bool:
+    if isinstance(value, bool):
+        return text == "cpu" and value  # of offloading: accelerate's file names a device
     try:
         return float(text) == float(value)
     except ValueError:
@@ -195,6 +211,17 @@ def _leave_out_compiled_collective() -> None:
     from deepspeed import ops
 
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def whole(*parameters: Tensor, written: bool = False) -> AbstractContextManager[None]:
+    """Within it, parameters have all of their elements, of which a process holds a share under ZeRO-3. Every process enters it.
+
+    Args:
+        written: what rank 0 writes to the parameters reaches all; else they must not be written to.
+    """
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if written else None)
 
 
 def stop() -> None:

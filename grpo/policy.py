@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -23,11 +25,11 @@ from transformers import (
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grpo import distributed
+from grpo import distributed, lora
 from grpo.attention import packed_inputs
 from grpo.batch import micro_batch
 from grpo.config import Config, ModelConfig, OptimizerConfig
-from grpo.distributed import Processes
+from grpo.distributed import Processes, whole
 from grpo.logprobs import token_logprobs
 from grpo.types import Batch, MicroBatch
 
@@ -241,6 +243,7 @@ class Policy:
         self.temperature = config.rollout.temperature  # of the log-probabilities
         self.lm = load_lm(config.model, dtype=self.dtype)
         checkpoint_activations(self.lm, config.memory.activation_checkpointing)
+        self.adapters = lora.add_adapters(self.lm, config) if config.lora.rank else {}
         if not self._sharded:
             lay_out(self.lm, processes.device)
         self.engine, self.optimizer = processes.accelerator.prepare(
@@ -249,8 +252,9 @@ class Policy:
         _count_from_zero(self.engine.basic_optimizer)
         self.lm.set_attn_implementation("packed")
         self.reference = self._load_reference() if config.algorithm.kl_coef > 0 else None
+        self.reference_moved = False  # it is no longer the starting model
         unset_hf_deepspeed_config()  # from here on, loading a model must not shard it
-        self._replica = self._load_replica() if self._sharded else None
+        self._replica = self._load_replica() if self._sharded or self.adapters else None
         self._check_forward()
 
     def _packed(self, lm: PreTrainedModel) -> PackedLM:
@@ -301,7 +305,9 @@ class Policy:
         return tokens, logits.log_softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
 
     def _load_reference(self) -> nn.Module:
-        """A frozen copy of the starting point; sharded like the policy under ZeRO-3."""
+        """A frozen copy of the starting point, sharded like the policy under ZeRO-3; with adapters the policy's own model."""
+        if self.adapters:
+            return self.engine
         lm = load_lm(self._config.model, dtype=self.dtype)
         lm.requires_grad_(False)
         packed = self._packed(lm)
@@ -317,9 +323,12 @@ class Policy:
         return packed
 
     def _load_replica(self) -> PreTrainedModel:
-        """Under ZeRO-3 a process holds a shard of each weight; sampling reads this whole copy, refreshed by `sync`."""
+        """Under ZeRO-3 a process holds a shard of each weight, and adapters lie beside the weights that they change; sampling
+        reads this whole and merged copy, refreshed by `sync`."""
         replica = load_lm(self._config.model, dtype=self.dtype).requires_grad_(False).eval()
         lay_out(replica, self.processes.device)
+        if not self._sharded:
+            lora.share_unadapted(replica, self.lm)
         return replica
 
     def logprobs(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -336,7 +345,44 @@ class Policy:
     def ref_logprobs(self, micro: MicroBatch) -> Tensor:
         """The reference's log-probabilities of a micro-batch; (T,)."""
         assert self.reference is not None, "no reference was loaded, because kl_coef is 0"
-        return self.reference(micro)[0]
+        with lora.reference_active(self.adapters) if self.adapters else nullcontext():
+            return self.reference(micro)[0]
+
+    def _reference_pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name of each weight of the reference, the policy's of that name, and the reference's."""
+        assert self.reference is not None, "no reference was loaded, because kl_coef is 0"
+        if self.adapters:
+            yield from lora.adapter_pairs(self.adapters)
+            return
+        for (name, source), target in zip(self.lm.named_parameters(), self.reference.parameters(), strict=True):
+            yield name, source, target
+
+    @torch.no_grad()
+    def refresh_reference(self) -> None:
+        """Make the current policy the reference. Every process calls it; no more than one weight is gathered at a time."""
+        for _, source, target in self._reference_pairs():
+            with whole(source), whole(target, written=True):
+                target.copy_(source)
+        self.reference_moved = True
+
+    def save_reference(self, path: Path) -> None:
+        """Write the reference's weights to one file. Every process calls it."""
+        weights = {}
+        for name, _, target in self._reference_pairs():
+            with whole(target):
+                if self.processes.is_main:
+                    weights[name] = target.detach().cpu().clone()
+        if self.processes.is_main:
+            save_file(weights, path)
+
+    @torch.no_grad()
+    def load_reference(self, path: Path) -> None:
+        """Read what `save_reference` wrote. Every process calls it."""
+        with safe_open(path, framework="pt") as weights:
+            for name, _, target in self._reference_pairs():
+                with whole(target, written=True):
+                    target.copy_(weights.get_tensor(name))
+        self.reference_moved = True
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of this process's share of the loss; `last` marks the end of an optimizer step.
@@ -361,14 +407,14 @@ class Policy:
         return nn.utils.get_total_norm([p.grad for p in self.lm.parameters() if p.grad is not None])
 
     def sync(self) -> None:
-        """Bring the sampling weights up to date after an update. A collective under ZeRO-3, otherwise nothing to do."""
+        """Bring the sampling weights up to date after an update; a collective. Without a replica there is nothing to do."""
         if self._replica is None:
             return
-        import deepspeed
-
+        if self.adapters:
+            return lora.merge_into(self._replica, self.adapters)
         with torch.no_grad():
             for source, target in zip(self.lm.parameters(), self._replica.parameters(), strict=True):
-                with deepspeed.zero.GatheredParameters([source]):
+                with whole(source):
                     target.copy_(source)
 
     @contextmanager
@@ -395,6 +441,23 @@ class Policy:
             finally:
                 lm.generation_config = own
         self.tokenizer.save_pretrained(directory)
+
+    def export_adapter(self, directory: Path) -> None:
+        """Write what was trained in peft's format, if that is adapters. Every process calls it."""
+        if self.adapters:
+            stored = lora.peft_config(self.lm, self._config)
+            lora.save_adapter(directory, self.adapters, stored, is_main=self.processes.is_main)
+
+    def save_training_state(self, directory: Path) -> None:
+        """Write DeepSpeed's state to directory/training, without what is not trained. Every process calls it."""
+        self.engine.save_checkpoint(
+            str(directory), tag="training", save_latest=False, exclude_frozen_parameters=bool(self.adapters)
+        )
+
+    def load_training_state(self, directory: Path) -> None:
+        """Read what `save_training_state` wrote. Every process calls it."""
+        loaded, _ = self.engine.load_checkpoint(str(directory), tag="training", load_module_strict=not self.adapters)
+        assert loaded is not None, f"DeepSpeed found no training state in {directory}"
 
 
 @contextmanager

@@ -121,7 +121,7 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """Sample a rollout, score it, and update the policy on it; the step's metrics over all processes."""
         config, self.meter, self.seconds = self.config, Meter(), {}
-        prompts = self.prompts.next_batch()
+        prompts, steps_before = self.prompts.next_batch(), self.state.optimizer_steps
         with self._clock("step"):
             with self._clock("rollout"):
                 groups = self.generator.sample(
@@ -141,6 +141,7 @@ class Trainer:
                 for minibatch in minibatches:
                     self._optimizer_step(minibatch)
             self.generator.sync()
+            self._refresh_reference_if_due(steps_before)
         measure_rollout(self.meter, groups, scores, advantages)
         for name, value in self.generator.metrics().items():
             self.meter.mean(name, torch.tensor(value))
@@ -217,6 +218,13 @@ class Trainer:
         self.learning_rate = rate
         self.meter.mean("optimizer/grad_norm", torch.tensor(norm))
         self.meter.mean("optimizer/loss", torch.tensor(loss))
+
+    def _refresh_reference_if_due(self, steps_before: int) -> None:
+        """Where this rollout's updates passed a multiple; one without a known reward has fewer, so they may not end on it."""
+        every, steps = self.config.algorithm.reference_refresh_steps, self.state.optimizer_steps
+        if every and steps // every > steps_before // every:
+            self.policy.refresh_reference()
+            self.say(f"the reference is the policy after optimizer step {steps} from here on")
 
     def _refuse_if_not_finite(self, what: str, value: float) -> None:
         """Stop before a broken update reaches a checkpoint."""

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from grpo import distributed
 from grpo.config import Config
-from grpo.types import Completion, Group, Prompt, Sampling
+from grpo.types import Completion, Group, MicroBatch, Prompt, Sampling
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "quickstart"
@@ -77,6 +78,13 @@ class FixedGenerator:
         return {}
 
 
+def sequences_of(micro: MicroBatch) -> list[tuple[torch.Tensor, int]]:
+    """Token ids of each sequence of a pass, its prompt in front, and the length of that prompt."""
+    num_queries, num_keys = micro.packing.cu_queries.diff().tolist(), micro.packing.cu_keys.diff().tolist()
+    keys = micro.tokens[micro.packing.key_index].split(num_keys)
+    return [(ids, len(ids) - own) for ids, own in zip(keys, num_queries, strict=True) if len(ids) > own]
+
+
 def number_in_text(completion: str) -> float:
     """A reward: the number that FixedGenerator wrote as text."""
     return float(completion)
@@ -115,6 +123,19 @@ def launch_script(*overrides: str, launcher: tuple[str, ...] = ()) -> subprocess
         timeout=300,
         env=clean_environment(),
     )
+
+
+def shard_even_small_weights() -> None:
+    """ZeRO-3 leaves weights below 100k elements whole, and the tiny model has no others: nothing would be tested."""
+    original = distributed.deepspeed_config
+
+    def settings(*args: object, **kwargs: object) -> dict:
+        values = original(*args, **kwargs)
+        if values["zero_optimization"]["stage"] == 3:
+            values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return values
+
+    distributed.deepspeed_config = settings
 
 
 def read_json(path: Path) -> Any:

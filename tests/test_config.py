@@ -40,6 +40,7 @@ def test_every_setting_is_read_in_some_run(tmp_path: Path, monkeypatch: pytest.M
             **everything,
             data={"name": "some/set", "eval_name": "another/set"},
             rollout={"engine": "native"},
+            lora={"rank": 2},
         ),
     ]
     monkeypatch.setattr(Section, "__getattribute__", watched, raising=False)
@@ -110,11 +111,27 @@ def test_a_missing_setting_is_named(tmp_path: Path):
         ({"evaluation": {"top_p": 0.95}}, ["evaluation.top_p is 0.95", "no effect", "set evaluation.temperature"]),
         ({"rollout": {"engine": "vlm"}}, ["rollout.engine is 'vlm'", "'auto', 'native', 'hf' or 'vllm'"]),
         ({"algorithm": {"num_minibatches": 3}}, ["algorithm.num_minibatches is 3", "rollout.num_prompts"]),
+        (
+            {"algorithm": {"reference_refresh_steps": 3, "num_minibatches": 2, "kl_coef": 1}},
+            ["algorithm.reference_refresh_steps is 3", "2 optimizer steps", "a multiple"],
+        ),
+        ({"algorithm": {"reference_refresh_steps": 4}}, ["reference_refresh_steps is 4", "algorithm.kl_coef > 0"]),
         ({"algorithm": {"aggregation": "mean"}}, ["algorithm.aggregation is 'mean'", "'sequence', 'token'"]),
         ({"memory": {"micro_batch_tokens": 100}}, ["memory.micro_batch_tokens is 100", ">= 120"]),
         ({"optimizer": {"warmup_steps": 9}}, ["optimizer.warmup_steps is 9", "2 optimizer steps"]),
         ({"data": {"template": "none", "system_prompt": "x"}}, ["data.system_prompt is 'x'", "template is 'none'"]),
         ({"distributed": {"zero_stage": 4}}, ["distributed.zero_stage is 4", "0, 1, 2 or 3"]),
+        (
+            {"distributed": {"offload_optimizer": True}},
+            ["distributed.offload_optimizer is true", "distributed.zero_stage is 0", "to 1 or higher"],
+        ),
+        (
+            {"distributed": {"offload_parameters": True, "zero_stage": 2}},
+            ["distributed.offload_parameters is true", "distributed.zero_stage is 2", "to 3, or"],
+        ),
+        ({"lora": {"alpha": 16}}, ["lora.alpha is 16.0", "no effect", "Set lora.rank"]),
+        ({"lora": {"target_modules": ["q_proj"]}}, ["lora.target_modules is ['q_proj']", "no effect"]),
+        ({"lora": {"rank": 4, "target_modules": []}}, ["lora.target_modules is []", "nothing would be trained"]),
         ({"rewards": [{"function": "format", "weight": 0}]}, ["rewards is ['format']", "weight other than 0"]),
     ],
     ids=lambda value: (
@@ -189,9 +206,14 @@ def test_the_saved_configuration_loads_as_the_same_one(tmp_path: Path):
 
 def test_derived_numbers(tmp_path: Path):
     config = tiny_config(
-        tmp_path, rollout={"num_prompts": 512, "group_size": 16}, algorithm={"num_minibatches": 16}, run={"steps": 650}
+        tmp_path,
+        rollout={"num_prompts": 512, "group_size": 16},
+        algorithm={"num_minibatches": 16, "kl_coef": 0.001, "reference_refresh_steps": 400},
+        run={"steps": 650},
     )  # DeepSeek-R1-Zero: 8,192 completions a rollout, 16 minibatches of 32 x 16, 10,400 optimizer steps
     assert config.completions_per_step == 8192
     assert config.prompts_per_minibatch == 32
     assert config.optimizer_steps == 10_400
-    assert "332,800 = 2.00 epochs" in config.summary(num_rows=166_400, world_size=8)
+    summary = config.summary(num_rows=166_400, world_size=8)
+    assert "332,800 = 2.00 epochs" in summary
+    assert "reference refreshes    26, every 400 optimizer steps" in summary

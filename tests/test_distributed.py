@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import launch, launch_script, read_json, tiny_config
+from helpers import TINY, launch, launch_script, read_json, tiny_config
 from safetensors.torch import load_file
 
 from grpo import distributed
+from grpo.policy import Policy, load_tokenizer
 from grpo.sinks import read_jsonl
 
 COMPARED = (
@@ -27,9 +28,9 @@ COMPARED = (
 TINY_PARAMETERS = 496_128
 
 
-def update(out: Path, *, zero: int, processes: int, budget: int) -> Path:
+def update(out: Path, *options: str, zero: int, processes: int, budget: int) -> Path:
     out.mkdir()
-    launch("worker_update.py", str(out), "--zero", str(zero), "--budget", str(budget), processes=processes)
+    launch("worker_update.py", str(out), "--zero", str(zero), "--budget", str(budget), *options, processes=processes)
     return out
 
 
@@ -39,45 +40,72 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return update(tmp_path_factory.mktemp("reference") / "out", zero=0, processes=1, budget=100_000)
 
 
-@pytest.mark.parametrize(
-    ("zero", "processes", "budget"),
-    [
-        (0, 1, 120),  # a sequence or two per pass
-        (0, 2, 256),
-        (1, 2, 256),
-        (2, 2, 256),
-        (3, 2, 256),
-        (2, 3, 120),  # minibatches of 3 questions over 3 processes
-        (2, 4, 1),  # a pass for each of 9 sequences, on 4 processes: some are spare; and one process samples nothing
-    ],
-)
-def test_the_update_does_not_depend_on_how_it_is_split(
-    tmp_path: Path, reference: Path, zero: int, processes: int, budget: int
-):
-    out = update(tmp_path / "out", zero=zero, processes=processes, budget=budget)
+def assert_same_update(out: Path, reference: Path) -> None:
     for ours, theirs in zip(read_json(out / "metrics.json"), read_json(reference / "metrics.json"), strict=True):
         for name in COMPARED:
             # float32 sums in another order; they differ by 2e-7 relative, and the second step starts from such weights
             assert ours[name] == pytest.approx(theirs[name], rel=2e-5, abs=1e-6), name
-        assert (ours["batch/padding"] > 0) == (processes == 4)
     weights, expected = load_file(out / "weights.safetensors"), load_file(reference / "weights.safetensors")
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-6)  # a fifth of one step of 1e-5
+
+
+@pytest.mark.parametrize(
+    ("zero", "processes", "budget", "options"),
+    [
+        (0, 1, 120, []),  # a sequence or two per pass
+        (0, 2, 256, []),
+        (1, 2, 256, []),
+        (2, 2, 256, []),
+        (3, 2, 256, []),
+        (2, 3, 120, []),  # minibatches of 3 questions over 3 processes
+        (
+            2,
+            4,
+            1,
+            [],
+        ),  # a pass for each of 9 sequences, on 4 processes: some are spare; and one process samples nothing
+        (2, 2, 256, ["--offload", "optimizer"]),
+        (3, 2, 256, ["--offload", "optimizer", "parameters"]),
+    ],
+)
+def test_the_update_does_not_depend_on_how_it_is_split(
+    tmp_path: Path, reference: Path, zero: int, processes: int, budget: int, options: list[str]
+):
+    out = update(tmp_path / "out", *options, zero=zero, processes=processes, budget=budget)
+    assert_same_update(out, reference)
+    assert all((row["batch/padding"] > 0) == (processes == 4) for row in read_json(out / "metrics.json"))
     held = read_json(out / "held.json")
     assert held == TINY_PARAMETERS / (processes if zero == 3 else 1)
 
 
+@pytest.fixture(scope="module")
+def adapted_reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return update(tmp_path_factory.mktemp("adapted") / "out", "--lora", "4", zero=0, processes=1, budget=100_000)
+
+
 @pytest.mark.parametrize("zero", [2, 3])
-def test_a_sharded_run_resumes_where_it_stopped(tmp_path: Path, zero: int):
-    launch("worker_resume.py", str(tmp_path), "--zero", str(zero), processes=2)
+def test_adapters_do_not_depend_on_how_the_update_is_split(tmp_path: Path, adapted_reference: Path, zero: int):
+    out = update(tmp_path / "out", "--lora", "4", zero=zero, processes=2, budget=256)
+    assert_same_update(out, adapted_reference)
+    base = load_file(TINY / "model/model.safetensors")
+    moved = load_file(out / "weights.safetensors")
+    # what was compared to 2e-6 moved by more than that
+    assert max((weight - base[name]).abs().max() for name, weight in moved.items()) > 1e-4
+
+
+@pytest.mark.parametrize(("zero", "options"), [(2, []), (3, []), (3, ["--lora", "4"])])
+def test_a_sharded_run_resumes_where_it_stopped(tmp_path: Path, zero: int, options: list[str]):
+    launch("worker_resume.py", str(tmp_path), "--zero", str(zero), *options, processes=2)
     whole, halves = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "halves"))
     drop = ("time/", "throughput/", "memory/")
     clean = [[{k: v for k, v in row.items() if not k.startswith(drop)} for row in rows] for rows in (whole, halves)]
-    assert [row["step"] for row in clean[0]] == [0, 1, 2, 3, 3]
+    assert [row["step"] for row in clean[0]] == [0, 1, 2, 3, 4, 4]
     assert clean[0][1:] == clean[1]  # the half that was stepped by hand did not evaluate the base model
+    assert clean[0][2]["policy/kl"] > 2 * clean[0][3]["policy/kl"] > 0  # the reference became the policy after step 2
     evaluated = read_jsonl(tmp_path / "whole/evaluations.jsonl")
-    assert [(row["step"], row["row"]) for row in evaluated] == [(step, row) for step in (0, 3) for row in range(5)]
+    assert [(row["step"], row["row"]) for row in evaluated] == [(step, row) for step in (0, 4) for row in range(5)]
     sampled = [row["completion"] for row in read_jsonl(tmp_path / "whole/completions.jsonl") if row["step"] == 1]
     assert len(sampled) == 16
     assert sampled[:8] != sampled[8:]
@@ -122,7 +150,16 @@ def test_a_zero_stage_that_accelerates_file_contradicts_is_refused(tmp_path: Pat
     ("variable", "value", "message"),
     [
         ("ACCELERATE_GRADIENT_CLIPPING", "0.5", "optimizer.max_grad_norm is 1.0; .* says gradient_clipping 0.5"),
-        ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu", "says offload_optimizer_device cpu"),
+        (
+            "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+            "cpu",
+            "distributed.offload_optimizer is False; .* says offload_optimizer_device cpu",
+        ),
+        (
+            "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
+            "cpu",
+            "distributed.offload_parameters is False; .* says offload_param_device cpu",
+        ),
         ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json", "says config_file ds.json"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "says gradient_accumulation_steps 4"),
     ],
@@ -133,6 +170,23 @@ def test_nothing_in_accelerates_file_is_ignored_in_silence(
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=message):
         distributed.start(tiny_config(tmp_path), dtype=torch.float32)
+
+
+def test_accelerates_file_may_offload_what_the_configuration_offloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    variable = "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"
+    config = tiny_config(tmp_path, distributed={"zero_stage": 1, "offload_optimizer": True})
+    monkeypatch.setenv(variable, "nvme")
+    with pytest.raises(ValueError, match=r"distributed.offload_optimizer is True; .* offload_optimizer_device nvme"):
+        distributed.start(config, dtype=torch.float32)
+    monkeypatch.setenv(variable, "cpu")
+    distributed.start(config, dtype=torch.float32)
+
+
+def test_an_offloaded_update_is_torchs_own_and_nothing_is_compiled(tmp_path: Path):
+    config = tiny_config(tmp_path, distributed={"zero_stage": 2, "offload_optimizer": True})
+    policy = Policy(config, load_tokenizer(config.model), distributed.start(config, dtype=torch.float32))
+    assert policy.engine.zero_offload_optimizer().device == "cpu"
+    assert type(policy.engine.basic_optimizer) is torch.optim.AdamW
 
 
 def test_accelerates_cpu_switch_does_not_drop_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, FixedGenerator, number_in_text, save_family, tiny_config
+from helpers import TINY, FixedGenerator, number_in_text, save_family, sequences_of, tiny_config
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -101,9 +101,10 @@ def runs(micro: MicroBatch) -> list[slice]:
 
 def alone(model: PreTrainedModel, micro: MicroBatch) -> list[torch.Tensor]:
     """Logits of each completion's tokens, its sequence the only one in the model's own forward pass."""
-    keys = micro.tokens[micro.packing.key_index].split(micro.packing.cu_keys.diff().tolist())[-len(COMPLETION_LENS) :]
-    lens = zip(keys, PROMPT_LENS, strict=True)
-    return [model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, prompt_len:] for ids, prompt_len in lens]
+    return [
+        model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, prompt_len:]
+        for ids, prompt_len in sequences_of(micro)
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -75,6 +75,29 @@ def test_four_steps_equal_two_steps_a_save_a_resume_and_two_more(tmp_path: Path)
     assert [row["step"] for row in superseded] == [3]
 
 
+def test_the_reference_becomes_the_policy_after_so_many_optimizer_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = tiny_config(tmp_path / "run", algorithm={"kl_coef": 0.05, "reference_refresh_steps": 2}, run={"steps": 5})
+    Trainer(config).train()
+    # one update per rollout: the KL is measured before it, and each second update ends with policy and reference equal
+    divergence = [row["policy/kl"] for row in steps_of(tmp_path / "run")]
+    assert [value == 0 for value in divergence] == [True, False, True, False, True]
+    said = re.findall("the reference is the policy after optimizer step (.) from here on", capsys.readouterr().out)
+    assert said == ["2", "4"]
+
+
+def test_the_reference_moves_even_if_a_step_without_known_rewards_skips_the_multiple(tmp_path: Path):
+    settings = {"kl_coef": 0.05, "num_minibatches": 2, "reference_refresh_steps": 2, "max_sampling_gap": 100}
+    trainer = Trainer(tiny_config(tmp_path / "run", algorithm=settings), rewards=[number_in_text])
+    trainer.generator = FixedGenerator()
+    trainer.state.optimizer_steps = 1  # as if one minibatch before had not one known reward
+    trainer.train_step()
+    trainer.close()
+    assert trainer.state.optimizer_steps == 3
+    assert trainer.policy.reference_moved
+
+
 def test_resuming_a_finished_run_adds_nothing(tmp_path: Path):
     config = tiny_config(tmp_path / "run", run={"resume": "auto"})
     Trainer(config).train()

@@ -1,18 +1,20 @@
-"""Started by test_distributed: three steps at once, and three steps with a save and a resume between."""
+"""Started by test_distributed: four steps at once, and four steps with a save and a resume between; the reference moves once."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from helpers import TINY, tiny_config
+from helpers import TINY, shard_even_small_weights, tiny_config
 
 from grpo import Trainer, distributed
 
 parser = argparse.ArgumentParser()
 parser.add_argument("out", type=Path)
 parser.add_argument("--zero", type=int, required=True)
+parser.add_argument("--lora", type=int, default=0, help="rank")
 arguments = parser.parse_args()
+shard_even_small_weights()
 
 
 def trainer(name: str) -> Trainer:
@@ -21,20 +23,22 @@ def trainer(name: str) -> Trainer:
             arguments.out / name,
             data={"eval_name": str(TINY / "test.jsonl")},
             evaluation={"num_questions": 5},  # an odd number over two processes
-            algorithm={"kl_coef": 0.05, "num_minibatches": 2},
+            algorithm={"kl_coef": 0.05, "num_minibatches": 2, "reference_refresh_steps": 4},  # after step 2
+            lora={"rank": arguments.lora},
             distributed={"zero_stage": arguments.zero},
-            run={"steps": 3, "resume": "auto"},
+            run={"steps": 4, "resume": "auto"},
         )
     )
 
 
 trainer("whole").train()
 first = trainer("halves")
-first.train_step()
+for _ in range(3):
+    first.train_step()
 first.save()
 first.train_step()
 first.close()
 second = trainer("halves")
-assert second.state.step == 1, f"resumed at step {second.state.step}"
+assert second.state.step == 3, f"resumed at step {second.state.step}"
 second.train()
 distributed.stop()

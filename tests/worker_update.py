@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 
 import torch
-from helpers import FixedGenerator, number_in_text, tiny_config
+from helpers import FixedGenerator, number_in_text, shard_even_small_weights, tiny_config
 from safetensors.torch import save_file
-from worker_settings import shard_even_small_weights
 
 from grpo import Trainer, distributed
 
@@ -18,24 +17,26 @@ parser.add_argument("out", type=Path)
 parser.add_argument("--zero", type=int, required=True)
 parser.add_argument("--budget", type=int, required=True)
 parser.add_argument("--dtype", default="float32")
+parser.add_argument("--lora", type=int, default=0, help="rank")
+parser.add_argument("--offload", nargs="*", default=[], choices=["optimizer", "parameters"])
 arguments = parser.parse_args()
 
-distributed.deepspeed_config = shard_even_small_weights
-
+shard_even_small_weights()
 config = tiny_config(
     arguments.out / "run",
     model={"dtype": arguments.dtype},
     rollout={"num_prompts": 6, "group_size": 3},
     algorithm={"kl_coef": 0.1, "num_minibatches": 2, "aggregation": "token", "max_sampling_gap": 100},
     memory={"activation_checkpointing": 0.5 if arguments.zero == 3 else 0},
-    optimizer={"learning_rate": 1e-5},  # on random completions a larger step makes ratios explode, and noise with them
-    distributed={"zero_stage": arguments.zero},
+    # on random completions a larger step makes ratios explode, and noise with them; adapters start where B is zero
+    optimizer={"learning_rate": 1e-4 if arguments.lora else 1e-5},
+    lora={"rank": arguments.lora},
+    distributed={"zero_stage": arguments.zero, **{f"offload_{what}": True for what in arguments.offload}},
     checkpoint={"every_steps": 0},
     logging={"completions_every": 0},
 )
-config.memory.micro_batch_tokens = (
-    arguments.budget
-)  # less than the longest sequence too: then each has a pass of its own
+# less than the longest sequence too: then each has a pass of its own
+config.memory.micro_batch_tokens = arguments.budget
 trainer = Trainer(config, rewards=[number_in_text])
 trainer.generator = FixedGenerator()
 metrics = [trainer.train_step() for _ in range(2)]

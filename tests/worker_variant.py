@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from worker_settings import shard_even_small_weights
+from helpers import shard_even_small_weights
 
-from grpo import distributed, trainer
+from grpo import trainer
 from grpo.check import variant
 from grpo.loss import TokenLoss
 
@@ -21,7 +21,7 @@ def normalized_by_pass(logprobs: Any, advantages: Any, weights: Any, **options: 
 
 
 if kind == "sharded":
-    distributed.deepspeed_config = shard_even_small_weights
+    shard_even_small_weights()
 elif kind == "normalized_by_pass":
     trainer.grpo_loss = normalized_by_pass
 else:

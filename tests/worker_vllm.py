@@ -9,20 +9,12 @@ from pathlib import Path
 
 import torch
 from fake_vllm import VLLMServer, installed
-from helpers import TINY, tiny_config
+from helpers import TINY, shard_even_small_weights, tiny_config
 
 from grpo import Trainer, distributed
 from grpo.rollout.vllm_server import ServerError
 
 mode, out = sys.argv[1], Path(sys.argv[2])
-original = distributed.deepspeed_config
-
-
-def shard_even_small_weights(*args: object, **kwargs: object) -> dict:
-    """ZeRO-3 leaves weights below 100k elements whole, and the tiny model has no others: nothing would be tested."""
-    settings = original(*args, **kwargs)
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    return settings
 
 
 def share(url: str) -> str:
@@ -40,7 +32,7 @@ def length(completion: str) -> float:
     return float(len(completion))
 
 
-distributed.deepspeed_config = shard_even_small_weights
+shard_even_small_weights()
 settings = {"mode": mode}
 server = None
 if mode == "server":

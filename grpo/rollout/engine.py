@@ -1,8 +1,9 @@
 """The native engine: rollouts on the policy's own weights, at the speed of the hardware.
 
 There is no second copy of the weights and no transfer: a decoding step reads the tensors that the optimizer has just updated
-(under ZeRO-3, the gathered replica that `sync` refreshes). Sequences take and leave slots as they start and end, each step is one
-CUDA graph whose size follows the number of running sequences, and a prompt is read once for all of its completions.
+(under ZeRO-3 and with LoRA, the whole and merged replica that `sync` refreshes). Sequences take and leave slots as they start and
+end, each step is one CUDA graph whose size follows the number of running sequences, and a prompt is read once for all of its
+completions.
 
     slots.py     who runs, and on which pages         decoder.py   the cache and the captured step
     layers.py    a step through the layers            drawing.py   logits -> tokens
