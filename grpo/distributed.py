@@ -134,6 +134,7 @@ def deepspeed_config(config: Config, *, dtype: torch.dtype) -> dict[str, Any]:
         "stage": config.distributed.zero_stage,
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
+        "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
     }
     if config.distributed.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True

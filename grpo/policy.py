@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -167,27 +170,54 @@ def load_lm(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(config.name, config=settings, revision=config.revision, dtype=dtype)
 
 
+def decoder_layers(lm: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    return [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def checkpoint_activations(lm: PreTrainedModel, share: float) -> None:
     """Compute the activations of this share of the layers, evenly spread, again in the backward pass instead of keeping them."""
     if share > 0:
-        # there is no dropout, and saving random states costs the host more time than launching a small model's layer
-        lm.gradient_checkpointing_enable(
-            {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
-        )
-        layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
-        for number, layer in enumerate(layers):
+        # there is no dropout, so no random state to save
+        lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        for number, layer in enumerate(decoder_layers(lm)):
             layer.gradient_checkpointing = math.floor((number + 1) * share) > math.floor(number * share)
+
+
+def gather_by_layer(lm: PreTrainedModel) -> None:
+    """Let ZeRO-3 gather the weights of a decoder layer at once: module by module, its hooks keep the host busier than the GPU."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for layer in decoder_layers(lm):
+        set_z3_leaf_module(layer, True)
 
 
 def fuse_kernels(lm: PreTrainedModel) -> None:
     """Let norms, rotary embeddings and gated activations be single kernels, for the families that Liger has them for.
 
-    Liger patches the modules of this model, and the rotary embedding for all models of its family in this process.
+    Liger would do so for every model of the family that this process makes later, wherever it runs. Here only this model's
+    modules change; the rotary embedding is a function of the family, and becomes Liger's for tensors on a GPU.
     """
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
+    family = vars(sys.modules[type(lm).__module__])
+    before = dict(family)
     _apply_liger_kernel_to_instance(lm, cross_entropy=False, fused_linear_cross_entropy=False)
+    fused = family.get(ROTARY)
+    family.update(before)
+    if fused is not None and fused is not before[ROTARY]:
+        family[ROTARY] = _by_device(fused, inspect.unwrap(before[ROTARY]))  # an earlier call may have wrapped it
+
+
+ROTARY = "apply_rotary_pos_emb"
+
+
+def _by_device(on_gpu: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(elsewhere)
+    def choose(q: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (on_gpu if q.is_cuda else elsewhere)(q, *args, **kwargs)
+
+    return choose
 
 
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -260,6 +290,10 @@ class Policy:
     def _packed(self, lm: PreTrainedModel) -> PackedLM:
         if self.processes.device.type == "cuda":
             fuse_kernels(lm)
+        if (
+            self._sharded and not self.adapters
+        ):  # it counts on gradients for a layer's input, which the first would not have
+            gather_by_layer(lm)
         return PackedLM(lm, temperature=self.temperature, chunk_tokens=self._config.memory.logprob_chunk_tokens)
 
     def _check_forward(self) -> None:

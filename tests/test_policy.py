@@ -158,6 +158,22 @@ def with_loud_neighbours(model: PreTrainedModel, inputs: dict, micro: MicroBatch
     return model.base_model(inputs_embeds=embeddings, **inputs).last_hidden_state[0]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_kernels_are_this_models_alone(family: str):
+    """Liger's own patch would send every later model of the family, on the CPU too, through its GPU kernels."""
+    ids, before = torch.arange(3, 20).unsqueeze(0), random_model(family)
+    expected = before(input_ids=ids).logits
+    for _ in range(2):
+        fused = random_model(family)
+        own = [type(module).forward for module in fused.modules()]
+        fuse_kernels(fused)
+        # the model's own modules have changed, the ones of others have not
+        forwards = [getattr(module.forward, "__func__", module.forward) for module in fused.modules()]
+        assert forwards != own
+    assert torch.equal(random_model(family)(input_ids=ids).logits, expected)
+    assert torch.equal(before(input_ids=ids).logits, expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device for variable-length flash attention")
 @pytest.mark.parametrize("fused", [False, True])
