@@ -1,4 +1,4 @@
-"""Attention over packed sequences: `(1, L)` tokens hold many sequences end to end and none sees another.
+"""Attention over packed sequences: `(1, S)` places hold many sequences end to end and none sees another.
 
 It is registered with transformers under the name `packed`, and where the sequences lie travels through the model's forward as
 the keyword argument `packing`. In 16 bit on CUDA it is torch's own variable-length flash attention, elsewhere one call of
@@ -38,9 +38,8 @@ def packed_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence; query `(1, heads, L, D)`, key and value `(1, kv_heads, L, D)`."""
-    if softcap is not None:
-        raise ValueError("this model caps its attention logits (softcap), which packed attention does not support.")
+    """Causal attention within each sequence; query `(1, heads, S, D)`, key and value `(1, kv_heads, S, D)`."""
+    assert softcap is None, "capped attention logits are refused before the model is loaded"
     q, k, v = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
     out = varlen_attention(
         q,
@@ -86,8 +85,8 @@ def varlen_attention(
     """Causal attention of each run of queries over its own run of keys, of which the last belongs to the last query.
 
     Args:
-        q: (L, heads, D); k, v: (K, kv_heads, D).
-        cu_queries, cu_keys: (N + 1,) int32, where each of the N runs starts in q and in k, and their lengths.
+        q: (S, heads, D); k, v: (K, kv_heads, D).
+        cu_queries, cu_keys: (runs + 1,) int32, where each run starts in q and in k, and their lengths.
         window: how many of the latest keys a query sees; None: all before it.
     """
     if not (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)):
@@ -145,7 +144,7 @@ class _Spread(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         packing: Packing = ctx.packing
         result = gradient[packing.own_key]
-        uses = packing.shared_keys  # (S, U), -1 where a place has fewer uses
+        uses = packing.shared_keys  # -1 where a prompt has fewer completions
         known = (uses >= 0).unflatten(1, (-1, *[1] * (gradient.ndim - 1)))
         shared = torch.where(known, gradient[uses.clamp(min=0)], 0).sum(1, dtype=torch.float32)
         result[: len(uses)] = (result[: len(uses)] + shared).to(result.dtype)

@@ -6,6 +6,9 @@ holds. Splitting never changes the gradient, because every token's weight follow
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from itertools import groupby, pairwise
 
 import torch
@@ -83,49 +86,59 @@ def plan_passes(batch: Batch, *, token_budget: int, num_processes: int) -> list[
     groups = [list(group) for _, group in groupby(numbered, key=lambda i: prompts[i])]
     sizes = [prompt_lens[group[0]] + sum(completion_lens[i] for i in group) for group in groups]
     largest_first = [groups[i] for i in sorted(range(len(groups)), key=lambda i: -sizes[i])]
-    num_passes = -(-sum(sizes) // (token_budget * num_processes))
+    too_long_for_two = sum(length > token_budget / 2 for length in completion_lens)
+    num_passes = max(-(-sum(sizes) // (token_budget * num_processes)), -(-too_long_for_two // num_processes))
     while True:
-        passes = [_Pass() for _ in range(num_passes * num_processes)]
-        if all(
-            _deal_group(group, passes, prompt_lens, completion_lens, sum(sizes), token_budget)
-            for group in largest_first
-        ):
+        dealer = _Dealer(num_passes * num_processes, share=sum(sizes) / max(num_passes * num_processes, 1))
+        if all(dealer.deal(group, prompt_lens, completion_lens, token_budget) for group in largest_first):
             break
-        num_passes += 1
-    passes.sort(key=lambda each: -each.num_tokens)
+        num_passes += max(num_passes // 20, 1)
+    passes = sorted(dealer.passes, key=lambda each: -each.num_tokens)
     return [[each.sequences for each in passes[rank::num_processes]] for rank in range(num_processes)]
 
 
+@dataclass
 class _Pass:
-    def __init__(self) -> None:
-        self.num_tokens = 0
-        self.sequences: list[int] = []
+    num_tokens: int = 0
+    sequences: list[int] = field(default_factory=list)
 
 
-def _deal_group(
-    group: list[int],
-    passes: list[_Pass],
-    prompt_lens: list[int],
-    completion_lens: list[int],
-    num_tokens: int,
-    token_budget: int,
-) -> bool:
-    """Deal completions of one prompt to the emptiest pass until it has its share, then to the next; whether all found room."""
-    share = num_tokens / len(passes)
-    here: _Pass | None = None
-    for i in group:
-        stay = here.num_tokens + completion_lens[i] if here else float("inf")
-        if stay > share:
-            emptiest = min(passes, key=lambda each: each.num_tokens)
-            moved = emptiest.num_tokens + prompt_lens[i] + completion_lens[i]
-            if moved < stay:
-                here, stay = emptiest, moved
-        assert here is not None, "a pass was chosen"
-        if stay > token_budget and here.num_tokens:
-            return False
-        here.num_tokens = int(stay)
-        here.sequences.append(i)
-    return True
+class _Dealer:
+    """Passes that are being filled.
+
+    Args:
+        share: tokens of each if all were equally full.
+    """
+
+    def __init__(self, num_passes: int, *, share: float) -> None:
+        self.share = share
+        self.passes = [_Pass() for _ in range(num_passes)]
+        self._by_size = [
+            (0, number) for number in range(num_passes)
+        ]  # a heap; entries of another size than their pass are old
+
+    def deal(self, group: list[int], prompt_lens: list[int], completion_lens: list[int], token_budget: int) -> bool:
+        """Deal completions of a prompt to the emptiest pass until it has its share, then to the next; whether all found room."""
+        here: int | None = None
+        for i in group:
+            size = math.inf if here is None else self.passes[here].num_tokens + completion_lens[i]
+            if size > self.share:
+                emptiest = self._emptiest()
+                moved = self.passes[emptiest].num_tokens + prompt_lens[i] + completion_lens[i]
+                if moved < size:
+                    here, size = emptiest, moved
+            assert here is not None, "a pass was chosen"
+            if size > token_budget and self.passes[here].num_tokens:
+                return False
+            self.passes[here].num_tokens = int(size)
+            self.passes[here].sequences.append(i)
+            heappush(self._by_size, (int(size), here))
+        return True
+
+    def _emptiest(self) -> int:
+        while self._by_size[0][0] != self.passes[self._by_size[0][1]].num_tokens:
+            heappop(self._by_size)
+        return self._by_size[0][1]
 
 
 # --- what a pass reads ------------------------------------------------------------------------------------------------------

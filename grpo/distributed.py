@@ -54,15 +54,8 @@ class Processes:
 
     def sum(self, *values: float) -> list[float]:
         """Sum of each value over the ranks."""
-        return self._reduce(values, dist.ReduceOp.SUM)
-
-    def max(self, value: int) -> int:
-        """Largest value over the ranks."""
-        return int(self._reduce((value,), dist.ReduceOp.MAX)[0])
-
-    def _reduce(self, values: tuple[float, ...], op: Any) -> list[float]:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op)
+        dist.all_reduce(tensor)
         return tensor.tolist()
 
     def gather(self, value: Any) -> list[Any]:

@@ -113,7 +113,8 @@ class Meter:
             if count:
                 reduced[name] = sum(meter.sums.get(name, 0.0) for meter in meters) / count
         for name in _names(meter.maxima for meter in meters):
-            reduced[name] = max(meter.maxima[name] for meter in meters if name in meter.maxima)
+            largest = [meter.maxima[name] for meter in meters if name in meter.maxima]
+            reduced[name] = float(torch.tensor(largest).max())  # Python's max would hide a NaN
         for name in _names(meter.totals for meter in meters):
             reduced[name] = sum(meter.totals.get(name, 0.0) for meter in meters)
         for name in _names(meter.work for meter in meters):

@@ -91,6 +91,17 @@ def check_context(config: Config) -> None:
         )
 
 
+def check_attention(config: ModelConfig) -> None:
+    """Raises ValueError if the model's attention is not what packed attention computes."""
+    model = AutoConfig.from_pretrained(config.name, revision=config.revision).get_text_config()
+    cap = getattr(model, "attn_logit_softcapping", None)
+    if cap:
+        raise ValueError(
+            f"model.name is {config.name!r}; it caps its attention logits at {cap} (attn_logit_softcapping), which the fast "
+            "attention kernels leave out, so neither sampling nor training would be the model's. Use another model."
+        )
+
+
 CHANGING_ROPE = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies transformers picks by the longest sequence of a forward pass, for all of it."""
 
@@ -191,22 +202,31 @@ def gather_by_layer(lm: PreTrainedModel) -> None:
         set_z3_leaf_module(layer, True)
 
 
-def fuse_kernels(lm: PreTrainedModel) -> None:
-    """Let norms, rotary embeddings and gated activations be single kernels, for the families that Liger has them for.
+def fuse_kernels(lm: PreTrainedModel) -> bool:
+    """Let norms, rotary embeddings and gated activations be single kernels; whether Liger knows the family.
 
     Liger would do so for every model of the family that this process makes later, wherever it runs. Here only this model's
     modules change; the rotary embedding is a function of the family, and becomes Liger's for tensors on a GPU.
     """
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
 
+    config = lm.config.get_text_config()
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     family = vars(sys.modules[type(lm).__module__])
     before = dict(family)
-    _apply_liger_kernel_to_instance(lm, cross_entropy=False, fused_linear_cross_entropy=False)
+    _apply_liger_kernel_to_instance(
+        lm,
+        cross_entropy=False,
+        fused_linear_cross_entropy=False,
+        swiglu=activation in ("silu", "swish"),  # it does not look which one the model has
+        geglu=activation == "gelu_pytorch_tanh",
+    )
     fused = family.get(ROTARY)
     family.update(before)
     if fused is not None and fused is not before[ROTARY]:
         family[ROTARY] = _by_device(fused, inspect.unwrap(before[ROTARY]))  # an earlier call may have wrapped it
+    return lm.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
 ROTARY = "apply_rotary_pos_emb"
@@ -274,8 +294,10 @@ class Policy:
         self.lm = load_lm(config.model, dtype=self.dtype)
         checkpoint_activations(self.lm, config.memory.activation_checkpointing)
         self.adapters = lora.add_adapters(self.lm, config) if config.lora.rank else {}
+        self._replica: PreTrainedModel | None = None
         if not self._sharded:
             lay_out(self.lm, processes.device)
+        own = None if self._sharded else self.plain_logprobs()  # before its kernels are others
         self.engine, self.optimizer = processes.accelerator.prepare(
             self._packed(self.lm), _adamw(self.lm, config.optimizer, processes.device)
         )
@@ -285,25 +307,26 @@ class Policy:
         self.reference_moved = False  # it is no longer the starting model
         unset_hf_deepspeed_config()  # from here on, loading a model must not shard it
         self._replica = self._load_replica() if self._sharded or self.adapters else None
-        self._check_forward()
+        self._check_forward(*(own or self.plain_logprobs()))
 
     def _packed(self, lm: PreTrainedModel) -> PackedLM:
-        if self.processes.device.type == "cuda":
-            fuse_kernels(lm)
+        if self.processes.device.type == "cuda" and not fuse_kernels(lm) and self.processes.is_main:
+            print(
+                f"no fused kernels for {lm.config.model_type}; the update runs the layers of transformers", flush=True
+            )
         if (
             self._sharded and not self.adapters
-        ):  # it counts on gradients for a layer's input, which the first would not have
+        ):  # gradients of a layer's input are needed; the first layer would have none
             gather_by_layer(lm)
         return PackedLM(lm, temperature=self.temperature, chunk_tokens=self._config.memory.logprob_chunk_tokens)
 
-    def _check_forward(self) -> None:
-        """Packed sequences must have the log-probabilities that the model itself gives to each alone.
+    def _check_forward(self, tokens: Tensor, alone: Tensor) -> None:
+        """Packed sequences must have the log-probabilities `alone` that the model itself gives to each of the `tokens`.
 
         They would not if the model does more to its hidden states than its output layer, or if its attention, its position
         embeddings or a convolution looks across the border of packed sequences; several families do. The first two of the three
         sequences here share a prompt.
         """
-        tokens, alone = self.plain_logprobs()
         both, length = tokens.cpu(), tokens.shape[1]
         prompt_len = length // 2
         kept = alone[[0, 0, 1], prompt_len - 1 :].flatten()

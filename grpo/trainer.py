@@ -23,7 +23,7 @@ from grpo.console import show_samples
 from grpo.evaluate import completion_rows, evaluate
 from grpo.loss import grpo_loss, token_weights
 from grpo.metrics import Meter, measure_micro_batch, measure_passes, measure_rollout, step_metrics
-from grpo.policy import Policy, check_context, load_tokenizer, resolve_dtype
+from grpo.policy import Policy, check_attention, check_context, load_tokenizer, resolve_dtype
 from grpo.prompts import PromptOrder, build_prompts, load_rows, prepare_rows
 from grpo.report import plot_curves
 from grpo.rollout import check_engine, make_generator
@@ -62,6 +62,7 @@ class Trainer:
         config.check_world_size(self.processes.world_size)
         tokenizer = load_tokenizer(config.model)
         check_context(config)
+        check_attention(config.model)
         check_engine(config)
         with self.processes.accelerator.main_process_first():
             rows = _rows(config, train_dataset, evaluation=False)
@@ -152,7 +153,7 @@ class Trainer:
         return self._log_metrics()
 
     def _deal(self, mine: Batch) -> list[MicroBatch]:
-        """This process's passes over a minibatch of which it sampled a part, on its device.
+        """This process's passes over a minibatch of which it sampled a part.
 
         All sequences are dealt anew, so that no process waits for one whose completions happen to be longer. The weights follow
         from the whole minibatch; it is empty if not one completion has a known reward, on any process.
@@ -163,7 +164,7 @@ class Trainer:
         )
         passes = [self._pass(whole, sequences) for sequences in plan[self.processes.rank]]
         measure_passes(self.meter, passes)
-        return [micro.to(self.processes.device) for micro in passes]
+        return passes
 
     def _pass(self, whole: Batch, sequences: list[int]) -> MicroBatch:
         if not sequences:
@@ -180,10 +181,11 @@ class Trainer:
 
     def _fix_logprobs(self, micro: MicroBatch) -> None:
         """Add the log-probabilities that stay fixed during the updates, where the algorithm needs them."""
+        there = micro.to(self.processes.device)
         if self.config.algorithm.num_minibatches > 1:
-            micro.old_logprobs = self.policy.old_logprobs(micro)
+            micro.old_logprobs = self.policy.old_logprobs(there)
         if self.policy.reference is not None:
-            micro.ref_logprobs = self.policy.ref_logprobs(micro)
+            micro.ref_logprobs = self.policy.ref_logprobs(there)
 
     def _optimizer_step(self, minibatch: list[MicroBatch]) -> None:
         """One update on this process's passes over a minibatch; the other processes run as many at the same time."""
@@ -191,7 +193,7 @@ class Trainer:
             return
         algorithm = self.config.algorithm
         total = torch.zeros((), device=self.processes.device)
-        for number, micro in enumerate(minibatch):
+        for number, micro in enumerate(micro.to(self.processes.device) for micro in minibatch):
             logprobs, entropy = self.policy.logprobs(micro)
             result = grpo_loss(
                 logprobs,

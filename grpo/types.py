@@ -129,16 +129,16 @@ class Batch:
 class Packing:
     """Who attends to whom in a forward pass: runs of queries, each with the run of keys that it sees causally.
 
-    Of the `S` places in a pass the first `P` are prompts. `MicroBatch` has an example.
+    Of the S places in a pass the first are those of the prompts. `MicroBatch` has an example.
     """
 
-    cu_queries: Tensor  # (N + 1,) int32, where each run of queries starts, and S
-    cu_keys: Tensor  # (N + 1,) int32, where each run of keys starts, and K
+    cu_queries: Tensor  # (runs + 1,) int32, where each run of queries starts, and S
+    cu_keys: Tensor  # (runs + 1,) int32, where each run of keys starts, and K
     longest_query: int
     longest_key: int
     key_index: Tensor  # (K,) the place of each key
     own_key: Tensor  # (S,) where the keys have each place as part of its own run
-    shared_keys: Tensor  # (P, U) where else they have each prompt token, for the completions that see it; -1: nowhere
+    shared_keys: Tensor  # (prompt tokens, G) where else they have each, for the completions that see it; -1: nowhere
 
 
 @dataclass

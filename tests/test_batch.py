@@ -1,4 +1,5 @@
 import random
+import time
 
 import pytest
 import torch
@@ -60,6 +61,11 @@ def test_joined_batches_keep_their_prompts_apart(batch: Batch):
     both = join([batch, empty, batch])
     assert both.prompt_index.tolist() == [0, 1, 1, 2, 3, 3]
     assert both.cu_seqlens.tolist() == [0, 4, 6, 10, 14, 16, 20]
+    unknown_first = pack(
+        [Group(prompt([7]), [completion([8])]), Group(prompt([9]), [completion([6])])],
+        torch.tensor([[float("nan")], [1.0]]),
+    )
+    assert join([unknown_first, batch]).prompt_index.tolist() == [1, 2, 3, 3]  # a number that nobody has does no harm
     back = take(both, [3, 4, 5])
     assert back.tokens.equal(batch.tokens)
     assert back.sampling_logprobs.equal(batch.sampling_logprobs)
@@ -91,6 +97,24 @@ def test_the_gradient_of_shared_keys_is_that_of_plain_indexing():
     expected = torch.autograd.grad((plain * weights).sum(), x)
     # the parts of a shared place are added in float32
     torch.testing.assert_close(torch.autograd.grad((ours * weights).sum(), x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_of_shared_keys_is_summed_in_float32():
+    groups = [Group(prompt([1, 2, 3]), [completion([4])] * 256)]
+    micro = micro_batch(pack(groups, torch.ones(1, 256)), weights=torch.ones(256))
+    x = torch.zeros(len(micro.tokens), 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(spread(x, micro.packing).sum(), x)
+    # in bfloat16, 256 + 1 is 256, and adding ones one by one gets stuck there
+    assert gradient[:3].flatten().tolist() == [256.0] * 3  # 257, rounded once
+    assert gradient[3:].flatten().tolist() == [1.0] * 256
+
+
+def test_planning_long_sequences_takes_no_time():
+    groups = [Group(prompt([1] * 10), [completion([2] * 80)] * 8) for _ in range(250)]
+    started = time.perf_counter()
+    plan = plan_passes(pack(groups, torch.ones(250, 8)), token_budget=150, num_processes=2)
+    assert time.perf_counter() - started < 5  # each has a pass of its own; trying every number of passes took minutes
+    assert sum(len(sequences) for passes in plan for sequences in passes) == 2000
 
 
 def tokens_in(batch: Batch, sequences: list[int]) -> int:

@@ -133,9 +133,11 @@ def test_greedy_decoding_equals_generate_token_for_token(family: str, tmp_path: 
     prompts = some_prompts()
     ours = native(policy, max_sequences=4).sample(prompts, GREEDY, num_completions=2, seed=0)
     theirs = HFGenerator(policy, max_sequences=16).sample(prompts, GREEDY, num_completions=2, seed=0)
-    for mine, other in zip(all_completions(ours), all_completions(theirs), strict=True):
+    pairs = list(zip(all_completions(ours), all_completions(theirs), strict=True))
+    for mine, other in pairs:
         assert mine.finish_reason == other.finish_reason or mine.token_ids != other.token_ids
         assert_equal_but_for_a_tie(mine, other)
+    assert sum(mine.token_ids != other.token_ids for mine, other in pairs) <= len(pairs) / 8
     assert_logprobs(policy, ours)
 
 

@@ -398,6 +398,13 @@ def test_the_first_update_is_adamws_first_step_in_every_stage(tmp_path: Path, dt
     assert float(moved.median()) == pytest.approx(0.5, rel=0.01)  # 0.37 if a step of zeros were counted before
 
 
+def test_capped_attention_logits_are_refused(tmp_path: Path):
+    capped = Gemma2Config(**SIZES, attn_logit_softcapping=5.0)
+    config = tiny_config(tmp_path / "run", model={"name": str(save_family(tmp_path / "gemma2", capped))})
+    with pytest.raises(ValueError, match=r"caps its attention logits at 5\.0"):
+        Trainer(config)
+
+
 def test_dropout_is_switched_off(tmp_path: Path):
     lm = load_lm(ModelConfig(name=str(save_family(tmp_path / "opt", OPT))), dtype=torch.float32).train()
     assert OPT.dropout > 0

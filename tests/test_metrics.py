@@ -1,0 +1,57 @@
+"""Metrics over processes, by hand."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from grpo.attention import packed_inputs
+from grpo.batch import micro_batch, pack, spare
+from grpo.metrics import Meter, measure_passes, step_metrics
+from grpo.types import Completion, Group, MicroBatch, Prompt
+
+
+def one_group(prompt_len: int, *completion_lens: int) -> MicroBatch:
+    completions = [Completion([7] * n, [-1.0] * n, "", "stop") for n in completion_lens]
+    batch = pack([Group(Prompt(0, [5] * prompt_len, "", "", {}), completions)], torch.ones(1, len(completions)))
+    return micro_batch(batch, torch.ones(sum(completion_lens)))
+
+
+def over_two_processes(mine: Meter, other: Meter) -> Any:
+    other.reduce(
+        SimpleNamespace(gather=lambda meter: [meter])
+    )  # brings its values to the host, as on a process of its own
+    return SimpleNamespace(gather=lambda meter: [meter, other])
+
+
+def test_dealing_is_measured_over_passes_and_processes():
+    mine, other = Meter(), Meter()
+    measure_passes(mine, [one_group(10, 20, 30), one_group(10, 10)])  # 60 and 20 places
+    measure_passes(other, [one_group(10, 30), spare()])  # 40 places, and none that count
+    for meter in (mine, other):
+        meter.mean("reward/mean", torch.zeros(1))
+        meter.total("throughput/rollout", 0.0)
+    metrics = step_metrics(mine, {"rollout": 1.0, "update": 2.0}, over_two_processes(mine, other))
+    # together 120 places; passes in step wait for the fuller one: 2 * (60 + 20) = 160 could have been read
+    assert metrics["batch/imbalance"] == pytest.approx(1 - 120 / 160)
+    assert metrics["batch/padding"] == 1 / 4
+    # sequences of 30, 40, 20 and 40 tokens, of which one prompt of 10 was read once instead of twice
+    assert metrics["throughput/update"] == pytest.approx(130 / 2)
+    assert metrics["batch/shared"] == pytest.approx(1 - 120 / 130)
+
+
+def test_a_mean_is_over_all_values_and_a_maximum_shows_what_is_not_a_number():
+    mine, other = Meter(), Meter()
+    mine.mean("policy/entropy", torch.tensor([1.0, 2.0, 3.0]))
+    other.mean("policy/entropy", torch.tensor([10.0]))
+    mine.max("policy/ratio_max", torch.tensor([1.0]))
+    mine.max("policy/ratio_max", torch.tensor([2.0]))
+    other.max("policy/ratio_max", torch.tensor([float("nan")]))
+    reduced = mine.reduce(over_two_processes(mine, other))
+    assert reduced["policy/entropy"] == 4.0
+    assert reduced["policy/ratio_max"] != reduced["policy/ratio_max"]
+
+
+def test_a_pass_reads_what_is_measured():
+    assert packed_inputs(one_group(10, 20, 30))["input_ids"].shape == (1, 60)
