@@ -96,7 +96,19 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text())
 
 
-MAY_CHANGE = {"run.steps", "run.resume", "run.dir", "checkpoint", "logging", "evaluation", "scoring", "memory", "vllm"}
+MAY_CHANGE = {
+    "run.steps",
+    "run.resume",
+    "run.dir",
+    "checkpoint",
+    "logging",
+    "evaluation",
+    "scoring",
+    "memory",
+    "vllm",
+    "distributed.offload_optimizer",
+    "distributed.offload_parameters",
+}
 """What may differ between a run and its resumption without making it another experiment."""
 
 

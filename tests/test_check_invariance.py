@@ -83,6 +83,35 @@ def test_a_run_that_cannot_start_says_why(tmp_path: Path, capsys: pytest.Capture
     assert "Traceback" not in out
 
 
+HANGING = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(sys.argv[1], "a").write(f"{os.getpid()} ")
+if os.fork() == 0:
+    open(sys.argv[1], "a").write(f"{os.getpid()} ")
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_the_path")
+def test_a_variant_that_hangs_is_ended_with_all_it_started_and_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "hanging.py").write_text(HANGING)
+    monkeypatch.setattr(invariance, "LONGEST_SECONDS", 15)
+    worker = (str(tmp_path / "hanging.py"), str(tmp_path / "pids"))
+    assert invariance.check(small_config(tmp_path), processes=[2], worker=worker) == 1
+    assert "FAIL: did not end within 15 seconds" in capsys.readouterr().out
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(pids) == 4
+    # what has ended may wait as a zombie for its parent to notice
+    alive = [
+        pid for pid in pids if Path(f"/proc/{pid}").exists() and ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+    ]
+    assert alive == []
+
+
 def test_the_variants_are_budgets_processes_and_stages(tmp_path: Path):
     variants = list(plan(small_config(tmp_path), [1, 2, 4]))
     assert [(v.name, v.processes) for v in variants] == [
@@ -145,7 +174,7 @@ def test_each_of_the_three_differences_alone_fails_a_variant(changes: dict[str, 
 def test_a_crash_fails_and_a_shortage_of_memory_is_no_verdict():
     tolerance = TOLERANCE[torch.bfloat16]
     assert verdict(FIRST, FIRST, tolerance) == "first"
-    assert verdict({"crashed": "Traceback"}, FIRST, tolerance) == "FAIL"
+    assert verdict({"failed": "crashed:\nTraceback"}, FIRST, tolerance) == "FAIL"
     assert verdict({"out_of_memory": "CUDA out of memory."}, FIRST, tolerance) == "not run"
     shown = row(Variant("ZeRO 0", 2, None), {"out_of_memory": "CUDA out of memory."}, FIRST, "not run")
     assert shown.endswith("not run: out of memory: CUDA out of memory.")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import ROOT, clean_environment, launch_script, tiny_config
 
+from grpo.batch import micro_batch, pack, plan_passes, take
 from grpo.check import memory
 from grpo.check.advice import LADDERS, advice
 from grpo.check.rehearsal import RandomRewards, is_out_of_memory
@@ -36,15 +37,38 @@ def test_smaller_passes_are_advised_first_down_to_one_sequence(tmp_path: Path):
     assert "memory.micro_batch_tokens from 32768 to 16384" in advice("update", config, world_size=1)[0]
     two = long_config(tmp_path, memory={"micro_batch_tokens": 2 * 1536})
     assert "memory.micro_batch_tokens from 3072 to 1536" in advice("logprobs", two, world_size=1)[0]
-    # one sequence of 1,536 tokens fits into a pass of 3,071: a smaller budget would change nothing
-    one = long_config(tmp_path, memory={"micro_batch_tokens": 2 * 1536 - 1})
-    assert "memory.logprob_chunk_tokens from 4096 to 2048" in advice("update", one, world_size=1)[0]
+    # half is less than a sequence; two completions of one prompt fill 512 + 2 * 1,024 of it, and shorter ones all of it
+    more = long_config(tmp_path, memory={"micro_batch_tokens": 2 * 1536 - 1})
+    assert "memory.micro_batch_tokens from 3071 to 1536" in advice("update", more, world_size=1)[0]
+    hardly = long_config(tmp_path, memory={"micro_batch_tokens": 2000})  # 1,536 is more than three quarters
+    assert "memory.logprob_chunk_tokens from 4096 to 2048" in advice("update", hardly, world_size=1)[0]
 
 
 def test_a_budget_above_what_a_process_has_is_halved_from_what_it_has(tmp_path: Path):
-    # a minibatch of 2 questions on 2 processes: 16 sequences of 1,536 tokens each
+    # a minibatch of 2 questions on 2 processes: for each 16 completions of 1,024 tokens, and their prompt of 512 once
     config = long_config(tmp_path, memory={"micro_batch_tokens": 10**6}, algorithm={"num_minibatches": 16})
-    assert f"memory.micro_batch_tokens from 1000000 to {8 * 1536}" in advice("update", config, world_size=2)[0]
+    half = (512 + 16 * 1024) // 2
+    assert f"memory.micro_batch_tokens from 1000000 to {half} " in advice("update", config, world_size=2)[0]
+    # 16 sequences of their own would be 24,576; the pass has 16,896, which a budget of half those would not make smaller
+    close = long_config(tmp_path, memory={"micro_batch_tokens": 24576}, algorithm={"num_minibatches": 16})
+    assert f"memory.micro_batch_tokens from 24576 to {half} " in advice("update", close, world_size=2)[0]
+    # one question on 4 processes: each reads the prompt for its 4 completions
+    config = long_config(tmp_path, memory={"micro_batch_tokens": 10**6}, algorithm={"num_minibatches": 32})
+    assert f"from 1000000 to {(512 + 4 * 1024) // 2} " in advice("update", config, world_size=4)[0]
+
+
+def test_what_is_advised_about_offloading_is_one_that_the_configuration_takes(tmp_path: Path):
+    for stage in (0, 1, 2, 3):
+        (text,) = [
+            t
+            for t in advice("loading", long_config(tmp_path, distributed={"zero_stage": stage}), world_size=1)
+            if "offload" in t
+        ]
+        assert text.startswith("set distributed.offload_optimizer from false to true ")
+        advised = re.search(r"with distributed.zero_stage (\d)", text)
+        offloading = {"zero_stage": int(advised[1]) if advised else stage, "offload_optimizer": True}
+        followed = long_config(tmp_path, distributed=offloading)
+        assert not any("offload" in t for t in advice("loading", followed, world_size=1))
 
 
 def test_every_legal_budget_that_is_advised_is_one_that_the_configuration_takes(tmp_path: Path):
@@ -56,7 +80,7 @@ def test_every_legal_budget_that_is_advised_is_one_that_the_configuration_takes(
             break
         budgets.append(int(match.group(1)))
         config = long_config(tmp_path, memory={"micro_batch_tokens": budgets[-1]})
-    assert budgets == [16384, 8192, 4096, 2048]
+    assert budgets == [16384, 8192, 4096, 2048, 1536]
 
 
 def test_after_the_passes_come_activations_and_then_more_gpus(tmp_path: Path):
@@ -114,6 +138,62 @@ def test_the_longest_step_is_as_long_as_the_settings_allow(tmp_path: Path, engin
     assert metrics["optimizer/steps"] == 2 * 3
     assert round(metrics["throughput/update"] * metrics["time/update"]) == 3 * 4 * (96 + 24)
     assert metrics["optimizer/learning_rate"] > 0
+
+
+def test_how_full_a_pass_is_agrees_with_the_passes_of_real_sequences(tmp_path: Path):
+    config = tiny_config(
+        tmp_path, data={"max_prompt_tokens": 10}, rollout={"num_prompts": 6, "group_size": 5, "max_completion_tokens": 30},
+        algorithm={"num_minibatches": 2}, memory={"micro_batch_tokens": 100},
+    )  # fmt: skip
+    for length in (30, 15, 10, 1):
+        completion = Completion([1] * length, [0.0] * length, "", "length")
+        batch = pack([Group(Prompt(0, [2] * 10, "", "", {}), [completion] * 5)] * 3, torch.ones(3, 5))
+        for processes in (1, 2):
+            plan = plan_passes(batch, token_budget=100, num_processes=processes)
+            passes = [take(batch, each) for share in plan for each in share if each]
+            sizes = [len(micro_batch(part, torch.ones(int(part.completion_lens.sum()))).tokens) for part in passes]
+            assert memory.fullest_pass(config, length, world_size=processes) == max(sizes) / 100
+
+
+def test_completions_that_fill_the_passes_are_found(tmp_path: Path):
+    def config(budget: int, **algorithm: int) -> Config:
+        return tiny_config(
+            tmp_path,
+            data={"max_prompt_tokens": 1024},
+            rollout={"num_prompts": 8, "group_size": 16, "max_completion_tokens": 8192},
+            memory={"micro_batch_tokens": budget},
+            algorithm=algorithm,
+        )
+
+    assert memory.fullest_pass(config(16384), 8192, world_size=1) == 9216 / 16384  # a second one does not fit
+    length = memory.filling_length(config(16384), world_size=1)
+    assert length == 8192 // 4
+    assert memory.fullest_pass(config(16384), length, world_size=1) >= memory.FULL > 0.9
+    # one of the longest fills a pass, or two of one prompt do; or a whole minibatch does not, and shorter ones even less
+    assert memory.filling_length(config(9400), world_size=1) is None
+    assert memory.filling_length(config(1024 + 2 * 8192), world_size=1) is None
+    assert memory.filling_length(config(10**6, num_minibatches=8), world_size=2) is None
+
+
+@pytest.mark.parametrize("peaks", [[1.0, 2.0, 3.0], [1.0, 2.0, 1.5]])
+def test_a_step_that_fills_the_passes_counts_for_the_peaks_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], peaks: list[float]
+):
+    config = tiny_config(tmp_path / "run", memory={"micro_batch_tokens": 132}, run={"steps": 1})
+    trainer, steps = memory.worst_case(config), []
+    train_step = trainer.train_step
+
+    def step() -> dict[str, float]:
+        steps.append(train_step() | {"memory/update": peaks[len(steps)]})
+        return steps[-1]
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    metrics = memory.run(trainer)
+    # at most 132 tokens: a prompt of 96 with one completion of 24 leaves no room for a second one, with three of 12 it is full
+    assert [each["completion/length_mean"] for each in steps] == [24, 24, 12]
+    assert "completions of 12 tokens, which fill a pass to 100%" in capsys.readouterr().out
+    assert metrics["time/step"] == steps[1]["time/step"]
+    assert metrics["memory/update"] == max(peaks)
 
 
 def test_a_prompt_is_stretched_to_exactly_the_length_asked_for():
@@ -175,7 +255,7 @@ def raising(*args: object, **kwargs: object) -> None:
 @pytest.mark.parametrize(
     ("target", "where", "first"),
     [
-        ("grpo.policy.load_lm", "while the model is loaded", "launch on 2 GPUs or more"),
+        ("grpo.policy.load_lm", "while the model is loaded", "true with distributed.zero_stage 1 instead of 0"),
         ("grpo.rollout.hf.HFGenerator.sample", "while sampling (rollout)", "memory.max_sequences from 256 to 8"),
         ("grpo.policy.Policy.ref_logprobs", "(logprobs)", "memory.logprob_chunk_tokens from 4096 to 2048"),
         ("grpo.policy.Policy.backward", "(update)", "memory.micro_batch_tokens from 512 to 256"),
@@ -191,7 +271,7 @@ def test_a_shortage_is_told_with_its_phase_and_its_remedy(
     first: str,
 ):
     monkeypatch.setattr(target, raising)
-    budget = 512 if "(update)" in where else 128
+    budget = 512 if "(update)" in where else 128  # one sequence has 120
     config = tiny_config(tmp_path / "run", algorithm={"kl_coef": 0.1}, memory={"micro_batch_tokens": budget})
     assert memory.check(config) == 1
     error = capsys.readouterr().err

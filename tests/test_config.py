@@ -217,3 +217,20 @@ def test_derived_numbers(tmp_path: Path):
     summary = config.summary(num_rows=166_400, world_size=8)
     assert "332,800 = 2.00 epochs" in summary
     assert "reference refreshes    26, every 400 optimizer steps" in summary
+
+
+@pytest.mark.parametrize(
+    ("rank", "optimizer", "said"),
+    [
+        (8, {"learning_rate": 1e-6}, True),
+        (8, {"learning_rate": 9.9e-6}, True),
+        (8, {"learning_rate": 1e-5}, False),
+        (0, {"learning_rate": 1e-6}, False),
+    ],
+)
+def test_a_learning_rate_that_is_too_low_for_adapters_is_said_at_the_start(
+    tmp_path: Path, rank: int, optimizer: dict[str, float], said: bool
+):
+    summary = tiny_config(tmp_path, lora={"rank": rank}, optimizer=optimizer).summary(num_rows=100, world_size=1)
+    assert (f"{optimizer['learning_rate']:g}, low for adapters (lora.rank {rank}): in bfloat16 most" in summary) == said
+    assert ("set optimizer.learning_rate >= 1e-05" in summary) == said

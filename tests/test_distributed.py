@@ -95,7 +95,14 @@ def test_adapters_do_not_depend_on_how_the_update_is_split(tmp_path: Path, adapt
     assert max((weight - base[name]).abs().max() for name, weight in moved.items()) > 1e-4
 
 
-@pytest.mark.parametrize(("zero", "options"), [(2, []), (3, []), (3, ["--lora", "4"])])
+@pytest.mark.parametrize(
+    ("zero", "options"),
+    [
+        (2, ["--offload", "optimizer"]),
+        (3, ["--offload", "optimizer", "parameters"]),
+        (3, ["--lora", "4"]),
+    ],
+)
 def test_a_sharded_run_resumes_where_it_stopped(tmp_path: Path, zero: int, options: list[str]):
     launch("worker_resume.py", str(tmp_path), "--zero", str(zero), *options, processes=2)
     whole, halves = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "halves"))
@@ -180,6 +187,15 @@ def test_accelerates_file_may_offload_what_the_configuration_offloads(tmp_path: 
         distributed.start(config, dtype=torch.float32)
     monkeypatch.setenv(variable, "cpu")
     distributed.start(config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("offloaded", [set(), {"optimizer"}, {"param"}, {"optimizer", "param"}])
+def test_deepspeed_is_told_what_to_offload(tmp_path: Path, offloaded: set[str]):
+    ours = {"offload_optimizer": "optimizer" in offloaded, "offload_parameters": "param" in offloaded}
+    config = tiny_config(tmp_path, distributed={"zero_stage": 3, **ours})
+    zero = distributed.deepspeed_config(config, dtype=torch.float32)["zero_optimization"]
+    devices = {name.removeprefix("offload_"): zero[name]["device"] for name in zero if name.startswith("offload_")}
+    assert devices == dict.fromkeys(offloaded, "cpu")
 
 
 def test_an_offloaded_update_is_torchs_own_and_nothing_is_compiled(tmp_path: Path):

@@ -87,6 +87,19 @@ def test_the_reference_becomes_the_policy_after_so_many_optimizer_steps(
     assert said == ["2", "4"]
 
 
+def test_a_moved_reference_survives_two_resumes_without_a_refresh_between(tmp_path: Path):
+    algorithm = {"kl_coef": 0.05, "reference_refresh_steps": 2}
+    Trainer(tiny_config(tmp_path / "whole", algorithm=algorithm, run={"steps": 4})).train()
+    for num_steps in (2, 1):  # the reference moves after the second step; the third is saved from what was restored
+        part = Trainer(tiny_config(tmp_path / "parts", algorithm=algorithm, run={"steps": 4, "resume": "auto"}))
+        for _ in range(num_steps):
+            part.train_step()
+        part.save()
+        part.close()
+    Trainer(tiny_config(tmp_path / "parts", algorithm=algorithm, run={"steps": 4, "resume": "auto"})).train()
+    assert steps_of(tmp_path / "parts") == steps_of(tmp_path / "whole")
+
+
 def test_the_reference_moves_even_if_a_step_without_known_rewards_skips_the_multiple(tmp_path: Path):
     settings = {"kl_coef": 0.05, "num_minibatches": 2, "reference_refresh_steps": 2, "max_sampling_gap": 100}
     trainer = Trainer(tiny_config(tmp_path / "run", algorithm=settings), rewards=[number_in_text])

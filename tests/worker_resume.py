@@ -1,8 +1,12 @@
-"""Started by test_distributed: four steps at once, and four steps with a save and a resume between; the reference moves once."""
+"""Started by test_distributed: four steps at once, and four steps with a save and a resume between; the reference moves once.
+
+What is offloaded waits in the machine's memory after the resume only.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from helpers import TINY, shard_even_small_weights, tiny_config
@@ -13,11 +17,12 @@ parser = argparse.ArgumentParser()
 parser.add_argument("out", type=Path)
 parser.add_argument("--zero", type=int, required=True)
 parser.add_argument("--lora", type=int, default=0, help="rank")
+parser.add_argument("--offload", nargs="*", default=[], choices=["optimizer", "parameters"])
 arguments = parser.parse_args()
 shard_even_small_weights()
 
 
-def trainer(name: str) -> Trainer:
+def trainer(name: str, *, offload: Sequence[str] = ()) -> Trainer:
     return Trainer(
         tiny_config(
             arguments.out / name,
@@ -25,7 +30,7 @@ def trainer(name: str) -> Trainer:
             evaluation={"num_questions": 5},  # an odd number over two processes
             algorithm={"kl_coef": 0.05, "num_minibatches": 2, "reference_refresh_steps": 4},  # after step 2
             lora={"rank": arguments.lora},
-            distributed={"zero_stage": arguments.zero},
+            distributed={"zero_stage": arguments.zero, **{f"offload_{what}": True for what in offload}},
             run={"steps": 4, "resume": "auto"},
         )
     )
@@ -38,7 +43,7 @@ for _ in range(3):
 first.save()
 first.train_step()
 first.close()
-second = trainer("halves")
+second = trainer("halves", offload=arguments.offload)
 assert second.state.step == 3, f"resumed at step {second.state.step}"
 second.train()
 distributed.stop()

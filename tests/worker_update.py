@@ -26,7 +26,7 @@ config = tiny_config(
     arguments.out / "run",
     model={"dtype": arguments.dtype},
     rollout={"num_prompts": 6, "group_size": 3},
-    algorithm={"kl_coef": 0.1, "num_minibatches": 2, "aggregation": "token", "max_sampling_gap": 100},
+    algorithm={"kl_coef": 0.1, "num_minibatches": 2, "aggregation": "sequence", "max_sampling_gap": 100},
     memory={"activation_checkpointing": 0.5 if arguments.zero == 3 else 0},
     # on random completions a larger step makes ratios explode, and noise with them; adapters start where B is zero
     optimizer={"learning_rate": 1e-4 if arguments.lora else 1e-5},

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-from grpo.config import Config, setting_names
+from grpo.config import Config
 
 FEWEST_CHUNK_TOKENS = 128
 """With fewer the logits are no longer what takes the memory."""
+
+WORTHWHILE = 0.75
+"""Passes that stay larger than this share of what they were are not worth a try."""
 
 
 def advice(phase: str, config: Config, *, world_size: int, kv_gib: tuple[float, float] | None = None) -> list[str]:
@@ -54,13 +56,20 @@ def _max_sequences(config: Config, *, world_size: int, **_: Any) -> str | None:
 
 
 def _micro_batch(config: Config, *, world_size: int, **_: Any) -> str | None:
-    """Halving the budget halves the passes' sequences, as long as there are two in one: none is ever split."""
+    """Halve the budget, or what a pass has if that is less, down to one sequence: none is ever split."""
     now, longest = config.memory.micro_batch_tokens, config.max_sequence_tokens
-    most = _share(config.prompts_per_minibatch, world_size) * config.rollout.group_size * longest
-    tokens = min(now, most)
-    if tokens < 2 * longest:
+    tokens = min(now, _pass_tokens(config, world_size))
+    then = max(tokens // 2, longest)
+    if then > WORTHWHILE * tokens:
         return None
-    return _change("memory.micro_batch_tokens", now, tokens // 2, "smaller passes; results do not depend on it")
+    return _change("memory.micro_batch_tokens", now, then, "smaller passes; results do not depend on it")
+
+
+def _pass_tokens(config: Config, world_size: int) -> int:
+    """Most tokens that a pass would have without a budget: a process's share of a minibatch, each prompt once."""
+    num_prompts, group_size = config.prompts_per_minibatch, config.rollout.group_size
+    prompts, completions = _share(num_prompts, world_size), _share(num_prompts * group_size, world_size)
+    return prompts * config.data.max_prompt_tokens + completions * config.rollout.max_completion_tokens
 
 
 def _chunk(config: Config, **_: Any) -> str | None:
@@ -71,13 +80,11 @@ def _chunk(config: Config, **_: Any) -> str | None:
     return _change("memory.logprob_chunk_tokens", now, then, "fewer logits at once; results do not depend on it")
 
 
-def _step_up(setting: str, steps: dict[Any, Any], why: str, config: Config, **_: Any) -> str | None:
-    """The next value of a setting that has one, if this version has the setting."""
-    section, name = setting.split(".")
-    if setting not in setting_names():
+def _offload(config: Config, **_: Any) -> str | None:
+    if config.distributed.offload_optimizer:
         return None
-    now = getattr(getattr(config, section), name)
-    return _change(setting, now, steps[now], why) if now in steps else None
+    then = "true" if config.distributed.zero_stage else "true with distributed.zero_stage 1 instead of 0"
+    return _change("distributed.offload_optimizer", False, then, "the optimizer's states wait in the machine's memory")
 
 
 def _zero_stage(config: Config, *, world_size: int, **_: Any) -> str | None:
@@ -116,14 +123,10 @@ def _checkpointing(config: Config, **_: Any) -> str | None:
     return _change("memory.activation_checkpointing", f"{now:g}", 1, "activations are computed twice")
 
 
-_OFFLOAD: Rung = partial(
-    _step_up, "distributed.offload_optimizer", {False: True}, "the optimizer's states wait in the machine's memory"
-)
-
 LADDERS: dict[str, list[Rung]] = {
-    "loading": [_OFFLOAD, _zero_stage, _smaller_model],
-    "rollout": [_kv_cache, _max_sequences, _OFFLOAD, _zero_stage, _completion_length],
-    "logprobs": [_micro_batch, _chunk, _OFFLOAD, _zero_stage, _completion_length],
-    "update": [_micro_batch, _chunk, _checkpointing, _OFFLOAD, _zero_stage, _completion_length],
+    "loading": [_offload, _zero_stage, _smaller_model],
+    "rollout": [_kv_cache, _max_sequences, _offload, _zero_stage, _completion_length],
+    "logprobs": [_micro_batch, _chunk, _offload, _zero_stage, _completion_length],
+    "update": [_micro_batch, _chunk, _checkpointing, _offload, _zero_stage, _completion_length],
 }
 """By phase, what may help there, cheapest first. The rest of a step (taking over the weights) counts as the update."""

@@ -147,23 +147,53 @@ def _run(variant: Variant, directory: Path, worker: Sequence[str]) -> dict[str, 
     out.unlink(missing_ok=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(variant.processes)]
     files = ["--config", str(settings), "--directory", str(directory), "--out", str(out)]
-    with log.open("w") as sink:
-        done = subprocess.run([sys.executable, *launcher, *worker, *files], stdout=sink, stderr=subprocess.STDOUT)
-    result = json.loads(out.read_text()) if out.exists() else {}
-    if done.returncode == 0 or "out_of_memory" in result:
-        return result
+    exit_code = _launch([sys.executable, *launcher, *worker, *files], log)
     printed = log.read_text()
+    if exit_code is None:
+        return {"failed": f"did not end within {LONGEST_SECONDS:,} seconds; it was ended:\n{printed[-LOG_TAIL:]}"}
+    result = json.loads(out.read_text()) if out.exists() else {}
+    if exit_code == 0 or "out_of_memory" in result:
+        return result
     ours = [line for line in printed.splitlines() if line.startswith("error")]
-    return {"crashed": "\n".join(ours) or printed[-LOG_TAIL:]}
+    return {"failed": "crashed:\n" + ("\n".join(ours) or printed[-LOG_TAIL:])}
 
+
+LONGEST_SECONDS = 7200
+"""After so long a variant is taken to hang. It loads the model, makes one update and, if it is the first, samples one rollout:
+minutes, or an hour with the longest completions of a large model."""
 
 LOG_TAIL = 6000
-"""Characters shown of what a variant printed before it crashed without a message of ours."""
+"""Characters shown of what a variant printed before it failed without a message of ours."""
+
+
+def _launch(command: list[str], log: Path) -> int | None:
+    """Run a launcher and all that it starts to the end, and return its exit code; None if it took too long and was ended."""
+    with log.open("w") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
+    try:
+        return process.wait(LONGEST_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a launcher that still runs, with its workers: each has a session of its own, so only the launcher can signal all of
+    what a worker started. It kills what a SIGTERM has not ended after 30 seconds."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def verdict(result: dict[str, Any], first: dict[str, Any], tolerance: Tolerance) -> str:
     """`ok`, `FAIL`, or that there is nothing to compare; `first` of the first itself."""
-    if "crashed" in result:
+    if "failed" in result:
         return "FAIL"
     if "update" not in result:
         return "not run"
@@ -200,7 +230,7 @@ def row(variant: Variant, result: dict[str, Any], first: dict[str, Any], verdict
     """A variant's line in the table."""
     label = f"{variant.name:<{WIDE}}{variant.processes:>10}"
     if "update" not in result:
-        why = result.get("refused") or result.get("out_of_memory") or f"crashed:\n{result['crashed']}"
+        why = result.get("refused") or result.get("out_of_memory") or result["failed"]
         return f"{label}  {verdict}: {'out of memory: ' * ('out_of_memory' in result)}{why}"
     numbers = f"{result['passes']:>8}{result['grad_norm']:>12.6g}"
     if verdict == "first":

@@ -4,6 +4,9 @@ What is run is the trainer's own step with every prompt stretched to data.max_pr
 rollout.max_completion_tokens: all questions of a step, the reference as configured, every minibatch and its optimizer step. Two
 things differ from the run: nothing ends a completion, and rewards are random numbers, because scoring takes no GPU memory.
 Data and rewards are loaded and checked all the same. No file is left behind; the updated weights are thrown away.
+
+The longest completions take the most time, but not always the most memory: no sequence is split, so they may leave much of a
+pass empty that shorter ones fill up to memory.micro_batch_tokens. Then one more step runs, with completions that do.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from grpo.batch import plan_passes
 from grpo.check.advice import advice
 from grpo.check.rehearsal import is_out_of_memory, rehearse
 from grpo.config import Config
@@ -24,10 +28,16 @@ from grpo.distributed import GIB, Processes
 from grpo.policy import Policy
 from grpo.rollout.engine import NativeGenerator
 from grpo.trainer import Trainer
-from grpo.types import Prompt
+from grpo.types import Batch, Prompt
 
 NUM_STEPS = 2
 """The last one is shown: the first compiles and captures."""
+
+FULL = 0.97
+"""A pass with this share of memory.micro_batch_tokens counts as full."""
+
+MOST_PARTS = 16
+"""The completion lengths that are tried are the longest, half of it, a third, ... and this part of it."""
 
 PHASES = ("rollout", "logprobs", "update", "step")
 
@@ -45,7 +55,7 @@ def check(config: Config) -> int:
     trainer = None
     try:
         trainer = worst_case(config)
-        metrics = [trainer.train_step() for _ in range(NUM_STEPS)][-1]
+        metrics = run(trainer)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -61,7 +71,9 @@ def check(config: Config) -> int:
 
 def worst_case(config: Config) -> Trainer:
     """A trainer whose steps are the longest that `config` allows."""
-    trainer = rehearse(config, EndlessTrainer, rollout={"stop": []}, run={"steps": max(config.run.steps, NUM_STEPS)})
+    trainer = rehearse(
+        config, EndlessTrainer, rollout={"stop": []}, run={"steps": max(config.run.steps, NUM_STEPS + 1)}
+    )
     longest = config.data.max_prompt_tokens
     trainer.prompts.prompts = [stretched(p, longest) for p in trainer.prompts.prompts[: config.rollout.num_prompts]]
     completions = f"{config.rollout.num_prompts} x {config.rollout.group_size} completions"
@@ -70,6 +82,56 @@ def worst_case(config: Config) -> Trainer:
         f"{config.rollout.max_completion_tokens:,} tokens after prompts of {longest:,}; random rewards."
     )
     return trainer
+
+
+def run(trainer: Trainer) -> dict[str, float]:
+    """Metrics of the last of the longest steps, with the peaks of a step of fuller passes where those are higher."""
+    config, world_size = trainer.config, trainer.processes.world_size
+    metrics = [trainer.train_step() for _ in range(NUM_STEPS)][-1]
+    length = filling_length(config, world_size=world_size)
+    if length is None:
+        return metrics
+    longest = config.rollout.max_completion_tokens
+    shares = [fullest_pass(config, each, world_size=world_size) for each in (length, longest)]
+    trainer.say(
+        f"One more step with completions of {length:,} tokens, which fill a pass to {shares[0]:.0%} of "
+        f"memory.micro_batch_tokens; the longest fill {shares[1]:.0%}. It counts for the peaks, not for the time."
+    )
+    trainer.prompts.prompts = [replace(prompt, max_tokens=length) for prompt in trainer.prompts.prompts]
+    filled = trainer.train_step()
+    return metrics | {name: max(metrics[name], filled[name]) for name in metrics if name.startswith("memory/")}
+
+
+def filling_length(config: Config, *, world_size: int) -> int | None:
+    """The longest completions that fill a pass, or those that come closest; None if these are the longest that there can be."""
+    longest = config.rollout.max_completion_tokens
+    shares: dict[int, float] = {}
+    for parts in range(1, min(MOST_PARTS, longest) + 1):
+        length = longest // parts
+        shares[length] = fullest_pass(config, length, world_size=world_size)
+        if shares[length] >= FULL:
+            break
+    best = max(shares, key=lambda each: shares[each])
+    return None if best == longest else best
+
+
+def fullest_pass(config: Config, completion_tokens: int, *, world_size: int) -> float:
+    """The share of the token budget in the fullest pass over a minibatch of prompts that are as long as they may be."""
+    prompt, group_size = config.data.max_prompt_tokens, config.rollout.group_size
+    count, budget = config.prompts_per_minibatch * group_size, config.memory.micro_batch_tokens
+    nothing = torch.empty(0)
+    batch = Batch(
+        tokens=nothing,
+        cu_seqlens=torch.arange(count + 1) * (prompt + completion_tokens),
+        prompt_lens=torch.full((count,), prompt),
+        prompt_index=torch.arange(count) // group_size,
+        advantages=nothing,
+        sampling_logprobs=nothing,
+    )
+    plan = plan_passes(batch, token_budget=budget, num_processes=world_size)
+    sequences = [each for passes in plan for each in passes]
+    sizes = [len({i // group_size for i in each}) * prompt + len(each) * completion_tokens for each in sequences]
+    return max(sizes) / budget
 
 
 class EndlessTrainer(Trainer):

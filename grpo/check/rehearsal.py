@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,7 +18,10 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 """Parts of the messages with which torch, the driver and the libraries under them say so."""
 
 
-def rehearse(config: Config, trainer_class: type[Trainer] = Trainer, **changes: dict[str, Any]) -> Trainer:
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+
+
+def rehearse(config: Config, trainer_class: type[AnyTrainer], **changes: dict[str, Any]) -> AnyTrainer:
     """A trainer of `config` with its data and its rewards checked, that writes no files and calls no reward function.
 
     Args:

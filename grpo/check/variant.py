@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from grpo import distributed
 from grpo.check.rehearsal import is_out_of_memory, rehearse
@@ -60,9 +61,29 @@ def main() -> None:
     distributed.stop()
 
 
+class CountingPolicy(Policy):
+    """Counts the passes of the update."""
+
+    num_passes = 0
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """See Policy."""
+        self.num_passes += 1
+        super().backward(loss, last=last)
+
+
+class CountingTrainer(Trainer):
+    """Trains a CountingPolicy."""
+
+    policy: CountingPolicy
+
+    def _load_policy(self, tokenizer: PreTrainedTokenizerBase) -> CountingPolicy:
+        return CountingPolicy(self.config, tokenizer, self.processes)
+
+
 def run(config: Config, directory: Path) -> dict[str, Any] | None:
     """One update; on the main process what came of it."""
-    trainer = rehearse(config)
+    trainer = rehearse(config, CountingTrainer)
     processes, policy = trainer.processes, trainer.policy
     rollout, reference = directory / "rollout.json", directory / "weights.safetensors"
     if not processes.on_main(rollout.exists):
@@ -80,7 +101,7 @@ def run(config: Config, directory: Path) -> dict[str, Any] | None:
     if not reference.exists():
         save_file(after, reference)
     return {
-        "passes": int(trainer.meter.counts["batch/padding"]),
+        "passes": policy.num_passes,
         "grad_norm": metrics["optimizer/grad_norm"],
         **compare(before, after, reference),
     }
