@@ -20,9 +20,13 @@ Without a GPU, to see that it runs:
 
     python benchmarks/step.py --size tiny --prompts 2 --completions 4 --new-tokens 16 --peers trl --peer-micro-batch 4
 
-Every number is the median of --steps steps after --warmup. The peers are started after our own run, each in a process of its own,
-on the model that our run has saved under --cache. TRL without DeepSpeed keeps weights and optimizer in bfloat16, 6 bytes per
-parameter; ours keeps float32 masters and moments too, 14 bytes.
+Every number is the median of --steps steps after --warmup. The update has two rates: in tokens of the sequences, each with a
+prompt of its own (`throughput/update`), and in those of them that are read, since a prompt goes through the model once for all
+its completions in a pass. What it needs in TFLOP is counted over those that are read (`update_flops`).
+
+The peers are started after our own run, each in a process of its own, on the model that our run has saved under --cache. TRL
+without DeepSpeed keeps weights and optimizer in bfloat16, 6 bytes per parameter; ours keeps float32 masters and moments too, 14
+bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -53,7 +57,7 @@ from trl_step import measure_trl
 from workload import LONGEST_PROMPT, SHAPES, model_config, prompt_ids, random_reward, saved_model, synchronize
 
 from grpo import Config, Trainer, distributed
-from grpo.types import Completion, Group, Prompt, Sampling
+from grpo.types import Completion, Group, MicroBatch, Prompt, Sampling
 
 GIB = 2**30
 PEERS = {"trl": partial(measure_trl, liger=False), "trl-liger": partial(measure_trl, liger=True)}
@@ -128,12 +132,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         config = make_config(args, model, Path(scratch))
         trainer = make_trainer(args, config)
-        watch = PhaseWatch(trainer)
+        watch = Watch(trainer, model_config(args.size))
         all_steps = [timed_step(trainer, watch) for _ in range(args.warmup + args.steps)]
         record = make_record(args, trainer, all_steps[args.warmup :])
         trainer.say(describe(record))
         if args.profile:
-            trainer.say(profile_update(trainer, watch, model_config(args.size).vocab_size))
+            trainer.say(profile_update(trainer, model_config(args.size).vocab_size))
         trainer.close()
         trainer.processes.barrier()
     distributed.stop()
@@ -196,8 +200,8 @@ class MadeUp:
         return {}
 
 
-def timed_step(trainer: Trainer, watch: PhaseWatch) -> dict[str, float]:
-    """The trainer's metrics of a step, with the seconds to the end of the device's work, and each phase's memory in GiB.
+def timed_step(trainer: Trainer, watch: Watch) -> dict[str, float]:
+    """The trainer's metrics of a step and those of `watch`, with the seconds to the end of the device's work.
 
     `time/step` here includes the metrics and logs that the trainer's own leaves out; `time/rest` is what is in no other phase.
     """
@@ -208,49 +212,41 @@ def timed_step(trainer: Trainer, watch: PhaseWatch) -> dict[str, float]:
     phases = sum(value for name, value in metrics.items() if name.startswith("time/") and name != "time/step")
     metrics["time/step"] = time.perf_counter() - start
     metrics["time/rest"] = metrics["time/step"] - phases
-    return watch.end_step() | metrics
+    return metrics | watch.end_step()
 
 
-class PhaseWatch:
-    """Notices by the calls that the trainer makes where a step goes on to its next phase, and keeps each phase's peak memory."""
+class Watch:
+    """What the trainer does not publish of a step: the operations of its update, and the memory reserved from the device."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.processes = trainer.processes
-        self.on_enter: dict[str, Callable[[], Any]] = {}
-        self.phase = "rest"
-        self.peaks: dict[str, float] = {}
-        for phase, owner, method in (
-            ("rollout", trainer.generator, "sample"),
-            ("scoring", trainer.scorer, "score"),
-            ("logprobs", trainer.policy, "old_logprobs"),
-            ("logprobs", trainer.policy, "ref_logprobs"),
-            ("update", trainer.policy, "logprobs"),
-            ("rest", trainer.generator, "sync"),
-        ):
-            around(owner, method, partial(self._enter, phase))
+    def __init__(self, trainer: Trainer, model: Qwen2Config) -> None:
+        self.processes, self.model = trainer.processes, model
+        self.passes: list[MicroBatch] = []
+        self.reserved = 0
+        before(trainer.policy, "logprobs", self.passes.append)
+        before(torch.cuda, "reset_peak_memory_stats", self._keep_reserved)  # the trainer's phases each begin with it
 
-    @contextmanager
-    def _enter(self, phase: str) -> Iterator[None]:
-        if phase != self.phase:
-            self._keep_peaks()
-            self.phase = phase
-            self.on_enter.get(phase, lambda: None)()
-        yield
-
-    def _keep_peaks(self) -> None:
-        if torch.cuda.is_available():
-            for name, value in (
-                (self.phase, torch.cuda.max_memory_allocated()),
-                ("reserved", torch.cuda.max_memory_reserved()),
-            ):
-                self.peaks[f"memory/{name}"] = max(self.peaks.get(f"memory/{name}", 0.0), value / GIB)
-            torch.cuda.reset_peak_memory_stats()
+    def _keep_reserved(self, *_: Any) -> None:
+        self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())  # 0 without a GPU
 
     def end_step(self) -> dict[str, float]:
-        """The peaks since the last call, on the process that has most."""
-        self._keep_peaks()
-        peaks, self.peaks = self.processes.gather(self.peaks), {}
-        return {name: max(each[name] for each in peaks) for name in peaks[0]}
+        """Since the last call: TFLOP of the update, the mean over processes, and GiB reserved, on the process that has most."""
+        self._keep_reserved()
+        mine = update_flops(self.model, self.passes), self.reserved
+        flops, reserved = zip(*self.processes.gather(mine), strict=True)
+        self.passes.clear()
+        self.reserved = 0
+        return {"update/tflop": sum(flops) / len(flops) / 1e12, "memory/reserved": max(reserved) / GIB}
+
+
+def before(owner: Any, method: str, act: Callable[..., Any]) -> None:
+    """Hand the arguments of every call of a method of this object to `act` first."""
+    call = getattr(owner, method)
+
+    def after_it(*args: Any, **options: Any) -> Any:
+        act(*args, **options)
+        return call(*args, **options)
+
+    setattr(owner, method, after_it)
 
 
 def around(owner: Any, method: str, context: Callable[[], AbstractContextManager[None]]) -> None:
@@ -270,10 +266,8 @@ def around(owner: Any, method: str, context: Callable[[], AbstractContextManager
 def make_record(args: argparse.Namespace, trainer: Trainer, steps: list[dict[str, float]]) -> dict[str, Any]:
     middle = {name: median(step[name] for step in steps) for name in steps[0]}
     peaks = {k.removeprefix("memory/"): max(s[k] for s in steps) for k in middle if k.startswith("memory/")}
-    reserved = peaks.pop("reserved", None)
+    reserved = peaks.pop("reserved")
     world = trainer.processes.world_size
-    prompt_lens = [len(prompt.token_ids) for prompt in trainer.prompts.prompts]
-    flops = update_flops(model_config(args.size), prompt_lens * args.completions, args.new_tokens) / world
     return {
         "name": "grpo",
         "command": shlex.join(sys.argv),
@@ -287,9 +281,9 @@ def make_record(args: argparse.Namespace, trainer: Trainer, steps: list[dict[str
         "step": middle["time/step"],
         "generation": None if args.update_only else middle["time/rollout"],
         "rest": middle["time/step"] - middle["time/rollout"],
-        "peak_gib": max(peaks.values(), default=None),
+        "peak_gib": peaks.get("step"),
         "reserved_gib": reserved,
-        "tflops_update": flops / middle["time/update"] / 1e12,
+        "tflops_update": middle["update/tflop"] / middle["time/update"],
         "tflops_matrix": matrix_rate() / 1e12,
         "peaks": peaks,
         "medians": middle,
@@ -298,23 +292,28 @@ def make_record(args: argparse.Namespace, trainer: Trainer, steps: list[dict[str
     }
 
 
-def update_flops(config: Qwen2Config, prompt_lens: list[int], new_tokens: int) -> float:
-    """Floating-point operations that a forward and a backward pass over these sequences need; recomputing is not counted.
+def update_flops(config: Qwen2Config, passes: list[MicroBatch]) -> float:
+    """Floating-point operations that these passes need, forward and backward; recomputing is not counted.
 
-        6 W        per token: the W weights of the layers' matrix products, 2 operations forward and 4 backward
-        6 V H      per completion token: the output head, which reads no others
-        12 H t     per layer and token: attention of the t-th token of a sequence, which sees t keys; for all S tokens of it
-                   6 H S (S + 1), which is 12 H per token and key of the mean context, (S + 1) / 2
+        6 W        per place: the W weights of the layers' matrix products, 2 operations forward and 4 backward, as all learn
+        6 V H      per completion token: the output head, which reads no other places
+        12 H       per layer and pair of a place and a place it sees: the attention's scores and what it adds up by them
 
-    Norms, rotation, softmax, the embedding's look-up and the optimizer are not counted either.
+    A prompt's places are there once for all its completions in a pass, and see the prompt up to themselves. Those of a completion
+    see all of the prompt, and the completion up to themselves: q (k - q) + q (q + 1) / 2 pairs for q queries that end k keys.
+    Norms, rotation, softmax, the embedding's look-up and the optimizer are not counted either, nor are passes without work.
     """
     hidden, num_layers = config.hidden_size, config.num_hidden_layers
     key_value = hidden * config.num_key_value_heads // config.num_attention_heads
     weights = num_layers * hidden * (2 * hidden + 2 * key_value + 3 * config.intermediate_size)
-    lens = [length + new_tokens for length in prompt_lens]
-    attention = num_layers * sum(6 * hidden * length * (length + 1) for length in lens)
-    head = 6 * config.vocab_size * hidden * new_tokens * len(lens)
-    return 6 * weights * sum(lens) + head + attention
+    flops = 0.0
+    for micro in passes:
+        if not micro.is_spare:
+            q, k = micro.packing.cu_queries.diff().double(), micro.packing.cu_keys.diff().double()
+            pairs = float((q * (k - q) + q * (q + 1) / 2).sum())
+            head = config.vocab_size * hidden * len(micro.targets)
+            flops += 6 * (weights * len(micro.tokens) + head) + 12 * hidden * num_layers * pairs
+    return flops
 
 
 def matrix_rate() -> float:
@@ -348,13 +347,17 @@ def describe(record: dict[str, Any]) -> str:
         seconds = middle[f"time/{phase}"]
         peak = record["peak_gib"] if phase == "step" else peaks.get(phase)
         lines.append(f"{phase:10}{seconds:10.3f}{seconds / record['step']:8.0%}{_or_dash(peak, 10)}")
-    lines.append(f"reserved from the device at most: {_or_dash(record['reserved_gib'], 0)} GiB\n")
+    lines.append(f"reserved from the device at most: {record['reserved_gib']:.2f} GiB\n")
     for phase in ("rollout", "update")[record["update_only"] :]:
         rate = middle[f"throughput/{phase}"]
-        lines.append(f"{phase:10}{rate / processes:10,.0f} tokens/s per process,{rate:12,.0f} in all")
-    ours, matrix = record["tflops_update"], record["tflops_matrix"]
+        read = f", {rate / processes * (1 - middle['batch/shared']):,.0f} of them read" if phase == "update" else ""
+        lines.append(f"{phase:10}{rate / processes:10,.0f} tokens/s per process{read}; {rate:,.0f} in all")
+    lines.append(", ".join(f"{name} {middle[name]:.3f}" for name in ("batch/shared", "batch/imbalance")))
+    needed, ours, matrix = middle["update/tflop"], record["tflops_update"], record["tflops_matrix"]
     lines.append(
-        f"the update needs {ours:.4g} TFLOP/s per process, {ours / matrix:.0%} of a large product's {matrix:.4g}"
+        f"the update needs {needed:.4g} TFLOP per process, {ours:.4g} TFLOP/s, {ours / matrix:.0%} of a large product's "
+        f"{matrix:.4g}\n(forward and backward over the tokens read, a shared prompt once; attention over what each sees;\n"
+        "the output head over completion tokens; what is computed again in the backward pass not counted again)"
     )
     return "\n".join(lines)
 
@@ -378,16 +381,17 @@ def _or_dash(value: float | None, width: int) -> str:
 # ---- where the time of an update goes --------------------------------------------------------------------------------
 
 
-def profile_update(trainer: Trainer, watch: PhaseWatch, vocab_size: int) -> str:
+def profile_update(trainer: Trainer, vocab_size: int) -> str:
     """Two more steps: the kernels of the first one's update, and the seconds of the parts of the second's.
 
     The parts are timed by waiting for the device between them, so they do not overlap as they otherwise do.
     """
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
     profiler = profile(activities=activities, record_shapes=True)
-    watch.on_enter = {"update": profiler.start, "rest": profiler.stop}
+    start, stop = cache(profiler.start), cache(profiler.stop)  # each runs once, in the first step
+    before(trainer.policy, "logprobs", lambda micro: start())
+    before(trainer.generator, "sync", stop)
     trainer.train_step()
-    watch.on_enter = {}
     parts: dict[str, float] = {}
     for part, method in (("forward", "logprobs"), ("backward", "backward"), ("optimizer", "optimizer_step")):
         around(trainer.policy, method, partial(timed, parts, part))
