@@ -6,6 +6,7 @@ import shutil
 from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from transformers import (
     Qwen3Config,
     SmolLM3Config,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+import grpo.policy
 from grpo import Trainer, distributed
 from grpo.attention import packed_inputs
 from grpo.batch import micro_batch, pack, take
@@ -396,6 +399,34 @@ def test_the_first_update_is_adamws_first_step_in_every_stage(tmp_path: Path, dt
     with policy.sampling_model() as lm:
         moved = (lm.model.layers[0].mlp.up_proj.weight.detach().float() - before).abs()
     assert float(moved.median()) == pytest.approx(0.5, rel=0.01)  # 0.37 if a step of zeros were counted before
+
+
+def test_a_sharded_model_has_the_buffers_of_the_one_that_is_sampled_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As transformers 5.17 loads a model under ZeRO-3: its rotary frequencies rounded to bfloat16."""
+    original = grpo.policy.load_lm
+
+    def rounded(*args: Any, **options: Any) -> PreTrainedModel:
+        lm = original(*args, **options)
+        if is_deepspeed_zero3_enabled():
+            rotary = lm.base_model.rotary_emb
+            rotary.inv_freq = rotary.inv_freq.bfloat16()
+        return lm
+
+    monkeypatch.setattr(grpo.policy, "load_lm", rounded)
+    model = {"name": str(TINY / "model"), "dtype": "bfloat16"}
+    config = tiny_config(
+        tmp_path, model=model, distributed={"zero_stage": 3}, algorithm={"kl_coef": 0.1, "reference_refresh_steps": 1}
+    )
+    policy = Policy(config, load_tokenizer(config.model), distributed.start(config, dtype=torch.bfloat16))
+    with policy.sampling_model() as lm:
+        expected = lm.base_model.rotary_emb.inv_freq
+    assert expected.dtype == torch.float32
+    assert not torch.equal(expected, expected.bfloat16().float())
+    assert policy.reference is not None
+    for model in (policy.lm, policy.reference.module.lm):
+        assert torch.equal(model.base_model.rotary_emb.inv_freq, expected)
 
 
 def test_capped_attention_logits_are_refused(tmp_path: Path):
