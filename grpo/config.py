@@ -192,12 +192,13 @@ class OptimizerConfig(Section):
 
 class MemoryConfig(Section):
     micro_batch_tokens: PositiveInt = 16384
-    """Tokens (prompts and completions) per forward and backward pass of one process. Results do not depend on it."""
+    """Tokens per forward and backward pass of one process, a prompt counted once for all its completions. Results do not depend
+    on it; passes below 32,768 tokens leave a fast GPU waiting for the host on small models."""
     logprob_chunk_tokens: PositiveInt = 4096
     """Completion tokens whose logits over the vocabulary exist at once, in the model's precision. Results do not depend on it."""
     activation_checkpointing: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the layers whose activations are computed again in the backward pass instead of kept. 1: all, least memory; 0:
-    none, a fifth faster; docs/performance.md has the cost of both. Results do not depend on it."""
+    none, a sixth faster; docs/performance.md has the cost of both. Results do not depend on it."""
     max_sequences: PositiveInt = 256
     """Completions that one process samples at once. Raising it uses the GPU better, and takes memory for keys and values."""
     kv_cache_gib: PositiveFloat | None = None
