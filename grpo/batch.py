@@ -87,13 +87,22 @@ def plan_passes(batch: Batch, *, token_budget: int, num_processes: int) -> list[
     sizes = [prompt_lens[group[0]] + sum(completion_lens[i] for i in group) for group in groups]
     largest_first = [groups[i] for i in sorted(range(len(groups)), key=lambda i: -sizes[i])]
     too_long_for_two = sum(length > token_budget / 2 for length in completion_lens)
-    num_passes = max(-(-sum(sizes) // (token_budget * num_processes)), -(-too_long_for_two // num_processes))
-    while True:
+    enough = max(-(-sum(sizes) // (token_budget * num_processes)), -(-too_long_for_two // num_processes))
+
+    def deal(num_passes: int) -> list[_Pass] | None:
+        """That many passes for each process with all sequences, or None if they do not fit."""
         dealer = _Dealer(num_passes * num_processes, share=sum(sizes) / max(num_passes * num_processes, 1))
-        if all(dealer.deal(group, prompt_lens, completion_lens, token_budget) for group in largest_first):
-            break
-        num_passes += max(num_passes // 20, 1)
-    passes = sorted(dealer.passes, key=lambda each: -each.num_tokens)
+        fits = all(dealer.deal(group, prompt_lens, completion_lens, token_budget) for group in largest_first)
+        return dealer.passes if fits else None
+
+    too_few = enough - 1
+    while (passes := deal(enough)) is None:
+        too_few, enough = enough, enough + max(enough // 20, 1)
+    while enough - too_few > 1:
+        between = (too_few + enough) // 2
+        fewer = deal(between)
+        passes, enough, too_few = (passes, enough, between) if fewer is None else (fewer, between, too_few)
+    passes.sort(key=lambda each: -each.num_tokens)
     return [[each.sequences for each in passes[rank::num_processes]] for rank in range(num_processes)]
 
 

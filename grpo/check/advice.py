@@ -74,9 +74,10 @@ def _pass_tokens(config: Config, world_size: int) -> int:
 
 def _chunk(config: Config, **_: Any) -> str | None:
     now = config.memory.logprob_chunk_tokens
-    if now <= FEWEST_CHUNK_TOKENS:
+    used = min(now, config.memory.micro_batch_tokens)  # a pass has no more completion tokens than that
+    if used <= FEWEST_CHUNK_TOKENS:
         return None
-    then = max(now // 2, FEWEST_CHUNK_TOKENS)
+    then = max(used // 2, FEWEST_CHUNK_TOKENS)
     return _change("memory.logprob_chunk_tokens", now, then, "fewer logits at once; results do not depend on it")
 
 
