@@ -100,8 +100,8 @@ def update(policy: Policy, size: float = 0.03) -> None:
 
 def fresh_logprobs(policy: Policy, prompt: Prompt, completion: Completion, temperature: float = 1.0) -> Tensor:
     ids = torch.tensor([prompt.token_ids + completion.token_ids])
-    with torch.no_grad():
-        logits = policy.lm(input_ids=ids, use_cache=False).logits[0, len(prompt.token_ids) - 1 : -1]
+    with torch.no_grad(), policy.sampling_model() as lm:
+        logits = lm(input_ids=ids, use_cache=False).logits[0, len(prompt.token_ids) - 1 : -1]
     chosen = torch.tensor(completion.token_ids).unsqueeze(1)
     return (logits / temperature).log_softmax(-1).gather(1, chosen).squeeze(1)
 
@@ -143,8 +143,8 @@ def test_logprobs_are_of_the_whole_vocabulary_where_tokens_are_left_out(
     for group in groups:
         for completion in group.completions:  # every token was among those left to draw from
             ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
-            with torch.no_grad():
-                probs = policy.lm(input_ids=ids).logits[0, len(group.prompt.token_ids) - 1 : -1].softmax(-1)
+            with torch.no_grad(), policy.sampling_model() as lm:
+                probs = lm(input_ids=ids).logits[0, len(group.prompt.token_ids) - 1 : -1].softmax(-1)
             chosen = probs.gather(1, torch.tensor(completion.token_ids).unsqueeze(1))
             likelier = (probs * (probs > chosen)).sum(1)
             assert bool(((probs > chosen).sum(1) < cut.get("top_k", 10**6)).all())
