@@ -409,39 +409,13 @@ class Config(Section):
 
 
 def _check_combinations(config: Config) -> None:
-    rollout, algorithm, memory = config.rollout, config.algorithm, config.memory
+    rollout = config.rollout
     if rollout.group_size < 2:
         raise ValueError(
             f"rollout.group_size is {rollout.group_size}; group-relative advantages need at least 2 completions per "
             "prompt. Set rollout.group_size >= 2."
         )
-    if rollout.num_prompts % algorithm.num_minibatches:
-        raise ValueError(
-            f"algorithm.num_minibatches is {algorithm.num_minibatches}; the {rollout.num_prompts} questions of a step "
-            "(rollout.num_prompts) must divide evenly into minibatches. Set it to a divisor of rollout.num_prompts."
-        )
-    if algorithm.reference_refresh_steps % algorithm.num_minibatches:
-        raise ValueError(
-            f"algorithm.reference_refresh_steps is {algorithm.reference_refresh_steps}; the reference changes between rollouts "
-            f"only, each of which has {algorithm.num_minibatches} optimizer steps (algorithm.num_minibatches). Set it to a "
-            "multiple of them."
-        )
-    if algorithm.reference_refresh_steps and algorithm.kl_coef == 0:
-        raise ValueError(
-            f"algorithm.reference_refresh_steps is {algorithm.reference_refresh_steps}; there is no reference, because "
-            "algorithm.kl_coef is 0. Remove it, or set algorithm.kl_coef > 0."
-        )
-    if memory.micro_batch_tokens < config.max_sequence_tokens:
-        raise ValueError(
-            f"memory.micro_batch_tokens is {memory.micro_batch_tokens}; one sequence may have "
-            f"{config.max_sequence_tokens} tokens (data.max_prompt_tokens + rollout.max_completion_tokens) and is never "
-            f"split. Set memory.micro_batch_tokens >= {config.max_sequence_tokens}."
-        )
-    if config.optimizer.warmup_steps > config.optimizer_steps:
-        raise ValueError(
-            f"optimizer.warmup_steps is {config.optimizer.warmup_steps}; the run has {config.optimizer_steps} optimizer "
-            "steps (run.steps * algorithm.num_minibatches) and would end before its peak rate. Lower the warm-up."
-        )
+    _check_updates(config)
     _check_offload(config.distributed)
     _check_lora(config.lora)
     if "" in rollout.stop:
@@ -473,6 +447,38 @@ def _check_combinations(config: Config) -> None:
     _check_engine_settings(config)
     if rollout.engine == "vllm":
         _check_vllm_sampling(config)
+
+
+def _check_updates(config: Config) -> None:
+    """How a rollout is split into optimizer steps, and what follows them."""
+    rollout, algorithm, memory = config.rollout, config.algorithm, config.memory
+    if rollout.num_prompts % algorithm.num_minibatches:
+        raise ValueError(
+            f"algorithm.num_minibatches is {algorithm.num_minibatches}; the {rollout.num_prompts} questions of a step "
+            "(rollout.num_prompts) must divide evenly into minibatches. Set it to a divisor of rollout.num_prompts."
+        )
+    if algorithm.reference_refresh_steps % algorithm.num_minibatches:
+        raise ValueError(
+            f"algorithm.reference_refresh_steps is {algorithm.reference_refresh_steps}; the reference changes between rollouts "
+            f"only, each of which has {algorithm.num_minibatches} optimizer steps (algorithm.num_minibatches). Set it to a "
+            "multiple of them."
+        )
+    if algorithm.reference_refresh_steps and algorithm.kl_coef == 0:
+        raise ValueError(
+            f"algorithm.reference_refresh_steps is {algorithm.reference_refresh_steps}; there is no reference, because "
+            "algorithm.kl_coef is 0. Remove it, or set algorithm.kl_coef > 0."
+        )
+    if memory.micro_batch_tokens < config.max_sequence_tokens:
+        raise ValueError(
+            f"memory.micro_batch_tokens is {memory.micro_batch_tokens}; one sequence may have "
+            f"{config.max_sequence_tokens} tokens (data.max_prompt_tokens + rollout.max_completion_tokens) and is never "
+            f"split. Set memory.micro_batch_tokens >= {config.max_sequence_tokens}."
+        )
+    if config.optimizer.warmup_steps > config.optimizer_steps:
+        raise ValueError(
+            f"optimizer.warmup_steps is {config.optimizer.warmup_steps}; the run has {config.optimizer_steps} optimizer "
+            "steps (run.steps * algorithm.num_minibatches) and would end before its peak rate. Lower the warm-up."
+        )
 
 
 def _check_offload(distributed: DistributedConfig) -> None:

@@ -195,7 +195,11 @@ def checkpoint_activations(lm: PreTrainedModel, share: float) -> None:
 
 
 def gather_by_layer(lm: PreTrainedModel) -> None:
-    """Let ZeRO-3 gather the weights of a decoder layer at once: module by module, its hooks keep the host busier than the GPU."""
+    """Let ZeRO-3 gather the weights of a decoder layer at once: module by module, its hooks keep the host busier than the GPU.
+
+    Not with adapters: nothing before the first layer is trained then, its input has no gradient, and DeepSpeed would take
+    that for the end of the layer's backward pass and let go of its weights.
+    """
     from deepspeed.utils import set_z3_leaf_module
 
     for layer in decoder_layers(lm):
@@ -267,18 +271,14 @@ def lay_out(lm: PreTrainedModel, device: torch.device) -> None:
 
 
 def copy_buffers(source: nn.Module, target: nn.Module) -> None:
-    """Give `target` the buffers of `source`, to the bit, wherever it has the same modules at the end of their names.
+    """Give `target` the buffers of `source`, to the bit, under the same names.
 
     Under ZeRO-3, transformers 5.17 computes what is not in a checkpoint in the model's precision. Rotary frequencies in bfloat16
     are off by up to 0.4 %, a radian after 250 positions: the model trained would not be the one that is sampled from.
     """
-    buffers = dict(source.named_buffers())
-    for prefix, module in target.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            path = f"{prefix}.{name}"
-            known = [value for own, value in buffers.items() if path == own or path.endswith(f".{own}")]
-            if known:
-                module._buffers[name] = known[0].to(buffer.device, copy=True)
+    for path, buffer in source.named_buffers():
+        module, _, name = path.rpartition(".")
+        target.get_submodule(module)._buffers[name] = buffer.clone()
 
 
 def trained_parameters(lm: nn.Module) -> list[nn.Parameter]:
@@ -318,23 +318,24 @@ class Policy:
         )
         _count_from_zero(self.engine.basic_optimizer)
         self.lm.set_attn_implementation("packed")
+        # a PackedLM, or DeepSpeed's engine around one
         self.reference = self._load_reference() if config.algorithm.kl_coef > 0 else None
         self.reference_moved = False  # it is no longer the starting model
         unset_hf_deepspeed_config()  # from here on, loading a model must not shard it
         self._replica = self._load_replica() if self._sharded or self.adapters else None
         if self._replica is not None:
-            for lm in (self.lm, *(module for module in [self.reference] if module is not None)):
-                copy_buffers(self._replica, lm)
+            copy_buffers(self._replica, self.lm)
+            if self.reference is not None:
+                copy_buffers(self._replica, self.reference.lm)
         self._check_forward(*(own or self.plain_logprobs()))
 
     def _packed(self, lm: PreTrainedModel) -> PackedLM:
-        if self.processes.device.type == "cuda" and not fuse_kernels(lm) and self.processes.is_main:
+        fused = self.processes.device.type != "cuda" or fuse_kernels(lm)
+        if not fused and self.processes.is_main:
             print(
-                f"no fused kernels for {lm.config.model_type}; the update runs the layers of transformers", flush=True
+                f"no fused kernels for {lm.config.model_type}: its update runs the layers of transformers", flush=True
             )
-        if (
-            self._sharded and not self.adapters
-        ):  # gradients of a layer's input are needed; the first layer would have none
+        if self._sharded and not self.adapters:
             gather_by_layer(lm)
         return PackedLM(lm, temperature=self.temperature, chunk_tokens=self._config.memory.logprob_chunk_tokens)
 
@@ -379,7 +380,7 @@ class Policy:
             logits = lm(input_ids=tokens, use_cache=False).logits[:, :-1].float() / self.temperature
         return tokens, logits.log_softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
 
-    def _load_reference(self) -> nn.Module:
+    def _load_reference(self) -> Any:
         """A frozen copy of the starting point, sharded like the policy under ZeRO-3; with adapters the policy's own model."""
         if self.adapters:
             return self.engine

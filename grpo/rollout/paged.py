@@ -139,12 +139,6 @@ def plain_decode_attention(
     age = lens.unsqueeze(1) - 1 - torch.arange(k.shape[2], device=q.device)
     seen = (age >= 0) if window is None else (age >= 0) & (age < window)
     k, v = (x.where(seen[:, None, :, None], 0) for x in (k, v))  # what lies behind the end, even NaN, does not count
-    return _masked(q.unsqueeze(2), k.transpose(1, 2), v.transpose(1, 2), seen[:, None, None], scale)[:, 0]
-
-
-def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """q (B, heads, N, D), k and v (B, M, kv_heads, D), seen broadcast to (B, 1, N, M); (B, N, heads, D)."""
-    out = scaled_dot_product_attention(
-        q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[2]
-    )
-    return out.transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    mask = seen[:, None, None]
+    return scaled_dot_product_attention(q.unsqueeze(2), k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[:, :, 0]
