@@ -1,15 +1,17 @@
 """Save and resume. A checkpoint is a directory that appears whole or not at all:
 
-    checkpoints/step-00000050/
+    checkpoints/step-00000050/         after step 50; step-00000050-0003: and three of the updates of the step under way
         hf/             weights, config and tokenizer; `AutoModelForCausalLM.from_pretrained` loads it
         adapter/        with LoRA: the adapters alone, which are merged into hf/; `PeftModel.from_pretrained` loads it
         training/       DeepSpeed's state: float32 masters and optimizer moments, a file per process
         reference.safetensors    the reference's weights, once it is no longer the starting model
         random/         each process's random states
-        state.json      where the run stands, and the configuration it ran with
+        under_way/      each process's part of the step under way: minibatches to come, and what is known of those done
+        state.json      where the run stands, the configuration it ran with, and each file's size and checksum
 
 It is written under a temporary name and renamed once everything is on disk, so a run that is killed while saving still has
-the checkpoint before. Only then are old ones removed.
+the checkpoint before. Only then are old ones removed. One that is not as it was written is set aside when a run resumes, and
+the one before it is taken.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from grpo.config import Config
 from grpo.distributed import Processes
 from grpo.policy import Policy
+from grpo.writer import Writer, flush, problem_with, save_tensors
 
 REFERENCE = "reference.safetensors"
+SET_ASIDE = (".partial", ".corrupt")
 
 
 @dataclass
@@ -40,66 +45,226 @@ class RunState:
     position: int = 0  # prompts dealt so far
 
 
-def save(directory: Path, state: RunState, *, policy: Policy, config: Config, processes: Processes, keep: int) -> Path:
-    """Write a checkpoint and remove all but the newest `keep`. Every process calls it."""
-    final = directory / name_of(state.step)
-    if processes.broadcast(final.exists()):
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written. Those before it are untouched."""
+
+
+@dataclass
+class _Pending:
+    """A checkpoint that is being written."""
+
+    final: Path
+    writer: Writer
+    record: dict[str, Any]
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run. Every process has one, and all call the same methods at the same time."""
+
+    def __init__(self, directory: Path, config: Config, processes: Processes) -> None:
+        self.directory = directory
+        self.config = config
+        self.processes = processes
+        self._pending: _Pending | None = None
+
+    def save(self, state: RunState, *, policy: Policy, under_way: Any = None, updates: int = 0) -> Path:
+        """Write a checkpoint of the state, or, with `checkpoint.background`, begin to.
+
+        Args:
+            under_way: this process's part of a step that is not finished; None between steps.
+            updates: optimizer steps of it that are done.
+
+        Raises:
+            CheckpointError: on all processes, if one of them could not write its part, now or in the background.
+        """
+        self.finish()
+        final = self.directory / name_of(state.step, updates)
+        if self.processes.on_main(final.exists):
+            return final
+        writer = Writer(_partial(final), background=self.config.checkpoint.background and under_way is None)
+        self._check([self.processes.on_main(lambda: _prepare(_partial(final)))], final)
+        _write_all(writer, policy, rank=self.processes.rank, under_way=under_way)
+        record = {**asdict(state), "world_size": self.processes.world_size, "config": self.config.model_dump()}
+        self._pending = _Pending(final, writer, record)
+        writer.start()
+        if not writer.background:
+            self.finish()
         return final
-    partial = final.with_suffix(".partial")
-    if processes.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "random").mkdir(parents=True)
-        policy.export(partial / "hf")
-    processes.barrier()
-    policy.export_adapter(partial / "adapter")
-    policy.save_training_state(partial)
-    if policy.reference_moved:
-        policy.save_reference(partial / REFERENCE)
-    torch.save(_random_states(), partial / "random" / f"rank-{processes.rank}.pt")
-    processes.barrier()
-    if processes.is_main:
-        record = {**asdict(state), "world_size": processes.world_size, "config": config.model_dump()}
-        (partial / "state.json").write_text(json.dumps(record, indent=1))
-        _flush(partial)
-        os.replace(partial, final)
-        _flush_directory(directory)
-        for old in complete_checkpoints(directory)[:-keep]:
-            shutil.rmtree(old.rename(old.with_suffix(".partial")))
-    processes.barrier()
-    return final
 
+    @property
+    def is_written(self) -> bool:
+        """Whether this process has written its part of a checkpoint that is not complete yet."""
+        return self._pending is not None and self._pending.writer.is_done
 
-def name_of(step: int) -> str:
-    return f"step-{step:08d}"
+    def finish(self) -> None:
+        """Wait for a checkpoint that is being written, and make it one.
 
+        Raises:
+            CheckpointError: as `save`.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        pending.writer.wait()
+        parts = self.processes.gather((pending.writer.files, pending.writer.error))
+        self._check([error for _, error in parts], pending.final)
+        files = {name: known for part, _ in parts for name, known in part.items()}
+        self._check([self.processes.on_main(lambda: self._complete(pending, files))], pending.final)
 
-def find(run_dir: Path, config: Config, processes: Processes) -> Path | None:
-    """The newest checkpoint of the run to resume, or None to start anew.
-
-    Raises:
-        ValueError: it is of another experiment or of another number of processes.
-    """
-    if config.run.resume == "never":
+    def _complete(self, pending: _Pending, files: dict[str, Any]) -> str | None:
+        partial = _partial(pending.final)
+        try:
+            _write_state(partial, {**pending.record, "files": files})
+            for path in [path for path in partial.rglob("*") if path.is_dir()]:
+                flush(path)
+            flush(partial)
+            os.replace(partial, pending.final)
+            flush(self.directory)
+            self._prune()
+        except OSError as error:
+            return str(error)
         return None
-    newest = next(reversed(complete_checkpoints(run_dir / "checkpoints")), None)
-    if newest is not None:
-        _check_resumable(newest, config, processes)
-    return newest
+
+    def _prune(self) -> None:
+        settings = self.config.checkpoint
+        for old in complete_checkpoints(self.directory)[: -settings.keep]:
+            step, updates = numbers_of(old)
+            if updates or not settings.keep_every or step % settings.keep_every:
+                shutil.rmtree(old.rename(_partial(old)))
+
+    def _check(self, errors: list[str | None], final: Path) -> None:
+        for rank, error in enumerate(errors):
+            if error is not None:
+                self.processes.on_main(lambda: shutil.rmtree(_partial(final), ignore_errors=True))
+                before = self.processes.on_main(lambda: [path.name for path in complete_checkpoints(self.directory)])
+                raise CheckpointError(
+                    f"checkpoint {final.name} was not written: {error} (process {rank}). {self._room()} Complete checkpoints in "
+                    f"{self.directory}: {', '.join(before) or 'none'}."
+                )
+
+    def _room(self) -> str:
+        return f"{shutil.disk_usage(self.directory.parent).free / 2**30:.2f} GiB are free there."
+
+
+def _prepare(partial: Path) -> str | None:
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _write_all(writer: Writer, policy: Policy, *, rank: int, under_way: Any) -> None:
+    directory = writer.directory
+    if rank == 0:
+        policy.export(directory / "hf", writer.write)
+    policy.export_adapter(directory / "adapter", writer.write)
+    policy.save_training_state(directory, writer.write)
+    if policy.reference_moved:
+        policy.save_reference(directory / REFERENCE, writer.write)
+    writer.write(directory / "random" / f"rank-{rank}.pt", _random_states(), save_tensors)
+    if under_way is not None:
+        writer.write(directory / "under_way" / f"rank-{rank}.pt", under_way, save_tensors)
+
+
+def name_of(step: int, updates: int = 0) -> str:
+    """The directory of a checkpoint after so many steps and updates of the next; names sort by time."""
+    return f"step-{step:08d}" + (f"-{updates:04d}" if updates else "")
+
+
+def numbers_of(checkpoint: Path) -> tuple[int, int]:
+    """The step and the updates that `name_of` was given."""
+    _, step, *updates = checkpoint.name.split("-")
+    return int(step), int(updates[0]) if updates else 0
+
+
+def _partial(final: Path) -> Path:
+    return final.with_suffix(".partial")
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(path for path in directory.glob("step-*") if path.suffix != ".partial")
+    return sorted(path for path in directory.glob("step-*") if path.suffix not in SET_ASIDE)
+
+
+def _write_state(directory: Path, record: dict[str, Any]) -> None:
+    path = directory / "state.json"
+    path.write_text(json.dumps({"checksum": _checksum_of(record), **record}, indent=1))
+    flush(path)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "state.json").read_text())
+    """What state.json holds.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
+    try:
+        record = json.loads((checkpoint / "state.json").read_text())
+        expected = record.pop("checksum")
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"state.json cannot be read: {error}") from None
+    if _checksum_of(record) != expected:
+        raise ValueError("state.json is not what was written: its checksum differs")
+    return record
+
+
+def _checksum_of(record: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
+
+
+def find(directory: Path, config: Config, processes: Processes) -> Path | None:
+    """The newest checkpoint to resume that is as it was written, or None to start anew. Every process calls it.
+
+    Newer ones that are not are renamed to `.corrupt`, and a line says so.
+
+    Raises:
+        ValueError: it is of another experiment or of another number of processes, or there are only corrupt ones.
+    """
+    if config.run.resume == "never":
+        return None
+    there = processes.on_main(lambda: _tidy(directory))
+    for checkpoint in reversed(there):
+        problem = _problem(checkpoint, processes)
+        if problem is None:
+            _check_resumable(checkpoint, config, processes)
+            return checkpoint
+        if processes.is_main:
+            aside = checkpoint.rename(checkpoint.with_suffix(".corrupt"))
+            print(f"checkpoint {checkpoint} is corrupt and was renamed to {aside.name}: {problem}", flush=True)
+    if there:
+        raise ValueError(
+            f"run.resume is 'auto'; not one of the {len(there)} checkpoints in {directory} is as it was written. Choose another "
+            "run.dir to start anew."
+        )
+    return None
+
+
+def _tidy(directory: Path) -> list[Path]:
+    """Remove what a kill left half written or half removed; the complete checkpoints."""
+    for partial in directory.glob("step-*.partial"):
+        shutil.rmtree(partial)
+    return complete_checkpoints(directory)
+
+
+def _problem(checkpoint: Path, processes: Processes) -> str | None:
+    """What is wrong with a checkpoint, each process reading a part of the files."""
+    try:
+        files = read_state(checkpoint)["files"]
+    except ValueError as error:
+        own: str | None = str(error)
+    else:
+        mine = sorted(files)[processes.rank :: processes.world_size]
+        own = problem_with(checkpoint, {name: files[name] for name in mine})
+    return next((problem for problem in processes.gather(own) if problem is not None), None)
 
 
 MAY_CHANGE = {
     "run.steps",
     "run.resume",
     "run.dir",
+    "run.max_hours",
     "checkpoint",
     "logging",
     "evaluation",
@@ -131,14 +296,21 @@ def _check_resumable(checkpoint: Path, config: Config, processes: Processes) -> 
             )
 
 
-def restore(checkpoint: Path, *, policy: Policy, processes: Processes) -> RunState:
-    """Load weights, optimizer and random states in place. Every process calls it."""
+def restore(checkpoint: Path, *, policy: Policy, processes: Processes) -> tuple[RunState, Any]:
+    """Load weights, optimizer and random states in place; where the run stands, and this process's part of the step under way.
+
+    Every process calls it.
+    """
     policy.load_training_state(checkpoint)
     if (checkpoint / REFERENCE).exists():
         policy.load_reference(checkpoint / REFERENCE)
-    _restore_random_states(torch.load(checkpoint / "random" / f"rank-{processes.rank}.pt", weights_only=False))
+    mine = f"rank-{processes.rank}.pt"
+    _restore_random_states(torch.load(checkpoint / "random" / mine, weights_only=False))
+    under_way = None
+    if (checkpoint / "under_way").exists():
+        under_way = torch.load(checkpoint / "under_way" / mine, weights_only=False)
     saved = read_state(checkpoint)
-    return RunState(saved["step"], saved["optimizer_steps"], saved["position"])
+    return RunState(saved["step"], saved["optimizer_steps"], saved["position"]), under_way
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
@@ -159,20 +331,3 @@ def _restore_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _flush(directory: Path) -> None:
-    """Push every file to disk before the rename that declares the checkpoint complete."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _flush_directory(path)
-    _flush_directory(directory)
-
-
-def _flush_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)

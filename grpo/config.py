@@ -232,6 +232,10 @@ class CheckpointConfig(Section):
     """Save after every so many steps, besides after the last. 0: only after the last."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints stay on disk."""
+    keep_every: NonNegativeInt = 0
+    """Besides them, those after every so many steps stay for good. 0: none."""
+    background: bool = False
+    """Write while training goes on, from a copy in the machine's memory: 16 bytes per weight over all processes of the run."""
 
 
 class LoggingConfig(Section):
@@ -252,6 +256,10 @@ class RunConfig(Section):
     """Training steps; one is a rollout of num_prompts questions and all its updates."""
     seed: NonNegativeInt = 0
     """Of the prompt order and the sampling."""
+    deterministic: bool = True
+    """Repeat and resume a run to the bit on the same GPUs. false: the backward pass of attention adds in whatever order."""
+    max_hours: PositiveFloat | None = None
+    """Save, stop and exit with 75 after so much time, as on SIGTERM; a start with `resume: auto` goes on. null: no limit."""
     resume: Literal["never", "auto"] = "never"
     """auto: go on from the newest complete checkpoint in `dir`, or start there. never: a used `dir` is left alone and
     the next free of dir-2, dir-3, ... is taken."""
@@ -473,6 +481,12 @@ def _check_updates(config: Config) -> None:
             f"memory.micro_batch_tokens is {memory.micro_batch_tokens}; one sequence may have "
             f"{config.max_sequence_tokens} tokens (data.max_prompt_tokens + rollout.max_completion_tokens) and is never "
             f"split. Set memory.micro_batch_tokens >= {config.max_sequence_tokens}."
+        )
+    every, forever = config.checkpoint.every_steps, config.checkpoint.keep_every
+    if forever and (every == 0 or forever % every):
+        raise ValueError(
+            f"checkpoint.keep_every is {forever}; checkpoint.every_steps is {every}, so not all of those would be "
+            "written. Set it to a multiple of checkpoint.every_steps."
         )
     if config.optimizer.warmup_steps > config.optimizer_steps:
         raise ValueError(

@@ -15,8 +15,8 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,7 @@ def start(config: Config, *, dtype: torch.dtype) -> Processes:
     _complete_environment()
     os.environ.pop("ACCELERATE_USE_CPU", None)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what `deterministic` asks for
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         _leave_out_compiled_collective()
@@ -224,6 +225,25 @@ def whole(*parameters: Tensor, written: bool = False) -> AbstractContextManager[
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if written else None)
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Within it, torch sums in a fixed order where it otherwise would not: in flash attention's backward pass, on CUDA.
+
+    Raises:
+        RuntimeError: an operation has no such order.
+    """
+    if not wanted or not torch.cuda.is_available():
+        yield
+        return
+    torch.use_deterministic_algorithms(True)  # flash attention ignores a mere wish (warn_only)
+    # it searches for bugs, which costs time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def stop() -> None:

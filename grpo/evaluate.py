@@ -5,30 +5,23 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from grpo.distributed import Processes
 from grpo.rollout import Generator
 from grpo.scoring import Scorer
 from grpo.types import Group, Prompt, Sampling, Scores
 
 
-def evaluate(
-    prompts: list[Prompt],
-    *,
-    generator: Generator,
-    scorer: Scorer,
-    processes: Processes,
-    sampling: Sampling,
-    seed: int,
+def answer(
+    prompts: list[Prompt], *, generator: Generator, scorer: Scorer, sampling: Sampling, seed: int
 ) -> list[dict[str, Any]]:
-    """Answer each prompt once, the prompts shared out over the processes; a row per answer, in the order of `prompts`.
+    """Answer each prompt once; a row per answer."""
+    groups = generator.sample(prompts, sampling, num_completions=1, seed=seed)
+    return completion_rows(groups, scorer.score(groups))
 
-    Every process gets all rows.
-    """
-    mine = prompts[processes.rank :: processes.world_size]
-    groups = generator.sample(mine, sampling, num_completions=1, seed=seed)
-    rows = [row for part in processes.gather(completion_rows(groups, scorer.score(groups))) for row in part]
+
+def in_order(parts: list[list[dict[str, Any]]], prompts: list[Prompt]) -> list[dict[str, Any]]:
+    """The rows of all processes, in the order of the prompts that they shared."""
     place = {prompt.row: i for i, prompt in enumerate(prompts)}
-    return sorted(rows, key=lambda row: place[row["row"]])
+    return sorted((row for part in parts for row in part), key=lambda row: place[row["row"]])
 
 
 def completion_rows(groups: list[Group], scores: Scores) -> list[dict[str, Any]]:

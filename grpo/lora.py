@@ -137,13 +137,17 @@ def merge_into(plain: nn.Module, adapters: Adapters) -> None:
             cast("nn.Linear", plain.get_submodule(name)).weight.copy_(merged)
 
 
-def save_adapter(directory: Path, adapters: Adapters, config: LoraConfig, *, is_main: bool) -> None:
-    """Write the policy's adapters in peft's format, for `PeftModel.from_pretrained`. Every process calls it."""
+def adapter_weights(adapters: Adapters, *, is_main: bool) -> dict[str, Tensor]:
+    """The policy's adapters under peft's names, on the main process. Every process calls it."""
     weights: dict[str, Tensor] = {}
     for name, source, _ in adapter_pairs(adapters):
         with whole(source):
             if is_main:
                 weights[f"base_model.model.{name}"] = source.detach().cpu().clone()
-    if is_main:
-        config.save_pretrained(str(directory))
-        save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    return weights
+
+
+def save_adapter(weights: dict[str, Tensor], directory: Path, *, config: LoraConfig) -> None:
+    """Write `adapter_weights` in peft's format, for `PeftModel.from_pretrained`."""
+    config.save_pretrained(str(directory))
+    save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ from grpo import distributed, lora
 from grpo.attention import packed_inputs
 from grpo.batch import micro_batch
 from grpo.config import Config, ModelConfig, OptimizerConfig
-from grpo.distributed import Processes, whole
+from grpo.distributed import Processes, deterministic, whole
 from grpo.logprobs import token_logprobs
 from grpo.types import Batch, MicroBatch
+from grpo.writer import Write, save_tensors, write_now
 
 END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<end_of_turn>", "</s>")
 """Special tokens by which model families end a text or a turn; whichever a tokenizer has ends a completion."""
@@ -441,7 +443,7 @@ class Policy:
                 target.copy_(source)
         self.reference_moved = True
 
-    def save_reference(self, path: Path) -> None:
+    def save_reference(self, path: Path, write: Write = write_now) -> None:
         """Write the reference's weights to one file. Every process calls it."""
         weights = {}
         for name, _, target in self._reference_pairs():
@@ -449,7 +451,7 @@ class Policy:
                 if self.processes.is_main:
                     weights[name] = target.detach().cpu().clone()
         if self.processes.is_main:
-            save_file(weights, path)
+            write(path, weights, save_file)
 
     @torch.no_grad()
     def load_reference(self, path: Path) -> None:
@@ -466,7 +468,8 @@ class Policy:
         DeepSpeed averages gradients over the processes. Our loss is a sum over all of them, so it is scaled back.
         """
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * self.processes.world_size)
+        with deterministic(self._config.run.deterministic):
+            self.engine.backward(loss * self.processes.world_size)
 
     def optimizer_step(self, learning_rate: float) -> float:
         """Clip, update, and return the global L2 norm of the gradient before clipping."""
@@ -505,27 +508,38 @@ class Policy:
             finally:
                 lm.set_attn_implementation(own)
 
-    def export(self, directory: Path) -> None:
+    def export(self, directory: Path, write: Write = write_now) -> None:
         """Write weights, config and tokenizer in Hugging Face format. To be called by the main process alone."""
         with self.sampling_model() as lm:
-            own = lm.generation_config
-            lm.generation_config = GenerationConfig(
-                eos_token_id=self.end_token_ids, pad_token_id=self.tokenizer.pad_token_id, bos_token_id=own.bos_token_id
+            shell = _shell(lm)
+            shell.generation_config = GenerationConfig(
+                eos_token_id=self.end_token_ids,
+                pad_token_id=self.tokenizer.pad_token_id,
+                bos_token_id=lm.generation_config.bos_token_id,
             )  # sampling defaults of the base would not fit the trained model, and an odd one makes saving fail
-            try:
-                lm.save_pretrained(directory)
-            finally:
-                lm.generation_config = own
-        self.tokenizer.save_pretrained(directory)
 
-    def export_adapter(self, directory: Path) -> None:
+            def save(weights: dict[str, Tensor], path: Path) -> None:
+                shell.save_pretrained(path, state_dict=dict(weights))  # which it empties
+                self.tokenizer.save_pretrained(path)
+
+            write(directory, lm.state_dict(), save)
+
+    def export_adapter(self, directory: Path, write: Write = write_now) -> None:
         """Write what was trained in peft's format, if that is adapters. Every process calls it."""
         if self.adapters:
             stored = lora.peft_config(self.lm, self._config)
-            lora.save_adapter(directory, self.adapters, stored, is_main=self.processes.is_main)
+            weights = lora.adapter_weights(self.adapters, is_main=self.processes.is_main)
+            if self.processes.is_main:
+                write(directory, weights, partial(lora.save_adapter, config=stored))
 
-    def save_training_state(self, directory: Path) -> None:
+    def save_training_state(self, directory: Path, write: Write = write_now) -> None:
         """Write DeepSpeed's state to directory/training, without what is not trained. Every process calls it."""
+        # what can fail on one process only, and leave the others waiting: writing, making folders, copying a script that gathers
+        # weights, which hf/ holds anyway
+        files = self.engine.checkpoint_engine
+        files.save = lambda state_dict, path: write(Path(path), state_dict, save_tensors)
+        files.makedirs = lambda *_, **__: None
+        self.engine._copy_recovery_script = lambda _: None
         self.engine.save_checkpoint(
             str(directory), tag="training", save_latest=False, exclude_frozen_parameters=bool(self.adapters)
         )
@@ -534,6 +548,12 @@ class Policy:
         """Read what `save_training_state` wrote. Every process calls it."""
         loaded, _ = self.engine.load_checkpoint(str(directory), tag="training", load_module_strict=not self.adapters)
         assert loaded is not None, f"DeepSpeed found no training state in {directory}"
+
+
+def _shell(lm: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class and configuration without weights, to save some with while `lm` is in use."""
+    with torch.device("meta"):
+        return type(lm)(copy.deepcopy(lm.config))
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from grpo.config import Config, RunConfig
 from grpo.console import ConsoleSink
 from grpo.distributed import Processes
 from grpo.evaluate import summarize
-from grpo.sinks import JsonlSink, Sink, WandbSink, append_jsonl, read_jsonl, rewind_jsonl
+from grpo.sinks import JsonlSink, Sink, WandbSink, read_jsonl, rewind_jsonl
+from grpo.writer import replace_text
 
 RECORDED = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "math-verify")
 
@@ -41,7 +42,7 @@ def claim(config: RunConfig) -> Path:
 
 def record(directory: Path, config: Config, processes: Processes) -> None:
     """Write the resolved configuration and what the run runs on."""
-    (directory / "config.yaml").write_text(config.to_yaml())
+    replace_text(directory / "config.yaml", config.to_yaml())
     device = torch.cuda.get_device_name() if processes.device.type == "cuda" else platform.processor() or "cpu"
     environment = {
         "command": sys.argv,
@@ -50,7 +51,7 @@ def record(directory: Path, config: Config, processes: Processes) -> None:
         "python": platform.python_version(),
         **{name: version(name) for name in RECORDED},
     }
-    (directory / "environment.json").write_text(json.dumps(environment, indent=1))
+    replace_text(directory / "environment.json", json.dumps(environment, indent=1))
 
 
 class RunLog:
@@ -62,6 +63,7 @@ class RunLog:
         self.processes = processes
         self.reward_names = reward_names
         self.sinks: list[Sink] = []
+        self.files: JsonlSink | None = None
 
     def open(self, *, resumed_step: int | None) -> None:
         """Start writing, after a checkpoint of `resumed_step` if there was one.
@@ -70,13 +72,18 @@ class RunLog:
         """
         if not self.processes.is_main:
             return
-        for name in ("metrics", "completions", "evaluations"):
-            rewind_jsonl(self.directory / f"{name}.jsonl", -1 if resumed_step is None else resumed_step)
+        last = -1 if resumed_step is None else resumed_step
+        for name in ("metrics", "completions"):
+            rewind_jsonl(self.directory / f"{name}.jsonl", last)
+        # an evaluation is complete once its metrics are written, after its answers; a kill may have come between
+        evaluated = last in self._evaluated_steps()
+        rewind_jsonl(self.directory / "evaluations.jsonl", last if evaluated else last - 1)
         if resumed_step is None:
             (self.directory / "wandb_id").unlink(missing_ok=True)
         record(self.directory, self.config, self.processes)
         logging = self.config.logging
-        self.sinks = [JsonlSink(self.directory)]
+        self.files = JsonlSink(self.directory)
+        self.sinks = [self.files]
         if logging.wandb != "disabled":
             self.sinks.append(
                 WandbSink(
@@ -99,14 +106,19 @@ class RunLog:
             sink.log_completions(step, rows)
 
     def log_evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
-        if self.processes.is_main:
-            append_jsonl(self.directory / "evaluations.jsonl", [{"step": step, **row} for row in rows])
+        if self.files is not None:
+            self.files.append("evaluations.jsonl", [{"step": step, **row} for row in rows])
         self.log(step, summarize(rows))
 
     def evaluation(self, step: int) -> list[dict[str, Any]]:
         """The rows logged for `step`; empty if it has not been evaluated."""
         path = self.directory / "evaluations.jsonl"
         return [row for row in read_jsonl(path) if row["step"] == step] if path.exists() else []
+
+    def _evaluated_steps(self) -> set[int]:
+        path = self.directory / "metrics.jsonl"
+        rows = read_jsonl(path) if path.exists() else []
+        return {row["step"] for row in rows if "eval/length_mean" in row}
 
     def close(self) -> None:
         for sink in self.sinks:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, Protocol
+
+from grpo.writer import replace_text
 
 
 class Sink(Protocol):
@@ -19,26 +23,60 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """metrics.jsonl, completions.jsonl: one JSON object a line, written through at once."""
+    """metrics.jsonl, completions.jsonl: one JSON object a line, written through at once.
+
+    Rows that cannot be written are kept, and tried again with the next.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._waiting: dict[str, list[dict[str, Any]]] = {}  # by the name of their file
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        append_jsonl(self.directory / "metrics.jsonl", [{"step": step, **metrics}])
+        self.append("metrics.jsonl", [{"step": step, **metrics}])
 
     def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
-        append_jsonl(self.directory / "completions.jsonl", rows)
+        self.append("completions.jsonl", rows)
+
+    def append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Add rows to the file of that name."""
+        rows = self._waiting.pop(name, []) + rows
+        try:
+            append_jsonl(self.directory / name, rows)
+        except OSError as error:
+            self._waiting[name] = rows
+            print(f"warning: {name} cannot be written: {error}; {len(rows)} rows wait in memory.", flush=True)
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """What still cannot be written goes to the directory for temporary files.
+
+        Raises:
+            OSError: nor there.
+        """
+        for name in list(self._waiting):
+            self.append(name, [])
+        for name, rows in self._waiting.items():
+            elsewhere = Path(tempfile.mkdtemp(prefix=f"{self.directory.name}-")) / name
+            append_jsonl(elsewhere, rows)
+            print(f"warning: the last {len(rows)} rows of {name} are in {elsewhere}.", flush=True)
 
 
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write rows through to the disk.
+
+    Raises:
+        OSError: not one of them was written.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -64,9 +102,7 @@ def rewind_jsonl(path: Path, step: int) -> None:
     if superseded:
         with path.with_suffix(".superseded.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(superseded)
-        rewritten = path.with_suffix(".rewritten")
-        rewritten.write_text("".join(kept), encoding="utf-8")
-        os.replace(rewritten, path)
+    replace_text(path, "".join(kept))  # also to end a whole last line whose line feed is missing
 
 
 def _step_of(line: str) -> float:
@@ -107,7 +143,7 @@ class WandbSink:
             self._run = wandb.init(mode="offline", **options)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._run.log(metrics, step=step)
+        self._send(metrics, step)
 
     def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
         if not rows:
@@ -115,7 +151,13 @@ class WandbSink:
         table = self._wandb.Table(columns=list(rows[0]))
         for row in rows[: self.TABLE_ROWS]:
             table.add_data(*(json.dumps(v) if isinstance(v, dict) else v for v in row.values()))
-        self._run.log({"completions": table}, step=step)
+        self._send({"completions": table}, step)
+
+    def _send(self, values: dict[str, Any], step: int) -> None:
+        try:
+            self._run.log(values, step=step)
+        except Exception as error:
+            print(f"wandb: {error}; step {step} is in the run's own files only.", flush=True)
 
     def close(self) -> None:
         self._run.finish()
@@ -133,5 +175,5 @@ def _wandb_id(directory: Path) -> str:
     """The run's id, kept beside its results so that a resumed run continues the same curves."""
     path = directory / "wandb_id"
     if not path.exists():
-        path.write_text(os.urandom(4).hex())
+        replace_text(path, os.urandom(4).hex())
     return path.read_text()

@@ -7,20 +7,20 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grpo import checkpoint, distributed, rundir
 from grpo.advantage import group_advantages
 from grpo.batch import join, micro_batch, minibatch_bounds, pack, plan_passes, spare, take
-from grpo.checkpoint import RunState
+from grpo.checkpoint import CheckpointError, Checkpoints, RunState
 from grpo.config import Config
 from grpo.console import show_samples
-from grpo.evaluate import completion_rows, evaluate
+from grpo.evaluate import answer, completion_rows, in_order
 from grpo.loss import grpo_loss, token_weights
 from grpo.metrics import Meter, measure_micro_batch, measure_passes, measure_rollout, step_metrics
 from grpo.policy import Policy, check_attention, check_context, load_tokenizer, resolve_dtype
@@ -30,9 +30,26 @@ from grpo.rollout import check_engine, make_generator
 from grpo.rundir import RunLog
 from grpo.schedule import learning_rate
 from grpo.scoring import Reward, Scorer, resolve_function
-from grpo.types import Batch, MicroBatch, Prompt
+from grpo.stopping import EXIT_STOPPED, Stopped, StopRequest
+from grpo.types import Batch, Group, MicroBatch, Prompt, Scores
 
 Rows = Iterable[Mapping[str, Any]]
+
+
+@dataclass
+class StepUnderWay:
+    """This process's part of a training step, from its rollout to its last update; a checkpoint may hold it."""
+
+    is_sampled: bool = False
+    first_update: int = 0  # optimizer steps before it
+    minibatches: list[list[MicroBatch]] = field(default_factory=list)  # still to be trained on
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of completions.jsonl
+    meter: Meter = field(default_factory=Meter)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Interrupted(Exception):
+    """All processes agree to stop, between two updates or before a rollout."""
 
 
 class Trainer:
@@ -57,6 +74,8 @@ class Trainer:
         eval_dataset: Rows | None = None,
     ) -> None:
         self.config = config
+        self.stopping = StopRequest(config.run.max_hours)
+        self.interruption = ""  # why all processes are about to stop, once they agree
         functions = _reward_functions(config, rewards)
         self.processes = distributed.start(config, dtype=resolve_dtype(config.model.dtype))
         config.check_world_size(self.processes.world_size)
@@ -87,18 +106,20 @@ class Trainer:
             world_size=self.processes.world_size,
         )
         self.directory = Path(self.processes.on_main(lambda: str(rundir.claim(config.run))))
-        found = checkpoint.find(self.directory, config, self.processes)
+        self.checkpoints = Checkpoints(self.directory / "checkpoints", config, self.processes)
+        found = checkpoint.find(self.checkpoints.directory, config, self.processes)
         self.say(config.summary(num_rows=len(prompts), world_size=self.processes.world_size))
         self.policy = self._load_policy(tokenizer)
         self.generator = make_generator(config, self.policy)
-        self.state = RunState() if found is None else self._restore(found)
+        self.state = RunState()
+        self.under_way = StepUnderWay()
+        if found is not None:
+            self._restore(found)
         self.log = RunLog(
             self.directory, config, self.processes, reward_names=[reward.name for reward in self.scorer.rewards]
         )
         self.log.open(resumed_step=None if found is None else self.state.step)
         self.learning_rate = 0.0  # of the last optimizer step
-        self.meter = Meter()  # of the step under way, as are the seconds
-        self.seconds: dict[str, float] = {}
         self.phase = ""  # of the step: the last one that began
 
     def _load_policy(self, tokenizer: PreTrainedTokenizerBase) -> Policy:
@@ -109,48 +130,97 @@ class Trainer:
 
         Returns:
             The last checkpoint; its `hf/` is a directory that `AutoModelForCausalLM.from_pretrained` loads.
+
+        Raises:
+            Stopped: SIGTERM, SIGINT or the end of `run.max_hours` came; where the run stands is saved.
         """
-        self._evaluate_if_due()
-        while self.state.step < self.config.run.steps:
-            self.train_step()
-            if self._is_last() or _due(self.state.step, self.config.checkpoint.every_steps):
-                self.save()
-            self._evaluate_if_due()
-        self.log.close()
+        with self.stopping:
+            try:
+                self._evaluate_if_due()
+                while not self._is_last():
+                    self.train_step()
+                    if self._is_last() or _due(self.state.step, self.config.checkpoint.every_steps):
+                        self._try(self.save)  # a run does not end because its disk is full for a while
+                    self._evaluate_if_due()
+                self.save(wait=True)
+            except Interrupted as interrupted:
+                self._leave(str(interrupted))
+            finally:
+                self.log.close()
         return self._finish()
 
     def train_step(self) -> dict[str, float]:
-        """Sample a rollout, score it, and update the policy on it; the step's metrics over all processes."""
-        config, self.meter, self.seconds = self.config, Meter(), {}
-        prompts, steps_before = self.prompts.next_batch(), self.state.optimizer_steps
+        """Sample a rollout, score it, and update the policy on it; the step's metrics over all processes.
+
+        Raises:
+            Interrupted: on all processes; only within `train`, which handles what asks for it.
+        """
+        if not self.under_way.is_sampled:
+            self._begin_step()
+        step = self.under_way
         with self._clock("step"):
-            with self._clock("rollout"):
-                groups = self.generator.sample(
-                    prompts,
-                    config.sampling,
-                    num_completions=config.rollout.group_size,
-                    seed=self._seed("rollout"),
-                )
-            with self._clock("scoring"):
-                scores = self.scorer.score(groups)
-            advantages = group_advantages(scores.rewards, normalize_by_std=config.algorithm.normalize_by_std)
-            with self._clock("logprobs"):
-                minibatches = [self._deal(pack(groups[part], advantages[part])) for part in self._minibatch_bounds()]
-                for micro in (micro for minibatch in minibatches for micro in minibatch):
-                    self._fix_logprobs(micro)
             with self._clock("update"):
-                for minibatch in minibatches:
-                    self._optimizer_step(minibatch)
-            self.generator.sync()
-            self._refresh_reference_if_due(steps_before)
-        measure_rollout(self.meter, groups, scores, advantages)
-        for name, value in self.generator.metrics().items():
-            self.meter.mean(name, torch.tensor(value))
+                while step.minibatches and not self.interruption:
+                    self._optimizer_step(step.minibatches.pop(0))
+            if not step.minibatches:
+                self.generator.sync()
+                self._refresh_reference_if_due(step.first_update)
+        if step.minibatches:
+            raise Interrupted(self.interruption)
         self.state.step += 1
-        self.state.position = self.prompts.position
-        if _due(self.state.step, config.logging.completions_every):
-            self._log_completions(completion_rows(groups, scores), advantages)
-        return self._log_metrics()
+        if _due(self.state.step, self.config.logging.completions_every):
+            self._log_completions(step.rows)
+        metrics = self._log_metrics()
+        self.under_way = StepUnderWay()
+        return metrics
+
+    def _begin_step(self) -> None:
+        """Sample and score a rollout, and make ready the passes of its updates."""
+        step = self.under_way
+        prompts = self.prompts.next_batch()
+        with self._clock("step"):
+            sampled = self.stopping.abortable(lambda: self._sample(prompts))
+            self._agree_to_go_on()
+            assert sampled is not None, "only a request to stop breaks off the sampling"
+            groups, scores = sampled
+            step.is_sampled, step.first_update = True, self.state.optimizer_steps
+            self.state.position = self.prompts.position
+            advantages = group_advantages(scores.rewards, normalize_by_std=self.config.algorithm.normalize_by_std)
+            with self._clock("logprobs"):
+                step.minibatches = [
+                    self._deal(pack(groups[part], advantages[part])) for part in self._minibatch_bounds()
+                ]
+                for micro in (micro for minibatch in step.minibatches for micro in minibatch):
+                    self._fix_logprobs(micro)
+        measure_rollout(step.meter, groups, scores, advantages)
+        for name, value in self.generator.metrics().items():
+            step.meter.mean(name, torch.tensor(value))
+        known = advantages.nan_to_num().flatten().tolist()
+        rows = completion_rows(groups, scores)
+        step.rows = [{**row, "advantage": advantage} for row, advantage in zip(rows, known, strict=True)]
+
+    def _sample(self, prompts: list[Prompt]) -> tuple[list[Group], Scores]:
+        with self._clock("rollout"):
+            groups = self.generator.sample(
+                prompts,
+                self.config.sampling,
+                num_completions=self.config.rollout.group_size,
+                seed=self._seed("rollout"),
+            )
+        with self._clock("scoring"):
+            return groups, self.scorer.score(groups)
+
+    def _agree_to_go_on(self) -> None:
+        """After work that each process did for itself, which a request to stop may have broken off."""
+        self._agree_on_interruption()
+        if self.interruption:
+            self.under_way = StepUnderWay()  # to be sampled again
+            self.prompts.position = self.state.position
+            raise Interrupted(self.interruption)
+
+    def _agree_on_interruption(self) -> None:
+        requests = self.processes.gather(self.stopping.reason)
+        self.interruption = next((reason for reason in requests if reason is not None), "")
 
     def _deal(self, mine: Batch) -> list[MicroBatch]:
         """This process's passes over a minibatch of which it sampled a part.
@@ -163,7 +233,7 @@ class Trainer:
             whole, token_budget=self.config.memory.micro_batch_tokens, num_processes=self.processes.world_size
         )
         passes = [self._pass(whole, sequences) for sequences in plan[self.processes.rank]]
-        measure_passes(self.meter, passes)
+        measure_passes(self.under_way.meter, passes)
         return passes
 
     def _pass(self, whole: Batch, sequences: list[int]) -> MicroBatch:
@@ -208,18 +278,24 @@ class Trainer:
             )
             total += result.loss.detach()
             self.policy.backward(result.loss, last=number == len(minibatch) - 1)
-            measure_micro_batch(self.meter, micro, logprobs.detach(), entropy, result)
+            measure_micro_batch(self.under_way.meter, micro, logprobs.detach(), entropy, result)
         rate = learning_rate(
             self.config.optimizer, step=self.state.optimizer_steps, num_steps=self.config.optimizer_steps
         )
-        (loss,) = self.processes.sum(float(total))
+        loss, interrupted, written = self.processes.sum(
+            float(total), self.stopping.reason is not None, self.checkpoints.is_written
+        )
         self._refuse_if_not_finite("loss", loss)
         norm = self.policy.optimizer_step(rate)
         self._refuse_if_not_finite("gradient's norm", norm)
         self.state.optimizer_steps += 1
         self.learning_rate = rate
-        self.meter.mean("optimizer/grad_norm", torch.tensor(norm))
-        self.meter.mean("optimizer/loss", torch.tensor(loss))
+        self.under_way.meter.mean("optimizer/grad_norm", torch.tensor(norm))
+        self.under_way.meter.mean("optimizer/loss", torch.tensor(loss))
+        if interrupted:
+            self._agree_on_interruption()
+        if written == self.processes.world_size:
+            self._try(self.checkpoints.finish)
 
     def _refresh_reference_if_due(self, steps_before: int) -> None:
         """Where this rollout's updates passed a multiple; one without a known reward has fewer, so they may not end on it."""
@@ -244,28 +320,49 @@ class Trainer:
             world_size=self.processes.world_size,
         )
 
-    def save(self) -> Path:
-        """Write a checkpoint of the current state; every process calls it."""
-        return checkpoint.save(
-            self.directory / "checkpoints",
-            self.state,
-            policy=self.policy,
-            config=self.config,
-            processes=self.processes,
-            keep=self.config.checkpoint.keep,
+    def save(self, *, wait: bool = False) -> Path:
+        """Write a checkpoint of the current state; every process calls it.
+
+        Args:
+            wait: also with `checkpoint.background`, until it is complete.
+
+        Raises:
+            CheckpointError: it could not be written, or one that was being written in the background could not.
+        """
+        under_way = self.under_way if self.under_way.is_sampled else None
+        updates = self.state.optimizer_steps - self.under_way.first_update if under_way else 0
+        saved = self.checkpoints.save(self.state, policy=self.policy, under_way=under_way, updates=updates)
+        if wait:
+            self.checkpoints.finish()
+        return saved
+
+    def _try(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except CheckpointError as error:
+            self.say(f"warning: {error} Training goes on, and the next checkpoint is tried when it is due.")
+
+    def _leave(self, reason: str) -> None:
+        saved = self.save(wait=True)
+        self.say(
+            f"stopped: {reason}. Saved to {saved}; run.resume=auto run.dir={self.directory} goes on from there. Exit code "
+            f"{EXIT_STOPPED}."
         )
+        self.close()
+        raise Stopped(reason)
 
     def close(self) -> None:
         """End the reward workers and the logs; for a trainer that is stepped by hand."""
         self.log.close()
         self.scorer.close()
 
-    def _restore(self, found: Path) -> RunState:
-        state = checkpoint.restore(found, policy=self.policy, processes=self.processes)
+    def _restore(self, found: Path) -> None:
+        self.state, under_way = checkpoint.restore(found, policy=self.policy, processes=self.processes)
+        self.under_way = under_way or StepUnderWay()
         self.generator.sync()
-        self.prompts.position = state.position
-        self.say(f"resumed after step {state.step} from {found}")
-        return state
+        self.prompts.position = self.state.position
+        done = self.state.optimizer_steps - self.under_way.first_update if self.under_way.is_sampled else 0
+        self.say(f"resumed after step {self.state.step}{f' and {done} updates of the next' * (done > 0)} from {found}")
 
     def _evaluate_if_due(self) -> None:
         """Before the first step, after the last, and as configured between; not again for a step that a run resumes at."""
@@ -273,28 +370,27 @@ class Trainer:
         due = step == 0 or self._is_last() or _due(step, self.config.evaluation.every_steps)
         if not self.eval_prompts or not due or self.processes.on_main(lambda: bool(self.log.evaluation(step))):
             return
-        rows = evaluate(
-            self.eval_prompts,
-            generator=self.generator,
-            scorer=self.scorer,
-            processes=self.processes,
-            sampling=self.config.eval_sampling,
-            seed=self._seed("evaluation"),
+        mine = self.stopping.abortable(
+            lambda: answer(
+                self.eval_prompts[self.processes.rank :: self.processes.world_size],
+                generator=self.generator,
+                scorer=self.scorer,
+                sampling=self.config.eval_sampling,
+                seed=self._seed("evaluation"),
+            )
         )
-        self.log.log_evaluation(step, rows)
+        self._agree_to_go_on()
+        self.log.log_evaluation(step, in_order(self.processes.gather(mine), self.eval_prompts))
 
     def _is_last(self) -> bool:
         return self.state.step == self.config.run.steps
 
-    def _log_completions(self, rows: list[dict[str, Any]], advantages: Tensor) -> None:
-        known = advantages.nan_to_num().flatten().tolist()
-        mine = [
-            {"step": self.state.step, **row, "advantage": advantage} for row, advantage in zip(rows, known, strict=True)
-        ]
+    def _log_completions(self, rows: list[dict[str, Any]]) -> None:
+        mine = [{"step": self.state.step, **row} for row in rows]
         self.log.log_completions(self.state.step, [row for part in self.processes.gather(mine) for row in part])
 
     def _log_metrics(self) -> dict[str, float]:
-        metrics = step_metrics(self.meter, self.seconds, self.processes)
+        metrics = step_metrics(self.under_way.meter, self.under_way.seconds, self.processes)
         metrics["optimizer/learning_rate"] = self.learning_rate
         metrics["optimizer/steps"] = self.state.optimizer_steps
         metrics["progress/epoch"] = self.state.position / len(self.prompts.prompts)
@@ -314,7 +410,7 @@ class Trainer:
     def _finish(self) -> Path:
         """Draw the curves, show samples, and say where everything lies."""
         self.scorer.close()
-        last = self.directory / "checkpoints" / checkpoint.name_of(self.state.step)
+        last = self.checkpoints.directory / checkpoint.name_of(self.state.step)
         if self.processes.is_main:
             before, after = self.log.evaluation(0), self.log.evaluation(self.state.step)
             if before and after:  # a trainer that was first stepped by hand has not seen the base model's answers
@@ -336,17 +432,17 @@ class Trainer:
 
     @contextmanager
     def _clock(self, name: str) -> Iterator[None]:
-        """Record the seconds and the peak memory of a phase; the step's peak is the largest of its phases."""
-        self.phase = name
+        """Add up the seconds of a phase, and record its peak memory; the step's peak is the largest of its phases."""
+        self.phase, seconds = name, self.under_way.seconds
         self.processes.reset_peak_memory()
         started = time.perf_counter()
         yield
         self.processes.synchronize()
-        self.seconds[name] = time.perf_counter() - started
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
         peak = self.processes.peak_memory_gib()
         if peak is not None:
             for each in (name, "step"):
-                self.meter.max(f"memory/{each}", torch.tensor(peak))
+                self.under_way.meter.max(f"memory/{each}", torch.tensor(peak))
 
     def _gradable_prompts(
         self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, what: str

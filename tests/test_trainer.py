@@ -134,11 +134,12 @@ from pathlib import Path
 from helpers import tiny_config
 from grpo import Trainer, checkpoint
 
-def power_cut(directory):
+def power_cut(directory, record):
     if "step-00000002" in str(directory):
         os.kill(os.getpid(), 9)
+    write_state(directory, record)
 
-checkpoint._flush = power_cut
+write_state, checkpoint._write_state = checkpoint._write_state, power_cut
 Trainer(tiny_config(Path({run!r}), run={{"steps": 3}}, checkpoint={{"every_steps": 1}})).train()
 """
 
@@ -487,7 +488,7 @@ def test_the_peak_of_each_phase_is_a_metric_and_the_steps_is_the_largest(
     monkeypatch.setattr(Processes, "peak_memory_gib", lambda self: PEAKS[trainer.phase])
     metrics = trainer.train_step()
     trainer.close()
-    assert log == ["step", "rollout", "scoring", "logprobs", "update"]
+    assert log == ["step", "rollout", "scoring", "logprobs", "step", "update"]
     assert {name: metrics[f"memory/{name}"] for name in PEAKS} == PEAKS
     assert metrics["memory/step"] == 7.0
 

@@ -1,0 +1,95 @@
+"""Being asked to stop: SIGTERM, SIGINT (Ctrl-C), or the end of `run.max_hours`. The trainer saves and exits with EXIT_STOPPED.
+
+A signal does not interrupt what processes do together, or an update; it sets a flag that they agree on between optimizer steps.
+Only what a process does for itself, sampling and scoring, it breaks off at once (`abortable`), since that can be done again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
+
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: start it again to go on."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ONE_REQUEST_SECONDS = 2.0
+"""Signals this close together are one request: on Ctrl-C a process gets one from the terminal and one from its launcher."""
+
+
+T = TypeVar("T")
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop, and has saved where it stood."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(EXIT_STOPPED)
+        self.reason = reason
+
+
+class _Abort(BaseException):
+    """Raised by the handler within `abortable`."""
+
+
+class StopRequest:
+    """Whether this process was asked to stop, and by what. As a context it handles the signals and watches the clock."""
+
+    def __init__(self, max_hours: float | None) -> None:
+        """Args: max_hours: counted from here."""
+        self.reason: str | None = None
+        self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+        self._max_hours = max_hours
+        self._requested_at = 0.0
+        self._is_abortable = False
+        self._before: dict[int, Any] = {}
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # nobody else may handle signals
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            if self._deadline is not None:
+                self._timer = threading.Timer(max(0.0, self._deadline - time.monotonic()), self._time_is_up)
+                self._timer.daemon = True
+                self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def abortable(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns; None if a request broke it off or came before it."""
+        try:
+            try:
+                self._is_abortable = True
+                return None if self.reason is not None else work()
+            finally:
+                self._is_abortable = False
+        except _Abort:
+            return None
+
+    def _time_is_up(self) -> None:
+        self.reason = self.reason or f"run.max_hours ({self._max_hours:g}) are over"
+        self._requested_at = time.monotonic()
+        signal.pthread_kill(threading.main_thread().ident or 0, SIGNALS[0])  # to break off what is abortable
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.reason is None:
+            self.reason, self._requested_at = signal.Signals(number).name, now
+            print(f"{self.reason}: saving, then stopping; a second signal stops at once", file=sys.stderr, flush=True)
+        elif now - self._requested_at > ONE_REQUEST_SECONDS:
+            os._exit(128 + number)  # reward workers die with their parent
+        if self._is_abortable:
+            self._is_abortable = False
+            raise _Abort

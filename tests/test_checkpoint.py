@@ -1,0 +1,423 @@
+"""A checkpoint is whole or not there, what is corrupt is found, and a killed or stopped run goes on as if it had not been."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, clean_environment, launch, tiny_config
+from test_trainer import steps_of
+
+from grpo import Trainer, checkpoint
+from grpo.checkpoint import CheckpointError, complete_checkpoints, name_of, numbers_of
+from grpo.sinks import read_jsonl
+from grpo.stopping import EXIT_STOPPED, Stopped
+from grpo.writer import Writer, checksum, copied, problem_with, save_tensors
+
+EVERY_STEP = {"every_steps": 1, "keep": 10}
+
+
+def names(run: Path) -> list[str]:
+    return [path.name for path in complete_checkpoints(run / "checkpoints")]
+
+
+# ---- killed at random moments ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kills", "options"),
+    [
+        (14, []),
+        (8, ["--lora", "4", "--background"]),
+        (7, ["--processes", "2", "--zero", "2"]),
+        (7, ["--processes", "2", "--zero", "3", "--background"]),
+    ],
+)
+def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
+    tmp_path: Path, kills: int, options: list[str]
+):
+    done = subprocess.run(
+        [sys.executable, "tests/worker_kills.py", str(tmp_path / "runs"), "--kills", str(kills), *options],
+        cwd=ROOT,
+        env={**clean_environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["kills"] == kills
+    assert result["differences"] == []
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_writer_writes_copies_in_the_background_and_knows_each_files_size_and_checksum(tmp_path: Path):
+    weights = {"a": torch.arange(4.0)}
+    writer = Writer(tmp_path, background=True)
+    writer.write(tmp_path / "deep/weights.pt", weights, save_tensors)
+    weights["a"].zero_()
+    assert not list(tmp_path.iterdir())
+    writer.start()
+    writer.wait()
+    assert torch.load(tmp_path / "deep/weights.pt")["a"].tolist() == [0, 1, 2, 3]
+    path = tmp_path / "deep/weights.pt"
+    assert writer.files == {"deep/weights.pt": (path.stat().st_size, checksum(path))}
+    assert writer.error is None
+    assert problem_with(tmp_path, writer.files) is None
+
+
+def test_a_copy_of_tied_tensors_is_one_tensor(tmp_path: Path):
+    tied = torch.arange(6.0)
+    copy = copied({"head": tied, "embedding": [tied], "view": tied[2:]})
+    assert copy["head"] is copy["embedding"][0]
+    assert copy["head"].data_ptr() != tied.data_ptr()
+    assert copy["view"].tolist() == [2, 3, 4, 5]
+
+
+def test_a_writer_keeps_its_first_error_to_itself_and_writes_nothing_more(tmp_path: Path):
+    (tmp_path / "file").write_text("in the way of a folder")
+    writer = Writer(tmp_path, background=False)
+    writer.write(tmp_path / "file/weights.pt", {}, save_tensors)
+    writer.write(tmp_path / "other.pt", {}, save_tensors)
+    writer.start()
+    writer.wait()
+    assert writer.error is not None
+    assert "file" in writer.error
+    assert not (tmp_path / "other.pt").exists()
+
+
+def test_names_sort_by_time_and_are_read_back():
+    numbers = [(9, 0), (9, 3), (10, 0), (10, 12), (100, 0)]
+    assert sorted(name_of(*each) for each in reversed(numbers)) == [name_of(*each) for each in numbers]
+    assert [numbers_of(Path(name_of(*each))) for each in numbers] == numbers
+
+
+def test_the_newest_stay_and_those_after_every_so_many_steps_for_good(tmp_path: Path):
+    saving = {"every_steps": 1, "keep": 2, "keep_every": 3}
+    Trainer(tiny_config(tmp_path / "run", checkpoint=saving, run={"steps": 8})).train()
+    assert names(tmp_path / "run") == [name_of(step) for step in (3, 6, 7, 8)]
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_keeping_checkpoints_that_are_not_written_is_refused(tmp_path: Path, every: int):
+    with pytest.raises(ValueError, match=f"checkpoint.keep_every is 3; checkpoint.every_steps is {every}"):
+        tiny_config(tmp_path, checkpoint={"every_steps": every, "keep_every": 3})
+
+
+def test_saving_in_the_background_gives_the_same_files_as_saving_at_once(tmp_path: Path):
+    for name, background in (("at-once", False), ("background", True)):
+        config = tiny_config(tmp_path / name, checkpoint={"background": background}, run={"steps": 1})
+        Trainer(config).train()
+    files = [
+        checkpoint.read_state(tmp_path / name / "checkpoints" / name_of(1))["files"]
+        for name in ("at-once", "background")
+    ]
+    assert files[0].keys() == files[1].keys()
+    weights = "hf/model.safetensors"
+    assert files[0][weights] == files[1][weights]
+
+
+# ---- what cannot be trusted ------------------------------------------------------------------------------------------
+
+
+def truncate(checkpoint_dir: Path) -> None:
+    path = next(checkpoint_dir.glob("training/*model_states.pt"))
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def flip_a_bit(checkpoint_dir: Path) -> None:
+    path = checkpoint_dir / "hf/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def remove(checkpoint_dir: Path) -> None:
+    (checkpoint_dir / "random/rank-0.pt").unlink()
+
+
+def change_the_state(checkpoint_dir: Path) -> None:
+    path = checkpoint_dir / "state.json"
+    path.write_text(path.read_text().replace('"position": 8', '"position": 4'))
+
+
+def cut_the_state(checkpoint_dir: Path) -> None:
+    os.truncate(checkpoint_dir / "state.json", 50)
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("saved") / "run"
+    Trainer(tiny_config(run, checkpoint=EVERY_STEP, run={"steps": 2})).train()
+    return run
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (truncate, "bytes instead of"),
+        (flip_a_bit, "hf/model.safetensors is not what was written: its checksum differs"),
+        (remove, "random/rank-0.pt is missing"),
+        (change_the_state, "state.json is not what was written"),
+        (cut_the_state, "state.json cannot be read"),
+    ],
+)
+def test_a_corrupt_checkpoint_is_set_aside_and_said_and_the_one_before_is_taken(
+    tmp_path: Path, saved_run: Path, capsys: pytest.CaptureFixture[str], harm, said: str
+):
+    run = shutil.copytree(saved_run, tmp_path / "run")
+    harm(run / "checkpoints" / name_of(2))
+    trainer = Trainer(tiny_config(run, checkpoint=EVERY_STEP, run={"steps": 2, "resume": "auto"}))
+    assert trainer.state.step == 1
+    output = capsys.readouterr().out
+    assert said in output
+    assert "is corrupt and was renamed to step-00000002.corrupt" in output
+    trainer.train()
+    assert steps_of(run) == steps_of(saved_run)
+    assert (run / "checkpoints/step-00000002.corrupt").is_dir()
+
+
+def test_without_one_good_checkpoint_a_run_does_not_start_anew_in_silence(tmp_path: Path):
+    config = tiny_config(tmp_path / "run", checkpoint=EVERY_STEP, run={"steps": 2, "resume": "auto"})
+    Trainer(config).train()
+    for each in complete_checkpoints(tmp_path / "run/checkpoints"):
+        flip_a_bit(each)
+    with pytest.raises(ValueError, match=r"not one of the 2 checkpoints in .* is as it was written"):
+        Trainer(config)
+
+
+# ---- asked to stop ---------------------------------------------------------------------------------------------------
+
+UPDATES = {
+    "algorithm": {"kl_coef": 0.05, "num_minibatches": 4, "reference_refresh_steps": 8},
+    "data": {"eval_name": str(ROOT / "configs/quickstart/test.jsonl")},
+    "evaluation": {"num_questions": 4, "every_steps": 2},
+    "checkpoint": {"every_steps": 0},
+}
+
+
+def a_run(directory: Path, **settings: float) -> Trainer:
+    return Trainer(tiny_config(directory, **UPDATES, run={"steps": 4, "resume": "auto", **settings}))
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    a_run(run).train()
+    return run
+
+
+def assert_equal_runs(run: Path, whole: Path) -> None:
+    assert steps_of(run) == steps_of(whole)
+    for name in ("completions", "evaluations"):
+        assert read_jsonl(run / f"{name}.jsonl") == read_jsonl(whole / f"{name}.jsonl")
+
+
+def stop_at_call(trainer: Trainer, name: str, number: int) -> None:
+    """Let the process be asked to stop when the trainer's method of that name begins for the so-manieth time."""
+    own, calls = getattr(trainer, name), []
+
+    def method(*arguments):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own(*arguments)
+
+    setattr(trainer, name, method)
+
+
+def test_a_stop_between_two_updates_saves_the_rest_of_the_rollout_and_goes_on_with_it(
+    tmp_path: Path, whole_run: Path, capsys: pytest.CaptureFixture[str]
+):
+    trainer = a_run(tmp_path / "run")
+    stop_at_call(trainer, "_optimizer_step", 7)  # of four each step
+    with pytest.raises(Stopped) as stopped:
+        trainer.train()
+    assert stopped.value.code == EXIT_STOPPED == 75
+    assert names(tmp_path / "run") == ["step-00000001-0003"]
+    assert "stopped: SIGTERM. Saved to" in capsys.readouterr().out
+    trainer = a_run(tmp_path / "run")
+    assert "resumed after step 1 and 3 updates of the next" in capsys.readouterr().out
+    assert trainer.state.optimizer_steps == 7
+    assert len(trainer.under_way.minibatches) == 1
+    trainer.train()
+    assert_equal_runs(tmp_path / "run", whole_run)
+
+
+def test_a_stop_while_sampling_breaks_it_off_and_saves_the_step_before(tmp_path: Path, whole_run: Path):
+    trainer = a_run(tmp_path / "run")
+    own, calls = trainer.generator.sample, []
+
+    def sample(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:  # the evaluation before the first step is one, too
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        return own(*arguments, **options)
+
+    trainer.generator.sample = sample
+    began = time.monotonic()
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert time.monotonic() - began < 30
+    assert names(tmp_path / "run") == ["step-00000001"]
+    a_run(tmp_path / "run").train()
+    assert_equal_runs(tmp_path / "run", whole_run)
+
+
+def test_a_stop_in_an_evaluation_evaluates_again_later(tmp_path: Path, whole_run: Path):
+    trainer = a_run(tmp_path / "run")
+    stop_at_call(trainer, "_evaluate_if_due", 3)  # after step 2
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert names(tmp_path / "run") == ["step-00000002"]
+    a_run(tmp_path / "run").train()
+    assert_equal_runs(tmp_path / "run", whole_run)
+
+
+def test_the_end_of_max_hours_saves_and_stops_even_in_the_middle_of_a_rollout(tmp_path: Path, whole_run: Path):
+    trainer = a_run(tmp_path / "run", max_hours=4 / 3600)
+    trainer.generator.sample = lambda *_, **__: time.sleep(60)
+    with pytest.raises(Stopped, match="75") as stopped:
+        trainer.train()
+    assert stopped.value.reason == "run.max_hours (0.00111111) are over"
+    assert names(tmp_path / "run") == ["step-00000000"]
+    a_run(tmp_path / "run").train()
+    assert_equal_runs(tmp_path / "run", whole_run)
+
+
+def test_handlers_are_as_before_once_training_has_ended(tmp_path: Path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    Trainer(tiny_config(tmp_path / "run", run={"steps": 1})).train()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+SLOW_TO_STOP = """
+import time
+from grpo.stopping import StopRequest
+with StopRequest(None):
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.1)
+"""
+
+
+def test_a_second_signal_ends_a_process_at_once_and_one_that_comes_with_the_first_does_not():
+    command = [sys.executable, "-c", SLOW_TO_STOP]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # a launcher hands on what the terminal has sent to everyone
+        time.sleep(2.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 128 + signal.SIGTERM
+
+
+def test_the_script_ends_with_75_when_it_is_asked_to_stop(tmp_path: Path):
+    settings = ["run.max_hours=1e-6", "evaluation.num_questions=0", f"run.dir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, "scripts/train_zero.py", "--config", "configs/quickstart.yaml", "--set", *settings],
+        cwd=ROOT,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == EXIT_STOPPED, done.stderr[-3000:]
+    assert f"run.resume=auto run.dir={tmp_path / 'run'} goes on from there" in done.stdout
+    assert names(tmp_path / "run") == ["step-00000000"]
+
+
+# ---- disks ---------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def no_room(size: int = 100_000) -> Iterator[None]:
+    """Files of this process cannot grow beyond so many bytes; writing more fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], background: bool
+):
+    saving = {"every_steps": 1, "keep": 10, "background": background}
+    trainer = Trainer(tiny_config(tmp_path / "run", checkpoint=saving, run={"steps": 4}))
+    own = trainer.checkpoints.save
+
+    def save(state, **options):
+        with no_room() if state.step == 2 else no_room(2**40):
+            path = own(state, **options)
+            if background and state.step == 2:
+                trainer.checkpoints._pending.writer.wait()
+            return path
+
+    trainer.checkpoints.save = save
+    trainer.train()
+    assert names(tmp_path / "run") == [name_of(step) for step in (1, 3, 4)]
+    output = capsys.readouterr().out
+    assert "warning: checkpoint step-00000002 was not written:" in output
+    assert "GiB are free there. Complete checkpoints in" in output
+    assert "step-00000001." in output
+    assert len(steps_of(tmp_path / "run")) == 4
+    assert not list((tmp_path / "run/checkpoints").glob("*.partial"))
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path: Path):
+    trainer = Trainer(tiny_config(tmp_path / "run", run={"steps": 1}))
+    with no_room(), pytest.raises(CheckpointError, match=r"checkpoint step-00000001 was not written: .*Complete"):
+        trainer.train()
+    assert len(steps_of(tmp_path / "run")) == 1
+
+
+def test_a_full_disk_on_one_process_does_not_leave_the_other_waiting(tmp_path: Path):
+    launch("worker_full_disk.py", str(tmp_path), processes=2, timeout=120)
+    assert names(tmp_path / "run") == [name_of(step) for step in (1, 3)]
+
+
+def test_rows_that_cannot_be_written_wait_and_follow_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    trainer = Trainer(tiny_config(tmp_path / "run", run={"steps": 3}))
+    path = tmp_path / "run/metrics.jsonl"
+    trainer.train_step()
+    first = path.rename(tmp_path / "first.jsonl")
+    path.symlink_to("/dev/full")
+    trainer.train_step()
+    assert (
+        "warning: metrics.jsonl cannot be written: [Errno 28] No space left on device; 1 rows wait"
+        in capsys.readouterr().out
+    )
+    path.unlink()
+    first.rename(path)
+    trainer.train()
+    assert [row["step"] for row in steps_of(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_rows_that_can_never_be_written_end_up_elsewhere_and_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    trainer = Trainer(tiny_config(tmp_path / "run", run={"steps": 2}))
+    (tmp_path / "run/completions.jsonl").symlink_to("/dev/full")
+    trainer.train()
+    said = [
+        line for line in capsys.readouterr().out.splitlines() if "the last 32 rows of completions.jsonl are in" in line
+    ]
+    rows = read_jsonl(Path(said[0].split(" are in ")[1].removesuffix(".")))
+    assert [row["step"] for row in rows] == [1] * 16 + [2] * 16

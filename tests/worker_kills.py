@@ -1,0 +1,177 @@
+"""Runs that are killed at random moments, again and again, until they have come to their end; and one that never is.
+
+python tests/worker_kills.py OUT --kills 300 [--processes 2 --zero 3] [--lora 4] [--background] [--seed 1]
+
+Prints a JSON object: kills, where they struck, and the differences between each run and the one that was left alone (none).
+A third of the kills are SIGTERM, after which a process must save and end with 75 by itself; the others are SIGKILL. Each attempt
+is a fork of this process, which has imported everything, so that hundreds take minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+
+import deepspeed  # noqa: F401  before the forks
+import torch
+from helpers import TINY, shard_even_small_weights, tiny_config
+from safetensors.torch import load_file
+
+from grpo import Trainer
+from grpo.distributed import _free_port
+from grpo.sinks import read_jsonl
+from grpo.stopping import EXIT_STOPPED
+
+STEPS = 8
+CLOCKS = ("time/", "throughput/", "memory/")
+torch.set_num_threads(1)
+
+
+def train(run: Path, arguments: argparse.Namespace) -> None:
+    if arguments.zero == 3:
+        shard_even_small_weights()
+    Trainer(
+        tiny_config(
+            run,
+            data={"eval_name": str(TINY / "test.jsonl")},
+            evaluation={"num_questions": 5, "every_steps": 3},
+            algorithm={"kl_coef": 0.05, "num_minibatches": 2, "reference_refresh_steps": 4},
+            optimizer={"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 3},
+            lora={"rank": arguments.lora},
+            distributed={"zero_stage": arguments.zero},
+            checkpoint={"every_steps": 1, "background": arguments.background},
+            run={"steps": STEPS, "resume": "auto"},
+        )
+    ).train()
+
+
+def start(run: Path, arguments: argparse.Namespace) -> list[int]:
+    """A process group in forks; their process ids."""
+    port = str(_free_port())
+    pids = []
+    for rank in range(arguments.processes):
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(arguments.processes))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            _as_a_process_of_its_own(run, rank, arguments)
+        pids.append(pid)
+    return pids
+
+
+def _as_a_process_of_its_own(run: Path, rank: int, arguments: argparse.Namespace) -> None:
+    log = os.open(run.with_name(f"{run.name}-{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        train(run, arguments)
+        code = 0
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def ended(pids: list[int], *, within: float) -> list[int] | None:
+    """Exit codes (negative: the signal), or None if they have not all ended in so many seconds."""
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + within
+    while len(codes) < len(pids) and time.monotonic() < deadline:
+        for pid in set(pids) - codes.keys():
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    return [codes[pid] for pid in pids] if len(codes) == len(pids) else None
+
+
+def strike(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        os.kill(pid, number)
+
+
+def where(run: Path) -> str:
+    """What the run was doing, by what it left."""
+    checkpoints = run / "checkpoints"
+    if any(checkpoints.glob("*.partial")):
+        return "while saving"
+    if any(checkpoints.glob("step-*-*")):
+        return "with a step under way saved"
+    return "between" if any(checkpoints.glob("step-*")) else "before the first checkpoint"
+
+
+def differences(run: Path, reference: Path) -> list[str]:
+    found = []
+    for name in ("metrics", "completions", "evaluations"):
+        ours, theirs = (
+            [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in read_jsonl(each / f"{name}.jsonl")]
+            for each in (run, reference)
+        )
+        found += [f"{run.name}: {name}.jsonl, row {i}" for i, (a, b) in enumerate(zip(ours, theirs)) if a != b]  # noqa: B905
+        found += [f"{run.name}: {name}.jsonl has {len(ours)} rows, not {len(theirs)}"] * (len(ours) != len(theirs))
+    last = f"checkpoints/step-{STEPS:08d}/hf/model.safetensors"
+    ours, theirs = load_file(run / last), load_file(reference / last)
+    return found + [f"{run.name}: {name}" for name in theirs if not torch.equal(ours[name], theirs[name])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--kills", type=int, required=True)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--zero", type=int, default=0)
+    parser.add_argument("--lora", type=int, default=0, help="rank")
+    parser.add_argument("--background", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    reference = arguments.out / "whole"
+    began = time.monotonic()
+    assert ended(start(reference, arguments), within=300) == [0] * arguments.processes, (
+        "the run that is left alone failed"
+    )
+    seconds = time.monotonic() - began
+    dice = random.Random(arguments.seed)
+    kills, struck, found, runs = 0, Counter[str](), [], 0
+    while kills < arguments.kills:
+        runs += 1
+        run = arguments.out / f"killed-{runs}"
+        codes = None
+        while codes is None:
+            pids = start(run, arguments)
+            patience = dice.uniform(0.1, 0.8) * seconds if kills < arguments.kills else 300
+            codes = ended(pids, within=patience)
+            if codes is None:
+                assert kills < arguments.kills, "a run that was left alone at last did not end"
+                kills += 1
+                number = signal.SIGTERM if dice.random() < 0.3 else signal.SIGKILL
+                strike(pids, number)
+                left = ended(pids, within=60)
+                assert left is not None, f"not all processes ended within a minute of {number.name}"
+                if number == signal.SIGTERM and left == [0] * len(pids):
+                    codes = left  # it had come to its end
+                expected = {-signal.SIGKILL} if number == signal.SIGKILL else {0, EXIT_STOPPED, -signal.SIGTERM}
+                assert set(left) <= expected, f"{number.name} ended in {left}; see {run}-0.log"
+                struck[f"{number.name} {where(run)}"] += 1
+            else:
+                assert codes == [0] * len(pids), f"a resumed run failed with {codes}; see {run}-0.log"
+        found += differences(run, reference)
+    print(json.dumps({"kills": kills, "runs": runs, "struck": struck, "differences": found}))
+
+
+if __name__ == "__main__":
+    main()
