@@ -236,6 +236,40 @@ def spare() -> MicroBatch:
     return micro
 
 
+def unpack(micro: MicroBatch) -> Batch:
+    """The sequences that a pass was laid out from."""
+    packing = micro.packing
+    num_queries, num_keys = packing.cu_queries.diff().long(), packing.cu_keys.diff().long()
+    is_completion = num_keys > num_queries  # the other runs are prompts, which see themselves only
+    starts, lens = packing.cu_keys[:-1][is_completion].long(), num_keys[is_completion]
+    completion_lens = num_queries[is_completion]
+    return Batch(
+        tokens=micro.tokens[packing.key_index[_spans(starts, lens)]],
+        cu_seqlens=_offsets(lens),
+        prompt_lens=lens - completion_lens,
+        prompt_index=packing.key_index[starts],  # where in the pass the prompt begins
+        advantages=micro.advantages[_offsets(completion_lens)[:-1]],
+        sampling_logprobs=micro.sampling_logprobs,
+    )
+
+
+def split(micro: MicroBatch, token_budget: int) -> list[MicroBatch]:
+    """The sequences of a pass in smaller ones, with all that is known of their tokens; one within the budget stays as it is."""
+    if len(micro.tokens) <= token_budget:
+        return [micro]
+    batch = unpack(micro)
+    starts, parts = _offsets(batch.completion_lens), []
+    for sequences in plan_passes(batch, token_budget=token_budget, num_processes=1)[0]:
+        chosen = torch.tensor(sequences)
+        tokens = _spans(starts[chosen], batch.completion_lens[chosen])
+        part = micro_batch(take(batch, sequences), micro.weights[tokens])
+        part.old_logprobs, part.ref_logprobs = (
+            None if known is None else known.cpu()[tokens] for known in (micro.old_logprobs, micro.ref_logprobs)
+        )
+        parts.append(part)
+    return parts
+
+
 def _offsets(lens: Tensor) -> Tensor:
     return torch.cat([lens.new_zeros(1), lens.cumsum(0)])
 

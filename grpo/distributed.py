@@ -191,6 +191,13 @@ def _complete_environment() -> None:
         os.environ.update(_ALONE, MASTER_PORT=str(_free_port()))
 
 
+def leave_environment() -> None:
+    """Let a process that takes the place of this one, if that is alone, find a port of its own."""
+    if os.environ.get("WORLD_SIZE") == "1" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        for variable in (*_ALONE, "MASTER_PORT"):
+            os.environ.pop(variable, None)
+
+
 _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
 

@@ -80,6 +80,10 @@ class Meter:
     totals: dict[str, float] = field(default_factory=dict)
     work: dict[str, list[float]] = field(default_factory=dict)
 
+    def copy(self) -> Meter:
+        """As it is now, whatever is added to this one later."""
+        return Meter(*({**collected} for collected in vars(self).values()))
+
     def mean(self, name: str, values: Tensor) -> None:
         """Add values, of any shape, to the mean."""
         self.sums[name] = self.sums.get(name, 0.0) + values.double().sum()

@@ -29,9 +29,11 @@ T = TypeVar("T")
 class Stopped(SystemExit):
     """The run was asked to stop, and has saved where it stood."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, settings: tuple[str, ...] = ()) -> None:
+        """Args: settings: with which the run itself wants to go on at once."""
         super().__init__(EXIT_STOPPED)
         self.reason = reason
+        self.settings = settings
 
 
 class _Abort(BaseException):

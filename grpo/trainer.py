@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grpo import checkpoint, distributed, rundir
 from grpo.advantage import group_advantages
-from grpo.batch import join, micro_batch, minibatch_bounds, pack, plan_passes, spare, take
+from grpo.batch import join, micro_batch, minibatch_bounds, pack, plan_passes, spare, split, take
 from grpo.checkpoint import CheckpointError, Checkpoints, RunState
 from grpo.config import Config
 from grpo.console import show_samples
@@ -30,6 +31,7 @@ from grpo.rollout import check_engine, make_generator
 from grpo.rundir import RunLog
 from grpo.schedule import learning_rate
 from grpo.scoring import Reward, Scorer, resolve_function
+from grpo.shortage import free, is_out_of_memory
 from grpo.stopping import EXIT_STOPPED, Stopped, StopRequest
 from grpo.types import Batch, Group, MicroBatch, Prompt, Scores
 
@@ -50,6 +52,11 @@ class StepUnderWay:
 
 class Interrupted(Exception):
     """All processes agree to stop, between two updates or before a rollout."""
+
+    def __init__(self, reason: str, settings: tuple[str, ...] = ()) -> None:
+        """Args: settings: what to set when the run goes on."""
+        super().__init__(reason)
+        self.settings = settings
 
 
 class Trainer:
@@ -74,6 +81,7 @@ class Trainer:
         eval_dataset: Rows | None = None,
     ) -> None:
         self.config = config
+        self.makes_do = True  # with less memory than configured, if it has to
         self.stopping = StopRequest(config.run.max_hours)
         self.interruption = ""  # why all processes are about to stop, once they agree
         functions = _reward_functions(config, rewards)
@@ -144,7 +152,7 @@ class Trainer:
                     self._evaluate_if_due()
                 self.save(wait=True)
             except Interrupted as interrupted:
-                self._leave(str(interrupted))
+                self._leave(interrupted)
             finally:
                 self.log.close()
         return self._finish()
@@ -161,7 +169,8 @@ class Trainer:
         with self._clock("step"):
             with self._clock("update"):
                 while step.minibatches and not self.interruption:
-                    self._optimizer_step(step.minibatches.pop(0))
+                    self._optimizer_step(step.minibatches[0])
+                    step.minibatches.pop(0)
             if not step.minibatches:
                 self.generator.sync()
                 self._refresh_reference_if_due(step.first_update)
@@ -183,15 +192,15 @@ class Trainer:
             self._agree_to_go_on()
             assert sampled is not None, "only a request to stop breaks off the sampling"
             groups, scores = sampled
-            step.is_sampled, step.first_update = True, self.state.optimizer_steps
-            self.state.position = self.prompts.position
             advantages = group_advantages(scores.rewards, normalize_by_std=self.config.algorithm.normalize_by_std)
-            with self._clock("logprobs"):
+            with self._clock("logprobs"), self._smaller_passes_if_short():
                 step.minibatches = [
                     self._deal(pack(groups[part], advantages[part])) for part in self._minibatch_bounds()
                 ]
                 for micro in (micro for minibatch in step.minibatches for micro in minibatch):
                     self._fix_logprobs(micro)
+        step.is_sampled, step.first_update = True, self.state.optimizer_steps
+        self.state.position = self.prompts.position
         measure_rollout(step.meter, groups, scores, advantages)
         for name, value in self.generator.metrics().items():
             step.meter.mean(name, torch.tensor(value))
@@ -261,6 +270,28 @@ class Trainer:
         """One update on this process's passes over a minibatch; the other processes run as many at the same time."""
         if not minibatch:
             return
+        with self._smaller_passes_if_short():
+            total = self._accumulate(minibatch)
+        rate = learning_rate(
+            self.config.optimizer, step=self.state.optimizer_steps, num_steps=self.config.optimizer_steps
+        )
+        loss, interrupted, written = self.processes.sum(
+            float(total), self.stopping.reason is not None, self.checkpoints.is_written
+        )
+        self._refuse_if_not_finite("loss", loss)
+        norm = self.policy.optimizer_step(rate)
+        self._refuse_if_not_finite("gradient's norm", norm)
+        self.state.optimizer_steps += 1
+        self.learning_rate = rate
+        self.under_way.meter.mean("optimizer/grad_norm", torch.tensor(norm))
+        self.under_way.meter.mean("optimizer/loss", torch.tensor(loss))
+        if interrupted:
+            self._agree_on_interruption()
+        if written == self.processes.world_size:
+            self._try(self.checkpoints.finish)
+
+    def _accumulate(self, minibatch: list[MicroBatch]) -> Tensor:
+        """The gradient of this process's passes, and their loss."""
         algorithm = self.config.algorithm
         total = torch.zeros((), device=self.processes.device)
         for number, micro in enumerate(micro.to(self.processes.device) for micro in minibatch):
@@ -279,23 +310,7 @@ class Trainer:
             total += result.loss.detach()
             self.policy.backward(result.loss, last=number == len(minibatch) - 1)
             measure_micro_batch(self.under_way.meter, micro, logprobs.detach(), entropy, result)
-        rate = learning_rate(
-            self.config.optimizer, step=self.state.optimizer_steps, num_steps=self.config.optimizer_steps
-        )
-        loss, interrupted, written = self.processes.sum(
-            float(total), self.stopping.reason is not None, self.checkpoints.is_written
-        )
-        self._refuse_if_not_finite("loss", loss)
-        norm = self.policy.optimizer_step(rate)
-        self._refuse_if_not_finite("gradient's norm", norm)
-        self.state.optimizer_steps += 1
-        self.learning_rate = rate
-        self.under_way.meter.mean("optimizer/grad_norm", torch.tensor(norm))
-        self.under_way.meter.mean("optimizer/loss", torch.tensor(loss))
-        if interrupted:
-            self._agree_on_interruption()
-        if written == self.processes.world_size:
-            self._try(self.checkpoints.finish)
+        return total
 
     def _refresh_reference_if_due(self, steps_before: int) -> None:
         """Where this rollout's updates passed a multiple; one without a known reward has fewer, so they may not end on it."""
@@ -342,14 +357,36 @@ class Trainer:
         except CheckpointError as error:
             self.say(f"warning: {error} Training goes on, and the next checkpoint is tried when it is due.")
 
-    def _leave(self, reason: str) -> None:
+    @contextmanager
+    def _smaller_passes_if_short(self) -> Iterator[None]:
+        """Out of memory within, leave with a checkpoint of the step under way, and go on with half as many tokens in a pass.
+
+        What DeepSpeed has of half a gradient dies with the process. Others would wait for one that leaves, so alone only.
+        """
+        longest, tokens = self.config.max_sequence_tokens, self.config.memory.micro_batch_tokens
+        shortage, before = "", self.under_way.meter.copy()
+        try:
+            yield
+        except RuntimeError as error:
+            if not (self.makes_do and is_out_of_memory(error)) or self.processes.world_size > 1 or tokens <= longest:
+                raise
+            shortage = str(error).splitlines()[0]
+        if shortage:
+            free()
+            self.under_way.meter = before  # what it has of these passes will be measured again
+            setting = f"memory.micro_batch_tokens={max(tokens // 2, longest)}"
+            raise Interrupted(
+                f"out of memory in phase {self.phase} of step {self.state.step + 1}: {shortage}", (setting,)
+            )
+
+    def _leave(self, interrupted: Interrupted) -> None:
         saved = self.save(wait=True)
+        settings = ("run.resume=auto", f"run.dir={self.directory}", *interrupted.settings)
         self.say(
-            f"stopped: {reason}. Saved to {saved}; run.resume=auto run.dir={self.directory} goes on from there. Exit code "
-            f"{EXIT_STOPPED}."
+            f"stopped: {interrupted}. Saved to {saved}; {' '.join(settings)} goes on from there. Exit code {EXIT_STOPPED}."
         )
         self.close()
-        raise Stopped(reason)
+        raise Stopped(str(interrupted), settings if interrupted.settings else ())
 
     def close(self) -> None:
         """End the reward workers and the logs; for a trainer that is stepped by hand."""
@@ -359,10 +396,19 @@ class Trainer:
     def _restore(self, found: Path) -> None:
         self.state, under_way = checkpoint.restore(found, policy=self.policy, processes=self.processes)
         self.under_way = under_way or StepUnderWay()
+        self._split_passes()
         self.generator.sync()
         self.prompts.position = self.state.position
         done = self.state.optimizer_steps - self.under_way.first_update if self.under_way.is_sampled else 0
         self.say(f"resumed after step {self.state.step}{f' and {done} updates of the next' * (done > 0)} from {found}")
+
+    def _split_passes(self) -> None:
+        """Of a step under way, those that `memory.micro_batch_tokens` no longer allows; equally many on all processes."""
+        minibatches = self.under_way.minibatches
+        for number, passes in enumerate(minibatches):
+            smaller = [part for micro in passes for part in split(micro, self.config.memory.micro_batch_tokens)]
+            most = max(self.processes.gather(len(smaller)))
+            minibatches[number] = [*smaller, *(spare() for _ in range(most - len(smaller)))]
 
     def _evaluate_if_due(self) -> None:
         """Before the first step, after the last, and as configured between; not again for a step that a run resumes at."""

@@ -6,9 +6,12 @@ accelerate launch scripts/train_zero.py --config configs/qwen1.5b.yaml --dry-run
 """
 
 import argparse
+import os
+import sys
 
 from grpo import Config
 from grpo.console import errors_for_users
+from grpo.stopping import Stopped
 
 
 def main() -> None:
@@ -32,8 +35,15 @@ def main() -> None:
             distributed.stop()
             raise SystemExit(exit_code)
         trainer = Trainer(config)
-    trainer.train()
-    distributed.stop()
+    try:
+        trainer.train()
+    except Stopped as stopped:
+        if stopped.settings:  # out of memory: go on in a fresh process, in place of this one
+            distributed.leave_environment()
+            os.execv(sys.executable, [sys.executable, *sys.argv, "--set", *stopped.settings])
+        raise
+    finally:
+        distributed.stop()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from grpo.attention import spread
-from grpo.batch import join, micro_batch, minibatch_bounds, pack, plan_passes, spare, take
+from grpo.batch import join, micro_batch, minibatch_bounds, pack, plan_passes, spare, split, take, unpack
 from grpo.types import Batch, Completion, Group, Prompt
 
 
@@ -54,6 +54,40 @@ def test_taking_sequences_takes_their_tokens_and_per_token_values(batch: Batch):
     assert part.advantages.tolist() == [-1.5, 0.5]
     assert (-part.sampling_logprobs).tolist() == [14, 15, 16, 10, 11]
     assert take(batch, []).tokens.numel() == 0
+
+
+def test_a_pass_gives_back_the_sequences_it_was_laid_out_from():
+    batch = random_batch(random.Random(0))
+    back = unpack(micro_batch(batch, torch.zeros(len(batch.sampling_logprobs))))
+    for name, value in vars(batch).items():
+        if name != "prompt_index":  # other numbers for the same prompts
+            assert torch.equal(getattr(back, name), value), name
+    same = batch.prompt_index[:, None] == batch.prompt_index
+    assert torch.equal(back.prompt_index[:, None] == back.prompt_index, same)
+
+
+def test_a_split_pass_has_the_same_sequences_and_what_is_known_of_each_token():
+    batch = random_batch(random.Random(1))
+    num_tokens = len(batch.sampling_logprobs)
+    whole = micro_batch(batch, torch.rand(num_tokens))
+    whole.ref_logprobs = torch.rand(num_tokens)
+    assert split(whole, len(whole.tokens)) == [whole]
+    parts = split(whole, 60)
+    assert len(parts) > 3
+    assert all(len(part.tokens) <= 60 for part in parts)
+    assert all(part.old_logprobs is None for part in parts)
+
+    def known(micro):
+        columns = (micro.targets, micro.weights, micro.ref_logprobs, micro.sampling_logprobs, micro.advantages)
+        return sorted(zip(*(column.tolist() for column in columns), strict=True))
+
+    assert sorted(row for part in parts for row in known(part)) == known(whole)
+
+    def sequences(micro):
+        own = unpack(micro)
+        return sorted(ids.tolist() for ids in own.tokens.split(own.sequence_lens.tolist()))
+
+    assert sorted(ids for part in parts for ids in sequences(part)) == sequences(whole)
 
 
 def test_joined_batches_keep_their_prompts_apart(batch: Batch):

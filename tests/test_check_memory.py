@@ -14,8 +14,9 @@ from helpers import ROOT, clean_environment, launch_script, tiny_config
 from grpo.batch import micro_batch, pack, plan_passes, take
 from grpo.check import memory
 from grpo.check.advice import LADDERS, advice
-from grpo.check.rehearsal import RandomRewards, is_out_of_memory
+from grpo.check.rehearsal import RandomRewards
 from grpo.config import Config, setting_names
+from grpo.shortage import is_out_of_memory
 from grpo.types import Completion, Group, Prompt
 
 

@@ -21,6 +21,7 @@ from grpo import Trainer, checkpoint
 from grpo.checkpoint import CheckpointError, complete_checkpoints, name_of, numbers_of
 from grpo.sinks import read_jsonl
 from grpo.stopping import EXIT_STOPPED, Stopped
+from grpo.types import MicroBatch
 from grpo.writer import Writer, checksum, copied, problem_with, save_tensors
 
 EVERY_STEP = {"every_steps": 1, "keep": 10}
@@ -421,3 +422,96 @@ def test_rows_that_can_never_be_written_end_up_elsewhere_and_it_is_said(
     ]
     rows = read_jsonl(Path(said[0].split(" are in ")[1].removesuffix(".")))
     assert [row["step"] for row in rows] == [1] * 16 + [2] * 16
+
+
+# ---- out of memory ---------------------------------------------------------------------------------------------------
+
+
+def short_of_memory_once(trainer: Trainer, *, at_call: int) -> None:
+    own, calls = trainer.policy.backward, []
+
+    def backward(loss: torch.Tensor, *, last: bool) -> None:
+        calls.append(1)
+        if len(calls) == at_call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        own(loss, last=last)
+
+    trainer.policy.backward = backward
+
+
+def test_out_of_memory_in_an_update_leaves_a_checkpoint_and_goes_on_with_smaller_passes(
+    tmp_path: Path, whole_run: Path, capsys: pytest.CaptureFixture[str]
+):
+    trainer = a_run(tmp_path / "run")
+    num_passes = [len(passes) for passes in first_rollout(a_run(tmp_path / "other"))]
+    short_of_memory_once(trainer, at_call=sum(num_passes[:2]) + num_passes[2])  # the last pass of the third update
+    with pytest.raises(Stopped) as stopped:
+        trainer.train()
+    assert stopped.value.settings == (
+        "run.resume=auto",
+        f"run.dir={tmp_path / 'run'}",
+        "memory.micro_batch_tokens=128",
+    )
+    assert (
+        "out of memory in phase update of step 1: CUDA out of memory. Tried to allocate 2.00 GiB."
+        in capsys.readouterr().out
+    )
+    assert names(tmp_path / "run") == ["step-00000000-0002"]
+    config = tiny_config(
+        tmp_path / "run", **UPDATES, memory={"micro_batch_tokens": 128}, run={"steps": 4, "resume": "auto"}
+    )
+    trainer = Trainer(config)
+    assert all(len(micro.tokens) <= 128 for passes in trainer.under_way.minibatches for micro in passes)
+    trainer.train()
+    for ours, theirs in zip(steps_of(tmp_path / "run"), steps_of(whole_run), strict=True):
+        for name in ("optimizer/grad_norm", "optimizer/loss", "policy/kl", "policy/entropy", "completion/length_mean"):
+            # smaller passes add in another order
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+
+
+def first_rollout(trainer: Trainer) -> list[list[MicroBatch]]:
+    trainer._begin_step()
+    trainer.close()
+    return trainer.under_way.minibatches
+
+
+SHORT_SCRIPT = """
+import runpy, sys
+sys.path.insert(0, "tests")
+from test_checkpoint import short_of_memory_once
+import grpo
+train = grpo.Trainer.train
+
+def short(trainer):
+    short_of_memory_once(trainer, at_call=3)
+    return train(trainer)
+
+grpo.Trainer.train = short
+sys.argv = ["scripts/train_zero.py", *sys.argv[1:]]
+runpy.run_path("scripts/train_zero.py", run_name="__main__")
+"""
+
+
+def test_the_script_goes_on_by_itself_after_a_shortage(tmp_path: Path):
+    settings = ["run.steps=3", "evaluation.num_questions=0", f"run.dir={tmp_path / 'run'}"]
+    arguments = ["--config", "configs/quickstart.yaml", "--set", *settings]
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT_SCRIPT, *arguments],
+        cwd=ROOT,
+        env={**clean_environment(), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "stopped: out of memory in phase update of step 1" in done.stdout
+    assert "resumed after step 0" in done.stdout
+    assert [row["step"] for row in steps_of(tmp_path / "run")] == [1, 2, 3]
+    assert "micro_batch_tokens: 512" in (tmp_path / "run/config.yaml").read_text()
+
+
+def test_a_pass_that_cannot_be_smaller_is_an_error(tmp_path: Path):
+    trainer = Trainer(tiny_config(tmp_path / "run", memory={"micro_batch_tokens": 120}))  # one sequence
+    short_of_memory_once(trainer, at_call=1)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()

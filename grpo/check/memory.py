@@ -21,12 +21,13 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.batch import plan_passes
 from grpo.check.advice import advice
-from grpo.check.rehearsal import is_out_of_memory, rehearse
+from grpo.check.rehearsal import rehearse
 from grpo.config import Config
 from grpo.console import print_of_rank
 from grpo.distributed import GIB, Processes
 from grpo.policy import Policy
 from grpo.rollout.engine import NativeGenerator
+from grpo.shortage import is_out_of_memory
 from grpo.trainer import Trainer
 from grpo.types import Batch, Prompt
 

@@ -23,10 +23,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grpo import distributed
-from grpo.check.rehearsal import is_out_of_memory, rehearse
+from grpo.check.rehearsal import rehearse
 from grpo.config import Config
 from grpo.console import errors_for_users
 from grpo.policy import Policy
+from grpo.shortage import is_out_of_memory
 from grpo.trainer import Trainer
 from grpo.types import Completion, Group, Prompt, Sampling
 
@@ -137,6 +138,10 @@ class Replay:
 
     def sync(self) -> None:
         """The policy is brought up to date by whoever reads it."""
+
+    def halve(self) -> str | None:
+        """It takes no memory."""
+        return None
 
     def metrics(self) -> dict[str, float]:
         """Nothing was sampled."""

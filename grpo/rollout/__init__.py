@@ -24,6 +24,10 @@ class Generator(Protocol):
         """Take over the policy's weights after an update. Every process calls it."""
         ...
 
+    def halve(self) -> str | None:
+        """Out of memory, sample half as many completions at once from now on; what changed, in words. None: it cannot be less."""
+        ...
+
     def metrics(self) -> dict[str, float]:
         """The rollout/ metrics of the last call of `sample`; see grpo/metrics.py."""
         ...

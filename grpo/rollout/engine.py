@@ -35,6 +35,7 @@ from grpo.rollout.ending import Ending, token_limit
 from grpo.rollout.layers import can_fuse
 from grpo.rollout.paged import PAGE, PagedCache, num_pages_for
 from grpo.rollout.slots import FEWEST_SEQUENCES, READ_AHEAD, Prefix, Sequence, Slots
+from grpo.shortage import is_out_of_memory
 from grpo.types import Completion, Group, Prompt, Sampling, grouped
 
 READ_TOKENS = 16384
@@ -77,6 +78,19 @@ class NativeGenerator:
         held = self._decoder.cache.num_bytes / GIB
         fewest = FEWEST_SEQUENCES * self._decoder.table.shape[1] + 1
         return held, held * fewest / self._decoder.cache.keys.shape[1]
+
+    def halve(self) -> str | None:
+        """See Generator."""
+        held, fewest = self.kv_gib or (0.0, 0.0)
+        gib = max(held / 2, fewest * 1.01)
+        if self.max_sequences == 1 or gib >= held:
+            return None
+        self._decoder = None
+        self.max_sequences, self.kv_cache_gib = self.max_sequences // 2, gib
+        return (
+            f"going on with {self.max_sequences} completions at once and {gib:.3g} GiB for keys and values; "
+            f"memory.max_sequences={self.max_sequences} memory.kv_cache_gib={gib:.3g} starts so"
+        )
 
     def metrics(self) -> dict[str, float]:
         """See Generator."""
@@ -302,6 +316,8 @@ def unsupported(policy: Policy, *, fused: bool) -> str | None:
             ours = _teacher_forced(decoder, tokens, temperature=policy.temperature)
             decoder.warm_up(len(tokens))
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             return f"a step of {type(lm).__name__} cannot be run or captured: {str(error).splitlines()[0]}"
     gap = float((ours - own[:, -ours.shape[1] :]).abs().mean())
     if not gap < FORWARD_TOLERANCE[policy.dtype]:

@@ -30,6 +30,13 @@ class HFGenerator:
     def sync(self) -> None:
         self.policy.sync()
 
+    def halve(self) -> str | None:
+        """See Generator."""
+        if self.max_sequences == 1:
+            return None
+        self.max_sequences //= 2
+        return f"going on with {self.max_sequences} completions at once; memory.max_sequences={self.max_sequences} starts so"
+
     @torch.no_grad()
     def sample(self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int) -> list[Group]:
         """See Generator."""

@@ -56,6 +56,10 @@ class VLLMGenerator:
         self.policy.sync()
         self.engine.take_weights()
 
+    def halve(self) -> str | None:
+        """See Generator; its memory is vLLM's own to manage."""
+        return None
+
     def sample(self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int) -> list[Group]:
         """See Generator. A completion's seed is a function of `seed` and its place, whatever else is sampled beside it."""
         wanted = [prompt for prompt in prompts for _ in range(num_completions)]

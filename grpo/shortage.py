@@ -1,0 +1,21 @@
+"""Out of memory: told from other errors, and what a run does about it."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+"""Parts of the messages with which torch, the driver and the libraries under them say so."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def free() -> None:
+    """Give back what nobody uses any more; to be called outside of the `except` block, whose traceback holds on to it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
