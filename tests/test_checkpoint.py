@@ -515,3 +515,27 @@ def test_a_pass_that_cannot_be_smaller_is_an_error(tmp_path: Path):
     short_of_memory_once(trainer, at_call=1)
     with pytest.raises(torch.OutOfMemoryError):
         trainer.train()
+
+
+# ---- Weights & Biases ------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path: Path):
+    for steps in (1, 2):
+        settings = {"logging": {"wandb": "offline"}, "run": {"steps": steps, "resume": "auto"}}
+        Trainer(tiny_config(tmp_path / "run", **settings)).train()
+    parts = sorted((tmp_path / "run/wandb").glob("offline-run-*"))
+    assert len(parts) == 2
+    assert {part.name.rsplit("-", 1)[1] for part in parts} == {(tmp_path / "run/wandb_id").read_text()}
+
+
+def test_a_wandb_that_cannot_be_reached_costs_seconds_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    Trainer(tiny_config(tmp_path / "run", logging={"wandb": "online"}, run={"steps": 1})).train()
+    assert "this run is logged offline" in capsys.readouterr().out
+    assert list((tmp_path / "run/wandb").glob("offline-run-*"))
+    assert len(steps_of(tmp_path / "run")) == 1
