@@ -92,6 +92,33 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*") if path.suffix != ".partial")
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def last_before(directory: Path, began: int, policy: Policy, processes: Processes) -> Path | None:
+    """The newest checkpoint from before the trouble that showed in step `began`, on every process; None if there is none.
+
+    The weights that `began` started from are those saved the step before, so they are suspect; older ones sampled and updated at
+    least one step that was well. A policy whose reference has moved goes back only to a checkpoint that holds a reference.
+    """
+
+    def newest() -> Path | None:
+        good = [path for path in complete_checkpoints(directory) if step_of(path) + 1 < began]
+        return next((p for p in reversed(good) if not policy.reference_moved or (p / REFERENCE).exists()), None)
+
+    return processes.on_main(newest)
+
+
+def remove_after(directory: Path, step: int, processes: Processes) -> None:
+    """Remove the checkpoints of later steps, which the run is not going to build on. Every process calls it."""
+    if processes.is_main:
+        for path in complete_checkpoints(directory):
+            if step_of(path) > step:
+                shutil.rmtree(path.rename(path.with_suffix(".partial")))
+    processes.barrier()
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text())
 
@@ -106,6 +133,8 @@ MAY_CHANGE = {
     "scoring",
     "memory",
     "vllm",
+    "watchdog",
+    "algorithm.max_sampling_gap",
     "distributed.offload_optimizer",
     "distributed.offload_parameters",
 }

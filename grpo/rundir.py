@@ -18,6 +18,7 @@ from grpo.distributed import Processes
 from grpo.evaluate import summarize
 from grpo.sinks import JsonlSink, Sink, WandbSink, append_jsonl, read_jsonl, rewind_jsonl
 
+ROLL_BACKS = "roll_backs.jsonl"
 RECORDED = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "math-verify")
 
 
@@ -73,6 +74,7 @@ class RunLog:
         for name in ("metrics", "completions", "evaluations"):
             rewind_jsonl(self.directory / f"{name}.jsonl", -1 if resumed_step is None else resumed_step)
         if resumed_step is None:
+            rewind_jsonl(self.directory / ROLL_BACKS, -1)
             (self.directory / "wandb_id").unlink(missing_ok=True)
         record(self.directory, self.config, self.processes)
         logging = self.config.logging
@@ -105,10 +107,25 @@ class RunLog:
 
     def evaluation(self, step: int) -> list[dict[str, Any]]:
         """The rows logged for `step`; empty if it has not been evaluated."""
-        path = self.directory / "evaluations.jsonl"
-        return [row for row in read_jsonl(path) if row["step"] == step] if path.exists() else []
+        return [row for row in _rows(self.directory / "evaluations.jsonl") if row["step"] == step]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows so far. For the main process."""
+        return _rows(self.directory / "metrics.jsonl")
+
+    def log_roll_back(self, row: dict[str, Any]) -> None:
+        if self.processes.is_main:
+            append_jsonl(self.directory / ROLL_BACKS, [row])
+
+    def roll_backs(self) -> list[dict[str, Any]]:
+        """All roll-backs so far: whatever checkpoint a run goes on from, they happened. For the main process."""
+        return _rows(self.directory / ROLL_BACKS)
 
     def close(self) -> None:
         for sink in self.sinks:
             sink.close()
         self.sinks = []
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return read_jsonl(path) if path.exists() else []

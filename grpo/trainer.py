@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo import checkpoint, distributed, rundir
+from grpo import checkpoint, distributed, post_mortem, rundir, tripwire
 from grpo.advantage import group_advantages
 from grpo.batch import join, micro_batch, minibatch_bounds, pack, plan_passes, spare, take
 from grpo.checkpoint import RunState
 from grpo.config import Config
 from grpo.console import show_samples
-from grpo.evaluate import completion_rows, evaluate
+from grpo.evaluate import evaluate, training_rows
 from grpo.loss import grpo_loss, token_weights
 from grpo.metrics import Meter, measure_micro_batch, measure_passes, measure_rollout, step_metrics
 from grpo.policy import Policy, check_attention, check_context, load_tokenizer, resolve_dtype
+from grpo.post_mortem import Evidence
 from grpo.prompts import PromptOrder, build_prompts, load_rows, prepare_rows
 from grpo.report import plot_curves
 from grpo.rollout import check_engine, make_generator
@@ -31,6 +31,7 @@ from grpo.rundir import RunLog
 from grpo.schedule import learning_rate
 from grpo.scoring import Reward, Scorer, resolve_function
 from grpo.types import Batch, MicroBatch, Prompt
+from grpo.watchdog import Alarm, RollBacks, Watchdog, WatchdogError, unless_finite
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -96,6 +97,8 @@ class Trainer:
             self.directory, config, self.processes, reward_names=[reward.name for reward in self.scorer.rewards]
         )
         self.log.open(resumed_step=None if found is None else self.state.step)
+        self.watchdog = Watchdog(config, self.processes.on_main(self.log.metrics))
+        self.roll_backs = RollBacks(self.processes.on_main(self.log.roll_backs))
         self.learning_rate = 0.0  # of the last optimizer step
         self.meter = Meter()  # of the step under way, as are the seconds
         self.seconds: dict[str, float] = {}
@@ -134,6 +137,7 @@ class Trainer:
             with self._clock("scoring"):
                 scores = self.scorer.score(groups)
             advantages = group_advantages(scores.rewards, normalize_by_std=config.algorithm.normalize_by_std)
+            self.evidence = Evidence(groups, scores, advantages)
             with self._clock("logprobs"):
                 minibatches = [self._deal(pack(groups[part], advantages[part])) for part in self._minibatch_bounds()]
                 for micro in (micro for minibatch in minibatches for micro in minibatch):
@@ -149,7 +153,7 @@ class Trainer:
         self.state.step += 1
         self.state.position = self.prompts.position
         if _due(self.state.step, config.logging.completions_every):
-            self._log_completions(completion_rows(groups, scores), advantages)
+            self._log_completions(training_rows(self.state.step, groups, scores, advantages))
         return self._log_metrics()
 
     def _deal(self, mine: Batch) -> list[MicroBatch]:
@@ -207,19 +211,31 @@ class Trainer:
                 kl_estimator=algorithm.kl_estimator,
             )
             total += result.loss.detach()
-            self.policy.backward(result.loss, last=number == len(minibatch) - 1)
             measure_micro_batch(self.meter, micro, logprobs.detach(), entropy, result)
+            self.evidence.passes.append((micro, logprobs.detach()))
+            if number == len(minibatch) - 1:
+                tally = self.processes.add_up(tripwire.tally(total, self.meter))
+                self.policy.backward(unless_finite(result.loss, tally[0]), last=True)
+            else:
+                self.policy.backward(result.loss, last=False)
         rate = learning_rate(
             self.config.optimizer, step=self.state.optimizer_steps, num_steps=self.config.optimizer_steps
         )
-        (loss,) = self.processes.sum(float(total))
-        self._refuse_if_not_finite("loss", loss)
+        rate *= self.roll_backs.rate_factor
+        loss, *gaps = tally.tolist()
+        self._check_sampling_gap(loss, *gaps)
         norm = self.policy.optimizer_step(rate)
-        self._refuse_if_not_finite("gradient's norm", norm)
-        self.state.optimizer_steps += 1
-        self.learning_rate = rate
-        self.meter.mean("optimizer/grad_norm", torch.tensor(norm))
-        self.meter.mean("optimizer/loss", torch.tensor(loss))
+        skipped = not math.isfinite(norm)
+        self.meter.total("optimizer/skipped", float(skipped and self.processes.is_main))  # all processes skip together
+        if skipped:
+            self.say(
+                f"warning: the loss ({loss}) or its gradient is not finite; an update of step {self.state.step + 1} is left out"
+            )
+        else:
+            self.state.optimizer_steps += 1
+            self.learning_rate = rate
+            self.meter.mean("optimizer/grad_norm", torch.tensor(norm))
+            self.meter.mean("optimizer/loss", torch.tensor(loss))
 
     def _refresh_reference_if_due(self, steps_before: int) -> None:
         """Where this rollout's updates passed a multiple; one without a known reward has fewer, so they may not end on it."""
@@ -227,14 +243,6 @@ class Trainer:
         if every and steps // every > steps_before // every:
             self.policy.refresh_reference()
             self.say(f"the reference is the policy after optimizer step {steps} from here on")
-
-    def _refuse_if_not_finite(self, what: str, value: float) -> None:
-        """Stop before a broken update reaches a checkpoint."""
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the {what} of step {self.state.step + 1} is {value}; the weights are lost from here on, the last checkpoint "
-                "is not. Lower optimizer.learning_rate or optimizer.max_grad_norm, and start from it with model.name=.../hf."
-            )
 
     def _minibatch_bounds(self) -> list[slice]:
         return minibatch_bounds(
@@ -286,11 +294,7 @@ class Trainer:
     def _is_last(self) -> bool:
         return self.state.step == self.config.run.steps
 
-    def _log_completions(self, rows: list[dict[str, Any]], advantages: Tensor) -> None:
-        known = advantages.nan_to_num().flatten().tolist()
-        mine = [
-            {"step": self.state.step, **row, "advantage": advantage} for row, advantage in zip(rows, known, strict=True)
-        ]
+    def _log_completions(self, mine: list[dict[str, Any]]) -> None:
         self.log.log_completions(self.state.step, [row for part in self.processes.gather(mine) for row in part])
 
     def _log_metrics(self) -> dict[str, float]:
@@ -298,18 +302,64 @@ class Trainer:
         metrics["optimizer/learning_rate"] = self.learning_rate
         metrics["optimizer/steps"] = self.state.optimizer_steps
         metrics["progress/epoch"] = self.state.position / len(self.prompts.prompts)
+        alarms = self.watchdog.observe(self.state.step, metrics)
+        metrics["watchdog/alarms"] = len(alarms)
         self.log.log(self.state.step, metrics)
-        self._check_sampling_gap(metrics.get("policy/sampling_gap", 0.0))
+        self._act_on(alarms)
         return metrics
 
-    def _check_sampling_gap(self, gap: float) -> None:
-        limit = self.config.algorithm.max_sampling_gap
-        if not gap <= limit:
-            raise RuntimeError(
-                f"policy/sampling_gap is {gap:.3g} nats in step {self.state.step}, above algorithm.max_sampling_gap {limit}: "
-                "the log-probabilities that tokens were sampled with are not those of the trained policy. Likely causes, "
-                "in this order: the rollout engine has stale weights, another temperature, or another numerical precision."
-            )
+    def _check_sampling_gap(self, loss: float, gaps: float, num_tokens: float) -> None:
+        """Before an update; a loss that is not finite is another fault."""
+        limit = tripwire.gap_limit(self.config, self.policy.dtype)
+        if gaps <= limit * num_tokens or not math.isfinite(loss):
+            return
+        causes = tripwire.diagnose(
+            self.policy,
+            self.generator,
+            self.evidence.groups,
+            self.config,
+            earlier_gap=self.watchdog.median("policy/sampling_gap"),
+        )
+        step = self.state.step + 1
+        text = tripwire.explanation(gaps / num_tokens, limit, step, causes)
+        raise tripwire.SamplingGapError(f"{text}\n{self._post_mortem(step, text)}")
+
+    def _act_on(self, alarms: list[Alarm]) -> None:
+        """Warn, and stop or roll back if one of them asks for it."""
+        for alarm in alarms:
+            self.say(f"warning: {alarm}")
+        serious = sorted(
+            (alarm for alarm in alarms if alarm.action != "warn"), key=lambda alarm: alarm.action != "stop"
+        )
+        if not serious:
+            return
+        alarm, remains = serious[0], self._post_mortem(self.state.step, "\n".join(map(str, alarms)))
+        if alarm.action == "stop":
+            raise WatchdogError(f"{alarm}. {remains}")
+        if len(self.roll_backs.rows) == self.config.watchdog.max_roll_backs:
+            raise WatchdogError(f"{alarm}, after {len(self.roll_backs.rows)} roll-backs. {remains}")
+        good = checkpoint.last_before(self.directory / "checkpoints", alarm.began, self.policy, self.processes)
+        if good is None:
+            raise WatchdogError(f"{alarm}. There is no checkpoint from before step {alarm.began}. {remains}")
+        self._roll_back(alarm, good)
+
+    def _roll_back(self, alarm: Alarm, good: Path) -> None:
+        self.roll_backs.add(alarm, to=checkpoint.step_of(good), factor=self.config.watchdog.rate_factor)
+        self.log.log_roll_back(self.roll_backs.rows[-1])
+        self.state = self._restore(good)
+        checkpoint.remove_after(good.parent, self.state.step, self.processes)
+        self.log.close()
+        self.log.open(resumed_step=self.state.step)
+        self.watchdog.rewind(self.state.step)
+        self.say(f"from here on at {self.roll_backs.rate_factor:g} times the learning rate, with other random numbers")
+
+    def _post_mortem(self, step: int, text: str) -> str:
+        written = post_mortem.write(self.directory, step, text, self.evidence, self.processes)
+        return (
+            "No post-mortem could be written."
+            if written is None
+            else f"The batch and the last metrics lie in {written}"
+        )
 
     def _finish(self) -> Path:
         """Draw the curves, show samples, and say where everything lies."""
@@ -325,10 +375,9 @@ class Trainer:
         return last
 
     def _seed(self, purpose: str) -> int:
-        """Of this process's random numbers in this step; a function of run.seed, so nothing has to be saved."""
-        return random.Random(f"{self.config.run.seed} {purpose} {self.state.step} {self.processes.rank}").getrandbits(
-            62
-        )
+        """Of this process's random numbers in this step; a function of run.seed and the roll-backs: nothing to save."""
+        what = f"{self.config.run.seed} {purpose} {self.state.step} {self.processes.rank}{self.roll_backs.seed_suffix}"
+        return random.Random(what).getrandbits(62)
 
     def say(self, text: str) -> None:
         if self.processes.is_main:
