@@ -24,7 +24,7 @@ from grpo.metrics import Meter
 from grpo.policy import Policy
 from grpo.prompts import TEMPLATES, build_prompts
 from grpo.rollout import Generator
-from grpo.types import Batch, Completion, Group, MicroBatch, Prompt
+from grpo.types import Batch, Completion, Group, Prompt
 
 GAP_LIMITS = {torch.float32: 0.001, torch.bfloat16: 0.04}
 """Twice what was seen in bfloat16, and a hundred times in float32, whose sums some engines round to fewer bits."""
@@ -73,21 +73,27 @@ def explanation(gap: float, limit: float, step: int, causes: list[Cause]) -> str
 class Probe:
     """A few sequences of this process with the log-probabilities they were sampled with, and the gap of other ones to these.
 
-    Every process asks the same questions in the same order; the answers are over all of them.
+    Every process asks the same questions in the same order, of equally many sequences; the answers are over all of them.
     """
 
     policy: Policy
     pairs: list[tuple[Prompt, Completion]]
+    sequences_per_pass: int
 
     def __post_init__(self) -> None:
         self.batch = _batch(self.pairs)
-        self.micro = self.on_device(self.batch)
-        self.sampled = self.micro.sampling_logprobs
-        self.ours = self.policy.old_logprobs(self.micro)
-        self.gap = self.mean((self.ours - self.sampled).abs())
+        self.sampled = self.batch.sampling_logprobs.to(self.policy.processes.device)
+        self.ours = self.logprobs(self.pairs)
+        self.gap = self.gap_of(self.ours)
 
-    def on_device(self, batch: Batch) -> MicroBatch:
-        return micro_batch(batch, torch.zeros(len(batch.sampling_logprobs))).to(self.policy.processes.device)
+    def logprobs(self, pairs: list[tuple[Prompt, Completion]]) -> Tensor:
+        """The policy's of the completions; (T,)."""
+        parts = [pairs[i : i + self.sequences_per_pass] for i in range(0, len(pairs), self.sequences_per_pass)]
+        return torch.cat([self._one_pass(_batch(part)) for part in parts])
+
+    def _one_pass(self, batch: Batch) -> Tensor:
+        micro = micro_batch(batch, torch.zeros(len(batch.sampling_logprobs)))
+        return self.policy.old_logprobs(micro.to(self.policy.processes.device))
 
     def mean(self, values: Tensor) -> float:
         """Over the values of all processes; 0 if there is none."""
@@ -107,7 +113,7 @@ def _batch(pairs: list[tuple[Prompt, Completion]]) -> Batch:
 
 
 PROBED = 16
-"""Sequences of a process that are looked at, at most, as far as they surely fit into one pass."""
+"""Sequences of a process that are looked at, at most."""
 
 
 def diagnose(
@@ -118,8 +124,9 @@ def diagnose(
     Args:
         earlier_gap: median of the steps before; None in the first.
     """
-    num = min(PROBED, max(config.memory.micro_batch_tokens // config.max_sequence_tokens, 1))
-    probe = Probe(policy, _spread(groups, num))
+    pairs = _spread(groups)
+    num = min(PROBED, *policy.processes.gather(len(pairs)))
+    probe = Probe(policy, pairs[:num], config.memory.micro_batch_tokens // config.max_sequence_tokens)
     return [
         _temperature(probe, config),
         _template(probe, config),
@@ -132,11 +139,10 @@ def diagnose(
     ]
 
 
-def _spread(groups: list[Group], num: int) -> list[tuple[Prompt, Completion]]:
+def _spread(groups: list[Group]) -> list[tuple[Prompt, Completion]]:
     """Completions of as many prompts as possible: the first of each group, then the second of each, ..."""
     columns = zip(*(group.completions for group in groups), strict=True)
-    pairs = [(group.prompt, completion) for column in columns for group, completion in zip(groups, column, strict=True)]
-    return pairs[:num]
+    return [(group.prompt, completion) for column in columns for group, completion in zip(groups, column, strict=True)]
 
 
 def _temperature(probe: Probe, config: Config) -> Cause:
@@ -145,7 +151,7 @@ def _temperature(probe: Probe, config: Config) -> Cause:
 
     def gap_at(temperature: float) -> float:
         with probe.policy.at_temperature(temperature):
-            return probe.gap_of(probe.policy.old_logprobs(probe.micro))
+            return probe.gap_of(probe.logprobs(probe.pairs))
 
     coarse = {own * 2 ** (power / 2) for power in range(-5, 6)} | {1.0, own**2, config.evaluation.temperature or 1.0}
     best = min(sorted(coarse - {own}), key=gap_at)
@@ -162,7 +168,7 @@ FIRST = 4
 
 def _template(probe: Probe, config: Config) -> Cause:
     """Other prompts, and whether the gap is largest where the prompt ends; the latter proves little, so it counts half."""
-    gaps = {name: probe.gap_of(probe.policy.old_logprobs(micro)) for name, micro in _other_prompts(probe, config)}
+    gaps = {name: probe.gap_of(probe.logprobs(pairs)) for name, pairs in _other_prompts(probe, config)}
     best = min(gaps, key=lambda name: gaps[name])
     lens = probe.batch.completion_lens.to(probe.ours.device)
     place = torch.cat([torch.arange(length, device=lens.device) for length in lens.tolist()])
@@ -176,13 +182,12 @@ def _template(probe: Probe, config: Config) -> Cause:
     return Cause(max(probe.explained_by(gaps[best]), concentrated / 2), text)
 
 
-def _other_prompts(probe: Probe, config: Config) -> Iterator[tuple[str, MicroBatch]]:
+def _other_prompts(probe: Probe, config: Config) -> Iterator[tuple[str, list[tuple[Prompt, Completion]]]]:
     """The probed completions after prompts that they may have been sampled from."""
     tokenizer = probe.policy.tokenizer
 
-    def instead(change: Callable[[list[int]], list[int]]) -> MicroBatch:
-        changed = [(replace(p, token_ids=change(p.token_ids) or p.token_ids), c) for p, c in probe.pairs]
-        return probe.on_device(_batch(changed))
+    def instead(change: Callable[[list[int]], list[int]]) -> list[tuple[Prompt, Completion]]:
+        return [(replace(p, token_ids=change(p.token_ids) or p.token_ids), c) for p, c in probe.pairs]
 
     yield "the prompt without its first token", instead(lambda ids: ids[1:])
     yield "the prompt without its last token", instead(lambda ids: ids[:-1])
@@ -192,8 +197,7 @@ def _other_prompts(probe: Probe, config: Config) -> Iterator[tuple[str, MicroBat
         if name == config.data.template or (name == "chat" and not tokenizer.chat_template):
             continue
         data = config.data.model_copy(update={"template": name, "max_prompt_tokens": sys.maxsize})
-        filled = [(build_prompts([p.columns], tokenizer, data)[0][0], c) for p, c in probe.pairs]
-        yield f"data.template {name}", probe.on_device(_batch(filled))
+        yield f"data.template {name}", [(build_prompts([p.columns], tokenizer, data)[0][0], c) for p, c in probe.pairs]
 
 
 def _weights(probe: Probe, generator: Generator, config: Config, earlier_gap: float | None) -> list[Cause]:
@@ -230,11 +234,11 @@ def _weights(probe: Probe, generator: Generator, config: Config, earlier_gap: fl
 
 
 def _sampled_again(probe: Probe, generator: Generator, config: Config) -> float:
-    prompts = list({prompt.row: prompt for prompt, _ in probe.pairs}.values())
+    prompts = [prompt for prompt, _ in probe.pairs]
     groups = generator.sample(prompts, config.sampling, num_completions=1, seed=config.run.seed)
-    batch = pack(groups, torch.zeros(len(groups), 1))
-    ours = probe.policy.old_logprobs(probe.on_device(batch))
-    return probe.mean((ours - batch.sampling_logprobs.to(ours.device)).abs())
+    pairs = [(group.prompt, group.completions[0]) for group in groups]
+    ours = probe.logprobs(pairs)
+    return probe.mean((ours - _batch(pairs).sampling_logprobs.to(ours.device)).abs())
 
 
 def _left_out(probe: Probe) -> Cause:

@@ -214,55 +214,53 @@ class Watchdog:
         self.config = config
         self.steps: list[int] = []
         self.history: list[Metrics] = []
+        self._streaks = dict.fromkeys(
+            _rules(), 0
+        )  # for how many steps without a break each rule has had something to say
         for row in rows:
             if "time/step" in row:  # not an evaluation
-                self._append(row["step"], row)
-
-    def _append(self, step: int, metrics: Metrics) -> None:
-        self.steps.append(step)
-        self.history.append({name: metrics[name] for name in WATCHED if name in metrics})
+                self.observe(row["step"], row)
 
     def observe(self, step: int, metrics: Metrics) -> list[Alarm]:
         """Take up the metrics of a step; the alarms that are due after it.
 
         A rule that goes on being broken says so again after every watchdog.patience steps.
         """
-        self._append(step, metrics)
+        self.steps.append(step)
+        self.history.append({name: metrics[name] for name in WATCHED if name in metrics})
         alarms = []
-        for name, rules in RULES.items():
-            settings = self.config.watchdog
+        settings = self.config.watchdog
+        for name, rule in _rules():
+            action = getattr(settings, name)
             patience = settings.max_skipped if name == "not_finite" else settings.patience
-            for rule in rules:
-                text = self._ask(rule, patience, len(self.history))
-                num_steps = self._num_steps(rule, patience)
-                if text is not None and (num_steps - 1) % settings.patience == 0:
-                    began = self.steps[-(patience + num_steps - 1)]
-                    alarms.append(Alarm(name, getattr(settings, name), step, began, text))
+            text = self._ask(rule, patience)
+            self._streaks[name, rule] = streak = 0 if text is None else self._streaks[name, rule] + 1
+            if text is not None and (streak - 1) % settings.patience == 0:
+                began = self.steps[-(patience + streak - 1)]
+                alarms.append(Alarm(name, action, step, began, text))
         return alarms
+
+    def _ask(self, rule: Rule, patience: int) -> str | None:
+        if len(self.history) < patience:
+            return None
+        recent, earlier = self.history[-patience:], self.history[-patience - TRAILING : -patience]
+        return rule(Window(recent, earlier, self.config.rollout.max_completion_tokens))
 
     def median(self, name: str) -> float | None:
         """Of all steps so far that have the metric."""
         values = [row[name] for row in self.history if name in row]
         return _median(values) if values else None
 
-    def _num_steps(self, rule: Rule, patience: int) -> int:
-        """After how many of the last steps the rule had something to say, without a break."""
-        end = len(self.history)
-        while self._ask(rule, patience, end) is not None:
-            end -= 1
-        return len(self.history) - end
-
-    def _ask(self, rule: Rule, patience: int, end: int) -> str | None:
-        """What the rule said after the first `end` steps."""
-        if end < patience:
-            return None
-        recent, earlier = self.history[end - patience : end], self.history[: end - patience][-TRAILING:]
-        return rule(Window(recent, earlier, self.config.rollout.max_completion_tokens))
-
     def rewind(self, step: int) -> None:
         """Forget the steps after `step`."""
-        kept = sum(each <= step for each in self.steps)
-        del self.steps[kept:], self.history[kept:]
+        kept = [(each, row) for each, row in zip(self.steps, self.history, strict=True) if each <= step]
+        self.steps, self.history, self._streaks = [], [], dict.fromkeys(self._streaks, 0)
+        for each, row in kept:
+            self.observe(each, row)
+
+
+def _rules() -> list[tuple[str, Rule]]:
+    return [(name, rule) for name, rules in RULES.items() for rule in rules]
 
 
 class RollBacks:

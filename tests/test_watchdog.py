@@ -3,17 +3,15 @@
 import math
 import random
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import FixedGenerator, launch, number_in_text, read_json, tiny_config
+from helpers import FixedGenerator, launch, number_in_text, read_json, tiny_config, troubled
 
 from grpo import Trainer, checkpoint
 from grpo.metrics import RUN, repeats
 from grpo.sinks import append_jsonl, read_jsonl
-from grpo.types import Group, Scores
 from grpo.watchdog import Watchdog, WatchdogError, unless_finite
 
 HEALTHY = {
@@ -239,27 +237,6 @@ def test_a_loss_that_is_not_finite_skips_the_update_even_if_its_gradient_is(tmp_
     trainer.close()
     assert metrics["optimizer/skipped"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.lm.parameters(), strict=True))
-
-
-ROLLS_BACK = {
-    "watchdog": {"signal": "roll_back", "patience": 2, "max_skipped": 2, "rate_factor": 0.25, "max_roll_backs": 1},
-    "checkpoint": {"every_steps": 1, "keep": 4},
-    "run": {"steps": 8, "resume": "auto"},
-}
-
-
-def troubled(run_dir: Path, *, first_bad: int, times: int, **sections: object) -> Trainer:
-    """All rewards are equal from step `first_bad` on, until the run has rolled back `times` times."""
-    trainer = Trainer(tiny_config(run_dir, **{**ROLLS_BACK, **sections}))
-    score = trainer.scorer.score
-
-    def flat(groups: list[Group]) -> Scores:
-        scores = score(groups)
-        bad = trainer.state.step + 1 >= first_bad and len(trainer.roll_backs.rows) < times
-        return replace(scores, rewards=torch.ones_like(scores.rewards)) if bad else scores
-
-    trainer.scorer.score = flat
-    return trainer
 
 
 def test_a_roll_back_goes_on_from_before_the_trouble_at_a_lower_rate_with_other_samples(tmp_path: Path):
