@@ -132,6 +132,29 @@ class Checkpoints:
             if updates or not settings.keep_every or step % settings.keep_every:
                 shutil.rmtree(old.rename(_partial(old)))
 
+    def last_before(self, began: int, policy: Policy) -> Path | None:
+        """The newest checkpoint from before the trouble that showed in step `began`, on every process; None if there is none.
+
+        The weights that `began` started from are those saved the step before, so they are suspect; older ones sampled and updated
+        at least one step that was well. A policy whose reference has moved goes back only to a checkpoint that holds a reference.
+        """
+        for path in reversed(self.processes.on_main(lambda: complete_checkpoints(self.directory))):
+            step, updates = numbers_of(path)
+            if step + 1 >= began or updates:
+                continue
+            has_reference = self.processes.on_main((path / REFERENCE).exists)
+            if (has_reference or not policy.reference_moved) and _problem(path, self.processes) is None:
+                return path
+        return None
+
+    def remove_after(self, checkpoint: Path) -> None:
+        """Remove the later ones, which the run is not going to build on."""
+        if self.processes.is_main:
+            for path in complete_checkpoints(self.directory):
+                if path.name > checkpoint.name:
+                    shutil.rmtree(path.rename(_partial(path)))
+        self.processes.barrier()
+
     def _check(self, errors: list[str | None], final: Path) -> None:
         for rank, error in enumerate(errors):
             if error is not None:
@@ -271,6 +294,8 @@ MAY_CHANGE = {
     "scoring",
     "memory",
     "vllm",
+    "watchdog",
+    "algorithm.max_sampling_gap",
     "distributed.offload_optimizer",
     "distributed.offload_parameters",
 }

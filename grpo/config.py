@@ -155,9 +155,10 @@ class AlgorithmConfig(Section):
     reference_refresh_steps: NonNegativeInt = 0
     """After every so many optimizer steps the reference becomes the current policy (the paper: 400). 0: it stays the starting
     model. Lowering it lets the policy move further from its start."""
-    max_sampling_gap: PositiveFloat = 0.25
-    """Stop when sampled tokens' log-probabilities and the trainer's own of the same tokens differ by more than this, in
-    nats on average: one of them is wrong. bfloat16 noise is about 0.01."""
+    max_sampling_gap: PositiveFloat | None = None
+    """Stop when sampled tokens' log-probabilities and the trainer's own of the same tokens differ by more than this, in nats on
+    average: one of them is wrong. null: 0.04 in bfloat16, whose rounding makes 0.01 to 0.02 of it, and 0.001 in float32, divided
+    by a temperature below 1. Raise it for a model or an engine whose rounding is known to be coarser."""
     num_minibatches: PositiveInt = 1
     """Optimizer steps per rollout (the paper: 16). With 1 every update is strictly on-policy."""
 
@@ -238,6 +239,40 @@ class CheckpointConfig(Section):
     """Write while training goes on, from a copy in the machine's memory: 16 bytes per weight over all processes of the run."""
 
 
+Action = Literal["warn", "stop", "roll_back"]
+
+
+class WatchdogConfig(Section):
+    """What to do when a rule of grpo/watchdog.py, where their formulas are, has something to say. warn: print it. stop: end the
+    run. roll_back: go on from the last checkpoint before the trouble, at a lower learning rate. The latter two leave a
+    post-mortem. A run that nobody watches may want more than warnings."""
+
+    not_finite: Action = "stop"
+    """The loss or the gradient was not finite in max_skipped steps in a row. The updates themselves are always left out."""
+    kl: Action = "warn"
+    """The KL to the reference runs away."""
+    entropy: Action = "warn"
+    """The entropy collapses or explodes."""
+    length: Action = "warn"
+    """Completions run away or collapse in length. Completions that grow slowly are none of this."""
+    truncation: Action = "warn"
+    """Far more completions are cut off than before, or nearly all of them."""
+    repetition: Action = "warn"
+    """Far more of the completions is repetition than before, or nearly all of it."""
+    reward: Action = "warn"
+    """The mean reward is 0 or another constant, or has fallen to half and stays there."""
+    signal: Action = "warn"
+    """No group has rewards that differ, so the steps are for nothing."""
+    patience: PositiveInt = 10
+    """Steps over which a rule looks before it speaks. Raise it for small, noisy rollouts; lower it where a step is dear."""
+    max_skipped: PositiveInt = 3
+    """Steps in a row with left-out updates before `not_finite` acts. Raise it where single batches are known to be bad."""
+    rate_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Every roll-back multiplies the learning rate by this. Lower it if the trouble comes back."""
+    max_roll_backs: PositiveInt = 2
+    """After so many roll-backs the run stops instead."""
+
+
 class LoggingConfig(Section):
     wandb: Literal["online", "offline", "disabled"] = "disabled"
     """Weights & Biases. Without a login `online` says so and goes on as `offline`."""
@@ -292,6 +327,7 @@ class Config(Section):
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     run: RunConfig
 
@@ -426,6 +462,7 @@ def _check_combinations(config: Config) -> None:
     _check_updates(config)
     _check_offload(config.distributed)
     _check_lora(config.lora)
+    _check_watchdog(config)
     if "" in rollout.stop:
         raise ValueError(
             'rollout.stop holds ""; every completion contains it and would end with its first token. Remove it.'
@@ -512,6 +549,29 @@ def _check_lora(lora: LoRAConfig) -> None:
             )
     if not lora.target_modules:
         raise ValueError("lora.target_modules is []; nothing would be trained. Name layers, or set it to all-linear.")
+
+
+def _check_watchdog(config: Config) -> None:
+    settings, checkpoint = config.watchdog, config.checkpoint
+    rolls_back = [name for name, value in settings if value == "roll_back"]
+    if config.algorithm.kl_coef == 0 and settings.kl != "warn":
+        raise ValueError(
+            f"watchdog.kl is {settings.kl!r}; there is no KL to watch, because algorithm.kl_coef is 0. Remove it, or set "
+            "algorithm.kl_coef > 0."
+        )
+    for name in ("rate_factor", "max_roll_backs"):
+        if not rolls_back and getattr(settings, name) != WatchdogConfig.model_fields[name].default:
+            raise ValueError(
+                f"watchdog.{name} is {getattr(settings, name)}; it has no effect while no rule's action is roll_back. Set one, "
+                "or remove it."
+            )
+    patience = max(settings.patience, settings.max_skipped)
+    if rolls_back and (checkpoint.keep - 1) * checkpoint.every_steps < patience:
+        raise ValueError(
+            f"watchdog.{rolls_back[0]} is 'roll_back'; trouble shows after {patience} steps, and checkpoints from before it are "
+            f"gone by then: checkpoint.keep is {checkpoint.keep} and checkpoint.every_steps {checkpoint.every_steps}. Make "
+            "(keep - 1) * every_steps as large as watchdog.patience and watchdog.max_skipped."
+        )
 
 
 def _check_engine_settings(config: Config) -> None:

@@ -58,6 +58,11 @@ class Processes:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def add_up(self, values: Tensor) -> Tensor:
+        """Sum of each element over the ranks, in place; on a GPU nobody waits for the numbers."""
+        dist.all_reduce(values)
+        return values
+
     def gather(self, value: Any) -> list[Any]:
         """What every rank passed, in rank order, on every rank. For small Python objects."""
         values: list[Any] = [None] * self.world_size

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import Tensor
+
 from grpo.rollout import Generator
 from grpo.scoring import Scorer
 from grpo.types import Group, Prompt, Sampling, Scores
@@ -42,6 +44,13 @@ def completion_rows(groups: list[Group], scores: Scores) -> list[dict[str, Any]]
                 }
             )
     return rows
+
+
+def training_rows(step: int, groups: list[Group], scores: Scores, advantages: Tensor) -> list[dict[str, Any]]:
+    """The same of a training step, with the step and the advantages (P, G); that of an unknown reward is 0."""
+    known = advantages.nan_to_num().flatten().tolist()
+    rows = completion_rows(groups, scores)
+    return [{"step": step, **row, "advantage": advantage} for row, advantage in zip(rows, known, strict=True)]
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:

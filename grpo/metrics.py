@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ METRICS = {
     "completion/length_mean": "mean number of completion tokens, the end-of-sequence token included",
     "completion/length_max": "largest number of completion tokens",
     "completion/truncated": "share of completions cut off at rollout.max_completion_tokens",
+    "completion/repetition": "share of the runs of 8 tokens in completions that the same completion had before",
     "policy/entropy": "mean over completion tokens of the entropy of the policy's next-token distribution, in nats",
     "policy/kl": "mean over completion tokens of the KL estimator between policy and reference, in nats",
     "policy/ratio_mean": "mean over completion tokens of pi / pi_old; 1 when every update is on-policy",
@@ -32,10 +34,11 @@ METRICS = {
     "policy/clip_fraction": "share of completion tokens whose surrogate is at its bound and so has no gradient",
     "policy/sampling_gap": "mean over completion tokens of |log-probability in the trainer - when sampled|, before an update",
     "policy/sampling_gap_max": "largest of these gaps",
-    "optimizer/loss": "mean over the step's optimizer steps of the loss (surrogate and KL term, summed over processes)",
+    "optimizer/loss": "mean over the step's optimizer steps of the loss (surrogate and KL term, over all processes)",
     "optimizer/grad_norm": "mean over the step's optimizer steps of the gradient's global L2 norm before clipping",
     "optimizer/learning_rate": "learning rate of the step's last optimizer step",
     "optimizer/steps": "optimizer steps since the start of the run",
+    "optimizer/skipped": "optimizer steps left out because loss or gradient was not finite; they count in no loss and no norm",
     "rollout/slots": "most completions that a process of the native engine sampled at once; mean over processes",
     "rollout/kv_gib": "GiB that a process of the native engine holds for keys and values; mean over processes",
     "rollout/occupancy": "share of the native engine's decoded places (slots x decoding steps) that gave a token of a completion",
@@ -57,6 +60,7 @@ METRICS = {
     "memory/update": "the same in forward and backward passes and optimizer steps",
     "throughput/rollout": "completion tokens of all processes per second of sampling",
     "throughput/update": "tokens (of each completion and its prompt) of all processes per second of updating",
+    "watchdog/alarms": "rules of the watchdog that had something to say after the step",
     "progress/epoch": "questions dealt so far, as a multiple of the training set",
     "eval/<function>": "mean of that function's value over the held-out questions it gave a verdict on",
     "eval/<function>_stderr": "standard error of that mean",
@@ -145,9 +149,36 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores, advantage
     meter.mean("completion/length_mean", lens)
     meter.max("completion/length_max", lens)
     meter.mean("completion/truncated", torch.tensor([float(c.finish_reason == "length") for c in completions]))
+    meter.mean("completion/repetition", repeats([c.token_ids for c in completions]))
     meter.total("scoring/timeouts", scores.num_timeouts)
     meter.total("scoring/crashes", scores.num_crashes)
     meter.total("throughput/rollout", float(lens.sum()))
+
+
+RUN = 8
+"""Tokens of a run that should not come again. Shorter ones do in healthy text: a formula, a name, single digits."""
+
+
+def repeats(sequences: list[list[int]]) -> Tensor:
+    """(runs,) whether a run of RUN tokens has been in the same sequence before; of all sequences, in no order.
+
+    A loop of any length up to that of the sequence shows, and a sequence shorter than RUN has no run. Runs are compared by 64-bit
+    hashes. 256 sequences of 512 tokens take 4 ms.
+    """
+    lens = np.array([len(ids) for ids in sequences])
+    tokens = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences])
+    hashes = np.repeat(np.arange(len(sequences)), lens)
+    left = np.repeat(lens.cumsum(), lens) - np.arange(len(tokens))  # in the sequence, from each place on
+    num_places = max(len(tokens) - RUN + 1, 0)
+    hashes = hashes[:num_places]
+    for offset in range(RUN):
+        hashes = hashes * HASH_FACTOR + tokens[offset : offset + num_places]
+    hashes = np.sort(hashes[left[:num_places] >= RUN])
+    return torch.from_numpy(np.append(hashes[1:] == hashes[:-1], np.zeros(min(len(hashes), 1), bool)))
+
+
+HASH_FACTOR = np.int64(6364136223846793005)
+"""Of Knuth's linear congruential generator (MMIX); products wrap around."""
 
 
 def measure_passes(meter: Meter, passes: list[MicroBatch]) -> None:

@@ -382,6 +382,26 @@ class Policy:
             logits = lm(input_ids=tokens, use_cache=False).logits[:, :-1].float() / self.temperature
         return tokens, logits.log_softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
 
+    @torch.no_grad()
+    def unpacked_logprobs(self, batch: Batch) -> Tensor:
+        """What `old_logprobs` says, from the model that is sampled from and its own forward pass of each sequence alone; (T,)."""
+        found = []
+        with self.sampling_model() as lm:
+            for ids, prompt_len in zip(
+                batch.tokens.split(batch.sequence_lens.tolist()), batch.prompt_lens, strict=True
+            ):
+                there = ids.to(self.processes.device)
+                hidden = lm.base_model(input_ids=there[None], use_cache=False).last_hidden_state[0]
+                logprobs, _ = token_logprobs(
+                    hidden[prompt_len - 1 : -1],
+                    there[prompt_len:],
+                    output_head(lm),
+                    temperature=self.temperature,
+                    chunk_tokens=self._config.memory.logprob_chunk_tokens,
+                )
+                found.append(logprobs)
+        return torch.cat(found)
+
     def _load_reference(self) -> Any:
         """A frozen copy of the starting point, sharded like the policy under ZeRO-3; with adapters the policy's own model."""
         if self.adapters:
@@ -418,6 +438,16 @@ class Policy:
     def old_logprobs(self, micro: MicroBatch) -> Tensor:
         """The policy's own log-probabilities of a micro-batch before it is updated; (T,)."""
         return self.engine(micro)[0]
+
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Within it, `old_logprobs` are those of another sampling temperature than the run's."""
+        packed = self.engine.module
+        packed.temperature = temperature
+        try:
+            yield
+        finally:
+            packed.temperature = self.temperature
 
     @torch.no_grad()
     def ref_logprobs(self, micro: MicroBatch) -> Tensor:
@@ -472,10 +502,17 @@ class Policy:
             self.engine.backward(loss * self.processes.world_size)
 
     def optimizer_step(self, learning_rate: float) -> float:
-        """Clip, update, and return the global L2 norm of the gradient before clipping."""
+        """Clip, update, and return the global L2 norm of the gradient before clipping.
+
+        If it is not finite, on whichever process that began, there is no update: weights, moments and their count of steps stay
+        as they are on all processes, and the gradient is dropped. DeepSpeed sees to that in every stage but one.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._dense_grad_norm()
+        if norm is not None and not norm.isfinite():
+            self.engine.zero_grad()
+            return math.inf
         self.engine.step()
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
 

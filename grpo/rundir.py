@@ -16,9 +16,10 @@ from grpo.config import Config, RunConfig
 from grpo.console import ConsoleSink
 from grpo.distributed import Processes
 from grpo.evaluate import summarize
-from grpo.sinks import JsonlSink, Sink, WandbSink, read_jsonl, rewind_jsonl
+from grpo.sinks import JsonlSink, Sink, WandbSink, append_jsonl, read_jsonl, rewind_jsonl
 from grpo.writer import replace_text
 
+ROLL_BACKS = "roll_backs.jsonl"
 RECORDED = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "math-verify")
 
 
@@ -79,6 +80,7 @@ class RunLog:
         evaluated = last in self._evaluated_steps()
         rewind_jsonl(self.directory / "evaluations.jsonl", last if evaluated else last - 1)
         if resumed_step is None:
+            rewind_jsonl(self.directory / ROLL_BACKS, -1)
             (self.directory / "wandb_id").unlink(missing_ok=True)
         record(self.directory, self.config, self.processes)
         logging = self.config.logging
@@ -112,8 +114,19 @@ class RunLog:
 
     def evaluation(self, step: int) -> list[dict[str, Any]]:
         """The rows logged for `step`; empty if it has not been evaluated."""
-        path = self.directory / "evaluations.jsonl"
-        return [row for row in read_jsonl(path) if row["step"] == step] if path.exists() else []
+        return [row for row in _rows(self.directory / "evaluations.jsonl") if row["step"] == step]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows so far. For the main process."""
+        return _rows(self.directory / "metrics.jsonl")
+
+    def log_roll_back(self, row: dict[str, Any]) -> None:
+        if self.processes.is_main:
+            append_jsonl(self.directory / ROLL_BACKS, [row])
+
+    def roll_backs(self) -> list[dict[str, Any]]:
+        """All roll-backs so far: whatever checkpoint a run goes on from, they happened. For the main process."""
+        return _rows(self.directory / ROLL_BACKS)
 
     def _evaluated_steps(self) -> set[int]:
         path = self.directory / "metrics.jsonl"
@@ -124,3 +137,7 @@ class RunLog:
         for sink in self.sinks:
             sink.close()
         self.sinks = []
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return read_jsonl(path) if path.exists() else []

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo import checkpoint, distributed, rundir
+from grpo import checkpoint, distributed, post_mortem, rundir, tripwire
 from grpo.advantage import group_advantages
 from grpo.batch import join, micro_batch, minibatch_bounds, pack, plan_passes, spare, split, take
-from grpo.checkpoint import CheckpointError, Checkpoints, RunState
+from grpo.checkpoint import CheckpointError, Checkpoints, RunState, numbers_of
 from grpo.config import Config
 from grpo.console import show_samples
-from grpo.evaluate import answer, completion_rows, in_order
+from grpo.evaluate import answer, in_order, training_rows
 from grpo.loss import grpo_loss, token_weights
 from grpo.metrics import Meter, measure_micro_batch, measure_passes, measure_rollout, step_metrics
 from grpo.policy import Policy, check_attention, check_context, load_tokenizer, resolve_dtype
+from grpo.post_mortem import Evidence
 from grpo.prompts import PromptOrder, build_prompts, load_rows, prepare_rows
 from grpo.report import plot_curves
 from grpo.rollout import check_engine, make_generator
@@ -34,6 +35,7 @@ from grpo.scoring import Reward, Scorer, resolve_function
 from grpo.shortage import free, is_out_of_memory
 from grpo.stopping import EXIT_STOPPED, Stopped, StopRequest
 from grpo.types import Batch, Group, MicroBatch, Prompt, Scores
+from grpo.watchdog import Alarm, RollBacks, Watchdog, WatchdogError, unless_finite
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -42,10 +44,9 @@ Rows = Iterable[Mapping[str, Any]]
 class StepUnderWay:
     """This process's part of a training step, from its rollout to its last update; a checkpoint may hold it."""
 
-    is_sampled: bool = False
+    rollout: Evidence | None = None  # None until it is sampled
     first_update: int = 0  # optimizer steps before it
     minibatches: list[list[MicroBatch]] = field(default_factory=list)  # still to be trained on
-    rows: list[dict[str, Any]] = field(default_factory=list)  # of completions.jsonl
     meter: Meter = field(default_factory=Meter)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -127,6 +128,8 @@ class Trainer:
             self.directory, config, self.processes, reward_names=[reward.name for reward in self.scorer.rewards]
         )
         self.log.open(resumed_step=None if found is None else self.state.step)
+        self.watchdog = Watchdog(config, self.processes.on_main(self.log.metrics))
+        self.roll_backs = RollBacks(self.processes.on_main(self.log.roll_backs))
         self.learning_rate = 0.0  # of the last optimizer step
         self.phase = ""  # of the step: the last one that began
 
@@ -163,9 +166,9 @@ class Trainer:
         Raises:
             Interrupted: on all processes; only within `train`, which handles what asks for it.
         """
-        if not self.under_way.is_sampled:
-            self._begin_step()
         step = self.under_way
+        if step.rollout is None:
+            step.rollout = self._begin_step(step)
         with self._clock("step"):
             with self._clock("update"):
                 while step.minibatches and not self.interruption:
@@ -178,14 +181,14 @@ class Trainer:
             raise Interrupted(self.interruption)
         self.state.step += 1
         if _due(self.state.step, self.config.logging.completions_every):
-            self._log_completions(step.rows)
+            rollout = step.rollout
+            self._log_completions(training_rows(self.state.step, rollout.groups, rollout.scores, rollout.advantages))
         metrics = self._log_metrics()
         self.under_way = StepUnderWay()
         return metrics
 
-    def _begin_step(self) -> None:
+    def _begin_step(self, step: StepUnderWay) -> Evidence:
         """Sample and score a rollout, and make ready the passes of its updates."""
-        step = self.under_way
         prompts = self.prompts.next_batch()
         with self._clock("step"):
             sampled = self.stopping.abortable(lambda: self._sample(prompts))
@@ -199,14 +202,11 @@ class Trainer:
                 ]
                 for micro in (micro for minibatch in step.minibatches for micro in minibatch):
                     self._fix_logprobs(micro)
-        step.is_sampled, step.first_update = True, self.state.optimizer_steps
-        self.state.position = self.prompts.position
+        step.first_update, self.state.position = self.state.optimizer_steps, self.prompts.position
         measure_rollout(step.meter, groups, scores, advantages)
         for name, value in self.generator.metrics().items():
             step.meter.mean(name, torch.tensor(value))
-        known = advantages.nan_to_num().flatten().tolist()
-        rows = completion_rows(groups, scores)
-        step.rows = [{**row, "advantage": advantage} for row, advantage in zip(rows, known, strict=True)]
+        return Evidence(groups, scores, advantages)
 
     def _sample(self, prompts: list[Prompt]) -> tuple[list[Group], Scores]:
         with self._clock("rollout"):
@@ -271,28 +271,31 @@ class Trainer:
         if not minibatch:
             return
         with self._smaller_passes_if_short():
-            total = self._accumulate(minibatch)
-        rate = learning_rate(
-            self.config.optimizer, step=self.state.optimizer_steps, num_steps=self.config.optimizer_steps
-        )
-        loss, interrupted, written = self.processes.sum(
-            float(total), self.stopping.reason is not None, self.checkpoints.is_written
-        )
-        self._refuse_if_not_finite("loss", loss)
+            loss, gaps, num_tokens, interrupted, written = self._accumulate(minibatch).tolist()
+        self._check_sampling_gap(loss, gaps, num_tokens)
+        step, settings, meter = self.state.optimizer_steps, self.config.optimizer, self.under_way.meter
+        rate = learning_rate(settings, step=step, num_steps=self.config.optimizer_steps) * self.roll_backs.rate_factor
         norm = self.policy.optimizer_step(rate)
-        self._refuse_if_not_finite("gradient's norm", norm)
-        self.state.optimizer_steps += 1
-        self.learning_rate = rate
-        self.under_way.meter.mean("optimizer/grad_norm", torch.tensor(norm))
-        self.under_way.meter.mean("optimizer/loss", torch.tensor(loss))
+        skipped = not math.isfinite(norm)
+        meter.total("optimizer/skipped", float(skipped and self.processes.is_main))  # all processes skip together
+        if skipped:
+            self.say(
+                f"warning: the loss ({loss}) or its gradient is not finite; an update of step {self.state.step + 1} is left out"
+            )
+        else:
+            self.state.optimizer_steps += 1
+            self.learning_rate = rate
+            meter.mean("optimizer/grad_norm", torch.tensor(norm))
+            meter.mean("optimizer/loss", torch.tensor(loss))
         if interrupted:
             self._agree_on_interruption()
         if written == self.processes.world_size:
             self._try(self.checkpoints.finish)
 
     def _accumulate(self, minibatch: list[MicroBatch]) -> Tensor:
-        """The gradient of this process's passes, and their loss."""
-        algorithm = self.config.algorithm
+        """The gradient of this process's passes; what all processes have to know of the others before they step; (5,)."""
+        algorithm, rollout = self.config.algorithm, self.under_way.rollout
+        assert rollout is not None, "a step is sampled before it is trained on"
         total = torch.zeros((), device=self.processes.device)
         for number, micro in enumerate(micro.to(self.processes.device) for micro in minibatch):
             logprobs, entropy = self.policy.logprobs(micro)
@@ -308,9 +311,15 @@ class Trainer:
                 kl_estimator=algorithm.kl_estimator,
             )
             total += result.loss.detach()
-            self.policy.backward(result.loss, last=number == len(minibatch) - 1)
             measure_micro_batch(self.under_way.meter, micro, logprobs.detach(), entropy, result)
-        return total
+            rollout.passes.append((micro, logprobs.detach()))
+            if number < len(minibatch) - 1:
+                self.policy.backward(result.loss, last=False)
+            else:
+                flags = (self.stopping.reason is not None, self.checkpoints.is_written)
+                tally = self.processes.add_up(tripwire.tally(total, self.under_way.meter, *flags))
+                self.policy.backward(unless_finite(result.loss, tally[0]), last=True)
+        return tally
 
     def _refresh_reference_if_due(self, steps_before: int) -> None:
         """Where this rollout's updates passed a multiple; one without a known reward has fewer, so they may not end on it."""
@@ -318,14 +327,6 @@ class Trainer:
         if every and steps // every > steps_before // every:
             self.policy.refresh_reference()
             self.say(f"the reference is the policy after optimizer step {steps} from here on")
-
-    def _refuse_if_not_finite(self, what: str, value: float) -> None:
-        """Stop before a broken update reaches a checkpoint."""
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the {what} of step {self.state.step + 1} is {value}; the weights are lost from here on, the last checkpoint "
-                "is not. Lower optimizer.learning_rate or optimizer.max_grad_norm, and start from it with model.name=.../hf."
-            )
 
     def _minibatch_bounds(self) -> list[slice]:
         return minibatch_bounds(
@@ -344,8 +345,10 @@ class Trainer:
         Raises:
             CheckpointError: it could not be written, or one that was being written in the background could not.
         """
-        under_way = self.under_way if self.under_way.is_sampled else None
-        updates = self.state.optimizer_steps - self.under_way.first_update if under_way else 0
+        under_way, updates = None, 0
+        if self.under_way.rollout is not None:
+            under_way = replace(self.under_way, rollout=replace(self.under_way.rollout, passes=[]))
+            updates = self.state.optimizer_steps - self.under_way.first_update
         saved = self.checkpoints.save(self.state, policy=self.policy, under_way=under_way, updates=updates)
         if wait:
             self.checkpoints.finish()
@@ -374,6 +377,8 @@ class Trainer:
         if shortage:
             free()
             self.under_way.meter = before  # what it has of these passes will be measured again
+            if self.under_way.rollout is not None:
+                self.under_way.rollout.passes.clear()
             setting = f"memory.micro_batch_tokens={max(tokens // 2, longest)}"
             raise Interrupted(
                 f"out of memory in phase {self.phase} of step {self.state.step + 1}: {shortage}", (setting,)
@@ -399,7 +404,7 @@ class Trainer:
         self._split_passes()
         self.generator.sync()
         self.prompts.position = self.state.position
-        done = self.state.optimizer_steps - self.under_way.first_update if self.under_way.is_sampled else 0
+        done = self.state.optimizer_steps - self.under_way.first_update if under_way else 0
         self.say(f"resumed after step {self.state.step}{f' and {done} updates of the next' * (done > 0)} from {found}")
 
     def _split_passes(self) -> None:
@@ -431,8 +436,7 @@ class Trainer:
     def _is_last(self) -> bool:
         return self.state.step == self.config.run.steps
 
-    def _log_completions(self, rows: list[dict[str, Any]]) -> None:
-        mine = [{"step": self.state.step, **row} for row in rows]
+    def _log_completions(self, mine: list[dict[str, Any]]) -> None:
         self.log.log_completions(self.state.step, [row for part in self.processes.gather(mine) for row in part])
 
     def _log_metrics(self) -> dict[str, float]:
@@ -440,18 +444,68 @@ class Trainer:
         metrics["optimizer/learning_rate"] = self.learning_rate
         metrics["optimizer/steps"] = self.state.optimizer_steps
         metrics["progress/epoch"] = self.state.position / len(self.prompts.prompts)
+        alarms = self.watchdog.observe(self.state.step, metrics)
+        metrics["watchdog/alarms"] = len(alarms)
         self.log.log(self.state.step, metrics)
-        self._check_sampling_gap(metrics.get("policy/sampling_gap", 0.0))
+        self._act_on(alarms)
         return metrics
 
-    def _check_sampling_gap(self, gap: float) -> None:
-        limit = self.config.algorithm.max_sampling_gap
-        if not gap <= limit:
-            raise RuntimeError(
-                f"policy/sampling_gap is {gap:.3g} nats in step {self.state.step}, above algorithm.max_sampling_gap {limit}: "
-                "the log-probabilities that tokens were sampled with are not those of the trained policy. Likely causes, "
-                "in this order: the rollout engine has stale weights, another temperature, or another numerical precision."
-            )
+    def _check_sampling_gap(self, loss: float, gaps: float, num_tokens: float) -> None:
+        """Before an update; a loss that is not finite is another fault."""
+        limit = tripwire.gap_limit(self.config, self.policy.dtype)
+        if gaps <= limit * num_tokens or not math.isfinite(loss):
+            return
+        rollout = self.under_way.rollout
+        assert rollout is not None, "a step is sampled before it is trained on"
+        causes = tripwire.diagnose(
+            self.policy,
+            self.generator,
+            rollout.groups,
+            self.config,
+            earlier_gap=self.watchdog.median("policy/sampling_gap"),
+        )
+        step = self.state.step + 1
+        text = tripwire.explanation(gaps / num_tokens, limit, step, causes)
+        raise tripwire.SamplingGapError(f"{text}\n{self._post_mortem(step, text)}")
+
+    def _act_on(self, alarms: list[Alarm]) -> None:
+        """Warn, and stop or roll back if one of them asks for it."""
+        for alarm in alarms:
+            self.say(f"warning: {alarm}")
+        serious = sorted(
+            (alarm for alarm in alarms if alarm.action != "warn"), key=lambda alarm: alarm.action != "stop"
+        )
+        if not serious:
+            return
+        alarm, remains = serious[0], self._post_mortem(self.state.step, "\n".join(map(str, alarms)))
+        if alarm.action == "stop":
+            raise WatchdogError(f"{alarm}. {remains}")
+        if len(self.roll_backs.rows) == self.config.watchdog.max_roll_backs:
+            raise WatchdogError(f"{alarm}, after {len(self.roll_backs.rows)} roll-backs. {remains}")
+        self._try(self.checkpoints.finish)
+        good = self.checkpoints.last_before(alarm.began, self.policy)
+        if good is None:
+            raise WatchdogError(f"{alarm}. There is no checkpoint from before step {alarm.began}. {remains}")
+        self._roll_back(alarm, good)
+
+    def _roll_back(self, alarm: Alarm, good: Path) -> None:
+        self.roll_backs.add(alarm, to=numbers_of(good)[0], factor=self.config.watchdog.rate_factor)
+        self.log.log_roll_back(self.roll_backs.rows[-1])
+        self._restore(good)
+        self.checkpoints.remove_after(good)
+        self.log.close()
+        self.log.open(resumed_step=self.state.step)
+        self.watchdog.rewind(self.state.step)
+        self.say(f"from here on at {self.roll_backs.rate_factor:g} times the learning rate, with other random numbers")
+
+    def _post_mortem(self, step: int, text: str) -> str:
+        assert self.under_way.rollout is not None, "the step that is looked into was sampled"
+        written = post_mortem.write(self.directory, step, text, self.under_way.rollout, self.processes)
+        return (
+            "No post-mortem could be written."
+            if written is None
+            else f"The batch and the last metrics lie in {written}"
+        )
 
     def _finish(self) -> Path:
         """Draw the curves, show samples, and say where everything lies."""
@@ -467,10 +521,9 @@ class Trainer:
         return last
 
     def _seed(self, purpose: str) -> int:
-        """Of this process's random numbers in this step; a function of run.seed, so nothing has to be saved."""
-        return random.Random(f"{self.config.run.seed} {purpose} {self.state.step} {self.processes.rank}").getrandbits(
-            62
-        )
+        """Of this process's random numbers in this step; a function of run.seed and the roll-backs: nothing to save."""
+        what = f"{self.config.run.seed} {purpose} {self.state.step} {self.processes.rank}{self.roll_backs.seed_suffix}"
+        return random.Random(what).getrandbits(62)
 
     def say(self, text: str) -> None:
         if self.processes.is_main:

@@ -8,15 +8,16 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from grpo import distributed
+from grpo import Trainer, distributed
 from grpo.config import Config
-from grpo.types import Completion, Group, MicroBatch, Prompt, Sampling
+from grpo.types import Completion, Group, MicroBatch, Prompt, Sampling, Scores
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "quickstart"
@@ -55,6 +56,27 @@ def save_family(directory: Path, config: PretrainedConfig) -> Path:
 
 def tiny_config(run_dir: Path, **sections: Any) -> Config:
     return Config(**tiny_settings(run_dir, **sections))
+
+
+ROLLS_BACK = {
+    "watchdog": {"signal": "roll_back", "patience": 2, "max_skipped": 2, "rate_factor": 0.25, "max_roll_backs": 1},
+    "checkpoint": {"every_steps": 1, "keep": 4},
+    "run": {"steps": 8, "resume": "auto"},
+}
+
+
+def troubled(run_dir: Path, *, first_bad: int, times: int, **sections: object) -> Trainer:
+    """All rewards are equal from step `first_bad` on, until the run has rolled back `times` times."""
+    trainer = Trainer(tiny_config(run_dir, **{**ROLLS_BACK, **sections}))
+    score = trainer.scorer.score
+
+    def flat(groups: list[Group]) -> Scores:
+        scores = score(groups)
+        bad = trainer.state.step + 1 >= first_bad and len(trainer.roll_backs.rows) < times
+        return replace(scores, rewards=torch.ones_like(scores.rewards)) if bad else scores
+
+    trainer.scorer.score = flat
+    return trainer
 
 
 class FixedGenerator:

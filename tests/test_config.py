@@ -2,7 +2,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, tiny_config, tiny_settings
+from helpers import ROOT, tiny_config, tiny_settings, troubled
 
 from grpo import Trainer
 from grpo.config import Config, RewardConfig, Section, setting_names
@@ -23,7 +23,7 @@ def test_there_are_configurations_to_load():
 
 
 def test_every_setting_is_read_in_some_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Two short runs with everything switched on, watched: whatever nobody looks at has no effect."""
+    """Short runs with everything switched on, watched: whatever nobody looks at has no effect."""
     read = set()
 
     def watched(section: Section, name: str) -> object:
@@ -47,6 +47,7 @@ def test_every_setting_is_read_in_some_run(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Section, "__getattribute__", watched, raising=False)
     for config in configs:
         Trainer(config).train()
+    troubled(tmp_path / "c", first_bad=4, times=1).train()
     names = [
         name.split(".") for name in setting_names() if not name.startswith("vllm.")
     ]  # tests/test_vllm.py watches those
