@@ -24,9 +24,11 @@ from typing import Any
 
 import torch
 
+from grpo import reshard
 from grpo.config import Config
 from grpo.distributed import Processes
 from grpo.policy import Policy
+from grpo.reshard import Layout
 
 REFERENCE = "reference.safetensors"
 
@@ -77,13 +79,13 @@ def find(run_dir: Path, config: Config, processes: Processes) -> Path | None:
     """The newest checkpoint of the run to resume, or None to start anew.
 
     Raises:
-        ValueError: it is of another experiment or of another number of processes.
+        ValueError: it is of another experiment.
     """
     if config.run.resume == "never":
         return None
     newest = next(reversed(complete_checkpoints(run_dir / "checkpoints")), None)
     if newest is not None:
-        _check_resumable(newest, config, processes)
+        _check_resumable(newest, config)
     return newest
 
 
@@ -106,21 +108,13 @@ MAY_CHANGE = {
     "scoring",
     "memory",
     "vllm",
-    "distributed.offload_optimizer",
-    "distributed.offload_parameters",
+    "distributed",
 }
 """What may differ between a run and its resumption without making it another experiment."""
 
 
-def _check_resumable(checkpoint: Path, config: Config, processes: Processes) -> None:
-    saved = read_state(checkpoint)
-    if saved["world_size"] != processes.world_size:
-        raise ValueError(
-            f"run.resume is 'auto'; {checkpoint} was written by {saved['world_size']} processes and this run has "
-            f"{processes.world_size}. Launch {saved['world_size']} processes, or start anew from its weights with "
-            f"model.name={checkpoint / 'hf'} and another run.dir."
-        )
-    before, now = _flat(saved["config"]), _flat(config.model_dump())
+def _check_resumable(checkpoint: Path, config: Config) -> None:
+    before, now = _flat(read_state(checkpoint)["config"]), _flat(config.model_dump())
     for name in sorted(before.keys() | now.keys()):
         if name in MAY_CHANGE or name.split(".")[0] in MAY_CHANGE:
             continue
@@ -132,12 +126,21 @@ def _check_resumable(checkpoint: Path, config: Config, processes: Processes) -> 
 
 
 def restore(checkpoint: Path, *, policy: Policy, processes: Processes) -> RunState:
-    """Load weights, optimizer and random states in place. Every process calls it."""
-    policy.load_training_state(checkpoint)
+    """Load weights, optimizer and random states in place, in whatever layout they were written. Every process calls it."""
+    saved = read_state(checkpoint)
+    written, now = Layout(saved["world_size"], saved["config"]["distributed"]["zero_stage"]), reshard.layout_of(policy)
+    if written == now:
+        policy.load_training_state(checkpoint)
+    else:
+        reshard.load(checkpoint, policy, saved=written)
+        if processes.is_main:
+            print(reshard.what_changes(written, now), flush=True)
     if (checkpoint / REFERENCE).exists():
         policy.load_reference(checkpoint / REFERENCE)
-    _restore_random_states(torch.load(checkpoint / "random" / f"rank-{processes.rank}.pt", weights_only=False))
-    saved = read_state(checkpoint)
+    if (
+        processes.rank < written.num_processes
+    ):  # one more keeps the states it started with; sampling has its own, seeded anew
+        _restore_random_states(torch.load(checkpoint / "random" / f"rank-{processes.rank}.pt", weights_only=False))
     return RunState(saved["step"], saved["optimizer_steps"], saved["position"])
 
 
