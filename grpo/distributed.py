@@ -228,7 +228,9 @@ def whole(*parameters: Tensor, written: bool = False) -> AbstractContextManager[
 
 def stop() -> None:
     """Leave the process group. A later `start` in the same process joins a new one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    import deepspeed
+
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed with a dead group for its next engine
     AcceleratorState._reset_state()
     PartialState._reset_state()
