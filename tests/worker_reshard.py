@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -84,5 +85,6 @@ if __name__ == "__main__":
     out = Path(sys.argv[1])
     for case in json.loads(sys.argv[2]):
         run(out, **case)
+    assert [thread.name for thread in threading.enumerate()].count("heartbeat") == 2
     torch.distributed.barrier()
     distributed.stop()
