@@ -3,7 +3,7 @@
 A collective waits inside C for all processes. If one of them dies, the others mostly get an error with gloo, but wait until the
 group's timeout with NCCL; and where there are several machines, the launcher of one does not watch the processes of another. So
 two threads of each process talk to the others through the store at which they met, over a connection of their own. This ends a
-process with exit code `PEER_LOST` and one line that names the rank, at most `LIMIT_SECONDS` and a beat after the fact:
+process with exit code `PEER_LOST` and one line that names the rank, at most `LIMIT_SECONDS` and four beats after the fact:
 
 - Another failed with an exception. It says so itself, before its traceback; only the first of several is heard.
 - Another has not been heard from: it was killed, its machine is gone, or it is frozen.
@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import NoReturn
 
 BEAT_SECONDS = 3.0
-LIMIT_SECONDS = 45.0
+LIMIT_SECONDS = 40.0
 PEER_LOST = 76
 """The exit code of a process that ends because another one did."""
 

@@ -39,7 +39,11 @@ def output(ended: Path, name: str, rank: int) -> str:
         ("killed", 1, "rank 1 on .* has died: nothing was heard from it for 4 s"),
         ("killed in a collective", 1, "rank 1 on .* has died: nothing was heard from it for 4 s"),
         ("frozen", 2, "rank 2 on .* has died: nothing was heard from it for 4 s"),
-        ("store killed", 0, "the store at 127.0.0.1:[0-9]+, in rank 0 or its launcher, is gone"),
+        (
+            "store killed",
+            0,
+            "the store at 127.0.0.1:[0-9]+, in rank 0 or its launcher, (is gone|has not answered)",
+        ),  # rarely so
         ("store frozen", 0, "has not answered for 4 s: rank 0 on .* is frozen"),
     ],
 )
@@ -72,8 +76,9 @@ def test_of_processes_that_fail_together_one_shows_its_traceback(ended: Path):
     assert sum("has failed: FloatingPointError: the loss of step 1 is nan" in text for text in outputs) == 2
 
 
-@pytest.mark.parametrize("name", ["slow", "all frozen for a while"])
-def test_who_is_slow_or_frozen_with_all_others_or_leaves_first_is_not_taken_for_dead(ended: Path, name: str):
+@pytest.mark.parametrize("name", ["one is slow", "one stays", "all frozen for a while"])
+def test_who_is_slow_or_has_left_or_is_frozen_with_all_others_is_not_taken_for_dead(ended: Path, name: str):
     assert [end["code"] for end in ends(ended, name)] == [0, 0, 0]
     assert max(end["seconds"] for end in ends(ended, name)) > 1.5 * LIMIT
-    assert [output(ended, name, rank) for rank in range(3)] == ["", "", ""]
+    for rank in range(3):  # torch says by itself that its store is gone
+        assert not re.search("error: |Traceback", output(ended, name, rank))

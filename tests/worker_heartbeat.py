@@ -53,14 +53,22 @@ def store_fails_in_finally(rank: int) -> None:
         heartbeat.stop()
 
 
-def slow_and_twice(rank: int) -> None:
-    """Rank 1 keeps the others waiting for longer than the limit; they leave, meet again, and leave one after the other."""
+def one_is_slow(rank: int) -> None:
     if rank == 1:
         ctypes.CDLL(None).sleep(int(1.5 * LIMIT))
     wait_for_all(rank)
+
+
+def one_stays(rank: int) -> None:
+    """All leave and meet again; then rank 2 goes on for longer than the limit without the others, at last without the store."""
     heartbeat.stop()
     heartbeat.start(rank=rank, world_size=NUM_PROCESSES, beat_seconds=LIMIT / 10, limit_seconds=LIMIT)
-    time.sleep(rank / 3)
+    if rank == 2:
+        time.sleep(2.5 * LIMIT)
+    heartbeat.stop()
+    if rank == 0:
+        time.sleep(0.5 * LIMIT)
+        os._exit(0)  # Python takes seconds to take itself down
 
 
 def sleep_and_meet(rank: int) -> None:
@@ -90,7 +98,8 @@ SCENARIOS = {
     "fails": Scenario(fails),
     "store fails in finally": Scenario(store_fails_in_finally),
     "all fail": Scenario(all_fail),
-    "slow": Scenario(slow_and_twice),
+    "one is slow": Scenario(one_is_slow),
+    "one stays": Scenario(one_stays),
     "all frozen for a while": Scenario(sleep_and_meet, None, signal.SIGSTOP),
 }
 
