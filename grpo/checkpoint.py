@@ -27,9 +27,12 @@ from typing import Any
 import torch
 import xxhash
 
+from grpo import reshard
 from grpo.config import Config
 from grpo.distributed import Processes
 from grpo.policy import Policy
+from grpo.reshard import Layout
+from grpo.under_way import StepUnderWay, dealt_anew
 from grpo.writer import Writer, flush, problem_with, save_tensors
 
 REFERENCE = "reference.safetensors"
@@ -67,7 +70,7 @@ class Checkpoints:
         self.processes = processes
         self._pending: _Pending | None = None
 
-    def save(self, state: RunState, *, policy: Policy, under_way: Any = None, updates: int = 0) -> Path:
+    def save(self, state: RunState, *, policy: Policy, under_way: StepUnderWay | None = None, updates: int = 0) -> Path:
         """Write a checkpoint of the state, or, with `checkpoint.background`, begin to.
 
         Args:
@@ -178,7 +181,7 @@ def _prepare(partial: Path) -> str | None:
     return None
 
 
-def _write_all(writer: Writer, policy: Policy, *, rank: int, under_way: Any) -> None:
+def _write_all(writer: Writer, policy: Policy, *, rank: int, under_way: StepUnderWay | None) -> None:
     directory = writer.directory
     if rank == 0:
         policy.export(directory / "hf", writer.write)
@@ -243,7 +246,7 @@ def find(directory: Path, config: Config, processes: Processes) -> Path | None:
     Newer ones that are not are renamed to `.corrupt`, and a line says so.
 
     Raises:
-        ValueError: it is of another experiment or of another number of processes, or there are only corrupt ones.
+        ValueError: it is of another experiment, or there are only corrupt ones.
     """
     if config.run.resume == "never":
         return None
@@ -251,7 +254,7 @@ def find(directory: Path, config: Config, processes: Processes) -> Path | None:
     for checkpoint in reversed(there):
         problem = _problem(checkpoint, processes)
         if problem is None:
-            _check_resumable(checkpoint, config, processes)
+            _check_resumable(checkpoint, config)
             return checkpoint
         if processes.is_main:
             aside = checkpoint.rename(checkpoint.with_suffix(".corrupt"))
@@ -296,21 +299,13 @@ MAY_CHANGE = {
     "vllm",
     "watchdog",
     "algorithm.max_sampling_gap",
-    "distributed.offload_optimizer",
-    "distributed.offload_parameters",
+    "distributed",
 }
 """What may differ between a run and its resumption without making it another experiment."""
 
 
-def _check_resumable(checkpoint: Path, config: Config, processes: Processes) -> None:
-    saved = read_state(checkpoint)
-    if saved["world_size"] != processes.world_size:
-        raise ValueError(
-            f"run.resume is 'auto'; {checkpoint} was written by {saved['world_size']} processes and this run has "
-            f"{processes.world_size}. Launch {saved['world_size']} processes, or start anew from its weights with "
-            f"model.name={checkpoint / 'hf'} and another run.dir."
-        )
-    before, now = _flat(saved["config"]), _flat(config.model_dump())
+def _check_resumable(checkpoint: Path, config: Config) -> None:
+    before, now = _flat(read_state(checkpoint)["config"]), _flat(config.model_dump())
     for name in sorted(before.keys() | now.keys()):
         if name in MAY_CHANGE or name.split(".")[0] in MAY_CHANGE:
             continue
@@ -321,21 +316,39 @@ def _check_resumable(checkpoint: Path, config: Config, processes: Processes) -> 
             )
 
 
-def restore(checkpoint: Path, *, policy: Policy, processes: Processes) -> tuple[RunState, Any]:
-    """Load weights, optimizer and random states in place; where the run stands, and this process's part of the step under way.
+def restore(checkpoint: Path, *, policy: Policy, processes: Processes) -> tuple[RunState, StepUnderWay]:
+    """Load weights, optimizer and random states in place, in whatever layout they were written. Every process calls it.
 
-    Every process calls it.
+    Returns:
+        Where the run stands, and this process's part of the step under way.
     """
-    policy.load_training_state(checkpoint)
+    saved = read_state(checkpoint)
+    written, now = Layout(saved["world_size"], saved["config"]["distributed"]["zero_stage"]), reshard.layout_of(policy)
+    if written == now:
+        policy.load_training_state(checkpoint)
+    else:
+        reshard.load(checkpoint, policy, saved=written)
+        if processes.is_main:
+            print(reshard.what_changes(written, now), flush=True)
     if (checkpoint / REFERENCE).exists():
         policy.load_reference(checkpoint / REFERENCE)
-    mine = f"rank-{processes.rank}.pt"
-    _restore_random_states(torch.load(checkpoint / "random" / mine, weights_only=False))
-    under_way = None
-    if (checkpoint / "under_way").exists():
-        under_way = torch.load(checkpoint / "under_way" / mine, weights_only=False)
-    saved = read_state(checkpoint)
-    return RunState(saved["step"], saved["optimizer_steps"], saved["position"]), under_way
+    if processes.rank < written.num_processes:  # one more keeps the states it started with; sampling seeds its own
+        _restore_random_states(torch.load(checkpoint / "random" / f"rank-{processes.rank}.pt", weights_only=False))
+    where = RunState(saved["step"], saved["optimizer_steps"], saved["position"])
+    return where, _under_way(checkpoint / "under_way", written.num_processes, processes)
+
+
+def _under_way(directory: Path, num_parts: int, processes: Processes) -> StepUnderWay:
+    if not directory.exists():
+        return StepUnderWay()
+
+    def part(rank: int) -> StepUnderWay:
+        return torch.load(directory / f"rank-{rank}.pt", map_location="cpu", weights_only=False)
+
+    if num_parts == processes.world_size:
+        return part(processes.rank)
+    parts = [part(rank) for rank in range(num_parts)]
+    return dealt_anew(parts, rank=processes.rank, num_processes=processes.world_size)
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

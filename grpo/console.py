@@ -14,6 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from grpo import heartbeat
+
 WIDE = 9
 
 
@@ -119,8 +121,9 @@ def errors_for_users() -> Iterator[None]:
 
 
 def print_of_rank(on_main: str, elsewhere: str) -> None:
-    """Print to stderr why this process ends; the launcher ends all with the first, and mostly rank 0 has the same to say."""
+    """Print to stderr why this process ends, unless another said why before; mostly rank 0 has the same to say."""
     is_main = os.environ.get("RANK", "0") == "0"
     if not is_main:
         time.sleep(5)
-    print(on_main if is_main else elsewhere, file=sys.stderr, flush=True)
+    if heartbeat.announce(on_main) is None:
+        print(on_main if is_main else elsewhere, file=sys.stderr, flush=True)

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import datasets
@@ -30,9 +31,15 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 from transformers.integrations import unset_hf_deepspeed_config
 
+from grpo import heartbeat
 from grpo.config import Config
 
 GIB = 2**30
+
+
+COLLECTIVE_TIMEOUT = timedelta(hours=12)
+"""Processes wait for the longest rollout among them, and for rank 0's files: hours, where the default of NCCL ends the run after
+ten minutes. Whoever waits for a process that has died learns of it from `heartbeat`."""
 
 
 BUCKET_ELEMENTS = 100_000_000
@@ -124,6 +131,8 @@ def start(config: Config, *, dtype: torch.dtype) -> Processes:
         f"{launched} processes were launched, accelerate sees {accelerator.num_processes}, torch {dist.get_world_size()}"
     )
     assert accelerator.distributed_type == DistributedType.DEEPSPEED, f"no DeepSpeed: {accelerator.distributed_type}"
+    dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
+    heartbeat.start(rank=accelerator.process_index, world_size=launched)
     return Processes(accelerator, accelerator.process_index, launched, accelerator.device)
 
 
@@ -260,7 +269,10 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 def stop() -> None:
     """Leave the process group. A later `start` in the same process joins a new one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    import deepspeed
+
+    heartbeat.stop()
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed with a dead group for its next engine
     AcceleratorState._reset_state()
     PartialState._reset_state()

@@ -88,6 +88,16 @@ class Meter:
         """As it is now, whatever is added to this one later."""
         return Meter(*({**collected} for collected in vars(self).values()))
 
+    def take_in(self, other: Meter) -> None:
+        """Add what another process has collected, but for the work in step, which was that process's own."""
+        for name, value in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0.0) + other.counts[name]
+        for name, value in other.maxima.items():
+            self.max(name, torch.as_tensor(value))
+        for name, value in other.totals.items():
+            self.total(name, value)
+
     def mean(self, name: str, values: Tensor) -> None:
         """Add values, of any shape, to the mean."""
         self.sums[name] = self.sums.get(name, 0.0) + values.double().sum()

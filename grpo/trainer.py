@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from grpo.config import Config
 from grpo.console import show_samples
 from grpo.evaluate import answer, in_order, training_rows
 from grpo.loss import grpo_loss, token_weights
-from grpo.metrics import Meter, measure_micro_batch, measure_passes, measure_rollout, step_metrics
+from grpo.metrics import measure_micro_batch, measure_passes, measure_rollout, step_metrics
 from grpo.policy import Policy, check_attention, check_context, load_tokenizer, resolve_dtype
 from grpo.post_mortem import Evidence
 from grpo.prompts import PromptOrder, build_prompts, load_rows, prepare_rows
@@ -35,20 +35,10 @@ from grpo.scoring import Reward, Scorer, resolve_function
 from grpo.shortage import free, is_out_of_memory
 from grpo.stopping import EXIT_STOPPED, Stopped, StopRequest
 from grpo.types import Batch, Group, MicroBatch, Prompt, Scores
+from grpo.under_way import StepUnderWay
 from grpo.watchdog import Alarm, RollBacks, Watchdog, WatchdogError, unless_finite
 
 Rows = Iterable[Mapping[str, Any]]
-
-
-@dataclass
-class StepUnderWay:
-    """This process's part of a training step, from its rollout to its last update; a checkpoint may hold it."""
-
-    rollout: Evidence | None = None  # None until it is sampled
-    first_update: int = 0  # optimizer steps before it
-    minibatches: list[list[MicroBatch]] = field(default_factory=list)  # still to be trained on
-    meter: Meter = field(default_factory=Meter)
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Interrupted(Exception):
@@ -399,12 +389,11 @@ class Trainer:
         self.scorer.close()
 
     def _restore(self, found: Path) -> None:
-        self.state, under_way = checkpoint.restore(found, policy=self.policy, processes=self.processes)
-        self.under_way = under_way or StepUnderWay()
+        self.state, self.under_way = checkpoint.restore(found, policy=self.policy, processes=self.processes)
         self._split_passes()
         self.generator.sync()
         self.prompts.position = self.state.position
-        done = self.state.optimizer_steps - self.under_way.first_update if under_way else 0
+        done = self.state.optimizer_steps - self.under_way.first_update if self.under_way.rollout else 0
         self.say(f"resumed after step {self.state.step}{f' and {done} updates of the next' * (done > 0)} from {found}")
 
     def _split_passes(self) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from number_reward import number_in_text as number_in_text
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from grpo import Trainer, distributed
@@ -107,11 +108,6 @@ def sequences_of(micro: MicroBatch) -> list[tuple[torch.Tensor, int]]:
     return [(ids, len(ids) - own) for ids, own in zip(keys, num_queries, strict=True) if len(ids) > own]
 
 
-def number_in_text(completion: str) -> float:
-    """A reward: the number that FixedGenerator wrote as text."""
-    return float(completion)
-
-
 def clean_environment() -> dict[str, str]:
     """The environment for a process of its own: without the process group that a Trainer here has set up."""
     group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -147,14 +143,14 @@ def launch_script(*overrides: str, launcher: tuple[str, ...] = ()) -> subprocess
     )
 
 
-def shard_even_small_weights() -> None:
+def shard_even_small_weights(*, whole_below: int = 0) -> None:
     """ZeRO-3 leaves weights below 100k elements whole, and the tiny model has no others: nothing would be tested."""
     original = distributed.deepspeed_config
 
     def settings(*args: object, **kwargs: object) -> dict:
         values = original(*args, **kwargs)
         if values["zero_optimization"]["stage"] == 3:
-            values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+            values["zero_optimization"]["stage3_param_persistence_threshold"] = whole_below
         return values
 
     distributed.deepspeed_config = settings

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -18,10 +19,14 @@ from helpers import ROOT, clean_environment, launch, tiny_config
 from test_trainer import steps_of
 
 from grpo import Trainer, checkpoint
+from grpo.batch import micro_batch, pack, spare, take
 from grpo.checkpoint import CheckpointError, complete_checkpoints, name_of, numbers_of
+from grpo.metrics import Meter
+from grpo.post_mortem import Evidence
 from grpo.sinks import read_jsonl
 from grpo.stopping import EXIT_STOPPED, Stopped
-from grpo.types import MicroBatch
+from grpo.types import Completion, Group, MicroBatch, Prompt, Scores
+from grpo.under_way import StepUnderWay, dealt_anew
 from grpo.writer import Writer, checksum, copied, problem_with, save_tensors
 
 EVERY_STEP = {"every_steps": 1, "keep": 10}
@@ -539,3 +544,62 @@ def test_a_wandb_that_cannot_be_reached_costs_seconds_and_not_the_run(
     assert "this run is logged offline" in capsys.readouterr().out
     assert list((tmp_path / "run/wandb").glob("offline-run-*"))
     assert len(steps_of(tmp_path / "run")) == 1
+
+
+# ---- a step under way, on other processes ----------------------------------------------------------------------------
+
+
+def test_a_stop_that_one_process_hears_of_stops_all_and_the_rest_of_the_rollout_goes_on_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = launch("worker_stop.py", str(tmp_path / "run"), processes=2, timeout=120)
+    assert all(f"rank {rank} stopped: SIGTERM" in output for rank in (0, 1))
+    assert names(tmp_path / "run") == ["step-00000001-0003"]
+    settings = {**UPDATES, "distributed": {"zero_stage": 2}}
+    trainer = Trainer(tiny_config(tmp_path / "run", **settings, run={"steps": 2, "resume": "auto"}))
+    assert "resumed on 1 process what 2 saved" in capsys.readouterr().out
+    assert len(trainer.under_way.minibatches) == 1
+    trainer.train()
+    rows = [row for row in read_jsonl(tmp_path / "run/completions.jsonl") if row["step"] == 2]
+    assert len(rows) == 16
+    assert len({row["row"] for row in rows}) == 4
+    step = steps_of(tmp_path / "run")[-1]
+    assert step["optimizer/steps"] == 8
+    assert step["completion/length_mean"] == pytest.approx(sum(row["num_tokens"] for row in rows) / 16)
+
+
+@pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 2), (3, 2), (2, 5)])
+def test_a_step_under_way_is_dealt_anew_without_losing_a_sequence(before: int, now: int):
+    rng = random.Random(0)
+    parts = [part_of_a_step(rng, number) for number in range(before)]
+    dealt = [dealt_anew(parts, rank=rank, num_processes=now) for rank in range(now)]
+
+    def sequences(steps: list[StepUnderWay], minibatch: int) -> list[list[int]]:
+        passes = [micro for step in steps for micro in step.minibatches[minibatch] if not micro.is_spare]
+        return sorted(micro.targets.tolist() for micro in passes)
+
+    for minibatch in (0, 1):
+        assert sequences(dealt, minibatch) == sequences(parts, minibatch)
+        assert len({len(step.minibatches[minibatch]) for step in dealt}) == 1  # as many passes on every process
+    assert sorted(g.prompt.row for step in dealt for g in step.rollout.groups) == list(range(2 * before))
+    assert sum(len(step.rollout.advantages) for step in dealt) == 2 * before
+    assert sum(step.meter.sums.get("x", 0.0) for step in dealt) == sum(range(before))
+    assert sum(step.meter.counts.get("x", 0.0) for step in dealt) == before
+    assert all(step.first_update == 3 for step in dealt)
+
+
+def part_of_a_step(rng: random.Random, number: int) -> StepUnderWay:
+    groups = [
+        Group(
+            Prompt(2 * number + i, [1, 2, 3], "", "", {}),
+            [Completion([rng.randrange(99) for _ in range(5)], [-1.0] * 5, "", "stop") for _ in range(2)],
+        )
+        for i in range(2)
+    ]
+    advantages = torch.tensor([[1.0, -1.0]] * 2)
+    whole = pack(groups, advantages)
+    passes = [micro_batch(take(whole, [i]), torch.ones(5)) for i in range(4)]
+    meter = Meter()
+    meter.mean("x", torch.tensor(float(number)))
+    rollout = Evidence(groups, Scores(advantages, {"f": advantages}, 0, 0), advantages)
+    return StepUnderWay(rollout, 3, [passes[:2], [*passes[2:], spare()]], meter, {})

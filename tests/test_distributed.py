@@ -205,6 +205,16 @@ def test_an_offloaded_update_is_torchs_own_and_nothing_is_compiled(tmp_path: Pat
     assert type(policy.engine.basic_optimizer) is torch.optim.AdamW
 
 
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_process_may_leave_its_group_and_train_in_another(tmp_path: Path, zero: int):
+    config = tiny_config(tmp_path, distributed={"zero_stage": zero})
+    for _ in range(2):
+        policy = Policy(config, load_tokenizer(config.model), distributed.start(config, dtype=torch.float32))
+        assert policy.processes.world_size == 1
+        distributed.stop()
+        assert not torch.distributed.is_initialized()
+
+
 def test_accelerates_cpu_switch_does_not_drop_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     processes = distributed.start(tiny_config(tmp_path), dtype=torch.float32)

@@ -1,0 +1,84 @@
+"""A process dies, fails or freezes while others wait for it: they end, and say why. Each scenario has three processes."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, clean_environment, read_json
+
+from grpo.heartbeat import PEER_LOST
+
+LIMIT = 4.0  # seconds of silence, in worker_heartbeat.py
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("scenarios")
+    environment = {**clean_environment(), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/worker_heartbeat.py"), str(out)], env=environment, cwd=ROOT, timeout=120
+    )
+    assert done.returncode == 0
+    return out
+
+
+def ends(ended: Path, name: str) -> list[dict[str, float]]:
+    return read_json(ended / "ends.json")[name]
+
+
+def output(ended: Path, name: str, rank: int) -> str:
+    return (ended / f"{name}-{rank}.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "victim", "message"),
+    [
+        ("killed", 1, "rank 1 on .* has died: nothing was heard from it for 4 s"),
+        ("killed in a collective", 1, "rank 1 on .* has died: nothing was heard from it for 4 s"),
+        ("frozen", 2, "rank 2 on .* has died: nothing was heard from it for 4 s"),
+        (
+            "store killed",
+            0,
+            "the store at 127.0.0.1:[0-9]+, in rank 0 or its launcher, (is gone|has not answered)",
+        ),  # rarely so
+        ("store frozen", 0, "has not answered for 4 s: rank 0 on .* is frozen"),
+    ],
+)
+def test_the_others_end_and_name_the_process_that_died(ended: Path, name: str, victim: int, message: str):
+    for rank in {0, 1, 2} - {victim}:
+        assert ends(ended, name)[rank]["code"] == PEER_LOST
+        assert ends(ended, name)[rank]["seconds"] < 2 * LIMIT
+        said = [line for line in output(ended, name, rank).splitlines() if line.startswith("error: ")]
+        assert len(said) == 1
+        assert re.search(f"rank {rank} ends, because .*{message}", said[0])
+        assert "Traceback" not in output(ended, name, rank)
+
+
+@pytest.mark.parametrize(("name", "victim"), [("fails", 1), ("store fails in finally", 0)])
+def test_the_others_end_with_the_error_of_the_process_that_failed(ended: Path, name: str, victim: int):
+    broken = "RuntimeError: the reward number_in_text is broken"
+    assert f"{broken}\n[rank{victim}]: and says so at length" in output(ended, name, victim)
+    assert ends(ended, name)[victim]["code"] == 1
+    for rank in {0, 1, 2} - {victim}:
+        assert ends(ended, name)[rank]["code"] == PEER_LOST
+        assert ends(ended, name)[rank]["seconds"] < LIMIT  # it was told, and did not have to wait
+        (said,) = output(ended, name, rank).splitlines()
+        assert re.fullmatch(f"error: rank {rank} ends, because rank {victim} on .* has failed: {broken}", said)
+
+
+def test_of_processes_that_fail_together_one_shows_its_traceback(ended: Path):
+    assert sorted(end["code"] for end in ends(ended, "all fail")) == [1, PEER_LOST, PEER_LOST]
+    outputs = [output(ended, "all fail", rank) for rank in range(3)]
+    assert sum("Traceback" in text for text in outputs) == 1
+    assert sum("has failed: FloatingPointError: the loss of step 1 is nan" in text for text in outputs) == 2
+
+
+@pytest.mark.parametrize("name", ["one is slow", "one stays", "all frozen for a while"])
+def test_who_is_slow_or_has_left_or_is_frozen_with_all_others_is_not_taken_for_dead(ended: Path, name: str):
+    assert [end["code"] for end in ends(ended, name)] == [0, 0, 0]
+    assert max(end["seconds"] for end in ends(ended, name)) > 1.5 * LIMIT
+    for rank in range(3):  # torch says by itself that its store is gone
+        assert not re.search("error: |Traceback", output(ended, name, rank))

@@ -1,0 +1,175 @@
+"""Started by test_heartbeat: in each scenario something happens to one of three processes while the others wait for it.
+
+All are forked from one process that has imported torch, and no launcher watches them. ends.json says what became of each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from grpo import heartbeat
+
+LIMIT = 4.0  # seconds
+NUM_PROCESSES = 3
+OUT = Path(sys.argv[1])
+
+
+def wait_for_all(rank: int) -> None:
+    """In C, without the GIL, as for a collective of NCCL, which gets no error when a process dies."""
+    dist.all_reduce(torch.zeros(1))
+
+
+def wait_in_c(rank: int) -> None:
+    ctypes.CDLL(None).sleep(60)
+
+
+def fails(rank: int, *, victim: int = 1) -> None:
+    if rank == victim:
+        raise RuntimeError("the reward number_in_text is broken\nand says so at length")
+    wait_in_c(rank)
+
+
+def all_fail(rank: int) -> None:
+    raise FloatingPointError("the loss of step 1 is nan")
+
+
+def store_fails_in_finally(rank: int) -> None:
+    try:
+        fails(rank, victim=0)
+    finally:
+        heartbeat.stop()
+
+
+def one_is_slow(rank: int) -> None:
+    if rank == 1:
+        ctypes.CDLL(None).sleep(int(1.5 * LIMIT))
+    wait_for_all(rank)
+
+
+def one_stays(rank: int) -> None:
+    """All leave and meet again; then rank 2 goes on for longer than the limit without the others, at last without the store."""
+    heartbeat.stop()
+    heartbeat.start(rank=rank, world_size=NUM_PROCESSES, beat_seconds=LIMIT / 10, limit_seconds=LIMIT)
+    if rank == 2:
+        time.sleep(2.5 * LIMIT)
+    heartbeat.stop()
+    if rank == 0:
+        time.sleep(0.5 * LIMIT)
+        os._exit(0)  # Python takes seconds to take itself down
+
+
+def sleep_and_meet(rank: int) -> None:
+    time.sleep(1)
+    wait_for_all(rank)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What each process does, and what is then done to one of them, or to all."""
+
+    body: Callable[[int], None]
+    victim: int | None = None
+    blow: signal.Signals | None = None
+
+
+def waiting_for(victim: int) -> Callable[[int], None]:
+    return lambda rank: wait_in_c(rank) if rank == victim else wait_for_all(rank)
+
+
+SCENARIOS = {
+    "killed": Scenario(wait_in_c, 1, signal.SIGKILL),
+    "killed in a collective": Scenario(waiting_for(1), 1, signal.SIGKILL),
+    "frozen": Scenario(waiting_for(2), 2, signal.SIGSTOP),
+    "store killed": Scenario(wait_in_c, 0, signal.SIGKILL),
+    "store frozen": Scenario(wait_in_c, 0, signal.SIGSTOP),
+    "fails": Scenario(fails),
+    "store fails in finally": Scenario(store_fails_in_finally),
+    "all fail": Scenario(all_fail),
+    "one is slow": Scenario(one_is_slow),
+    "one stays": Scenario(one_stays),
+    "all frozen for a while": Scenario(sleep_and_meet, None, signal.SIGSTOP),
+}
+
+
+def be(rank: int, name: str, port: int) -> None:
+    """One of a scenario's processes; returns to the end of the script, as a script's own work does."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(NUM_PROCESSES), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    output = os.open(OUT / f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    dist.init_process_group("gloo")
+    heartbeat.start(rank=rank, world_size=NUM_PROCESSES, beat_seconds=LIMIT / 10, limit_seconds=LIMIT)
+    dist.barrier()
+    (OUT / f"{name}-{rank}.ready").touch()
+    SCENARIOS[name].body(rank)
+    heartbeat.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def fork_all() -> dict[str, list[int]]:
+    """The pids of each scenario's processes, which return from here as well, but with nothing."""
+    pids: dict[str, list[int]] = {}
+    for name in SCENARIOS:
+        port = free_port()
+        pids[name] = []
+        for rank in range(NUM_PROCESSES):
+            pids[name].append(os.fork())
+            if pids[name][rank] == 0:
+                be(rank, name, port)
+                return {}
+    return pids
+
+
+def watch(name: str, pids: list[int]) -> list[dict[str, float]]:
+    """Strike once all are ready; the exit code of each process, and the seconds until then."""
+    while len(list(OUT.glob(f"{name}-*.ready"))) < len(pids):
+        time.sleep(0.05)
+    started = time.monotonic()
+    strike(SCENARIOS[name], pids)
+    ends: list[dict[str, float]] = [{} for _ in pids]
+    others = [rank for rank in range(len(pids)) if rank != SCENARIOS[name].victim]
+    while time.monotonic() < started + 8 * LIMIT and not all(ends[rank] for rank in others):
+        for rank in others:
+            if not ends[rank] and (ended := os.waitpid(pids[rank], os.WNOHANG))[0]:
+                ends[rank] = {"code": os.waitstatus_to_exitcode(ended[1]), "seconds": time.monotonic() - started}
+        time.sleep(0.02)
+    for rank, pid in enumerate(pids):
+        if not ends[rank]:
+            os.kill(pid, signal.SIGKILL)
+    return ends
+
+
+def strike(scenario: Scenario, pids: list[int]) -> None:
+    if scenario.blow is None:
+        return
+    for pid in pids if scenario.victim is None else [pids[scenario.victim]]:
+        os.kill(pid, scenario.blow)
+    if scenario.victim is None:
+        time.sleep(1.5 * LIMIT)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+pids = fork_all()
+if pids:
+    with ThreadPoolExecutor(len(pids)) as pool:
+        watched = dict(zip(pids, pool.map(watch, pids, pids.values()), strict=True))
+    (OUT / "ends.json").write_text(json.dumps(watched))
