@@ -25,8 +25,10 @@ def evaluate(
     Every process gets all rows.
     """
     mine = prompts[processes.rank :: processes.world_size]
-    groups = generator.sample(mine, sampling, num_completions=1, seed=seed)
-    rows = [row for part in processes.gather(completion_rows(groups, scorer.score(groups))) for row in part]
+    with scorer.begin(len(mine)) as scoring:
+        groups = generator.sample(mine, sampling, num_completions=1, seed=seed, on_group=scoring.add)
+        scores = scoring.result()
+    rows = [row for part in processes.gather(completion_rows(groups, scores)) for row in part]
     place = {prompt.row: i for i, prompt in enumerate(prompts)}
     return sorted(rows, key=lambda row: place[row["row"]])
 

@@ -124,15 +124,17 @@ class Trainer:
         config, self.meter, self.seconds = self.config, Meter(), {}
         prompts, steps_before = self.prompts.next_batch(), self.state.optimizer_steps
         with self._clock("step"):
-            with self._clock("rollout"):
-                groups = self.generator.sample(
-                    prompts,
-                    config.sampling,
-                    num_completions=config.rollout.group_size,
-                    seed=self._seed("rollout"),
-                )
-            with self._clock("scoring"):
-                scores = self.scorer.score(groups)
+            with self.scorer.begin(len(prompts)) as scoring:
+                with self._clock("rollout"):
+                    groups = self.generator.sample(
+                        prompts,
+                        config.sampling,
+                        num_completions=config.rollout.group_size,
+                        seed=self._seed("rollout"),
+                        on_group=scoring.add,
+                    )
+                with self._clock("scoring"):
+                    scores = scoring.result()
             advantages = group_advantages(scores.rewards, normalize_by_std=config.algorithm.normalize_by_std)
             with self._clock("logprobs"):
                 minibatches = [self._deal(pack(groups[part], advantages[part])) for part in self._minibatch_bounds()]

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from grpo import distributed
 from grpo.config import Config
-from grpo.types import Completion, Group, MicroBatch, Prompt, Sampling
+from grpo.rollout.grouping import all_at_once
+from grpo.types import Completion, Group, MicroBatch, OnGroup, Prompt, Sampling
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "quickstart"
@@ -63,8 +64,17 @@ class FixedGenerator:
     def __init__(self, longest: int = 20) -> None:
         self.longest = longest
 
-    def sample(self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int) -> list[Group]:
-        return [Group(p, [self._completion(p, i) for i in range(num_completions)]) for p in prompts]
+    def sample(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        num_completions: int,
+        seed: int,
+        on_group: OnGroup | None = None,
+    ) -> list[Group]:
+        groups = [Group(p, [self._completion(p, i) for i in range(num_completions)]) for p in prompts]
+        return all_at_once(groups, on_group)
 
     def _completion(self, prompt: Prompt, number: int) -> Completion:
         rng = random.Random(f"{prompt.row} {number}")

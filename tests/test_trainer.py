@@ -4,7 +4,9 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from grpo.console import ConsoleSink
 from grpo.distributed import Processes
 from grpo.rundir import claim
 from grpo.sinks import append_jsonl, read_jsonl, rewind_jsonl
+from grpo.types import Group, OnGroup, Prompt
 
 CLOCKS = ("time/", "throughput/", "memory/")
 
@@ -472,6 +475,39 @@ def test_the_console_shows_slots_only_of_an_engine_that_has_them(
     )
     assert shown["tok/s"] == "108234"
     assert (shown.get("slots"), shown.get("KV_GiB")) == ((None, None) if slots is None else ("256", "2.850"))
+
+
+class PatientGenerator(FixedGenerator):
+    """Samples a group only when the one before has been scored."""
+
+    def sample(self, prompts: list[Prompt], *arguments: Any, on_group: OnGroup, **options: Any) -> list[Group]:
+        groups = super().sample(prompts, *arguments, **options)
+        for p, group in enumerate(groups):
+            on_group(p, group)
+            deadline = time.monotonic() + 30
+            while not Path(f"scored {group.completions[-1].text}").exists():
+                assert time.monotonic() < deadline, "nothing is scored while the generator samples"
+                time.sleep(0.01)
+        return groups
+
+
+def test_a_step_and_an_evaluation_score_groups_while_they_sample_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def marked(completion: str) -> float:
+        Path(f"scored {completion}").touch()
+        return float(completion)
+
+    monkeypatch.chdir(tmp_path)
+    evaluation = {"data": {"eval_name": str(TINY / "test.jsonl")}, "evaluation": {"num_questions": 3}}
+    config = tiny_config(tmp_path / "run", **evaluation, algorithm={"kl_coef": 0.0, "max_sampling_gap": 100})
+    trainer = Trainer(config, rewards=[marked])
+    trainer.generator = PatientGenerator()
+    metrics = trainer.train_step()
+    trainer._evaluate_if_due()
+    trainer.close()
+    rows = read_jsonl(tmp_path / "run/completions.jsonl")
+    assert metrics["reward/mean"] == pytest.approx(sum(float(row["completion"]) for row in rows) / len(rows))
 
 
 PEAKS: dict[str, float] = {"rollout": 7.0, "scoring": 1.0, "logprobs": 2.0, "update": 3.0}
