@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo import checkpoint, distributed, rundir
+from grpo import checkpoint, distributed, preflight, rundir
 from grpo.advantage import group_advantages
 from grpo.batch import join, micro_batch, minibatch_bounds, pack, plan_passes, spare, take
 from grpo.checkpoint import RunState
@@ -76,6 +76,7 @@ class Trainer:
             timeout_seconds=config.scoring.timeout_seconds,
             memory_gib=config.scoring.memory_gib,
         )
+        self.audits: list[preflight.Audit] = []
         prompts = self._gradable_prompts(rows, tokenizer, "training questions")
         wanted = eval_rows[: config.evaluation.num_questions]
         self.eval_prompts = self._gradable_prompts(wanted, tokenizer, "held-out questions") if wanted else []
@@ -110,6 +111,8 @@ class Trainer:
         Returns:
             The last checkpoint; its `hf/` is a directory that `AutoModelForCausalLM.from_pretrained` loads.
         """
+        if self.state == RunState():  # not on resume
+            preflight.before_training(self)
         self._evaluate_if_due()
         while self.state.step < self.config.run.steps:
             self.train_step()
@@ -363,6 +366,7 @@ class Trainer:
                 f"that can be graded; the first: {reasons[0]}. Correct data.answer_column or data.answer_regex."
             )
         prompts, dropped = build_prompts(gradable, tokenizer, self.config.data)
+        self.audits.append(preflight.audit(what, rows, reasons, num_prompts=len(prompts)))
         if len(gradable) < len(rows):
             dropped[f"answer cannot be graded, e.g. {next(filter(None, reasons))}"] += len(rows) - len(gradable)
         self.say(f"{len(prompts):,} {what}" + "".join(f"; {n:,} dropped: {why}" for why, n in dropped.items()))

@@ -24,6 +24,7 @@ def main() -> None:
     with errors_for_users():
         config = Config.load(arguments.config, arguments.set)
         from grpo import Trainer, distributed
+        from grpo.preflight import PreflightRefused
 
         if arguments.dry_run:
             from grpo.check import memory
@@ -32,8 +33,13 @@ def main() -> None:
             distributed.stop()
             raise SystemExit(exit_code)
         trainer = Trainer(config)
-    trainer.train()
+    exit_code = 0
+    try:
+        trainer.train()
+    except PreflightRefused:  # on all processes; what is wrong has been printed
+        exit_code = 1
     distributed.stop()
+    raise SystemExit(exit_code)
 
 
 if __name__ == "__main__":

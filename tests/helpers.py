@@ -35,6 +35,7 @@ def tiny_settings(run_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         "memory": {"micro_batch_tokens": 256, "activation_checkpointing": 0},
         "distributed": {"zero_stage": 0},
         "scoring": {"num_workers": 1},
+        "preflight": {"num_questions": 0},
         "run": {"dir": str(run_dir), "steps": 2},
     }
     for section, values in sections.items():
@@ -126,7 +127,15 @@ def launch_script(*overrides: str, launcher: tuple[str, ...] = ()) -> subprocess
     """One step of the quickstart as a user starts it, with settings and with options for accelerate."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "scripts/train_zero.py"]
     return subprocess.run(
-        [*command, "--config", "configs/quickstart.yaml", "--set", "run.steps=1", *overrides],
+        [
+            *command,
+            "--config",
+            "configs/quickstart.yaml",
+            "--set",
+            "run.steps=1",
+            "preflight.num_questions=0",
+            *overrides,
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

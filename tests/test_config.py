@@ -32,7 +32,12 @@ def test_every_setting_is_read_in_some_run(tmp_path: Path, monkeypatch: pytest.M
 
     hub = [{"question": f"What is {i}+1?", "answer": str(i + 1)} for i in range(8)]
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: hub)
-    everything = {"evaluation": {"num_questions": 2}, "logging": {"wandb": "offline"}, "run": {"steps": 2}}
+    everything = {
+        "preflight": {"num_questions": 2, "on_failure": "warn"},
+        "evaluation": {"num_questions": 2},
+        "logging": {"wandb": "offline"},
+        "run": {"steps": 2},
+    }
     configs = [
         tiny_config(tmp_path / "a", **everything, data={"name": "some/set"}, algorithm={"kl_coef": 0.1}),
         tiny_config(
