@@ -434,7 +434,7 @@ def before_training(trainer: Trainer) -> None:
     trainer.say(report(result))
     if trainer.processes.is_main:
         (trainer.directory / "preflight.json").write_text(result.to_json())
-    if result.verdict == "refuse" and settings.on_failure == "stop":
+    if settings.on_failure == "stop" and result.verdict == "refuse":
         trainer.close()
         raise PreflightRefused(
             "preflight refuses this run: " + "; ".join(each.text for each in result.problems if each.level == "refuse")

@@ -137,6 +137,10 @@ def test_a_missing_setting_is_named(tmp_path: Path):
         ({"lora": {"alpha": 16}}, ["lora.alpha is 16.0", "no effect", "Set lora.rank"]),
         ({"lora": {"target_modules": ["q_proj"]}}, ["lora.target_modules is ['q_proj']", "no effect"]),
         ({"lora": {"rank": 4, "target_modules": []}}, ["lora.target_modules is []", "nothing would be trained"]),
+        (
+            {"preflight": {"on_failure": "warn"}},
+            ["preflight.on_failure is 'warn'", "no effect", "preflight.num_questions"],
+        ),
         ({"rewards": [{"function": "format", "weight": 0}]}, ["rewards is ['format']", "weight other than 0"]),
     ],
     ids=lambda value: (
