@@ -20,16 +20,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_end
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
+from queue import SimpleQueue
 from typing import Any, Literal
 
 START_SECONDS = 120.0  # for importing the functions' modules, with every other worker of the machine doing the same
@@ -113,9 +115,11 @@ class WorkerPool:
         setup = pickle.dumps((sys.path, fields, functions, int(memory_gib * 2**30)))
         self._workers = [_Worker(setup) for _ in range(num_workers)]
         # One thread for as long as the pool lives: a worker dies with the thread that started it (PR_SET_PDEATHSIG).
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward-workers")
+        self._errands: SimpleQueue[tuple[Callable[[Errand], list[Outcome]], Errand] | None] = SimpleQueue()
+        threading.Thread(target=_run_errands, args=(self._errands,), daemon=True, name="reward-workers").start()
+        self._last: Errand | None = None
         self.close = weakref.finalize(
-            self, _kill_all, self._workers, self._thread, os.getpid()
+            self, _kill_all, self._workers, self._errands, os.getpid()
         )  # also runs at interpreter exit
         for worker in self._workers:
             worker.start()
@@ -134,8 +138,12 @@ class WorkerPool:
             return errand.result()
 
     def begin(self) -> Errand:
-        """Make calls that are still to come, while this thread does something else; one errand at a time."""
-        return Errand(self._thread, self._serve)
+        """Make calls that are still to come, while this thread does something else. The errand before is given up."""
+        if self._last is not None:
+            self._last.give_up()  # a signal's handler may have raised before a `with` could see to it
+        self._last = Errand()
+        self._errands.put((self._serve, self._last))
+        return self._last
 
     def _serve(self, errand: Errand) -> list[Outcome]:
         """Make the calls of an errand as they come in, until there are no more; the pool's own thread runs this."""
@@ -179,11 +187,11 @@ class Errand:
     A context manager: calls that are not made yet when it is left are given up.
     """
 
-    def __init__(self, thread: Executor, serve: Callable[[Errand], list[Outcome]]) -> None:
+    def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.outcomes: Future[list[Outcome]] = Future()  # the thread's to set
         self.signal, self._bell = Pipe(duplex=False)
         self._state: Literal["open", "complete", "given up"] = "open"
-        self._outcomes = thread.submit(serve, self)
 
     def add(self, calls: list[Call]) -> None:
         """Have these made too.
@@ -191,8 +199,8 @@ class Errand:
         Raises:
             FunctionBug: an earlier call raised an exception.
         """
-        if self._outcomes.done():  # before its time: only by an error
-            self._outcomes.result()
+        if self.outcomes.done():  # before its time: only by an error
+            self.outcomes.result()
         self.calls += calls
         self._ring()
 
@@ -204,7 +212,7 @@ class Errand:
         """
         self._state = "complete"
         self._ring()
-        return self._outcomes.result()
+        return self.outcomes.result()
 
     def news(self) -> Literal["open", "complete", "given up"]:
         """Whether more calls may come; to be asked before looking at them, so that none is missed."""
@@ -215,15 +223,29 @@ class Errand:
     def _ring(self) -> None:
         self._bell.send_bytes(b"!")
 
+    def give_up(self) -> None:
+        """Wait until no call is being made any more; without effect after the last one."""
+        self._state = "given up"
+        if not self.outcomes.done():
+            self._ring()
+            wait_for_end([self.outcomes])
+
     def __enter__(self) -> Errand:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._state = "given up"
-        self._ring()
-        wait_for_end([self._outcomes])
-        self.signal.close()
-        self._bell.close()
+        self.give_up()
+
+
+def _run_errands(errands: SimpleQueue[tuple[Callable[[Errand], list[Outcome]], Errand] | None]) -> None:
+    """What the pool's thread does, until there is a None."""
+    while (item := errands.get()) is not None:
+        serve, errand = item
+        try:
+            errand.outcomes.set_result(serve(errand))
+        except BaseException as error:
+            errand.outcomes.set_exception(error)
+        del item, serve, errand  # or the pool would live as long as this waits for the next
 
 
 class _Worker:
@@ -353,10 +375,10 @@ def _wait(workers: list[_Worker], *others: Connection) -> list[_Worker]:
     return [worker for worker in workers if worker.connection in ready or now >= worker.deadline]
 
 
-def _kill_all(workers: Iterable[_Worker], thread: ThreadPoolExecutor, owner: int) -> None:
+def _kill_all(workers: Iterable[_Worker], errands: SimpleQueue[Any], owner: int) -> None:
     if os.getpid() != owner:  # a fork of the owner must not take its workers down
         return
-    thread.shutdown(wait=False)
+    errands.put(None)
     for worker in workers:
         worker.kill()
 

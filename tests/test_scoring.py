@@ -485,6 +485,15 @@ def test_an_error_while_sampling_gives_up_the_calls_at_once_and_leaves_the_worke
         assert time.perf_counter() - started < 10
 
 
+def test_an_errand_that_was_never_left_holds_up_neither_the_next_nor_the_end_of_the_program(tmp_path: Path) -> None:
+    """A signal's handler may raise in between `begin` and `with`."""
+    with make_scorer(naughty, timeout_seconds=60) as scorer:
+        scorer.begin(1).add(0, make_group(["loop"]))
+        assert_equal(scorer.score([make_group(["a"])]).rewards, [[1]])
+    script, _ = start_script(tmp_path / "train.py", "scorer.begin(1).add(0, group('hang')); raise SystemExit(3)")
+    assert script.wait(timeout=20) == 3
+
+
 def test_a_replaced_worker_outlives_the_call_that_it_was_replaced_in() -> None:
     """It would not, if the thread that started it ended: Linux then sends it the signal of its parent's death."""
     with make_scorer(naughty, pid_of) as scorer:
