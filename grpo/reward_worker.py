@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_end
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 from typing import Any, Literal
 
@@ -190,7 +190,8 @@ class Errand:
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.outcomes: Future[list[Outcome]] = Future()  # the thread's to set
-        self.signal, self._bell = Pipe(duplex=False)
+        self.signal, self._bell = socket.socketpair()
+        self.signal.setblocking(False)
         self._state: Literal["open", "complete", "given up"] = "open"
 
     def add(self, calls: list[Call]) -> None:
@@ -216,12 +217,13 @@ class Errand:
 
     def news(self) -> Literal["open", "complete", "given up"]:
         """Whether more calls may come; to be asked before looking at them, so that none is missed."""
-        while self.signal.poll():
-            self.signal.recv_bytes()
+        with contextlib.suppress(BlockingIOError):
+            while self.signal.recv(4096):
+                pass
         return self._state
 
     def _ring(self) -> None:
-        self._bell.send_bytes(b"!")
+        self._bell.send(b"!")
 
     def give_up(self) -> None:
         """Wait until no call is being made any more; without effect after the last one."""
@@ -229,6 +231,8 @@ class Errand:
         if not self.outcomes.done():
             self._ring()
             wait_for_end([self.outcomes])
+        self.signal.close()
+        self._bell.close()
 
     def __enter__(self) -> Errand:
         return self
@@ -366,7 +370,7 @@ class _Worker:
         return time.monotonic() - self.started
 
 
-def _wait(workers: list[_Worker], *others: Connection) -> list[_Worker]:
+def _wait(workers: list[_Worker], *others: socket.socket) -> list[_Worker]:
     """Block until some of these have something to say or are over their time, and return those; or until another has."""
     deadline = min((worker.deadline for worker in workers), default=None)
     patience = None if deadline is None else max(0.0, deadline - time.monotonic())
