@@ -57,7 +57,8 @@ from trl_step import measure_trl
 from workload import LONGEST_PROMPT, SHAPES, model_config, prompt_ids, random_reward, saved_model, synchronize
 
 from grpo import Config, Trainer, distributed
-from grpo.types import Completion, Group, MicroBatch, Prompt, Sampling
+from grpo.rollout.grouping import all_at_once
+from grpo.types import Completion, Group, MicroBatch, OnGroup, Prompt, Sampling
 
 GIB = 2**30
 PEERS = {"trl": partial(measure_trl, liger=False), "trl-liger": partial(measure_trl, liger=True)}
@@ -184,14 +185,23 @@ class MadeUp:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
-    def sample(self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int) -> list[Group]:
+    def sample(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        num_completions: int,
+        seed: int,
+        on_group: OnGroup | None = None,
+    ) -> list[Group]:
         shape = (len(prompts), num_completions, sampling.max_tokens)
         ids = torch.randint(self.vocab_size, shape, generator=torch.Generator().manual_seed(seed)).tolist()
         logprobs = torch.full((sampling.max_tokens,), 1 / self.vocab_size).log().tolist()
-        return [
+        groups = [
             Group(prompt, [Completion(each, logprobs, "", "length") for each in group])
             for prompt, group in zip(prompts, ids, strict=True)
         ]
+        return all_at_once(groups, on_group)
 
     def sync(self) -> None:
         """The completions do not depend on the weights."""

@@ -228,6 +228,15 @@ class EvaluationConfig(Section):
     """The evaluation draws from the fewest likeliest tokens that have this probability together (the paper: 0.95, at 0.6)."""
 
 
+class PreflightConfig(Section):
+    num_questions: NonNegativeInt = 32
+    """Training questions that the untrained model answers before the first step, rollout.group_size times each, to see whether
+    there is anything to learn from; see grpo/preflight.py. A resumed run does not repeat it. Raising it makes the verdict surer
+    and the start slower. 0: no preflight."""
+    on_failure: Literal["stop", "warn"] = "stop"
+    """What to do if there is nothing to learn from. warn: say so and train all the same."""
+
+
 class CheckpointConfig(Section):
     every_steps: NonNegativeInt = 50
     """Save after every so many steps, besides after the last. 0: only after the last."""
@@ -326,6 +335,7 @@ class Config(Section):
     memory: MemoryConfig = Field(default_factory=MemoryConfig)
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    preflight: PreflightConfig = Field(default_factory=PreflightConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
@@ -471,6 +481,10 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(
             f"evaluation.top_p is {config.evaluation.top_p}; at evaluation.temperature 0 the likeliest token is taken and "
             "top_p has no effect. Remove it, or set evaluation.temperature."
+        )
+    if config.preflight.num_questions == 0 and config.preflight.on_failure == "warn":
+        raise ValueError(
+            "preflight.on_failure is 'warn'; it has no effect while preflight.num_questions is 0. Remove one of the two."
         )
     for name in ("answer_regex", "eval_answer_regex"):
         _check_regex(f"data.{name}", getattr(config.data, name))

@@ -16,8 +16,9 @@ def answer(
     prompts: list[Prompt], *, generator: Generator, scorer: Scorer, sampling: Sampling, seed: int
 ) -> list[dict[str, Any]]:
     """Answer each prompt once; a row per answer."""
-    groups = generator.sample(prompts, sampling, num_completions=1, seed=seed)
-    return completion_rows(groups, scorer.score(groups))
+    with scorer.begin(len(prompts)) as scoring:
+        groups = generator.sample(prompts, sampling, num_completions=1, seed=seed, on_group=scoring.add)
+        return completion_rows(groups, scoring.result())
 
 
 def in_order(parts: list[list[dict[str, Any]]], prompts: list[Prompt]) -> list[dict[str, Any]]:

@@ -50,15 +50,16 @@ METRICS = {
     "scoring/crashes": "reward calls whose worker died or ran out of memory",
     "time/step": "seconds of the whole step on the main process",
     "time/rollout": "seconds of it spent sampling",
-    "time/scoring": "seconds of it spent in reward functions",
+    "time/scoring": "seconds of it that scoring took beyond sampling, alongside which it runs",
     "time/logprobs": "seconds of it spent on dealing sequences to processes, and on old and reference log-probabilities",
     "time/update": "seconds of it spent in forward and backward passes and optimizer steps",
     "memory/step": "most GPU memory in GiB that tensors took at once in the step, on the fullest process; CUDA only",
     "memory/rollout": "the same while sampling; what vLLM takes beside PyTorch's allocator is not in it",
-    "memory/scoring": "the same while scoring",
+    "memory/scoring": "the same while waiting for scores",
     "memory/logprobs": "the same while computing old and reference log-probabilities",
     "memory/update": "the same in forward and backward passes and optimizer steps",
     "throughput/rollout": "completion tokens of all processes per second of sampling",
+    "throughput/scoring": "completions scored per second that a reward worker was busy; sampling on the same cores slows it down",
     "throughput/update": "tokens (of each completion and its prompt) of all processes per second of updating",
     "watchdog/alarms": "rules of the watchdog that had something to say after the step",
     "progress/epoch": "questions dealt so far, as a multiple of the training set",
@@ -162,6 +163,8 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores, advantage
     meter.mean("completion/repetition", repeats([c.token_ids for c in completions]))
     meter.total("scoring/timeouts", scores.num_timeouts)
     meter.total("scoring/crashes", scores.num_crashes)
+    meter.total("throughput/scoring", float(len(completions)))
+    meter.total(REWARD_SECONDS, scores.seconds)
     meter.total("throughput/rollout", float(lens.sum()))
 
 
@@ -225,12 +228,15 @@ def step_metrics(meter: Meter, seconds: dict[str, float], processes: Processes) 
     read = metrics.pop(TOKENS_READ, 0.0)
     metrics["batch/shared"] = 1 - read / metrics["throughput/update"] if read else 0.0
     metrics["throughput/rollout"] /= seconds["rollout"]
+    busy = metrics.pop(REWARD_SECONDS, 0.0)
+    metrics["throughput/scoring"] = metrics["throughput/scoring"] / busy if busy else 0.0
     metrics["throughput/update"] = metrics.get("throughput/update", 0.0) / seconds["update"]
     return metrics | {f"time/{name}": value for name, value in seconds.items()}
 
 
 SQUARED_REWARD = "reward/squared"
 TOKENS_READ = "batch/tokens"
+REWARD_SECONDS = "scoring/seconds"
 """Collected for another metric only."""
 
 

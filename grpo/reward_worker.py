@@ -20,14 +20,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_end
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from queue import SimpleQueue
 from typing import Any, Literal
 
 START_SECONDS = 120.0  # for importing the functions' modules, with every other worker of the machine doing the same
@@ -63,6 +67,7 @@ class Outcome:
 
     kind: Literal["value", "timeout", "crash"]
     value: Any = None
+    seconds: float = 0.0  # until it ended
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,13 @@ class WorkerPool:
         fields = [(file.module, file.path, file.text) for file in files]
         setup = pickle.dumps((sys.path, fields, functions, int(memory_gib * 2**30)))
         self._workers = [_Worker(setup) for _ in range(num_workers)]
-        self.close = weakref.finalize(self, _kill_all, self._workers, os.getpid())  # also runs at interpreter exit
+        # One thread for as long as the pool lives: a worker dies with the thread that started it (PR_SET_PDEATHSIG).
+        self._errands: SimpleQueue[tuple[Callable[[Errand], list[Outcome]], Errand] | None] = SimpleQueue()
+        threading.Thread(target=_run_errands, args=(self._errands,), daemon=True, name="reward-workers").start()
+        self._last: Errand | None = None
+        self.close = weakref.finalize(
+            self, _kill_all, self._workers, self._errands, os.getpid()
+        )  # also runs at interpreter exit
         for worker in self._workers:
             worker.start()
         while starting := [worker for worker in self._workers if not worker.ready]:
@@ -122,25 +133,44 @@ class WorkerPool:
         Raises:
             FunctionBug: a call raised an exception. The remaining calls are given up.
         """
+        with self.begin() as errand:
+            errand.add(calls)
+            return errand.result()
+
+    def begin(self) -> Errand:
+        """Make calls that are still to come, while this thread does something else. The errand before is given up."""
+        if self._last is not None:
+            self._last.give_up()  # a signal's handler may have raised before a `with` could see to it
+        self._last = Errand()
+        self._errands.put((self._serve, self._last))
+        return self._last
+
+    def _serve(self, errand: Errand) -> list[Outcome]:
+        """Make the calls of an errand as they come in, until there are no more; the pool's own thread runs this."""
         outcomes: dict[int, Outcome] = {}
-        pending = deque(range(len(calls)))
+        pending: deque[int] = deque()
+        num_known = 0
         try:
-            while len(outcomes) < len(calls):
-                self._hand_out(calls, pending)
-                for worker in _wait([worker for worker in self._workers if worker.is_busy]):
+            while True:
+                state = errand.news()
+                pending.extend(range(num_known, len(errand.calls)))
+                num_known = len(errand.calls)
+                if state == "given up" or (state == "complete" and len(outcomes) == num_known):
+                    return [outcomes[i] for i in sorted(outcomes)]
+                self._hand_out(errand.calls, pending)
+                for worker in _wait([worker for worker in self._workers if worker.is_busy], errand.signal):
                     outcomes.update(worker.collect())
         finally:
             for worker in self._workers:
                 if worker.assigned:  # after a bug or an interruption; the next run starts it again
                     worker.kill()
                     worker.assigned.clear()
-        return [outcomes[i] for i in range(len(calls))]
 
     def _hand_out(self, calls: list[Call], pending: deque[int]) -> None:
         """Give each idle worker a chunk. What a dead one left undone is done first."""
         for worker in self._workers:
             pending.extendleft(reversed(worker.take_back_undone()))
-        chunk = max(1, min(MAX_CHUNK, len(calls) // (4 * len(self._workers))))
+        chunk = max(1, min(MAX_CHUNK, len(pending) // (4 * len(self._workers))))
         for worker in self._workers:
             if pending and not worker.is_alive:
                 worker.start()
@@ -149,6 +179,77 @@ class WorkerPool:
                 if not worker.send(calls, numbers):  # it died while idle: nobody's fault
                     pending.extendleft(reversed(numbers))
                     worker.start()
+
+
+class Errand:
+    """Calls on their way from the thread that has them to the pool's own, which makes them.
+
+    A context manager: calls that are not made yet when it is left are given up.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.outcomes: Future[list[Outcome]] = Future()  # the thread's to set
+        self.signal, self._bell = socket.socketpair()
+        self.signal.setblocking(False)
+        self._state: Literal["open", "complete", "given up"] = "open"
+
+    def add(self, calls: list[Call]) -> None:
+        """Have these made too.
+
+        Raises:
+            FunctionBug: an earlier call raised an exception.
+        """
+        if self.outcomes.done():  # before its time: only by an error
+            self.outcomes.result()
+        self.calls += calls
+        self._ring()
+
+    def result(self) -> list[Outcome]:
+        """Wait for all calls; their outcomes, in the order they were added.
+
+        Raises:
+            FunctionBug: a call raised an exception. The remaining calls are given up.
+        """
+        self._state = "complete"
+        self._ring()
+        return self.outcomes.result()
+
+    def news(self) -> Literal["open", "complete", "given up"]:
+        """Whether more calls may come; to be asked before looking at them, so that none is missed."""
+        with contextlib.suppress(BlockingIOError):
+            while self.signal.recv(4096):
+                pass
+        return self._state
+
+    def _ring(self) -> None:
+        self._bell.send(b"!")
+
+    def give_up(self) -> None:
+        """Wait until no call is being made any more; without effect after the last one."""
+        self._state = "given up"
+        if not self.outcomes.done():
+            self._ring()
+            wait_for_end([self.outcomes])
+        self.signal.close()
+        self._bell.close()
+
+    def __enter__(self) -> Errand:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.give_up()
+
+
+def _run_errands(errands: SimpleQueue[tuple[Callable[[Errand], list[Outcome]], Errand] | None]) -> None:
+    """What the pool's thread does, until there is a None."""
+    while (item := errands.get()) is not None:
+        serve, errand = item
+        try:
+            errand.outcomes.set_result(serve(errand))
+        except BaseException as error:
+            errand.outcomes.set_exception(error)
+        del item, serve, errand  # or the pool would live as long as this waits for the next
 
 
 class _Worker:
@@ -162,6 +263,7 @@ class _Worker:
         self.process: subprocess.Popen[bytes] | None = None
         self.assigned: deque[tuple[int, Call]] = deque()
         self.ready = False
+        self.started = 0.0  # when the running call did
         self.deadline = 0.0
 
     @property
@@ -244,8 +346,9 @@ class _Worker:
         number, _ = self.assigned.popleft()
         if kind == "bug":
             raise FunctionBug(number, value)
+        seconds = self._seconds()
         self._restart_clock()
-        return [(number, Outcome("value", value))]
+        return [(number, Outcome("value", value, seconds))]
 
     def _replace(self, kind: Literal["timeout", "crash"]) -> list[tuple[int, Outcome]]:
         """Blame the running call and start a new process."""
@@ -253,26 +356,33 @@ class _Worker:
         if not self.ready:
             raise RuntimeError(f"A reward worker ended in a {kind} while it loaded the reward functions.")
         number, _ = self.assigned.popleft()
+        seconds = self._seconds()
         self.start()
-        return [(number, Outcome(kind))]
+        return [(number, Outcome(kind, seconds=seconds))]
 
     def _restart_clock(self) -> None:
+        self.started = time.monotonic()
         if self.ready and self.assigned:
-            self.deadline = time.monotonic() + self.assigned[0][1].seconds
+            self.deadline = self.started + self.assigned[0][1].seconds
+
+    def _seconds(self) -> float:
+        """How long the call that has just ended took."""
+        return time.monotonic() - self.started
 
 
-def _wait(workers: list[_Worker]) -> list[_Worker]:
-    """Block until some of these have something to say or are over their time, and return those."""
-    now = time.monotonic()
-    patience = max(0.0, min(worker.deadline for worker in workers) - now)
-    ready = set(wait([worker.connection for worker in workers], patience))
+def _wait(workers: list[_Worker], *others: socket.socket) -> list[_Worker]:
+    """Block until some of these have something to say or are over their time, and return those; or until another has."""
+    deadline = min((worker.deadline for worker in workers), default=None)
+    patience = None if deadline is None else max(0.0, deadline - time.monotonic())
+    ready = set(wait([*others, *(worker.connection for worker in workers)], patience))
     now = time.monotonic()
     return [worker for worker in workers if worker.connection in ready or now >= worker.deadline]
 
 
-def _kill_all(workers: Iterable[_Worker], owner: int) -> None:
+def _kill_all(workers: Iterable[_Worker], errands: SimpleQueue[Any], owner: int) -> None:
     if os.getpid() != owner:  # a fork of the owner must not take its workers down
         return
+    errands.put(None)
     for worker in workers:
         worker.kill()
 

@@ -21,6 +21,7 @@ import numbers
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +31,7 @@ import cloudpickle
 import torch
 from torch import Tensor
 
-from grpo.reward_worker import Call, FunctionBug, Outcome, SourceFile, WorkerPool
+from grpo.reward_worker import Call, Errand, FunctionBug, Outcome, SourceFile, WorkerPool
 from grpo.types import Completion, Group, Scores
 
 _files: dict[str, SourceFile] = {}  # modules that resolve_function loaded from a path; workers load the same text
@@ -110,20 +111,19 @@ class Scorer:
         Raises:
             RewardError: a function raised an exception or returned something that is not a reward.
         """
-        num_completions = len(groups[0].completions) if groups else 0
-        verdicts = [[[math.nan] * num_completions for _ in groups] for _ in self.rewards]  # (F, P, G)
-        tasks = [task for p, group in enumerate(groups) for task in self._tasks(p, group)]
-        outcomes = self._run(tasks)
-        for task, outcome in zip(tasks, outcomes, strict=True):
-            if outcome.kind == "value":
-                verdicts[task.function][task.p][task.g : task.g + task.num_values] = task.verdicts(outcome.value)
-        values = torch.tensor(verdicts).reshape(len(self.rewards), len(groups), num_completions)
-        return Scores(
-            rewards=weighted_sum(values, torch.tensor([reward.weight for reward in self.rewards])),
-            values={reward.name: values[f] for f, reward in enumerate(self.rewards)},
-            num_timeouts=sum(outcome.kind == "timeout" for outcome in outcomes),
-            num_crashes=sum(outcome.kind == "crash" for outcome in outcomes),
-        )
+        with self.begin(len(groups)) as scoring:
+            for p, group in enumerate(groups):
+                scoring.add(p, group)
+            return scoring.result()
+
+    def begin(self, num_groups: int) -> Scoring:
+        """Score groups that are still to come, each as soon as it is there; one call at a time.
+
+        with scorer.begin(len(prompts)) as scoring:
+            generator.sample(prompts, ..., on_group=scoring.add)
+            scores = scoring.result()
+        """
+        return Scoring(self, self._pool.begin(), num_groups)
 
     def check_rows(self, rows: list[dict[str, Any]]) -> list[str | None]:
         """Why a data row cannot be graded, or None if it can: what the functions' `check_row` attributes say of it.
@@ -138,7 +138,9 @@ class Scorer:
             for row in rows
             for c, checker in enumerate(self._checkers)
         ]
-        reasons = [task.reason(outcome) for task, outcome in zip(tasks, self._run(tasks), strict=True)]
+        with _shown_with_its_sample(tasks):
+            outcomes = self._pool.run([task.call for task in tasks])
+        reasons = [task.reason(outcome) for task, outcome in zip(tasks, outcomes, strict=True)]
         num = len(self._checkers)
         return [next((r for r in reasons[i * num : (i + 1) * num] if r is not None), None) for i in range(len(rows))]
 
@@ -152,7 +154,7 @@ class Scorer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _tasks(self, p: int, group: Group) -> Iterator[_Task]:
+    def tasks(self, p: int, group: Group) -> Iterator[_Task]:
         """The calls for group number p, in all functions."""
         singles = [self._single(group, completion) for completion in group.completions]
         listed = self._listed(group)
@@ -193,11 +195,66 @@ class Scorer:
             "completion_ids": [completion.token_ids for completion in group.completions],
         }
 
-    def _run(self, tasks: list[_Task]) -> list[Outcome]:
-        try:
-            return self._pool.run([Call(task.function, task.arguments, task.seconds) for task in tasks])
-        except FunctionBug as bug:
-            raise tasks[bug.call].error("raised an exception", bug.worker_traceback) from None
+
+class Scoring:
+    """Scores groups while others are still being sampled.
+
+    A context manager: what is not scored yet when it is left, as after an error, is given up.
+    """
+
+    def __init__(self, scorer: Scorer, errand: Errand, num_groups: int) -> None:
+        self._scorer = scorer
+        self._errand = errand
+        self._tasks: list[_Task] = []
+        self._sizes: list[int | None] = [None] * num_groups  # completions of each group; None: still to come
+
+    def add(self, p: int, group: Group) -> None:
+        """Hand group number p to the workers, and return at once.
+
+        Raises:
+            RewardError: a function raised an exception on a group that was added before.
+        """
+        assert self._sizes[p] is None, f"group {p} came twice"
+        self._sizes[p] = len(group.completions)
+        tasks = list(self._scorer.tasks(p, group))
+        self._tasks += tasks
+        with _shown_with_its_sample(self._tasks):
+            self._errand.add([task.call for task in tasks])
+
+    def result(self) -> Scores:
+        """Wait for what is not scored yet; see `Scorer.score`."""
+        assert None not in self._sizes, "a group never came"
+        with _shown_with_its_sample(self._tasks):
+            outcomes = self._errand.result()
+        rewards = self._scorer.rewards
+        shape = (len(rewards), len(self._sizes), next(iter(self._sizes), 0) or 0)  # (F, P, G)
+        values = torch.full(shape, math.nan)
+        for task, outcome in zip(self._tasks, outcomes, strict=True):
+            if outcome.kind == "value":
+                verdicts = torch.tensor(task.verdicts(outcome.value))
+                values[task.function, task.p, task.g : task.g + task.num_values] = verdicts
+        return Scores(
+            rewards=weighted_sum(values, torch.tensor([reward.weight for reward in rewards])),
+            values={reward.name: values[f] for f, reward in enumerate(rewards)},
+            num_timeouts=sum(outcome.kind == "timeout" for outcome in outcomes),
+            num_crashes=sum(outcome.kind == "crash" for outcome in outcomes),
+            seconds=sum(outcome.seconds for outcome in outcomes),
+        )
+
+    def __enter__(self) -> Scoring:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._errand.__exit__(*exception)
+
+
+@contextmanager
+def _shown_with_its_sample(tasks: list[_Task]) -> Iterator[None]:
+    """A bug in a function is shown with what it was called with."""
+    try:
+        yield
+    except FunctionBug as bug:
+        raise tasks[bug.call].error("raised an exception", bug.worker_traceback) from None
 
 
 def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
@@ -366,6 +423,10 @@ class _Task:
     p: int = 0  # the group
     g: int = 0  # its first completion
     num_values: int = 1  # how many completions from there
+
+    @property
+    def call(self) -> Call:
+        return Call(self.function, self.arguments, self.seconds)
 
     def verdicts(self, value: Any) -> list[float]:
         """The returned value or values as floats, NaN for None."""

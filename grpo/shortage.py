@@ -11,7 +11,10 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    ours = type(error).__module__.startswith(("grpo", "rewards"))  # which may quote a completion with these words
+    return not ours and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def free() -> None:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo import checkpoint, distributed, post_mortem, rundir, tripwire
+from grpo import checkpoint, distributed, post_mortem, preflight, rundir, tripwire
 from grpo.advantage import group_advantages
 from grpo.batch import join, micro_batch, minibatch_bounds, pack, plan_passes, spare, split, take
 from grpo.checkpoint import CheckpointError, Checkpoints, RunState, numbers_of
@@ -39,6 +39,7 @@ from grpo.under_way import StepUnderWay
 from grpo.watchdog import Alarm, RollBacks, Watchdog, WatchdogError, unless_finite
 
 Rows = Iterable[Mapping[str, Any]]
+T = TypeVar("T")
 
 
 class Interrupted(Exception):
@@ -94,6 +95,7 @@ class Trainer:
             timeout_seconds=config.scoring.timeout_seconds,
             memory_gib=config.scoring.memory_gib,
         )
+        self.audits: list[preflight.Audit] = []
         prompts = self._gradable_prompts(rows, tokenizer, "training questions")
         wanted = eval_rows[: config.evaluation.num_questions]
         self.eval_prompts = self._gradable_prompts(wanted, tokenizer, "held-out questions") if wanted else []
@@ -137,6 +139,8 @@ class Trainer:
         """
         with self.stopping:
             try:
+                if self.state == RunState() and self.under_way.rollout is None:  # not on resume
+                    preflight.before_training(self)
                 self._evaluate_if_due()
                 while not self._is_last():
                     self.train_step()
@@ -181,7 +185,7 @@ class Trainer:
         """Sample and score a rollout, and make ready the passes of its updates."""
         prompts = self.prompts.next_batch()
         with self._clock("step"):
-            sampled = self.stopping.abortable(lambda: self._sample(prompts))
+            sampled = self.stopping.abortable(lambda: self.making_do(lambda: self._sample(prompts)))
             self._agree_to_go_on()
             assert sampled is not None, "only a request to stop breaks off the sampling"
             groups, scores = sampled
@@ -199,15 +203,30 @@ class Trainer:
         return Evidence(groups, scores, advantages)
 
     def _sample(self, prompts: list[Prompt]) -> tuple[list[Group], Scores]:
-        with self._clock("rollout"):
-            groups = self.generator.sample(
-                prompts,
-                self.config.sampling,
-                num_completions=self.config.rollout.group_size,
-                seed=self._seed("rollout"),
-            )
-        with self._clock("scoring"):
-            return groups, self.scorer.score(groups)
+        """Groups are scored while others are still being sampled."""
+        with self.scorer.begin(len(prompts)) as scoring:
+            with self._clock("rollout"):
+                groups = self.generator.sample(
+                    prompts,
+                    self.config.sampling,
+                    num_completions=self.config.rollout.group_size,
+                    seed=self._seed("rollout"),
+                    on_group=scoring.add,
+                )
+            with self._clock("scoring"):
+                return groups, scoring.result()
+
+    def making_do(self, sample: Callable[[], T]) -> T:
+        """What `sample` returns; out of memory, it is called again with half as many completions at once, and again."""
+        while True:
+            try:
+                return sample()
+            except RuntimeError as error:
+                if not (self.makes_do and is_out_of_memory(error)) or (changed := self.generator.halve()) is None:
+                    raise
+                shortage = str(error).splitlines()[0]
+            free()
+            print(f"out of memory while sampling, process {self.processes.rank}: {shortage}\n{changed}", flush=True)
 
     def _agree_to_go_on(self) -> None:
         """After work that each process did for itself, which a request to stop may have broken off."""
@@ -410,17 +429,18 @@ class Trainer:
         due = step == 0 or self._is_last() or _due(step, self.config.evaluation.every_steps)
         if not self.eval_prompts or not due or self.processes.on_main(lambda: bool(self.log.evaluation(step))):
             return
-        mine = self.stopping.abortable(
-            lambda: answer(
-                self.eval_prompts[self.processes.rank :: self.processes.world_size],
-                generator=self.generator,
-                scorer=self.scorer,
-                sampling=self.config.eval_sampling,
-                seed=self._seed("evaluation"),
-            )
-        )
+        mine = self.stopping.abortable(lambda: self.making_do(self._answer_held_out))
         self._agree_to_go_on()
         self.log.log_evaluation(step, in_order(self.processes.gather(mine), self.eval_prompts))
+
+    def _answer_held_out(self) -> list[dict[str, Any]]:
+        return answer(
+            self.eval_prompts[self.processes.rank :: self.processes.world_size],
+            generator=self.generator,
+            scorer=self.scorer,
+            sampling=self.config.eval_sampling,
+            seed=self._seed("evaluation"),
+        )
 
     def _is_last(self) -> bool:
         return self.state.step == self.config.run.steps
@@ -545,6 +565,7 @@ class Trainer:
                 f"that can be graded; the first: {reasons[0]}. Correct data.answer_column or data.answer_regex."
             )
         prompts, dropped = build_prompts(gradable, tokenizer, self.config.data)
+        self.audits.append(preflight.audit(what, rows, reasons, num_prompts=len(prompts)))
         if len(gradable) < len(rows):
             dropped[f"answer cannot be graded, e.g. {next(filter(None, reasons))}"] += len(rows) - len(gradable)
         self.say(f"{len(prompts):,} {what}" + "".join(f"; {n:,} dropped: {why}" for why, n in dropped.items()))

@@ -9,6 +9,7 @@ Shapes use one legend everywhere:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, Literal
 
@@ -76,10 +77,8 @@ class Group:
     completions: list[Completion]
 
 
-def grouped(prompts: list[Prompt], completions: list[Completion]) -> list[Group]:
-    """Groups of completions that come in the order of their prompts, equally many of each."""
-    each = len(completions) // max(len(prompts), 1)
-    return [Group(prompt, completions[i * each : (i + 1) * each]) for i, prompt in enumerate(prompts)]
+OnGroup = Callable[[int, Group], None]
+"""Called with the place of a prompt and its group, when all completions of the group have ended."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,7 @@ class Scores:
     values: dict[str, Tensor]  # function name -> (P, G), unweighted
     num_timeouts: int  # calls that were killed for exceeding the time limit
     num_crashes: int  # calls whose worker process died or ran out of memory
+    seconds: float = 0.0  # that the calls took in the worker processes, added up
 
 
 @dataclass

@@ -27,6 +27,7 @@ def main() -> None:
     with errors_for_users():
         config = Config.load(arguments.config, arguments.set)
         from grpo import Trainer, distributed
+        from grpo.preflight import PreflightRefused
 
         if arguments.dry_run:
             from grpo.check import memory
@@ -42,6 +43,8 @@ def main() -> None:
             distributed.leave_environment()
             os.execv(sys.executable, [sys.executable, *sys.argv, "--set", *stopped.settings])
         raise
+    except PreflightRefused:  # on all processes; what is wrong has been printed
+        raise SystemExit(1) from None
     finally:
         distributed.stop()
 

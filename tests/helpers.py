@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from grpo import Trainer, distributed
 from grpo.config import Config
-from grpo.types import Completion, Group, MicroBatch, Prompt, Sampling, Scores
+from grpo.rollout.grouping import all_at_once
+from grpo.types import Completion, Group, MicroBatch, OnGroup, Prompt, Sampling, Scores
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "quickstart"
@@ -36,6 +37,7 @@ def tiny_settings(run_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         "memory": {"micro_batch_tokens": 256, "activation_checkpointing": 0},
         "distributed": {"zero_stage": 0},
         "scoring": {"num_workers": 1},
+        "preflight": {"num_questions": 0},
         "run": {"dir": str(run_dir), "steps": 2},
     }
     for section, values in sections.items():
@@ -86,8 +88,17 @@ class FixedGenerator:
     def __init__(self, longest: int = 20) -> None:
         self.longest = longest
 
-    def sample(self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int) -> list[Group]:
-        return [Group(p, [self._completion(p, i) for i in range(num_completions)]) for p in prompts]
+    def sample(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        num_completions: int,
+        seed: int,
+        on_group: OnGroup | None = None,
+    ) -> list[Group]:
+        groups = [Group(p, [self._completion(p, i) for i in range(num_completions)]) for p in prompts]
+        return all_at_once(groups, on_group)
 
     def _completion(self, prompt: Prompt, number: int) -> Completion:
         rng = random.Random(f"{prompt.row} {number}")
@@ -134,7 +145,15 @@ def launch_script(*overrides: str, launcher: tuple[str, ...] = ()) -> subprocess
     """One step of the quickstart as a user starts it, with settings and with options for accelerate."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "scripts/train_zero.py"]
     return subprocess.run(
-        [*command, "--config", "configs/quickstart.yaml", "--set", "run.steps=1", *overrides],
+        [
+            *command,
+            "--config",
+            "configs/quickstart.yaml",
+            "--set",
+            "run.steps=1",
+            "preflight.num_questions=0",
+            *overrides,
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -32,7 +32,12 @@ def test_every_setting_is_read_in_some_run(tmp_path: Path, monkeypatch: pytest.M
 
     hub = [{"question": f"What is {i}+1?", "answer": str(i + 1)} for i in range(8)]
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: hub)
-    everything = {"evaluation": {"num_questions": 2}, "logging": {"wandb": "offline"}, "run": {"steps": 2}}
+    everything = {
+        "preflight": {"num_questions": 2, "on_failure": "warn"},
+        "evaluation": {"num_questions": 2},
+        "logging": {"wandb": "offline"},
+        "run": {"steps": 2},
+    }
     everything["checkpoint"] = {"every_steps": 1, "keep": 1}
     configs = [
         tiny_config(tmp_path / "a", **everything, data={"name": "some/set"}, algorithm={"kl_coef": 0.1}),
@@ -134,6 +139,10 @@ def test_a_missing_setting_is_named(tmp_path: Path):
         ({"lora": {"alpha": 16}}, ["lora.alpha is 16.0", "no effect", "Set lora.rank"]),
         ({"lora": {"target_modules": ["q_proj"]}}, ["lora.target_modules is ['q_proj']", "no effect"]),
         ({"lora": {"rank": 4, "target_modules": []}}, ["lora.target_modules is []", "nothing would be trained"]),
+        (
+            {"preflight": {"on_failure": "warn"}},
+            ["preflight.on_failure is 'warn'", "no effect", "preflight.num_questions"],
+        ),
         ({"rewards": [{"function": "format", "weight": 0}]}, ["rewards is ['format']", "weight other than 0"]),
     ],
     ids=lambda value: (

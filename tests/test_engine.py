@@ -368,6 +368,65 @@ def test_every_end_token_and_limit_ends_a_completion(policy: Policy, monkeypatch
     assert set(ends) <= last
 
 
+@pytest.mark.parametrize("max_sequences", [3, 16])
+def test_each_group_is_handed_on_once_as_soon_as_its_last_completion_has_ended(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, max_sequences: int
+):
+    monkeypatch.setattr(policy, "end_token_ids", [])
+    limits = [90, 2, 50, 40]
+    prompts = [replace(prompt, max_tokens=limit) for prompt, limit in zip(some_prompts(4), limits, strict=True)]
+    engine = native(policy, max_sequences=max_sequences)
+    decode, num_chunks = Decoder.decode, 0
+
+    def counted(decoder: Decoder, rows: Any) -> Any:
+        nonlocal num_chunks
+        num_chunks += 1
+        return decode(decoder, rows)
+
+    monkeypatch.setattr(Decoder, "decode", counted)
+    handed_on: list[tuple[int, Group, int]] = []
+    groups = engine.sample(
+        prompts, Sampling(100), num_completions=2, seed=0, on_group=lambda p, g: handed_on.append((p, g, num_chunks))
+    )
+    order = [p for p, _, _ in handed_on]
+    assert sorted(order) == [0, 1, 2, 3]
+    assert order == {3: [1, 0, 2, 3], 16: [1, 3, 2, 0]}[max_sequences]  # with 16 slots in the order of their limits
+    assert all(groups[p] == group for p, group, _ in handed_on)
+    assert handed_on[0][2] < num_chunks / 2  # long before the others have ended
+
+
+def test_what_a_listener_raises_ends_the_sampling_and_the_engine_goes_on_working(policy: Policy):
+    def listener(p: int, group: Group) -> None:
+        raise ZeroDivisionError
+
+    prompts, engine = some_prompts(4), native(policy)
+    expected = tokens_of(engine.sample(prompts, GREEDY, num_completions=2, seed=0))
+    with pytest.raises(ZeroDivisionError):
+        engine.sample(prompts, GREEDY, num_completions=2, seed=0, on_group=listener)
+    assert tokens_of(engine.sample(prompts, GREEDY, num_completions=2, seed=0)) == expected
+
+
+def test_generate_hands_groups_on_after_each_batch(policy: Policy, monkeypatch: pytest.MonkeyPatch):
+    generator, num_batches, handed_on = HFGenerator(policy, max_sequences=3), 0, []
+    generate = generator._generate
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal num_batches
+        num_batches += 1
+        return generate(*arguments)
+
+    monkeypatch.setattr(generator, "_generate", counted)
+    groups = generator.sample(
+        some_prompts(4),
+        GREEDY,
+        num_completions=2,
+        seed=0,
+        on_group=lambda p, group: handed_on.append((p, group, num_batches)),
+    )
+    # eight completions, three at a time: the second group ends in the second batch, the last two in the third
+    assert handed_on == [(0, groups[0], 1), (1, groups[1], 2), (2, groups[2], 2), (3, groups[3], 3)]
+
+
 def test_stop_texts_end_completions_where_generate_ends_them(policy: Policy):
     from grpo.prompts import build_prompts, load_rows
 

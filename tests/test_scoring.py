@@ -415,6 +415,106 @@ def test_what_is_not_a_reward_is_a_bug(function: Callable[..., Any], message: st
         score_one(function, ["a", "b"])
 
 
+# ---- while others are sampled ----------------------------------------------------------------------------------------
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} never came"
+        time.sleep(0.01)
+
+
+def leave_a_mark(completion: str) -> float:
+    Path(completion).touch()
+    return 1.0
+
+
+def test_a_group_is_scored_while_later_ones_are_still_to_come(tmp_path: Path) -> None:
+    marks = [tmp_path / name for name in "abc"]
+    with make_scorer(leave_a_mark) as scorer, scorer.begin(3) as scoring:
+        for p in (2, 0, 1):
+            scoring.add(p, make_group([str(marks[p])]))
+            wait_for(marks[p])  # the workers are served while this thread does nothing for them
+        assert_equal(scoring.result().rewards, [[1], [1], [1]])
+
+
+def test_groups_that_come_in_any_order_have_the_scores_of_groups_that_come_together() -> None:
+    def lengths(completions: list[str]) -> list[float | None]:
+        return [None if len(each) == 2 else float(len(each)) for each in completions]
+
+    texts = [["a", "loop", "ccc"], ["exit", "a", "bb"], ["aa", "aa", "aa"], ["a", "bb", "ccc"], ["dddd", "", "f"]]
+    groups = [make_group(each, row=row) for row, each in enumerate(texts)]
+    rewards = (Reward(naughty), Reward(lengths, weight=0.5), Reward(accuracy))
+    with make_scorer(*rewards, num_workers=2, timeout_seconds=0.7) as scorer:
+        together = scorer.score(groups)
+        with scorer.begin(len(groups)) as scoring:
+            for p in (3, 0, 4, 1, 2):
+                scoring.add(p, groups[p])
+            apart = scoring.result()
+    assert (together.num_timeouts, together.num_crashes) == (apart.num_timeouts, apart.num_crashes) == (1, 1)
+    assert_equal(apart.rewards, together.rewards.tolist())
+    for name, values in together.values.items():
+        assert_equal(apart.values[name], values.tolist())
+    # group 3 by hand, where nothing goes wrong: 1 + 0.5, unknown, 3 + 1.5
+    assert_equal(apart.rewards[3:4], [[1.5, nan, 4.5]])
+
+
+def test_a_bug_surfaces_with_the_next_group_and_not_only_at_the_end() -> None:
+    def buggy(completion: str) -> float:
+        return 1 / len(completion)
+
+    with make_scorer(buggy) as scorer:
+        with scorer.begin(1000) as scoring, pytest.raises(RewardError, match="ZeroDivisionError"):  # noqa: PT012
+            scoring.add(0, make_group(["a"]))
+            scoring.add(1, make_group([""]))
+            for p in range(2, 1000):
+                time.sleep(0.01)
+                scoring.add(p, make_group(["a"]))
+        assert_equal(scorer.score([make_group(["aa"])]).rewards, [[0.5]])
+
+
+def test_an_error_while_sampling_gives_up_the_calls_at_once_and_leaves_the_workers_usable() -> None:
+    with make_scorer(naughty, timeout_seconds=60) as scorer:
+        started = time.perf_counter()
+        with pytest.raises(ZeroDivisionError), scorer.begin(2) as scoring:  # noqa: PT012
+            scoring.add(0, make_group(["loop"]))
+            time.sleep(0.3)
+            raise ZeroDivisionError
+        assert_equal(scorer.score([make_group(["a", "bb"])]).rewards, [[1, 2]])
+        assert time.perf_counter() - started < 10
+
+
+def test_an_errand_that_was_never_left_holds_up_neither_the_next_nor_the_end_of_the_program(tmp_path: Path) -> None:
+    """A signal's handler may raise in between `begin` and `with`."""
+    with make_scorer(naughty, timeout_seconds=60) as scorer:
+        scorer.begin(1).add(0, make_group(["loop"]))
+        assert_equal(scorer.score([make_group(["a"])]).rewards, [[1]])
+    script, _ = start_script(tmp_path / "train.py", "scorer.begin(1).add(0, group('hang')); raise SystemExit(3)")
+    assert script.wait(timeout=20) == 3
+
+
+def test_a_replaced_worker_outlives_the_call_that_it_was_replaced_in() -> None:
+    """It would not, if the thread that started it ended: Linux then sends it the signal of its parent's death."""
+    with make_scorer(naughty, pid_of) as scorer:
+        assert scorer.score([make_group(["exit", "a"])]).num_crashes == 1
+        pids = []
+        for _ in range(2):
+            pids.append(scorer.score([make_group(["a"])]).values["pid_of"].item())
+            time.sleep(0.2)
+    assert pids[0] == pids[1]
+
+
+def test_the_time_in_the_workers_is_measured() -> None:
+    def nap(completion: str) -> float:
+        time.sleep(0.2)
+        return 1.0
+
+    with make_scorer(nap, num_workers=2, timeout_seconds=0.5) as scorer:
+        scorer.score([make_group(["a"])])  # the pipes are warm from here on
+        assert 0.8 <= scorer.score([make_group(["a"] * 4)]).seconds < 1.2  # of both workers
+
+
 # ---- checking the data -----------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,9 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from grpo.console import ConsoleSink
 from grpo.distributed import Processes
 from grpo.rundir import claim
 from grpo.sinks import append_jsonl, read_jsonl, rewind_jsonl
+from grpo.types import Group, OnGroup, Prompt
 
 CLOCKS = ("time/", "throughput/", "memory/")
 
@@ -480,6 +483,39 @@ def test_the_console_shows_slots_only_of_an_engine_that_has_them(
     assert (shown.get("slots"), shown.get("KV_GiB")) == ((None, None) if slots is None else ("256", "2.850"))
 
 
+class PatientGenerator(FixedGenerator):
+    """Samples a group only when the one before has been scored."""
+
+    def sample(self, prompts: list[Prompt], *arguments: Any, on_group: OnGroup, **options: Any) -> list[Group]:
+        groups = super().sample(prompts, *arguments, **options)
+        for p, group in enumerate(groups):
+            on_group(p, group)
+            deadline = time.monotonic() + 30
+            while not Path(f"scored {group.completions[-1].text}").exists():
+                assert time.monotonic() < deadline, "nothing is scored while the generator samples"
+                time.sleep(0.01)
+        return groups
+
+
+def test_a_step_and_an_evaluation_score_groups_while_they_sample_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def marked(completion: str) -> float:
+        Path(f"scored {completion}").touch()
+        return float(completion)
+
+    monkeypatch.chdir(tmp_path)
+    evaluation = {"data": {"eval_name": str(TINY / "test.jsonl")}, "evaluation": {"num_questions": 3}}
+    config = tiny_config(tmp_path / "run", **evaluation, algorithm={"kl_coef": 0.0, "max_sampling_gap": 100})
+    trainer = Trainer(config, rewards=[marked])
+    trainer.generator = PatientGenerator()
+    metrics = trainer.train_step()
+    trainer._evaluate_if_due()
+    trainer.close()
+    rows = read_jsonl(tmp_path / "run/completions.jsonl")
+    assert metrics["reward/mean"] == pytest.approx(sum(float(row["completion"]) for row in rows) / len(rows))
+
+
 PEAKS: dict[str, float] = {"rollout": 7.0, "scoring": 1.0, "logprobs": 2.0, "update": 3.0}
 
 
@@ -503,3 +539,43 @@ def test_without_a_gpu_there_is_no_peak(tmp_path: Path):
     metrics = trainer.train_step()
     trainer.close()
     assert torch.cuda.is_available() == any(name.startswith("memory/") for name in metrics)
+
+
+def test_out_of_memory_while_sampling_goes_on_with_half_as_many_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for engine in ("hf", "native"):
+        trainer = Trainer(tiny_config(tmp_path / engine, rollout={"engine": engine}, memory={"max_sequences": 16}))
+        short_above(trainer, 4)
+        rewards = trainer.train_step()
+        trainer.close()
+        assert trainer.generator.max_sequences == 4
+        said = re.findall(
+            r"out of memory while sampling, process 0: CUDA out of memory.*\n(.*)", capsys.readouterr().out
+        )
+        assert [re.findall(r"going on with (\d+) completions at once", line) for line in said] == [["8"], ["4"]]
+        assert rewards["completion/length_mean"] > 0
+        assert len(read_jsonl(tmp_path / engine / "completions.jsonl")) == 16  # each once, whatever was tried before
+
+
+def short_above(trainer: Trainer, enough: int) -> None:
+    """As if memory were enough for so many completions at once: more fail once the first of them have ended."""
+    own = trainer.generator.sample
+
+    def sample(*arguments, on_group, **options):
+        def fails(p: int, group) -> None:
+            on_group(p, group)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+        short = trainer.generator.max_sequences > enough
+        return own(*arguments, **options, on_group=fails if short else on_group)
+
+    trainer.generator.sample = sample
+
+
+def test_out_of_memory_with_one_completion_at_a_time_is_an_error(tmp_path: Path):
+    trainer = Trainer(tiny_config(tmp_path / "run", memory={"max_sequences": 2}))
+    short_above(trainer, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train_step()
+    trainer.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +22,7 @@ from grpo.policy import Policy, load_tokenizer
 from grpo.prompts import build_prompts, load_rows
 from grpo.rollout import make_generator
 from grpo.rollout.hf import HFGenerator
-from grpo.rollout.vllm import VLLMGenerator, check_available
+from grpo.rollout.vllm import Request, Sampled, VLLMGenerator, check_available
 from grpo.rollout.vllm_server import ServerError
 from grpo.trainer import Trainer
 from grpo.types import Completion, Group, Prompt, Sampling
@@ -118,6 +119,41 @@ def gap(policy: Policy, groups: list[Group], temperature: float = 1.0) -> float:
 ROUNDING = 1e-4  # float32 with cached keys against one pass
 
 
+def test_each_group_is_handed_on_once(generator: VLLMGenerator, prompts: list[Prompt]):
+    handed_on: dict[int, Group] = {}
+    groups = generator.sample(
+        prompts,
+        Sampling(max_tokens=8),
+        num_completions=3,
+        seed=3,
+        on_group=lambda p, group: handed_on.update({p: group}),
+    )
+    assert [handed_on[p] for p in range(len(prompts))] == groups
+
+
+def test_a_served_group_is_handed_on_while_others_are_still_asked_for(
+    served: VLLMGenerator, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+):
+    first = threading.Event()
+    complete = served.engine._complete
+
+    def patient(request: Request) -> Sampled:
+        assert request.token_ids == prompts[0].token_ids or first.wait(20), "the first group never came"
+        return complete(request)
+
+    monkeypatch.setattr(served.engine, "_complete", patient)
+    order = []
+    served.sample(
+        prompts[:3],
+        Sampling(max_tokens=8),
+        num_completions=2,
+        seed=3,
+        on_group=lambda p, group: (order.append(p), first.set()),
+    )
+    assert order[0] == 0
+    assert sorted(order) == [0, 1, 2]
+
+
 # Log-probabilities.
 
 
@@ -211,6 +247,12 @@ def test_without_an_end_token_nothing_ends_a_completion_before_its_limit(
     assert {len(each.token_ids) for group in groups for each in group.completions} == {24}
 
 
+def answers(generator: VLLMGenerator, requests: list[Request]) -> list[Sampled]:
+    found: dict[int, Sampled] = {}
+    generator.engine.generate(requests, found.__setitem__)
+    return [found[place] for place in range(len(requests))]
+
+
 def test_vllm_itself_stops_where_completions_end(generator: VLLMGenerator, prompts: list[Prompt]):
     """Ending would cut what ran on; but tokens behind the end would cost time and could hit the limit."""
     wanted = [replace(prompt, max_tokens=12) for prompt in prompts for _ in range(3)]
@@ -219,7 +261,7 @@ def test_vllm_itself_stops_where_completions_end(generator: VLLMGenerator, promp
         for place, prompt in enumerate(wanted)
     ]
     ends = set()
-    for sampled in generator.engine.generate(requests):
+    for sampled in answers(generator, requests):
         end = generator.ending.find(sampled.token_ids, ("=",))
         assert (len(sampled.token_ids), sampled.finish_reason) == end
         assert len(sampled.token_ids) <= 12
@@ -230,7 +272,7 @@ def test_vllm_itself_stops_where_completions_end(generator: VLLMGenerator, promp
         request = generator._request(wanted[-1], Sampling(max_tokens=40), seed=str(len(wanted) - 1))
     finally:
         generator.ending.end_token_ids.pop()
-    (again,) = generator.engine.generate([request])
+    (again,) = answers(generator, [request])
     assert (again.token_ids, again.finish_reason) == (sampled.token_ids[:1], "stop")
 
 
@@ -264,10 +306,12 @@ def test_a_completion_that_ended_for_no_known_reason_stops_the_run(
     monkeypatch.setattr(
         generator.engine,
         "generate",
-        lambda requests: [
-            each._replace(token_ids=[20, 30], logprobs=[-1.0, -1.0], finish_reason="abort")
-            for each in generate(requests)
-        ],
+        lambda requests, on_answer: generate(
+            requests,
+            lambda place, each: on_answer(
+                place, each._replace(token_ids=[20, 30], logprobs=[-1.0, -1.0], finish_reason="abort")
+            ),
+        ),
     )
     with pytest.raises(RuntimeError, match="after 2 of 9 tokens, for the reason 'abort'"):
         generator.sample(prompts[:1], Sampling(max_tokens=9), num_completions=1, seed=0)

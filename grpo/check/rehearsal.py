@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from grpo.config import Config
-from grpo.scoring import Scorer
+from grpo.scoring import Scorer, Scoring
 from grpo.trainer import Trainer
 from grpo.types import Group, Scores
 
@@ -50,13 +50,28 @@ class RandomRewards(Scorer):
     def __init__(self) -> None:
         self.rewards = []
 
-    def score(self, groups: list[Group]) -> Scores:
+    def begin(self, num_groups: int) -> RandomScoring:
         """See Scorer."""
-        rewards = [
-            [random.Random(f"{group.prompt.row} {number}").random() for number in range(len(group.completions))]
-            for group in groups
-        ]
-        return Scores(torch.tensor(rewards), {}, num_timeouts=0, num_crashes=0)
+        return RandomScoring(num_groups)
 
     def close(self) -> None:
         """There are no workers."""
+
+
+class RandomScoring(Scoring):
+    """See Scoring; without workers there is nothing to wait for."""
+
+    def __init__(self, num_groups: int) -> None:
+        self.rewards: list[list[float]] = [[]] * num_groups
+
+    def add(self, p: int, group: Group) -> None:
+        """See Scoring."""
+        numbers = range(len(group.completions))
+        self.rewards[p] = [random.Random(f"{group.prompt.row} {number}").random() for number in numbers]
+
+    def result(self) -> Scores:
+        """See Scoring."""
+        return Scores(torch.tensor(self.rewards), {}, num_timeouts=0, num_crashes=0)
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing is under way."""

@@ -27,9 +27,10 @@ from grpo.check.rehearsal import rehearse
 from grpo.config import Config
 from grpo.console import errors_for_users
 from grpo.policy import Policy
+from grpo.rollout.grouping import all_at_once
 from grpo.shortage import is_out_of_memory
 from grpo.trainer import Trainer
-from grpo.types import Completion, Group, Prompt, Sampling
+from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 
 EPSILON = 1e4
 """AdamW divides a gradient g by |g| + epsilon in its first step. With the usual 1e-8 that is the sign of g, and the noise in
@@ -132,9 +133,17 @@ class Replay:
         self.completions = {row: [Completion(**each) for each in found] for row, found in _read(path).items()}
         self.policy = policy
 
-    def sample(self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int) -> list[Group]:
+    def sample(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        num_completions: int,
+        seed: int,
+        on_group: OnGroup | None = None,
+    ) -> list[Group]:
         """See Generator."""
-        return [Group(prompt, self.completions[str(prompt.row)]) for prompt in prompts]
+        return all_at_once([Group(prompt, self.completions[str(prompt.row)]) for prompt in prompts], on_group)
 
     def sync(self) -> None:
         """The policy is brought up to date by whoever reads it."""

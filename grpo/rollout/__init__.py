@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from grpo.types import Group, Prompt, Sampling
+from grpo.types import Group, OnGroup, Prompt, Sampling
 
 if TYPE_CHECKING:
     from grpo.config import Config
@@ -12,11 +12,20 @@ if TYPE_CHECKING:
 
 
 class Generator(Protocol):
-    def sample(self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int) -> list[Group]:
+    def sample(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        num_completions: int,
+        seed: int,
+        on_group: OnGroup | None = None,
+    ) -> list[Group]:
         """Sample `num_completions` continuations of each prompt.
 
         The result is a function of the weights and the arguments, up to rounding, which depends on the device and on how much
-        runs at once; see Completion for the log-probabilities.
+        runs at once; see Completion for the log-probabilities. `on_group` is called in this thread for each group as soon as it
+        is whole, in whatever order they end; what it raises ends the sampling.
         """
         ...
 

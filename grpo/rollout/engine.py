@@ -32,11 +32,12 @@ from grpo.policy import CHANGING_ROPE, FORWARD_TOLERANCE, Policy, rope_types
 from grpo.rollout.decoder import CHUNK, LENGTH, TOKEN, Chunk, Decoder
 from grpo.rollout.drawing import sequence_seeds
 from grpo.rollout.ending import Ending, token_limit
+from grpo.rollout.grouping import Grouping
 from grpo.rollout.layers import can_fuse
 from grpo.rollout.paged import PAGE, PagedCache, num_pages_for
 from grpo.rollout.slots import FEWEST_SEQUENCES, READ_AHEAD, Prefix, Sequence, Slots
 from grpo.shortage import is_out_of_memory
-from grpo.types import Completion, Group, Prompt, Sampling, grouped
+from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 
 READ_TOKENS = 16384
 """Most prompt tokens in one forward pass; a longer prompt is read alone. The update's micro-batches are larger."""
@@ -97,17 +98,26 @@ class NativeGenerator:
         return self._metrics
 
     @torch.no_grad()
-    def sample(self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int) -> list[Group]:
+    def sample(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        num_completions: int,
+        seed: int,
+        on_group: OnGroup | None = None,
+    ) -> list[Group]:
         """See Generator."""
         self._metrics = {}
         if not prompts:
             return []
         with self.policy.sampling_model("paged") as lm:
             decoder = self._decoder_for(lm, _longest(prompts, sampling))
-            call = Call(decoder, self.ending, prompts, sampling, num_completions=num_completions, seed=seed)
-            completions = call.run()
+            grouping = Grouping(prompts, num_completions=num_completions, on_group=on_group)
+            call = Call(decoder, self.ending, grouping, sampling, num_completions=num_completions, seed=seed)
+            call.run()
         self._metrics = call.metrics()
-        return grouped(prompts, completions)
+        return grouping.groups()
 
     def _decoder_for(self, lm: PreTrainedModel, longest: int) -> Decoder:
         """The decoder there is, or a new one if a sequence may be longer than the configuration says."""
@@ -134,25 +144,24 @@ def _longest(prompts: list[Prompt], sampling: Sampling) -> int:
 
 
 class Call:
-    """One call of `sample`, from prompts to completions."""
+    """One call of `sample`, from the prompts of a grouping to its completions."""
 
     def __init__(
         self,
         decoder: Decoder,
         ending: Ending,
-        prompts: list[Prompt],
+        grouping: Grouping,
         sampling: Sampling,
         *,
         num_completions: int,
         seed: int,
     ) -> None:
-        self.decoder, self.ending, self.sampling = decoder, ending, sampling
+        self.decoder, self.ending, self.grouping, self.sampling = decoder, ending, grouping, sampling
         decoder.begin(sampling)
-        seeds = iter(sequence_seeds(seed, len(prompts) * num_completions).tolist())
-        self.prompts = [prompt for prompt in prompts for _ in range(num_completions)]
+        seeds = sequence_seeds(seed, len(grouping.prompts)).tolist()
         sequences = [
-            Sequence(index, prompt.token_ids, token_limit(prompt, sampling), next(seeds))
-            for index, prompt in enumerate(self.prompts)
+            Sequence(index, prompt.token_ids, token_limit(prompt, sampling), own)
+            for index, (prompt, own) in enumerate(zip(grouping.prompts, seeds, strict=True))
         ]
         starts = range(0, len(sequences), num_completions)
         self.slots = Slots(
@@ -161,11 +170,10 @@ class Call:
             pages=range(1, decoder.cache.keys.shape[1]),
             pages_each=decoder.table.shape[1],
         )
-        self.completions: list[Completion | None] = [None] * len(sequences)
         self.num_places = 0
         self.timeline: list[tuple[float, int]] = []  # when each chunk was launched, and its sequences
 
-    def run(self) -> list[Completion]:
+    def run(self) -> None:
         """Launch a chunk of steps, and while it runs take in the results of the one before."""
         before: Chunk | None = None
         while self.slots:
@@ -173,9 +181,6 @@ class Call:
             if before is not None:
                 self._take_in(before)
             before = chunk
-        completions = [completion for completion in self.completions if completion is not None]
-        assert len(completions) == len(self.prompts), "a sequence was lost"
-        return completions
 
     def _launch(self, before: Chunk | None) -> Chunk | None:
         """The next steps of all that run and do not come to their limits in the chunk before; None if there are none."""
@@ -203,18 +208,18 @@ class Call:
         tokens, logprobs = chunk.tokens.T.tolist(), chunk.logprobs.T.tolist()
         finished = []
         for row, (sequence, length) in enumerate(zip(chunk.rows, chunk.lens.tolist(), strict=False)):
-            if self.completions[sequence.index] is not None:
+            if self.grouping.completions[sequence.index] is not None:
                 continue  # it ended in the chunk before
             count = length - sequence.num_cached
             sequence.tokens += tokens[row][:count]
             sequence.logprobs += logprobs[row][:count]
             if self._has_ended(sequence) or self._has_stop(sequence, count):
                 finished.append(sequence)
-                self.completions[sequence.index] = self._completion(sequence)
+                self.grouping.add(sequence.index, self._completion(sequence))
         self.slots.finish(finished)
 
     def _completion(self, sequence: Sequence) -> Completion:
-        prompt = self.prompts[sequence.index]
+        prompt = self.grouping.prompts[sequence.index]
         completion = self.ending.completion(prompt, self.sampling, sequence.tokens, sequence.logprobs)
         cut_off = completion.finish_reason == "length"
         assert not cut_off or len(completion.token_ids) == sequence.limit, "a completion was cut off below its limit"
@@ -231,7 +236,7 @@ class Call:
         return self.ending.has_stop(sequence.tokens[-(count + reach) :], self.sampling.stop)
 
     def metrics(self) -> dict[str, float]:
-        num_tokens = sum(len(completion.token_ids) for completion in self.completions if completion is not None)
+        num_tokens = sum(len(each.token_ids) for each in self.grouping.completions if each is not None)
         return {
             "rollout/slots": max(rows for _, rows in self.timeline),
             "rollout/kv_gib": self.decoder.cache.num_bytes / GIB,

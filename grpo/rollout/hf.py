@@ -16,7 +16,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from grpo.policy import Policy
 from grpo.rollout.ending import Ending, token_limit
-from grpo.types import Completion, Group, Prompt, Sampling, grouped
+from grpo.rollout.grouping import Grouping
+from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 
 
 class HFGenerator:
@@ -38,16 +39,26 @@ class HFGenerator:
         return f"going on with {self.max_sequences} completions at once; memory.max_sequences={self.max_sequences} starts so"
 
     @torch.no_grad()
-    def sample(self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int) -> list[Group]:
+    def sample(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        num_completions: int,
+        seed: int,
+        on_group: OnGroup | None = None,
+    ) -> list[Group]:
         """See Generator."""
-        wanted = [prompt for prompt in prompts for _ in range(num_completions)]
-        completions = []
+        grouping = Grouping(prompts, num_completions=num_completions, on_group=on_group)
+        wanted = grouping.prompts
         device = self.policy.processes.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []), self.policy.sampling_model() as lm:
             torch.manual_seed(seed)
             for start in range(0, len(wanted), self.max_sequences):
-                completions += self._generate(lm, wanted[start : start + self.max_sequences], sampling)
-        return grouped(prompts, completions)
+                batch = self._generate(lm, wanted[start : start + self.max_sequences], sampling)
+                for place, completion in enumerate(batch, start):
+                    grouping.add(place, completion)
+        return grouping.groups()
 
     def metrics(self) -> dict[str, float]:
         """See Generator; `generate` has no slots."""

@@ -7,11 +7,13 @@ request says and where a completion ends is decided here, so the modes cannot di
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from grpo.rollout.ending import Ending, token_limit
-from grpo.types import Completion, Group, Prompt, Sampling, grouped
+from grpo.rollout.grouping import Grouping
+from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 
 if TYPE_CHECKING:
     from grpo.config import Config
@@ -33,9 +35,13 @@ class Sampled(NamedTuple):
     finish_reason: str | None
 
 
+OnAnswer = Callable[[int, Sampled], None]
+"""Called with the place of a request and its answer."""
+
+
 class Engine(Protocol):
-    def generate(self, requests: list[Request]) -> list[Sampled]:
-        """The answers, in the order of the requests."""
+    def generate(self, requests: list[Request], on_answer: OnAnswer) -> None:
+        """Answer each request; `on_answer` is called in this thread, in whatever order the answers come in."""
         ...
 
     def take_weights(self) -> None:
@@ -60,13 +66,25 @@ class VLLMGenerator:
         """See Generator; its memory is vLLM's own to manage."""
         return None
 
-    def sample(self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int) -> list[Group]:
+    def sample(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        num_completions: int,
+        seed: int,
+        on_group: OnGroup | None = None,
+    ) -> list[Group]:
         """See Generator. A completion's seed is a function of `seed` and its place, whatever else is sampled beside it."""
-        wanted = [prompt for prompt in prompts for _ in range(num_completions)]
+        grouping = Grouping(prompts, num_completions=num_completions, on_group=on_group)
+        wanted = grouping.prompts
         requests = [self._request(prompt, sampling, seed=f"{seed} {place}") for place, prompt in enumerate(wanted)]
-        sampled = self.engine.generate(requests) if requests else []
-        completions = [self._completion(prompt, sampling, each) for prompt, each in zip(wanted, sampled, strict=True)]
-        return grouped(prompts, completions)
+        if requests:
+            self.engine.generate(
+                requests,
+                lambda place, sampled: grouping.add(place, self._completion(wanted[place], sampling, sampled)),
+            )
+        return grouping.groups()
 
     def metrics(self) -> dict[str, float]:
         """See Generator; vLLM's own metrics stay with vLLM."""

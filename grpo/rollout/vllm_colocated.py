@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grpo.rollout.vllm import Request, Sampled
+from grpo.rollout.vllm import OnAnswer, Request, Sampled
 
 if TYPE_CHECKING:
     from grpo.config import Config
@@ -48,14 +48,16 @@ class ColocatedEngine:
     def take_weights(self) -> None:
         """Nothing to do: the engine sleeps, and waking loads the policy's weights."""
 
-    def generate(self, requests: list[Request]) -> list[Sampled]:
+    def generate(self, requests: list[Request], on_answer: OnAnswer) -> None:
+        """See Engine. The answers come in all at once, because `LLM.generate` returns when it has the last."""
         with self._awake():
             outputs = self.llm.generate(
                 [{"prompt_token_ids": request.token_ids} for request in requests],
                 [self.parameters(**request.parameters) for request in requests],
                 use_tqdm=False,
             )
-        return [_sampled(output.outputs[0]) for output in outputs]
+        for place, output in enumerate(outputs):
+            on_answer(place, _sampled(output.outputs[0]))
 
     @contextmanager
     def _awake(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from http.client import HTTPException
 from itertools import count
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from grpo.policy import FORWARD_TOLERANCE, PLAIN_SENTENCES, Policy, resolve_dtype
-from grpo.rollout.vllm import Request, Sampled
+from grpo.rollout.vllm import OnAnswer, Request, Sampled
 
 if TYPE_CHECKING:
     from grpo.config import Config
@@ -77,10 +77,16 @@ class ServedEngine:
         self.seen: tuple[Tensor, Tensor] | None = None  # what policy and server said of the text when it last moved
         self.take_weights()
 
-    def generate(self, requests: list[Request]) -> list[Sampled]:
+    def generate(self, requests: list[Request], on_answer: OnAnswer) -> None:
+        """See Engine."""
         self._check_current()
         with ThreadPoolExecutor(min(len(requests), self.config.memory.max_sequences)) as pool:
-            return list(pool.map(self._complete, requests))
+            places = {pool.submit(self._complete, request): place for place, request in enumerate(requests)}
+            try:
+                for answer in as_completed(places):
+                    on_answer(places[answer], answer.result())
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # after an error: nobody wants the rest
 
     def _complete(self, request: Request) -> Sampled:
         body = {"model": self.model, "prompt": request.token_ids, "return_token_ids": True, **request.parameters}

@@ -1,0 +1,23 @@
+"""Started by test_preflight: each of some processes samples its share, and all come to the same result."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from helpers import FixedGenerator, number_in_text, tiny_config
+
+from grpo import Trainer, distributed, preflight
+from grpo.preflight import PreflightRefused
+
+trainer = Trainer(tiny_config(Path(sys.argv[1]), preflight={"num_questions": 5}), rewards=[number_in_text])
+trainer.generator = FixedGenerator()  # all of its completions are cut off
+try:
+    preflight.before_training(trainer)
+    refusal = ""
+except PreflightRefused as error:
+    refusal = str(error)
+refusals = trainer.processes.gather(refusal)
+assert "ends badly: 100%" in refusal, refusal
+assert set(refusals) == {refusal}, refusals
+distributed.stop()
