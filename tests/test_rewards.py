@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,7 +41,9 @@ def tag(content: str) -> str:
         ("0.5", "\\frac{1}{2}"),
         ("1/2", "\\frac12"),
         ("\\dfrac{1}{2}", "0.5"),
-        ("50%", "0.5"),
+        ("50%", "50"),
+        ("20", "20%"),
+        ("0.2", "20%"),
         ("1.45e-5", "0.0000145"),
         ("120", "120^\\circ"),
         ("1" + "0" * 40, "1" + "0" * 40),
@@ -82,7 +87,7 @@ def test_an_answer_equal_to_gold_is_right(content: str, answer: str) -> None:
         ("-18", "18"),
         ("0.333333", "1/3"),  # plain numbers are compared exactly
         ("1" + "0" * 40 + "1", "1" + "0" * 40 + "2"),  # equal as floats
-        ("20", "0.2"),  # 20% would be right
+        ("20%", "0.2"),  # it is 20: paid under both, it would be a hedge
         ("50", "1/2"),
         ("18 or 19", "18"),
         ("19 or 18", "18"),
@@ -116,7 +121,8 @@ def test_the_last_of_several_tags_or_boxes_counts() -> None:
     assert accuracy("<answer>1</answer> wait, <answer>2</answer>", "2") == 1.0
     assert accuracy("<answer>1</answer> wait, <answer>2</answer>", "1") == 0.0
     assert accuracy("<answer>2</answer> wait, <answer>1", "2") == 1.0  # cut off: the last complete pair
-    assert last_box("\\boxed{1} \\boxed{\\frac{1}{2}} \\boxed{unclosed") == "\\frac{1}{2}"
+    assert last_box("\\boxed{1}. Half: \\boxed{\\frac{1}{2}} \\boxed{unclosed") == "\\frac{1}{2}"
+    assert last_box("\\boxed{0} so \\boxed{1}, \\boxed{2} or \\boxed{3} \\boxed{3}") == "1, 2, 3"  # one list
     assert last_box("{\\boxed{\\boxed{5} \\{}}") == "5"
     assert last_box("no box, \\boxed 5") is None
 
@@ -252,6 +258,33 @@ def test_hostile_text_is_wrong_and_costs_little(bomb: str) -> None:
     assert format(bomb) == 0.0
     assert -1.0 <= repetition(bomb) <= 0.0
     assert time.process_time() - started < 3.0  # most take a few ms; a quadratic scan would take minutes
+
+
+CORPUS = [
+    json.loads(line) for line in (Path(__file__).parent / "data" / "hostile_completions.jsonl").read_text().splitlines()
+]
+
+
+def spelled_out(completion: str | list[list[Any]]) -> str:
+    """Long completions are stored as pieces and how often each comes."""
+    return completion if isinstance(completion, str) else "".join(piece * times for piece, times in completion)
+
+
+@pytest.mark.parametrize("why", sorted({entry["why"] for entry in CORPUS}))
+def test_every_hostile_completion_gets_its_verdict_in_time(why: str) -> None:
+    """Written by hand: `why` it is hostile (or right, oddly spelled), the gold `answer`, and the one right verdict."""
+    for entry in (entry for entry in CORPUS if entry["why"] == why):
+        started = time.process_time()
+        verdict = accuracy(spelled_out(entry["completion"]), entry["answer"], source=entry.get("source", "answer_tag"))
+        assert verdict == entry["verdict"], entry
+        assert time.process_time() - started < 2.0, entry  # the slowest takes 0.3 s
+
+
+def test_the_corpus_cannot_be_passed_by_refusing_or_paying_everything() -> None:
+    counts = {verdict: sum(entry["verdict"] == verdict for entry in CORPUS) for verdict in (0, 1, None)}
+    assert counts[0] > 800
+    assert counts[1] > 150
+    assert counts[None] > 50
 
 
 @pytest.mark.parametrize(
