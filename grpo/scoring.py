@@ -142,6 +142,10 @@ class Scorer:
         num = len(self._checkers)
         return [next((r for r in reasons[i * num : (i + 1) * num] if r is not None), None) for i in range(len(rows))]
 
+    def log_to(self, path: Path) -> None:
+        """Append what the functions print to this file; until then it is dropped."""
+        self._pool.output = path.resolve()
+
     def close(self) -> None:
         """Kill the workers."""
         self._pool.close()

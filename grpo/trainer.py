@@ -87,6 +87,7 @@ class Trainer:
             world_size=self.processes.world_size,
         )
         self.directory = Path(self.processes.on_main(lambda: str(rundir.claim(config.run))))
+        self.scorer.log_to(self.directory / "rewards.log")
         found = checkpoint.find(self.directory, config, self.processes)
         self.say(config.summary(num_rows=len(prompts), world_size=self.processes.world_size))
         self.policy = self._load_policy(tokenizer)

@@ -22,6 +22,7 @@ from rewards.extraction import has_disguise, is_prose, last_box
 
 MAX_CHARS = 256  # the longest gold answer of MATH, OlympiadBench and Minerva has 210
 MAX_DEPTH = 6  # of nested brackets; those golds have 5, and math-verify takes seconds from 9
+MAX_BARS = 6  # absolute values; a parser that may pair bars as it likes takes a second for twelve
 MAX_BITS = 200_000  # of the numbers in an expression: 9999^9999 and 10000! are allowed
 
 # math-verify's own time limit is signal.alarm, which fails outside the main thread and cannot stop C code; it is off
@@ -56,7 +57,8 @@ _NUMBER = re.compile(
 _WORDS = re.compile(r"[a-zA-Z ,.()'\-]+")
 _WORKED_OUT_WHEN_READ = re.compile(
     r"\\(?:gcd|lcm|Gamma|sum|prod|int|lim)(?![a-zA-Z])"
-    r"|\\(?:[dt]?binom\s*\{[^{}]*|sqrt\s*\[[^\]]*)(?:\d{5}|[\^!*]|\\cdot|\\times)"
+    r"|\\[dt]?binom(?!\s*\{\s*\w{1,4}\s*\}\s*\{\s*\w{1,4}\s*\})"  # of anything but small numbers and letters
+    r"|\\sqrt\s*\[[^\]]*(?:\d{5}|[\^!*]|\\cdot|\\times)"
 )
 
 
@@ -179,7 +181,7 @@ def is_readable(text: str) -> bool:
     for character in text:
         depth += (character in "([{") - (character in ")]}")
         deepest = max(deepest, depth)
-    is_small = len(text) <= MAX_CHARS and deepest <= MAX_DEPTH
+    is_small = len(text) <= MAX_CHARS and deepest <= MAX_DEPTH and text.count("|") <= MAX_BARS
     return is_small and text.isprintable() and not _WORKED_OUT_WHEN_READ.search(text)
 
 
