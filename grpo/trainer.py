@@ -76,6 +76,8 @@ class Trainer:
             timeout_seconds=config.scoring.timeout_seconds,
             memory_gib=config.scoring.memory_gib,
         )
+        for notice in self.scorer.notices():
+            self.say(notice)
         prompts = self._gradable_prompts(rows, tokenizer, "training questions")
         wanted = eval_rows[: config.evaluation.num_questions]
         self.eval_prompts = self._gradable_prompts(wanted, tokenizer, "held-out questions") if wanted else []

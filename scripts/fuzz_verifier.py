@@ -206,10 +206,13 @@ def _honest(rng: random.Random, text: str) -> str:
     ).format(text)
 
 
-def graded(completion: str, answer: str, source: Source) -> tuple[bool, float]:
-    """Runs in the worker: whether it is paid, and the seconds that took."""
+def graded(completion: str, answer: str, source: Source) -> tuple[bool | str, float]:
+    """Runs in the worker: whether it is paid, or the exception there was, and the seconds that took."""
     started = time.perf_counter()
-    paid = accuracy(completion, answer, source=source) == 1.0
+    try:
+        paid: bool | str = accuracy(completion, answer, source=source) == 1.0
+    except Exception as error:
+        paid = repr(error)
     return paid, time.perf_counter() - started
 
 
@@ -246,10 +249,10 @@ def report(tried: list[Case], outcomes: list[list[Outcome]], num_calls: int, sec
         values = {
             gold: result.value for gold, result in zip(case.golds, results, strict=True) if result.kind == "value"
         }
-        paid = [gold for gold, (is_paid, _) in values.items() if is_paid]
-        faults = {result.kind for result in results} - {"value"} | (
-            {"false reward"} if false_reward(case, paid) else set()
-        )
+        paid = [gold for gold, (verdict, _) in values.items() if verdict is True]
+        faults = {result.kind for result in results} - {"value"}
+        faults |= {"false reward"} if false_reward(case, paid) else set()
+        faults |= {"crash" for verdict, _ in values.values() if isinstance(verdict, str)}
         for fault in faults:
             print(
                 f"{fault}: {case.strategy}, {case.source}, paid {', '.join(map(str, paid))}: {case.completion[:300]!r}"
