@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from grpo.reward_worker import Outcome
 from rewards import accuracy, exact_match, format, overlong, repetition
 from rewards.extraction import last_box, last_number
 
@@ -285,6 +288,53 @@ def test_the_corpus_cannot_be_passed_by_refusing_or_paying_everything() -> None:
     assert counts[0] > 800
     assert counts[1] > 150
     assert counts[None] > 50
+
+
+def test_no_hostile_completion_is_paid_under_two_numerically_different_golds() -> None:
+    golds = ["0", "0.2", "1/2", "17", "18", "20", "50", "2000", "7776", "7777", "6.63 \\times 10^{-34}"]
+    for entry in CORPUS[::8]:
+        completion, source = spelled_out(entry["completion"]), entry.get("source", "answer_tag")
+        paid = [gold for gold in golds if accuracy(completion, gold, source=source) == 1.0]
+        assert len(paid) <= 1, (entry, paid)
+
+
+def load_fuzzer() -> Any:
+    path = Path(__file__).parents[1] / "scripts" / "fuzz_verifier.py"
+    spec = importlib.util.spec_from_file_location("fuzz_verifier", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fuzz_verifier"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_slice_of_the_fuzzer_finds_nothing() -> None:
+    command = [sys.executable, "scripts/fuzz_verifier.py", "--cases", "180", "--seed", "7"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "false rewards 0, hangs 0, crashes 0" in done.stdout
+
+
+def test_the_fuzzer_tells_a_false_reward_and_a_crash_from_an_honest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    fuzzer = load_fuzzer()
+    two, three = Fraction(2), Fraction(3)
+    case = fuzzer.Case("value", "<answer>2</answer>", [two, three], two)
+
+    def exit_code(*verdicts: bool | str) -> int:
+        outcomes = [[Outcome("timeout") if v == "hang" else Outcome("value", (v, 0.1)) for v in verdicts]]
+        return fuzzer.report([case], outcomes, 2, 1.0)
+
+    assert exit_code(True, False) == exit_code(False, False) == 0
+    assert (
+        exit_code(False, True)
+        == exit_code(True, True)
+        == exit_code("ValueError()", False)
+        == exit_code("hang", False)
+        == 1
+    )
+    assert "false rewards 1, hangs 0, crashes 0" in capsys.readouterr().out
+    assert list(fuzzer.cases(12, 3)) == list(fuzzer.cases(12, 3)) != list(fuzzer.cases(12, 4))
 
 
 @pytest.mark.parametrize(
