@@ -16,7 +16,23 @@ from functools import lru_cache
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Add, Expr, FiniteSet, Float, Mul, Pow, Rational, Tuple, cosh, exp, factorial, gamma, sinh
+from sympy import (
+    Add,
+    Expr,
+    FiniteSet,
+    Float,
+    Function,
+    Mul,
+    Pow,
+    Rational,
+    Tuple,
+    cosh,
+    exp,
+    factorial,
+    gamma,
+    log,
+    sinh,
+)
 
 from rewards.extraction import has_disguise, is_prose, last_box
 
@@ -57,7 +73,7 @@ _NUMBER = re.compile(
 _WORDS = re.compile(r"[a-zA-Z ,.()'\-]+")
 _WORKED_OUT_WHEN_READ = re.compile(
     r"\\(?:gcd|lcm|Gamma|sum|prod|int|lim)(?![a-zA-Z])"
-    r"|\\[dt]?binom(?!\s*\{\s*\w{1,4}\s*\}\s*\{\s*\w{1,4}\s*\})"  # of anything but small numbers and letters
+    r"|\\[dt]?binom(?!\s*\{\s*\d{1,4}\s*\}\s*\{\s*\d{1,4}\s*\}|\s*\{\s*[a-df-z]\s*\}\s*\{\s*[a-df-z]\s*\})"  # e is a number
     r"|\\sqrt\s*\[[^\]]*(?:\d{5}|[\^!*]|\\cdot|\\times)"
 )
 
@@ -235,14 +251,19 @@ def _parse(text: str, units: bool) -> tuple[Any, ...]:
 def num_bits(expression: Any) -> float:
     """About how many bits the numbers in an expression have once it is worked out: `10^{10^{10}}` has 5e10.
 
-    A sum of symbols raised to a power counts as a large number, since sympy may multiply it out.
+    What sympy may multiply out (a sum of symbols or a sine raised to a power) or factor (a large number under a root or in a
+    logarithm) counts as a large number.
     """
     if isinstance(expression, Rational):
         return float(int(expression.p).bit_length() + int(expression.q).bit_length())
     if isinstance(expression, Pow):
-        base, times = expression.args[0], _magnitude(expression.args[1])
-        terms = 1_000.0 if isinstance(base, Add) and base.free_symbols and times > 1 else 1.0
-        return max(num_bits(base), 1.0) * times * terms
+        base, exponent = expression.args
+        terms = 1_000.0 if isinstance(base, Add) and base.free_symbols else 5_000.0 if base.has(Function) else 1.0
+        factoring = 1 if exponent.is_Integer else 3  # sympy looks for factors to take out of a root
+        times = _magnitude(exponent)
+        return max(num_bits(base), 1.0) ** factoring * times * (terms if times > 1 else 1.0)
+    if isinstance(expression, log):
+        return num_bits(expression.args[0]) ** 3
     if isinstance(expression, _FAST_GROWING):
         return max(
             num_bits(expression.args[0]), 20 * _magnitude(expression.args[0])

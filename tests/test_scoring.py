@@ -387,6 +387,7 @@ def test_a_bug_stops_the_run_and_shows_the_sample() -> None:
         for shown in (
             "buggy raised an exception",
             "completion: ''",
+            "prompt: 'Q3? A:'",
             "the gold one",
             "Q3?",
             "return 1 / len(completion)",
