@@ -478,7 +478,8 @@ def _end_descendants(spared: set[int]) -> None:
 def work(end: socket.socket) -> None:
     """Load the functions, then answer calls until the parent is gone."""
     os.set_inheritable(end.fileno(), False)
-    os.register_at_fork(after_in_child=end.close)  # or a child's copy would hide this process's end from the parent
+    # A forked child's copy would hide this process's end from the parent, and a child that returns from the call would answer
+    os.register_at_fork(after_in_child=end.close)
     pipe = Pipe(end, end.recv(16, socket.MSG_WAITALL))
     try:
         functions = _load(pipe.receive())
@@ -564,7 +565,6 @@ def _limit_memory(allowance: int) -> None:
 
 def _answer(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, Any]:
     """Make the call; what to tell the parent."""
-    process = os.getpid()
     try:
         return "value", pickle.dumps(function(**arguments))
     except MemoryError:
@@ -576,9 +576,6 @@ def _answer(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[st
         return "bug", "".join(traceback.format_exception(type(error), error, frames))
     except BaseException:  # SystemExit and KeyboardInterrupt ask for the end of the process
         return "exit", None
-    finally:
-        if os.getpid() != process:  # a child that the function forked, and that came back from it
-            os._exit(0)
 
 
 if __name__ == "__main__":
