@@ -33,6 +33,8 @@ from sympy import (
     log,
     sinh,
 )
+from sympy.functions.elementary.hyperbolic import HyperbolicFunction
+from sympy.functions.elementary.trigonometric import TrigonometricFunction
 
 from rewards.extraction import has_disguise, is_prose, last_box
 
@@ -74,6 +76,7 @@ _WORDS = re.compile(r"[a-zA-Z ,.()'\-]+")
 _WORKED_OUT_WHEN_READ = re.compile(
     r"\\(?:gcd|lcm|Gamma|sum|prod|int|lim)(?![a-zA-Z])"
     r"|\\[dt]?binom(?!\s*\{\s*\d{1,4}\s*\}\s*\{\s*\d{1,4}\s*\}|\s*\{\s*[a-df-z]\s*\}\s*\{\s*[a-df-z]\s*\})"  # e is a number
+    r"|(?:\d{4}|\^[^!]*\^)[^!]*[)\]}|]\s*!"  # the factorial of a tower
     r"|\\sqrt\s*\[[^\]]*(?:\d{5}|[\^!*]|\\cdot|\\times)"
 )
 
@@ -268,6 +271,11 @@ def num_bits(expression: Any) -> float:
         return max(
             num_bits(expression.args[0]), 20 * _magnitude(expression.args[0])
         )  # log2(n!) < n log2(n) = 20 n at 10^6
+    if isinstance(
+        expression, (TrigonometricFunction, HyperbolicFunction)
+    ):  # sin(1000 x) has an expansion of 1000 terms
+        multiple, angle = expression.args[0].as_coeff_Mul()
+        return num_bits(expression.args[0]) + (_magnitude(multiple) ** 2 if angle != 1 else 0.0)
     return 1.0 + sum(num_bits(part) for part in getattr(expression, "args", ()))
 
 
