@@ -4,20 +4,31 @@ The parent keeps a pool of workers, sends each a chunk of calls and gets the res
 limit holds for every single call. A worker that exceeds it is killed and replaced. The worker is this file run as a
 script; it imports the standard library and what the functions import, and nothing else (no torch), and sees no GPU.
 
-    parent -> worker    once: import path, source files, functions, memory limit; then lists of (function, arguments)
-    worker -> parent    ("ready", None) or ("broken", traceback); then per call ("value", result), ("bug", traceback)
-                        or ("memory", None)
+    parent -> worker    once: import path, source files, functions, memory limit; then (output file, calls)
+    worker -> parent    ("ready", None) or ("broken", traceback); then per call ("value", pickled result),
+                        ("bug", traceback), ("exhausted", None) or ("exit", None)
+
+What a call starts ends with it. Each worker has a keeper, the process that the parent starts and that forks the worker: as a
+"child subreaper" (man 2 prctl) it inherits whatever the worker's children leave behind, even if they made themselves a session
+of their own, and ends it. What a call prints goes to a file, and what it changes in its process (folder, environment, signal
+handlers, recursion limit) is put back. A call that finds no memory left, or whose worker dies, is made once more in a fresh
+worker, so that a leak is not blamed on the call that happens to come last.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import math
 import os
 import pickle
 import resource
+import secrets
+import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -30,12 +41,16 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_end
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
 START_SECONDS = 120.0  # for importing the functions' modules, with every other worker of the machine doing the same
 MAX_CHUNK = 64  # calls sent at once: enough to hide the round trip, few enough to share the tail
+MAX_PROCESSES = 64  # that a call may have started at a time; more is a fork bomb
+MAX_OUTPUT_BYTES = 64 * 2**20  # of what the functions print; then the file starts anew
+WATCH_SECONDS = 0.2  # how often a keeper looks
+END_SECONDS = 10.0  # for a keeper to end what a call left behind
 
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -44,6 +59,66 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "PYTHONHASHSEED": "0",  # a reward that iterates over a set gives the same value after a resume
 }
+
+
+# ---- the pipe ---------------------------------------------------------------------------------------------------------
+
+
+class Corrupt(Exception):
+    """Something else than a message is in the pipe: a call wrote to a descriptor that is not its own."""
+
+
+class Pipe:
+    """Messages over a socket, each after a header with a key that only the two ends know.
+
+    A reader that believed a length which a stray `os.write` left there would wait for the rest for ever.
+    """
+
+    HEADER = struct.Struct("16sQ")
+
+    def __init__(self, end: socket.socket, key: bytes) -> None:
+        self.socket = end
+        self.key = key
+        self._received = bytearray()
+
+    def send(self, message: Any) -> None:
+        """Raises OSError (also TimeoutError) if the other end is gone or does not read."""
+        data = pickle.dumps(message)
+        self.socket.sendall(self.HEADER.pack(self.key, len(data)) + data)
+
+    def receive(self) -> Any:
+        """Wait for a message. Raises EOFError or ConnectionError if the other end is gone, and Corrupt."""
+        while (message := self._first()) is None:
+            self._fill(0)
+        return pickle.loads(message)
+
+    def poll(self) -> Any | None:
+        """The next message if it has arrived whole, else None. Raises as `receive` does."""
+        if (message := self._first()) is None:
+            with contextlib.suppress(BlockingIOError):
+                self._fill(socket.MSG_DONTWAIT)
+            message = self._first()
+        return None if message is None else pickle.loads(message)
+
+    def _fill(self, flags: int) -> None:
+        data = self.socket.recv(2**20, flags)
+        if not data:
+            raise EOFError
+        self._received += data
+
+    def _first(self) -> bytes | None:
+        """The first message received, taken out, if it is whole."""
+        if len(self._received) < self.HEADER.size:
+            return None
+        key, size = self.HEADER.unpack_from(self._received)
+        if key != self.key:
+            raise Corrupt
+        end = self.HEADER.size + size
+        if len(self._received) < end:
+            return None
+        message = bytes(self._received[self.HEADER.size : end])
+        del self._received[:end]
+        return message
 
 
 # ---- the parent's end ------------------------------------------------------------------------------------------------
@@ -112,7 +187,8 @@ class WorkerPool:
             RuntimeError: a worker could not load them.
         """
         fields = [(file.module, file.path, file.text) for file in files]
-        setup = pickle.dumps((sys.path, fields, functions, int(memory_gib * 2**30)))
+        setup = (sys.path, fields, functions, int(memory_gib * 2**30))
+        self.output = Path(os.devnull)  # what the functions print is appended to this file
         self._workers = [_Worker(setup) for _ in range(num_workers)]
         # One thread for as long as the pool lives: a worker dies with the thread that started it (PR_SET_PDEATHSIG).
         self._errands: SimpleQueue[tuple[Callable[[Errand], list[Outcome]], Errand] | None] = SimpleQueue()
@@ -160,11 +236,13 @@ class WorkerPool:
                 self._hand_out(errand.calls, pending)
                 for worker in _wait([worker for worker in self._workers if worker.is_busy], errand.signal):
                     outcomes.update(worker.collect())
+                _bound(self.output)
         finally:
             for worker in self._workers:
-                if worker.assigned:  # after a bug or an interruption; the next run starts it again
+                if worker.is_busy:  # after a bug or an interruption; the next run starts it again
                     worker.kill()
                     worker.assigned.clear()
+                    worker.suspect = None
 
     def _hand_out(self, calls: list[Call], pending: deque[int]) -> None:
         """Give each idle worker a chunk. What a dead one left undone is done first."""
@@ -176,7 +254,7 @@ class WorkerPool:
                 worker.start()
             elif pending and not worker.is_busy:
                 numbers = [pending.popleft() for _ in range(min(chunk, len(pending)))]
-                if not worker.send(calls, numbers):  # it died while idle: nobody's fault
+                if not worker.send([(i, calls[i]) for i in numbers], self.output):  # it died while idle: nobody's fault
                     pending.extendleft(reversed(numbers))
                     worker.start()
 
@@ -255,13 +333,17 @@ def _run_errands(errands: SimpleQueue[tuple[Callable[[Errand], list[Outcome]], E
 class _Worker:
     """One worker process as its parent sees it.
 
-    `assigned` are the calls it was sent and has not answered; the first of them is running.
+    `assigned` are the calls it was sent and has not answered; the first of them is running. A call on which it died after
+    it had made others is the `suspect`: it alone is sent to the new process, and if that dies too, it is the call's fault.
     """
 
-    def __init__(self, setup: bytes) -> None:
+    def __init__(self, setup: tuple[Any, ...]) -> None:
         self.setup = setup
         self.process: subprocess.Popen[bytes] | None = None
         self.assigned: deque[tuple[int, Call]] = deque()
+        self.suspect: tuple[int, Call] | None = None
+        self.output = Path(os.devnull)
+        self.num_answers = 0  # of this process
         self.ready = False
         self.started = 0.0  # when the running call did
         self.deadline = 0.0
@@ -283,33 +365,41 @@ class _Worker:
             [sys.executable, "-P", __file__, str(theirs.fileno()), str(os.getpid())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            process_group=0,  # killed with everything it started
+            stdout=subprocess.DEVNULL,  # its errors are shown until the functions are loaded
+            process_group=0,
             env={**os.environ, **_ENVIRONMENT},
         )
         theirs.close()
-        self.connection = Connection(ours.detach())
-        self.ready, self.deadline = False, time.monotonic() + START_SECONDS
-        with contextlib.suppress(BrokenPipeError):  # then `collect` finds it dead
-            self.connection.send_bytes(self.setup)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(END_SECONDS), 0))
+        key = secrets.token_bytes(16)
+        self.pipe = Pipe(ours, key)
+        self.ready, self.num_answers, self.deadline = False, 0, time.monotonic() + START_SECONDS
+        with contextlib.suppress(OSError):  # then `collect` finds it dead
+            ours.sendall(key)
+            self.pipe.send(self.setup)
 
     def kill(self) -> None:
-        """Kill the process and whatever it started."""
+        """End the process and whatever it started."""
         if self.process is None:
             return
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # it is gone already
+        self.process.terminate()  # its keeper ends the rest
+        try:
+            self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+            self.process.wait()
         self.process = None
-        self.connection.close()
+        self.pipe.socket.close()
 
-    def send(self, calls: list[Call], numbers: list[int]) -> bool:
+    def send(self, calls: list[tuple[int, Call]], output: Path) -> bool:
         """Let it make these calls; False if its process turns out to be dead."""
         try:
-            self.connection.send_bytes(pickle.dumps([(calls[i].function, calls[i].arguments) for i in numbers]))
-        except (BrokenPipeError, ConnectionResetError):
+            self.pipe.send((str(output), [(call.function, call.arguments) for _, call in calls]))
+        except OSError:
             self.kill()
             return False
-        self.assigned.extend((i, calls[i]) for i in numbers)
+        self.assigned.extend(calls)
+        self.output = output
         self._restart_clock()
         return True
 
@@ -325,12 +415,13 @@ class _Worker:
         """The calls that ended since, with their outcomes; one that is over its time is ended here."""
         ended: list[tuple[int, Outcome]] = []
         try:
-            while self.is_busy and self.connection.poll():
-                ended += self._read(*pickle.loads(self.connection.recv_bytes()))
-                if not ended:
-                    return ended  # it has just started
-        except (EOFError, ConnectionResetError):
-            return ended + self._replace("crash")
+            while self.is_busy and (message := self.pipe.poll()) is not None:
+                starting = not self.ready
+                ended += self._read(*message)
+                if starting or not self.ready:
+                    return ended  # it has just started, or starts again
+        except (EOFError, OSError, Corrupt):
+            return ended + self._replace_after_crash()
         if not ended and time.monotonic() >= self.deadline:
             return self._replace("timeout")
         return ended
@@ -338,17 +429,37 @@ class _Worker:
     def _read(self, kind: str, value: Any) -> list[tuple[int, Outcome]]:
         if kind == "ready":
             self.ready = True
+            if self.suspect is not None:
+                suspect, self.suspect = self.suspect, None
+                if not self.send([suspect], self.output):
+                    raise EOFError
             return []
         if kind == "broken":
             raise RuntimeError(f"A reward worker could not load the reward functions:\n{value}")
-        if kind == "memory":  # whatever the call left behind may hurt the next
+        if kind == "exhausted":  # whatever the call left behind may hurt the next
+            return self._replace_after_crash()
+        if kind == "exit":
             return self._replace("crash")
         number, _ = self.assigned.popleft()
         if kind == "bug":
             raise FunctionBug(number, value)
+        try:
+            result = pickle.loads(value)
+        except Exception:
+            raise FunctionBug(number, f"What it returned cannot be read:\n{traceback.format_exc()}") from None
+        self.num_answers += 1
         seconds = self._seconds()
         self._restart_clock()
-        return [(number, Outcome("value", value, seconds))]
+        return [(number, Outcome("value", result, seconds))]
+
+    def _replace_after_crash(self) -> list[tuple[int, Outcome]]:
+        """Start a new process; the running call is tried again in it, unless the old one was new as well."""
+        if self.ready and self.num_answers:
+            self.kill()
+            self.suspect = self.assigned.popleft()
+            self.start()
+            return []
+        return self._replace("crash")
 
     def _replace(self, kind: Literal["timeout", "crash"]) -> list[tuple[int, Outcome]]:
         """Blame the running call and start a new process."""
@@ -371,12 +482,23 @@ class _Worker:
 
 
 def _wait(workers: list[_Worker], *others: socket.socket) -> list[_Worker]:
-    """Block until some of these have something to say or are over their time, and return those; or until another has."""
-    deadline = min((worker.deadline for worker in workers), default=None)
-    patience = None if deadline is None else max(0.0, deadline - time.monotonic())
-    ready = set(wait([*others, *(worker.connection for worker in workers)], patience))
+    """Block until some of these have something to say or are over their time (a second at most), and return those; or until
+    another has."""
+    deadline = min((worker.deadline for worker in workers), default=math.inf)
+    patience = max(0.0, min(1.0, deadline - time.monotonic()))
+    poll = select.poll()  # unlike select.select, it takes descriptors above 1,023
+    for descriptor in [*(worker.pipe.socket.fileno() for worker in workers), *(each.fileno() for each in others)]:
+        poll.register(descriptor, select.POLLIN)
+    ready = {descriptor for descriptor, _ in poll.poll(patience * 1000)}
     now = time.monotonic()
-    return [worker for worker in workers if worker.connection in ready or now >= worker.deadline]
+    return [worker for worker in workers if worker.pipe.socket.fileno() in ready or now >= worker.deadline]
+
+
+def _bound(output: Path) -> None:
+    """Empty the file if the functions printed too much."""
+    with contextlib.suppress(OSError):
+        if output.stat().st_size > MAX_OUTPUT_BYTES:
+            os.truncate(output, 0)
 
 
 def _kill_all(workers: Iterable[_Worker], errands: SimpleQueue[Any], owner: int) -> None:
@@ -384,40 +506,158 @@ def _kill_all(workers: Iterable[_Worker], errands: SimpleQueue[Any], owner: int)
         return
     errands.put(None)
     for worker in workers:
+        if worker.process is not None:
+            worker.process.terminate()  # all at once; then wait for each
+    for worker in workers:
         worker.kill()
+
+
+# ---- the keeper -------------------------------------------------------------------------------------------------------
+
+
+def main(descriptor: int, parent: int) -> None:
+    """Fork the worker; when it is gone, or the parent is, or has had enough, end whatever the worker started."""
+    signals = {signal.SIGTERM, signal.SIGCHLD}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    _prctl(_SET_CHILD_SUBREAPER, 1)
+    keeper = os.getpid()
+    worker = os.fork()
+    if worker == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        _prctl(_SET_CHILD_SUBREAPER, 1)
+        _prctl(_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == keeper:
+            work(socket.socket(fileno=descriptor))
+        os._exit(0)
+    os.close(descriptor)  # so that the parent sees the worker's end
+    while os.getppid() == parent and not _has_ended(worker):
+        # Not the parent-death signal: it comes when the thread ends that started this process, and a pool may be a thread's
+        received = signal.sigtimedwait(signals, WATCH_SECONDS)
+        if received is not None and received.si_signo == signal.SIGTERM:
+            break
+        if len(_descendants(keeper)) > MAX_PROCESSES + 1:
+            break
+    _end_descendants(set())
+
+
+def _has_ended(worker: int) -> bool:
+    """Reap what has ended; whether the worker was among it."""
+    with contextlib.suppress(ChildProcessError):
+        while pid := os.waitpid(-1, os.WNOHANG)[0]:
+            if pid == worker:
+                return True
+    return False
+
+
+_SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None).prctl(option, value)
+
+
+def _descendants(pid: int) -> list[int]:
+    """The processes that a process started, those that they started, and so on."""
+    found, parents = [], [pid]
+    while parents:
+        tasks = f"/proc/{parents.pop()}/task"
+        with contextlib.suppress(OSError):  # it has ended
+            for task in os.listdir(tasks):
+                with open(f"{tasks}/{task}/children") as file:
+                    children = [int(child) for child in file.read().split()]
+                found += children
+                parents += children
+    return found
+
+
+def _end_descendants(spared: set[int]) -> None:
+    """Stop this process's descendants, so that they start no more of them, then kill them."""
+    deadline = time.monotonic() + END_SECONDS / 2
+    stopped: set[int] = set()
+    while (alive := set(_descendants(os.getpid())) - spared) and time.monotonic() < deadline:
+        for pid in alive:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL if alive <= stopped else signal.SIGSTOP)
+        for pid in alive:
+            with contextlib.suppress(ChildProcessError):  # not ours to reap, yet
+                os.waitpid(pid, os.WNOHANG)
+        stopped |= alive
 
 
 # ---- the worker's end ------------------------------------------------------------------------------------------------
 
 
-def main(descriptor: int, parent: int) -> None:
+def work(end: socket.socket) -> None:
     """Load the functions, then answer calls until the parent is gone."""
-    _die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    pipe = Connection(descriptor)
+    os.set_inheritable(end.fileno(), False)
+    # A forked child's copy would hide this process's end from the parent, and a child that returns from the call would answer
+    os.register_at_fork(after_in_child=end.close)
+    pipe = Pipe(end, end.recv(16, socket.MSG_WAITALL))
     try:
-        functions = _load(pipe.recv_bytes())
+        functions = _load(pipe.receive())
     except Exception:
-        pipe.send_bytes(pickle.dumps(("broken", traceback.format_exc())))
+        pipe.send(("broken", traceback.format_exc()))
         return
-    pipe.send_bytes(pickle.dumps(("ready", None)))
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    surroundings = _Surroundings()
+    pipe.send(("ready", None))
+    with contextlib.suppress(EOFError, OSError):
         while True:
-            for function, arguments in pickle.loads(pipe.recv_bytes()):
-                pipe.send_bytes(_answer(functions[function], arguments))
+            output, calls = pipe.receive()
+            surroundings.print_to(output)
+            for function, arguments in calls:
+                answer = _answer(functions[function], arguments)
+                surroundings.restore()
+                pipe.send(answer)
 
 
-def _die_with(parent: int) -> None:
-    """Be killed when the parent dies, even in the middle of a call (elsewhere than on Linux: after it)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit()
+class _Surroundings:
+    """What a call finds in its process, and finds there again after another call has changed it."""
+
+    def __init__(self) -> None:
+        self.directory = os.getcwd()
+        self.environment = dict(os.environ)
+        self.recursion_limit = sys.getrecursionlimit()
+        self.handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+        self.children = set(_descendants(os.getpid()))  # started with the functions, not by a call
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        self.streams = sys.stdin, sys.stdout, sys.stderr
+        self.path = ""
+        self.print_to(os.devnull)
+
+    def print_to(self, path: str) -> None:
+        """Let what is printed from here on be appended to a file."""
+        if path == self.path:
+            return
+        self.path = path
+        self.output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._redirect()
+
+    def restore(self) -> None:
+        """End what the call started and put back what it changed. Where that fails, a later call tells."""
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # raises if there is no child: the usual case
+            _end_descendants(self.children)
+        signal.alarm(0)
+        for number, handler in self.handlers.items():
+            if signal.getsignal(number) is not handler and handler is not None:
+                signal.signal(number, handler)
+        sys.setrecursionlimit(self.recursion_limit)
+        sys.stdin, sys.stdout, sys.stderr = self.streams
+        if os.environ != self.environment:
+            os.environ.clear()
+            os.environ.update(self.environment)
+        with contextlib.suppress(OSError):
+            os.chdir(self.directory)
+            self._redirect()
+
+    def _redirect(self) -> None:
+        os.dup2(self.output, 1)
+        os.dup2(self.output, 2)
 
 
-def _load(setup: bytes) -> list[Callable[..., Any]]:
-    path, files, functions, memory = pickle.loads(setup)
+def _load(setup: tuple[list[str], list[tuple[str, str, str]], list[bytes], int]) -> list[Callable[..., Any]]:
+    path, files, functions, memory = setup
     sys.path[:] = path
     for fields in files:
         SourceFile(*fields).load()
@@ -436,14 +676,19 @@ def _limit_memory(allowance: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, most))
 
 
-def _answer(function: Callable[..., Any], arguments: dict[str, Any]) -> bytes:
+def _answer(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, Any]:
+    """Make the call; what to tell the parent."""
     try:
-        return pickle.dumps(("value", function(**arguments)))
+        return "value", pickle.dumps(function(**arguments))
     except MemoryError:
-        return pickle.dumps(("memory", None))
+        return "exhausted", None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EMFILE, errno.EAGAIN):
+            return "exhausted", None
         frames = error.__traceback__ and error.__traceback__.tb_next  # without this function's own
-        return pickle.dumps(("bug", "".join(traceback.format_exception(type(error), error, frames))))
+        return "bug", "".join(traceback.format_exception(type(error), error, frames))
+    except BaseException:  # SystemExit and KeyboardInterrupt ask for the end of the process
+        return "exit", None
 
 
 if __name__ == "__main__":

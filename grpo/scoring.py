@@ -144,6 +144,15 @@ class Scorer:
         num = len(self._checkers)
         return [next((r for r in reasons[i * num : (i + 1) * num] if r is not None), None) for i in range(len(rows))]
 
+    def notices(self) -> list[str]:
+        """What the functions want said before they are used: the texts that their `notice` attributes return."""
+        texts = [reward.function.notice() for reward in self.rewards if hasattr(reward.function, "notice")]
+        return [text for text in texts if text is not None]
+
+    def log_to(self, path: Path) -> None:
+        """Append what the functions print to this file; until then it is dropped."""
+        self._pool.output = path.resolve()
+
     def close(self) -> None:
         """Kill the workers."""
         self._pool.close()

@@ -96,6 +96,8 @@ class Trainer:
             memory_gib=config.scoring.memory_gib,
         )
         self.audits: list[preflight.Audit] = []
+        for notice in self.scorer.notices():
+            self.say(notice)
         prompts = self._gradable_prompts(rows, tokenizer, "training questions")
         wanted = eval_rows[: config.evaluation.num_questions]
         self.eval_prompts = self._gradable_prompts(wanted, tokenizer, "held-out questions") if wanted else []
@@ -107,6 +109,7 @@ class Trainer:
             world_size=self.processes.world_size,
         )
         self.directory = Path(self.processes.on_main(lambda: str(rundir.claim(config.run))))
+        self.scorer.log_to(self.directory / "rewards.log")
         self.checkpoints = Checkpoints(self.directory / "checkpoints", config, self.processes)
         found = checkpoint.find(self.checkpoints.directory, config, self.processes)
         self.say(config.summary(num_rows=len(prompts), world_size=self.processes.world_size))

@@ -1,9 +1,10 @@
 """Reward functions: strings and numbers in, a number out (None: can't tell). A YAML uses the names they have here."""
 
 from rewards.accuracy import accuracy
+from rewards.code import code
 from rewards.exact_match import exact_match
 from rewards.format import format
 from rewards.length import overlong
 from rewards.repetition import repetition
 
-__all__ = ["accuracy", "exact_match", "format", "overlong", "repetition"]
+__all__ = ["accuracy", "code", "exact_match", "format", "overlong", "repetition"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 
 MAX_TAG_CHARS = 2_000  # an answer tag without a box that is longer than this holds an essay, not an answer
+MAX_OPEN_BRACES = 1_000  # a text that opens more without closing them is no answer
 
 _BOX_TOKEN = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
 _MATH = re.compile(  # a closing "$" may not stand before a digit: "$18 and $5" is money
@@ -20,14 +21,16 @@ _MATH = re.compile(  # a closing "$" may not stand before a digit: "$18 and $5" 
 )
 _NUMBER = re.compile(
     r"(?:(?<![\w)}\]])[-+\u2212])?(?:\\?[$€£¥]\s?)?"
-    r"(?:\\[dt]?frac\{\d+\}\{\d+\}|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s?/\s?\d+)?|\.\d+)(?:\s?\\?%)?"
+    r"(?:\\[dt]?frac\{[0-9]+\}\{[0-9]+\}"
+    r"|(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:\s?/\s?[0-9]+)?|\.[0-9]+)(?:\s?\\?%)?"
 )
 _BELONGS_TO_TEXT_BEFORE = re.compile(
     r"(?:[\w{}]|[0-9][:.]|(?:[-+\u2212*\u00d7\u00f7\u00b7/^_]|\\times|\\cdot)\s*|[\^_]\{\s*)$"
 )
-_BELONGS_TO_TEXT_AFTER = re.compile(r"\s*[\^_{]|[:.][0-9]")
+_BELONGS_TO_TEXT_AFTER = re.compile(r"\s*[\^_{]|[:.][0-9]|\d")  # \d: a digit of another script
 _LIST_SEPARATOR = re.compile(r"[\s,;/$*]*(?:\b(?:or|and)\b[\s$*]*)?")
 _LATEX_WORDS = re.compile(r"\\(?:text\w*|mbox|math\w+|operatorname|begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+")
+_FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
 _PROSE = re.compile(r"(?!(?:sin|cos|tan|log|exp|mod|det|max|min|and)\b)[a-zA-Z]{3,}|\b(?:[kcm]m|[km]g|ml|ft|hr|is)\b")
 
 
@@ -41,11 +44,15 @@ def last_answer_tag(completion: str) -> str | None:
 def last_box(text: str) -> str | None:
     r"""The content of the `\boxed{...}` that opens last among those whose braces balance; None without one.
 
-    `last_box(r"\boxed{1} or \boxed{\frac{1}{2}}")` is `\frac{1}{2}`.
+    Boxes with nothing but commas, "and" or "or" between them are one list, so a row of guesses is not its last one:
+    `last_box(r"\boxed{1} is half of \boxed{2}")` is `2`, of `\boxed{1}, \boxed{2}` it is `1, 2`.
     """
-    content, content_start = None, -1
+    contents: list[str] = []  # of the last box and the boxes that it lists
+    content_start, ended = -1, 0
     open_braces: list[int] = []  # where the content of each open box starts; -1 for a brace that is not a box
     for token in _BOX_TOKEN.finditer(text):
+        if len(open_braces) > MAX_OPEN_BRACES:
+            return None
         if token[0].startswith("\\boxed"):
             open_braces.append(token.end())
         elif token[0] == "{":
@@ -53,8 +60,13 @@ def last_box(text: str) -> str | None:
         elif token[0] == "}" and open_braces:
             start = open_braces.pop()
             if start > content_start:
-                content, content_start = text[start : token.start()].strip(), start
-    return content
+                if not _is_list_separator(text, ended, text.rfind("\\boxed", 0, start)):
+                    contents.clear()
+                content = text[start : token.start()].strip()
+                if content not in contents[-1:]:
+                    contents.append(content)
+                content_start, ended = start, token.end()
+    return ", ".join(contents) if contents else None
 
 
 def _is_list_separator(text: str, start: int, end: int) -> bool:
@@ -76,6 +88,8 @@ def last_number(text: str) -> str | None:
         text[end : end + 20]
     ):
         return None
+    if has_disguise(text[max(0, start - 20) : end + 20]):
+        return None
     ends_a_list = len(matches) > 1 and _is_list_separator(text, matches[-2].end(), start)
     return None if ends_a_list and matches[-2][0] != number else number
 
@@ -89,6 +103,14 @@ def last_math(text: str) -> tuple[str, int] | None:
     while first > 0 and _is_list_separator(text, spans[first - 1].end(), spans[first].start()):
         first -= 1
     return ", ".join(span[span.lastgroup or 0].strip() for span in spans[first:]), spans[-1].end()
+
+
+def has_disguise(text: str) -> bool:
+    """Whether a text holds digits of another script, or characters that cannot be seen (NUL, zero width, right to left).
+
+    What a person reads there and what a parser reads may differ, and no answer needs them.
+    """
+    return _FOREIGN_DIGIT.search(text) is not None or any(not (c.isprintable() or c.isspace()) for c in text)
 
 
 def is_prose(text: str) -> bool:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import subprocess
 import sys
 import time
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from grpo.reward_worker import Outcome
 from rewards import accuracy, exact_match, format, overlong, repetition
 from rewards.extraction import last_box, last_number
 
@@ -38,7 +44,9 @@ def tag(content: str) -> str:
         ("0.5", "\\frac{1}{2}"),
         ("1/2", "\\frac12"),
         ("\\dfrac{1}{2}", "0.5"),
-        ("50%", "0.5"),
+        ("50%", "50"),
+        ("20", "20%"),
+        ("0.2", "20%"),
         ("1.45e-5", "0.0000145"),
         ("120", "120^\\circ"),
         ("1" + "0" * 40, "1" + "0" * 40),
@@ -82,7 +90,7 @@ def test_an_answer_equal_to_gold_is_right(content: str, answer: str) -> None:
         ("-18", "18"),
         ("0.333333", "1/3"),  # plain numbers are compared exactly
         ("1" + "0" * 40 + "1", "1" + "0" * 40 + "2"),  # equal as floats
-        ("20", "0.2"),  # 20% would be right
+        ("20%", "0.2"),  # it is 20: paid under both, it would be a hedge
         ("50", "1/2"),
         ("18 or 19", "18"),
         ("19 or 18", "18"),
@@ -116,7 +124,8 @@ def test_the_last_of_several_tags_or_boxes_counts() -> None:
     assert accuracy("<answer>1</answer> wait, <answer>2</answer>", "2") == 1.0
     assert accuracy("<answer>1</answer> wait, <answer>2</answer>", "1") == 0.0
     assert accuracy("<answer>2</answer> wait, <answer>1", "2") == 1.0  # cut off: the last complete pair
-    assert last_box("\\boxed{1} \\boxed{\\frac{1}{2}} \\boxed{unclosed") == "\\frac{1}{2}"
+    assert last_box("\\boxed{1}. Half: \\boxed{\\frac{1}{2}} \\boxed{unclosed") == "\\frac{1}{2}"
+    assert last_box("\\boxed{0} so \\boxed{1}, \\boxed{2} or \\boxed{3} \\boxed{3}") == "1, 2, 3"  # one list
     assert last_box("{\\boxed{\\boxed{5} \\{}}") == "5"
     assert last_box("no box, \\boxed 5") is None
 
@@ -252,6 +261,80 @@ def test_hostile_text_is_wrong_and_costs_little(bomb: str) -> None:
     assert format(bomb) == 0.0
     assert -1.0 <= repetition(bomb) <= 0.0
     assert time.process_time() - started < 3.0  # most take a few ms; a quadratic scan would take minutes
+
+
+CORPUS = [
+    json.loads(line) for line in (Path(__file__).parent / "data" / "hostile_completions.jsonl").read_text().splitlines()
+]
+
+
+def spelled_out(completion: str | list[list[Any]]) -> str:
+    """Long completions are stored as pieces and how often each comes."""
+    return completion if isinstance(completion, str) else "".join(piece * times for piece, times in completion)
+
+
+@pytest.mark.parametrize("why", sorted({entry["why"] for entry in CORPUS}))
+def test_every_hostile_completion_gets_its_verdict_in_time(why: str) -> None:
+    """Written by hand: `why` it is hostile (or right, oddly spelled), the gold `answer`, and the one right verdict."""
+    for entry in (entry for entry in CORPUS if entry["why"] == why):
+        started = time.process_time()
+        verdict = accuracy(spelled_out(entry["completion"]), entry["answer"], source=entry.get("source", "answer_tag"))
+        assert verdict == entry["verdict"], entry
+        assert time.process_time() - started < 2.0, entry  # the slowest takes 0.3 s
+
+
+def test_the_corpus_cannot_be_passed_by_refusing_or_paying_everything() -> None:
+    counts = {verdict: sum(entry["verdict"] == verdict for entry in CORPUS) for verdict in (0, 1, None)}
+    assert counts[0] > 800
+    assert counts[1] > 150
+    assert counts[None] > 50
+
+
+def test_no_hostile_completion_is_paid_under_two_numerically_different_golds() -> None:
+    golds = ["0", "0.2", "1/2", "17", "18", "20", "50", "2000", "7776", "7777", "6.63 \\times 10^{-34}"]
+    for entry in CORPUS[::8]:
+        completion, source = spelled_out(entry["completion"]), entry.get("source", "answer_tag")
+        paid = [gold for gold in golds if accuracy(completion, gold, source=source) == 1.0]
+        assert len(paid) <= 1, (entry, paid)
+
+
+def load_fuzzer() -> Any:
+    path = Path(__file__).parents[1] / "scripts" / "fuzz_verifier.py"
+    spec = importlib.util.spec_from_file_location("fuzz_verifier", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fuzz_verifier"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_slice_of_the_fuzzer_finds_nothing() -> None:
+    command = [sys.executable, "scripts/fuzz_verifier.py", "--cases", "180", "--seed", "7"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "false rewards 0, hangs 0, crashes 0" in done.stdout
+
+
+def test_the_fuzzer_tells_a_false_reward_and_a_crash_from_an_honest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    fuzzer = load_fuzzer()
+    two, three = Fraction(2), Fraction(3)
+    case = fuzzer.Case("value", "<answer>2</answer>", [two, three], two)
+
+    def exit_code(*verdicts: bool | str) -> int:
+        outcomes = [[Outcome("timeout") if v == "hang" else Outcome("value", (v, 0.1)) for v in verdicts]]
+        return fuzzer.report([case], outcomes, 2, 1.0)
+
+    assert exit_code(True, False) == exit_code(False, False) == 0
+    assert (
+        exit_code(False, True)
+        == exit_code(True, True)
+        == exit_code("ValueError()", False)
+        == exit_code("hang", False)
+        == 1
+    )
+    assert "false rewards 1, hangs 0, crashes 0" in capsys.readouterr().out
+    assert list(fuzzer.cases(12, 3)) == list(fuzzer.cases(12, 3)) != list(fuzzer.cases(12, 4))
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,7 @@ def test_functions_are_found_by_name_by_module_and_by_file(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("acuracy", "there is accuracy, exact_match, format, overlong, repetition; did you mean accuracy?"),
+        ("acuracy", "there is accuracy, code, exact_match, format, overlong, repetition; did you mean accuracy?"),
         ("check_answer", "there is accuracy"),
         ("no_such_module:f", "the module 'no_such_module' cannot be imported"),
         ("rewards:acuracy", "did you mean accuracy?"),
@@ -358,13 +358,12 @@ def test_a_list_function_has_the_time_of_all_its_completions() -> None:
     assert scores.num_timeouts == 1
 
 
-def test_a_dead_worker_or_no_memory_is_a_crash_and_the_others_are_scored(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_dead_worker_or_no_memory_is_a_crash_and_the_others_are_scored() -> None:
     texts = ["a", "exit", "bb", "segfault", "ccc", "memory", "dddd", "sys.exit", "print"]
     with make_scorer(naughty, memory_gib=0.5) as scorer:
         scores = scorer.score([make_group(texts)])
     assert_equal(scores.values["naughty"], [[1, nan, 2, nan, 3, nan, 4, nan, 5]])
     assert (scores.num_timeouts, scores.num_crashes) == (0, 4)
-    assert "noise" in capfd.readouterr().out  # what a function prints is seen, and does no harm
 
 
 def test_a_worker_that_dies_between_calls_is_replaced_and_blamed_on_nobody() -> None:
@@ -388,6 +387,7 @@ def test_a_bug_stops_the_run_and_shows_the_sample() -> None:
         for shown in (
             "buggy raised an exception",
             "completion: ''",
+            "prompt: 'Q3? A:'",
             "the gold one",
             "Q3?",
             "return 1 / len(completion)",

@@ -1,0 +1,287 @@
+"""The code reward, and programs that would rather not be graded."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo.scoring import Reward, Scorer
+from grpo.types import Completion, Group, Prompt
+from rewards import code, sandbox
+from rewards.code import last_fence
+
+ADD = [{"input": "1 2\n", "output": "3\n"}, {"input": "10 -4\n", "output": "6"}]
+RIGHT = "a, b = map(int, input().split())\nprint(a + b)"
+ASSERTS = ["assert f(2) == 4", "assert f(-3) == 9", "assert f(0) == 0"]
+REAL_LAYERS = sandbox.working_layers()
+
+
+@pytest.fixture(params=["bwrap", "landlock"], autouse=True)
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything here holds with bubblewrap and without it."""
+    if request.param == "bwrap" and "bwrap" not in REAL_LAYERS:
+        pytest.skip("bubblewrap is not installed, or user namespaces are forbidden")
+    if (
+        request.param == "landlock" and ctypes.CDLL(None).syscall(444, None, 0, 1) < 1
+    ):  # landlock_create_ruleset: its version
+        pytest.skip("this kernel has no Landlock")
+    layers = REAL_LAYERS if request.param == "bwrap" else sandbox._run("", False, 20.0, 1.0).layers
+    assert layers == {request.param, "seccomp"}
+    monkeypatch.setattr(sandbox, "working_layers", lambda: layers)
+    return request.param
+
+
+def answer(program: str) -> str:
+    return f"<think> let me write it </think> <answer>Here:\n```python\n{program}\n```\n</answer>"
+
+
+def run(program: str, seconds: float = 10.0, **options: Any) -> sandbox.Run:
+    return sandbox.run_python(program, seconds=seconds, memory_gib=0.5, **options)
+
+
+# ---- what is right ---------------------------------------------------------------------------------------------------
+
+
+def test_a_program_is_paid_for_the_tests_it_passes() -> None:
+    half = "a, b = map(int, input().split())\nprint(3)"
+    assert code(answer(RIGHT), ADD) == code(answer(RIGHT), json.dumps(ADD)) == 1.0
+    assert (code(answer(half), ADD), code(answer(half), ADD, share=True)) == (0.0, 0.5)
+    assert code(answer("print('  3  ')\nprint()"), ADD[:1]) == 0.0  # white space in front counts
+    assert code(answer("print('3  ')\nprint()"), ADD[:1]) == 1.0
+    assert code(answer(RIGHT + "\nraise ValueError"), ADD) == 0.0
+    assert code(answer("print('"), ADD) == 0.0
+
+
+def test_statements_are_tests_too() -> None:
+    square = "def f(x):\n    print('noise')\n    return x * x"
+    tests = [*ASSERTS, "assert abs(f(0.5) - 0.25) < 1e-9 and f(1)", "for i in range(9):\n    assert f(i) == i ** 2"]
+    assert code(answer(square), tests) == 1.0
+    assert code(answer(square.replace("x * x", "x + x")), tests, share=True) == pytest.approx(2 / 5)  # f(2), f(0)
+    assert code(answer(square.replace("x * x", "abs(x) * 2 if x else 0")), ASSERTS[:2], share=True) == 0.5
+    values = [
+        "assert f(1) == [1, (2, 3), {'a': None}, {4}, 'é', b'b', 1.5, True, 10 ** 50]",
+        "assert math.isclose(f(2), 2.0)",
+    ]
+    assert (
+        code(
+            answer(
+                "def f(x):\n    return [1, (2, 3), {'a': None}, {4}, 'é', b'b', 1.5, True, 10**50] if x == 1 else 2"
+            ),
+            values,
+        )
+        == 1.0
+    )
+    class_tests = [
+        "s = Stack()\ns.push(1)\nassert s.pop() == 1",
+        "assert Stack().size() == 0",
+        "assert len(Stack().items()) == 0",
+    ]
+    stack = "class Stack:\n  def __init__(self): self.l = []\n  def push(self, x): self.l.append(x)\n"
+    stack += "  def pop(self): return self.l.pop()"
+    assert (
+        code(answer(stack + "\n  def size(self): return len(self.l)\n  def items(self): return self.l"), class_tests)
+        == 1.0
+    )
+
+
+def test_the_last_fenced_block_of_the_place_it_is_looked_for_counts() -> None:
+    wrong, right = "```python\nprint(0)\n```\n", f"```\n{RIGHT}\n```\n"
+    assert code(f"{right}<answer>{wrong}{right}</answer>{wrong}", ADD) == 1.0
+    assert code(f"{right}<answer>{right}{wrong}</answer>{right}", ADD) == 0.0
+    assert code(f"<answer>{wrong}</answer>{right}", ADD, source="fence") == 1.0
+    assert code(f"<answer>{RIGHT}</answer>", ADD) == code(right, ADD) == code("", ADD) == 0.0
+    assert last_fence("```python\na\n```\ntext\n```bash\nb\n```\n```py\nc") == "a"
+    with pytest.raises(ValueError, match="source is 'tag'; it is one of answer_tag, fence"):
+        code(right, ADD, source="tag")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("tests", "reason"),
+    [
+        ("", "neither a list"),
+        ([], "empty"),
+        ([{"input": "1"}], "no input and output"),
+        ([{"input": "1", "output": " "}], "expects no output"),
+        (["assert f(1"], "no Python"),
+        (["assert True"], "does not call the program"),
+        (["x", {"input": "", "output": "1"}], "neither all"),
+        ({"input": "1", "output": "1"}, "no list"),
+        ([1], "neither all"),
+        (object(), "neither a list"),
+    ],
+)
+def test_tests_that_cannot_grade_are_named_and_pay_nobody(tests: Any, reason: str) -> None:
+    assert reason in code.check_row(tests)
+    assert code(answer("print(1)"), tests) is None
+    assert code.check_row(ADD) is code.check_row(json.dumps(ASSERTS)) is None
+
+
+# ---- hostile programs ------------------------------------------------------------------------------------------------
+
+CHEATS = [
+    "import sys; sys.exit(0)",
+    "import os; os._exit(0)",
+    "print('passed'); print('True'); print('4'); print('3')",
+    "def f(x): import os; os._exit(0)",
+    "def f(x): import sys; sys.exit(0)",
+    "class A:\n  def __eq__(self, o): return True\n  def __ne__(self, o): return False\ndef f(x): return A()",
+    "class A(int):\n  def __eq__(self, o): return True\ndef f(x): return A(5)",
+    "class A(list):\n  def __eq__(self, o): return True\ndef f(x): return A()",
+    "import builtins\nbuiltins.AssertionError = ValueError\nbuiltins.abs = builtins.bool = lambda *a: True\ndef f(x): return 5",
+    'import json\njson.dumps = lambda *a, **k: \'[0, true, [["int", "0x4"]]]\'\ndef f(x): return 5',
+    "import sys\nsys._getframe(1).f_locals\ndef f(x): return sys._getframe(1).f_locals",
+    'import os\nfor fd in range(64):\n  try: os.write(fd, b\'[0, true, [["int", "0x4"]]]\\n\')\n  except OSError: pass\nf = abs',
+    "import os\nprint(os.pread(0, 10**6, 0))\nos.lseek(0, 0, 0)\ndef f(x): return open(0).read()",
+    "import gc\ndef f(x): return [o for o in gc.get_objects() if isinstance(o, dict) and 'tests' in o][0]",
+    "def f(x):\n  yield x * x",
+    "f = None",
+    "raise SystemExit",
+    "import sys\nsys.modules['__main__'].examine = None\nsys.settrace(lambda *a: None)\ndef f(x): raise AssertionError",
+]
+
+
+@pytest.mark.parametrize("program", CHEATS)
+def test_a_program_that_does_not_know_the_answer_earns_nothing(program: str) -> None:
+    assert code(answer(program), ["assert f(2) == 4", "assert f(3) == 9"], share=True, seconds=5.0) == 0.0
+    assert code(answer(program), [{"input": "5 5", "output": "10"}], seconds=5.0) == 0.0
+
+
+def test_neither_files_nor_network_nor_other_processes_can_be_reached(tmp_path: Path) -> None:
+    secret = tmp_path / "tests.json"
+    secret.write_text("expected")
+    attempts = f"""
+import os, socket, shutil, signal, subprocess, ctypes, pathlib
+def reads(path): return lambda: open(path).read()
+def writes(path): return lambda: open(path, "w").write("x")
+attempts = dict(
+    passwd=reads("/etc/passwd"), tests=reads({str(secret)!r}), proc=reads("/proc/self/environ"), host=reads("/etc/hostname"),
+    module=reads({str(Path(__file__))!r}), parent=lambda: open(f"/proc/{{os.getppid()}}/mem", "rb"),
+    write=writes({str(tmp_path / "x")!r}), write_tmp=writes("/tmp/written"), write_lib=writes(os.__file__),
+    remove=lambda: os.remove({str(secret)!r}), rename=lambda: os.rename({str(secret)!r}, "stolen"),
+    chmod=lambda: os.chmod({str(tmp_path)!r}, 0), link=lambda: os.link({str(secret)!r}, "linked") or open("linked").read(),
+    symlink=lambda: (os.symlink({str(secret)!r}, "s"), open("s").read()),
+    tcp=lambda: socket.create_connection(("127.0.0.1", 22), 1), udp=lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
+    unix=lambda: socket.socket(socket.AF_UNIX), resolve=lambda: socket.getaddrinfo("localhost", 80)[0][4][0] == "" or 1 / 0,
+    fork=os.fork, run=lambda: subprocess.run(["/bin/echo"]), spawn=lambda: os.posix_spawn("/bin/echo", ["echo"], {{}}),
+    execute=lambda: os.execv("/bin/echo", ["echo"]), shell=lambda: os.system("true") and 1 / 0, session=os.setsid,
+    kill_parent=lambda: os.kill(os.getppid(), 9), kill_all=lambda: os.kill(-1, 9), stop=lambda: os.kill(os.getpid(), 19),
+    raw_fork=lambda: ctypes.CDLL(None).fork() == -1 and 1 / 0,
+    ptrace=lambda: ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) and 1 / 0,
+    unshare=lambda: ctypes.CDLL(None).unshare(0x10000000) and 1 / 0, memfd=lambda: os.memfd_create("x"),
+)
+for name, attempt in attempts.items():
+    try: attempt()
+    except BaseException: continue
+    print("could", name)
+print("end")
+"""
+    assert run(attempts).output.decode() == "end\n"
+    assert secret.read_text() == "expected"
+    assert os.listdir(tmp_path) == ["tests.json"]
+    assert not Path("/tmp/written").exists()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os\nwhile True: os.fork()",
+        "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(1000,)).start()",
+        "x = []\nwhile True: x.append(bytearray(10**7))",
+        "x = 'a' * 10**12",
+        "while True: print('x' * 1000)",
+        "import sys\nwhile True: sys.stderr.write('x' * 1000)",
+        "import sys\nsys.setrecursionlimit(10**9)\ndef g(): return g()\ng()",
+        "import sys\nsys.stdin.read()\nwhile True: sys.stdin.read()",
+        "import time\ntime.sleep(1000)",
+        "import time, signal\nfor s in (1, 2, 3, 15): signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+        "import shutil, os\nshutil.rmtree(os.getcwd(), ignore_errors=True)\nraise SystemExit(1)",
+        "10 ** 10 ** 10",
+        "import os\ni = 0\nwhile True:\n  open(str(i), 'w').write('x' * 10**6); i += 1",
+        "import ctypes\nctypes.string_at(0)",
+        "import os\nos.close(0); os.close(1); os.close(2)\nwhile True: pass",
+        "eval('(' * 10**6)",
+        "\x00",
+    ],
+    ids=lambda program: repr(program)[:60],
+)
+def test_a_program_that_devours_is_wrong_in_time_and_leaves_nothing_behind(program: str) -> None:
+    before = {path.name for path in Path("/tmp").glob("grpo-code-*")}
+    started = time.monotonic()
+    assert code(answer(program), ADD, seconds=0.5, memory_gib=0.5) == 0.0
+    assert time.monotonic() - started < 5.0
+    assert {path.name for path in Path("/tmp").glob("grpo-code-*")} <= before
+    assert not [pid for pid in Path("/proc").iterdir() if b"grpo-code-" in environment_of(pid)]
+
+
+def environment_of(process: Path) -> bytes:
+    try:
+        return (process / "environ").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_threads_scratch_files_and_numpy_work_in_the_sandbox() -> None:
+    program = (
+        "import threading, os, numpy\n"
+        "t = threading.Thread(target=lambda: open('note', 'w').write('kept')); t.start(); t.join()\n"
+        "print(open('note').read(), os.listdir('.'), numpy.arange(4).sum())"
+    )
+    assert run(program).output == b"kept ['note'] 6\n"
+    assert code(answer("import numpy\ndef f(x): return numpy.int64(x) ** 2"), ASSERTS) == 1.0
+
+
+def test_a_sandbox_that_does_not_start_is_cannot_tell(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    name = "_bwrap" if mode == "bwrap" else "_readable"
+    broken = ["bwrap", "--no-such-option"] if mode == "bwrap" else ["/no/such/folder"]
+    monkeypatch.setattr(sandbox, name, lambda *_: broken)
+    assert code(answer(RIGHT), ADD) is None
+
+
+def test_what_is_left_open_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sandbox.unprotected() is None
+    monkeypatch.setattr(sandbox, "working_layers", lambda: frozenset({"seccomp"}))
+    text = sandbox.unprotected() or ""
+    assert "read and write every file" in text
+    assert "network" not in text
+    assert "only seccomp works here. Install bubblewrap" in text
+    monkeypatch.setattr(sandbox, "working_layers", lambda: frozenset())
+    text = sandbox.unprotected() or ""
+    assert "use the network" in text
+    assert "only resource limits works here" in text
+
+
+def test_it_runs_in_the_workers_of_a_run_and_a_killed_worker_takes_its_program_along(mode: str) -> None:
+    """With the worker's own memory limit around it, and when the worker is killed while the program runs."""
+    if mode != ("bwrap" if "bwrap" in REAL_LAYERS else "landlock"):
+        pytest.skip("the workers take the best there is")
+    texts = [answer(RIGHT), answer("print(0)"), answer("import time\ntime.sleep(1000.125)")]
+    prompt = Prompt(0, [1], "", "", {"tests": ADD})
+    group = Group(prompt, [Completion([1], [0.0], text, "stop") for text in texts])
+    options: dict[str, Any] = {
+        "max_completion_tokens": 10,
+        "conversational": False,
+        "num_workers": 1,
+        "memory_gib": 1.0,
+    }
+    with Scorer([Reward(code, args={"seconds": 1.5})], columns=["tests"], timeout_seconds=20.0, **options) as scorer:
+        assert scorer.notices() == []
+        assert scorer.check_rows([{"tests": ADD}, {"tests": []}])[0] is None
+        assert "empty" in (scorer.check_rows([{"tests": []}])[0] or "")
+        assert scorer.score([group]).rewards.tolist() == [[1.0, 0.0, 0.0]]
+    with Scorer([Reward(code)], columns=["tests"], timeout_seconds=2.0, **options) as scorer:
+        scores = scorer.score([group])
+        assert (scores.num_timeouts, scores.num_crashes) == (1, 0)
+        assert not [pid for pid in Path("/proc").iterdir() if b"1000.125" in command_of(pid)]
+
+
+def command_of(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
