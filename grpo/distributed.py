@@ -115,7 +115,8 @@ def start(config: Config, *, dtype: torch.dtype) -> Processes:
     _complete_environment()
     os.environ.pop("ACCELERATE_USE_CPU", None)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what `deterministic` asks for
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it, before the first product
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         _leave_out_compiled_collective()

@@ -193,17 +193,20 @@ class Trainer:
             assert sampled is not None, "only a request to stop breaks off the sampling"
             groups, scores = sampled
             advantages = group_advantages(scores.rewards, normalize_by_std=self.config.algorithm.normalize_by_std)
-            with self._clock("logprobs"), self._smaller_passes_if_short():
-                step.minibatches = [
-                    self._deal(pack(groups[part], advantages[part])) for part in self._minibatch_bounds()
-                ]
-                for micro in (micro for minibatch in step.minibatches for micro in minibatch):
-                    self._fix_logprobs(micro)
+            with self._clock("logprobs"):
+                step.minibatches = self._or_smaller_passes(lambda: self._make_ready(groups, advantages))
         step.first_update, self.state.position = self.state.optimizer_steps, self.prompts.position
         measure_rollout(step.meter, groups, scores, advantages)
         for name, value in self.generator.metrics().items():
             step.meter.mean(name, torch.tensor(value))
         return Evidence(groups, scores, advantages)
+
+    def _make_ready(self, groups: list[Group], advantages: Tensor) -> list[list[MicroBatch]]:
+        """This process's passes over each minibatch, with the log-probabilities that stay fixed."""
+        minibatches = [self._deal(pack(groups[part], advantages[part])) for part in self._minibatch_bounds()]
+        for micro in (micro for minibatch in minibatches for micro in minibatch):
+            self._fix_logprobs(micro)
+        return minibatches
 
     def _sample(self, prompts: list[Prompt]) -> tuple[list[Group], Scores]:
         """Groups are scored while others are still being sampled."""
@@ -282,8 +285,8 @@ class Trainer:
         """One update on this process's passes over a minibatch; the other processes run as many at the same time."""
         if not minibatch:
             return
-        with self._smaller_passes_if_short():
-            loss, gaps, num_tokens, interrupted, written = self._accumulate(minibatch).tolist()
+        tally = self._or_smaller_passes(lambda: self._accumulate(minibatch))
+        loss, gaps, num_tokens, interrupted, written = tally.tolist()
         self._check_sampling_gap(loss, gaps, num_tokens)
         step, settings, meter = self.state.optimizer_steps, self.config.optimizer, self.under_way.meter
         rate = learning_rate(settings, step=step, num_steps=self.config.optimizer_steps) * self.roll_backs.rate_factor
@@ -372,29 +375,26 @@ class Trainer:
         except CheckpointError as error:
             self.say(f"warning: {error} Training goes on, and the next checkpoint is tried when it is due.")
 
-    @contextmanager
-    def _smaller_passes_if_short(self) -> Iterator[None]:
-        """Out of memory within, leave with a checkpoint of the step under way, and go on with half as many tokens in a pass.
+    def _or_smaller_passes(self, work: Callable[[], T]) -> T:
+        """What `work` returns; out of memory, leave with a checkpoint of the step under way, to go on with smaller passes.
 
         What DeepSpeed has of half a gradient dies with the process. Others would wait for one that leaves, so alone only.
         """
         longest, tokens = self.config.max_sequence_tokens, self.config.memory.micro_batch_tokens
-        shortage, before = "", self.under_way.meter.copy()
+        before = self.under_way.meter.copy()
         try:
-            yield
+            return work()
         except RuntimeError as error:
             if not (self.makes_do and is_out_of_memory(error)) or self.processes.world_size > 1 or tokens <= longest:
                 raise
             shortage = str(error).splitlines()[0]
-        if shortage:
-            free()
-            self.under_way.meter = before  # what it has of these passes will be measured again
-            if self.under_way.rollout is not None:
-                self.under_way.rollout.passes.clear()
-            setting = f"memory.micro_batch_tokens={max(tokens // 2, longest)}"
-            raise Interrupted(
-                f"out of memory in phase {self.phase} of step {self.state.step + 1}: {shortage}", (setting,)
-            )
+        # only now nothing holds on to the pass that failed, and there is room for saving
+        self.under_way.meter = before  # what it has of these passes will be measured again
+        if self.under_way.rollout is not None:
+            self.under_way.rollout.passes.clear()
+        free()
+        setting = f"memory.micro_batch_tokens={max(tokens // 2, longest)}"
+        raise Interrupted(f"out of memory in phase {self.phase} of step {self.state.step + 1}: {shortage}", (setting,))
 
     def _leave(self, interrupted: Interrupted) -> None:
         saved = self.save(wait=True)

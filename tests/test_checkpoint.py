@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -438,6 +439,7 @@ def short_of_memory_once(trainer: Trainer, *, at_call: int) -> None:
     def backward(loss: torch.Tensor, *, last: bool) -> None:
         calls.append(1)
         if len(calls) == at_call:
+            trainer.failed = weakref.ref(loss)  # and the whole graph with it
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
         own(loss, last=last)
 
@@ -450,8 +452,16 @@ def test_out_of_memory_in_an_update_leaves_a_checkpoint_and_goes_on_with_smaller
     trainer = a_run(tmp_path / "run")
     num_passes = [len(passes) for passes in first_rollout(a_run(tmp_path / "other"))]
     short_of_memory_once(trainer, at_call=sum(num_passes[:2]) + num_passes[2])  # the last pass of the third update
+    own, is_freed = trainer.checkpoints.save, []
+
+    def save(*arguments, **options):
+        is_freed.append(trainer.failed() is None)
+        return own(*arguments, **options)
+
+    trainer.checkpoints.save = save
     with pytest.raises(Stopped) as stopped:
         trainer.train()
+    assert is_freed == [True]  # or there would be no room to save
     assert stopped.value.settings == (
         "run.resume=auto",
         f"run.dir={tmp_path / 'run'}",
@@ -475,7 +485,7 @@ def test_out_of_memory_in_an_update_leaves_a_checkpoint_and_goes_on_with_smaller
 
 
 def first_rollout(trainer: Trainer) -> list[list[MicroBatch]]:
-    trainer._begin_step()
+    trainer._begin_step(trainer.under_way)
     trainer.close()
     return trainer.under_way.minibatches
 
