@@ -102,3 +102,14 @@ def test_the_wheel_holds_both_packages_and_nothing_of_the_tests(tmp_path: Path):
         for path in (ROOT / package).rglob("*.py"):
             assert str(path.relative_to(ROOT)) in names
     assert not any(name.startswith("tests/") for name in names)
+
+
+def test_every_test_that_the_reliability_table_names_exists():
+    table, file, missing = (ROOT / "docs/reliability.md").read_text(), "", []
+    named = re.findall(r"`(test_\w+\.py)?::(test_\w+)`", table)
+    for name, test in named:
+        file = name or file
+        if f"def {test}(" not in (ROOT / "tests" / file).read_text():
+            missing.append(f"{file}::{test}")
+    assert len(named) > 70
+    assert missing == []
