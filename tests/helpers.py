@@ -71,14 +71,14 @@ ROLLS_BACK = {
 def troubled(run_dir: Path, *, first_bad: int, times: int, **sections: object) -> Trainer:
     """All rewards are equal from step `first_bad` on, until the run has rolled back `times` times."""
     trainer = Trainer(tiny_config(run_dir, **{**ROLLS_BACK, **sections}))
-    score = trainer.scorer.score
+    own = trainer._sample
 
-    def flat(groups: list[Group]) -> Scores:
-        scores = score(groups)
+    def flat(prompts: list[Prompt]) -> tuple[list[Group], Scores]:
+        groups, scores = own(prompts)
         bad = trainer.state.step + 1 >= first_bad and len(trainer.roll_backs.rows) < times
-        return replace(scores, rewards=torch.ones_like(scores.rewards)) if bad else scores
+        return groups, replace(scores, rewards=torch.ones_like(scores.rewards)) if bad else scores
 
-    trainer.scorer.score = flat
+    trainer._sample = flat
     return trainer
 
 
