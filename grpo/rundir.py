@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import platform
 import sys
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -26,19 +27,43 @@ RECORDED = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "mat
 def claim(config: RunConfig) -> Path:
     """Create and return the run's directory: `run.dir` itself to resume or if it is new; else the first of dir-2, dir-3, ...
 
-    Creating it is the claim, so two runs started together do not share one.
+    Creating it is the claim, so two runs started together do not share one; nor do two that resume, for one of them has its lock.
+
+    Raises:
+        ValueError: another process is at work in the directory to resume in.
     """
     wanted = Path(config.dir)
     if config.resume == "auto":
         wanted.mkdir(parents=True, exist_ok=True)
+        _lock(wanted)
         return wanted
     for path in chain([wanted], (wanted.with_name(f"{wanted.name}-{n}") for n in count(2))):
         try:
             path.mkdir(parents=True)
         except FileExistsError:
             continue
+        _lock(path)
         return path
     raise AssertionError("count(2) does not end")
+
+
+_locks: dict[Path, IO[str]] = {}
+"""Of the directories that this process has written to; the system lets go of them when it ends, however it ends."""
+
+
+def _lock(directory: Path) -> None:
+    path = (directory / "lock").resolve()
+    if path in _locks:
+        return
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"run.dir is {str(directory)!r}; another process is at work there, and two would overwrite each other's files. "
+            "Wait until it has ended, or choose another run.dir."
+        ) from None
+    _locks[path] = file
 
 
 def record(directory: Path, config: Config, processes: Processes) -> None:

@@ -238,7 +238,8 @@ class Trainer:
         """After work that each process did for itself, which a request to stop may have broken off."""
         self._agree_on_interruption()
         if self.interruption:
-            self.under_way = StepUnderWay()  # to be sampled again
+            if self.under_way.rollout is None:
+                self.under_way = StepUnderWay()  # to be sampled again
             self.prompts.position = self.state.position
             raise Interrupted(self.interruption)
 

@@ -532,6 +532,29 @@ def test_a_pass_that_cannot_be_smaller_is_an_error(tmp_path: Path):
         trainer.train()
 
 
+HOLDS_THE_LOCK = """
+import sys
+from grpo.config import RunConfig
+from grpo.rundir import claim
+claim(RunConfig(dir=sys.argv[1], steps=1, resume="auto"))
+print("holds", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_runs_do_not_resume_in_one_directory_and_a_killed_one_leaves_it_free(tmp_path: Path):
+    config = tiny_config(tmp_path / "run", run={"steps": 1, "resume": "auto"})
+    command = [sys.executable, "-c", HOLDS_THE_LOCK, str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "holds\n"
+        with pytest.raises(ValueError, match=r"run.dir is .*run'; another process is at work there"):
+            Trainer(config)
+        other.kill()
+    Trainer(config).train()
+    assert names(tmp_path / "run") == ["step-00000001"]
+
+
 # ---- Weights & Biases ------------------------------------------------------------------------------------------------
 
 
