@@ -20,7 +20,7 @@ import json
 import os
 import random
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class RunState:
     step: int = 0  # finished training steps
     optimizer_steps: int = 0
     position: int = 0  # prompts dealt so far
+    learning_rate: float = 0.0  # of the last optimizer step
 
 
 class CheckpointError(RuntimeError):
@@ -334,7 +335,7 @@ def restore(checkpoint: Path, *, policy: Policy, processes: Processes) -> tuple[
         policy.load_reference(checkpoint / REFERENCE)
     if processes.rank < written.num_processes:  # one more keeps the states it started with; sampling seeds its own
         _restore_random_states(torch.load(checkpoint / "random" / f"rank-{processes.rank}.pt", weights_only=False))
-    where = RunState(saved["step"], saved["optimizer_steps"], saved["position"])
+    where = RunState(**{field.name: saved[field.name] for field in fields(RunState)})
     return where, _under_way(checkpoint / "under_way", written.num_processes, processes)
 
 

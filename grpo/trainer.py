@@ -125,7 +125,6 @@ class Trainer:
         self.log.open(resumed_step=None if found is None else self.state.step)
         self.watchdog = Watchdog(config, self.processes.on_main(self.log.metrics))
         self.roll_backs = RollBacks(self.processes.on_main(self.log.roll_backs))
-        self.learning_rate = 0.0  # of the last optimizer step
         self.phase = ""  # of the step: the last one that began
 
     def _load_policy(self, tokenizer: PreTrainedTokenizerBase) -> Policy:
@@ -300,7 +299,7 @@ class Trainer:
             )
         else:
             self.state.optimizer_steps += 1
-            self.learning_rate = rate
+            self.state.learning_rate = rate
             meter.mean("optimizer/grad_norm", torch.tensor(norm))
             meter.mean("optimizer/loss", torch.tensor(loss))
         if interrupted:
@@ -454,7 +453,7 @@ class Trainer:
 
     def _log_metrics(self) -> dict[str, float]:
         metrics = step_metrics(self.under_way.meter, self.under_way.seconds, self.processes)
-        metrics["optimizer/learning_rate"] = self.learning_rate
+        metrics["optimizer/learning_rate"] = self.state.learning_rate
         metrics["optimizer/steps"] = self.state.optimizer_steps
         metrics["progress/epoch"] = self.state.position / len(self.prompts.prompts)
         alarms = self.watchdog.observe(self.state.step, metrics)
