@@ -21,6 +21,7 @@ import os
 import random
 import shutil
 from dataclasses import asdict, dataclass, fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from grpo.under_way import StepUnderWay, dealt_anew
 from grpo.writer import Writer, flush, problem_with, save_tensors
 
 REFERENCE = "reference.safetensors"
-SET_ASIDE = (".partial", ".corrupt")
 
 
 @dataclass
@@ -71,12 +71,14 @@ class Checkpoints:
         self.processes = processes
         self._pending: _Pending | None = None
 
-    def save(self, state: RunState, *, policy: Policy, under_way: StepUnderWay | None = None, updates: int = 0) -> Path:
+    def save(
+        self, state: RunState, *, policy: Policy, under_way: StepUnderWay | None = None, updates: int | None = None
+    ) -> Path:
         """Write a checkpoint of the state, or, with `checkpoint.background`, begin to.
 
         Args:
             under_way: this process's part of a step that is not finished; None between steps.
-            updates: optimizer steps of it that are done.
+            updates: optimizer steps of it that are done; None between steps.
 
         Raises:
             CheckpointError: on all processes, if one of them could not write its part, now or in the background.
@@ -124,17 +126,17 @@ class Checkpoints:
             flush(partial)
             os.replace(partial, pending.final)
             flush(self.directory)
-            self._prune()
         except OSError as error:
             return str(error)
+        self._prune()
         return None
 
     def _prune(self) -> None:
         settings = self.config.checkpoint
         for old in complete_checkpoints(self.directory)[: -settings.keep]:
             step, updates = numbers_of(old)
-            if updates or not settings.keep_every or step % settings.keep_every:
-                shutil.rmtree(old.rename(_partial(old)))
+            if updates is not None or not settings.keep_every or step % settings.keep_every:
+                shutil.rmtree(old.rename(_partial(old)), ignore_errors=True)  # what is left goes when the run resumes
 
     def last_before(self, began: int, policy: Policy) -> Path | None:
         """The newest checkpoint from before the trouble that showed in step `began`, on every process; None if there is none.
@@ -144,7 +146,7 @@ class Checkpoints:
         """
         for path in reversed(self.processes.on_main(lambda: complete_checkpoints(self.directory))):
             step, updates = numbers_of(path)
-            if step + 1 >= began or updates:
+            if step + 1 >= began or updates is not None:
                 continue
             has_reference = self.processes.on_main((path / REFERENCE).exists)
             if (has_reference or not policy.reference_moved) and _problem(path, self.processes) is None:
@@ -195,15 +197,18 @@ def _write_all(writer: Writer, policy: Policy, *, rank: int, under_way: StepUnde
         writer.write(directory / "under_way" / f"rank-{rank}.pt", under_way, save_tensors)
 
 
-def name_of(step: int, updates: int = 0) -> str:
-    """The directory of a checkpoint after so many steps and updates of the next; names sort by time."""
-    return f"step-{step:08d}" + (f"-{updates:04d}" if updates else "")
+def name_of(step: int, updates: int | None = None) -> str:
+    """The directory of a checkpoint after so many steps, or with the next one under way and so many updates of it done.
+
+    Names sort by time.
+    """
+    return f"step-{step:08d}" + ("" if updates is None else f"-{updates:04d}")
 
 
-def numbers_of(checkpoint: Path) -> tuple[int, int]:
+def numbers_of(checkpoint: Path) -> tuple[int, int | None]:
     """The step and the updates that `name_of` was given."""
     _, step, *updates = checkpoint.name.split("-")
-    return int(step), int(updates[0]) if updates else 0
+    return int(step), int(updates[0]) if updates else None
 
 
 def _partial(final: Path) -> Path:
@@ -212,7 +217,7 @@ def _partial(final: Path) -> Path:
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(path for path in directory.glob("step-*") if path.suffix not in SET_ASIDE)
+    return sorted(path for path in directory.glob("step-*") if not path.suffix)  # others are partial or corrupt
 
 
 def _write_state(directory: Path, record: dict[str, Any]) -> None:
@@ -258,7 +263,8 @@ def find(directory: Path, config: Config, processes: Processes) -> Path | None:
             _check_resumable(checkpoint, config)
             return checkpoint
         if processes.is_main:
-            aside = checkpoint.rename(checkpoint.with_suffix(".corrupt"))
+            names = (checkpoint.with_suffix(f".corrupt{f'-{n}' * (n > 1)}") for n in count(1))
+            aside = checkpoint.rename(next(path for path in names if not path.exists()))
             print(f"checkpoint {checkpoint} is corrupt and was renamed to {aside.name}: {problem}", flush=True)
     if there:
         raise ValueError(
@@ -298,6 +304,7 @@ MAY_CHANGE = {
     "scoring",
     "memory",
     "vllm",
+    "preflight",
     "watchdog",
     "algorithm.max_sampling_gap",
     "distributed",

@@ -7,6 +7,7 @@ a `ValueError` before any model is loaded; its message has the setting as spelle
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Hashable, Iterable
 from pathlib import Path
@@ -231,8 +232,8 @@ class EvaluationConfig(Section):
 class PreflightConfig(Section):
     num_questions: NonNegativeInt = 32
     """Training questions that the untrained model answers before the first step, rollout.group_size times each, to see whether
-    there is anything to learn from; see grpo/preflight.py. A resumed run does not repeat it. Raising it makes the verdict surer
-    and the start slower. 0: no preflight."""
+    there is anything to learn from; see grpo/preflight.py. A run that has made a step does not repeat it. Raising it makes the
+    verdict surer and the start slower. 0: no preflight."""
     on_failure: Literal["stop", "warn"] = "stop"
     """What to do if there is nothing to learn from. warn: say so and train all the same."""
 
@@ -719,6 +720,11 @@ def _unknown_key(spelled: str, key: str, section: type[BaseModel], prefix: str) 
     near = near or [name for name in setting_names() if name.split(".")[-1] == key]
     hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(section.model_fields)}."
     return f"{spelled} is not a setting. {hint}"
+
+
+def as_override(text: str) -> str:
+    """A text as the value of an override that reads it back: as it stands, unless YAML would take it for something else."""
+    return text if _read_value(text, "") == text else json.dumps(text)
 
 
 def setting_names() -> list[str]:

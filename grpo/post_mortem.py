@@ -65,7 +65,7 @@ def write(run_dir: Path, step: int, text: str, evidence: Evidence, processes: Pr
 def _attempt(write: Any) -> Any:
     try:
         return write()
-    except OSError as error:
+    except Exception as error:  # of a disk, or of a library on top of it
         print(f"warning: the post-mortem could not be written: {error}", flush=True)
         return None
 

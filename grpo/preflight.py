@@ -496,7 +496,10 @@ def try_template(trainer: Trainer, prompts: list[Prompt], template: str, *, num_
             )
             return groups, scoring.result()
 
-    groups, scores = trainer.making_do(sample)
+    sampled = trainer.stopping.abortable(lambda: trainer.making_do(sample))
+    trainer.agree_to_go_on()
+    assert sampled is not None, "only a request to stop breaks off the sampling"
+    groups, scores = sampled
     scorer.conversational = configured
     seen = [see(group, scores, p, end_token_ids=trainer.policy.end_token_ids) for p, group in enumerate(groups)]
     dealt = zip_longest(

@@ -141,6 +141,9 @@ class WandbSink:
         except Exception as error:  # whatever goes wrong with a logging service must not cost a run
             print(f"wandb: {error}; this run is logged offline.", flush=True)
             self._run = wandb.init(mode="offline", **options)
+        # W&B's own step cannot go back; a run that resumes or rolls back does
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._send(metrics, step)
@@ -155,12 +158,15 @@ class WandbSink:
 
     def _send(self, values: dict[str, Any], step: int) -> None:
         try:
-            self._run.log(values, step=step)
+            self._run.log({"step": step, **values})
         except Exception as error:
             print(f"wandb: {error}; step {step} is in the run's own files only.", flush=True)
 
     def close(self) -> None:
-        self._run.finish()
+        try:
+            self._run.finish()
+        except Exception as error:
+            print(f"wandb: {error}", flush=True)
 
 
 def _has_login(wandb: Any) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -45,15 +44,30 @@ class StopRequest:
 
     def __init__(self, max_hours: float | None) -> None:
         """Args: max_hours: counted from here."""
-        self.reason: str | None = None
+        self.is_handled = False  # whether signals and clock are, which is within the context
         self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
         self._max_hours = max_hours
-        self._requested_at = 0.0
+        self._reason: str | None = None
+        self._signalled_at: float | None = None
+        self._is_clock = False  # what raises the next signal
         self._is_abortable = False
         self._before: dict[int, Any] = {}
         self._timer: threading.Timer | None = None
 
+    @property
+    def reason(self) -> str | None:
+        """What asked for a stop; None if nothing has."""
+        if self._reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            self._reason = f"run.max_hours ({self._max_hours:g}) are over"
+        return self._reason
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """For a process that goes on in place of this one: the hours that are left."""
+        return () if self._deadline is None else (f"run.max_hours={(self._deadline - time.monotonic()) / 3600:.6f}",)
+
     def __enter__(self) -> StopRequest:
+        self.is_handled = True
         if threading.current_thread() is threading.main_thread():  # nobody else may handle signals
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
             if self._deadline is not None:
@@ -63,6 +77,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.is_handled = False
         if self._timer is not None:
             self._timer.cancel()
         for number, handler in self._before.items():
@@ -81,16 +96,20 @@ class StopRequest:
             return None
 
     def _time_is_up(self) -> None:
-        self.reason = self.reason or f"run.max_hours ({self._max_hours:g}) are over"
-        self._requested_at = time.monotonic()
+        self._is_clock = True
         signal.pthread_kill(threading.main_thread().ident or 0, SIGNALS[0])  # to break off what is abortable
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
-        if self.reason is None:
-            self.reason, self._requested_at = signal.Signals(number).name, now
-            print(f"{self.reason}: saving, then stopping; a second signal stops at once", file=sys.stderr, flush=True)
-        elif now - self._requested_at > ONE_REQUEST_SECONDS:
+        if self._is_clock:
+            self._is_clock = False
+        elif self._signalled_at is None:
+            self._signalled_at = now
+            self._reason = self.reason or signal.Signals(number).name
+            os.write(
+                2, f"{signal.Signals(number).name}: saving, then stopping; a second signal stops at once\n".encode()
+            )
+        elif now - self._signalled_at > ONE_REQUEST_SECONDS:
             os._exit(128 + number)  # reward workers die with their parent
         if self._is_abortable:
             self._is_abortable = False

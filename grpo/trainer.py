@@ -19,7 +19,7 @@ from grpo import checkpoint, distributed, post_mortem, preflight, rundir, tripwi
 from grpo.advantage import group_advantages
 from grpo.batch import join, micro_batch, minibatch_bounds, pack, plan_passes, spare, split, take
 from grpo.checkpoint import CheckpointError, Checkpoints, RunState, numbers_of
-from grpo.config import Config
+from grpo.config import Config, as_override
 from grpo.console import show_samples
 from grpo.evaluate import answer, in_order, training_rows
 from grpo.loss import grpo_loss, token_weights
@@ -137,7 +137,8 @@ class Trainer:
             The last checkpoint; its `hf/` is a directory that `AutoModelForCausalLM.from_pretrained` loads.
 
         Raises:
-            Stopped: SIGTERM, SIGINT or the end of `run.max_hours` came; where the run stands is saved.
+            Stopped: SIGTERM, SIGINT or the end of `run.max_hours` came, or a single process was short of memory in an update;
+                where the run stands is saved. After a shortage, `settings` are what to go on with.
         """
         with self.stopping:
             try:
@@ -188,7 +189,7 @@ class Trainer:
         prompts = self.prompts.next_batch()
         with self._clock("step"):
             sampled = self.stopping.abortable(lambda: self.making_do(lambda: self._sample(prompts)))
-            self._agree_to_go_on()
+            self.agree_to_go_on()
             assert sampled is not None, "only a request to stop breaks off the sampling"
             groups, scores = sampled
             advantages = group_advantages(scores.rewards, normalize_by_std=self.config.algorithm.normalize_by_std)
@@ -233,7 +234,7 @@ class Trainer:
             free()
             print(f"out of memory while sampling, process {self.processes.rank}: {shortage}\n{changed}", flush=True)
 
-    def _agree_to_go_on(self) -> None:
+    def agree_to_go_on(self) -> None:
         """After work that each process did for itself, which a request to stop may have broken off."""
         self._agree_on_interruption()
         if self.interruption:
@@ -358,9 +359,10 @@ class Trainer:
             wait: also with `checkpoint.background`, until it is complete.
 
         Raises:
-            CheckpointError: it could not be written, or one that was being written in the background could not.
+            CheckpointError: it could not be written.
         """
-        under_way, updates = None, 0
+        self._try(self.checkpoints.finish)  # what became of the one before must not cost this one
+        under_way, updates = None, None
         if self.under_way.rollout is not None:
             under_way = replace(self.under_way, rollout=replace(self.under_way.rollout, passes=[]))
             updates = self.state.optimizer_steps - self.under_way.first_update
@@ -385,7 +387,10 @@ class Trainer:
         try:
             return work()
         except RuntimeError as error:
-            if not (self.makes_do and is_out_of_memory(error)) or self.processes.world_size > 1 or tokens <= longest:
+            may_leave = (
+                self.makes_do and self.stopping.is_handled and self.processes.world_size == 1 and tokens > longest
+            )
+            if not (may_leave and is_out_of_memory(error)):
                 raise
             shortage = str(error).splitlines()[0]
         # only now nothing holds on to the pass that failed, and there is room for saving
@@ -398,12 +403,13 @@ class Trainer:
 
     def _leave(self, interrupted: Interrupted) -> None:
         saved = self.save(wait=True)
-        settings = ("run.resume=auto", f"run.dir={self.directory}", *interrupted.settings)
+        settings = ("run.resume=auto", f"run.dir={as_override(str(self.directory))}", *interrupted.settings)
         self.say(
             f"stopped: {interrupted}. Saved to {saved}; {' '.join(settings)} goes on from there. Exit code {EXIT_STOPPED}."
         )
         self.close()
-        raise Stopped(str(interrupted), settings if interrupted.settings else ())
+        goes_on = interrupted.settings and self.stopping.reason is None
+        raise Stopped(str(interrupted), (*settings, *self.stopping.settings) if goes_on else ())
 
     def close(self) -> None:
         """End the reward workers and the logs; for a trainer that is stepped by hand."""
@@ -433,7 +439,7 @@ class Trainer:
         if not self.eval_prompts or not due or self.processes.on_main(lambda: bool(self.log.evaluation(step))):
             return
         mine = self.stopping.abortable(lambda: self.making_do(self._answer_held_out))
-        self._agree_to_go_on()
+        self.agree_to_go_on()
         self.log.log_evaluation(step, in_order(self.processes.gather(mine), self.eval_prompts))
 
     def _answer_held_out(self) -> list[dict[str, Any]]:
@@ -446,7 +452,7 @@ class Trainer:
         )
 
     def _is_last(self) -> bool:
-        return self.state.step == self.config.run.steps
+        return self.state.step >= self.config.run.steps
 
     def _log_completions(self, mine: list[dict[str, Any]]) -> None:
         self.log.log_completions(self.state.step, [row for part in self.processes.gather(mine) for row in part])
@@ -478,6 +484,7 @@ class Trainer:
         )
         step = self.state.step + 1
         text = tripwire.explanation(gaps / num_tokens, limit, step, causes)
+        self._try(self.checkpoints.finish)
         raise tripwire.SamplingGapError(f"{text}\n{self._post_mortem(step, text)}")
 
     def _act_on(self, alarms: list[Alarm]) -> None:
@@ -489,22 +496,22 @@ class Trainer:
         )
         if not serious:
             return
+        self._try(self.checkpoints.finish)
         alarm, remains = serious[0], self._post_mortem(self.state.step, "\n".join(map(str, alarms)))
         if alarm.action == "stop":
             raise WatchdogError(f"{alarm}. {remains}")
         if len(self.roll_backs.rows) == self.config.watchdog.max_roll_backs:
             raise WatchdogError(f"{alarm}, after {len(self.roll_backs.rows)} roll-backs. {remains}")
-        self._try(self.checkpoints.finish)
         good = self.checkpoints.last_before(alarm.began, self.policy)
         if good is None:
             raise WatchdogError(f"{alarm}. There is no checkpoint from before step {alarm.began}. {remains}")
         self._roll_back(alarm, good)
 
     def _roll_back(self, alarm: Alarm, good: Path) -> None:
+        self.checkpoints.remove_after(good)  # first, so that a run that is killed here comes to the same alarm again
         self.roll_backs.add(alarm, to=numbers_of(good)[0], factor=self.config.watchdog.rate_factor)
         self.log.log_roll_back(self.roll_backs.rows[-1])
         self._restore(good)
-        self.checkpoints.remove_after(good)
         self.log.close()
         self.log.open(resumed_step=self.state.step)
         self.watchdog.rewind(self.state.step)

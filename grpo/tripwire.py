@@ -221,10 +221,11 @@ def _weights(probe: Probe, generator: Generator, config: Config, earlier_gap: fl
         f"sampled with old weights: the model to sample from is {before:.3g} nats from the recorded log-probabilities as it was, "
         f"and {apart:.3g} from the policy's after it was given the weights once more; the engine then samples with {again:.3g}"
     )
+    forward = probe.explained_by(probe.gap_of(unpacked)) * min(apart / max(probe.gap, 1e-9), 1.0)
     if earlier_gap is not None:
         text += f"; the gap of the steps before was {earlier_gap:.3g}"
         shares.append(0.8 * probe.explained_by(earlier_gap))  # other faults may come later too
-    forward = probe.explained_by(probe.gap_of(unpacked)) * min(apart / max(probe.gap, 1e-9), 1.0)
+        forward = min(forward, 1 - probe.explained_by(earlier_gap))  # this one shows in every step
     return [
         Cause(max(shares), text),
         Cause(

@@ -11,7 +11,7 @@ import sys
 
 from grpo import Config
 from grpo.console import errors_for_users
-from grpo.stopping import Stopped
+from grpo.stopping import EXIT_STOPPED, Stopped
 
 
 def main() -> None:
@@ -36,17 +36,18 @@ def main() -> None:
             distributed.stop()
             raise SystemExit(exit_code)
         trainer = Trainer(config)
+    exit_code = 0
     try:
         trainer.train()
     except Stopped as stopped:
         if stopped.settings:  # out of memory: go on in a fresh process, in place of this one
             distributed.leave_environment()
             os.execv(sys.executable, [sys.executable, *sys.argv, "--set", *stopped.settings])
-        raise
+        exit_code = EXIT_STOPPED
     except PreflightRefused:  # on all processes; what is wrong has been printed
-        raise SystemExit(1) from None
-    finally:
-        distributed.stop()
+        exit_code = 1
+    distributed.stop()  # not after an error: the heartbeat lets the others know of it
+    raise SystemExit(exit_code)
 
 
 if __name__ == "__main__":

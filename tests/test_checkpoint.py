@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from test_trainer import steps_of
 from grpo import Trainer, checkpoint
 from grpo.batch import micro_batch, pack, spare, take
 from grpo.checkpoint import CheckpointError, complete_checkpoints, name_of, numbers_of
+from grpo.config import Config, as_override
 from grpo.metrics import Meter
 from grpo.post_mortem import Evidence
 from grpo.sinks import read_jsonl
@@ -105,7 +107,7 @@ def test_a_writer_keeps_its_first_error_to_itself_and_writes_nothing_more(tmp_pa
 
 
 def test_names_sort_by_time_and_are_read_back():
-    numbers = [(9, 0), (9, 3), (10, 0), (10, 12), (100, 0)]
+    numbers = [(9, None), (9, 0), (9, 3), (10, None), (10, 12), (100, None)]
     assert sorted(name_of(*each) for each in reversed(numbers)) == [name_of(*each) for each in numbers]
     assert [numbers_of(Path(name_of(*each))) for each in numbers] == numbers
 
@@ -235,11 +237,11 @@ def stop_at_call(trainer: Trainer, name: str, number: int) -> None:
     """Let the process be asked to stop when the trainer's method of that name begins for the so-manieth time."""
     own, calls = getattr(trainer, name), []
 
-    def method(*arguments):
+    def method(*arguments, **options):
         calls.append(1)
         if len(calls) == number:
             os.kill(os.getpid(), signal.SIGTERM)
-        return own(*arguments)
+        return own(*arguments, **options)
 
     setattr(trainer, name, method)
 
@@ -636,3 +638,115 @@ def part_of_a_step(rng: random.Random, number: int) -> StepUnderWay:
     meter.mean("x", torch.tensor(float(number)))
     rollout = Evidence(groups, Scores(advantages, {"f": advantages}, 0, 0), advantages)
     return StepUnderWay(rollout, 3, [passes[:2], [*passes[2:], spare()]], meter, {})
+
+
+# ---- at the seams ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_resumed_with_fewer_steps_than_it_has_made_ends_at_once(tmp_path: Path, saved_run: Path):
+    run = shutil.copytree(saved_run, tmp_path / "run")
+    Trainer(tiny_config(run, checkpoint=EVERY_STEP, run={"steps": 1, "resume": "auto"})).train()
+    assert steps_of(run) == steps_of(saved_run)
+
+
+def test_a_stop_saves_even_if_the_background_save_before_it_failed(tmp_path: Path):
+    saving = {"every_steps": 2, "keep": 10, "background": True}
+    trainer = Trainer(tiny_config(tmp_path / "run", checkpoint=saving, run={"steps": 4}))
+    own, calls = trainer.checkpoints.save, []
+
+    def save(state, **options):
+        calls.append(state.step)
+        if len(calls) > 1:
+            return own(state, **options)
+        with no_room():
+            path = own(state, **options)
+            trainer.checkpoints._pending.writer.wait()
+            os.kill(os.getpid(), signal.SIGTERM)  # before anyone has asked what became of it
+            return path
+
+    trainer.checkpoints.save = save
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert calls == [2, 2]
+    assert names(tmp_path / "run") == ["step-00000002"]
+
+
+def test_the_end_of_max_hours_is_no_signal_so_the_first_one_after_it_does_not_end_the_process():
+    code = SLOW_TO_STOP.replace("StopRequest(None)", "StopRequest(1e-6)")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(2.5)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.kill()
+
+
+def test_max_hours_hold_in_another_thread_too(tmp_path: Path):
+    trainer = Trainer(tiny_config(tmp_path / "run", run={"steps": 50, "max_hours": 1e-6}))
+    ended: list[BaseException] = []
+
+    def train() -> None:
+        try:
+            trainer.train()
+        except Stopped as stopped:
+            ended.append(stopped)
+
+    thread = Thread(target=train)
+    thread.start()
+    thread.join(timeout=60)
+    assert len(ended) == 1
+    assert names(tmp_path / "run") == ["step-00000000"]
+
+
+def test_a_checkpoint_that_is_corrupt_twice_is_set_aside_twice(tmp_path: Path, saved_run: Path):
+    run = shutil.copytree(saved_run, tmp_path / "run")
+    for _ in range(2):
+        flip_a_bit(run / "checkpoints" / name_of(2))
+        Trainer(tiny_config(run, checkpoint=EVERY_STEP, run={"steps": 2, "resume": "auto"})).train()
+    aside = {path.name for path in (run / "checkpoints").iterdir() if path.suffix}
+    assert aside == {"step-00000002.corrupt", "step-00000002.corrupt-2"}
+
+
+def test_a_stop_asked_for_during_a_shortage_is_not_lost_and_what_goes_on_has_the_hours_left(tmp_path: Path):
+    for asked in (False, True):
+        trainer = a_run(tmp_path / f"run-{asked}", max_hours=1.0)
+        short_of_memory_once(trainer, at_call=1)
+        if asked:
+            stop_at_call(trainer, "save", 1)
+        with pytest.raises(Stopped) as stopped:
+            trainer.train()
+        hours = [setting for setting in stopped.value.settings if setting.startswith("run.max_hours=")]
+        assert bool(stopped.value.settings) == (not asked)
+        assert asked or 0.9 < float(hours[0].split("=")[1]) < 1
+
+
+def test_out_of_memory_in_a_step_made_by_hand_is_out_of_memory(tmp_path: Path):
+    trainer = Trainer(tiny_config(tmp_path / "run"))
+    short_of_memory_once(trainer, at_call=1)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train_step()
+    trainer.close()
+
+
+def test_a_roll_back_goes_to_a_finished_step_that_has_the_reference_it_needs(tmp_path: Path):
+    algorithm = {"kl_coef": 0.05, "reference_refresh_steps": 3}
+    trainer = Trainer(tiny_config(tmp_path / "run", algorithm=algorithm, checkpoint=EVERY_STEP, run={"steps": 5}))
+    trainer.train()
+    saved = tmp_path / "run/checkpoints"
+    shutil.copytree(saved / name_of(2), saved / name_of(2, 0))  # as if it held a step under way
+    policy = trainer.policy
+    assert trainer.checkpoints.last_before(5, policy) == saved / name_of(3)
+    assert trainer.checkpoints.last_before(4, policy) is None  # the reference moved after step 3
+    policy.reference_moved = False
+    assert trainer.checkpoints.last_before(4, policy) == saved / name_of(2)
+    flip_a_bit(saved / name_of(2))
+    assert trainer.checkpoints.last_before(4, policy) == saved / name_of(1)
+
+
+def test_text_is_an_override_that_reads_it_back():
+    for text in ("/tmp/run", "2024-10-01", "1e3", "true", "a: b"):
+        config = Config.load(ROOT / "configs/quickstart.yaml", [f"run.dir={as_override(text)}"])
+        assert config.run.dir == text
+    assert as_override("/tmp/run") == "/tmp/run"

@@ -57,6 +57,7 @@ class NativeGenerator:
         self.fused = config.rollout.fused_layers
         self.ending = Ending(policy.tokenizer, policy.end_token_ids)
         self._metrics: dict[str, float] = {}
+        self._wanted_kv_gib = 0.0, 0.0  # and the fewest
         self._decoder: Decoder | None = None
         problem = None
         try:
@@ -82,11 +83,12 @@ class NativeGenerator:
 
     def halve(self) -> str | None:
         """See Generator."""
-        held, fewest = self.kv_gib or (0.0, 0.0)
+        held, fewest = self.kv_gib or self._wanted_kv_gib  # making a smaller one may have failed, too
         gib = max(held / 2, fewest * 1.01)
         if self.max_sequences == 1 or gib >= held:
             return None
         self._decoder = None
+        self._wanted_kv_gib = gib, fewest
         self.max_sequences, self.kv_cache_gib = self.max_sequences // 2, gib
         return (
             f"going on with {self.max_sequences} completions at once and {gib:.3g} GiB for keys and values; "
