@@ -87,9 +87,8 @@ def _as_a_process_of_its_own(run: Path, rank: int, arguments: argparse.Namespace
         os._exit(code)
 
 
-def ended(pids: list[int], *, within: float) -> list[int] | None:
-    """Exit codes (negative: the signal), or None if they have not all ended in so many seconds."""
-    codes: dict[int, int] = {}
+def ended(pids: list[int], codes: dict[int, int], *, within: float) -> list[int] | None:
+    """Exit codes (negative: the signal), or None if they have not all ended in so many seconds; `codes` collects them."""
     deadline = time.monotonic() + within
     while len(codes) < len(pids) and time.monotonic() < deadline:
         for pid in set(pids) - codes.keys():
@@ -100,8 +99,8 @@ def ended(pids: list[int], *, within: float) -> list[int] | None:
     return [codes[pid] for pid in pids] if len(codes) == len(pids) else None
 
 
-def strike(pids: list[int], number: signal.Signals) -> None:
-    for pid in pids:
+def strike(pids: list[int], codes: dict[int, int], number: signal.Signals) -> None:
+    for pid in set(pids) - codes.keys():
         os.kill(pid, number)
 
 
@@ -142,7 +141,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     reference = arguments.out / "whole"
     began = time.monotonic()
-    assert ended(start(reference, arguments), within=300) == [0] * arguments.processes, (
+    assert ended(start(reference, arguments), {}, within=300) == [0] * arguments.processes, (
         "the run that is left alone failed"
     )
     seconds = time.monotonic() - began
@@ -153,21 +152,21 @@ def main() -> None:
         run = arguments.out / f"killed-{runs}"
         codes = None
         while codes is None:
-            pids = start(run, arguments)
+            pids, ends = start(run, arguments), dict[int, int]()
             patience = dice.uniform(0.1, 0.8) * seconds if kills < arguments.kills else 300
-            codes = ended(pids, within=patience)
+            codes = ended(pids, ends, within=patience)
             if codes is None:
                 assert kills < arguments.kills, "a run that was left alone at last did not end"
                 kills += 1
                 number = signal.SIGTERM if dice.random() < 0.3 else signal.SIGKILL
-                strike(pids, number)
-                left = ended(pids, within=90)
+                strike(pids, ends, number)
+                left = ended(pids, ends, within=90)
                 assert left is not None, f"not all processes ended soon after {number.name}"
-                if number == signal.SIGTERM and left == [0] * len(pids):
+                if left == [0] * len(pids):
                     codes = left  # it had come to its end
                 # before it handles signals a process dies of SIGTERM, and the others notice
                 handled = {0, EXIT_STOPPED, -signal.SIGTERM, PEER_LOST}
-                expected = {-signal.SIGKILL} if number == signal.SIGKILL else handled
+                expected = {0, -signal.SIGKILL} if number == signal.SIGKILL else handled
                 assert set(left) <= expected, f"{number.name} ended in {left}; see {run}-0.log"
                 struck[f"{number.name} {where(run)}"] += 1
             else:
