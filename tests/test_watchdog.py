@@ -281,6 +281,37 @@ def test_a_roll_back_survives_a_resume_from_a_checkpoint_that_is_older(tmp_path:
     assert whole == halves
 
 
+@pytest.fixture(scope="module")
+def rolled_back(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("rolled_back") / "run"
+    troubled(run, first_bad=5, times=1).train()
+    return run
+
+
+@pytest.mark.parametrize("place", ["checkpoints.remove_after", "log.log_roll_back", "_restore"])
+def test_a_kill_in_the_middle_of_a_roll_back_is_as_if_it_had_not_been(tmp_path: Path, rolled_back: Path, place: str):
+    trainer = troubled(tmp_path / "run", first_bad=5, times=1)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    *owner, method = place.split(".")
+    setattr(getattr(trainer, owner[0]) if owner else trainer, method, killed)
+    with pytest.raises(Killed):
+        trainer.train()
+    trainer.close()
+    troubled(tmp_path / "run", first_bad=5, times=1).train()
+    drop = ("time/", "throughput/")
+    whole, ours = (
+        [{k: v for k, v in row.items() if not k.startswith(drop)} for row in read_jsonl(run / "metrics.jsonl")]
+        for run in (rolled_back, tmp_path / "run")
+    )
+    assert ours == whole
+
+
 def test_the_run_stops_after_so_many_roll_backs(tmp_path: Path):
     trainer = troubled(tmp_path / "run", first_bad=5, times=2)
     with pytest.raises(WatchdogError, match=r"watchdog.signal, step 6: .* after 1 roll-backs. .*step-00000006-2"):
