@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import launch, tiny_config
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from grpo import Trainer, checkpoint, post_mortem
@@ -206,19 +207,31 @@ def test_the_post_mortem_holds_the_batch_and_what_the_policy_says_of_it(tmp_path
     assert f"policy/sampling_gap is {gap:.3g} nats" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("writes", "error", "left"),
+    [
+        ("_claim", OSError(28, "No space left on device"), "No post-mortem could be written"),
+        ("save_file", SafetensorError("I/O error: No space left on device"), "The batch and the last metrics lie in"),
+    ],
+)
 def test_a_full_disk_does_not_hide_the_alarm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    writes: str,
+    error: Exception,
+    left: str,
 ):
-    def full(*_: object) -> Path:
-        raise OSError(28, "No space left on device")
+    def full(*_: object) -> None:
+        raise error
 
-    monkeypatch.setattr(post_mortem, "_claim", full)
+    monkeypatch.setattr(post_mortem, writes, full)
     trainer = Trainer(tiny_config(tmp_path / "run"))
     trainer.generator = Hotter(trainer.generator)
-    with pytest.raises(SamplingGapError, match=r"(?s)sampled at another temperature.*No post-mortem could be written"):
+    with pytest.raises(SamplingGapError, match=rf"(?s)sampled at another temperature.*{left}"):
         trainer.train_step()
     trainer.close()
-    assert "the post-mortem could not be written: [Errno 28] No space left" in capsys.readouterr().out
+    assert f"the post-mortem could not be written: {error}" in capsys.readouterr().out
 
 
 def test_the_limit_follows_precision_and_temperature(tmp_path: Path):
