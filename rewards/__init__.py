@@ -2,9 +2,10 @@
 
 from rewards.accuracy import accuracy
 from rewards.code import code
+from rewards.countdown import countdown
 from rewards.exact_match import exact_match
 from rewards.format import format
 from rewards.length import overlong
 from rewards.repetition import repetition
 
-__all__ = ["accuracy", "code", "exact_match", "format", "overlong", "repetition"]
+__all__ = ["accuracy", "code", "countdown", "exact_match", "format", "overlong", "repetition"]
