@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -52,6 +53,22 @@ def training_rows(step: int, groups: list[Group], scores: Scores, advantages: Te
     known = advantages.nan_to_num().flatten().tolist()
     rows = completion_rows(groups, scores)
     return [{"step": step, **row, "advantage": advantage} for row, advantage in zip(rows, known, strict=True)]
+
+
+def verdict_name(names: Iterable[str]) -> str:
+    """Of a run's reward functions, the one whose verdict says what is right: `accuracy` if it is there, else the first."""
+    names = list(names)
+    return "accuracy" if "accuracy" in names else names[0]
+
+
+def is_right(row: Mapping[str, Any]) -> bool | None:
+    """Whether a row of `completion_rows` has the verdict 1; None if the verdict is unknown, which is neither right nor wrong."""
+    value = row["rewards"][verdict_name(row["rewards"])]
+    return None if value is None else value >= RIGHT
+
+
+RIGHT = 1 - 1e-9
+"""Least value of a verdict that means right; a function may add up parts of 1 in floating point."""
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
