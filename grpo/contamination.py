@@ -4,7 +4,7 @@ benchmark (Nature version, supplement D.1); this finds them."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 NUM_WORDS = 10
@@ -13,11 +13,12 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Overlap:
-    """A test question and the first training question with a run of its words."""
+    """A test question and the training question that shares most with it."""
 
     test: int  # its place
     train: int
-    words: str  # what they share
+    share: float  # of the test question's words that lie in runs shared with it; 1: all, so it may be the same question
+    words: str  # the first run
 
 
 def normalized(text: str) -> str:
@@ -31,21 +32,28 @@ def overlaps(train: Iterable[str], test: Sequence[str], *, num_words: int = NUM_
     Words are runs of letters, digits and underscores, whatever their case; all else is dropped. A question with fewer words
     shares them only with one that is the same but for case and white space: without its punctuation "3 + 4" would be "3 - 4".
     """
-    wanted: dict[str, list[int]] = {}
-    for place, question in enumerate(test):
-        for gram in _grams(question, num_words):
-            wanted.setdefault(gram, []).append(place)
-    found: dict[int, Overlap] = {}
+    runs_of_test = [_runs(question, num_words) for question in test]
+    wanted: dict[str, list[tuple[int, int]]] = {}
+    for place, runs in enumerate(runs_of_test):
+        for start, run in enumerate(runs):
+            wanted.setdefault(run, []).append((place, start))
+    best: dict[int, Overlap] = {}
     for number, question in enumerate(train):
-        for gram in _grams(question, num_words):
-            for place in wanted.pop(gram, ()):
-                found.setdefault(place, Overlap(place, number, gram))
-    return [found[place] for place in sorted(found)]
+        shared: dict[int, set[int]] = {}  # of each test question, where the shared runs start
+        for run in _runs(question, num_words):
+            for place, start in wanted.get(run, ()):
+                shared.setdefault(place, set()).add(start)
+        for place, starts in shared.items():
+            runs = runs_of_test[place]
+            covered = {start + offset for start in starts for offset in range(num_words)}
+            share = min(len(covered) / (len(runs) + num_words - 1), 1.0)
+            if place not in best or share > best[place].share:
+                best[place] = Overlap(place, number, share, runs[min(starts)])
+    return [best[place] for place in sorted(best)]
 
 
-def _grams(question: str, num_words: int) -> Iterator[str]:
+def _runs(question: str, num_words: int) -> list[str]:
     words = _WORD.findall(question.casefold())
     if len(words) < num_words:
-        yield normalized(question)
-    for start in range(len(words) - num_words + 1):
-        yield " ".join(words[start : start + num_words])
+        return [normalized(question)]
+    return [" ".join(words[start : start + num_words]) for start in range(len(words) - num_words + 1)]

@@ -306,7 +306,7 @@ def _answer(
         )
 
     try:
-        or_fewer_at_once(sample, sampler.generator.halve, rank=processes.rank)
+        or_fewer_at_once(sample, sampler.generator, rank=processes.rank)
     finally:
         book.flush()
     return time.perf_counter() - started

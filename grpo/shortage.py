@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+
+if TYPE_CHECKING:
+    from grpo.rollout import Generator
 
 T = TypeVar("T")
 
@@ -28,13 +31,13 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def or_fewer_at_once(sample: Callable[[], T], halve: Callable[[], str | None], *, rank: int) -> T:
-    """What `sample` returns; out of memory, `halve` (see Generator) is asked for less at once and `sample` called again."""
+def or_fewer_at_once(sample: Callable[[], T], generator: Generator, *, rank: int) -> T:
+    """What `sample` returns; out of memory, it is called again with half as many completions at once, and again."""
     while True:
         try:
             return sample()
         except RuntimeError as error:
-            if not is_out_of_memory(error) or (changed := halve()) is None:
+            if not is_out_of_memory(error) or (changed := generator.halve()) is None:
                 raise
             shortage = str(error).splitlines()[0]
         free()

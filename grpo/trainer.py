@@ -226,7 +226,7 @@ class Trainer:
         """What `sample` returns; out of memory, it is called again with half as many completions at once, and again."""
         if not self.makes_do:
             return sample()
-        return or_fewer_at_once(sample, self.generator.halve, rank=self.processes.rank)
+        return or_fewer_at_once(sample, self.generator, rank=self.processes.rank)
 
     def agree_to_go_on(self) -> None:
         """After work that each process did for itself, which a request to stop may have broken off."""

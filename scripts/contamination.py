@@ -1,4 +1,7 @@
-"""Which test questions share ten words in a row with a training question?
+"""Which test questions share ten words in a row with a training question, and how much of them?
+
+Ten words may be a phrase that many problems have ("where m and n are relatively prime positive integers"), so the share of a
+question's words that one training question has is told too, and the worst come first.
 
 python scripts/contamination.py --train openai/gsm8k --train-subset main --benchmarks gsm8k
 python scripts/contamination.py --train train.jsonl --benchmarks mine,math500 --data mine=questions.jsonl math500=math500.jsonl
@@ -7,6 +10,8 @@ Exits with 0 if there are none, with 1 if there are some, and with 2 if a settin
 """
 
 import argparse
+
+from datasets import disable_progress_bars
 
 from grpo import benchmarks
 from grpo.config import DataConfig
@@ -33,6 +38,7 @@ def main() -> None:
     if arguments.words < 2:
         parser.error(f"--words is {arguments.words}; every text shares single words. Set it to 2 or more.")
     num_found = 0
+    disable_progress_bars()
     with errors_for_users():
         names, data = benchmarks.named(arguments)
         columns = {"question_column": arguments.question_column, "answer_column": arguments.answer_column}
@@ -42,12 +48,14 @@ def main() -> None:
             test = [row["question"] for row in benchmarks.load(name, data.get(name))]
             found = overlaps(train, test, num_words=arguments.words)
             num_found += len(found)
+            half = sum(each.share >= 0.5 for each in found)
             print(
                 f"{name}: {len(found)} of {len(test):,} questions ({len(found) / len(test):.1%}) share {arguments.words} words "
-                f"in a row with one of {len(train):,} training questions"
+                f"in a row with one of {len(train):,} training questions; {half} share half of their words or more with one"
             )
-            for each in found[: arguments.show]:
-                print(f"  shared    {each.words}\n  test      {test[each.test]!r}\n  training  {train[each.train]!r}\n")
+            for each in sorted(found, key=lambda each: -each.share)[: arguments.show]:
+                print(f"  {each.share:.0%} of its words: ... {each.words} ...")
+                print(f"    test      {test[each.test]!r}\n    training  {train[each.train]!r}")
     raise SystemExit(int(num_found > 0))
 
 

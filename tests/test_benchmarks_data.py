@@ -129,18 +129,21 @@ TRAIN = [
 def test_ten_words_in_a_row_are_shared_and_nine_are_not():
     ten = "so two, THREE four-five six seven eight nine ten eleven twelve"
     nine = "three four five six seven eight nine ten eleven twelve thirteen"
-    assert overlaps(TRAIN, [nine, ten]) == [Overlap(1, 2, "two three four five six seven eight nine ten eleven")]
+    (found,) = overlaps(TRAIN, [nine, ten])
+    assert found == Overlap(1, 2, 10 / 12, "two three four five six seven eight nine ten eleven")
     assert [each.test for each in overlaps(TRAIN, [nine, ten], num_words=9)] == [0, 1]
 
 
 def test_a_short_question_is_shared_only_whole_with_its_signs():
-    assert overlaps(TRAIN, ["what  is 3 + 4?", "What is 3 - 4?", "What is 3"]) == [Overlap(0, 1, "what is 3 + 4?")]
+    assert overlaps(TRAIN, ["what  is 3 + 4?", "What is 3 - 4?", "What is 3"]) == [Overlap(0, 1, 1.0, "what is 3 + 4?")]
 
 
-def test_each_test_question_is_reported_once_with_the_first_that_shares():
-    train = ["x", TRAIN[0], TRAIN[0] + " And then?"]
-    (found,) = overlaps(train, [TRAIN[0]])
-    assert (found.test, found.train) == (0, 1)
+def test_each_test_question_is_reported_once_with_the_one_that_shares_most():
+    half = "Anna has 3 apples and she gives two of them away, and Carl eats none of the others at all."
+    (found,) = overlaps(["x", half, TRAIN[0], TRAIN[0] + " And then?"], [TRAIN[0]])
+    assert (found.test, found.train, found.share) == (0, 2, 1.0)
+    (found,) = overlaps([half], [TRAIN[0]])
+    assert found.share == 10 / 14  # "Anna ... them"
 
 
 def test_thirteen_thousand_questions_are_searched_in_seconds():
@@ -163,5 +166,5 @@ def test_the_script_tells_by_its_exit_code_whether_words_are_shared():
 
     same = run(TINY / "test.jsonl")
     assert same.returncode == 1, same.stderr
-    assert "(100.0%) share 10 words in a row with one of 256 training questions" in same.stdout
+    assert "(100.0%) share 10 words in a row with one of 256 training questions; 256 share half" in same.stdout
     assert run(Path("/nowhere.jsonl")).returncode == 2
