@@ -64,7 +64,11 @@ METRICS = {
     "watchdog/alarms": "rules of the watchdog that had something to say after the step",
     "progress/epoch": "questions dealt so far, as a multiple of the training set",
     "eval/<function>": "mean of that function's value over the held-out questions it gave a verdict on",
-    "eval/<function>_stderr": "standard error of that mean",
+    "eval/<function>_stderr": "standard error of that mean over questions, each with the mean of its samples",
+    "eval/pass@<k>": "probability that one of k = 1, 2, 4, ... samples of a question is right, unbiased (Chen et al. 2021)",
+    "eval/pass@<k>_low": "lower bound of its 95 % interval: bootstrap over questions",
+    "eval/pass@<k>_high": "upper bound of it",
+    "eval/cons@<n>": "share of questions whose most frequent answer is right; with the reward `vote` and more than one sample",
     "eval/length_mean": "mean number of completion tokens in the evaluation",
     "eval/truncated": "share of the evaluation's completions that were cut off",
 }

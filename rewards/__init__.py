@@ -7,5 +7,6 @@ from rewards.exact_match import exact_match
 from rewards.format import format
 from rewards.length import overlong
 from rewards.repetition import repetition
+from rewards.vote import vote
 
-__all__ = ["accuracy", "code", "countdown", "exact_match", "format", "overlong", "repetition"]
+__all__ = ["accuracy", "code", "countdown", "exact_match", "format", "overlong", "repetition", "vote"]
