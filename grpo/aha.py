@@ -25,29 +25,24 @@ from typing import Any
 PAPER_WORDS = ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check")
 """As published. Like all plain words they stand for themselves alone: "verified", "errors" and "paycheck" are not counted."""
 
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(text.replace(",\n", ", ").split(", "))
+
+
 WORD_LISTS: dict[str, tuple[str, ...]] = {
     "reflection": PAPER_WORDS,
-    **{
-        name: tuple(", ".join(lines).split(", "))
-        for name, lines in {
-            "verification": (
-                "verif*, check, checked, checking, recheck*, double check*, sanity check, confirm, confirms, confirming, make sure",
-                "reexamin*, re examin*, reevaluat*, re evaluat*, substitute back, plug back, 验证, 检查, 核实, 检验, 验算",
-            ),
-            "backtracking": (
-                "wait, hold on, hmm, oops, no actually, retry, try again, try another, try a different, let me try, let's try",
-                "start over, go back, think again, rethink*, reconsider*, recalculat*, alternatively, another approach, another way",
-                "different approach, on second thought, not correct, not right, is incorrect, is wrong, was wrong, my mistake",
-                "made a mistake, made an error, misunderstanding, that can't be, that cannot be, doesn't work, does not work",
-                "等一下, 稍等, 不对, 错了, 重新, 换一种, 再试",
-            ),
-            "subgoals": (
-                "step by step, break it down, break this down, break down the problem, first we, first i, first let's",
-                "let's first, let's start, need to find, need to calculate, need to determine, our goal, the goal is, next step",
-                "next we, step 1, step 2, step 3, step 4, step 5, 首先, 第一步, 第二步, 接下来, 下一步, 需要先",
-            ),
-        }.items()
-    },
+    "verification": _list("""verif*, check, checked, checking, recheck*, double check*, sanity check, make sure, confirm,
+confirms, confirming, reexamin*, re examin*, reevaluat*, re evaluat*, substitute back, plug back,
+验证, 检查, 核实, 检验, 验算"""),
+    "backtracking": _list("""wait, hold on, hmm, oops, no actually, retry, try again, try another, try a different, let me try,
+let's try, start over, go back, think again, rethink*, reconsider*, recalculat*, alternatively, another approach, another way,
+different approach, on second thought, not correct, not right, is incorrect, is wrong, was wrong, made a mistake, made an error,
+my mistake, misunderstanding, that can't be, that cannot be, doesn't work, does not work,
+等一下, 稍等, 不对, 错了, 重新, 换一种, 再试"""),
+    "subgoals": _list("""step by step, break it down, break this down, break down the problem, first we, first i, first let's,
+let's first, let's start, need to find, need to calculate, need to determine, our goal, the goal is, next step, next we, step 1,
+step 2, step 3, step 4, step 5, 首先, 第一步, 第二步, 接下来, 下一步, 需要先"""),
 }
 """The lists that every run counts. The last three are ours, with what keyword studies use (oat-zero: recheck, rethink, try
 again, check again, reevaluate, re-examine). An occurrence counts once in each list that has it; lists are never added up."""
@@ -243,9 +238,10 @@ NO_LETTERS = "\u00aa\u00b2\u00b3\u00b9\u00ba\u00bc-\u00be\u2070-\u209f\u2100-\u2
 
 _SCRIPTS = re.compile(rf"([{HAN}])|([{LATIN}]{{2,}})|[^\W\d_{HAN}{LATIN}{NO_LETTERS}]{{2,}}")
 _NO_WORDS = re.compile(
-    r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*[\\^_={}][^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[a-zA-Z]+|</?[a-zA-Z_]+>",
+    r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$[^$]*\$\$|\$(?=[^$\n]*[\\^_={}])[^$\n]*\$"
+    r"|\\\((?:(?!\\[()]).)*\\\)|\\\[(?:(?!\\[\[\]]).)*\\\]|\\[a-zA-Z]+|</?[a-zA-Z_]+>",
     re.DOTALL,
-)
+)  # no scan for an end goes past the next beginning: what never ends costs no more
 _LATIN_WORD = re.compile(f"[{LATIN}]{{2}}")
 _OTHER_LETTER = re.compile(rf"[^\W\d_{LATIN}{NO_LETTERS}]")
 

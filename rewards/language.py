@@ -9,9 +9,10 @@ _LATIN = "a-zA-Z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff"
 _SIGNS = "\u00aa\u00b2\u00b3\u00b9\u00ba\u00bc-\u00be\u2070-\u209f\u2100-\u218f\u2460-\u24ff\U0001d400-\U0001d7ff"
 _WORDS = re.compile(rf"(?P<latin>[{_LATIN}]{{2,}})|(?P<han>[{_HAN}])|(?P<other>[^\W\d_{_HAN}{_LATIN}{_SIGNS}]{{2,}})")
 _NO_WORDS = re.compile(
-    r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*[\\^_={}][^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[a-zA-Z]+|</?[a-zA-Z_]+>",
+    r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$[^$]*\$\$|\$(?=[^$\n]*[\\^_={}])[^$\n]*\$"
+    r"|\\\((?:(?!\\[()]).)*\\\)|\\\[(?:(?!\\[\[\]]).)*\\\]|\\[a-zA-Z]+|</?[a-zA-Z_]+>",
     re.DOTALL,
-)
+)  # no scan for an end goes past the next beginning: what never ends costs no more
 
 
 def language(completion: str, question: str) -> float:

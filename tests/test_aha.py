@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -222,10 +223,20 @@ def test_the_base_level_is_that_of_step_one():
         ("我 the 有", "有几个？", 1 / 3),
         ("costs $3 加 $5 each", "How many?", 1 / 3),
         ("the answer", "7 × 8?", 0.0),
+        (r"\(数\) two \[数\] $x=数$ $$数$$ \(x two", "How many?", 0.0),
     ],
 )
 def test_share_of_words_in_another_script(text: str, question: str, share: float | None):
     assert aha.other_script(text, question) == (share if share is None else pytest.approx(share))
+
+
+@pytest.mark.parametrize("bomb", [r"\(", r"\[9", "$=", "$$", "`", "<a", "verif", "first ", "我", "数\\"])
+def test_texts_that_never_end_what_they_begin_cost_little(bomb: str):
+    started = time.process_time()
+    text = f"数{bomb * 100_000}"
+    assert aha.other_script(text, "How many?") != 0
+    assert aha.tally([row(text, 0.0, 9)], [False], WORDS)
+    assert time.process_time() - started < 3  # most take some ms; a quadratic scan would take minutes
 
 
 # ---- excerpts --------------------------------------------------------------------------------------------------------
