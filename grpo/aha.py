@@ -310,7 +310,7 @@ def as_text(passages: Iterable[Passage], *, mark: tuple[str, str] = ("[", "]")) 
 def as_html(passages: Iterable[Passage]) -> str:
     """The words in `<mark>`, everything escaped."""
     lines = (
-        "".join(f"<mark>{html.escape(piece)}</mark>" if marked else html.escape(piece) for piece, marked in passage)
+        "".join("<mark>" * marked + html.escape(piece) + "</mark>" * marked for piece, marked in passage)
         for passage in passages
     )
     return "<p>" + "</p><p>".join(line.replace("\n", "<br>") for line in lines) + "</p>"
