@@ -5,8 +5,9 @@ from rewards.code import code
 from rewards.countdown import countdown
 from rewards.exact_match import exact_match
 from rewards.format import format
+from rewards.language import language
 from rewards.length import overlong
 from rewards.repetition import repetition
 from rewards.vote import vote
 
-__all__ = ["accuracy", "code", "countdown", "exact_match", "format", "overlong", "repetition", "vote"]
+__all__ = ["accuracy", "code", "countdown", "exact_match", "format", "language", "overlong", "repetition", "vote"]
