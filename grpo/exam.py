@@ -78,6 +78,7 @@ class Settings:
     temperature: float = 0.6
     top_p: float = 0.95
     max_completion_tokens: int = 4096
+    stop: list[str] = field(default_factory=list)  # texts that end a completion
     num_questions: int | None = None  # the first of each benchmark; None: all
     system_prompt: str | None = None  # of the chat templates; None: what the tokenizer's template says by itself
     dtype: str = "auto"
@@ -98,6 +99,10 @@ class Settings:
                 f"--system-prompt is {self.system_prompt!r}; only the chat templates have a system message, and --templates is "
                 f"{','.join(self.templates)}. Remove it, or add chat or chat_boxed."
             )
+        if "" in self.stop:
+            raise ValueError(
+                '--stop has ""; every completion contains it and would end with its first token. Remove it.'
+            )
         if self.temperature == 0 and (self.num_samples or 1) > 1:
             raise ValueError(
                 f"--samples is {self.num_samples}; at --temperature 0 all samples of a question are the same. Set it to 1, or "
@@ -116,7 +121,9 @@ class Settings:
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(self.max_completion_tokens, temperature=self.temperature, top_p=self.top_p)
+        return Sampling(
+            self.max_completion_tokens, temperature=self.temperature, top_p=self.top_p, stop=tuple(self.stop)
+        )
 
 
 @dataclass(frozen=True)

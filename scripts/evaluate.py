@@ -32,6 +32,7 @@ def main() -> None:
             temperature=arguments.temperature,
             top_p=arguments.top_p if arguments.top_p is not None else (0.95 if arguments.temperature > 0 else 1.0),
             max_completion_tokens=arguments.max_tokens,
+            stop=arguments.stop,
             num_questions=arguments.questions,
             system_prompt=arguments.system_prompt,
             dtype=arguments.dtype,
@@ -79,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         default=4096,
         metavar="N",
         help="of a completion; the paper: 32768; default: %(default)s",
+    )
+    parser.add_argument(
+        "--stop", nargs="+", default=[], metavar="TEXT", help="ends a completion, such as </answer>; see rollout.stop"
     )
     parser.add_argument("--questions", type=_positive, metavar="N", help="only the first N of each benchmark")
     parser.add_argument("--seed", type=int, default=0)

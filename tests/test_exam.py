@@ -90,6 +90,15 @@ def test_an_interrupted_evaluation_ends_with_the_same_samples(whole: Path, tmp_p
     assert read_json(out / "results.json") == ours  # also the seconds
 
 
+def test_a_stop_text_ends_the_answers(tmp_path: Path):
+    exam.take(settings(stop=["="], num_questions=4, num_samples=2), tmp_path / "out", ONE)
+    texts = [row["completion"] for row in samples(tmp_path / "out")]
+    assert any("=" in text for text in texts)
+    assert all(text.find("=") in (-1, len(text) - 1) for text in texts)
+    with pytest.raises(ValueError, match=r'--stop has ""'):
+        settings(stop=[""])
+
+
 def test_two_processes_share_the_questions_and_give_the_same_samples(whole: Path, tmp_path: Path):
     arguments = ["--samples", "4", "--temperature", "1", "--top-p", "1", "--max-tokens", "48", "--questions", "8"]
     arguments += [
