@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 
 from grpo import aha
-from grpo.console import errors_for_users
 from grpo.evaluate import is_right
 from grpo.sinks import read_jsonl
 
@@ -28,17 +27,22 @@ def main() -> None:
     parser.add_argument("--list", default="reflection", help="whose words choose the samples, and are marked in them")
     parser.add_argument("--samples", type=int, default=3, help="right ones and wrong ones to show, each")
     arguments = parser.parse_args()
-    with errors_for_users():
-        words = words_of(arguments.run)
-        if arguments.list not in words.lists:
-            raise ValueError(f"--list is {arguments.list!r}; there is no such list. Known: {', '.join(words.lists)}.")
-        show_table(completions(arguments.run), words)
-        show_samples(completions(arguments.run), words, arguments.list, arguments.samples)
+    words = words_of(arguments.run)
+    if arguments.list not in words.lists:
+        parser.error(f"--list is {arguments.list!r}; there is no such list. Take one of {', '.join(words.lists)}.")
+    rows = completions(arguments.run)
+    show_table(rows, words)
+    show_samples(rows, words, arguments.list, arguments.samples)
 
 
 def words_of(run: Path) -> aha.Words:
     """The built-in lists and those of the run's configuration."""
-    logging = yaml.safe_load((run / "config.yaml").read_text())["logging"]
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise SystemExit(
+            f"error: {run} is not the directory of a run; there is no {path.name} in it. Name one, such as runs/quickstart."
+        )
+    logging = yaml.safe_load(path.read_text())["logging"]
     return aha.with_own(logging.get("reflection_words", {}))  # runs before there was such a setting have none
 
 
@@ -46,8 +50,8 @@ def completions(run: Path) -> list[Row]:
     path = run / "completions.jsonl"
     rows = read_jsonl(path) if path.exists() else []
     if not rows:
-        raise ValueError(
-            f"{path} holds no completions; they are what is counted. Set logging.completions_every > 0 in the next run."
+        raise SystemExit(
+            f"error: {path} holds no completions; they are what is counted. Set logging.completions_every > 0 in the next run."
         )
     return rows
 

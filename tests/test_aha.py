@@ -190,11 +190,13 @@ class Gathered:
         return self.meters
 
 
-def test_two_processes_count_what_one_would():
-    meters = [Meter(), Meter(), Meter()]
-    for meter, rows in zip(meters, (ROWS, ROWS[:2], ROWS[2:]), strict=True):
-        measure_texts(meter, rows, WORDS)
-    assert meters[1].reduce(Gathered(meters[1:])) == pytest.approx(meters[0].reduce(Gathered(meters[:1])))
+def test_two_processes_count_what_one_would_and_so_do_two_parts_of_a_step():
+    meters = [Meter() for _ in range(4)]
+    for meter, rows in ((0, ROWS), (1, ROWS[:2]), (2, ROWS[2:]), (3, ROWS[:2]), (3, ROWS[2:])):
+        measure_texts(meters[meter], rows, WORDS)
+    whole, apart, joined = (meters[part][0].reduce(Gathered(meters[part])) for part in map(slice, (0, 1, 3), (1, 3, 4)))
+    assert apart == pytest.approx(whole)
+    assert joined == pytest.approx(whole)
 
 
 def test_the_base_level_is_that_of_step_one():
