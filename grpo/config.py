@@ -26,6 +26,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from grpo.aha import check_lists
 from grpo.types import Sampling
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -292,6 +293,11 @@ class LoggingConfig(Section):
     """Write all completions of every so many steps to completions.jsonl (and a sample to W&B). 0: never."""
     num_samples: NonNegativeInt = 2
     """Held-out questions whose answers before and after training are printed at the end."""
+    tensorboard: bool = False
+    """Also write curves, charts and some texts to `tensorboard/` in the run's directory; `pip install 'grpo[tensorboard]'`."""
+    reflection_words: dict[str, list[str]] = Field(default_factory=dict)
+    """Further lists of words to count in completions, as aha/<list> and so on: {planning: [the plan, my plan*]}. One named like a
+    list of grpo/aha.py takes its place. What a word matches is said there."""
 
 
 class RunConfig(Section):
@@ -487,6 +493,7 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(
             "preflight.on_failure is 'warn'; it has no effect while preflight.num_questions is 0. Remove one of the two."
         )
+    check_lists("logging.reflection_words", config.logging.reflection_words)
     for name in ("answer_regex", "eval_answer_regex"):
         _check_regex(f"data.{name}", getattr(config.data, name))
     if config.data.eval_name is None and (config.data.eval_subset or config.data.eval_answer_regex):

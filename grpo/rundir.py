@@ -13,11 +13,12 @@ from typing import IO, Any
 
 import torch
 
+from grpo import aha
 from grpo.config import Config, RunConfig
 from grpo.console import ConsoleSink
 from grpo.distributed import Processes
-from grpo.evaluate import summarize
-from grpo.sinks import JsonlSink, Sink, WandbSink, append_jsonl, read_jsonl, rewind_jsonl
+from grpo.evaluate import is_right, summarize, verdict_name
+from grpo.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink, append_jsonl, read_jsonl, rewind_jsonl
 from grpo.writer import replace_text
 
 ROLL_BACKS = "roll_backs.jsonl"
@@ -88,6 +89,7 @@ class RunLog:
         self.config = config
         self.processes = processes
         self.reward_names = reward_names
+        self.words = aha.with_own(config.logging.reflection_words)
         self.sinks: list[Sink] = []
         self.files: JsonlSink | None = None
 
@@ -118,7 +120,14 @@ class RunLog:
                     project=logging.wandb_project,
                     directory=self.directory,
                     config=self.config.model_dump(),
+                    verdict=verdict_name(self.reward_names),
+                    words=self.words,
+                    history=self.metrics(),
                 )
+            )
+        if logging.tensorboard:
+            self.sinks.append(
+                TensorBoardSink(self.directory, first_step=last + 1, words=self.words, history=self.metrics())
             )
         self.sinks.append(
             ConsoleSink(num_steps=self.config.run.steps, first_step=resumed_step or 0, reward_names=self.reward_names)
@@ -135,7 +144,8 @@ class RunLog:
     def log_evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
         if self.files is not None:
             self.files.append("evaluations.jsonl", [{"step": step, **row} for row in rows])
-        self.log(step, summarize(rows))
+        verdicts = [is_right(row) for row in rows]
+        self.log(step, summarize(rows) | aha.evaluation_metrics(rows, verdicts, self.words))
 
     def evaluation(self, step: int) -> list[dict[str, Any]]:
         """The rows logged for `step`; empty if it has not been evaluated."""

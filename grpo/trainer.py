@@ -21,9 +21,9 @@ from grpo.batch import join, micro_batch, minibatch_bounds, pack, plan_passes, s
 from grpo.checkpoint import CheckpointError, Checkpoints, RunState, numbers_of
 from grpo.config import Config, as_override
 from grpo.console import show_samples
-from grpo.evaluate import answer, in_order, training_rows
+from grpo.evaluate import answer, completion_rows, in_order, training_rows
 from grpo.loss import grpo_loss, token_weights
-from grpo.metrics import measure_micro_batch, measure_passes, measure_rollout, step_metrics
+from grpo.metrics import measure_micro_batch, measure_passes, measure_rollout, measure_texts, step_metrics
 from grpo.policy import Policy, check_attention, check_context, load_tokenizer, resolve_dtype
 from grpo.post_mortem import Evidence
 from grpo.prompts import PromptOrder, build_prompts, load_rows, prepare_rows
@@ -33,6 +33,7 @@ from grpo.rundir import RunLog
 from grpo.schedule import learning_rate
 from grpo.scoring import Reward, Scorer, resolve_function
 from grpo.shortage import free, is_out_of_memory
+from grpo.sinks import check_sinks
 from grpo.stopping import EXIT_STOPPED, Stopped, StopRequest
 from grpo.types import Batch, Group, MicroBatch, Prompt, Scores
 from grpo.under_way import StepUnderWay
@@ -83,6 +84,7 @@ class Trainer:
         check_context(config)
         check_attention(config.model)
         check_engine(config)
+        check_sinks(config)
         with self.processes.accelerator.main_process_first():
             rows = _rows(config, train_dataset, evaluation=False)
             eval_rows = _rows(config, eval_dataset, evaluation=True) if config.evaluation.num_questions else []
@@ -197,6 +199,7 @@ class Trainer:
                 step.minibatches = self._or_smaller_passes(lambda: self._make_ready(groups, advantages))
         step.first_update, self.state.position = self.state.optimizer_steps, self.prompts.position
         measure_rollout(step.meter, groups, scores, advantages)
+        measure_texts(step.meter, completion_rows(groups, scores), self.log.words)
         for name, value in self.generator.metrics().items():
             step.meter.mean(name, torch.tensor(value))
         return Evidence(groups, scores, advantages)
