@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--pdf", type=Path, metavar="DIR", help="the same as PDF")
     arguments = parser.parse_args()
     with errors_for_users():
-        from grpo.report import write_page
+        from grpo.report import save_figures, write_page
         from grpo.report.page import MAX_COMPLETIONS
 
         limit = MAX_COMPLETIONS if arguments.max_completions is None else arguments.max_completions

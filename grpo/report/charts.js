@@ -234,7 +234,7 @@ class Chart {
       const text = this.share ? `${(100 * value).toFixed(digits)}%` : axisNumber(value, ys);
       parts.push(svg("line", { class: "grid", x1: left, x2: this.width - right, y1: y, y2: y }), svg("text", { class: "tick", x: left - 6, y: y + 3.5, "text-anchor": "end" }, text));
     }
-    for (const value of ticks(...this.domain, Math.max(2, Math.floor(this.width / 90)))) {
+    for (const value of ticks(...this.domain, Math.max(2, Math.floor(this.width / 64)))) {
       if (view.axis === "step" && !Number.isInteger(value)) continue;
       parts.push(svg("text", { class: "tick", x: this.x(value), y: this.height - bottom + 16, "text-anchor": "middle" }, value.toLocaleString("en")));
     }
@@ -271,7 +271,7 @@ class Chart {
   lines() {
     const bases = this.bases().map((base, i) => svg("g", {},
       svg("line", { class: "base", x1: MARGIN.left, x2: this.width - MARGIN.right, y1: this.y(base.value), y2: this.y(base.value), style: { stroke: base.color } }),
-      i ? null : svg("text", { class: "tick", x: this.width - MARGIN.right, y: this.y(base.value) - 4, "text-anchor": "end" }, "base model")));
+      i ? null : svg("text", { class: "tick halo", x: this.width - MARGIN.right, y: this.y(base.value) - 4, "text-anchor": "end" }, "base model")));
     const smooth = view.sigma > 0;
     const raw = this.drawn.filter((s) => smooth && s.bins.length > 1).map((s) => {
       const sparse = s.bins.every((b) => b[2] === b[3]);
@@ -281,7 +281,7 @@ class Chart {
     const main = this.drawn.map((s) => s.line.length === 1
       ? svg("circle", { cx: this.x(s.line[0][0]), cy: this.y(s.line[0][1]), r: 3, "clip-path": this.clip, style: { fill: s.color } })
       : svg("path", { class: "line", d: path(s.line, this.x, this.y), "stroke-dasharray": s.dash, "clip-path": this.clip, style: { stroke: s.color } }));
-    return [...bases, ...raw, ...main];
+    return [...raw, ...main, ...bases];
   }
 
   totals() {
@@ -322,7 +322,8 @@ class Chart {
     } else if (this.panel.lines.length > 1) {
       this.panel.lines.forEach((name, i) => keys.set(short(name), svg("svg", { width: 18, height: 4 }, svg("line", { x1: 0, x2: 18, y1: 2, y2: 2, class: "key", "stroke-dasharray": ["", "5 3", "1.5 3", "7 2 1.5 2"][i % 4] }))));
     }
-    if (this.dots.length && this.panel.lines.length) keys.set("held out, 95 % interval", el("i", { class: "dot" }));
+    const sure = this.dots.some((dot) => dot.interval);
+    if (this.dots.length && this.panel.lines.length) keys.set(sure ? "held out, 95 % interval" : "held out", el("i", { class: "dot" }));
     this.legend.replaceChildren(...[...keys].map(([label, key]) => el("span", {}, key, label)));
   }
 
@@ -365,10 +366,11 @@ class Chart {
         el("td", {}, el("i", { style: { background: color } }), label), el("td", {}, value), smooth ? el("td", { class: "muted" }, second) : null)))),
       withCompletions(this.runs()) ? el("p", {}, "click: completions of this step") : null);
     this.tip.hidden = !rows.length;
-    const left = this.svg.offsetLeft + px;
+    const [card, plot] = [this.card, this.svg].map((each) => each.getBoundingClientRect());
+    const left = plot.left - card.left + px;
     const room = this.card.clientWidth - this.tip.offsetWidth - 4;
     this.tip.style.left = `${Math.max(4, Math.min(px > this.width / 2 ? left - this.tip.offsetWidth - 10 : left + 10, room))}px`;
-    this.tip.style.top = `${this.svg.offsetTop + 6}px`;
+    this.tip.style.top = `${plot.top - card.top + 6}px`;
     if (document.activeElement === this.svg) this.spoken.textContent = `${where}: ` + rows.map((row) => `${row[1]} ${row[2]}`).join(", ");
   }
 
@@ -438,22 +440,25 @@ function zoom(domain) {
 }
 
 function axisNumber(value, all) {
+  if (!value) return "0";
   const largest = Math.max(...all.map(Math.abs));
   if (largest >= 1e6) return `${Number((value / 1e6).toPrecision(3))}M`;
   if (largest >= 1e4) return `${Number((value / 1e3).toPrecision(3))}k`;
-  if (value && largest < 1e-3) return value.toExponential(0).replace("-", "\u2212");
+  if (largest < 1e-3) return Number(value.toPrecision(2)).toExponential().replace("-", "\u2212");
   return String(Number(value.toPrecision(6))).replace("-", "\u2212");
 }
 
 const short = (name) => {
   const last = name.replace(/^[^/]*\//, "");
-  const side = /_(right|wrong)$/.exec(last);
-  return side ? side[1] : last.replaceAll("_", " ");
+  const side = /_(right|wrong|truncated)$/.exec(last);
+  if (side) return side[1] === "truncated" ? "cut off" : side[1];
+  return name.startsWith("aha/") ? "all" : last.replaceAll("_", " ");
 };
 
 /** Of a metric beside others in the chart of one run. */
 function metricColor(name, index, count) {
   if (name.endsWith("_right")) return "var(--c0)";
   if (name.endsWith("_wrong")) return "var(--c1)";
+  if (name.endsWith("_truncated")) return "var(--c7)";
   return count > 1 && index === 0 && !name.startsWith("time/") && !name.startsWith("memory/") ? "var(--ink)" : colorOf(index);
 }

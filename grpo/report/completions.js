@@ -169,6 +169,7 @@ class Browser {
       groups.get(k).push(i);
     }
     this.groups = [...groups.values()];
+    if (this.current.unit === "step") for (const group of this.groups) group.sort((a, b) => this.matching.has(b) - this.matching.has(a));
     const { current } = this;
     const of = current.shown === current.rows ? "" : ` The page holds ${plural(current.kept, current.unit)} of ${current.units.toLocaleString("en")}, evenly chosen: ${current.shown.toLocaleString("en")} of ${plural(current.rows, "completion")}.`;
     this.status.textContent = `${plural(rows.length, "completion")} in ${plural(this.groups.length, this.current.unit === "step" ? "group" : "question")}.${of}`;
@@ -232,10 +233,9 @@ class Browser {
         el("span", { class: `verdict ${word}` }, mark, el("span", {}, word)),
         el("span", { title: parts }, "reward ", el("b", {}, number(index.reward[i]))),
         index.advantage[i] === null ? null : advantage(index.advantage[i]),
-        el("span", { class: "muted" }, `${index.tokens[i].toLocaleString("en")} tokens`),
         index.cut[i] ? el("span", { class: "cut" }, "cut off") : null),
       el("div", { class: "text", dir: "auto" }, thoughts(text, marks)),
-      el("div", { class: "parts" }, parts));
+      el("div", { class: "parts" }, `${parts} \u00b7 ${plural(index.tokens[i], "token")}`));
   }
 }
 
@@ -251,7 +251,7 @@ function advantage(value) {
   return el("span", { class: "advantage", title: "advantage" }, el("span", { class: "track", "aria-hidden": "true" }, bar), `A ${value > 0 ? "+" : ""}${number(value)}`);
 }
 
-const reflective = () => new RegExp(`\\b(?:${page.reflective.join("|")})\\b`, "giu");
+const reflective = () => new RegExp(page.reflective, "gi");
 
 /** null for no text, false for what is no regular expression. */
 function patternOf(text) {

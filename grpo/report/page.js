@@ -145,6 +145,7 @@ function chip(run) {
 
 function buildCurves() {
   const place = part("curves");
+  place.classList.toggle("several", page.runs.length > 1);
   place.append(el("h2", { id: "curves-title" }, "Curves"));
   if (!page.sections.length) {
     place.append(el("p", { class: "muted" }, "No step has been finished."), el("button", { id: "unzoom", hidden: true }));

@@ -1,9 +1,9 @@
 """Runs -> one HTML file that holds everything it shows and asks nobody for anything.
 
-The page is page.html with page.css and the scripts put in, and the data as blocks: `<script type="application/octet-stream" id=...>` with
-base64 of gzipped JSON, which no text in it can break out of. A browser unpacks `head` at once, and blocks of completions when they
-are looked at. A content security policy names the hashes of the page's own script and style; nothing else runs or is fetched,
-whatever a completion says.
+The page is page.html with page.css and the scripts put in, and the data as blocks: `<script type="application/octet-stream">`
+elements with base64 of gzipped JSON, which no text can break out of. A browser unpacks `head` at once, and blocks of completions
+when they are looked at. A content security policy names the hashes of the page's own script and style; nothing else runs or is
+fetched, whatever a completion says.
 
     head              settings, metrics as columns, tables, and of each source of completions its index block and text blocks
     index-R-S         of run R and source S, a list per column: step, group, reward, right, ...
@@ -24,6 +24,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from grpo.aha import PAPER_WORDS, pattern_source
 from grpo.report import panels, summary
 from grpo.report.read import Row, Run, Source, read_runs
 from grpo.writer import replace_text
@@ -32,8 +33,6 @@ SCRIPTS = ("data.js", "charts.js", "completions.js", "page.js")
 BLOCK_CHARACTERS = 1_000_000
 """Of completions in a block: unpacked within a few hundredths of a second."""
 MAX_COMPLETIONS = 20_000
-REFLECTIVE = "wait mistake however but retry error verify wrong evaluate check".split()
-"""The paper's words (DeepSeek-R1, arXiv 2501.12948v2, appendix C.2)."""
 
 
 def write_page(directories: list[Path], path: Path, *, max_completions: int = MAX_COMPLETIONS) -> int:
@@ -146,10 +145,11 @@ def _head(runs: list[Run], described: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "sections": [
-            {"title": section.title, "panels": [vars(panel) for panel in section.panels]} for section in panels.sections(names)
+            {"title": section.title, "panels": [vars(panel) for panel in section.panels]}
+            for section in panels.sections(names)
         ],
         "formulas": {name: panels.formula(name) for name in names},
         "defaults": summary.defaults(),
-        "reflective": REFLECTIVE,
+        "reflective": pattern_source(PAPER_WORDS),
         "runs": described,
     }

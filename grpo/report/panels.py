@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from grpo.evaluate import verdict_name
 from grpo.metrics import METRICS
@@ -37,7 +37,7 @@ def sections(names: Iterable[str]) -> list[Section]:
     """The panels of runs that have metrics of these names; each metric is in one of them, what nobody asked for at the end."""
     left = dict.fromkeys(names)
     functions = [name.removeprefix("reward/") for name in left if _is_function(name)]
-    asked = [Section(title, _present(panels, left)) for title, panels in _questions(functions).items()]
+    asked = [Section(title, _present(panels, left)) for title, panels in _questions(functions, list(left)).items()]
     rest = [Panel(name, [name]) for name in left if name != "step" and not name.endswith("_stderr")]
     return [section for section in [*asked, Section("Everything else", rest)] if section.panels]
 
@@ -46,7 +46,7 @@ def _is_function(name: str) -> bool:
     return name.startswith("reward/") and name not in NOT_A_FUNCTION
 
 
-def _questions(functions: list[str]) -> dict[str, list[Panel]]:
+def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]:
     verdict = verdict_name(functions) if functions else "accuracy"
     other = [name for name in functions if name not in (verdict, "format")]
     return {
@@ -60,19 +60,22 @@ def _questions(functions: list[str]) -> dict[str, list[Panel]]:
         "How does it write?": [
             _function("format"),
             Panel("Length", ["completion/length_mean"], "tokens", points="eval/length_mean", base=True),
+            Panel(
+                "Length, right or wrong", ["completion/length_right", "completion/length_wrong"], "tokens", base=True
+            ),
+            Panel("Longest", ["completion/length_max"], "tokens"),
             Panel("Cut off", ["completion/truncated"], points="eval/truncated"),
-            Panel("Longest completion", ["completion/length_max"], "tokens"),
-            Panel("", ["aha/*"], base=True),
-            Panel("", ["language/*"], base=True),
             Panel("Repetition", ["completion/repetition"]),
+            Panel("Other script", ["completion/other_script"], base=True),
         ],
+        "Does it reflect?": _reflection(names),
         "Is it healthy?": [
             Panel("Entropy", ["policy/entropy"], "nats"),
-            Panel("KL to the reference", ["policy/kl"], "nats"),
+            Panel("KL to reference", ["policy/kl"], "nats"),
             Panel("Gradient norm", ["optimizer/grad_norm"]),
             Panel("Clipped tokens", ["policy/clip_fraction"]),
             Panel("Sampling gap", ["policy/sampling_gap"], "nats"),
-            Panel("Largest sampling gap", ["policy/sampling_gap_max"], "nats"),
+            Panel("Largest gap", ["policy/sampling_gap_max"], "nats"),
             Panel("Loss", ["optimizer/loss"]),
             Panel("Learning rate", ["optimizer/learning_rate"]),
             Panel("Mean ratio", ["policy/ratio_mean"]),
@@ -83,12 +86,12 @@ def _questions(functions: list[str]) -> dict[str, list[Panel]]:
         ],
         "What does it cost?": [
             Panel(
-                "Time of a step, by phase",
+                "Step time by phase",
                 ["time/rollout", "time/scoring", "time/logprobs", "time/update"],
                 "seconds",
                 stacked=True,
             ),
-            Panel("Time of a step", ["time/step"], "seconds"),
+            Panel("Step time", ["time/step"], "seconds"),
             Panel("Sampling", ["throughput/rollout"], "tokens/s"),
             Panel("Updating", ["throughput/update"], "tokens/s"),
             Panel("Scoring", ["throughput/scoring"], "completions/s"),
@@ -98,7 +101,7 @@ def _questions(functions: list[str]) -> dict[str, list[Panel]]:
                 "GiB",
                 alone=["memory/rollout", "memory/scoring", "memory/logprobs", "memory/update"],
             ),
-            Panel("Decoded places in use", ["rollout/occupancy"]),
+            Panel("Places in use", ["rollout/occupancy"]),
         ],
     }
 
@@ -111,11 +114,9 @@ def _present(panels: list[Panel], left: dict[str, None]) -> list[Panel]:
     """The panels of which there is something to draw; takes what they draw out of `left`."""
     found = []
     for panel in panels:
-        for each in _of_pattern(panel, left) if panel.lines[0].endswith("*") else [panel]:
-            lines = _take(each.lines, left)
-            points = "".join(_take([each.points], left))
-            if lines or points:
-                found.append(Panel(each.title, lines, each.unit, points, each.base, each.stacked, _take(each.alone, left)))
+        lines, points, alone = _take(panel.lines, left), _take([panel.points], left), _take(panel.alone, left)
+        if lines or points:
+            found.append(replace(panel, lines=lines, points="".join(points), alone=alone))
     return found
 
 
@@ -126,25 +127,25 @@ def _take(wanted: list[str], left: dict[str, None]) -> list[str]:
     return there
 
 
-def _of_pattern(panel: Panel, left: dict[str, None]) -> list[Panel]:
-    """A panel per metric of a group; those of right and of wrong completions share the one of all."""
-    prefix = panel.lines[0].removesuffix("*")
-    names = [name for name in left if name.startswith(prefix)]
-    stems = dict.fromkeys(re.sub(r"_(right|wrong)$", "", name) for name in names)
+def _reflection(names: list[str]) -> list[Panel]:
+    """Of each list of words the rate, the share of completions with any, and their number; right and wrong ones beside all."""
+    lists = dict.fromkeys(found[1] for name in names if (found := re.fullmatch(r"aha/([a-z0-9]+)", name)))
     return [
         Panel(
-            stem.removeprefix(prefix).replace("_", " ").capitalize(),
-            [name for name in (stem, f"{stem}_right", f"{stem}_wrong") if name in names],
-            points=f"eval/{stem}",
-            base=panel.base,
+            title.format(each).capitalize(),
+            [f"aha/{each}{measure}", f"aha/{each}{measure}_right", f"aha/{each}{measure}_wrong"],
+            unit,
+            points=f"aha/eval_{each}{measure}" if measure else "",
+            base=True,
+            alone=[f"aha/{each}{measure}_truncated"],
         )
-        for stem in stems
+        for measure, title, unit in (("_per_1k", "{}", "per 1k tokens"), ("_share", "any {}", ""), ("", "{}", "words"))
+        for each in lists
     ]
 
 
 def formula(name: str) -> str:
-    """What METRICS says of a metric, whose name may stand for several there; empty for one it does not know."""
-    for pattern, text in METRICS.items():
-        if re.fullmatch(re.sub(r"<\w+>", ".+", pattern.replace(".", r"\.")), name):
-            return text
-    return ""
+    """What METRICS says of a metric, by its name or by the longest pattern that stands for it; empty if it knows neither."""
+    patterns = {pattern: re.sub(r"<\w+>", ".+", pattern.replace(".", r"\.")) for pattern in METRICS}
+    known = [pattern for pattern, expression in patterns.items() if re.fullmatch(expression, name)]
+    return METRICS[max(known, key=len)] if known else ""

@@ -106,7 +106,9 @@ def _read(directory: Path, name: str, limit: int) -> Run:
         evaluations=evaluations,
         results=results,
         roll_backs=_rows(directory / "roll_backs.jsonl", notes),
-        alarms=[(p.parent.name, p.read_text(encoding="utf-8")) for p in sorted(directory.glob("post_mortem/*/alarm.txt"))],
+        alarms=[
+            (p.parent.name, p.read_text(encoding="utf-8")) for p in sorted(directory.glob("post_mortem/*/alarm.txt"))
+        ],
         sources=[source for source in [training, held_out, *samples] if source.rows],
         notes=notes,
     )

@@ -18,7 +18,7 @@ Interval = tuple[float, float, float]
 
 
 def intervals(run: Run) -> dict[str, dict[int, Interval]]:
-    """metric -> step -> value and interval of what was held out: out of the answers, or where they are gone the standard error."""
+    """metric -> step -> value and interval of what was held out: from the answers or, without them, from the standard error."""
     found: dict[str, dict[int, Interval]] = {}
     for row in run.metrics:
         for name in [name for name in row if f"{name}_stderr" in row]:
@@ -69,7 +69,9 @@ def held_out(run: Run) -> list[dict[str, Any]]:
                 "step": step,
                 "questions": len({row["row"] for row in rows}),
                 "answers": len(rows),
-                "functions": {name: found[f"eval/{name}"].get(step) for name in rows[0]["rewards"] if f"eval/{name}" in found},
+                "functions": {
+                    name: found[f"eval/{name}"].get(step) for name in rows[0]["rewards"] if f"eval/{name}" in found
+                },
                 "length": fmean(row["num_tokens"] for row in rows),
                 "truncated": fmean(row["finish_reason"] == "length" for row in rows),
                 "learned": sum(now[each] and not first[each] for each in now.keys() & first.keys()),
@@ -164,7 +166,7 @@ def defaults() -> dict[str, str]:
 
 
 def index(source: Source) -> dict[str, list[Any]]:
-    """What the browser of completions filters by, a list per column; texts are looked at only where they are shown or searched."""
+    """What the browser of completions filters by, a list per column. Texts are not needed for that."""
     rows = source.rows
     return {
         "step": [row.get("step") for row in rows],
