@@ -114,31 +114,41 @@ def _file_name(panel: Panel) -> str:
 
 def _draw(axis: Axes, panel: Panel, runs: list[Run]) -> None:
     several = len(runs) > 1
+    names = [] if panel.stacked else panel.lines if several else panel.lines + panel.alone
     for r, run in enumerate(runs):
         if panel.stacked:
             _areas(axis, panel, run)
-        for i, name in enumerate([] if panel.stacked else panel.lines + ([] if several else panel.alone)):
-            label = " ".join(([run.name] if several else []) + ([_last(name)] if len(panel.lines) > 1 else []))
-            _line(
-                axis,
-                run,
-                name,
-                color=COLORS[(r if several else i) % 8],
-                dash=DASHES[i % 4 if several else 0],
-                label=label,
-            )
+        for i, name in enumerate(names):
+            color = COLORS[r % 8] if several else _color(name, i, panel)
+            label = " ".join(([run.name] if several else []) + ([_last(name)] if len(names) > 1 else []))
+            _line(axis, run, name, color=color, dash=DASHES[i % 4 if several else 0], label=label)
             if panel.base and not i:
-                _base(axis, run, name, COLORS[r % 8])
+                _base(axis, run, name, color)
         _points(axis, run, panel.points, COLORS[r % 8])
     axis.set_title(panel.title + (f" ({panel.unit})" if panel.unit else ""))
     axis.set_xlabel("step")
     axis.margins(x=0.01)
-    if axis.get_legend_handles_labels()[1]:
-        axis.legend()
+    if axis.get_ylim()[0] < 0.6 * axis.get_ylim()[1] and axis.dataLim.y0 >= 0:
+        axis.set_ylim(bottom=0)
+    labels = axis.get_legend_handles_labels()[1]
+    if labels:
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4 if max(map(len, labels)) < 12 else 2)
 
 
 def _last(name: str) -> str:
-    return re.sub(r"^aha/[a-z0-9]+$", "all", name).split("/")[-1].replace("_", " ")
+    """What tells a line from those beside it in its panel."""
+    side = re.search(r"_(right|wrong|truncated)$", name)
+    if side:
+        return "cut off" if side[1] == "truncated" else side[1]
+    return "all" if name.startswith("aha/") else name.split("/")[-1].replace("_", " ")
+
+
+def _color(name: str, index: int, panel: Panel) -> str:
+    """Of a metric of one run: all in ink beside right, wrong and cut off; else in order."""
+    sides = {"right": COLORS[0], "wrong": COLORS[1], "cut off": COLORS[7]}
+    return sides.get(
+        _last(name), COLORS[6] if panel.lines[0].startswith("aha/") and len(panel.lines) > 1 else COLORS[index % 8]
+    )
 
 
 def _series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -146,6 +146,8 @@ def _reflection(names: list[str]) -> list[Panel]:
 
 def formula(name: str) -> str:
     """What METRICS says of a metric, by its name or by the longest pattern that stands for it; empty if it knows neither."""
+    if name in METRICS:
+        return METRICS[name]
     patterns = {pattern: re.sub(r"<\w+>", ".+", pattern.replace(".", r"\.")) for pattern in METRICS}
     known = [pattern for pattern, expression in patterns.items() if re.fullmatch(expression, name)]
     return METRICS[max(known, key=len)] if known else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,8 +94,8 @@ def _read(directory: Path, name: str, limit: int) -> Run:
     config_file = directory / "config.yaml"
     environment_file = directory / "environment.json"
     metrics = _by_step(_rows(directory / "metrics.jsonl", notes))
-    training = _source("training", directory / "completions.jsonl", b"step", limit, notes)
-    held_out = _source("held-out", directory / "evaluations.jsonl", b"row", limit, notes=[])
+    training = _source("training", directory / "completions.jsonl", "step", limit, notes)
+    held_out = _source_of("held-out", evaluations, "question", limit)
     for path in sorted(directory.glob("*.superseded.jsonl")):
         notes.append(f"{path.name} holds {_num_lines(path):,} rows of steps that were taken back and done again")
     return Run(
@@ -119,7 +120,7 @@ def _benchmarks(folder: Path, limit: int, notes: list[str]) -> tuple[list[Row], 
     samples = []
     for path in sorted(folder.glob("*/results.json"), key=_first_base):
         results.append({"name": path.parent.name, **json.loads(path.read_text(encoding="utf-8"))})
-        samples.append(_source(path.parent.name, path.with_name("samples.jsonl"), b"row", limit, notes))
+        samples.append(_source(path.parent.name, path.with_name("samples.jsonl"), "question", limit, notes))
     return results, samples
 
 
@@ -162,34 +163,43 @@ def _parsed(path: Path, notes: list[str], wanted: Callable[[bytes], bool]) -> It
                 notes.append(f"line {number} of {path.name} cannot be read and is left out")
 
 
-def _source(kind: str, path: Path, unit: bytes, limit: int, notes: list[str]) -> Source:
+def _source(kind: str, path: Path, unit: str, limit: int, notes: list[str]) -> Source:
     """Read a file of completions, of which only as much is parsed as is kept; rows of one `unit` stay together."""
-    pattern = re.compile(b'"%s": ([0-9]+)' % unit)  # a quotation mark within a text has a backslash before it
+    pattern = re.compile(
+        f'"{UNITS[unit]}": ([0-9]+)'.encode()
+    )  # a quotation mark within a text has a backslash before it
 
     def unit_of(line: bytes) -> Hashable:
         found = pattern.search(line)
         return found and found[1]
 
-    sizes: dict[Hashable, int] = {}
+    sizes: Counter[Hashable] = Counter()
     if path.exists() and limit:
         with path.open("rb") as file:
-            for line in file:
-                sizes[unit_of(line)] = sizes.get(unit_of(line), 0) + 1
-    kept = set(_evenly(list(sizes), _how_many(sizes, limit)))
+            sizes.update(unit_of(line) for line in file)
+    kept = _evenly(sizes, limit)
     rows = list(_parsed(path, notes, lambda line: unit_of(line) in kept)) if kept else []
-    return Source(kind, "step" if unit == b"step" else "question", rows, sum(sizes.values()), len(sizes), len(kept))
+    return Source(kind, unit, rows, sum(sizes.values()), len(sizes), len(kept))
 
 
-def _how_many(sizes: dict[Hashable, int], limit: int) -> int:
-    total = sum(sizes.values())
-    return len(sizes) if total <= limit else max(2, len(sizes) * limit // total)
+def _source_of(kind: str, rows: list[Row], unit: str, limit: int) -> Source:
+    """The same of rows that have been read."""
+    sizes: Counter[Hashable] = Counter(row[UNITS[unit]] for row in rows)
+    kept = _evenly(sizes, limit)
+    return Source(kind, unit, [row for row in rows if row[UNITS[unit]] in kept], len(rows), len(sizes), len(kept))
 
 
-def _evenly(items: list[Hashable], count: int) -> list[Hashable]:
-    """`count` of the items at equal distances, the first and the last among them."""
-    if count >= len(items):
-        return items
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+UNITS = {"step": "step", "question": "row"}
+"""What rows are chosen by, and the name of it in a row."""
+
+
+def _evenly(sizes: Counter[Hashable], limit: int) -> set[Hashable]:
+    """Units at equal distances, the first and the last among them, that have about `limit` rows together."""
+    units, total = list(sizes), sum(sizes.values())
+    if not limit or total <= limit:
+        return set(units) if limit else set()
+    count = min(len(units), max(2, len(units) * limit // total))
+    return {units[round(i * (len(units) - 1) / max(count - 1, 1))] for i in range(count)}
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
