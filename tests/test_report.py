@@ -104,6 +104,7 @@ def test_the_page_holds_what_the_files_say(tmp_path: Path):
     assert block(html, "texts-0-0-0")["questions"]["1"] == ["What is 1?", "1"]
     assert [source["kind"] for source in described["sources"]] == ["training", "held-out"]
     assert described["settings"]["rollout.group_size"] == "4"
+    assert described["settings"]["rewards.accuracy"] == "weight 1"
     assert block(html, "head")["defaults"]["rollout.temperature"] == described["settings"]["rollout.temperature"]
 
 
@@ -265,6 +266,7 @@ def test_a_page_without_completions_is_small(tmp_path: Path):
     ("directories", "limit", "words"),
     [
         (["nothing"], 10, ["RUN_DIR is", "nothing'", "metrics.jsonl", "Give the directory"]),
+        (["run"] * 9, 10, ["RUN_DIR is given 9 times", "at most 8 runs", "Give fewer"]),
         (["run"], -1, ["--max-completions is -1", "number of completions", "Set 0"]),
     ],
 )

@@ -261,7 +261,7 @@ class Chart {
 
   bases() {
     if (!this.panel.base) return [];
-    return this.drawn.slice(0, page.runs.length > 1 ? undefined : 1).flatMap((series) => {
+    return this.drawn.filter((series) => series.name === this.panel.lines[0]).flatMap((series) => {
       const at = series.run.metrics.steps.indexOf(1);
       const value = at < 0 ? null : series.run.metrics.values[series.name][at];
       return value === null ? [] : [{ value, color: series.color }];

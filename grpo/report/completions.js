@@ -226,7 +226,7 @@ class Browser {
     const marks = [this.pattern ? ["hit", this.pattern] : null, this.mark ? ["reflects", reflective()] : null].filter((each) => each);
     const parts = Object.entries(rewards).map(([name, value]) => `${name} ${number(value)}`).join(", ");
     const when = current.kind === "held-out" ? el("span", { class: "when" }, `step ${index.step[i]}`) : null;
-    const sample = index.sample[i] !== null && current.unit !== "step" ? el("span", { class: "when" }, `sample ${index.sample[i]}`) : null;
+    const sample = current.unit !== "step" && index.sample.some((number) => number > 0) ? el("span", { class: "when" }, `sample ${index.sample[i]}`) : null;
     return el("section", { class: `card ${word}${this.matching.has(i) ? "" : " dim"}` },
       el("div", { class: "meta" },
         when, sample,

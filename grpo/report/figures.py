@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 OVERVIEW = ("Length", "Groups with signal", "KL to reference", "Entropy")  # after the reward and its verdict
 COLORS = (
     "#0068a8",
-    "#c85200",
+    "#bd4b00",
     "#00805c",
     "#a8518a",
     "#a87400",

@@ -194,7 +194,7 @@ function buildEvaluation() {
   const during = page.runs.filter((run) => run.held_out.length);
   const after = page.runs.filter((run) => run.results.length);
   if (!during.length && !after.length) place.append(el("p", { class: "muted" }, "No evaluation was made."));
-  if (after.length) place.append(el("h3", {}, "Benchmarks"), ...after.flatMap(benchmarks));
+  if (after.length) place.append(el("h3", {}, "Benchmarks"), ...benchmarks(after));
   if (during.length) place.append(el("h3", {}, "Held-out questions during training"), ...during.map(heldOut));
 }
 
@@ -214,29 +214,27 @@ const SHARE = /^(pass|cons|maj|format|truncated|contaminated)/;
 const metricFormat = (name, metric) => (SHARE.test(name) || (metric && metric.low >= 0 && metric.high <= 1) ? percent : number);
 const triple = (metric) => (metric ? [metric.value, metric.low, metric.high] : null);
 
-function benchmarks(run) {
-  const entries = run.results.flatMap((result) => result.results.map((entry) => ({ ...entry, name: result.name, model: result.model })));
+function benchmarks(runs) {
+  const entries = runs.flatMap((run) => run.results.flatMap((result) => result.results.map((entry) => ({ ...entry, run, name: named(run, result.name), model: result.model }))));
   const names = [...new Set(entries.map((entry) => entry.benchmark))];
   return names.flatMap((benchmark) => {
     const own = entries.filter((entry) => entry.benchmark === benchmark);
     const metrics = [...new Set(own.flatMap((entry) => Object.keys(entry.metrics)))];
-    const rows = own.map((entry) => [el("span", { title: entry.model }, entry.name), entry.template, ...metrics.map((name) => measured(triple(entry.metrics[name]), metricFormat(name, entry.metrics[name]), SHARE.test(name) ? run.color : null))]);
-    const first = own[0];
-    const how = `${plural(first.num_questions, "question")}, ${plural(first.num_samples, "sample")} each, temperature ${first.temperature}, top-p ${first.top_p}, at most ${number(first.max_completion_tokens)} tokens`;
-    return [el("h4", {}, named(run, benchmark), el("small", {}, how)), table(["model", "template", ...metrics], rows, named(run, benchmark)), ...splits(run, own)];
+    const rows = own.map((entry) => [el("span", { title: entry.model }, entry.name), entry.template, ...metrics.map((name) => measured(triple(entry.metrics[name]), metricFormat(name, entry.metrics[name]), SHARE.test(name) ? entry.run.color : null))]);
+    const ways = new Set(own.map((entry) => `${plural(entry.num_questions, "question")}, ${plural(entry.num_samples, "sample")} each, temperature ${entry.temperature}, top-p ${entry.top_p}, at most ${number(entry.max_completion_tokens)} tokens`));
+    return [el("h4", {}, benchmark, el("small", {}, [...ways].join("; "))), table(["model", "template", ...metrics], rows, benchmark), ...splits(own)];
   });
 }
 
 /** By level and by subject, where the data has them. */
-function splits(run, entries) {
+function splits(entries) {
   const kinds = [...new Set(entries.flatMap((entry) => Object.keys(entry.by || {})))];
   return kinds.map((kind) => {
     const own = entries.filter((entry) => entry.by && entry.by[kind]);
     const values = [...new Set(own.flatMap((entry) => Object.keys(entry.by[kind])))].sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
     const rows = own.map((entry) => [`${entry.name}, ${entry.template}`, ...values.map((value) => {
       const cell = entry.by[kind][value];
-      const metric = cell && (cell.metrics["pass@1"] || Object.values(cell.metrics)[0]);
-      return measured(triple(metric), percent, run.color);
+      return measured(triple(cell && cell.metrics["pass@1"]), percent, entry.run.color);
     })]);
     const count = (value) => own.map((entry) => entry.by[kind][value]).find((cell) => cell).num_questions;
     return el("details", {}, el("summary", {}, `pass@1 by ${kind}`), table(["model", ...values.map((value) => `${value} (${count(value)})`)], rows, `by ${kind}`));
@@ -258,7 +256,7 @@ function buildSettings() {
     compared("settings", keys.filter(few.checked ? (several ? differs("settings") : chosen) : () => true)),
     el("h3", {}, "Environment"), compared("environment", where.filter(few.checked && several ? differs("environment") : () => true)));
   const compared = (of, shownKeys) => shownKeys.length
-    ? table(["", ...(several ? runs.map((run) => run.name) : [""])], shownKeys.map((key) => [key, ...runs.map((run) => el("code", { class: several && differs(of)(key) ? "differs" : "" }, shown(run[of][key] ?? NONE, [])))]), of)
+    ? table(["", ...(several ? runs.map((run) => run.name) : [""])], shownKeys.map((key) => [key, ...runs.map((run) => el("code", { class: run[of][key] === runs[0][of][key] ? "" : "differs" }, shown(run[of][key] ?? NONE, [])))]), of)
     : el("p", { class: "muted" }, several ? "No difference." : "Nothing to show.");
   few.addEventListener("change", show);
   place.append(el("h2", { id: "settings-title" }, "Settings"), el("label", { class: "check" }, few, several ? "differences only" : "only what is not the default"), body);

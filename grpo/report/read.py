@@ -16,6 +16,7 @@ import yaml
 from grpo.evaluate import verdict_name
 
 Row = dict[str, Any]
+MAX_RUNS = 8
 
 
 @dataclass
@@ -60,11 +61,15 @@ def read_runs(directories: list[Path], *, max_completions: int) -> list[Run]:
     """The runs, each under a name that no other has, with at most about `max_completions` rows of each kind in all.
 
     Raises:
-        ValueError: a directory is not that of a run; max_completions is below 0.
+        ValueError: a directory is not that of a run; there are more than MAX_RUNS; max_completions is below 0.
     """
     if max_completions < 0:
         raise ValueError(
             f"--max-completions is {max_completions}; it is a number of completions. Set 0 for a page without, or more."
+        )
+    if len(directories) > MAX_RUNS:
+        raise ValueError(
+            f"RUN_DIR is given {len(directories)} times; a page tells at most {MAX_RUNS} runs apart by their colours. Give fewer."
         )
     for directory in directories:
         if not any((directory / name).is_file() for name in ("metrics.jsonl", "config.yaml")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from statistics import fmean
 from typing import Any
 
@@ -131,22 +132,26 @@ def _ends(run: Run, name: str) -> tuple[float, float] | None:
 
 
 def settings(config: dict[str, Any]) -> dict[str, str]:
-    """`section.setting` -> its value as one writes it."""
+    """`section.setting` -> its value as one writes it; of rewards a line each."""
     flat = {}
     for section, values in config.items():
-        if isinstance(values, dict):
+        if section == "rewards":
+            flat.update({f"rewards.{item['name'] or item['function']}": _reward(item) for item in values})
+        elif isinstance(values, dict):
             flat.update({f"{section}.{key}": _written(value) for key, value in values.items()})
         else:
-            flat[section] = _written(values)
+            flat[section] = shlex.join(values) if section == "command" else _written(values)
     return flat
 
 
+def _reward(item: dict[str, Any]) -> str:
+    arguments = ", ".join(f"{key} {_written(value)}" for key, value in item["args"].items())
+    function = f"{item['function']}, " if item["name"] else ""
+    return f"{function}weight {item['weight']:g}" + (f", {arguments}" if arguments else "")
+
+
 def _written(value: Any) -> str:
-    if isinstance(value, list):
-        return "\n".join(map(_written, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_written(item)}" for key, item in value.items() if item not in (None, {}))
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def defaults() -> dict[str, str]:
