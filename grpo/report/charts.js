@@ -183,7 +183,8 @@ class Chart {
       if (!values) return [];
       const xs = positions(run);
       const found = run.intervals[this.panel.points] || {};
-      const color = page.runs.length > 1 ? run.color : "var(--c0)";
+      const { lines, alone } = this.panel;
+      const color = page.runs.length > 1 ? run.color : metricColor(lines[0] || this.panel.points, 0, lines.length + alone.length);
       return values.map((v, i) => ({ run, color, i, x: xs[i], value: v, interval: found[run.metrics.steps[i]] })).filter((dot) => dot.value !== null);
     });
   }
@@ -323,7 +324,7 @@ class Chart {
       this.panel.lines.forEach((name, i) => keys.set(short(name), svg("svg", { width: 18, height: 4 }, svg("line", { x1: 0, x2: 18, y1: 2, y2: 2, class: "key", "stroke-dasharray": ["", "5 3", "1.5 3", "7 2 1.5 2"][i % 4] }))));
     }
     const sure = this.dots.some((dot) => dot.interval);
-    if (this.dots.length && this.panel.lines.length) keys.set(sure ? "held out, 95 % interval" : "held out", el("i", { class: "dot" }));
+    if (this.dots.length && this.panel.lines.length) keys.set(sure ? "held out, 95 % interval" : "held out", el("i", { class: "dot", style: page.runs.length > 1 ? {} : { background: this.dots[0].color } }));
     this.legend.replaceChildren(...[...keys].map(([label, key]) => el("span", {}, key, label)));
   }
 

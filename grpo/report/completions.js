@@ -248,7 +248,7 @@ function titleOf(source) {
 function advantage(value) {
   const half = Math.min(1, Math.abs(value) / 3) * 50;
   const bar = el("i", { class: value < 0 ? "worse" : "better", style: { left: `${value < 0 ? 50 - half : 50}%`, width: `${half}%` } });
-  return el("span", { class: "advantage", title: "advantage" }, el("span", { class: "track", "aria-hidden": "true" }, bar), `A ${value > 0 ? "+" : ""}${number(value)}`);
+  return el("span", { class: "advantage", title: "advantage" }, el("span", { class: "track", "aria-hidden": "true" }, bar), `A ${value > 0 ? "+" : ""}${value.toFixed(2).replace("-", "\u2212")}`);
 }
 
 const reflective = () => new RegExp(page.reflective, "gi");

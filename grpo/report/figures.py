@@ -124,7 +124,7 @@ def _draw(axis: Axes, panel: Panel, runs: list[Run]) -> None:
             _line(axis, run, name, color=color, dash=DASHES[i % 4 if several else 0], label=label)
             if panel.base and not i:
                 _base(axis, run, name, color)
-        _points(axis, run, panel.points, COLORS[r % 8])
+        _points(axis, run, panel.points, COLORS[r % 8] if several or not names else _color(names[0], 0, panel))
     axis.set_title(panel.title + (f" ({panel.unit})" if panel.unit else ""))
     axis.set_xlabel("step")
     axis.margins(x=0.01)

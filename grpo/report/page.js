@@ -292,4 +292,4 @@ async function start() {
   }));
 }
 
-start();
+start().catch((error) => part("summary").append(el("p", { class: "note alarm" }, `This page cannot be drawn here (browsers since 2023 can): ${error}`)));

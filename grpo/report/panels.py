@@ -60,9 +60,7 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
         "How does it write?": [
             _function("format"),
             Panel("Length", ["completion/length_mean"], "tokens", points="eval/length_mean", base=True),
-            Panel(
-                "Length, right or wrong", ["completion/length_right", "completion/length_wrong"], "tokens", base=True
-            ),
+            Panel("Length by verdict", ["completion/length_right", "completion/length_wrong"], "tokens", base=True),
             Panel("Longest", ["completion/length_max"], "tokens"),
             Panel("Cut off", ["completion/truncated"], points="eval/truncated"),
             Panel("Repetition", ["completion/repetition"]),
