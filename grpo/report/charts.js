@@ -125,27 +125,59 @@ class Chart {
     this.tip = el("div", { class: "tip", hidden: true });
     this.spoken = el("span", { class: "spoken", "aria-live": "polite" });
     this.help = el("div", { class: "formula", hidden: true, id: `formula-${charts.length}` }, formula);
-    const about = el("button", { type: "button", class: "about", "aria-expanded": "false", "aria-controls": this.help.id,
-      title: formula, "aria-label": `Formula of ${title}` }, "i");
+    const about = el(
+      "button",
+      {
+        type: "button",
+        class: "about",
+        "aria-expanded": "false",
+        "aria-controls": this.help.id,
+        title: formula,
+        "aria-label": `Formula of ${title}`,
+      },
+      "i",
+    );
     about.addEventListener("click", () => {
       this.help.hidden = !this.help.hidden;
       about.setAttribute("aria-expanded", String(!this.help.hidden));
     });
-    const wide = el("button", { type: "button", class: "about", "aria-pressed": "false", "aria-label": `Enlarge ${title}`, title: "Enlarge" }, "\u2922");
+    const wide = el(
+      "button",
+      { type: "button", class: "about", "aria-pressed": "false", "aria-label": `Enlarge ${title}`, title: "Enlarge" },
+      "\u2922",
+    );
     wide.addEventListener("click", () => {
       const on = this.card.classList.toggle("wide");
       wide.setAttribute("aria-pressed", String(on));
       this.draw();
     });
-    this.card = el("article", { class: "panel" },
-      el("div", { class: "head" }, el("h4", {}, title, panel.unit ? el("small", {}, panel.unit) : null), formula ? about : null, wide, this.readout),
-      this.help, this.legend, this.svg, this.tip, this.spoken);
+    this.card = el(
+      "article",
+      { class: "panel" },
+      el(
+        "div",
+        { class: "head" },
+        el("h4", {}, title, panel.unit ? el("small", {}, panel.unit) : null),
+        formula ? about : null,
+        wide,
+        this.readout,
+      ),
+      this.help,
+      this.legend,
+      this.svg,
+      this.tip,
+      this.spoken,
+    );
     this.listen();
   }
 
   /** The value that all runs have at all steps; undefined where there is none. */
   constant() {
-    const all = page.runs.flatMap((run) => [...this.panel.lines, this.panel.points, ...this.panel.alone].flatMap((name) => run.metrics.values[name] || [])).filter((v) => v !== null);
+    const all = page.runs
+      .flatMap((run) =>
+        [...this.panel.lines, this.panel.points, ...this.panel.alone].flatMap((name) => run.metrics.values[name] || []),
+      )
+      .filter((v) => v !== null);
     const broken = page.runs.some((run) => this.panel.lines.some((name) => run.metrics.not_finite[name]));
     return !broken && all.length > 1 && all.every((v) => v === all[0]) ? all[0] : undefined;
   }
@@ -160,7 +192,12 @@ class Chart {
     this.width = width;
     this.collect();
     this.scale();
-    this.svg.replaceChildren(...this.axes(), ...this.marks(), ...(this.panel.stacked ? this.areas() : this.lines()), ...this.held());
+    this.svg.replaceChildren(
+      ...this.axes(),
+      ...this.marks(),
+      ...(this.panel.stacked ? this.areas() : this.lines()),
+      ...this.held(),
+    );
     this.over = svg("g", {});
     this.svg.append(this.over);
     this.describe();
@@ -173,7 +210,11 @@ class Chart {
       const margin = 3 * this.sigma();
       const points = [];
       for (let i = 0; i < xs.length; i++) {
-        if (values[i] !== null && (!view.domain || (xs[i] >= view.domain[0] - margin && xs[i] <= view.domain[1] + margin))) points.push([xs[i], values[i]]);
+        if (
+          values[i] !== null &&
+          (!view.domain || (xs[i] >= view.domain[0] - margin && xs[i] <= view.domain[1] + margin))
+        )
+          points.push([xs[i], values[i]]);
       }
       const bins = binned(points);
       return { ...series, bins, line: smoothed(bins, this.sigma()) };
@@ -184,8 +225,11 @@ class Chart {
       const xs = positions(run);
       const found = run.intervals[this.panel.points] || {};
       const { lines, alone } = this.panel;
-      const color = page.runs.length > 1 ? run.color : metricColor(lines[0] || this.panel.points, 0, lines.length + alone.length);
-      return values.map((v, i) => ({ run, color, i, x: xs[i], value: v, interval: found[run.metrics.steps[i]] })).filter((dot) => dot.value !== null);
+      const color =
+        page.runs.length > 1 ? run.color : metricColor(lines[0] || this.panel.points, 0, lines.length + alone.length);
+      return values
+        .map((v, i) => ({ run, color, i, x: xs[i], value: v, interval: found[run.metrics.steps[i]] }))
+        .filter((dot) => dot.value !== null);
     });
   }
 
@@ -196,13 +240,23 @@ class Chart {
   }
 
   scale() {
-    const all = page.runs.filter((run) => !view.hidden.has(run)).map(positions).filter((xs) => xs.length);
+    const all = page.runs
+      .filter((run) => !view.hidden.has(run))
+      .map(positions)
+      .filter((xs) => xs.length);
     let [x0, x1] = view.domain || [Math.min(...all.map((xs) => xs[0])), Math.max(...all.map((xs) => xs.at(-1)))];
     if (!(x1 > x0)) [x0, x1] = [(x0 || 0) - 0.5, (x0 || 0) + 0.5];
     const inside = (x) => x >= x0 && x <= x1;
     let values = this.drawn.flatMap((s) => s.bins.filter((b) => inside(b[0])).flatMap((b) => [b[2], b[3]]));
-    if (this.panel.stacked) values = [0, ...this.totals().filter(([x]) => inside(x)).map(([, y]) => y)];
-    for (const dot of this.dots) if (inside(dot.x)) values.push(dot.value, ...(dot.interval ? dot.interval.slice(1) : []));
+    if (this.panel.stacked)
+      values = [
+        0,
+        ...this.totals()
+          .filter(([x]) => inside(x))
+          .map(([, y]) => y),
+      ];
+    for (const dot of this.dots)
+      if (inside(dot.x)) values.push(dot.value, ...(dot.interval ? dot.interval.slice(1) : []));
     values.push(...this.bases().map((base) => base.value));
     let low = values.reduce((a, v) => Math.min(a, v), Infinity);
     let high = values.reduce((a, v) => Math.max(a, v), -Infinity);
@@ -226,18 +280,33 @@ class Chart {
   axes() {
     const { left, right, bottom } = MARGIN;
     const clip = `clip-${charts.indexOf(this)}`;
-    const parts = [svg("clipPath", { id: clip }, svg("rect", { x: left, y: 0, width: Math.max(0, this.width - left - right), height: this.height }))];
+    const parts = [
+      svg(
+        "clipPath",
+        { id: clip },
+        svg("rect", { x: left, y: 0, width: Math.max(0, this.width - left - right), height: this.height }),
+      ),
+    ];
     this.clip = `url(#${clip})`;
     const ys = ticks(...this.range, this.height > HEIGHT ? 8 : 4);
     const digits = this.share && ys.length > 1 && ys[1] - ys[0] < 0.0099 ? 1 : 0;
     for (const value of ys) {
       const y = this.y(value);
       const text = this.share ? `${(100 * value).toFixed(digits)}%` : axisNumber(value, ys);
-      parts.push(svg("line", { class: "grid", x1: left, x2: this.width - right, y1: y, y2: y }), svg("text", { class: "tick", x: left - 6, y: y + 3.5, "text-anchor": "end" }, text));
+      parts.push(
+        svg("line", { class: "grid", x1: left, x2: this.width - right, y1: y, y2: y }),
+        svg("text", { class: "tick", x: left - 6, y: y + 3.5, "text-anchor": "end" }, text),
+      );
     }
     for (const value of ticks(...this.domain, Math.max(2, Math.floor(this.width / 64)))) {
       if (view.axis === "step" && !Number.isInteger(value)) continue;
-      parts.push(svg("text", { class: "tick", x: this.x(value), y: this.height - bottom + 16, "text-anchor": "middle" }, value.toLocaleString("en")));
+      parts.push(
+        svg(
+          "text",
+          { class: "tick", x: this.x(value), y: this.height - bottom + 16, "text-anchor": "middle" },
+          value.toLocaleString("en"),
+        ),
+      );
     }
     return parts;
   }
@@ -249,11 +318,26 @@ class Chart {
     for (const run of this.runs()) {
       const at = (step) => this.x(positions(run)[nearest(run.metrics.steps, step)]);
       for (const back of run.roll_backs) {
-        parts.push(svg("line", { class: "rollback", x1: at(back.to), x2: at(back.to), y1: MARGIN.top, y2: bottom, "clip-path": this.clip }));
+        parts.push(
+          svg("line", {
+            class: "rollback",
+            x1: at(back.to),
+            x2: at(back.to),
+            y1: MARGIN.top,
+            y2: bottom,
+            "clip-path": this.clip,
+          }),
+        );
       }
       for (const name of this.panel.lines) {
         for (const step of run.metrics.not_finite[name] || []) {
-          parts.push(svg("path", { class: "broken", d: `M${at(step) - 4} ${bottom}l4 -7l4 7z`, "clip-path": this.clip }, svg("title", {}, `not a finite number at step ${step}`)));
+          parts.push(
+            svg(
+              "path",
+              { class: "broken", d: `M${at(step) - 4} ${bottom}l4 -7l4 7z`, "clip-path": this.clip },
+              svg("title", {}, `not a finite number at step ${step}`),
+            ),
+          );
         }
       }
     }
@@ -262,26 +346,67 @@ class Chart {
 
   bases() {
     if (!this.panel.base) return [];
-    return this.drawn.filter((series) => series.name === this.panel.lines[0]).flatMap((series) => {
-      const at = series.run.metrics.steps.indexOf(1);
-      const value = at < 0 ? null : series.run.metrics.values[series.name][at];
-      return value === null ? [] : [{ value, color: series.color }];
-    });
+    return this.drawn
+      .filter((series) => series.name === this.panel.lines[0])
+      .flatMap((series) => {
+        const at = series.run.metrics.steps.indexOf(1);
+        const value = at < 0 ? null : series.run.metrics.values[series.name][at];
+        return value === null ? [] : [{ value, color: series.color }];
+      });
   }
 
   lines() {
-    const bases = this.bases().map((base, i) => svg("g", {},
-      svg("line", { class: "base", x1: MARGIN.left, x2: this.width - MARGIN.right, y1: this.y(base.value), y2: this.y(base.value), style: { stroke: base.color } }),
-      i ? null : svg("text", { class: "tick halo", x: this.width - MARGIN.right, y: this.y(base.value) - 4, "text-anchor": "end" }, "base model")));
+    const bases = this.bases().map((base, i) =>
+      svg(
+        "g",
+        {},
+        svg("line", {
+          class: "base",
+          x1: MARGIN.left,
+          x2: this.width - MARGIN.right,
+          y1: this.y(base.value),
+          y2: this.y(base.value),
+          style: { stroke: base.color },
+        }),
+        i
+          ? null
+          : svg(
+              "text",
+              { class: "tick halo", x: this.width - MARGIN.right, y: this.y(base.value) - 4, "text-anchor": "end" },
+              "base model",
+            ),
+      ),
+    );
     const smooth = view.sigma > 0;
-    const raw = this.drawn.filter((s) => smooth && s.bins.length > 1).map((s) => {
-      const sparse = s.bins.every((b) => b[2] === b[3]);
-      const band = [...s.bins.map((b) => [b[0], b[3]]), ...s.bins.map((b) => [b[0], b[2]]).reverse()];
-      return svg("path", { class: sparse ? "raw" : "band", d: path(sparse ? s.bins : band, this.x, this.y), "clip-path": this.clip, style: { [sparse ? "stroke" : "fill"]: s.color } });
-    });
-    const main = this.drawn.map((s) => s.line.length === 1
-      ? svg("circle", { cx: this.x(s.line[0][0]), cy: this.y(s.line[0][1]), r: 3, "clip-path": this.clip, style: { fill: s.color } })
-      : svg("path", { class: "line", d: path(s.line, this.x, this.y), "stroke-dasharray": s.dash, "clip-path": this.clip, style: { stroke: s.color } }));
+    const raw = this.drawn
+      .filter((s) => smooth && s.bins.length > 1)
+      .map((s) => {
+        const sparse = s.bins.every((b) => b[2] === b[3]);
+        const band = [...s.bins.map((b) => [b[0], b[3]]), ...s.bins.map((b) => [b[0], b[2]]).reverse()];
+        return svg("path", {
+          class: sparse ? "raw" : "band",
+          d: path(sparse ? s.bins : band, this.x, this.y),
+          "clip-path": this.clip,
+          style: { [sparse ? "stroke" : "fill"]: s.color },
+        });
+      });
+    const main = this.drawn.map((s) =>
+      s.line.length === 1
+        ? svg("circle", {
+            cx: this.x(s.line[0][0]),
+            cy: this.y(s.line[0][1]),
+            r: 3,
+            "clip-path": this.clip,
+            style: { fill: s.color },
+          })
+        : svg("path", {
+            class: "line",
+            d: path(s.line, this.x, this.y),
+            "stroke-dasharray": s.dash,
+            "clip-path": this.clip,
+            style: { stroke: s.color },
+          }),
+    );
     return [...raw, ...main, ...bases];
   }
 
@@ -297,34 +422,78 @@ class Chart {
       const top = s.line.map(([x, y]) => [x, y + (lower.get(x) || 0)]);
       const bottom = s.line.map(([x]) => [x, lower.get(x) || 0]).reverse();
       for (const [x, y] of top) lower.set(x, y);
-      return svg("path", { class: "area", d: path([...top, ...bottom], this.x, this.y) + "Z", "clip-path": this.clip, style: { fill: s.color } });
+      return svg("path", {
+        class: "area",
+        d: path([...top, ...bottom], this.x, this.y) + "Z",
+        "clip-path": this.clip,
+        style: { fill: s.color },
+      });
     });
   }
 
   /** Held-out values with their 95 % intervals. */
   held() {
-    return this.dots.filter((dot) => dot.x >= this.domain[0] && dot.x <= this.domain[1]).map((dot) => {
-      const x = this.x(dot.x);
-      return svg("g", { class: "held" },
-        dot.interval ? svg("line", { x1: x, x2: x, y1: this.y(Math.max(dot.interval[1], this.range[0])), y2: this.y(dot.interval[2]), style: { stroke: dot.color } }) : null,
-        svg("circle", { cx: x, cy: this.y(dot.value), r: 4, style: { fill: dot.color } }));
-    });
+    return this.dots
+      .filter((dot) => dot.x >= this.domain[0] && dot.x <= this.domain[1])
+      .map((dot) => {
+        const x = this.x(dot.x);
+        return svg(
+          "g",
+          { class: "held" },
+          dot.interval
+            ? svg("line", {
+                x1: x,
+                x2: x,
+                y1: this.y(Math.max(dot.interval[1], this.range[0])),
+                y2: this.y(dot.interval[2]),
+                style: { stroke: dot.color },
+              })
+            : null,
+          svg("circle", { cx: x, cy: this.y(dot.value), r: 4, style: { fill: dot.color } }),
+        );
+      });
   }
 
   describe() {
     const one = this.drawn.length ? this.drawn[0].line : [];
     const last = page.runs.length === 1 && !this.panel.stacked && one.length ? this.format(one.at(-1)[1]) : "";
     this.readout.textContent = last;
-    const ends = this.drawn.filter((s) => s.line.length).map((s) => `${s.label} from ${this.format(s.line[0][1])} to ${this.format(s.line.at(-1)[1])}`);
-    this.svg.setAttribute("aria-label", `${this.panel.title}: ${ends.join("; ")}. Arrow keys read values, plus and minus zoom, enter shows the step's completions.`);
+    const ends = this.drawn
+      .filter((s) => s.line.length)
+      .map((s) => `${s.label} from ${this.format(s.line[0][1])} to ${this.format(s.line.at(-1)[1])}`);
+    this.svg.setAttribute(
+      "aria-label",
+      `${this.panel.title}: ${ends.join("; ")}. Arrow keys read values, plus and minus zoom, enter shows the step's completions.`,
+    );
     const keys = new Map();
     if (page.runs.length === 1 || this.panel.stacked) {
-      if (this.drawn.length > 1) for (const s of this.drawn) keys.set(s.label, el("i", { style: { background: s.color } }));
+      if (this.drawn.length > 1)
+        for (const s of this.drawn) keys.set(s.label, el("i", { style: { background: s.color } }));
     } else if (this.panel.lines.length > 1) {
-      this.panel.lines.forEach((name, i) => keys.set(short(name), svg("svg", { width: 18, height: 4 }, svg("line", { x1: 0, x2: 18, y1: 2, y2: 2, class: "key", "stroke-dasharray": ["", "5 3", "1.5 3", "7 2 1.5 2"][i % 4] }))));
+      this.panel.lines.forEach((name, i) =>
+        keys.set(
+          short(name),
+          svg(
+            "svg",
+            { width: 18, height: 4 },
+            svg("line", {
+              x1: 0,
+              x2: 18,
+              y1: 2,
+              y2: 2,
+              class: "key",
+              "stroke-dasharray": ["", "5 3", "1.5 3", "7 2 1.5 2"][i % 4],
+            }),
+          ),
+        ),
+      );
     }
     const sure = this.dots.some((dot) => dot.interval);
-    if (this.dots.length && this.panel.lines.length) keys.set(sure ? "held out, 95 % interval" : "held out", el("i", { class: "dot", style: page.runs.length > 1 ? {} : { background: this.dots[0].color } }));
+    if (this.dots.length && this.panel.lines.length)
+      keys.set(
+        sure ? "held out, 95 % interval" : "held out",
+        el("i", { class: "dot", style: page.runs.length > 1 ? {} : { background: this.dots[0].color } }),
+      );
     this.legend.replaceChildren(...[...keys].map(([label, key]) => el("span", {}, key, label)));
   }
 
@@ -344,10 +513,28 @@ class Chart {
       const xs = positions(s.run);
       const i = nearest(xs, x);
       const value = s.run.metrics.values[s.name][i];
-      const line = s.line[nearest(s.line.map((p) => p[0]), xs[i])];
-      if (!this.panel.stacked) this.over.append(svg("circle", { cx: this.x(line[0]), cy: this.y(line[1]), r: 3, "clip-path": this.clip, style: { fill: s.color } }));
+      const line =
+        s.line[
+          nearest(
+            s.line.map((p) => p[0]),
+            xs[i],
+          )
+        ];
+      if (!this.panel.stacked)
+        this.over.append(
+          svg("circle", {
+            cx: this.x(line[0]),
+            cy: this.y(line[1]),
+            r: 3,
+            "clip-path": this.clip,
+            style: { fill: s.color },
+          }),
+        );
       if (!here) continue;
-      where = where || `step ${s.run.metrics.steps[i].toLocaleString("en")}` + (view.axis === "time" ? `, ${duration(60 * xs[i])}` : "");
+      where =
+        where ||
+        `step ${s.run.metrics.steps[i].toLocaleString("en")}` +
+          (view.axis === "time" ? `, ${duration(60 * xs[i])}` : "");
       rows.push([s.color, s.label, this.format(value), view.sigma && value !== null ? this.format(line[1]) : ""]);
     }
     if (!here) return;
@@ -362,22 +549,41 @@ class Chart {
 
   tell(px, where, rows) {
     const smooth = view.sigma && rows.some((row) => row[3]);
-    this.tip.replaceChildren(el("b", {}, where),
-      el("table", {}, el("tbody", {}, rows.map(([color, label, value, second]) => el("tr", {},
-        el("td", {}, el("i", { style: { background: color } }), label), el("td", {}, value), smooth ? el("td", { class: "muted" }, second) : null)))),
-      withCompletions(this.runs()) ? el("p", {}, "click: completions of this step") : null);
+    this.tip.replaceChildren(
+      el("b", {}, where),
+      el(
+        "table",
+        {},
+        el(
+          "tbody",
+          {},
+          rows.map(([color, label, value, second]) =>
+            el(
+              "tr",
+              {},
+              el("td", {}, el("i", { style: { background: color } }), label),
+              el("td", {}, value),
+              smooth ? el("td", { class: "muted" }, second) : null,
+            ),
+          ),
+        ),
+      ),
+      withCompletions(this.runs()) ? el("p", {}, "click: completions of this step") : null,
+    );
     this.tip.hidden = !rows.length;
     const [card, plot] = [this.card, this.svg].map((each) => each.getBoundingClientRect());
     const left = plot.left - card.left + px;
     const room = this.card.clientWidth - this.tip.offsetWidth - 4;
     this.tip.style.left = `${Math.max(4, Math.min(px > this.width / 2 ? left - this.tip.offsetWidth - 10 : left + 10, room))}px`;
     this.tip.style.top = `${plot.top - card.top + 6}px`;
-    if (document.activeElement === this.svg) this.spoken.textContent = `${where}: ` + rows.map((row) => `${row[1]} ${row[2]}`).join(", ");
+    if (document.activeElement === this.svg)
+      this.spoken.textContent = `${where}: ` + rows.map((row) => `${row[1]} ${row[2]}`).join(", ");
   }
 
   listen() {
     let start = null;
-    const at = (event) => Math.min(this.width - MARGIN.right, Math.max(MARGIN.left, event.clientX - this.svg.getBoundingClientRect().left));
+    const at = (event) =>
+      Math.min(this.width - MARGIN.right, Math.max(MARGIN.left, event.clientX - this.svg.getBoundingClientRect().left));
     this.svg.addEventListener("pointerdown", (event) => {
       if (event.pointerType === "mouse" && event.button === 0) {
         start = at(event);
@@ -389,7 +595,15 @@ class Chart {
       moveCursor(this.inverse(at(event)), this);
       if (start === null) return;
       const [a, b] = [start, at(event)].sort((p, q) => p - q);
-      this.over.append(svg("rect", { class: "selection", x: a, width: b - a, y: MARGIN.top, height: this.height - MARGIN.top - MARGIN.bottom }));
+      this.over.append(
+        svg("rect", {
+          class: "selection",
+          x: a,
+          width: b - a,
+          y: MARGIN.top,
+          height: this.height - MARGIN.top - MARGIN.bottom,
+        }),
+      );
     });
     this.svg.addEventListener("pointerup", (event) => {
       if (start === null) return;
@@ -416,7 +630,8 @@ class Chart {
     const from = view.cursor === null ? x1 : view.cursor;
     const bounded = (x) => Math.min(x1, Math.max(x0, x));
     if (event.key === "ArrowLeft") moveCursor(bounded((view.axis === "step" ? Math.round(from) : from) - unit), this);
-    else if (event.key === "ArrowRight") moveCursor(bounded((view.axis === "step" ? Math.round(from) : from) + unit), this);
+    else if (event.key === "ArrowRight")
+      moveCursor(bounded((view.axis === "step" ? Math.round(from) : from) + unit), this);
     else if (event.key === "+" || event.key === "=") zoom([from - (x1 - x0) / 4, from + (x1 - x0) / 4]);
     else if (event.key === "-" || event.key === "Escape") zoom(null);
     else if (event.key === "Enter") this.goTo();
@@ -461,5 +676,7 @@ function metricColor(name, index, count) {
   if (name.endsWith("_right")) return "var(--c0)";
   if (name.endsWith("_wrong")) return "var(--c1)";
   if (name.endsWith("_truncated")) return "var(--c7)";
-  return count > 1 && index === 0 && !name.startsWith("time/") && !name.startsWith("memory/") ? "var(--ink)" : colorOf(index);
+  return count > 1 && index === 0 && !name.startsWith("time/") && !name.startsWith("memory/")
+    ? "var(--ink)"
+    : colorOf(index);
 }

@@ -20,33 +20,89 @@ class Browser {
     const option = (value, text) => el("option", { value }, text);
     const changed = () => this.show();
     const several = page.runs.length > 1;
-    this.source = el("select", { onchange: () => this.open() }, this.sources.map((s, i) => option(i, (several ? `${s.run.name}: ` : "") + titleOf(s))));
+    this.source = el(
+      "select",
+      { onchange: () => this.open() },
+      this.sources.map((s, i) => option(i, (several ? `${s.run.name}: ` : "") + titleOf(s))),
+    );
     this.verdict = el("select", { onchange: changed });
-    this.cut = el("select", { onchange: changed }, option("", "any end"), option("1", "cut off"), option("0", "ended by itself"));
-    this.least = el("input", { type: "number", step: "any", placeholder: "least", "aria-label": "Least reward", oninput: later(changed) });
-    this.most = el("input", { type: "number", step: "any", placeholder: "most", "aria-label": "Largest reward", oninput: later(changed) });
-    this.search = el("input", { type: "search", placeholder: "words, or /regular expression/", oninput: later(changed) });
-    this.words = el("input", { type: "checkbox", onchange: () => { this.mark = this.words.checked; this.show(); } });
+    this.cut = el(
+      "select",
+      { onchange: changed },
+      option("", "any end"),
+      option("1", "cut off"),
+      option("0", "ended by itself"),
+    );
+    this.least = el("input", {
+      type: "number",
+      step: "any",
+      placeholder: "least",
+      "aria-label": "Least reward",
+      oninput: later(changed),
+    });
+    this.most = el("input", {
+      type: "number",
+      step: "any",
+      placeholder: "most",
+      "aria-label": "Largest reward",
+      oninput: later(changed),
+    });
+    this.search = el("input", {
+      type: "search",
+      placeholder: "words, or /regular expression/",
+      oninput: later(changed),
+    });
+    this.words = el("input", {
+      type: "checkbox",
+      onchange: () => {
+        this.mark = this.words.checked;
+        this.show();
+      },
+    });
     this.reflective = el("input", { type: "checkbox", onchange: changed });
-    this.step = el("input", { type: "range", min: 0, "aria-label": "Step", oninput: later(() => this.stepTo(Number(this.step.value))) });
+    this.step = el("input", {
+      type: "range",
+      min: 0,
+      "aria-label": "Step",
+      oninput: later(() => this.stepTo(Number(this.step.value))),
+    });
     this.stepName = el("output", {});
     this.every = el("input", { type: "checkbox", onchange: changed });
     const move = (by) => () => this.stepTo(Number(this.step.value) + by);
-    this.stepper = el("div", { class: "stepper", role: "group", "aria-label": "Step" },
-      el("button", { type: "button", "aria-label": "Step before", onclick: move(-1) }, "\u2039"), this.step,
-      el("button", { type: "button", "aria-label": "Next step", onclick: move(1) }, "\u203a"), this.stepName,
-      el("label", { class: "check" }, this.every, "all steps"));
+    this.stepper = el(
+      "div",
+      { class: "stepper", role: "group", "aria-label": "Step" },
+      el("button", { type: "button", "aria-label": "Step before", onclick: move(-1) }, "\u2039"),
+      this.step,
+      el("button", { type: "button", "aria-label": "Next step", onclick: move(1) }, "\u203a"),
+      this.stepName,
+      el("label", { class: "check" }, this.every, "all steps"),
+    );
     this.status = el("p", { class: "status", role: "status" });
     this.list = el("div", { class: "groups" });
     this.more = el("button", { type: "button", class: "more", onclick: () => this.append() }, "Show more");
     this.place.append(
       el("h2", { id: "completions-title" }, "Completions"),
-      el("form", { class: "filters", onsubmit: (event) => event.preventDefault() },
-        filter("From", this.source), filter("Verdict", this.verdict), filter("End", this.cut),
+      el(
+        "form",
+        { class: "filters", onsubmit: (event) => event.preventDefault() },
+        filter("From", this.source),
+        filter("Verdict", this.verdict),
+        filter("End", this.cut),
         el("fieldset", {}, el("legend", {}, "Reward"), this.least, this.most),
         filter("Text", this.search, "grow"),
-        el("div", { class: "checks" }, el("label", { class: "check" }, this.words, "mark reflective words"), el("label", { class: "check" }, this.reflective, "only with them"))),
-      this.stepper, this.status, this.list, this.more);
+        el(
+          "div",
+          { class: "checks" },
+          el("label", { class: "check" }, this.words, "mark reflective words"),
+          el("label", { class: "check" }, this.reflective, "only with them"),
+        ),
+      ),
+      this.stepper,
+      this.status,
+      this.list,
+      this.more,
+    );
     await this.open();
   }
 
@@ -55,7 +111,12 @@ class Browser {
     if (!this.indices.has(source.id)) this.indices.set(source.id, await unpack(`index-${source.id}`));
     this.current = source;
     this.index = this.indices.get(source.id);
-    const verdicts = [["", "any"], ["1", "right"], ["0", "wrong"], ["null", "unknown"]];
+    const verdicts = [
+      ["", "any"],
+      ["1", "right"],
+      ["0", "wrong"],
+      ["null", "unknown"],
+    ];
     if (source.kind === "held-out") verdicts.push(["learned", "wrong, then right"], ["forgotten", "right, then wrong"]);
     this.verdict.replaceChildren(...verdicts.map(([value, text]) => el("option", { value }, text)));
     this.steps = source.unit === "step" ? [...new Set(this.index.step)].sort((a, b) => a - b) : [];
@@ -87,7 +148,9 @@ class Browser {
   /** Find and show what the filters let through; a later call overtakes an earlier one that is still searching. */
   async show() {
     const turn = ++this.turn;
-    this.stepName.textContent = this.every.checked ? "all" : `step ${(this.steps[this.step.value] ?? 0).toLocaleString("en")}`;
+    this.stepName.textContent = this.every.checked
+      ? "all"
+      : `step ${(this.steps[this.step.value] ?? 0).toLocaleString("en")}`;
     this.pattern = patternOf(this.search.value);
     this.search.setCustomValidity(this.pattern === false ? "This is no regular expression." : "");
     if (this.pattern === false) {
@@ -119,7 +182,8 @@ class Browser {
     const rows = [];
     for (let i = 0; i < index.reward.length; i++) {
       if (only !== null && index.step[i] !== only) continue;
-      if (change ? !change.has(index.group[i]) : this.verdict.value && String(index.right[i]) !== this.verdict.value) continue;
+      if (change ? !change.has(index.group[i]) : this.verdict.value && String(index.right[i]) !== this.verdict.value)
+        continue;
       if (this.cut.value && String(index.cut[i]) !== this.cut.value) continue;
       if (least !== null && !(index.reward[i] !== null && index.reward[i] >= least)) continue;
       if (most !== null && !(index.reward[i] !== null && index.reward[i] <= most)) continue;
@@ -150,7 +214,8 @@ class Browser {
         if (turn !== this.turn) return found;
       }
       const text = block.completions[i - this.current.blocks[at][0]];
-      if (patterns.every((pattern) => new RegExp(pattern.source, pattern.flags.replace("g", "")).test(text))) found.push(i);
+      if (patterns.every((pattern) => new RegExp(pattern.source, pattern.flags.replace("g", "")).test(text)))
+        found.push(i);
     }
     return found;
   }
@@ -169,9 +234,13 @@ class Browser {
       groups.get(k).push(i);
     }
     this.groups = [...groups.values()];
-    if (this.current.unit === "step") for (const group of this.groups) group.sort((a, b) => this.matching.has(b) - this.matching.has(a));
+    if (this.current.unit === "step")
+      for (const group of this.groups) group.sort((a, b) => this.matching.has(b) - this.matching.has(a));
     const { current } = this;
-    const of = current.shown === current.rows ? "" : ` The page holds ${plural(current.kept, current.unit)} of ${current.units.toLocaleString("en")}, evenly chosen: ${current.shown.toLocaleString("en")} of ${plural(current.rows, "completion")}.`;
+    const of =
+      current.shown === current.rows
+        ? ""
+        : ` The page holds ${plural(current.kept, current.unit)} of ${current.units.toLocaleString("en")}, evenly chosen: ${current.shown.toLocaleString("en")} of ${plural(current.rows, "completion")}.`;
     this.status.textContent = `${plural(rows.length, "completion")} in ${plural(this.groups.length, this.current.unit === "step" ? "group" : "question")}.${of}`;
   }
 
@@ -207,15 +276,36 @@ class Browser {
     const name = index.group[rows[0]].split(" ");
     const facts = [
       current.unit === "step" ? `step ${index.step[rows[0]].toLocaleString("en")}` : null,
-      ...name.slice(0, -1), `row ${name.at(-1)}`,
+      ...name.slice(0, -1),
+      `row ${name.at(-1)}`,
       `${right} of ${known.length} right`,
     ].filter((fact) => fact);
-    return el("article", { class: "group" },
-      el("header", {},
+    return el(
+      "article",
+      { class: "group" },
+      el(
+        "header",
+        {},
         el("p", { class: "facts" }, facts.join(" \u00b7 ")),
         el("p", { class: "question", dir: "auto" }, shown(texts[0].question[0], [])),
-        el("p", { class: "gold" }, el("span", {}, "answer "), el("b", { dir: "auto" }, shown(texts[0].question[1], [])))),
-      el("div", { class: "cards", tabindex: 0, role: "group", "aria-label": `${plural(rows.length, "completion")} of this question` }, rows.map((i, n) => this.card(i, texts[n]))));
+        el(
+          "p",
+          { class: "gold" },
+          el("span", {}, "answer "),
+          el("b", { dir: "auto" }, shown(texts[0].question[1], [])),
+        ),
+      ),
+      el(
+        "div",
+        {
+          class: "cards",
+          tabindex: 0,
+          role: "group",
+          "aria-label": `${plural(rows.length, "completion")} of this question`,
+        },
+        rows.map((i, n) => this.card(i, texts[n])),
+      ),
+    );
   }
 
   card(i, { text, rewards }) {
@@ -223,19 +313,33 @@ class Browser {
     const verdict = index.right[i];
     const mark = verdict === null ? "?" : verdict ? "\u2713" : "\u2717";
     const word = verdict === null ? "unknown" : verdict ? "right" : "wrong";
-    const marks = [this.pattern ? ["hit", this.pattern] : null, this.mark ? ["reflects", reflective()] : null].filter((each) => each);
-    const parts = Object.entries(rewards).map(([name, value]) => `${name} ${number(value)}`).join(", ");
+    const marks = [this.pattern ? ["hit", this.pattern] : null, this.mark ? ["reflects", reflective()] : null].filter(
+      (each) => each,
+    );
+    const parts = Object.entries(rewards)
+      .map(([name, value]) => `${name} ${number(value)}`)
+      .join(", ");
     const when = current.kind === "held-out" ? el("span", { class: "when" }, `step ${index.step[i]}`) : null;
-    const sample = current.unit !== "step" && index.sample.some((number) => number > 0) ? el("span", { class: "when" }, `sample ${index.sample[i]}`) : null;
-    return el("section", { class: `card ${word}${this.matching.has(i) ? "" : " dim"}` },
-      el("div", { class: "meta" },
-        when, sample,
+    const sample =
+      current.unit !== "step" && index.sample.some((number) => number > 0)
+        ? el("span", { class: "when" }, `sample ${index.sample[i]}`)
+        : null;
+    return el(
+      "section",
+      { class: `card ${word}${this.matching.has(i) ? "" : " dim"}` },
+      el(
+        "div",
+        { class: "meta" },
+        when,
+        sample,
         el("span", { class: `verdict ${word}` }, mark, el("span", {}, word)),
         el("span", { title: parts }, "reward ", el("b", {}, number(index.reward[i]))),
         index.advantage[i] === null ? null : advantage(index.advantage[i]),
-        index.cut[i] ? el("span", { class: "cut" }, "cut off") : null),
+        index.cut[i] ? el("span", { class: "cut" }, "cut off") : null,
+      ),
       el("div", { class: "text", dir: "auto" }, thoughts(text, marks)),
-      el("div", { class: "parts" }, `${parts} \u00b7 ${plural(index.tokens[i], "token")}`));
+      el("div", { class: "parts" }, `${parts} \u00b7 ${plural(index.tokens[i], "token")}`),
+    );
   }
 }
 
@@ -247,8 +351,16 @@ function titleOf(source) {
 /** A bar to the right for a completion better than its group, to the left for a worse one. */
 function advantage(value) {
   const half = Math.min(1, Math.abs(value) / 3) * 50;
-  const bar = el("i", { class: value < 0 ? "worse" : "better", style: { left: `${value < 0 ? 50 - half : 50}%`, width: `${half}%` } });
-  return el("span", { class: "advantage", title: "advantage" }, el("span", { class: "track", "aria-hidden": "true" }, bar), `A ${value > 0 ? "+" : ""}${value.toFixed(2).replace("-", "\u2212")}`);
+  const bar = el("i", {
+    class: value < 0 ? "worse" : "better",
+    style: { left: `${value < 0 ? 50 - half : 50}%`, width: `${half}%` },
+  });
+  return el(
+    "span",
+    { class: "advantage", title: "advantage" },
+    el("span", { class: "track", "aria-hidden": "true" }, bar),
+    `A ${value > 0 ? "+" : ""}${value.toFixed(2).replace("-", "\u2212")}`,
+  );
 }
 
 const reflective = () => new RegExp(page.reflective, "gi");
@@ -258,7 +370,9 @@ function patternOf(text) {
   if (!text) return null;
   const between = /^\/(.+)\/(i?)$/s.exec(text);
   try {
-    return between ? new RegExp(between[1], `g${between[2]}u`) : new RegExp(text.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&"), "giu");
+    return between
+      ? new RegExp(between[1], `g${between[2]}u`)
+      : new RegExp(text.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&"), "giu");
   } catch {
     return false;
   }
@@ -295,7 +409,13 @@ function shown(text, marks) {
 const UNSEEN = /((?![\n\t\u200c\u200d])[\p{Cc}\p{Cf}\p{Cs}\u2028\u2029])/u;
 
 function spelled(text) {
-  return text.split(UNSEEN).map((part, i) => (i % 2 ? el("span", { class: "unseen" }, "U+" + part.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")) : part));
+  return text
+    .split(UNSEEN)
+    .map((part, i) =>
+      i % 2
+        ? el("span", { class: "unseen" }, "U+" + part.codePointAt(0).toString(16).toUpperCase().padStart(4, "0"))
+        : part,
+    );
 }
 
 /** Calls at most once in a while, after the last of many changes. */
