@@ -7,7 +7,7 @@ are counted by words here. Where this departs from the paper:
 - The paper gives raw counts. Longer text has more words, so each count comes per 1,000 tokens as well, and as the share of
   completions with any.
 - Right and wrong completions are also counted apart, without those that were cut off, which would make the wrong ones longer.
-- A word that merely repeats the question is not counted: one that the question has too, after or before the same other word.
+- A word that the question has too is not counted: a bill is a "check", and a pupil gets three answers "wrong".
 
 A word is no proof of what it says. Base models reflect before any training, DeepSeek-V3-Base too (Liu et al. 2025, arXiv
 2503.20783), reflection need not lead to the right answer, and "but" is mostly just a conjunction: read the excerpts, and compare
@@ -25,93 +25,27 @@ from typing import Any
 PAPER_WORDS = ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check")
 """As published. Like all plain words they stand for themselves alone: "verified", "errors" and "paycheck" are not counted."""
 
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(text.replace(",\n", ", ").split(", "))
+
+
 WORD_LISTS: dict[str, tuple[str, ...]] = {
     "reflection": PAPER_WORDS,
-    "verification": (
-        *("verif*", "check", "checked", "checking", "recheck*", "double check*", "confirm", "confirms", "confirming"),
-        *(
-            "make sure",
-            "sanity check",
-            "reexamin*",
-            "re examin*",
-            "reevaluat*",
-            "re evaluat*",
-            "substitute back",
-            "plug back",
-        ),
-        *("验证", "检查", "核实", "检验", "验算"),
-    ),
-    "backtracking": (
-        *(
-            "wait",
-            "hold on",
-            "hmm",
-            "oops",
-            "actually",
-            "retry",
-            "try again",
-            "try another",
-            "try a different",
-            "start over",
-        ),
-        *(
-            "let me try",
-            "let's try",
-            "go back",
-            "rethink*",
-            "reconsider*",
-            "alternatively",
-            "another approach",
-            "another way",
-        ),
-        *(
-            "different approach",
-            "on second thought",
-            "not correct",
-            "not right",
-            "is incorrect",
-            "is wrong",
-            "was wrong",
-        ),
-        *(
-            "made a mistake",
-            "made an error",
-            "my mistake",
-            "doesn't work",
-            "does not work",
-            "correct myself",
-            "apologize",
-        ),
-        *("等一下", "稍等", "不对", "错了", "重新", "换一种", "再试"),
-    ),
-    "subgoals": (
-        *(
-            "step by step",
-            "break it down",
-            "break this down",
-            "break down the problem",
-            "first we",
-            "first i",
-            "first let's",
-        ),
-        *(
-            "let's first",
-            "let's start",
-            "need to find",
-            "need to calculate",
-            "need to determine",
-            "our goal",
-            "the goal is",
-        ),
-        *("next step", "next we", "step 1", "step 2", "step 3", "step 4", "step 5"),
-        *("首先", "第一步", "第二步", "接下来", "下一步", "需要先"),
-    ),
+    "verification": _list("""verif*, check, checked, checking, recheck*, double check*, sanity check, make sure, confirm,
+confirms, confirming, reexamin*, re examin*, reevaluat*, re evaluat*, substitute back, plug back,
+验证, 检查, 核实, 检验, 验算"""),
+    "backtracking": _list("""wait, hold on, hmm, oops, no actually, retry, try again, try another, try a different, let me try,
+let's try, start over, go back, think again, rethink*, reconsider*, recalculat*, alternatively, another approach, another way,
+different approach, on second thought, not correct, not right, is incorrect, is wrong, was wrong, made a mistake, made an error,
+my mistake, misunderstanding, that can't be, that cannot be, doesn't work, does not work,
+等一下, 稍等, 不对, 错了, 重新, 换一种, 再试"""),
+    "subgoals": _list("""step by step, break it down, break this down, break down the problem, first we, first i, first let's,
+let's first, let's start, need to find, need to calculate, need to determine, our goal, the goal is, next step, next we, step 1,
+step 2, step 3, step 4, step 5, 首先, 第一步, 第二步, 接下来, 下一步, 需要先"""),
 }
 """The lists that every run counts. The last three are ours, with what keyword studies use (oat-zero: recheck, rethink, try
 again, check again, reevaluate, re-examine). An occurrence counts once in each list that has it; lists are never added up."""
-
-WINDOW = 40
-"""Characters beside an occurrence in which the word next to it is looked for."""
 
 
 class Words:
@@ -133,8 +67,8 @@ class Words:
         ] = {}  # by matched text: the lists that have it, and how much of it
 
     def find(self, text: str, question: str = "") -> dict[str, list[tuple[int, int]]]:
-        """Where each list's words begin and end in the text, in order, without those that repeat the question."""
-        text, asked = _fold(text), _Question(question)
+        """Where each list's words begin and end in the text, in order, without those that are in the question."""
+        text, question = _fold(text), _fold(question)
         found: dict[str, list[tuple[int, int]]] = {name: [] for name in self.lists}
         matches = [*self._latin.finditer(text)]
         if not text.isascii():
@@ -143,7 +77,7 @@ class Words:
             for name, length in self._lists_with(match[1]):
                 start, end = match.start(), match.start() + length
                 spans = found[name]
-                if (not spans or start >= spans[-1][1]) and not asked.has(text, start, end):
+                if (not spans or start >= spans[-1][1]) and not _has(question, text[start:end]):
                     spans.append((start, end))
         return found
 
@@ -221,28 +155,11 @@ def _fold(text: str) -> str:
     return text.replace("İ", "I").lower()
 
 
-class _Question:
-    """Tells what repeats a question from what does not."""
-
-    def __init__(self, question: str) -> None:
-        self._folded = _fold(question)
-        self._words: str | None = None
-
-    def has(self, text: str, start: int, end: int) -> bool:
-        """Whether the question has these words too, and next to them the word that is before or after them here."""
-        if text[start:end] not in self._folded:
-            return False
-        if self._words is None:
-            self._words = f" {' '.join(_split(self._folded))} "
-        here = _split(text[start:end])
-        before = _split(text[max(start - WINDOW, 0) : start])[-1:]
-        after = _split(text[end : end + WINDOW])[:1]
-        return any(f" {' '.join(words)} " in self._words for words in (before + here, here + after) if words != here)
-
-
-def _split(text: str) -> list[str]:
-    """Words, and each Chinese character as one."""
-    return re.findall(rf"[{HAN}]|[^\W{HAN}]+", text)
+def _has(question: str, word: str) -> bool:
+    """Whether the word, or the Chinese word, is in the question as one of its own."""
+    if word not in question:
+        return False
+    return not word.isascii() or re.search(rf"\b{re.escape(word)}\b", question, re.ASCII) is not None
 
 
 # ---- counting --------------------------------------------------------------------------------------------------------
@@ -321,9 +238,10 @@ NO_LETTERS = "\u00aa\u00b2\u00b3\u00b9\u00ba\u00bc-\u00be\u2070-\u209f\u2100-\u2
 
 _SCRIPTS = re.compile(rf"([{HAN}])|([{LATIN}]{{2,}})|[^\W\d_{HAN}{LATIN}{NO_LETTERS}]{{2,}}")
 _NO_WORDS = re.compile(
-    r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*[\\^_={}][^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[a-zA-Z]+|</?[a-zA-Z_]+>",
+    r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$[^$]*\$\$|\$(?=[^$\n]*[\\^_={}])[^$\n]*\$"
+    r"|\\\((?:(?!\\[()]).)*\\\)|\\\[(?:(?!\\[\[\]]).)*\\\]|\\[a-zA-Z]+|</?[a-zA-Z_]+>",
     re.DOTALL,
-)
+)  # no scan for an end goes past the next beginning: what never ends costs no more
 _LATIN_WORD = re.compile(f"[{LATIN}]{{2}}")
 _OTHER_LETTER = re.compile(rf"[^\W\d_{LATIN}{NO_LETTERS}]")
 
@@ -392,7 +310,7 @@ def as_text(passages: Iterable[Passage], *, mark: tuple[str, str] = ("[", "]")) 
 def as_html(passages: Iterable[Passage]) -> str:
     """The words in `<mark>`, everything escaped."""
     lines = (
-        "".join(f"<mark>{html.escape(piece)}</mark>" if marked else html.escape(piece) for piece, marked in passage)
+        "".join("<mark>" * marked + html.escape(piece) + "</mark>" * marked for piece, marked in passage)
         for passage in passages
     )
     return "<p>" + "</p><p>".join(line.replace("\n", "<br>") for line in lines) + "</p>"

@@ -32,7 +32,7 @@ METRICS = {
     "completion/repetition": "share of the runs of 8 tokens in completions that the same completion had before",
     "completion/length_<kind>": "the mean over completions that ended by themselves and are `right`, or `wrong`",
     "completion/other_script": "mean over completions of the share of their words in another script than the question's",
-    "aha/<list>": "mean number of words of that list (grpo/aha.py) in a completion; one that repeats the question does not count",
+    "aha/<list>": "mean number of words of that list (grpo/aha.py) in a completion; those that the question has too do not count",
     "aha/<list>_per_1k": "such words per 1,000 tokens: 1000 * their number / number of tokens, of all completions together",
     "aha/<list>_share": "share of completions with at least one such word",
     "aha/<list>_per_1k_<kind>": "that rate of `right` or `wrong` completions that ended by themselves, and of `truncated` ones",

@@ -281,7 +281,8 @@ class WandbSink:
         ]
         table = self._wandb.Table(columns=columns)
         for label, row, spans in picked:
-            passages = self._wandb.Html(aha.as_html(aha.excerpts(row["completion"], spans)), inject=False)
+            marked = aha.as_html(aha.excerpts(row["completion"], spans))
+            passages = self._wandb.Html(f'<meta charset="utf-8">{marked}', inject=False)
             texts = (row["question"], str(row["answer"]), row["completion"])
             table.add_data(row["step"], label, len(spans), row["num_tokens"], passages, *texts)
         return table

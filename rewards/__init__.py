@@ -4,7 +4,8 @@ from rewards.accuracy import accuracy
 from rewards.code import code
 from rewards.exact_match import exact_match
 from rewards.format import format
+from rewards.language import language
 from rewards.length import overlong
 from rewards.repetition import repetition
 
-__all__ = ["accuracy", "code", "exact_match", "format", "overlong", "repetition"]
+__all__ = ["accuracy", "code", "exact_match", "format", "language", "overlong", "repetition"]

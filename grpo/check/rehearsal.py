@@ -71,7 +71,8 @@ class RandomScoring(Scoring):
 
     def result(self) -> Scores:
         """See Scoring."""
-        return Scores(torch.tensor(self.rewards), {}, num_timeouts=0, num_crashes=0)
+        rewards = torch.tensor(self.rewards)
+        return Scores(rewards, {"random": rewards}, num_timeouts=0, num_crashes=0)
 
     def __exit__(self, *exception: object) -> None:
         """Nothing is under way."""
