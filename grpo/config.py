@@ -224,6 +224,8 @@ class EvaluationConfig(Section):
     """Held-out questions, from the start of the evaluation set. 0: no evaluation."""
     every_steps: NonNegativeInt = 0
     """Evaluate after every so many steps, besides before the first and after the last. 0: only those two."""
+    num_samples: PositiveInt = 1
+    """Answers per held-out question (the paper: 16 or 64). Raising it makes pass@1 surer, gives pass@k, and costs time."""
     temperature: NonNegativeFloat = 0.0
     """Of the evaluation's sampling; 0 is greedy decoding."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -488,6 +490,11 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(
             f"evaluation.top_p is {config.evaluation.top_p}; at evaluation.temperature 0 the likeliest token is taken and "
             "top_p has no effect. Remove it, or set evaluation.temperature."
+        )
+    if config.evaluation.temperature == 0 and config.evaluation.num_samples > 1:
+        raise ValueError(
+            f"evaluation.num_samples is {config.evaluation.num_samples}; at evaluation.temperature 0 all answers to a "
+            "question are the same. Set it to 1, or set evaluation.temperature (the paper: 0.6, with evaluation.top_p 0.95)."
         )
     if config.preflight.num_questions == 0 and config.preflight.on_failure == "warn":
         raise ValueError(

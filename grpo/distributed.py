@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -50,7 +51,6 @@ BUCKET_ELEMENTS = 100_000_000
 class Processes:
     """This process among its peers."""
 
-    accelerator: Accelerator
     rank: int
     world_size: int
     device: torch.device
@@ -104,17 +104,22 @@ class Processes:
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
 
-def start(config: Config, *, dtype: torch.dtype) -> Processes:
+@dataclass(frozen=True)
+class TrainingProcesses(Processes):
+    """With DeepSpeed."""
+
+    accelerator: Accelerator
+
+
+def start(config: Config, *, dtype: torch.dtype) -> TrainingProcesses:
     """Join the process group that the launcher described (or a group of one) with DeepSpeed as `config` asks.
 
     Raises:
         ValueError: the launcher's own accelerate configuration asks for another ZeRO stage than the YAML.
     """
     _check_launcher(config)
-    _quiet()
-    _complete_environment()
+    _prepare_environment()
     os.environ.pop("ACCELERATE_USE_CPU", None)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it, before the first product
     on_cpu = not torch.cuda.is_available()
@@ -134,7 +139,27 @@ def start(config: Config, *, dtype: torch.dtype) -> Processes:
     assert accelerator.distributed_type == DistributedType.DEEPSPEED, f"no DeepSpeed: {accelerator.distributed_type}"
     dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
     heartbeat.start(rank=accelerator.process_index, world_size=launched)
-    return Processes(accelerator, accelerator.process_index, launched, accelerator.device)
+    return TrainingProcesses(accelerator.process_index, launched, accelerator.device, accelerator)
+
+
+def join() -> Processes:
+    """Join the process group that the launcher described (or a group of one), to sample and not to train: without DeepSpeed."""
+    _prepare_environment()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=COLLECTIVE_TIMEOUT)
+    heartbeat.start(rank=rank, world_size=world_size)
+    return Processes(rank, world_size, device)
+
+
+def _prepare_environment() -> None:
+    _quiet()
+    _complete_environment()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def deepspeed_config(config: Config, *, dtype: torch.dtype) -> dict[str, Any]:
@@ -270,10 +295,11 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 def stop() -> None:
     """Leave the process group. A later `start` in the same process joins a new one."""
-    import deepspeed
-
     heartbeat.stop()
-    if deepspeed.comm.is_initialized():
+    deepspeed = sys.modules.get("deepspeed")  # whose import takes seconds, and who only samples has no use for it
+    if deepspeed is not None and deepspeed.comm.is_initialized():
         deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed with a dead group for its next engine
+    elif dist.is_initialized():
+        dist.destroy_process_group()
     AcceleratorState._reset_state()
     PartialState._reset_state()

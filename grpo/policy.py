@@ -33,7 +33,7 @@ from grpo import distributed, lora
 from grpo.attention import packed_inputs
 from grpo.batch import micro_batch
 from grpo.config import Config, ModelConfig, OptimizerConfig
-from grpo.distributed import Processes, deterministic, whole
+from grpo.distributed import Processes, TrainingProcesses, deterministic, whole
 from grpo.logprobs import token_logprobs
 from grpo.types import Batch, MicroBatch
 from grpo.writer import Write, save_tensors, write_now
@@ -293,22 +293,70 @@ def trained_parameters(lm: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in ordered.values() if parameter.requires_grad]
 
 
-class Policy:
+class SampledModel:
+    """A language model as a Generator sees it: what it is sampled with. Alone, a model that is only sampled.
+
+    Its log-probabilities are those at `temperature`.
+    """
+
+    def __init__(
+        self, lm: PreTrainedModel, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, processes: Processes
+    ) -> None:
+        self.lm = lm
+        self.tokenizer = tokenizer
+        self.end_token_ids = end_token_ids(config, tokenizer)
+        self.processes = processes
+        self.dtype = resolve_dtype(config.dtype)
+        self.temperature = 1.0
+
+    @property
+    def whole_lm(self) -> PreTrainedModel:
+        """The model whose weights are whole on this process."""
+        return self.lm
+
+    def sync(self) -> None:
+        """Bring the sampling weights up to date after an update; a collective. There is nothing to do."""
+
+    @contextmanager
+    def sampling_model(self, attention: str = "sdpa") -> Iterator[PreTrainedModel]:
+        """The model with whole weights, in eval mode, with the attention of that name."""
+        lm = self.whole_lm
+        own = lm.config._attn_implementation
+        lm.set_attn_implementation(attention)
+        with _eval_mode(lm):
+            try:
+                yield lm
+            finally:
+                lm.set_attn_implementation(own)
+
+    @torch.no_grad()
+    def plain_logprobs(self, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Two plain sentences and the model's own log-probabilities of them; (2, N) and (2, N - 1).
+
+        Args:
+            length: N, the sentences said again and again if it takes that; None: the shorter one's.
+        """
+        both = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in PLAIN_SENTENCES]
+        length = length or min(map(len, both))
+        tokens = torch.tensor([(ids * length)[:length] for ids in both], device=self.processes.device)
+        with self.sampling_model() as lm:
+            logits = lm(input_ids=tokens, use_cache=False).logits[:, :-1].float() / self.temperature
+        return tokens, logits.log_softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
+
+
+class Policy(SampledModel):
     """The trained model behind DeepSpeed, its reference, and a model with whole weights to sample from.
 
     Args:
         processes: where to put it; every process must construct it, since loading is a collective under ZeRO-3.
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> None:
-        self.tokenizer = tokenizer
-        self.end_token_ids = end_token_ids(config.model, tokenizer)
-        self.processes = processes
-        self.dtype = resolve_dtype(config.model.dtype)
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, processes: TrainingProcesses) -> None:
+        lm = load_lm(config.model, dtype=resolve_dtype(config.model.dtype))
+        super().__init__(lm, config.model, tokenizer, processes)
         self._sharded = config.distributed.zero_stage == 3
         self._config = config
-        self.temperature = config.rollout.temperature  # of the log-probabilities
-        self.lm = load_lm(config.model, dtype=self.dtype)
+        self.temperature = config.rollout.temperature
         checkpoint_activations(self.lm, config.memory.activation_checkpointing)
         self.adapters = lora.add_adapters(self.lm, config) if config.lora.rank else {}
         self._replica: PreTrainedModel | None = None
@@ -367,20 +415,6 @@ class Policy:
                 f"nats on average from {type(self.lm).__name__}'s own for each sequence alone. Packing does not work for "
                 "this model family; use another."
             )
-
-    @torch.no_grad()
-    def plain_logprobs(self, length: int | None = None) -> tuple[Tensor, Tensor]:
-        """Two plain sentences and the model's own log-probabilities of them; (2, N) and (2, N - 1).
-
-        Args:
-            length: N, the sentences said again and again if it takes that; None: the shorter one's.
-        """
-        both = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in PLAIN_SENTENCES]
-        length = length or min(map(len, both))
-        tokens = torch.tensor([(ids * length)[:length] for ids in both], device=self.processes.device)
-        with self.sampling_model() as lm:
-            logits = lm(input_ids=tokens, use_cache=False).logits[:, :-1].float() / self.temperature
-        return tokens, logits.log_softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
 
     @torch.no_grad()
     def unpacked_logprobs(self, batch: Batch) -> Tensor:
@@ -522,6 +556,11 @@ class Policy:
             return None
         return nn.utils.get_total_norm([p.grad for p in self.lm.parameters() if p.grad is not None])
 
+    @property
+    def whole_lm(self) -> PreTrainedModel:
+        """See SampledModel: the replica, if there is one."""
+        return self.lm if self._replica is None else self._replica
+
     def sync(self) -> None:
         """Bring the sampling weights up to date after an update; a collective. Without a replica there is nothing to do."""
         if self._replica is None:
@@ -532,18 +571,6 @@ class Policy:
             for source, target in zip(self.lm.parameters(), self._replica.parameters(), strict=True):
                 with whole(source):
                     target.copy_(source)
-
-    @contextmanager
-    def sampling_model(self, attention: str = "sdpa") -> Iterator[PreTrainedModel]:
-        """The policy as a transformers model with whole weights, in eval mode, with the attention of that name."""
-        lm = self.lm if self._replica is None else self._replica
-        own = lm.config._attn_implementation
-        lm.set_attn_implementation(attention)
-        with _eval_mode(lm):
-            try:
-                yield lm
-            finally:
-                lm.set_attn_implementation(own)
 
     def export(self, directory: Path, write: Write = write_now) -> None:
         """Write weights, config and tokenizer in Hugging Face format. To be called by the main process alone."""

@@ -31,7 +31,7 @@ from grpo.rollout import check_engine, make_generator
 from grpo.rundir import RunLog
 from grpo.schedule import learning_rate
 from grpo.scoring import Reward, Scorer, resolve_function
-from grpo.shortage import free, is_out_of_memory
+from grpo.shortage import free, is_out_of_memory, or_fewer_at_once
 from grpo.sinks import check_sinks
 from grpo.stopping import EXIT_STOPPED, Stopped, StopRequest
 from grpo.types import Batch, Group, MicroBatch, Prompt, Scores
@@ -226,15 +226,9 @@ class Trainer:
 
     def making_do(self, sample: Callable[[], T]) -> T:
         """What `sample` returns; out of memory, it is called again with half as many completions at once, and again."""
-        while True:
-            try:
-                return sample()
-            except RuntimeError as error:
-                if not (self.makes_do and is_out_of_memory(error)) or (changed := self.generator.halve()) is None:
-                    raise
-                shortage = str(error).splitlines()[0]
-            free()
-            print(f"out of memory while sampling, process {self.processes.rank}: {shortage}\n{changed}", flush=True)
+        if not self.makes_do:
+            return sample()
+        return or_fewer_at_once(sample, self.generator, rank=self.processes.rank)
 
     def agree_to_go_on(self) -> None:
         """After work that each process did for itself, which a request to stop may have broken off."""
@@ -450,6 +444,7 @@ class Trainer:
             generator=self.generator,
             scorer=self.scorer,
             sampling=self.config.eval_sampling,
+            num_samples=self.config.evaluation.num_samples,
             seed=self._seed("evaluation"),
         )
 

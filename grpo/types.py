@@ -29,6 +29,9 @@ class Prompt:
     prefill: str  # the end of `text` that already belongs to the answer, such as "<think>"; often empty
     columns: dict[str, Any]  # the data row; `question` and `answer` are always there
     max_tokens: int | None = None  # a limit for its completions, where it is to be lower than that of the sampling
+    seed: int | None = (
+        None  # of its completions' random numbers, where they are not to follow from the call and its other prompts
+    )
 
 
 @dataclass(frozen=True)

@@ -7,5 +7,6 @@ from rewards.format import format
 from rewards.language import language
 from rewards.length import overlong
 from rewards.repetition import repetition
+from rewards.vote import vote
 
-__all__ = ["accuracy", "code", "exact_match", "format", "language", "overlong", "repetition"]
+__all__ = ["accuracy", "code", "exact_match", "format", "language", "overlong", "repetition", "vote"]

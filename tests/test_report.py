@@ -21,7 +21,7 @@ from grpo.report import plot_curves, save_figures, write_page
 from grpo.report.figures import smooth
 from grpo.report.panels import formula, sections
 from grpo.report.read import read_runs, wilson
-from grpo.report.summary import headline, held_out
+from grpo.report.summary import headline, held_out, intervals
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -297,6 +297,16 @@ def test_wilsons_interval_is_that_of_the_textbook():
     assert wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
 
 
+def test_intervals_of_the_run_are_taken_over_and_votes_are_no_values(tmp_path: Path):
+    metrics = [{"step": 0, "eval/pass@4": 0.5, "eval/pass@4_low": 0.25, "eval/pass@4_high": 0.75}]
+    metrics.append({"step": 0, "eval/mine": 2.0, "eval/mine_stderr": 0.5})
+    rows = [row(0, q, rewards={"accuracy": 1.0, "vote": 17.0}) for q in range(4)]
+    (run,) = read_runs([a_run(tmp_path / "run", metrics=metrics, evaluations=rows)], max_completions=9)
+    assert intervals(run)["eval/pass@4"] == {0: (0.5, 0.25, 0.75)}
+    assert intervals(run)["eval/mine"] == {0: pytest.approx((2.0, 1.02, 2.98))}
+    assert held_out(run)[0]["functions"].keys() == {"accuracy"}
+
+
 def test_what_was_learned_and_forgotten_is_counted_by_question_and_intervals_count_questions(tmp_path: Path):
     # of two samples a question is right if both are; 0, 1 | 2 | 3 are right | one of two | wrong, then wrong | right | right
     before = {0: (1, 1), 1: (1, 1), 2: (1, 0), 3: (0, 0)}
@@ -336,11 +346,11 @@ def test_the_headline_adds_up_time_and_tokens(tmp_path: Path):
 
 
 def test_every_metric_is_in_one_panel_and_has_its_formula():
-    names = [re.sub("<function>", "accuracy", name) for name in METRICS]
-    names = [name.replace("<list>", "reflection").replace("<kind>", "right") for name in names]
-    panels = [panel for section in sections(names) for panel in section.panels]
+    example = {"<function>": "accuracy", "<list>": "reflection", "<kind>": "right", "<k>": "4", "<n>": "4"}
+    names = [re.sub(r"<\w+>", lambda found: example[found[0]], name) for name in METRICS]
+    panels = [panel for section in sections([*names, "eval/pass@1"]) for panel in section.panels]
     drawn = [name for panel in panels for name in [*panel.lines, *panel.alone, panel.points] if name]
-    assert sorted(drawn) == sorted(name for name in names if not name.endswith("_stderr"))
+    assert sorted(drawn) == sorted(name for name in names if not name.endswith(("_stderr", "_low", "_high")))
     for name, pattern in zip(names, METRICS, strict=True):
         assert formula(name) == METRICS[pattern], name
     assert formula("reward/my_function") == METRICS["reward/<function>"]

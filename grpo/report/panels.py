@@ -10,6 +10,8 @@ from grpo.evaluate import verdict_name
 from grpo.metrics import METRICS
 
 NOT_A_FUNCTION = {"reward/mean", "reward/std", "reward/unknown"}
+BOUNDS = ("_stderr", "_low", "_high")  # of a held-out value; drawn with it
+NOT_DRAWN = {"step", "eval/pass@1"}  # the latter is the mean of the verdict, which is drawn beside that of training
 
 
 @dataclass
@@ -19,7 +21,7 @@ class Panel:
     title: str
     lines: list[str]
     unit: str = ""
-    points: str = ""  # held-out values, drawn as dots with the interval of <points>_stderr where there is one
+    points: str = ""  # held-out values, drawn as dots with their intervals where there are any
     base: bool = False  # draw the value at step 1, the untrained model's, as a line
     stacked: bool = False  # areas on top of each other; for one run only
     alone: list[str] = field(default_factory=list)  # further lines where no other run is drawn
@@ -35,10 +37,10 @@ class Section:
 
 def sections(names: Iterable[str]) -> list[Section]:
     """The panels of runs that have metrics of these names; each metric is in one of them, what nobody asked for at the end."""
-    left = dict.fromkeys(names)
+    left = {name: None for name in names if not name.endswith(BOUNDS) and name not in NOT_DRAWN}
     functions = [name.removeprefix("reward/") for name in left if _is_function(name)]
     asked = [Section(title, _present(panels, left)) for title, panels in _questions(functions, list(left)).items()]
-    rest = [Panel(name, [name]) for name in left if name != "step" and not name.endswith("_stderr")]
+    rest = [Panel(name, [name]) for name in left]
     return [section for section in [*asked, Section("Everything else", rest)] if section.panels]
 
 
@@ -54,6 +56,11 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
             Panel("Reward", ["reward/mean"]),
             _function(verdict),
             *map(_function, other),
+            *(
+                Panel(name.removeprefix("eval/"), [], points=name)
+                for name in names
+                if re.fullmatch(r"eval/(pass|cons)@\d+", name)
+            ),
             Panel("Groups with signal", ["group/with_signal"]),
             Panel("Spread of rewards", ["reward/std"]),
         ],
@@ -143,9 +150,9 @@ def _reflection(names: list[str]) -> list[Panel]:
 
 
 def formula(name: str) -> str:
-    """What METRICS says of a metric, by its name or by the longest pattern that stands for it; empty if it knows neither."""
+    """What METRICS says of a metric, by its name or by the closest pattern that stands for it; empty if it knows neither."""
     if name in METRICS:
         return METRICS[name]
     patterns = {pattern: re.sub(r"<\w+>", ".+", pattern.replace(".", r"\.")) for pattern in METRICS}
     known = [pattern for pattern, expression in patterns.items() if re.fullmatch(expression, name)]
-    return METRICS[max(known, key=len)] if known else ""
+    return METRICS[max(known, key=lambda pattern: len(re.sub(r"<\w+>", "", pattern)))] if known else ""

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from grpo.config import Config
-from grpo.evaluate import is_right
+from grpo.evaluate import VOTE, is_right
 from grpo.report.read import Row, Run, Source, wilson
 
 Interval = tuple[float, float, float]
@@ -25,8 +25,10 @@ def intervals(run: Run) -> dict[str, dict[int, Interval]]:
         for name in [name for name in row if f"{name}_stderr" in row]:
             half = 1.96 * row[f"{name}_stderr"]
             found.setdefault(name, {})[row["step"]] = (row[name], row[name] - half, row[name] + half)
+        for name in [name for name in row if f"{name}_low" in row]:
+            found.setdefault(name, {})[row["step"]] = (row[name], row[f"{name}_low"], row[f"{name}_high"])
     for step, rows in _by_step(run.evaluations).items():
-        for name in rows[0]["rewards"]:
+        for name in rows[0]["rewards"].keys() - {VOTE}:  # whose values are names
             interval = _interval(rows, name)
             if interval is not None:
                 found.setdefault(f"eval/{name}", {})[step] = interval

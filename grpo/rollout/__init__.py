@@ -8,7 +8,7 @@ from grpo.types import Group, OnGroup, Prompt, Sampling
 
 if TYPE_CHECKING:
     from grpo.config import Config
-    from grpo.policy import Policy
+    from grpo.policy import SampledModel
 
 
 class Generator(Protocol):
@@ -54,7 +54,7 @@ def check_engine(config: Config) -> None:
         check_available(config)
 
 
-def make_generator(config: Config, policy: Policy) -> Generator:
+def make_generator(config: Config, policy: SampledModel) -> Generator:
     """The engine that `rollout.engine` names; `auto` takes the native one on CUDA if it supports the model.
 
     Raises:
@@ -64,8 +64,10 @@ def make_generator(config: Config, policy: Policy) -> Generator:
 
     engine = config.rollout.engine
     if engine == "vllm":
+        from grpo.policy import Policy
         from grpo.rollout.vllm import VLLMGenerator
 
+        assert isinstance(policy, Policy), "vLLM takes its weights from a policy that is trained"
         return VLLMGenerator(policy, config)
     if engine == "native" or (engine == "auto" and policy.processes.device.type == "cuda"):
         from grpo.rollout.engine import NativeGenerator, unsupported

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from grpo.config import Config
 from grpo.distributed import GIB
-from grpo.policy import CHANGING_ROPE, FORWARD_TOLERANCE, Policy, rope_types
+from grpo.policy import CHANGING_ROPE, FORWARD_TOLERANCE, SampledModel, rope_types
 from grpo.rollout.decoder import CHUNK, LENGTH, TOKEN, Chunk, Decoder
 from grpo.rollout.drawing import sequence_seeds
 from grpo.rollout.ending import Ending, token_limit
@@ -50,7 +50,7 @@ class NativeGenerator:
         ValueError: a process has too little memory for keys and values.
     """
 
-    def __init__(self, policy: Policy, config: Config) -> None:
+    def __init__(self, policy: SampledModel, config: Config) -> None:
         self.policy = policy
         self.max_sequences = config.memory.max_sequences
         self.kv_cache_gib = config.memory.kv_cache_gib
@@ -145,6 +145,15 @@ def _longest(prompts: list[Prompt], sampling: Sampling) -> int:
     return max(len(prompt.token_ids) + token_limit(prompt, sampling) for prompt in prompts)
 
 
+def _seeds(prompts: list[Prompt], *, seed: int, num_completions: int) -> list[int]:
+    """Of each completion."""
+    seeds = sequence_seeds(seed, len(prompts) * num_completions).view(len(prompts), num_completions)
+    for own, prompt in zip(seeds, prompts, strict=True):
+        if prompt.seed is not None:
+            own.copy_(sequence_seeds(prompt.seed, num_completions))
+    return seeds.flatten().tolist()
+
+
 class Call:
     """One call of `sample`, from the prompts of a grouping to its completions."""
 
@@ -160,7 +169,7 @@ class Call:
     ) -> None:
         self.decoder, self.ending, self.grouping, self.sampling = decoder, ending, grouping, sampling
         decoder.begin(sampling)
-        seeds = sequence_seeds(seed, len(grouping.prompts)).tolist()
+        seeds = _seeds(grouping.prompts[::num_completions], seed=seed, num_completions=num_completions)
         sequences = [
             Sequence(index, prompt.token_ids, token_limit(prompt, sampling), own)
             for index, (prompt, own) in enumerate(zip(grouping.prompts, seeds, strict=True))
@@ -307,7 +316,7 @@ CHECKED_TOKENS = 2 * PAGE + 20
 """Length of the sequences by which a model is checked: long enough to go over borders of pages while decoding."""
 
 
-def unsupported(policy: Policy, *, fused: bool) -> str | None:
+def unsupported(policy: SampledModel, *, fused: bool) -> str | None:
     """Why this engine cannot sample from this model, or None if it can."""
     with policy.sampling_model() as lm:
         reason = _unsupported_by_design(lm)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from grpo.policy import Policy
+from grpo.policy import SampledModel
 from grpo.rollout.ending import Ending, token_limit
 from grpo.rollout.grouping import Grouping
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
@@ -23,7 +24,7 @@ from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 class HFGenerator:
     """Samples from `policy`, at most `max_sequences` completions at once."""
 
-    def __init__(self, policy: Policy, *, max_sequences: int) -> None:
+    def __init__(self, policy: SampledModel, *, max_sequences: int) -> None:
         self.policy = policy
         self.max_sequences = max_sequences
         self.ending = Ending(policy.tokenizer, policy.end_token_ids)
@@ -53,11 +54,13 @@ class HFGenerator:
         wanted = grouping.prompts
         device = self.policy.processes.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []), self.policy.sampling_model() as lm:
-            torch.manual_seed(seed)
-            for start in range(0, len(wanted), self.max_sequences):
-                batch = self._generate(lm, wanted[start : start + self.max_sequences], sampling)
-                for place, completion in enumerate(batch, start):
-                    grouping.add(place, completion)
+            for own_seed, places in _runs(wanted, sampling, seed=seed):
+                torch.manual_seed(own_seed)
+                for start in range(0, len(places), self.max_sequences):
+                    batch = places[start : start + self.max_sequences]
+                    completions = self._generate(lm, wanted[batch.start : batch.stop], sampling)
+                    for place, completion in zip(batch, completions, strict=True):
+                        grouping.add(place, completion)
         return grouping.groups()
 
     def metrics(self) -> dict[str, float]:
@@ -96,6 +99,15 @@ class HFGenerator:
         mask = torch.tensor([[0] * n + [1] * (longest - n) for n in pad])
         device = self.policy.processes.device
         return ids.to(device), mask.to(device)
+
+
+def _runs(prompts: list[Prompt], sampling: Sampling, *, seed: int) -> Iterator[tuple[int, range]]:
+    """Seeds, and the places that share each: `generate` has one for all that it draws, so prompts of their own seed go alone."""
+    drawn = sampling.temperature > 0
+    own = [prompt.seed if drawn and prompt.seed is not None else seed for prompt in prompts]
+    for own_seed, places in groupby(range(len(prompts)), key=own.__getitem__):
+        start, *others = places
+        yield own_seed, range(start, start + 1 + len(others))
 
 
 def _drawing(sampling: Sampling) -> dict[str, Any]:

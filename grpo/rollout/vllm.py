@@ -78,7 +78,14 @@ class VLLMGenerator:
         """See Generator. A completion's seed is a function of `seed` and its place, whatever else is sampled beside it."""
         grouping = Grouping(prompts, num_completions=num_completions, on_group=on_group)
         wanted = grouping.prompts
-        requests = [self._request(prompt, sampling, seed=f"{seed} {place}") for place, prompt in enumerate(wanted)]
+        requests = [
+            self._request(
+                prompt,
+                sampling,
+                seed=f"{seed} {place}" if prompt.seed is None else f"{prompt.seed} {place % num_completions}",
+            )
+            for place, prompt in enumerate(wanted)
+        ]
         if requests:
             self.engine.generate(
                 requests,

@@ -1,0 +1,114 @@
+"""A model that is only sampled: no optimizer, no reference, no DeepSpeed. What evaluates, samples and chats loads this.
+
+    config = sampling_config(model_directory("runs/gsm8k"), max_prompt_tokens=300, max_completion_tokens=1024)
+    tokenizer = load_tokenizer(config.model)
+    sampler = load(config, tokenizer)
+    sampler.generator.sample(prompts, Sampling(1024, temperature=0.6), num_completions=4, seed=0)
+
+Started by torchrun or `accelerate launch`, every process has the whole model and samples its share of the prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo import distributed
+from grpo.checkpoint import complete_checkpoints
+from grpo.config import Config
+from grpo.distributed import Processes
+from grpo.policy import SampledModel, check_attention, check_context, lay_out, load_lm, resolve_dtype
+from grpo.rollout import Generator, make_generator
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A model with what samples from it."""
+
+    model: SampledModel
+    generator: Generator
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.model.tokenizer
+
+    @property
+    def processes(self) -> Processes:
+        return self.model.processes
+
+
+def model_directory(name: str) -> str:
+    """The model that a user means: a run's directory is its newest checkpoint, a checkpoint its `hf`; else the name itself,
+    which is a directory with a model or an id of the hub.
+
+    Raises:
+        ValueError: there is no such directory, or no model in it.
+    """
+    path = Path(name)
+    if not path.exists():
+        if name.startswith(("/", "./", "../", "~")):
+            raise ValueError(
+                f"--model is {name!r}; there is no such directory. Correct the path, or name a model of the hub."
+            )
+        return name
+    found = [
+        path,
+        path / "hf",
+        *(checkpoint / "hf" for checkpoint in reversed(complete_checkpoints(path / "checkpoints"))),
+    ]
+    for directory in found:
+        if (directory / "config.json").is_file():
+            return str(directory)
+    raise ValueError(
+        f"--model is {name!r}; it is neither a model in Hugging Face format (there is no config.json) nor a checkpoint (no "
+        "hf/config.json) nor a run with a checkpoint (no checkpoints/step-*/hf). Name one of these, or a model of the hub."
+    )
+
+
+def sampling_config(
+    model: str,
+    *,
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
+    revision: str = "main",
+    dtype: str = "auto",
+    engine: str = "auto",
+    max_sequences: int = 256,
+    kv_cache_gib: float | None = None,
+) -> Config:
+    """The settings of a run as far as a sampler reads them: see `model`, `rollout` and `memory` in grpo/config.py.
+
+    Raises:
+        ValueError: see Config; or the engine is vLLM.
+    """
+    if engine == "vllm":
+        raise ValueError(
+            "rollout.engine is vllm; it takes its weights from a policy that is trained, and here none is. Set it to auto."
+        )
+    rollout: dict[str, Any] = {"max_completion_tokens": max_completion_tokens, "engine": engine}
+    most = max_prompt_tokens + max_completion_tokens
+    return Config(
+        model={"name": model, "revision": revision, "dtype": dtype},
+        data={"max_prompt_tokens": max_prompt_tokens},
+        rollout=rollout,
+        memory={"max_sequences": max_sequences, "kv_cache_gib": kv_cache_gib, "micro_batch_tokens": most},
+        run={"dir": "", "steps": 1},
+    )
+
+
+def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sampler:
+    """Load the model of a configuration and make its engine. Every process calls it.
+
+    Raises:
+        ValueError: the model is not there, knows fewer positions than a sequence may have, or the engine cannot run it here.
+    """
+    check_context(config)
+    check_attention(config.model)
+    processes = distributed.join()
+    lm = load_lm(config.model, dtype=resolve_dtype(config.model.dtype)).requires_grad_(False).eval()
+    lay_out(lm, processes.device)
+    model = SampledModel(lm, config.model, tokenizer, processes)
+    return Sampler(model, make_generator(config, model))
