@@ -425,7 +425,7 @@ function heldOut(run) {
   );
 }
 
-const SHARE = /^(pass|cons|maj|format|truncated|contaminated)/;
+const SHARE = /^(pass|cons|format|truncated|unknown)/;
 const metricFormat = (name, metric) =>
   SHARE.test(name) || (metric && metric.low >= 0 && metric.high <= 1) ? percent : number;
 const triple = (metric) => (metric ? [metric.value, metric.low, metric.high] : null);
