@@ -114,7 +114,7 @@ def errors_for_users() -> Iterator[None]:
         yield
     except ValueError as error:
         origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if origin.parent.name not in ("grpo", "rollout", "check", "rewards"):
+        if origin.parent.name not in ("grpo", "rollout", "check", "report", "rewards"):
             raise
         print_of_rank(f"error: {error}", f"error on rank {os.environ.get('RANK')}: {error}")
         raise SystemExit(2) from None

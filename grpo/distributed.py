@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -294,10 +295,9 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 def stop() -> None:
     """Leave the process group. A later `start` in the same process joins a new one."""
-    import deepspeed
-
     heartbeat.stop()
-    if deepspeed.comm.is_initialized():
+    deepspeed = sys.modules.get("deepspeed")  # whose import takes seconds, and who only samples has no use for it
+    if deepspeed is not None and deepspeed.comm.is_initialized():
         deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed with a dead group for its next engine
     elif dist.is_initialized():
         dist.destroy_process_group()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo import checkpoint, distributed, post_mortem, preflight, rundir, tripwire
+from grpo import checkpoint, distributed, post_mortem, preflight, report, rundir, tripwire
 from grpo.advantage import group_advantages
 from grpo.batch import join, micro_batch, minibatch_bounds, pack, plan_passes, spare, split, take
 from grpo.checkpoint import CheckpointError, Checkpoints, RunState, numbers_of
@@ -27,7 +27,6 @@ from grpo.metrics import measure_micro_batch, measure_passes, measure_rollout, m
 from grpo.policy import Policy, check_attention, check_context, load_tokenizer, resolve_dtype
 from grpo.post_mortem import Evidence
 from grpo.prompts import PromptOrder, build_prompts, load_rows, prepare_rows
-from grpo.report import plot_curves
 from grpo.rollout import check_engine, make_generator
 from grpo.rundir import RunLog
 from grpo.schedule import learning_rate
@@ -533,7 +532,7 @@ class Trainer:
             if before and after:  # a trainer that was first stepped by hand has not seen the base model's answers
                 show_samples(before, after, self.config.logging.num_samples)
             self.say(f"\nmetrics    {self.directory / 'metrics.jsonl'}")
-            self.say(f"curves     {plot_curves(self.directory)}")
+            self.say("\n".join(report.at_the_end(self.directory)))
             self.say(f"model      {last / 'hf'}")
         return last
 

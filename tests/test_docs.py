@@ -101,6 +101,8 @@ def test_the_wheel_holds_both_packages_and_nothing_of_the_tests(tmp_path: Path):
     for package in ("grpo", "rewards"):
         for path in (ROOT / package).rglob("*.py"):
             assert str(path.relative_to(ROOT)) in names
+    for path in (ROOT / "grpo" / "report").glob("*"):
+        assert path.is_dir() or str(path.relative_to(ROOT)) in names
     assert not any(name.startswith("tests/") for name in names)
 
 

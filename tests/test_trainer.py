@@ -184,6 +184,7 @@ def test_a_run_leaves_everything_it_should_behind(tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(last / "hf")
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id]
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "report.html").read_text().endswith("</html>\n")
     rows = read_jsonl(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 2]
     assert {"eval/accuracy", "eval/accuracy_stderr", "eval/format"} <= rows[0].keys()

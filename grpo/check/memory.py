@@ -202,9 +202,11 @@ def projection(config: Config, metrics: dict[str, float]) -> str:
     if evaluation.num_questions:
         every, steps = evaluation.every_steps, config.run.steps
         times = len({0, steps} | set(range(every, steps, every) if every else ()))
-        tokens = times * evaluation.num_questions * config.rollout.max_completion_tokens
+        answers = evaluation.num_questions * evaluation.num_samples
+        tokens = times * answers * config.rollout.max_completion_tokens
         seconds = tokens / metrics["throughput/rollout"]
-        text += f" and {times} evaluations of {evaluation.num_questions:,} questions about {_duration(seconds)} more"
+        each = f"{evaluation.num_questions:,} questions" + f" x {evaluation.num_samples}" * (evaluation.num_samples > 1)
+        text += f" and {times} evaluations of {each} about {_duration(seconds)} more"
     return (
         f"{text}. An upper bound: completions mostly end before their limit. Not in it: scoring (the rewards were random), "
         "checkpoints and loading."

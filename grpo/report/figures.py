@@ -1,0 +1,218 @@
+"""Runs -> figures for a paper or a README. The page draws the same panels."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from grpo.report import summary
+from grpo.report.panels import Panel, sections
+from grpo.report.read import Run, read_runs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+OVERVIEW = ("Length", "Groups with signal", "KL to reference", "Entropy")  # after the reward and its verdict
+COLORS = (
+    "#0068a8",
+    "#bd4b00",
+    "#00805c",
+    "#a8518a",
+    "#a87400",
+    "#2a8fc4",
+    "#3b3936",
+    "#85817a",
+)  # as page.css has them
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1.5, 2)))
+STYLE: dict[str, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#85817a",
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#e4e2dd",
+    "grid.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,  # text that an editor can select, as journals ask for
+}
+
+
+def plot_curves(run_dir: Path) -> Path:
+    """Draw the six curves that say most as `curves.png` in the run's directory and return its path."""
+    plt = _pyplot()
+    runs = read_runs([run_dir], max_completions=0)
+    panels = {panel.title: panel for panel in _panels(runs)}
+    verdict = next((panel.title for panel in panels.values() if f"reward/{runs[0].verdict}" in panel.lines), "")
+    chosen = [panels[title] for title in ("Reward", verdict, *OVERVIEW) if title in panels]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 3, figsize=(10, 5), layout="constrained")
+        for axis, panel in zip(axes.flat, chosen, strict=False):
+            _draw(axis, panel, runs)
+        for axis in axes.flat[len(chosen) :]:
+            axis.set_axis_off()
+        figure.suptitle(run_dir.name, x=0.01, ha="left", fontsize=11)
+        path = run_dir / "curves.png"
+        figure.savefig(path, dpi=140)
+        plt.close(figure)
+    return path
+
+
+def save_figures(run_dirs: list[Path], directory: Path, *, suffix: str) -> list[Path]:
+    """Draw every curve of the runs, laid over each other, as a file of its own, one column of a page wide.
+
+    Args:
+        suffix: "png" (300 dots per inch) or "pdf".
+
+    Raises:
+        ValueError: a directory is not that of a run.
+    """
+    plt = _pyplot()
+    runs = read_runs(run_dirs, max_completions=0)
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with plt.rc_context(STYLE):
+        for panel in _panels(runs):
+            figure, axis = plt.subplots(figsize=(3.4, 2.3), layout="constrained")
+            _draw(axis, panel, runs)
+            path = directory / f"{_file_name(panel)}.{suffix}"
+            figure.savefig(path, dpi=300)
+            plt.close(figure)
+            paths.append(path)
+    return paths
+
+
+def _pyplot() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _panels(runs: list[Run]) -> list[Panel]:
+    names = dict.fromkeys(name for run in runs for row in run.metrics for name in row)
+    return [panel for section in sections(names) for panel in section.panels if not (panel.stacked and len(runs) > 1)]
+
+
+def _file_name(panel: Panel) -> str:
+    """Of the metric that is drawn first."""
+    return re.sub(r"[^\w-]+", "-", "time-phases" if panel.stacked else (panel.lines or [panel.points])[0])
+
+
+def _draw(axis: Axes, panel: Panel, runs: list[Run]) -> None:
+    several = len(runs) > 1
+    names = [] if panel.stacked else panel.lines if several else panel.lines + panel.alone
+    for r, run in enumerate(runs):
+        if panel.stacked:
+            _areas(axis, panel, run)
+        for i, name in enumerate(names):
+            color = COLORS[r % 8] if several else _color(name, i, panel)
+            label = " ".join(([run.name] if several else []) + ([_last(name)] if len(names) > 1 else []))
+            _line(axis, run, name, color=color, dash=DASHES[i % 4 if several else 0], label=label)
+            if panel.base and not i:
+                _base(axis, run, name, color)
+        _points(axis, run, panel.points, COLORS[r % 8] if several or not names else _color(names[0], 0, panel))
+    axis.set_title(panel.title + (f" ({panel.unit})" if panel.unit else ""))
+    axis.set_xlabel("step")
+    axis.margins(x=0.01)
+    if axis.get_ylim()[0] < 0.6 * axis.get_ylim()[1] and axis.dataLim.y0 >= 0:
+        axis.set_ylim(bottom=0)
+    labels = axis.get_legend_handles_labels()[1]
+    if labels:
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4 if max(map(len, labels)) < 12 else 2)
+
+
+def _last(name: str) -> str:
+    """What tells a line from those beside it in its panel."""
+    side = re.search(r"_(right|wrong|truncated)$", name)
+    if side:
+        return "cut off" if side[1] == "truncated" else side[1]
+    return "all" if name.startswith("aha/") else name.split("/")[-1].replace("_", " ")
+
+
+def _color(name: str, index: int, panel: Panel) -> str:
+    """Of a metric of one run: all in ink beside right, wrong and cut off; else in order."""
+    sides = {"right": COLORS[0], "wrong": COLORS[1], "cut off": COLORS[7]}
+    return sides.get(
+        _last(name), COLORS[6] if panel.lines[0].startswith("aha/") and len(panel.lines) > 1 else COLORS[index % 8]
+    )
+
+
+def _series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values where the run has a finite one."""
+    points = [(row["step"], row[name]) for row in run.metrics if math.isfinite(row.get(name, math.nan))]
+    steps, values = zip(*points, strict=True) if points else ((), ())
+    return np.array(steps, dtype=float), np.array(values, dtype=float)
+
+
+def _line(axis: Axes, run: Run, name: str, *, color: str, dash: Any, label: str) -> None:
+    """The values pale, and over them what a Gaussian makes of them; a run of few steps as it is."""
+    steps, values = _series(run, name)
+    if len(steps) >= FEW_STEPS:
+        axis.plot(steps, values, color=color, alpha=0.28, linewidth=0.7)
+        values = smooth(steps, values, sigma=max(1.0, len(steps) / 50))
+    marker = "o" if len(steps) == 1 else ""
+    axis.plot(
+        steps, values, color=color, linestyle=dash, linewidth=1.5, marker=marker, markersize=3, label=label or None
+    )
+
+
+FEW_STEPS = 10
+"""Fewer are not smoothed."""
+
+
+def smooth(steps: np.ndarray, values: np.ndarray, *, sigma: float) -> np.ndarray:
+    """Means of the values within 3 sigma, weighted by a Gaussian of the distance in steps. All (N,).
+
+    Unlike a running average it does not lag behind; at the ends it looks to one side only.
+    """
+    smoothed = np.empty_like(values)
+    starts, ends = np.searchsorted(steps, steps - 3 * sigma), np.searchsorted(steps, steps + 3 * sigma, side="right")
+    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        weights = np.exp(-0.5 * ((steps[start:end] - steps[i]) / sigma) ** 2)
+        smoothed[i] = weights @ values[start:end] / weights.sum()
+    return smoothed
+
+
+def _base(axis: Axes, run: Run, name: str, color: str) -> None:
+    """The untrained model's value, which sampled step 1."""
+    for row in run.metrics:
+        if row["step"] == 1 and name in row:
+            axis.axhline(row[name], color=color, linewidth=0.8, linestyle=(0, (1, 2)))
+
+
+def _points(axis: Axes, run: Run, name: str, color: str) -> None:
+    steps, values = _series(run, name)
+    known = summary.intervals(run).get(name, {})
+    ends = [known.get(int(step), (value, value, value))[1:] for step, value in zip(steps, values, strict=True)]
+    if ends:
+        below, above = np.array(ends).T
+        error = np.maximum(0, [values - below, above - values])
+        axis.errorbar(
+            steps, values, yerr=error, fmt="o", color=color, markersize=4, mec="white", mew=0.8, elinewidth=1, zorder=3
+        )
+
+
+def _areas(axis: Axes, panel: Panel, run: Run) -> None:
+    rows = [row for row in run.metrics if all(name in row for name in panel.lines)]
+    steps = [row["step"] for row in rows]
+    axis.stackplot(
+        steps,
+        [[row[name] for row in rows] for name in panel.lines],
+        labels=[_last(name) for name in panel.lines],
+        colors=COLORS,
+        alpha=0.85,
+    )

@@ -1,0 +1,158 @@
+"""Which metrics are drawn, together with what and in which order: as a reader asks. The page and the figures share it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from grpo.evaluate import verdict_name
+from grpo.metrics import METRICS
+
+NOT_A_FUNCTION = {"reward/mean", "reward/std", "reward/unknown"}
+BOUNDS = ("_stderr", "_low", "_high")  # of a held-out value; drawn with it
+NOT_DRAWN = {"step", "eval/pass@1"}  # the latter is the mean of the verdict, which is drawn beside that of training
+
+
+@dataclass
+class Panel:
+    """One small chart. Names are those of metrics.jsonl."""
+
+    title: str
+    lines: list[str]
+    unit: str = ""
+    points: str = ""  # held-out values, drawn as dots with their intervals where there are any
+    base: bool = False  # draw the value at step 1, the untrained model's, as a line
+    stacked: bool = False  # areas on top of each other; for one run only
+    alone: list[str] = field(default_factory=list)  # further lines where no other run is drawn
+
+
+@dataclass
+class Section:
+    """What a reader asks, and the panels that answer."""
+
+    title: str
+    panels: list[Panel]
+
+
+def sections(names: Iterable[str]) -> list[Section]:
+    """The panels of runs that have metrics of these names; each metric is in one of them, what nobody asked for at the end."""
+    left = {name: None for name in names if not name.endswith(BOUNDS) and name not in NOT_DRAWN}
+    functions = [name.removeprefix("reward/") for name in left if _is_function(name)]
+    asked = [Section(title, _present(panels, left)) for title, panels in _questions(functions, list(left)).items()]
+    rest = [Panel(name, [name]) for name in left]
+    return [section for section in [*asked, Section("Everything else", rest)] if section.panels]
+
+
+def _is_function(name: str) -> bool:
+    return name.startswith("reward/") and name not in NOT_A_FUNCTION
+
+
+def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]:
+    verdict = verdict_name(functions) if functions else "accuracy"
+    other = [name for name in functions if name not in (verdict, "format")]
+    return {
+        "Is it learning?": [
+            Panel("Reward", ["reward/mean"]),
+            _function(verdict),
+            *map(_function, other),
+            *(
+                Panel(name.removeprefix("eval/"), [], points=name)
+                for name in names
+                if re.fullmatch(r"eval/(pass|cons)@\d+", name)
+            ),
+            Panel("Groups with signal", ["group/with_signal"]),
+            Panel("Spread of rewards", ["reward/std"]),
+        ],
+        "How does it write?": [
+            _function("format"),
+            Panel("Length", ["completion/length_mean"], "tokens", points="eval/length_mean", base=True),
+            Panel("Length by verdict", ["completion/length_right", "completion/length_wrong"], "tokens", base=True),
+            Panel("Longest", ["completion/length_max"], "tokens"),
+            Panel("Cut off", ["completion/truncated"], points="eval/truncated"),
+            Panel("Repetition", ["completion/repetition"]),
+            Panel("Other script", ["completion/other_script"], base=True),
+        ],
+        "Does it reflect?": _reflection(names),
+        "Is it healthy?": [
+            Panel("Entropy", ["policy/entropy"], "nats"),
+            Panel("KL to reference", ["policy/kl"], "nats"),
+            Panel("Gradient norm", ["optimizer/grad_norm"]),
+            Panel("Clipped tokens", ["policy/clip_fraction"]),
+            Panel("Sampling gap", ["policy/sampling_gap"], "nats"),
+            Panel("Largest gap", ["policy/sampling_gap_max"], "nats"),
+            Panel("Loss", ["optimizer/loss"]),
+            Panel("Learning rate", ["optimizer/learning_rate"]),
+            Panel("Mean ratio", ["policy/ratio_mean"]),
+            Panel("Largest ratio", ["policy/ratio_max"]),
+            Panel("Unknown rewards", ["reward/unknown"]),
+            Panel("Updates left out", ["optimizer/skipped"]),
+            Panel("Alarms", ["watchdog/alarms"]),
+        ],
+        "What does it cost?": [
+            Panel(
+                "Step time by phase",
+                ["time/rollout", "time/scoring", "time/logprobs", "time/update"],
+                "seconds",
+                stacked=True,
+            ),
+            Panel("Step time", ["time/step"], "seconds"),
+            Panel("Sampling", ["throughput/rollout"], "tokens/s"),
+            Panel("Updating", ["throughput/update"], "tokens/s"),
+            Panel("Scoring", ["throughput/scoring"], "completions/s"),
+            Panel(
+                "GPU memory",
+                ["memory/step"],
+                "GiB",
+                alone=["memory/rollout", "memory/scoring", "memory/logprobs", "memory/update"],
+            ),
+            Panel("Places in use", ["rollout/occupancy"]),
+        ],
+    }
+
+
+def _function(name: str) -> Panel:
+    return Panel(name.replace("_", " ").capitalize(), [f"reward/{name}"], points=f"eval/{name}")
+
+
+def _present(panels: list[Panel], left: dict[str, None]) -> list[Panel]:
+    """The panels of which there is something to draw; takes what they draw out of `left`."""
+    found = []
+    for panel in panels:
+        lines, points, alone = _take(panel.lines, left), _take([panel.points], left), _take(panel.alone, left)
+        if lines or points:
+            found.append(replace(panel, lines=lines, points="".join(points), alone=alone))
+    return found
+
+
+def _take(wanted: list[str], left: dict[str, None]) -> list[str]:
+    there = [name for name in wanted if name in left]
+    for name in there:
+        del left[name]
+    return there
+
+
+def _reflection(names: list[str]) -> list[Panel]:
+    """Of each list of words the rate, the share of completions with any, and their number; right and wrong ones beside all."""
+    lists = dict.fromkeys(found[1] for name in names if (found := re.fullmatch(r"aha/([a-z0-9]+)", name)))
+    return [
+        Panel(
+            title.format(each).capitalize(),
+            [f"aha/{each}{measure}", f"aha/{each}{measure}_right", f"aha/{each}{measure}_wrong"],
+            unit,
+            points=f"aha/eval_{each}{measure}" if measure else "",
+            base=True,
+            alone=[f"aha/{each}{measure}_truncated"],
+        )
+        for measure, title, unit in (("_per_1k", "{}", "per 1k tokens"), ("_share", "any {}", ""), ("", "{}", "words"))
+        for each in lists
+    ]
+
+
+def formula(name: str) -> str:
+    """What METRICS says of a metric, by its name or by the closest pattern that stands for it; empty if it knows neither."""
+    if name in METRICS:
+        return METRICS[name]
+    patterns = {pattern: re.sub(r"<\w+>", ".+", pattern.replace(".", r"\.")) for pattern in METRICS}
+    known = [pattern for pattern, expression in patterns.items() if re.fullmatch(expression, name)]
+    return METRICS[max(known, key=lambda pattern: len(re.sub(r"<\w+>", "", pattern)))] if known else ""

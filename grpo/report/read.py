@@ -1,0 +1,219 @@
+"""A run's directory -> a Run. Reads what is there, also of a run that is still going or has died in the middle of a line."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo.evaluate import verdict_name
+
+Row = dict[str, Any]
+MAX_RUNS = 8
+
+
+@dataclass
+class Source:
+    """A file of completions, thinned out: whole groups of rows, evenly chosen, the first and the last among them."""
+
+    kind: str  # "training", "held-out" or the name of a folder in evaluation/
+    unit: str  # what groups of rows were chosen: "step" or "question"
+    rows: list[Row]
+    num_rows: int  # in the file
+    num_units: int
+    num_kept: int  # of the units
+
+
+@dataclass
+class Run:
+    """What a run's files say."""
+
+    name: str
+    directory: Path
+    metrics: list[Row]  # a row per step, in order
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    evaluations: list[Row]  # all answers to the held-out questions, with their step
+    results: list[Row]  # of scripts/evaluate.py, each with the `name` of its folder
+    roll_backs: list[Row]
+    alarms: list[tuple[str, str]]  # of the post-mortems: folder and text
+    sources: list[Source]
+    notes: list[str] = field(default_factory=list)  # what could not be read, what was left out
+
+    @property
+    def verdict(self) -> str:
+        """Name of the reward function that says what is right."""
+        names = [name.removeprefix("reward/") for row in self.metrics for name in row if name.startswith("reward/")]
+        functions = [name for name in names if name not in ("mean", "std", "unknown")]
+        if not functions:
+            functions = [name for row in self.evaluations[:1] for name in row["rewards"]]
+        return verdict_name(functions) if functions else "accuracy"
+
+
+def read_runs(directories: list[Path], *, max_completions: int) -> list[Run]:
+    """The runs, each under a name that no other has, with at most about `max_completions` rows of each kind in all.
+
+    Raises:
+        ValueError: a directory is not that of a run; there are more than MAX_RUNS; max_completions is below 0.
+    """
+    if max_completions < 0:
+        raise ValueError(
+            f"--max-completions is {max_completions}; it is a number of completions. Set 0 for a page without, or more."
+        )
+    if len(directories) > MAX_RUNS:
+        raise ValueError(
+            f"RUN_DIR is given {len(directories)} times; a page tells at most {MAX_RUNS} runs apart by their colours. Give fewer."
+        )
+    for directory in directories:
+        if not any((directory / name).is_file() for name in ("metrics.jsonl", "config.yaml")):
+            raise ValueError(
+                f"RUN_DIR is {str(directory)!r}; neither metrics.jsonl nor config.yaml is there, and a run writes both. "
+                "Give the directory that run.dir named and the run printed, such as runs/quickstart."
+            )
+    limit = max_completions // len(directories)
+    names = _names(directories)
+    return [_read(path, name, limit) for path, name in zip(directories, names, strict=True)]
+
+
+def _names(directories: list[Path]) -> list[str]:
+    """The last part of each path, and as many of those before it as tell it from the others."""
+    parts = [path.resolve().parts for path in directories]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-depth:]) for each in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
+
+
+def _read(directory: Path, name: str, limit: int) -> Run:
+    notes: list[str] = []
+    evaluations = _rows(directory / "evaluations.jsonl", notes)
+    results, samples = _benchmarks(directory / "evaluation", limit, notes)
+    config_file = directory / "config.yaml"
+    environment_file = directory / "environment.json"
+    metrics = _by_step(_rows(directory / "metrics.jsonl", notes))
+    training = _source("training", directory / "completions.jsonl", "step", limit, notes)
+    held_out = _source_of("held-out", evaluations, "question", limit)
+    for path in sorted(directory.glob("*.superseded.jsonl")):
+        notes.append(f"{path.name} holds {_num_lines(path):,} rows of steps that were taken back and done again")
+    return Run(
+        name,
+        directory,
+        metrics,
+        config=yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.exists() else {},
+        environment=json.loads(environment_file.read_text(encoding="utf-8")) if environment_file.exists() else {},
+        evaluations=evaluations,
+        results=results,
+        roll_backs=_rows(directory / "roll_backs.jsonl", notes),
+        alarms=[
+            (p.parent.name, p.read_text(encoding="utf-8")) for p in sorted(directory.glob("post_mortem/*/alarm.txt"))
+        ],
+        sources=[source for source in [training, held_out, *samples] if source.rows],
+        notes=notes,
+    )
+
+
+def _benchmarks(folder: Path, limit: int, notes: list[str]) -> tuple[list[Row], list[Source]]:
+    results: list[Row] = []
+    samples = []
+    for path in sorted(folder.glob("*/results.json"), key=_first_base):
+        results.append({"name": path.parent.name, **json.loads(path.read_text(encoding="utf-8"))})
+        samples.append(_source(path.parent.name, path.with_name("samples.jsonl"), "question", limit, notes))
+    return results, samples
+
+
+def _first_base(path: Path) -> tuple[bool, str]:
+    return path.parent.name != "base", path.parent.name
+
+
+def _by_step(rows: list[Row]) -> list[Row]:
+    """Training and evaluation write rows of their own for a step."""
+    steps: dict[int, Row] = {}
+    for row in rows:
+        steps.setdefault(row["step"], {}).update(row)
+    return [steps[step] for step in sorted(steps)]
+
+
+def _rows(path: Path, notes: list[str]) -> list[Row]:
+    if not path.exists():
+        return []
+    return list(_parsed(path, notes, lambda _: True))
+
+
+def _num_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def _parsed(path: Path, notes: list[str], wanted: Callable[[bytes], bool]) -> Iterator[Row]:
+    """The rows of wanted lines. A last line without its line feed is being written; another that is no row is noted."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not wanted(line):
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                row = None
+            if isinstance(row, dict):
+                yield row
+            elif line.endswith(b"\n"):
+                notes.append(f"line {number} of {path.name} cannot be read and is left out")
+
+
+def _source(kind: str, path: Path, unit: str, limit: int, notes: list[str]) -> Source:
+    """Read a file of completions, of which only as much is parsed as is kept; rows of one `unit` stay together."""
+    pattern = re.compile(
+        f'"{UNITS[unit]}": ([0-9]+)'.encode()
+    )  # a quotation mark within a text has a backslash before it
+
+    def unit_of(line: bytes) -> Hashable:
+        found = pattern.search(line)
+        return found and found[1]
+
+    sizes: Counter[Hashable] = Counter()
+    if path.exists() and limit:
+        with path.open("rb") as file:
+            sizes.update(unit_of(line) for line in file)
+    kept = _evenly(sizes, limit)
+    rows = list(_parsed(path, notes, lambda line: unit_of(line) in kept)) if kept else []
+    return Source(kind, unit, rows, sum(sizes.values()), len(sizes), len(kept))
+
+
+def _source_of(kind: str, rows: list[Row], unit: str, limit: int) -> Source:
+    """The same of rows that have been read."""
+    sizes: Counter[Hashable] = Counter(row[UNITS[unit]] for row in rows)
+    kept = _evenly(sizes, limit)
+    return Source(kind, unit, [row for row in rows if row[UNITS[unit]] in kept], len(rows), len(sizes), len(kept))
+
+
+UNITS = {"step": "step", "question": "row"}
+"""What rows are chosen by, and the name of it in a row."""
+
+
+def _evenly(sizes: Counter[Hashable], limit: int) -> set[Hashable]:
+    """Units at equal distances, the first and the last among them, that have about `limit` rows together."""
+    units, total = list(sizes), sum(sizes.values())
+    if not limit or total <= limit:
+        return set(units) if limit else set()
+    count = min(len(units), max(2, len(units) * limit // total))
+    return {units[round(i * (len(units) - 1) / max(count - 1, 1))] for i in range(count)}
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % score interval of a share seen in `count` independent trials (Wilson, 1927).
+
+    Of several samples per question, `share` is the mean over questions and `count` the number of questions: values between 0 and
+    1 vary at most as much as verdicts do, so the interval is no narrower than it should be.
+    """
+    z = 1.959964
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
