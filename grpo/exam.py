@@ -473,14 +473,15 @@ def report(results: list[dict[str, Any]]) -> str:
         "tokens",
     )
     best = _best_templates(results)
-    rows = [header, *(_cells(result, marked=best[result["benchmark"]] is result) for result in results)]
+    several = len(results) > len(best)
+    rows = [header, *(_cells(result, marked=several and best[result["benchmark"]] is result) for result in results)]
     for result in best.values():
         for name, parts in result["by"].items():
             rows += [_part_cells(result, name, value, part) for value, part in parts.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     notes = [f"{name}: the answer is {text}" for name, text in _sources(results).items()]
-    marked = ["* the best template of its benchmark"] if len(results) > len(best) else []
+    marked = ["* the best template of its benchmark"] if several else []
     return "\n".join([*lines, "", *marked, *notes, *_left_out(results)])
 
 

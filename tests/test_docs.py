@@ -41,9 +41,17 @@ def test_every_command_of_the_readme_is_valid(command: str):
     if words[:3] == ["python", "-m", "grpo.check"]:
         assert words[3] in ("memory", "invariance")
     else:
-        assert words[:2] in (["accelerate", "launch"], ["deepspeed", "--no_local_rank"])
+        assert words[0] == "python" or words[:2] in (["accelerate", "launch"], ["deepspeed", "--no_local_rank"])
         script = next(word for word in words if word.endswith(".py"))
         assert (ROOT / script).is_file()
+        if "--config" not in words:
+            known = subprocess.run(
+                [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+            )
+            assert set(re.findall(r"--[a-z-]+", command.split(script)[1])) <= set(
+                re.findall(r"--[a-z-]+", known.stdout)
+            )
+            return
     config = words[words.index("--config") + 1]
     overrides = words[words.index("--set") + 1 :] if "--set" in words else []
     Config.load(ROOT / config, overrides)
