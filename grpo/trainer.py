@@ -404,10 +404,10 @@ class Trainer:
     def _leave(self, interrupted: Interrupted) -> None:
         saved = self.save(wait=True)
         settings = ("run.resume=auto", f"run.dir={as_override(str(self.directory))}", *interrupted.settings)
+        self.close()  # first: the last words stand beneath the display
         self.say(
             f"stopped: {interrupted}. Saved to {saved}; {' '.join(settings)} goes on from there. Exit code {EXIT_STOPPED}."
         )
-        self.close()
         goes_on = interrupted.settings and self.stopping.reason is None
         raise Stopped(str(interrupted), (*settings, *self.stopping.settings) if goes_on else ())
 
@@ -491,6 +491,7 @@ class Trainer:
         """Warn, and stop or roll back if one of them asks for it."""
         for alarm in alarms:
             self.say(f"warning: {alarm}")
+            self.log.log_alarm(alarm.rule, str(alarm))
         serious = sorted(
             (alarm for alarm in alarms if alarm.action != "warn"), key=lambda alarm: alarm.action != "stop"
         )
