@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +21,7 @@ from grpo.policy import SampledModel
 from grpo.prompts import TEMPLATES, chat_text
 from grpo.rollout.hf import drawing_options, without_defaults
 from grpo.terminal import printable
-from grpo.thinking import Reader
+from grpo.thinking import Kind, Reader
 from grpo.types import Sampling
 
 HELP = """/reset            forget the conversation
@@ -191,24 +191,37 @@ class Conversation:
         return said(self.sampling)
 
 
-def show(conversation: Conversation, question: str, console: Console) -> None:
-    """Ask, and print the answer while it is written: thoughts dimmed, and tags too. Ctrl-C ends the answer."""
-    answer = conversation.ask(question)
-    reader = Reader("think" if conversation.prompt(question).rstrip().endswith("<think>") else "text")
-    note = ""
+def show(conversation: Conversation, question: str, terminal: Console) -> None:
+    """Ask, and print the answer while it is written. Ctrl-C ends the answer.
+
+    Raises:
+        ValueError: see Conversation.ask.
+    """
+    answer, note = conversation.ask(question), ""
+    starts_in_thought = conversation.prompt(question).rstrip().endswith("<think>")
     try:
         with closing(iter(answer)) as pieces:
-            for piece in pieces:
-                _write(console, reader.feed(piece.lstrip() if piece == answer.text else piece))
+            write(pieces, terminal, starts_in_thought=starts_in_thought)
     except KeyboardInterrupt:
-        note = "stopped"
-    _write(console, reader.close())
+        note = " (stopped)"
     if answer.is_cut_off:
-        note = f"cut off at {conversation.sampling.max_tokens} tokens"
-    console.print(Text.assemble((f" ({note})" if note else "", "yellow")))
+        note = f" (cut off at {conversation.sampling.max_tokens} tokens)"
+    terminal.print(Text.assemble((note, "yellow")))
     conversation.remember(question, answer.text)
 
 
-def _write(console: Console, found: Iterator[tuple[Any, str]]) -> None:
+def write(pieces: Iterable[str], terminal: Console, *, starts_in_thought: bool) -> None:
+    """Print a text as it comes: thoughts dimmed, and tags too; without white space in front."""
+    reader, is_empty = Reader("think" if starts_in_thought else "text"), True
+    try:
+        for piece in pieces:
+            shown = piece.lstrip() if is_empty else piece
+            is_empty = is_empty and not shown
+            _print(terminal, reader.feed(shown))
+    finally:
+        _print(terminal, reader.close())
+
+
+def _print(terminal: Console, found: Iterable[tuple[Kind, str]]) -> None:
     for kind, text in found:
-        console.print(Text.assemble((printable(text), STYLES[kind])), end="")
+        terminal.print(Text.assemble((printable(text), STYLES[kind])), end="")
