@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.text import Text
 
 from grpo.advantage import group_advantages
-from grpo.config import DataConfig, RewardConfig, ScoringConfig
+from grpo.config import DataConfig, ScoringConfig
 from grpo.console import number
 from grpo.display import styled_completion
 from grpo.evaluate import is_right, training_rows
 from grpo.prompts import load_rows
 from grpo.rollout import Generator
-from grpo.scoring import LISTED, SINGLE, Reward, Scorer, resolve_function
+from grpo.scoring import LISTED, SINGLE, Reward, Scorer
 from grpo.terminal import printable
 from grpo.types import Prompt, Sampling
 
@@ -56,10 +56,6 @@ def chosen_rows(data: DataConfig, numbers: Sequence[int], *, held_out: bool) -> 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reward function can be given of these rows."""
     return [name for name in rows[0] if name != "answer" or rows[0]["answer"] is not None]
-
-
-def resolve_rewards(configured: Sequence[RewardConfig]) -> list[Reward]:
-    return [Reward(resolve_function(r.function), weight=r.weight, name=r.name or "", args=r.args) for r in configured]
 
 
 def without(rewards: Sequence[Reward], columns: Sequence[str]) -> dict[str, list[str]]:

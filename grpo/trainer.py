@@ -31,7 +31,7 @@ from grpo.report import plot_curves
 from grpo.rollout import check_engine, make_generator
 from grpo.rundir import RunLog
 from grpo.schedule import learning_rate
-from grpo.scoring import Reward, Scorer, resolve_function
+from grpo.scoring import Reward, Scorer, resolve_rewards
 from grpo.shortage import free, is_out_of_memory
 from grpo.stopping import EXIT_STOPPED, Stopped, StopRequest
 from grpo.types import Batch, Group, MicroBatch, Prompt, Scores
@@ -585,10 +585,7 @@ class Trainer:
 
 def _reward_functions(config: Config, rewards: Sequence[Callable[..., Any] | Reward] | None) -> list[Reward]:
     if rewards is None:
-        return [
-            Reward(resolve_function(r.function), weight=r.weight, name=r.name or "", args=r.args)
-            for r in config.rewards
-        ]
+        return resolve_rewards(config.rewards)
     return [reward if isinstance(reward, Reward) else Reward(reward) for reward in rewards]
 
 

@@ -17,7 +17,6 @@ from grpo.breakdown import (
     columns_of,
     make_scorer,
     own_rows,
-    resolve_rewards,
     sample_groups,
     show_group,
     without,
@@ -27,6 +26,7 @@ from grpo.console import console, errors_for_users
 from grpo.distributed import stop
 from grpo.policy import load_tokenizer
 from grpo.prompts import build_prompts
+from grpo.scoring import resolve_rewards
 
 
 def main() -> None:

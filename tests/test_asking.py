@@ -17,7 +17,7 @@ from helpers import ROOT, TINY, tiny_config
 from rich.console import Console
 
 from grpo import inference
-from grpo.breakdown import columns_of, make_scorer, own_rows, resolve_rewards, sample_groups, show_group, without
+from grpo.breakdown import columns_of, make_scorer, own_rows, sample_groups, show_group, without
 from grpo.chat import Conversation, show, write
 from grpo.chosen import add_options, choose
 from grpo.config import DataConfig, RewardConfig, ScoringConfig
@@ -25,6 +25,7 @@ from grpo.inference import Sampler
 from grpo.policy import load_tokenizer
 from grpo.prompts import build_prompts
 from grpo.rollout.grouping import all_at_once
+from grpo.scoring import resolve_rewards
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 from rewards import accuracy, format
 
