@@ -26,6 +26,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from grpo.aha import check_lists
 from grpo.types import Sampling
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -223,6 +224,8 @@ class EvaluationConfig(Section):
     """Held-out questions, from the start of the evaluation set. 0: no evaluation."""
     every_steps: NonNegativeInt = 0
     """Evaluate after every so many steps, besides before the first and after the last. 0: only those two."""
+    num_samples: PositiveInt = 1
+    """Answers per held-out question (the paper: 16 or 64). Raising it makes pass@1 surer, gives pass@k, and costs time."""
     temperature: NonNegativeFloat = 0.0
     """Of the evaluation's sampling; 0 is greedy decoding."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -292,6 +295,11 @@ class LoggingConfig(Section):
     """Write all completions of every so many steps to completions.jsonl (and a sample to W&B). 0: never."""
     num_samples: NonNegativeInt = 2
     """Held-out questions whose answers before and after training are printed at the end."""
+    tensorboard: bool = False
+    """Also write curves, charts and some texts to `tensorboard/` in the run's directory; `pip install 'grpo[tensorboard]'`."""
+    reflection_words: dict[str, list[str]] = Field(default_factory=dict)
+    """Further lists of words to count in completions, as aha/<list> and so on: {planning: [the plan, my plan*]}. One named like a
+    list of grpo/aha.py takes its place. What a word matches is said there."""
 
 
 class RunConfig(Section):
@@ -483,10 +491,16 @@ def _check_combinations(config: Config) -> None:
             f"evaluation.top_p is {config.evaluation.top_p}; at evaluation.temperature 0 the likeliest token is taken and "
             "top_p has no effect. Remove it, or set evaluation.temperature."
         )
+    if config.evaluation.temperature == 0 and config.evaluation.num_samples > 1:
+        raise ValueError(
+            f"evaluation.num_samples is {config.evaluation.num_samples}; at evaluation.temperature 0 all answers to a "
+            "question are the same. Set it to 1, or set evaluation.temperature (the paper: 0.6, with evaluation.top_p 0.95)."
+        )
     if config.preflight.num_questions == 0 and config.preflight.on_failure == "warn":
         raise ValueError(
             "preflight.on_failure is 'warn'; it has no effect while preflight.num_questions is 0. Remove one of the two."
         )
+    check_lists("logging.reflection_words", config.logging.reflection_words)
     for name in ("answer_regex", "eval_answer_regex"):
         _check_regex(f"data.{name}", getattr(config.data, name))
     if config.data.eval_name is None and (config.data.eval_subset or config.data.eval_answer_regex):

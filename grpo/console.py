@@ -101,8 +101,8 @@ def number(value: float | None) -> str:
 def show_samples(before: list[dict[str, Any]], after: list[dict[str, Any]], num_samples: int) -> None:
     """The same held-out questions answered before and after training, the first ones of the set."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    answered = {row["question"]: row for row in before}
-    pairs = [(answered[row["question"]], row) for row in after if row["question"] in answered]
+    answered = {row["question"]: row for row in before if row["sample"] == 0}
+    pairs = [(answered[row["question"]], row) for row in after if row["sample"] == 0 and row["question"] in answered]
     for old, new in pairs[:num_samples]:
         console.print(f"\nQuestion: {old['question']}\nGold answer: {old['answer']}")
         for label, row in (("before", old), ("after", new)):

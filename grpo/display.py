@@ -37,12 +37,13 @@ EXCERPT = 2000
 
 MAIN = {"length": "completion/length_mean", "KL": "policy/kl", "entropy": "policy/entropy"}
 MORE = {
+    "reflection / 1k": "aha/reflection_per_1k",
     "signal": "group/with_signal",
     "cut off": "completion/truncated",
     "repetition": "completion/repetition",
     "grad norm": "optimizer/grad_norm",
 }
-"""Where there is room, and the aha/ metrics after them."""
+"""Where there is room."""
 
 PHASES = ("rollout", "scoring", "logprobs", "update")
 TROUBLES = {
@@ -116,7 +117,7 @@ class Dashboard:
         needed = sum(sample.num_rows(COMPLETION_ROWS) for sample in self.samples) + 1
         shown = self.samples if needed <= room else []
         room -= needed if shown else 0
-        more = self._curves(self._more_names(), width)[:room]
+        more = self._curves(MORE, width)[:room]
         rows_each = COMPLETION_ROWS + (room - len(more)) // max(len(shown), 1)
         texts = [line for sample in shown for line in sample.lines(terminal, rows_each)]
         return [self._progress(width), *heading, *main, *more, *below, *[Text("")] * bool(texts), *texts]
@@ -135,9 +136,6 @@ class Dashboard:
     def _main_names(self) -> dict[str, str]:
         trained = {"reward": "reward/mean", **{name: f"reward/{name}" for name in self._reward_names}, **MAIN}
         return trained | {f"held-out {name}": f"eval/{name}" for name in self._reward_names}
-
-    def _more_names(self) -> dict[str, str]:
-        return MORE | {name: name for name in self.history if name.startswith("aha/")}
 
     def _curves(self, names: Mapping[str, str], width: int) -> list[Text]:
         """A line for each metric that has values: its name, first and newest value, and shape."""

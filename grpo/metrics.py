@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from grpo.advantage import has_signal
+from grpo.aha import Words, tally
 from grpo.distributed import Processes
+from grpo.evaluate import is_right
 from grpo.loss import TokenLoss
 from grpo.types import Group, MicroBatch, Scores
 
@@ -27,6 +30,13 @@ METRICS = {
     "completion/length_max": "largest number of completion tokens",
     "completion/truncated": "share of completions cut off at rollout.max_completion_tokens",
     "completion/repetition": "share of the runs of 8 tokens in completions that the same completion had before",
+    "completion/length_<kind>": "the mean over completions that ended by themselves and are `right`, or `wrong`",
+    "completion/other_script": "mean over completions of the share of their words in another script than the question's",
+    "aha/<list>": "mean number of words of that list (grpo/aha.py) in a completion; those that the question has too do not count",
+    "aha/<list>_per_1k": "such words per 1,000 tokens: 1000 * their number / number of tokens, of all completions together",
+    "aha/<list>_share": "share of completions with at least one such word",
+    "aha/<list>_per_1k_<kind>": "that rate of `right` or `wrong` completions that ended by themselves, and of `truncated` ones",
+    "aha/<list>_share_<kind>": "that share of the same",
     "policy/entropy": "mean over completion tokens of the entropy of the policy's next-token distribution, in nats",
     "policy/kl": "mean over completion tokens of the KL estimator between policy and reference, in nats",
     "policy/ratio_mean": "mean over completion tokens of pi / pi_old; 1 when every update is on-policy",
@@ -64,11 +74,19 @@ METRICS = {
     "watchdog/alarms": "rules of the watchdog that had something to say after the step",
     "progress/epoch": "questions dealt so far, as a multiple of the training set",
     "eval/<function>": "mean of that function's value over the held-out questions it gave a verdict on",
-    "eval/<function>_stderr": "standard error of that mean",
+    "eval/<function>_stderr": "standard error of that mean over questions, each with the mean of its samples",
+    "eval/pass@<k>": "probability that one of k = 1, 2, 4, ... samples of a question is right, unbiased (Chen et al. 2021)",
+    "eval/pass@<k>_low": "lower bound of its 95 % interval: bootstrap over questions",
+    "eval/pass@<k>_high": "upper bound of it",
+    "eval/cons@<n>": "share of questions whose most frequent answer is right; with the reward `vote` and more than one sample",
     "eval/length_mean": "mean number of completion tokens in the evaluation",
     "eval/truncated": "share of the evaluation's completions that were cut off",
+    "aha/eval_<list>_per_1k": "aha/<list>_per_1k of the held-out answers",
+    "aha/eval_<list>_share": "aha/<list>_share of the held-out answers",
 }
-"""Formula of each metric; `<function>` stands for the name of a reward function."""
+"""Formula of each metric. `<function>` stands for the name of a reward function; `<list>` for that of a word list: `reflection`,
+`verification`, `backtracking`, `subgoals`, or one of logging.reflection_words. Right is a verdict of 1, of the reward `accuracy`
+if there is one, else the first."""
 
 
 @dataclass
@@ -107,6 +125,11 @@ class Meter:
     def mean_of_known(self, name: str, values: Tensor) -> None:
         """The same for rewards, of which NaN entries are unknown and do not count."""
         self.mean(name, values[~values.isnan()])
+
+    def ratio(self, name: str, total: float, size: float) -> None:
+        """Add to a mean of which only the sum is known, and of how much."""
+        self.sums[name] = self.sums.get(name, 0.0) + total
+        self.counts[name] = self.counts.get(name, 0.0) + size
 
     def max(self, name: str, values: Tensor) -> None:
         if values.numel():
@@ -166,6 +189,12 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores, advantage
     meter.total("throughput/scoring", float(len(completions)))
     meter.total(REWARD_SECONDS, scores.seconds)
     meter.total("throughput/rollout", float(lens.sum()))
+
+
+def measure_texts(meter: Meter, rows: list[dict[str, Any]], words: Words) -> None:
+    """What the `completion_rows` of one step say: their words, and of which script they are."""
+    for name, (total, size) in tally(rows, [is_right(row) for row in rows], words).items():
+        meter.ratio(name, total, size)
 
 
 RUN = 8

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from grpo.advantage import group_advantages, has_signal
+from grpo.contamination import normalized
 from grpo.prompts import TEMPLATES, PromptOrder, build_prompts
 from grpo.types import Completion, Group, Prompt, Scores
 
@@ -339,12 +340,9 @@ def audit(what: str, rows: list[dict[str, Any]], reasons: list[str | None], *, n
 
 def in_both(training: Iterable[Prompt], held_out: Iterable[Prompt]) -> list[str]:
     """Held-out questions that are training questions too, apart from case and white space."""
-    seen = {_normalized(prompt) for prompt in training}
-    return [prompt.columns["question"] for prompt in held_out if _normalized(prompt) in seen]
-
-
-def _normalized(prompt: Prompt) -> str:
-    return " ".join(prompt.columns["question"].casefold().split())
+    seen = {normalized(prompt.columns["question"]) for prompt in training}
+    questions = [prompt.columns["question"] for prompt in held_out]
+    return [question for question in questions if normalized(question) in seen]
 
 
 def judge_data(audits: Iterable[Audit], leaked: list[str], *, num_held_out: int) -> list[Problem]:

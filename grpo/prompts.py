@@ -77,13 +77,18 @@ def load_rows(config: DataConfig, *, evaluation: bool = False) -> list[dict[str,
     own = evaluation and config.eval_name is not None
     subset = config.eval_subset if own else config.subset
     regex = config.eval_answer_regex if own else config.answer_regex
-    return prepare_rows(_load(name, subset, split, setting), config, answer_regex=regex, setting=setting)
+    return prepare_rows(load_table(name, subset, split, setting), config, answer_regex=regex, setting=setting)
 
 
 FORMATS = {".json": "json", ".jsonl": "json", ".gz": "json", ".parquet": "parquet"}
 
 
-def _load(name: str, subset: str | None, split: str, setting: str) -> Any:
+def load_table(name: str, subset: str | None, split: str, setting: str) -> Any:
+    """The rows of a local file or of a data set of the hub; `setting` is what errors blame.
+
+    Raises:
+        ValueError: there is no such thing.
+    """
     import datasets
 
     path = Path(name)

@@ -223,7 +223,7 @@ class WorkerPool:
 
     def _serve(self, errand: Errand) -> list[Outcome]:
         """Make the calls of an errand as they come in, until there are no more; the pool's own thread runs this."""
-        outcomes: dict[int, Outcome] = {}
+        outcomes = errand.made
         pending: deque[int] = deque()
         num_known = 0
         try:
@@ -267,6 +267,7 @@ class Errand:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.made: dict[int, Outcome] = {}  # by the number of the call; the thread's to fill
         self.outcomes: Future[list[Outcome]] = Future()  # the thread's to set
         self.signal, self._bell = socket.socketpair()
         self.signal.setblocking(False)

@@ -13,12 +13,13 @@ from typing import IO, Any
 
 import torch
 
+from grpo import aha
 from grpo.config import Config, RunConfig
 from grpo.console import LineSink
 from grpo.display import DisplaySink, console_sink
 from grpo.distributed import Processes
-from grpo.evaluate import summarize
-from grpo.sinks import JsonlSink, Sink, WandbSink, append_jsonl, read_jsonl, rewind_jsonl
+from grpo.evaluate import is_right, summarize, verdict_name
+from grpo.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink, append_jsonl, read_jsonl, rewind_jsonl
 from grpo.writer import replace_text
 
 ROLL_BACKS = "roll_backs.jsonl"
@@ -89,6 +90,7 @@ class RunLog:
         self.config = config
         self.processes = processes
         self.reward_names = reward_names
+        self.words = aha.with_own(config.logging.reflection_words)
         self.sinks: list[Sink] = []
         self.files: JsonlSink | None = None
         self.console: LineSink | DisplaySink | None = None
@@ -120,7 +122,14 @@ class RunLog:
                     project=logging.wandb_project,
                     directory=self.directory,
                     config=self.config.model_dump(),
+                    verdict=verdict_name(self.reward_names),
+                    words=self.words,
+                    history=self.metrics(),
                 )
+            )
+        if logging.tensorboard:
+            self.sinks.append(
+                TensorBoardSink(self.directory, first_step=last + 1, words=self.words, history=self.metrics())
             )
         self.console = console_sink(
             title=self.directory.name,
@@ -146,7 +155,8 @@ class RunLog:
     def log_evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
         if self.files is not None:
             self.files.append("evaluations.jsonl", [{"step": step, **row} for row in rows])
-        self.log(step, summarize(rows))
+        verdicts = [is_right(row) for row in rows]
+        self.log(step, summarize(rows) | aha.evaluation_metrics(rows, verdicts, self.words))
 
     def evaluation(self, step: int) -> list[dict[str, Any]]:
         """The rows logged for `step`; empty if it has not been evaluated."""

@@ -217,6 +217,7 @@ class Scoring:
         self._errand = errand
         self._tasks: list[_Task] = []
         self._sizes: list[int | None] = [None] * num_groups  # completions of each group; None: still to come
+        self._unreported: dict[int, range] = {}  # the tasks of each group that `finished` has not told of
 
     def add(self, p: int, group: Group) -> None:
         """Hand group number p to the workers, and return at once.
@@ -227,6 +228,7 @@ class Scoring:
         assert self._sizes[p] is None, f"group {p} came twice"
         self._sizes[p] = len(group.completions)
         tasks = list(self._scorer.tasks(p, group))
+        self._unreported[p] = range(len(self._tasks), len(self._tasks) + len(tasks))
         self._tasks += tasks
         with _shown_with_its_sample(self._tasks):
             self._errand.add([task.call for task in tasks])
@@ -236,13 +238,25 @@ class Scoring:
         assert None not in self._sizes, "a group never came"
         with _shown_with_its_sample(self._tasks):
             outcomes = self._errand.result()
+        return self._scores(range(len(self._sizes)), self._tasks, outcomes)
+
+    def finished(self) -> list[tuple[int, Scores]]:
+        """The groups that are scored by now, each once, with their scores (1, G); does not wait."""
+        made = self._errand.made
+        done = [p for p, tasks in self._unreported.items() if all(task in made for task in tasks)]
+        own = {p: self._unreported.pop(p) for p in done}
+        return [(p, self._scores([p], [self._tasks[t] for t in own[p]], [made[t] for t in own[p]])) for p in done]
+
+    def _scores(self, places: Sequence[int], tasks: list[_Task], outcomes: list[Outcome]) -> Scores:
+        """Of the groups at these places."""
         rewards = self._scorer.rewards
-        shape = (len(rewards), len(self._sizes), next(iter(self._sizes), 0) or 0)  # (F, P, G)
-        values = torch.full(shape, math.nan)
-        for task, outcome in zip(self._tasks, outcomes, strict=True):
+        row = {p: number for number, p in enumerate(places)}
+        group_size = next((self._sizes[p] for p in places), 0) or 0
+        values = torch.full((len(rewards), len(places), group_size), math.nan)
+        for task, outcome in zip(tasks, outcomes, strict=True):
             if outcome.kind == "value":
                 verdicts = torch.tensor(task.verdicts(outcome.value))
-                values[task.function, task.p, task.g : task.g + task.num_values] = verdicts
+                values[task.function, row[task.p], task.g : task.g + task.num_values] = verdicts
         return Scores(
             rewards=weighted_sum(values, torch.tensor([reward.weight for reward in rewards])),
             values={reward.name: values[f] for f, reward in enumerate(rewards)},

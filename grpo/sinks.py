@@ -1,4 +1,4 @@
-"""Where a run's numbers and texts go: metrics.jsonl and completions.jsonl, the console, Weights & Biases."""
+"""Where a run's numbers and texts go: metrics.jsonl and completions.jsonl, Weights & Biases, TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from grpo import aha
+from grpo.config import Config
+from grpo.evaluate import is_right
 from grpo.writer import replace_text
+
+Row = Mapping[str, Any]
 
 
 class Sink(Protocol):
@@ -112,8 +119,61 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
+CHARTS = {
+    "reflection": ("share of completions with a reflective word", "aha/reflection_share"),
+    "reflection_rate": ("reflective words per 1,000 tokens", "aha/reflection_per_1k"),
+    "length_by_verdict": ("tokens per completion", "completion/length"),
+}
+"""Charts of several lines each: all completions, right ones, wrong ones, and the level of the untrained model."""
+
+UNTRAINED = "untrained model"
+
+
+def chart_lines(metric: str) -> dict[str, str]:
+    """What a chart's lines are called, and the metric of each."""
+    every = "completion/length_mean" if metric == "completion/length" else metric
+    return {"all": every, "right": f"{metric}_right", "wrong": f"{metric}_wrong"}
+
+
+class Rarely:
+    """Says when something large is due: at first every five steps, later after a tenth of the steps so far."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def due(self, step: int) -> bool:
+        if step < self._next:
+            return False
+        self._next = step + max(step // 10, 5)
+        return True
+
+
+class ReflectiveSamples:
+    """Of some steps, the right and the wrong completions that have the most reflective words."""
+
+    NUM = 4
+
+    def __init__(self, words: aha.Words) -> None:
+        self._words = words
+        self._rarely = Rarely()
+
+    def pick(self, step: int, rows: Sequence[Row]) -> list[tuple[str, Row, list[tuple[int, int]]]]:
+        """`right` or `wrong`, a row of `training_rows`, and where its words are."""
+        if not self._rarely.due(step):
+            return []
+        verdicts = [is_right(row) for row in rows]
+        return [
+            (label, row, spans)
+            for label, verdict in (("right", True), ("wrong", False))
+            for row, spans in aha.most_reflective(rows, verdicts, self._words, verdict=verdict, num=self.NUM)
+        ]
+
+
 class WandbSink:
-    """A Weights & Biases run with the curves, the resolved config and a table of completions.
+    """A Weights & Biases run with the curves, the resolved config, and tables of completions.
+
+    A workspace makes a panel of each name, and a section of what stands before its first slash; names without one are in the
+    section that comes first. There go the few curves that matter, once more, and CHARTS; texts go to `samples`.
 
     Without a login, or when the service cannot be reached, the run is kept on disk (`wandb sync` uploads it later) and a
     line says so; nothing here stops training.
@@ -121,7 +181,21 @@ class WandbSink:
 
     TABLE_ROWS = 32
 
-    def __init__(self, mode: str, *, project: str, directory: Path, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        mode: str,
+        *,
+        project: str,
+        directory: Path,
+        config: dict[str, Any],
+        verdict: str,
+        words: aha.Words,
+        history: Sequence[Row],
+    ) -> None:
+        """Args:
+        verdict: name of the reward that says what is right.
+        history: the rows of metrics.jsonl so far.
+        """
         import wandb
 
         self._wandb = wandb
@@ -141,12 +215,48 @@ class WandbSink:
         except Exception as error:  # whatever goes wrong with a logging service must not cost a run
             print(f"wandb: {error}; this run is logged offline.", flush=True)
             self._run = wandb.init(mode="offline", **options)
+        self._overview = {
+            "reward/mean": "reward",
+            f"reward/{verdict}": verdict,
+            f"eval/{verdict}": f"held-out {verdict}",
+            "completion/length_mean": "length",
+            "completion/truncated": "cut off",
+            "policy/entropy": "entropy",
+            "policy/kl": "KL",
+        }
         # W&B's own step cannot go back; a run that resumes or rolls back does
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
+        for name in (f"reward/{verdict}", f"eval/{verdict}"):  # the list of runs shows the best beside the last
+            self._run.define_metric(name, step_metric="step", summary="max,last")
+        self._samples = ReflectiveSamples(words)
+        self._history: list[Row] = list(history)
+        self._charts_due = Rarely()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._send(metrics, step)
+        overview = {short: metrics[name] for name, short in self._overview.items() if name in metrics}
+        self._history.append({"step": step, **metrics})
+        self._send({**metrics, **overview}, step)
+        if self._charts_due.due(step):
+            self._send_charts()
+
+    def _send_charts(self) -> None:
+        charts = {name: self._chart(title, metric) for name, (title, metric) in CHARTS.items()}
+        self._send({name: chart for name, chart in charts.items() if chart}, self._history[-1]["step"])
+
+    def _chart(self, title: str, metric: str) -> Any:
+        """All of a chart's lines up to now, those of an earlier attempt at the run included; None while there are none."""
+        lines = chart_lines(metric)
+        points = {
+            label: [(row["step"], row[name]) for row in self._history if name in row] for label, name in lines.items()
+        }
+        if lines["all"] in (base := aha.base_level(self._history)):
+            points[UNTRAINED] = [(step, base[lines["all"]]) for step, _ in points["all"]]
+        drawn = {label: list(zip(*each, strict=True)) for label, each in points.items() if each}
+        if not drawn:
+            return None
+        xs, ys = ([list(each[axis]) for each in drawn.values()] for axis in (0, 1))
+        return self._wandb.plot.line_series(xs, ys, list(drawn), title, "step", split_table=True)
 
     def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
         if not rows:
@@ -154,7 +264,28 @@ class WandbSink:
         table = self._wandb.Table(columns=list(rows[0]))
         for row in rows[: self.TABLE_ROWS]:
             table.add_data(*(json.dumps(v) if isinstance(v, dict) else v for v in row.values()))
-        self._send({"completions": table}, step)
+        self._send({"samples/completions": table}, step)
+        if picked := self._samples.pick(step, rows):
+            self._send({"samples/reflective": self._reflective_table(picked)}, step)
+
+    def _reflective_table(self, picked: list[tuple[str, Row, list[tuple[int, int]]]]) -> Any:
+        columns: list[str | int] = [
+            "step",
+            "verdict",
+            "words",
+            "tokens",
+            "excerpts",
+            "question",
+            "answer",
+            "completion",
+        ]
+        table = self._wandb.Table(columns=columns)
+        for label, row, spans in picked:
+            marked = aha.as_html(aha.excerpts(row["completion"], spans))
+            passages = self._wandb.Html(f'<meta charset="utf-8">{marked}', inject=False)
+            texts = (row["question"], str(row["answer"]), row["completion"])
+            table.add_data(row["step"], label, len(spans), row["num_tokens"], passages, *texts)
+        return table
 
     def _send(self, values: dict[str, Any], step: int) -> None:
         try:
@@ -163,6 +294,8 @@ class WandbSink:
             print(f"wandb: {error}; step {step} is in the run's own files only.", flush=True)
 
     def close(self) -> None:
+        if self._history:
+            self._send_charts()
         try:
             self._run.finish()
         except Exception as error:
@@ -183,3 +316,59 @@ def _wandb_id(directory: Path) -> str:
     if not path.exists():
         replace_text(path, os.urandom(4).hex())
     return path.read_text()
+
+
+class TensorBoardSink:
+    """The same names in TensorBoard's event files, with CHARTS under "custom scalars" and reflective completions as text."""
+
+    def __init__(self, directory: Path, *, first_step: int, words: aha.Words, history: Sequence[Row]) -> None:
+        """Args:
+        first_step: the first that this process may log; whatever an earlier attempt logged of it and later is not shown.
+        history: the rows of metrics.jsonl so far.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+        layout = {
+            title: ["Multiline", [*chart_lines(metric).values(), _untrained(metric)]]
+            for title, metric in CHARTS.values()
+        }
+        self._writer.add_custom_scalars({"reflection": layout})
+        self._base = aha.base_level(history)
+        self._samples = ReflectiveSamples(words)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._base = self._base or aha.base_level([{"step": step, **metrics}])
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        for _, metric in CHARTS.values():
+            every = chart_lines(metric)["all"]
+            if every in self._base and every in metrics:
+                self._writer.add_scalar(_untrained(metric), self._base[every], step)
+        self._writer.flush()
+
+    def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
+        texts: dict[str, list[str]] = {}
+        for label, row, spans in self._samples.pick(step, rows):
+            marked = aha.as_text(aha.excerpts(row["completion"], spans), mark=("**", "**"))
+            texts.setdefault(label, []).append(f"{row['question']}\n\n> {marked}".replace("<", "&lt;"))
+        for label, each in texts.items():
+            self._writer.add_text(f"samples/reflective_{label}", "\n\n---\n\n".join(each), step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _untrained(metric: str) -> str:
+    return f"{metric}_untrained"
+
+
+def check_sinks(config: Config) -> None:
+    """Raises:
+    ValueError: a package that logging needs is missing.
+    """
+    if config.logging.tensorboard and find_spec("tensorboard") is None:
+        raise ValueError(
+            "logging.tensorboard is true; it needs the package tensorboard, which is not installed. Run "
+            "`pip install 'grpo[tensorboard]'`, or remove it."
+        )

@@ -21,9 +21,9 @@ from grpo.batch import join, micro_batch, minibatch_bounds, pack, plan_passes, s
 from grpo.checkpoint import CheckpointError, Checkpoints, RunState, numbers_of
 from grpo.config import Config, as_override
 from grpo.console import show_samples
-from grpo.evaluate import answer, in_order, training_rows
+from grpo.evaluate import answer, completion_rows, in_order, training_rows
 from grpo.loss import grpo_loss, token_weights
-from grpo.metrics import measure_micro_batch, measure_passes, measure_rollout, step_metrics
+from grpo.metrics import measure_micro_batch, measure_passes, measure_rollout, measure_texts, step_metrics
 from grpo.policy import Policy, check_attention, check_context, load_tokenizer, resolve_dtype
 from grpo.post_mortem import Evidence
 from grpo.prompts import PromptOrder, build_prompts, load_rows, prepare_rows
@@ -32,7 +32,8 @@ from grpo.rollout import check_engine, make_generator
 from grpo.rundir import RunLog
 from grpo.schedule import learning_rate
 from grpo.scoring import Reward, Scorer, resolve_rewards
-from grpo.shortage import free, is_out_of_memory
+from grpo.shortage import free, is_out_of_memory, or_fewer_at_once
+from grpo.sinks import check_sinks
 from grpo.stopping import EXIT_STOPPED, Stopped, StopRequest
 from grpo.types import Batch, Group, MicroBatch, Prompt, Scores
 from grpo.under_way import StepUnderWay
@@ -83,6 +84,7 @@ class Trainer:
         check_context(config)
         check_attention(config.model)
         check_engine(config)
+        check_sinks(config)
         with self.processes.accelerator.main_process_first():
             rows = _rows(config, train_dataset, evaluation=False)
             eval_rows = _rows(config, eval_dataset, evaluation=True) if config.evaluation.num_questions else []
@@ -197,6 +199,7 @@ class Trainer:
                 step.minibatches = self._or_smaller_passes(lambda: self._make_ready(groups, advantages))
         step.first_update, self.state.position = self.state.optimizer_steps, self.prompts.position
         measure_rollout(step.meter, groups, scores, advantages)
+        measure_texts(step.meter, completion_rows(groups, scores), self.log.words)
         for name, value in self.generator.metrics().items():
             step.meter.mean(name, torch.tensor(value))
         return Evidence(groups, scores, advantages)
@@ -224,15 +227,9 @@ class Trainer:
 
     def making_do(self, sample: Callable[[], T]) -> T:
         """What `sample` returns; out of memory, it is called again with half as many completions at once, and again."""
-        while True:
-            try:
-                return sample()
-            except RuntimeError as error:
-                if not (self.makes_do and is_out_of_memory(error)) or (changed := self.generator.halve()) is None:
-                    raise
-                shortage = str(error).splitlines()[0]
-            free()
-            print(f"out of memory while sampling, process {self.processes.rank}: {shortage}\n{changed}", flush=True)
+        if not self.makes_do:
+            return sample()
+        return or_fewer_at_once(sample, self.generator, rank=self.processes.rank)
 
     def agree_to_go_on(self) -> None:
         """After work that each process did for itself, which a request to stop may have broken off."""
@@ -448,6 +445,7 @@ class Trainer:
             generator=self.generator,
             scorer=self.scorer,
             sampling=self.config.eval_sampling,
+            num_samples=self.config.evaluation.num_samples,
             seed=self._seed("evaluation"),
         )
 

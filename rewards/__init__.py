@@ -2,9 +2,12 @@
 
 from rewards.accuracy import accuracy
 from rewards.code import code
+from rewards.countdown import countdown
 from rewards.exact_match import exact_match
 from rewards.format import format
+from rewards.language import language
 from rewards.length import overlong
 from rewards.repetition import repetition
+from rewards.vote import vote
 
-__all__ = ["accuracy", "code", "exact_match", "format", "overlong", "repetition"]
+__all__ = ["accuracy", "code", "countdown", "exact_match", "format", "language", "overlong", "repetition", "vote"]

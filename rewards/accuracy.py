@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Literal
 
 from rewards.equivalence import is_equivalent, read_gold
-from rewards.extraction import from_answer_tag, from_box, last_number
+from rewards.extraction import from_answer_tag, from_anywhere, from_box, last_number
 
-Source = Literal["answer_tag", "boxed", "last_number"]
+Source = Literal["answer_tag", "boxed", "last_number", "anywhere"]
 
-_CANDIDATE = {"answer_tag": from_answer_tag, "boxed": from_box, "last_number": last_number}
+_CANDIDATE = {
+    "answer_tag": from_answer_tag,
+    "boxed": from_box,
+    "last_number": last_number,
+    "anywhere": from_anywhere,
+}
 
 
 def accuracy(completion: str, answer: str, *, source: Source = "answer_tag") -> float | None:
@@ -22,7 +27,7 @@ def accuracy(completion: str, answer: str, *, source: Source = "answer_tag") -> 
         answer: the gold answer: a number, LaTeX, or a word; a `\boxed{}` around it is taken off.
         source: where the candidate is looked for. `answer_tag`: in the last `<answer>...</answer>`; there a `\boxed{}`
             wins, then `$...$`, then the last number of a sentence. `boxed`: the last `\boxed{}`. `last_number`: the
-            last number anywhere.
+            last number anywhere. `anywhere`: the last tag, without one the last box, without one the last number.
 
     Returns:
         1.0, 0.0, or None ("can't tell") when `answer` itself cannot be graded; `check_answer` says why.
@@ -30,7 +35,7 @@ def accuracy(completion: str, answer: str, *, source: Source = "answer_tag") -> 
     gold = read_gold(answer)
     if isinstance(gold, str):
         return None
-    candidate = _candidate(completion, source)
+    candidate = candidate_answer(completion, source)
     return float(candidate is not None and is_equivalent(candidate, gold))
 
 
@@ -51,7 +56,7 @@ accuracy.check_row = check_answer  # type: ignore[attr-defined]
 
 def explain_answer(completion: str, answer: str, *, source: Source = "answer_tag") -> str:
     """What is compared with what; for a person who reads the verdict."""
-    candidate = _candidate(completion, source)
+    candidate = candidate_answer(completion, source)
     found = f"no answer ({source})" if candidate is None else repr(candidate)
     return check_answer(answer, source=source) or f"found {found}, gold {answer!r}"
 
@@ -59,7 +64,8 @@ def explain_answer(completion: str, answer: str, *, source: Source = "answer_tag
 accuracy.explain = explain_answer  # type: ignore[attr-defined]
 
 
-def _candidate(completion: str, source: Source) -> str | None:
+def candidate_answer(completion: str, source: Source) -> str | None:
+    """The one answer that is considered; None if there is none."""
     if source not in _CANDIDATE:
         raise ValueError(f"accuracy's source is {source!r}; it is one of {', '.join(_CANDIDATE)}. Set one of them.")
     return _CANDIDATE[source](completion)

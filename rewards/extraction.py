@@ -147,3 +147,10 @@ def from_box(completion: str) -> str | None:
     r"""What the last `\boxed{}` of the completion commits to."""
     content = last_box(completion)
     return None if content is None else final_expression(content)
+
+
+def from_anywhere(completion: str) -> str | None:
+    r"""What the last `<answer>` tag commits to; without one, the last `\boxed{}`; without one, the last number."""
+    if last_answer_tag(completion) is not None:
+        return from_answer_tag(completion)
+    return last_number(completion) if last_box(completion) is None else from_box(completion)

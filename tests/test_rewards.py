@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from grpo.reward_worker import Outcome
-from rewards import accuracy, exact_match, format, overlong, repetition
+from rewards import accuracy, exact_match, format, language, overlong, repetition
 from rewards.extraction import last_box, last_number
 
 N = 50_000
@@ -260,6 +260,7 @@ def test_hostile_text_is_wrong_and_costs_little(bomb: str) -> None:
     assert exact_match(tag(bomb), "7777") == 0.0
     assert format(bomb) == 0.0
     assert -1.0 <= repetition(bomb) <= 0.0
+    assert 0.0 <= language(bomb, "How many?") <= 1.0
     assert time.process_time() - started < 3.0  # most take a few ms; a quadratic scan would take minutes
 
 
@@ -429,6 +430,24 @@ def test_overlong_follows_dapo_equation_13() -> None:
     for buffer in (0, -1, 101):
         with pytest.raises(ValueError, match=f"buffer is {buffer}; it must be between 1 and max_completion_tokens"):
             overlong(5, 100, buffer=buffer)
+
+
+@pytest.mark.parametrize(
+    ("completion", "question", "share"),
+    [
+        ("<think> We add the numbers </think> 答案", "How many?", 1.0),  # the answer is not the thought
+        ("<think> We 加 the 数 now", "How many?", 3 / 5),  # no end: all of it
+        ("сорок two", "How many?", 1 / 2),
+        ("我们有 $\\frac{a}{b}$ `print` 5 the", "有几个？", 3 / 4),
+        ("naïve × ½ m² π x", "How many?", 1.0),
+        ("fünf plus drei", "How many?", 1.0),  # scripts do not tell German from English
+        ("5 + 3 = 8 </think> eight", "How many?", 0.0),  # no words, no reward
+        ("", "How many?", 0.0),
+        ("the sum", "7 × 8?", 1.0),
+    ],
+)
+def test_language_is_the_share_of_words_in_the_questions_script(completion: str, question: str, share: float) -> None:
+    assert language(completion, question) == pytest.approx(share)
 
 
 def test_repetition_is_the_share_of_repeated_ngrams() -> None:

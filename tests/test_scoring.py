@@ -225,7 +225,7 @@ def test_functions_are_found_by_name_by_module_and_by_file(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("acuracy", "there is accuracy, code, exact_match, format, overlong, repetition; did you mean accuracy?"),
+        ("acuracy", "there is accuracy, code, exact_match, format, overlong, repetition, vote; did you mean accuracy?"),
         ("check_answer", "there is accuracy"),
         ("no_such_module:f", "the module 'no_such_module' cannot be imported"),
         ("rewards:acuracy", "did you mean accuracy?"),
@@ -437,6 +437,27 @@ def test_a_group_is_scored_while_later_ones_are_still_to_come(tmp_path: Path) ->
             scoring.add(p, make_group([str(marks[p])]))
             wait_for(marks[p])  # the workers are served while this thread does nothing for them
         assert_equal(scoring.result().rewards, [[1], [1], [1]])
+
+
+def test_finished_groups_are_told_once_while_others_are_still_to_come(tmp_path: Path) -> None:
+    marks = [tmp_path / name for name in "ab"]
+    with make_scorer(leave_a_mark, Reward(len_of, weight=0)) as scorer, scorer.begin(2) as scoring:
+        told = []
+        for p in (1, 0):
+            scoring.add(p, make_group([str(marks[p]), str(marks[p])]))
+            while not (found := scoring.finished()):
+                time.sleep(0.01)
+            told += found
+        assert scoring.finished() == []
+        whole = scoring.result()
+    assert [p for p, _ in told] == [1, 0]
+    for p, scores in told:
+        assert_equal(scores.rewards, whole.rewards[p : p + 1].tolist())
+        assert_equal(scores.values["len_of"], [[len(str(marks[p]))] * 2])
+
+
+def len_of(completions: list[str]) -> list[float]:
+    return [float(len(each)) for each in completions]
 
 
 def test_groups_that_come_in_any_order_have_the_scores_of_groups_that_come_together() -> None:

@@ -303,7 +303,7 @@ def test_wandb_without_a_login_goes_on_offline_with_curves_config_and_table(
     assert "no login found" in capsys.readouterr().out
     (offline,) = (tmp_path / "run/wandb").glob("offline-run-*")
     assert list(offline.glob("*.wandb"))
-    assert list(offline.glob("files/media/table/completions*"))
+    assert list(offline.glob("files/media/table/samples/completions*"))
 
 
 def test_the_script_trains_and_says_where_the_results_lie(tmp_path: Path):

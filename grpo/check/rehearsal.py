@@ -26,7 +26,7 @@ def rehearse(config: Config, trainer_class: type[AnyTrainer], **changes: dict[st
     Raises:
         ValueError: as Trainer.
     """
-    quiet = {"logging": {"wandb": "disabled", "completions_every": 0}}
+    quiet = {"logging": {"wandb": "disabled", "completions_every": 0, "tensorboard": False}}
     with TemporaryDirectory(prefix="grpo-check-") as directory:
         run = {"resume": "never", **changes.pop("run", {}), "dir": str(Path(directory) / "run")}
         trainer = trainer_class(changed(config, **quiet, **changes, run=run))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -105,9 +105,9 @@ def _runs(prompts: list[Prompt], sampling: Sampling, *, seed: int) -> Iterator[t
     """Seeds, and the places that share each: `generate` has one for all that it draws, so prompts of their own seed go alone."""
     drawn = sampling.temperature > 0
     own = [prompt.seed if drawn and prompt.seed is not None else seed for prompt in prompts]
-    borders = [place for place in range(1, len(own)) if own[place] != own[place - 1]]
-    for start, stop in pairwise([0, *borders, len(own)]):
-        yield own[start], range(start, stop)
+    for own_seed, places in groupby(range(len(prompts)), key=own.__getitem__):
+        start, *others = places
+        yield own_seed, range(start, start + 1 + len(others))
 
 
 def drawing_options(sampling: Sampling) -> dict[str, Any]:

@@ -1,0 +1,109 @@
+"""Numbers of an evaluation from the verdicts on its samples: pass@k, majority vote, and intervals. Pure.
+
+Q  questions          n  samples per question
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over questions and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def pass_at_k(verdicts: Sequence[bool | None], k: int) -> float:
+    """Probability that at least one of k samples is right, unbiased, from n >= k samples of which c are right.
+
+    1 - C(n - c, k) / C(n, k): of all ways to take k of the n samples, the share with a right one (Chen et al. 2021, arXiv
+    2107.03374, equation 1). For k = 1 it is c / n.
+
+    Args:
+        verdicts: of one question; None: unknown, which counts neither in n nor in c.
+
+    Returns:
+        NaN if fewer than k verdicts are known.
+    """
+    n, c = sum(verdict is not None for verdict in verdicts), sum(verdict is True for verdict in verdicts)
+    return math.nan if n < k else 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority(votes: Sequence[float | None], verdicts: Sequence[bool | None]) -> float:
+    """Whether the most frequent answer of a question is right (cons@n).
+
+    Several answers with equally many votes share the question: with one of two right it is 1/2, the mean over fair coins.
+
+    Args:
+        votes: a number for each sample, the same for equivalent answers; negative: it has no answer; None: unknown.
+        verdicts: of the samples; an answer is right as often as its samples are.
+
+    Returns:
+        0 if no sample has an answer; NaN if a vote is unknown, or the verdict on an answer that won.
+    """
+    if any(vote is None for vote in votes):
+        return math.nan
+    counts = Counter(vote for vote in votes if vote is not None and vote >= 0)
+    most = max(counts.values(), default=0)
+    winners = [answer for answer, count in counts.items() if count == most]
+    return float(np.mean([_share_right(winner, votes, verdicts) for winner in winners])) if winners else 0.0
+
+
+def _share_right(answer: float, votes: Sequence[float | None], verdicts: Sequence[bool | None]) -> float:
+    known = [verdict for vote, verdict in zip(votes, verdicts, strict=True) if vote == answer and verdict is not None]
+    return sum(known) / len(known) if known else math.nan
+
+
+def powers_of_two(most: int) -> list[int]:
+    """1, 2, 4, ... up to `most`."""
+    return [2**power for power in range(most.bit_length())]
+
+
+def estimate(columns: Mapping[str, Values], *, seed: int = 0) -> dict[str, Estimate]:
+    """The mean of each column over questions, with the bounds of its 95 % interval.
+
+    The interval is the percentile bootstrap (Efron 1979) over questions: each resample draws Q of the Q questions with
+    replacement, with all that was measured on them, and the bounds are the 2.5 and 97.5 % quantiles of its mean. So it tells how
+    much the number may move with other questions and other samples of the same model; not with another training run. All columns
+    are measured on the same resamples. Where all questions have the same value it is that value: nothing can be told then.
+
+    Args:
+        columns: (Q,) a value for each question, NaN where there is none.
+
+    Returns:
+        A column without any value is left out.
+    """
+    known = {name: values for name, values in columns.items() if not np.isnan(values).all()}
+    if not known:
+        return {}
+    table = np.stack(list(known.values()), axis=1)  # (Q, columns)
+    there = ~np.isnan(table)
+    table = np.where(there, table, 0.0)
+    num_questions = len(table)
+    draws = np.random.default_rng(seed).multinomial(
+        num_questions, np.full(num_questions, 1 / num_questions), size=RESAMPLES
+    )
+    counts = draws.astype(np.float64)  # (RESAMPLES, Q) how often each question is drawn; a product of floats is fast
+    with np.errstate(invalid="ignore"):  # a resample may hold no question that has a value
+        means = (counts @ table) / (counts @ there.astype(np.float64))
+    low, high = np.nanquantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    values = table.sum(0) / there.sum(0)
+    return {
+        name: Estimate(float(values[i]), float(min(low[i], values[i])), float(max(high[i], values[i])))
+        for i, name in enumerate(known)
+    }

@@ -1,0 +1,221 @@
+"""An evaluation on benchmarks: its numbers, going on after an interruption, several processes, several templates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import TINY, launch, read_json
+from transformers import AutoTokenizer
+
+from grpo import exam
+from grpo.exam import Means, Settings
+from grpo.sinks import read_jsonl
+
+MODEL = str(TINY / "model")
+QUESTIONS = str(TINY / "test.jsonl")
+ONE = Means(num_workers=1)
+
+
+def settings(**changed: Any) -> Settings:
+    values = {
+        "model": MODEL,
+        "benchmarks": ["mine"],
+        "templates": ["chat"],
+        "data": {"mine": QUESTIONS},
+        "num_samples": 4,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "max_completion_tokens": 48,
+        "num_questions": 8,
+    }
+    return Settings(**values | changed)
+
+
+def samples(out: Path) -> list[dict[str, Any]]:
+    return sorted(read_jsonl(out / "samples.jsonl"), key=lambda row: (row["template"], row["row"], row["sample"]))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exam") / "out"
+    exam.take(settings(templates=["r1_zero", "chat"]), out, ONE)
+    return out
+
+
+def test_the_numbers_are_those_of_the_samples(whole: Path):
+    results = read_json(whole / "results.json")
+    assert results["model"] == MODEL
+    first, second = results["results"]
+    assert (first["template"], second["template"]) == ("r1_zero", "chat")
+    rows = [row for row in samples(whole) if row["template"] == "chat"]
+    assert [(row["row"], row["sample"]) for row in rows] == [(q, g) for q in range(8) for g in range(4)]
+    right = [row["rewards"]["accuracy"] for row in rows]
+    assert 0 < sum(right) < 32
+    metrics = second["metrics"]
+    assert metrics["pass@1"]["value"] == pytest.approx(sum(right) / 32)
+    by_question = [right[4 * q : 4 * q + 4] for q in range(8)]
+    assert metrics["pass@4"]["value"] == pytest.approx(sum(map(max, by_question)) / 8)
+    assert metrics["pass@1"]["low"] < metrics["pass@1"]["value"] < metrics["pass@1"]["high"]
+    assert metrics["length"]["value"] == pytest.approx(sum(row["num_tokens"] for row in rows) / 32)
+    assert metrics["truncated"]["value"] == sum(row["finish_reason"] == "length" for row in rows) / 32
+    assert metrics["format"]["value"] == pytest.approx(sum(row["rewards"]["format"] for row in rows) / 32)
+    assert metrics["unknown"]["value"] == 0
+    assert 0 <= metrics["cons@4"]["value"] <= 1
+    assert (second["num_questions"], second["num_samples"], second["temperature"]) == (8, 4, 1.0)
+
+
+def test_votes_put_right_answers_together(whole: Path):
+    for row in samples(whole):
+        assert (row["rewards"]["vote"] == 0) == (row["rewards"]["accuracy"] == 1)
+
+
+def test_an_interrupted_evaluation_ends_with_the_same_samples(whole: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    lines = (whole / "samples.jsonl").read_text().splitlines(keepends=True)
+    (out / "settings.json").write_text((whole / "settings.json").read_text())
+    kept = lines[: 32 + 21]  # of r1_zero all, of chat five questions, one sample of the sixth, and half a line
+    (out / "samples.jsonl").write_text("".join(kept) + lines[32 + 21][:40])
+    exam.take(settings(templates=["r1_zero", "chat"]), out, ONE)
+    assert samples(out) == samples(whole)
+    assert (out / "samples.jsonl").read_text().startswith("".join(lines[: 32 + 20]))  # nothing is answered twice
+    ours, theirs = read_json(out / "results.json"), read_json(whole / "results.json")
+    assert [each["metrics"] for each in ours["results"]] == [each["metrics"] for each in theirs["results"]]
+    finished = (out / "samples.jsonl").read_text()
+    exam.take(settings(templates=["r1_zero", "chat"]), out, ONE)
+    assert (out / "samples.jsonl").read_text() == finished
+    assert read_json(out / "results.json") == ours  # also the seconds
+
+
+def test_a_stop_text_ends_the_answers(tmp_path: Path):
+    exam.take(settings(stop=["="], num_questions=4, num_samples=2), tmp_path / "out", ONE)
+    texts = [row["completion"] for row in samples(tmp_path / "out")]
+    assert any("=" in text for text in texts)
+    assert all(text.find("=") in (-1, len(text) - 1) for text in texts)
+    with pytest.raises(ValueError, match=r'--stop has ""'):
+        settings(stop=[""])
+
+
+def test_two_processes_share_the_questions_and_give_the_same_samples(whole: Path, tmp_path: Path):
+    arguments = ["--samples", "4", "--temperature", "1", "--top-p", "1", "--max-tokens", "48", "--questions", "8"]
+    arguments += [
+        "--model",
+        MODEL,
+        "--benchmarks",
+        "mine",
+        "--data",
+        f"mine={QUESTIONS}",
+        "--templates",
+        "r1_zero,chat",
+    ]
+    shown = launch("../scripts/evaluate.py", *arguments, "--workers", "1", "--out", str(tmp_path / "out"), processes=2)
+    assert samples(tmp_path / "out") == samples(whole)
+    ours, theirs = read_json(tmp_path / "out" / "results.json"), read_json(whole / "results.json")
+    assert [each["metrics"] for each in ours["results"]] == [each["metrics"] for each in theirs["results"]]
+    assert "8 x 4" in shown
+    assert shown.count("* the best template of its benchmark") == 1
+
+
+def test_a_template_changes_the_prompt_and_not_the_question():
+    taken = settings(templates=["chat_boxed"], num_samples=1, num_questions=2)
+    rows = [{"question": "How many?", "answer": "3", "level": 2}]
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    with exam._scorers(taken, ONE) as scorers:
+        processes = exam.distributed.join()
+        scorer = scorers["anywhere"]
+        paper = exam._paper(taken, "mine", "chat_boxed", rows, tokenizer, scorer, processes)
+        other = exam._paper(taken, "mine", "chat", rows, tokenizer, scorer, processes)
+    (prompt,), (plain,) = paper.prompts, other.prompts
+    assert "How many?\nPlease reason step by step, and put your final answer within \\boxed{}." in prompt.text
+    assert prompt.columns == rows[0]
+    assert "Please reason" not in plain.text
+    assert prompt.seed != plain.seed
+
+
+def test_questions_by_level_and_subject_have_numbers_of_their_own(tmp_path: Path):
+    rows = [json.loads(line) for line in Path(QUESTIONS).read_text().splitlines()[:6]]
+    data = tmp_path / "levels.jsonl"
+    leveled = [{**row, "level": n % 2 + 1, **({"subject": "Algebra"} if n == 0 else {})} for n, row in enumerate(rows)]
+    leveled.append({"question": "What?", "answer": "", "level": 3})
+    data.write_text("".join(json.dumps(row) + "\n" for row in leveled))
+    results = exam.take(settings(data={"mine": str(data)}, num_questions=None, num_samples=2), tmp_path / "out", ONE)
+    (result,) = results["results"]
+    assert (result["num_questions"], result["num_ungradable"]) == (6, 1)
+    parts = result["by"]
+    assert {level: part["num_questions"] for level, part in parts["level"].items()} == {"1": 3, "2": 3}
+    assert parts["subject"]["Algebra"]["num_questions"] == 1
+    mean = sum(part["metrics"]["pass@1"]["value"] for part in parts["level"].values()) / 2
+    assert mean == pytest.approx(result["metrics"]["pass@1"]["value"])
+    shown = exam.report(results["results"])
+    assert "mine level 2" in shown
+    assert "1 questions are left out" in shown
+
+
+def test_greedy_decoding_answers_once(tmp_path: Path):
+    greedy = settings(temperature=0.0, num_samples=None, num_questions=3)
+    (result,) = exam.take(greedy, tmp_path / "out", ONE)["results"]
+    assert result["num_samples"] == 1
+    assert "cons@1" not in result["metrics"]
+    assert "vote" not in samples(tmp_path / "out")[0]["rewards"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"benchmarks": ["gsm8"]}, r"^--benchmarks has 'gsm8'; there is .*; did you mean gsm8k\? Correct it, or give"),
+        ({"benchmarks": ["mine", "mine"]}, r"^--benchmarks has 'mine' twice; .* Name it once\."),
+        ({"benchmarks": ["probes"]}, r"^--data has a file for 'mine'; it is not among --benchmarks \(probes\)\. Add"),
+        ({"templates": ["r1-zero"]}, r"^--templates has 'r1-zero'; it is one of r1_zero, .*\. Correct it\."),
+        (
+            {"temperature": 0.0},
+            r"^--samples is 4; at --temperature 0 all samples of a question are the same\. Set it to 1",
+        ),
+        ({"temperature": 0.0, "num_samples": 1, "top_p": 0.9}, r"^--top-p is 0\.9; at --temperature 0 .* Remove it\."),
+        (
+            {"templates": ["none"], "system_prompt": "x"},
+            r"^--system-prompt is 'x'; only the chat templates .* Remove it, or add",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changed: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        settings(**changed)
+
+
+def test_samples_of_different_settings_are_never_mixed(whole: Path, tmp_path: Path):
+    before = (whole / "samples.jsonl").read_text()
+    with pytest.raises(
+        ValueError, match=r"^--out is .*; the evaluation there has seed 0, and this one 1: .* Choose another"
+    ):
+        exam.take(settings(templates=["r1_zero", "chat"], seed=1), whole, ONE)
+    assert (whole / "samples.jsonl").read_text() == before
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(
+        ValueError, match=r"^--out is .*; the directory holds something else\. Choose another, or empty it\.$"
+    ):
+        exam.take(settings(), tmp_path, ONE)
+
+
+def test_a_prompt_that_does_not_fit_the_model_is_said_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("grpo.inference.load_lm", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(
+        ValueError, match=r"^rollout\.max_completion_tokens is 100000; .* positions\. Lower one of the two\."
+    ):
+        exam.take(settings(max_completion_tokens=100_000), tmp_path / "out", ONE)
+
+
+def test_a_runs_evaluation_lies_in_its_directory():
+    assert exam.default_out("runs/x/checkpoints/step-00000060/hf") == Path("runs/x/evaluation/step-00000060")
+    assert exam.default_out("Qwen/Qwen2.5-0.5B") == Path("evaluations/Qwen--Qwen2.5-0.5B")
+    assert exam.default_out(str(TINY / "model")) == Path("evaluations/model")
+
+
+def test_the_transcript_shows_each_question_once_with_the_answers_of_each_template(whole: Path):
+    text = exam.transcript(samples(whole))
+    assert text.count("gold answer:") == 8
+    assert text.count("r1_zero: right 0 of 4 times") == 8
