@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a line per step, and on a terminal a bar with the time left."""
+"""What a run shows while it runs: a display on a terminal (display.py), elsewhere a line per step."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from grpo import heartbeat
 
 WIDE = 9
 
+ESTIMATE_OVER = 10
+"""Steps whose mean duration gives the time left."""
 
-class ConsoleSink:
+
+class LineSink:
     """Rewards, length, KL and the rollout's speed and memory of each step in columns, with the time left by the last steps."""
 
     HEADER_EVERY = 20
-    ESTIMATE_OVER = 10
 
-    def __init__(self, *, num_steps: int, first_step: int, reward_names: list[str]) -> None:
+    def __init__(self, *, num_steps: int, reward_names: list[str]) -> None:
         self.num_steps = num_steps
         self.columns = {
             "reward": "reward/mean",
@@ -40,52 +41,54 @@ class ConsoleSink:
             "KV GiB": "rollout/kv_gib",
             "s/step": "time/step",
         }
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = console()
         self._lines = 0
         self._seconds: list[float] = []
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self._task = self._bar.add_task("training", total=num_steps, completed=first_step, left="")
-        self._bar.start()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if "time/step" in metrics:
             self._log_step(step, metrics)
-        evaluated = {name: value for name, value in metrics.items() if name.startswith("eval/")}
-        if evaluated:
-            shown = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in evaluated.items())
-            self.console.print(f"[bold]held-out, step {step}:[/]  {shown}")
+        show_evaluation(self.console, step, metrics)
 
     def _log_step(self, step: int, metrics: dict[str, float]) -> None:
-        self._seconds = [*self._seconds, metrics["time/step"]][-self.ESTIMATE_OVER :]
+        self._seconds = [*self._seconds, metrics["time/step"]][-ESTIMATE_OVER:]
         seconds_left = (self.num_steps - step) * sum(self._seconds) / len(self._seconds)
-        left = f"{time.strftime('%H:%M:%S', time.gmtime(seconds_left))} left"
         if self._lines == 0:  # not every engine has slots
             self.columns = {t: n for t, n in self.columns.items() if n in metrics or not n.startswith("rollout/")}
         if self._lines % self.HEADER_EVERY == 0:
             self.console.print(
                 "[dim]" + " ".join(f"{t[:WIDE]:>{WIDE}}" for t in ("step", *self.columns, "time left")) + "[/]"
             )
-        cells = [f"{step}/{self.num_steps}", *(_number(metrics.get(name)) for name in self.columns.values())]
-        self.console.print(" ".join(f"{cell:>{WIDE}}" for cell in (*cells, left.removesuffix(" left"))))
-        self._bar.update(self._task, completed=step, left=left)
+        cells = [f"{step}/{self.num_steps}", *(number(metrics.get(name)) for name in self.columns.values())]
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
+        self.console.print(" ".join(f"{cell:>{WIDE}}" for cell in (*cells, left)))
         self._lines += 1
 
     def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Completions go to completions.jsonl."""
 
+    def alarm(self, rule: str, text: str) -> None:
+        """The trainer has printed it."""
+
     def close(self) -> None:
-        self._bar.stop()
+        """Every line is out."""
 
 
-def _number(value: float | None) -> str:
+def console() -> Console:
+    """On stdout, whichever that is when something is printed; long lines are the terminal's to break."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def show_evaluation(console: Console, step: int, metrics: Mapping[str, float]) -> None:
+    """What held-out questions gave, if anything among the metrics is of them."""
+    evaluated = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+    if evaluated:
+        shown = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in evaluated.items())
+        console.print(f"[bold]held-out, step {step}:[/]  {shown}")
+
+
+def number(value: float | None) -> str:
+    """About four digits of it."""
     if value is None:
         return "-"
     if abs(value) >= 100:

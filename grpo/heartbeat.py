@@ -28,6 +28,8 @@ from datetime import timedelta
 from types import TracebackType
 from typing import NoReturn
 
+from grpo import terminal
+
 BEAT_SECONDS = 3.0
 LIMIT_SECONDS = 40.0
 PEER_LOST = 76
@@ -185,6 +187,7 @@ class Heartbeat:
     def _end(self, why: str) -> NoReturn:
         """End this process even if its main thread waits for ever inside a collective. Reward workers die with it."""
         self._ending.acquire()
+        terminal.wipe()
         _write(f"error: rank {self.rank} ends, because {why}\n")
         flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # the main thread may hold its lock
         flush.start()

@@ -38,9 +38,13 @@ def _chat(question: str, tokenizer: PreTrainedTokenizerBase, system_prompt: str 
         raise ValueError(
             "data.template is 'chat'; the tokenizer of this model has no chat template. Set data.template to r1_zero."
         )
+    return chat_text([{"role": "user", "content": question}], tokenizer, system_prompt)
+
+
+def chat_text(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> str:
+    """A conversation in the tokenizer's own chat template, up to where the assistant is to speak."""
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    messages = [*system, {"role": "user", "content": question}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return str(tokenizer.apply_chat_template([*system, *messages], tokenize=False, add_generation_prompt=True))
 
 
 TEMPLATES: dict[str, Template] = {

@@ -15,7 +15,8 @@ import torch
 
 from grpo import aha
 from grpo.config import Config, RunConfig
-from grpo.console import ConsoleSink
+from grpo.console import LineSink
+from grpo.display import DisplaySink, console_sink
 from grpo.distributed import Processes
 from grpo.evaluate import is_right, summarize, verdict_name
 from grpo.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink, append_jsonl, read_jsonl, rewind_jsonl
@@ -92,6 +93,7 @@ class RunLog:
         self.words = aha.with_own(config.logging.reflection_words)
         self.sinks: list[Sink] = []
         self.files: JsonlSink | None = None
+        self.console: LineSink | DisplaySink | None = None
 
     def open(self, *, resumed_step: int | None) -> None:
         """Start writing, after a checkpoint of `resumed_step` if there was one.
@@ -129,9 +131,14 @@ class RunLog:
             self.sinks.append(
                 TensorBoardSink(self.directory, first_step=last + 1, words=self.words, history=self.metrics())
             )
-        self.sinks.append(
-            ConsoleSink(num_steps=self.config.run.steps, first_step=resumed_step or 0, reward_names=self.reward_names)
+        self.console = console_sink(
+            title=self.directory.name,
+            num_steps=self.config.run.steps,
+            first_step=resumed_step or 0,
+            reward_names=self.reward_names,
+            rows=self.metrics(),
         )
+        self.sinks.append(self.console)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for sink in self.sinks:
@@ -140,6 +147,10 @@ class RunLog:
     def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
         for sink in self.sinks:
             sink.log_completions(step, rows)
+
+    def log_alarm(self, rule: str, text: str) -> None:
+        if self.console is not None:
+            self.console.alarm(rule, text)
 
     def log_evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
         if self.files is not None:

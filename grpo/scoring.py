@@ -31,6 +31,7 @@ import cloudpickle
 import torch
 from torch import Tensor
 
+from grpo.config import RewardConfig
 from grpo.reward_worker import Call, Errand, FunctionBug, Outcome, SourceFile, WorkerPool
 from grpo.types import Completion, Group, Scores
 
@@ -298,6 +299,11 @@ def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     applies = ~values.isnan().all(dim=-1, keepdim=True)  # (F, P, 1)
     total = (weights * values.where(applies, 0.0)).sum(dim=0)
     return total.where(applies.any(dim=0), math.nan)
+
+
+def resolve_rewards(configured: Iterable[RewardConfig]) -> list[Reward]:
+    """The rewards that a YAML lists. Raises ValueError as `resolve_function` does."""
+    return [Reward(resolve_function(r.function), weight=r.weight, name=r.name or "", args=r.args) for r in configured]
 
 
 def resolve_function(spec: str) -> Callable[..., Any]:

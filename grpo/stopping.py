@@ -14,6 +14,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
+from grpo import terminal
+
 EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: start it again to go on."""
 
@@ -110,6 +112,7 @@ class StopRequest:
                 2, f"{signal.Signals(number).name}: saving, then stopping; a second signal stops at once\n".encode()
             )
         elif now - self._signalled_at > ONE_REQUEST_SECONDS:
+            terminal.wipe()
             os._exit(128 + number)  # reward workers die with their parent
         if self._is_abortable:
             self._is_abortable = False

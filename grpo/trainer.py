@@ -30,7 +30,7 @@ from grpo.prompts import PromptOrder, build_prompts, load_rows, prepare_rows
 from grpo.rollout import check_engine, make_generator
 from grpo.rundir import RunLog
 from grpo.schedule import learning_rate
-from grpo.scoring import Reward, Scorer, resolve_function
+from grpo.scoring import Reward, Scorer, resolve_rewards
 from grpo.shortage import free, is_out_of_memory, or_fewer_at_once
 from grpo.sinks import check_sinks
 from grpo.stopping import EXIT_STOPPED, Stopped, StopRequest
@@ -400,10 +400,10 @@ class Trainer:
     def _leave(self, interrupted: Interrupted) -> None:
         saved = self.save(wait=True)
         settings = ("run.resume=auto", f"run.dir={as_override(str(self.directory))}", *interrupted.settings)
+        self.close()  # first: the last words stand beneath the display
         self.say(
             f"stopped: {interrupted}. Saved to {saved}; {' '.join(settings)} goes on from there. Exit code {EXIT_STOPPED}."
         )
-        self.close()
         goes_on = interrupted.settings and self.stopping.reason is None
         raise Stopped(str(interrupted), (*settings, *self.stopping.settings) if goes_on else ())
 
@@ -488,6 +488,7 @@ class Trainer:
         """Warn, and stop or roll back if one of them asks for it."""
         for alarm in alarms:
             self.say(f"warning: {alarm}")
+            self.log.log_alarm(alarm.rule, str(alarm))
         serious = sorted(
             (alarm for alarm in alarms if alarm.action != "warn"), key=lambda alarm: alarm.action != "stop"
         )
@@ -581,10 +582,7 @@ class Trainer:
 
 def _reward_functions(config: Config, rewards: Sequence[Callable[..., Any] | Reward] | None) -> list[Reward]:
     if rewards is None:
-        return [
-            Reward(resolve_function(r.function), weight=r.weight, name=r.name or "", args=r.args)
-            for r in config.rewards
-        ]
+        return resolve_rewards(config.rewards)
     return [reward if isinstance(reward, Reward) else Reward(reward) for reward in rewards]
 
 

@@ -54,6 +54,16 @@ def check_answer(answer: str, *, source: Source = "answer_tag") -> str | None:
 accuracy.check_row = check_answer  # type: ignore[attr-defined]
 
 
+def explain_answer(completion: str, answer: str, *, source: Source = "answer_tag") -> str:
+    """What is compared with what; for a person who reads the verdict."""
+    candidate = candidate_answer(completion, source)
+    found = f"no answer ({source})" if candidate is None else repr(candidate)
+    return check_answer(answer, source=source) or f"found {found}, gold {answer!r}"
+
+
+accuracy.explain = explain_answer  # type: ignore[attr-defined]
+
+
 def candidate_answer(completion: str, source: Source) -> str | None:
     """The one answer that is considered; None if there is none."""
     if source not in _CANDIDATE:

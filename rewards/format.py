@@ -19,6 +19,26 @@ def format(completion: str) -> float:
     return float(bool(thought and answer) and not (before or between or after))
 
 
+def explain_format(completion: str) -> str:
+    """The first thing that is wrong, in words."""
+    text = completion.strip()
+    for tag in _TAGS:
+        if text.count(tag) != 1:
+            return f"{tag} occurs {text.count(tag)} times" if tag in text else f"{tag} is missing"
+    places = [text.find(tag) for tag in _TAGS]
+    if places != sorted(places):
+        return "the tags are out of order"
+    before, thought, between, answer, after = _split_at_tags(text)
+    empty = "thought" if not thought else "" if answer else "answer"
+    if empty:
+        return f"the {empty} is empty"
+    outside = before or between or after
+    return f"{outside[:40]!r} stands outside of the tags" if outside else "well-formed"
+
+
+format.explain = explain_format  # type: ignore[attr-defined]
+
+
 def _split_at_tags(text: str) -> list[str]:
     """The five stretches before, between and after the four tags, stripped."""
     stretches = []

@@ -14,7 +14,7 @@ from helpers import ROOT, TINY, FixedGenerator, clean_environment, launch_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo import Reward, Trainer, checkpoint
-from grpo.console import ConsoleSink
+from grpo.console import LineSink
 from grpo.distributed import Processes
 from grpo.rundir import claim
 from grpo.sinks import append_jsonl, read_jsonl, rewind_jsonl
@@ -472,7 +472,7 @@ def test_every_setting_of_the_algorithm_reaches_the_update(tmp_path: Path):
 def test_the_console_shows_slots_only_of_an_engine_that_has_them(
     slots: float | None, capsys: pytest.CaptureFixture[str]
 ):
-    sink = ConsoleSink(num_steps=2, first_step=0, reward_names=["accuracy"])
+    sink = LineSink(num_steps=2, reward_names=["accuracy"])
     rollout = {} if slots is None else {"rollout/slots": slots, "rollout/kv_gib": 2.85}
     sink.log(1, {"time/step": 3.2, "throughput/rollout": 108_234.0, **rollout})
     sink.close()

@@ -72,12 +72,12 @@ class HFGenerator:
         input_ids, attention_mask = self._pad_left(prompts)
         recorder = LogprobRecorder(sampling.temperature or 1.0)
         output: Tensor
-        with _without_defaults(lm):
+        with without_defaults(lm):
             output = lm.generate(  # type: ignore[operator]
                 input_ids,
                 attention_mask=attention_mask,
                 generation_config=GenerationConfig(
-                    **_drawing(sampling),
+                    **drawing_options(sampling),
                     max_new_tokens=max(token_limit(prompt, sampling) for prompt in prompts),
                     eos_token_id=policy.end_token_ids,
                     pad_token_id=policy.tokenizer.pad_token_id,
@@ -110,7 +110,7 @@ def _runs(prompts: list[Prompt], sampling: Sampling, *, seed: int) -> Iterator[t
         yield own_seed, range(start, start + 1 + len(others))
 
 
-def _drawing(sampling: Sampling) -> dict[str, Any]:
+def drawing_options(sampling: Sampling) -> dict[str, Any]:
     """The arguments of `generate` for how to draw a token."""
     if sampling.temperature == 0:
         return {}
@@ -119,7 +119,7 @@ def _drawing(sampling: Sampling) -> dict[str, Any]:
 
 
 @contextmanager
-def _without_defaults(lm: PreTrainedModel) -> Iterator[None]:
+def without_defaults(lm: PreTrainedModel) -> Iterator[None]:
     """Whatever a call leaves open, `generate` takes from the model's own generation config: a repetition penalty or a top-k
     there would silently make the samples come from another distribution than the log-probabilities."""
     own = lm.generation_config

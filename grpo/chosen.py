@@ -1,0 +1,174 @@
+"""Which model a person means, and the settings of the run that it comes from: for scripts/sample.py and scripts/chat.py."""
+
+from __future__ import annotations
+
+import math
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo.checkpoint import complete_checkpoints, numbers_of
+from grpo.config import Config, DataConfig, ModelConfig
+from grpo.inference import Sampler, load, model_directory, sampling_config
+from grpo.types import Sampling
+
+TEMPLATES = get_args(DataConfig.model_fields["template"].annotation)
+
+
+LONG = 10**9
+"""Tokens of a prompt: a person's question is not dropped for its length."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A model, and how to ask it."""
+
+    model: ModelConfig
+    settings: Config  # of its run, or of the YAML that was named, or what is usual
+    is_known: bool  # whether it is one of the first two
+    sampling: Sampling
+
+    def data(self, tokenizer: PreTrainedTokenizerBase, template: str | None, system: str | None) -> DataConfig:
+        """How a question becomes a prompt: as said, or as in the run; without one `chat` if the tokenizer has a chat template.
+
+        Raises:
+            ValueError: the model has no chat template, or another one no system message.
+        """
+        data = self.settings.data
+        usual = data.template if self.is_known or not tokenizer.chat_template else "chat"
+        template, system = template or usual, system or data.system_prompt
+        if system is not None and template != "chat":
+            raise ValueError(
+                f"--system is {system!r} with the template {template}; only the chat template has a system message. "
+                "Leave it out, or set --template chat."
+            )
+        if template == "chat" and not tokenizer.chat_template:
+            raise ValueError(
+                f"--template is chat; the tokenizer of {self.model.name} has no chat template. Set --template r1_zero."
+            )
+        return data.model_copy(update={"template": template, "system_prompt": system, "max_prompt_tokens": LONG})
+
+    def load(self, tokenizer: PreTrainedTokenizerBase, *, longest_prompt: int, engine: str = "auto") -> Sampler:
+        """The model itself, for prompts up to so many tokens."""
+        config = sampling_config(
+            self.model.name,
+            revision=self.model.revision,
+            dtype=self.model.dtype,
+            max_prompt_tokens=longest_prompt,
+            max_completion_tokens=self.sampling.max_tokens,
+            engine=engine,
+        )
+        return load(config, tokenizer)
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """What both scripts ask for."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="M",
+        help="a run's directory, a checkpoint, a directory with a model, or a hub id",
+    )
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="of a run: the checkpoint of step N instead of the newest"
+    )
+    parser.add_argument("--base", action="store_true", help="of a run: the model that it started from")
+    parser.add_argument(
+        "--config", metavar="YAML", help="template, rewards, sampling and data from here; default: the run's"
+    )
+    parser.add_argument("--template", choices=TEMPLATES, help="default: the run's; without a run chat if there is one")
+    parser.add_argument("--system", metavar="TEXT", help="system message of the chat template")
+    parser.add_argument(
+        "--temperature", type=float, help="0: the likeliest token; default: the run's, without a run 0.6"
+    )
+    parser.add_argument("--top-p", type=float, help="default: the run's, without a run 0.95")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="of an answer; default: the run's, without a run 1024"
+    )
+
+
+def choose(options: Namespace) -> Chosen:
+    """What the options of `add_options` say.
+
+    Raises:
+        ValueError: there is no such model, run or step, or a number is out of range.
+    """
+    directory = run_directory(options.model)
+    if directory is None:
+        for option, given in (("--step", options.step), ("--base", options.base or None)):
+            if given is not None:
+                raise ValueError(
+                    f"{option} is {given}; {options.model!r} belongs to no run (there is no config.yaml), so it has neither "
+                    f"steps nor a starting model. Leave {option} out, or name a run's directory."
+                )
+    if options.base and options.step is not None:
+        raise ValueError(f"--step is {options.step} with --base; that is step 0 of the run. Leave one of the two out.")
+    path = options.config or (None if directory is None else directory / "config.yaml")
+    if options.base and directory is not None:
+        model = Config.load(directory / "config.yaml").model
+    else:
+        name = model_directory(options.model) if options.step is None else _of_step(directory, options.step)
+        model = ModelConfig(name=name)
+    settings = usual_settings(model) if path is None else Config.load(path)
+    return Chosen(model, settings, path is not None, sampling_of(options, settings.sampling))
+
+
+def usual_settings(model: ModelConfig) -> Config:
+    """For a model whose run is not known; sampled as DeepSeek-R1 evaluates (arXiv 2501.12948v2, section D.1)."""
+    return Config(model=model.model_dump(), rollout={"temperature": 0.6, "top_p": 0.95}, run={"dir": "", "steps": 1})
+
+
+def run_directory(model: str) -> Path | None:
+    """The run that a directory is, or that a checkpoint or its `hf` lies in; None if there is none."""
+    path = Path(model).absolute()
+    for directory, inside in ((path, ""), *((parent, "checkpoints") for parent in path.parents[1:3])):
+        if (directory / "config.yaml").is_file() and path.is_relative_to(directory / inside):
+            return directory
+    return None
+
+
+def sampling_of(options: Namespace, default: Sampling) -> Sampling:
+    """`default` with what the options say otherwise."""
+    given = {name: value for name in RULES if (value := getattr(options, name)) is not None}
+    for name, value in given.items():
+        check_number(name, value)
+    return replace(default, **given)
+
+
+RULES: dict[str, tuple[Callable[[float], bool], str, str]] = {
+    "temperature": (
+        lambda value: 0 <= value < math.inf,
+        "it is at least 0",
+        "Set 0 for the likeliest token, 1 as is usual",
+    ),
+    "top_p": (lambda value: 0 < value <= 1, "it is above 0 and at most 1", "Set 1 to draw from all tokens"),
+    "max_tokens": (lambda value: value >= 1, "an answer has at least 1 token", "Raise it"),
+}
+"""Of numbers that a person may set: whether one is allowed, the rule, the remedy."""
+
+
+def check_number(name: str, value: float, prefix: str = "--") -> None:
+    """Raises ValueError if it is not allowed."""
+    holds, rule, remedy = RULES[name]
+    if not holds(value):
+        raise ValueError(f"{prefix}{name.replace('_', '-')} is {value}; {rule}. {remedy}.")
+
+
+def _of_step(run: Path | None, step: int) -> str:
+    assert run is not None, "a step of no run was refused"
+    steps = {numbers_of(checkpoint): checkpoint for checkpoint in complete_checkpoints(run / "checkpoints")}
+    if (step, None) not in steps:
+        known = ", ".join(str(number) for number, updates in steps if updates is None) or "none"
+        raise ValueError(
+            f"--step is {step}; the run in {run} has checkpoints of these steps: {known}. Choose one of them."
+        )
+    return model_directory(str(steps[step, None]))
+
+
+def said(sampling: Sampling) -> str:
+    """In words."""
+    return f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, at most {sampling.max_tokens} tokens"

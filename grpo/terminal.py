@@ -1,0 +1,164 @@
+"""Lines that stay at the bottom of a terminal while anything is printed above them.
+
+The cursor waits at the first of these lines, which is empty, and each repaint wipes everything from there on. So whatever another
+process, a C library or a logger writes past this module appears above the region too, at worst with remains of it behind its
+second line until the next repaint; a terminal that is made narrower is wiped as well; and since the cursor is never hidden, a
+process that is killed leaves nothing to be repaired. (`rich.live.Live` leaves the cursor at the last line and goes up as many
+lines as it has painted: a line that something else prints is erased, and one of its own stays behind.)
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TextIO
+
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
+from rich.control import Control
+from rich.segment import ControlType, Segment
+from rich.text import Text
+
+REFRESH_SECONDS = 1.0
+"""A clock goes by seconds; new numbers are painted when they come."""
+
+
+def can_repaint(file: TextIO, environment: Mapping[str, str]) -> bool:
+    """Whether `file` is a terminal to paint on: no pipe, no log of a CI job, none that asks for plain text."""
+    plain = environment.get("TERM") in (None, "dumb", "unknown") or environment.get("NO_COLOR") or environment.get("CI")
+    return file.isatty() and not plain and file.encoding.lower().startswith("utf")
+
+
+def printable(text: str) -> str:
+    """`text` with a replacement character for what a terminal would obey instead of showing; line feeds and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
+
+
+Lines = Callable[[Console], list[Text]]
+"""What to show now, top to bottom."""
+
+
+class Region(RenderHook):
+    """Shows `lines` beneath everything that is printed, from `start` until `stop`, which leaves the last state standing."""
+
+    def __init__(self, console: Console, lines: Lines) -> None:
+        self.console = console
+        self._lines = lines
+        self._over = threading.Event()
+        self._over.set()
+        self._streams: tuple[TextIO, TextIO] | None = None
+        self._clock = threading.Thread(target=self._tick, daemon=True)
+
+    def start(self) -> None:
+        self._over.clear()
+        self.console.push_render_hook(self)
+        self._streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (self._above(stream) for stream in self._streams)
+        atexit.register(self.stop)
+        _shown.append(self)
+        self.refresh()
+        self._clock.start()
+
+    def stop(self) -> None:
+        if self._over.is_set():
+            return
+        self._over.set()
+        self._clock.join()
+        assert self._streams is not None, "a region that is not over was started"
+        for proxy in (sys.stdout, sys.stderr):
+            if isinstance(proxy, _Above):
+                proxy.end()
+        sys.stdout, sys.stderr = self._streams
+        self.console.pop_render_hook()
+        self.console.print(_Frame(self._lines, parked=False))
+        atexit.unregister(self.stop)
+        _shown.remove(self)
+
+    def refresh(self) -> None:
+        self.console.print(Control())
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """Called by the console with what is about to be printed."""
+        return [_WIPE, *renderables, _Frame(self._lines, parked=True)]
+
+    def _tick(self) -> None:
+        while not self._over.wait(REFRESH_SECONDS):
+            self.refresh()
+
+    def _above(self, stream: TextIO) -> Any:
+        """Of the two streams, those that lead to this terminal."""
+        return _Above(stream, self.console) if stream.isatty() else stream
+
+
+_shown: list[Region] = []
+
+
+def wipe() -> None:
+    """Take away what is shown, past all locks: for a process that is about to end without cleaning up."""
+    if _shown:
+        os.write(_shown[0].console.file.fileno(), _ERASE.encode())
+
+
+_ERASE = "\r\x1b[J"
+
+
+class _Raw:
+    """Text that is written as it is."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        yield Segment(self.text, None, [(ControlType.CARRIAGE_RETURN,)])
+
+
+_WIPE = _Raw(_ERASE)
+
+
+class _Frame:
+    """The lines, wiped first; `parked` leaves the cursor at the first of them, else it goes beneath the last."""
+
+    def __init__(self, lines: Lines, *, parked: bool) -> None:
+        self.lines = lines
+        self.parked = parked
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        lines = [Text(""), *self.lines(console)][: max(console.height - 1, 1)]
+        yield from _WIPE.__rich_console__(console, options)
+        for number, line in enumerate(lines):
+            line.truncate(console.width, overflow="ellipsis")
+            is_end = self.parked and number == len(lines) - 1
+            yield from line.render(console, end="" if is_end else "\n")
+        if self.parked and len(lines) > 1:
+            yield Segment(f"\x1b[{len(lines) - 1}A\r", None, [(ControlType.CURSOR_UP, len(lines) - 1)])
+
+
+class _Above:
+    """A stream whose whole lines are printed above the region; in all else it is the stream itself."""
+
+    def __init__(self, stream: TextIO, console: Console) -> None:
+        self.rich_proxied_file = stream  # by this name a Console finds the stream that it should write to
+        self._console = console
+        self._begun = ""  # of a line whose end has not come
+        self._lock = threading.RLock()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            lines, feed, self._begun = (self._begun + text).rpartition("\n")
+            if feed:
+                self._console.print(_Raw(lines + feed))
+        return len(text)
+
+    def flush(self) -> None:
+        self.rich_proxied_file.flush()
+
+    def end(self) -> None:
+        """Print what was begun."""
+        if self._begun:
+            self.write("\n")
