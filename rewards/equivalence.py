@@ -73,6 +73,9 @@ _NUMBER = re.compile(
     r"\s*(?P<percent>\\?%)?"
 )
 _WORDS = re.compile(r"[a-zA-Z ,.()'\-]+")
+_NOT_WORKED_OUT = re.compile(  # an operation between two numbers, but for powers of ten: 1.45 \times 10^{-5}
+    r"[0-9)\]}]\s*(?:[-+/÷]|\\div(?![a-zA-Z])|(?:[*×·]|\\times|\\cdot)(?![a-zA-Z]|\s*10\s*\^))[-+\s(\[{]*(?:\\frac|\.?[0-9])"
+)
 _WORKED_OUT_WHEN_READ = re.compile(
     r"\\(?:gcd|lcm|Gamma|sum|prod|int|lim)(?![a-zA-Z])"
     r"|\\[dt]?binom(?!\s*\{\s*\d{1,4}\s*\}\s*\{\s*\d{1,4}\s*\}|\s*\{\s*[a-df-z]\s*\}\s*\{\s*[a-df-z]\s*\})"  # e is a number
@@ -88,6 +91,7 @@ class Number:
 
     value: Fraction  # as written: 20 for "20%"
     is_percent: bool
+    is_quotient: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,11 @@ def read_gold(answer: str) -> Gold | str:
 
 
 def is_equivalent(candidate: str, gold: Gold) -> bool:
-    """Whether a candidate answer is the gold answer. Numbers and words exactly; a decimal for a root to 6 places."""
+    """Whether a candidate answer is the gold answer. Numbers and words exactly; a decimal for a root to 6 places.
+
+    Where a number is asked for, arithmetic that is not worked out is no answer: a model that is paid for "4 + 3 * 4" leaves the
+    arithmetic to the grader, and stops thinking. A fraction is a number, unless it is a whole one.
+    """
     if len(candidate) > 2 * MAX_CHARS or has_disguise(candidate):  # before any regex sees it
         return False
     text = normalise(candidate)
@@ -134,7 +142,10 @@ def is_equivalent(candidate: str, gold: Gold) -> bool:
         return True
     number = plain_number(text)
     if gold.number is not None and number is not None:
-        return same_number(gold.number, number)
+        is_worked_out = not number.is_quotient or gold.number.value.denominator > 1
+        return is_worked_out and same_number(gold.number, number)
+    if gold.number is not None and _NOT_WORKED_OUT.search(text):
+        return False
     if number is not None:
         text = text.rstrip("\\% ")  # math-verify takes "50%" for 50 and for 0.5
     if _JUXTAPOSED.search(text) or _TEXT_WITH_DIGITS.search(text):
@@ -170,7 +181,8 @@ def plain_number(text: str) -> Number | None:
     if denominator == 0:
         return None
     value = numerator / denominator * Fraction(10) ** int(match["exponent"] or 0)
-    return Number(-value if match["sign"] == "-" else value, match["percent"] is not None)
+    is_quotient = match["over"] is not None or match["bottom"] is not None
+    return Number(-value if match["sign"] == "-" else value, match["percent"] is not None, is_quotient)
 
 
 def same_number(gold: Number, candidate: Number) -> bool:
