@@ -81,7 +81,7 @@ def console() -> Console:
 
 def show_evaluation(console: Console, step: int, metrics: Mapping[str, float]) -> None:
     """What held-out questions gave, if anything among the metrics is of them."""
-    evaluated = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+    evaluated = {n: v for n, v in metrics.items() if n.startswith("eval/") and not n.endswith(("_low", "_high"))}
     if evaluated:
         shown = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in evaluated.items())
         console.print(f"[bold]held-out, step {step}:[/]  {shown}")
