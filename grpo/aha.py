@@ -140,6 +140,8 @@ def check_lists(setting: str, lists: Mapping[str, Sequence[str]]) -> None:
                 f"{setting} has a list {name!r}; its metrics are named aha/<list>_share and so on, so a name has lower-case "
                 "letters and digits only. Rename it."
             )
+        if name == "eval":
+            raise ValueError(f"{setting} has a list {name!r}; aha/eval_... are the metrics of evaluations. Rename it.")
         if not words:
             raise ValueError(f"{setting}.{name} is empty; there is nothing to count. Give it words, or remove it.")
         for word in words:
@@ -254,7 +256,7 @@ def other_script(text: str, question: str) -> float | None:
     and all others. Code, formulas, LaTeX commands, tags and numbers have no words, nor has a single letter of an alphabet: x, π.
     """
     if _is_latin(text) and _is_latin(question):
-        return 0.0 if _LATIN_WORD.search(text) else None
+        return 0.0 if _LATIN_WORD.search(_NO_WORDS.sub(" ", text)) else None
     of_question, of_text = _scripts(question), _scripts(text)
     num_words = sum(of_text)
     if not num_words:

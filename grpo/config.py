@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from grpo.aha import check_lists
-from grpo.types import Sampling
+from grpo.types import VOTE, Sampling
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -490,6 +490,15 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(
             f"evaluation.top_p is {config.evaluation.top_p}; at evaluation.temperature 0 the likeliest token is taken and "
             "top_p has no effect. Remove it, or set evaluation.temperature."
+        )
+    if config.evaluation.num_samples > 1 and config.evaluation.num_questions == 0:
+        raise ValueError(
+            f"evaluation.num_samples is {config.evaluation.num_samples}; it has no effect while evaluation.num_questions is 0. "
+            "Remove it, or set evaluation.num_questions."
+        )
+    if any(reward.function == VOTE and reward.weight for reward in config.rewards):
+        raise ValueError(
+            f"rewards has {VOTE!r} with a weight; its values are names of answers and no rewards. Give it weight 0."
         )
     if config.evaluation.temperature == 0 and config.evaluation.num_samples > 1:
         raise ValueError(

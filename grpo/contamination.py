@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from grpo.aha import HAN
+
 NUM_WORDS = 10
-_WORD = re.compile(r"\w+")
+_WORD = re.compile(rf"[{HAN}]|[^\W{HAN}]+")  # each Chinese character is a word: nothing stands between them
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from grpo.rollout import Generator
 from grpo.scoring import Scorer
 from grpo.statistics import Values, estimate, majority, pass_at_k, powers_of_two
-from grpo.types import Group, Prompt, Sampling, Scores
+from grpo.types import VOTE, Group, Prompt, Sampling, Scores
 
 OnRows = Callable[[list[dict[str, Any]]], None]
 """Called with the rows of a question, when all of its samples are scored."""
@@ -160,10 +160,6 @@ def columns_of(questions: list[list[dict[str, Any]]]) -> dict[str, Values]:
     columns["unknown"] = _means(questions, lambda row: float(is_right(row) is None))
     columns["length"] = _means(questions, lambda row: float(row["num_tokens"]))
     return columns
-
-
-VOTE = "vote"
-"""The reward function whose values say which completions of a question have the same answer."""
 
 
 def _reward(name: str, row: dict[str, Any]) -> float | None:

@@ -27,14 +27,14 @@ from transformers import PreTrainedTokenizerBase
 from grpo import benchmarks, distributed, inference
 from grpo.config import DataConfig, ModelConfig
 from grpo.distributed import Processes
-from grpo.evaluate import OF_THE_QUESTION, VOTE, answer, by_question, columns_of, is_right
+from grpo.evaluate import OF_THE_QUESTION, answer, by_question, columns_of, is_right
 from grpo.policy import load_tokenizer
 from grpo.prompts import build_prompts
 from grpo.scoring import Reward, Scorer, resolve_function
 from grpo.shortage import or_fewer_at_once
 from grpo.sinks import append_jsonl
 from grpo.statistics import estimate
-from grpo.types import Prompt, Sampling
+from grpo.types import VOTE, Prompt, Sampling
 from grpo.writer import replace_text
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."

@@ -18,7 +18,7 @@ from grpo.aha import Words, tally
 from grpo.distributed import Processes
 from grpo.evaluate import is_right
 from grpo.loss import TokenLoss
-from grpo.types import Group, MicroBatch, Scores
+from grpo.types import VOTE, Group, MicroBatch, Scores
 
 METRICS = {
     "reward/mean": "mean of the weighted reward over the step's completions whose reward is known",
@@ -175,7 +175,8 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores, advantage
     meter.mean_of_known("reward/mean", scores.rewards)
     meter.mean_of_known(SQUARED_REWARD, scores.rewards.double().square())
     for name, values in scores.values.items():
-        meter.mean_of_known(f"reward/{name}", values)
+        if name != VOTE:
+            meter.mean_of_known(f"reward/{name}", values)
     meter.mean("reward/unknown", scores.rewards.isnan().double())
     meter.mean("group/with_signal", has_signal(advantages).double())
     completions = [completion for group in groups for completion in group.completions]

@@ -95,7 +95,12 @@ def load_table(name: str, subset: str | None, split: str, setting: str) -> Any:
     if path.is_file():
         if path.suffix not in FORMATS:
             raise ValueError(f"{setting} is {name!r}; a local file ends in {', '.join(FORMATS)}. Convert the file.")
-        return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+        try:
+            return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+        except Exception as error:
+            raise ValueError(
+                f"{setting} is {name!r}; it cannot be read as {FORMATS[path.suffix]}: {error}. Correct the file."
+            ) from error
     if path.suffix in FORMATS or name.startswith((".", "/", "~")):
         raise ValueError(f"{setting} is {name!r}; there is no such file. Correct the path, or name a hub data set.")
     try:

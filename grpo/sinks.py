@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -135,6 +137,11 @@ def chart_lines(metric: str) -> dict[str, str]:
     return {"all": every, "right": f"{metric}_right", "wrong": f"{metric}_wrong"}
 
 
+def _thinned(points: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most so many of the points, evenly spread, with the last one."""
+    return points[:: -math.ceil(len(points) / most)][::-1] if points else points
+
+
 class Rarely:
     """Says when something large is due: at first every five steps, later after a tenth of the steps so far."""
 
@@ -180,6 +187,7 @@ class WandbSink:
     """
 
     TABLE_ROWS = 32
+    CHART_ROWS = 10_000  # W&B shows no more of a table
 
     def __init__(
         self,
@@ -236,19 +244,24 @@ class WandbSink:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         overview = {short: metrics[name] for name, short in self._overview.items() if name in metrics}
         self._history.append({"step": step, **metrics})
-        self._send({**metrics, **overview}, step)
+        with self._surviving(step):
+            self._run.log({"step": step, **metrics, **overview})
         if self._charts_due.due(step):
             self._send_charts()
 
     def _send_charts(self) -> None:
-        charts = {name: self._chart(title, metric) for name, (title, metric) in CHARTS.items()}
-        self._send({name: chart for name, chart in charts.items() if chart}, self._history[-1]["step"])
+        step = self._history[-1]["step"]
+        with self._surviving(step):
+            charts = {name: self._chart(title, metric) for name, (title, metric) in CHARTS.items()}
+            self._run.log({"step": step, **{name: chart for name, chart in charts.items() if chart}})
 
     def _chart(self, title: str, metric: str) -> Any:
         """All of a chart's lines up to now, those of an earlier attempt at the run included; None while there are none."""
         lines = chart_lines(metric)
+        most = self.CHART_ROWS // (len(lines) + 1)
         points = {
-            label: [(row["step"], row[name]) for row in self._history if name in row] for label, name in lines.items()
+            label: _thinned([(row["step"], row[name]) for row in self._history if name in row], most)
+            for label, name in lines.items()
         }
         if lines["all"] in (base := aha.base_level(self._history)):
             points[UNTRAINED] = [(step, base[lines["all"]]) for step, _ in points["all"]]
@@ -261,12 +274,16 @@ class WandbSink:
     def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
         if not rows:
             return
+        with self._surviving(step):
+            self._log_tables(step, rows)
+
+    def _log_tables(self, step: int, rows: list[dict[str, Any]]) -> None:
         table = self._wandb.Table(columns=list(rows[0]))
         for row in rows[: self.TABLE_ROWS]:
             table.add_data(*(json.dumps(v) if isinstance(v, dict) else v for v in row.values()))
-        self._send({"samples/completions": table}, step)
+        self._run.log({"step": step, "samples/completions": table})
         if picked := self._samples.pick(step, rows):
-            self._send({"samples/reflective": self._reflective_table(picked)}, step)
+            self._run.log({"step": step, "samples/reflective": self._reflective_table(picked)})
 
     def _reflective_table(self, picked: list[tuple[str, Row, list[tuple[int, int]]]]) -> Any:
         columns: list[str | int] = [
@@ -287,9 +304,10 @@ class WandbSink:
             table.add_data(row["step"], label, len(spans), row["num_tokens"], passages, *texts)
         return table
 
-    def _send(self, values: dict[str, Any], step: int) -> None:
+    @contextlib.contextmanager
+    def _surviving(self, step: int) -> Iterator[None]:
         try:
-            self._run.log({"step": step, **values})
+            yield
         except Exception as error:
             print(f"wandb: {error}; step {step} is in the run's own files only.", flush=True)
 
@@ -330,14 +348,20 @@ class TensorBoardSink:
 
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
         layout = {
-            title: ["Multiline", [*chart_lines(metric).values(), _untrained(metric)]]
+            title: ["Multiline", [f"^{re.escape(tag)}$" for tag in (*chart_lines(metric).values(), _untrained(metric))]]
             for title, metric in CHARTS.values()
         }
         self._writer.add_custom_scalars({"reflection": layout})
         self._base = aha.base_level(history)
         self._samples = ReflectiveSamples(words)
+        self._failed = False
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        if not self._failed:
+            with self._surviving(step):
+                self._log(step, metrics)
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
         self._base = self._base or aha.base_level([{"step": step, **metrics}])
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
@@ -348,15 +372,28 @@ class TensorBoardSink:
         self._writer.flush()
 
     def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
+        if self._failed:
+            return
         texts: dict[str, list[str]] = {}
         for label, row, spans in self._samples.pick(step, rows):
             marked = aha.as_text(aha.excerpts(row["completion"], spans), mark=("**", "**"))
             texts.setdefault(label, []).append(f"{row['question']}\n\n> {marked}".replace("<", "&lt;"))
-        for label, each in texts.items():
-            self._writer.add_text(f"samples/reflective_{label}", "\n\n---\n\n".join(each), step)
+        with self._surviving(step):
+            for label, each in texts.items():
+                self._writer.add_text(f"samples/reflective_{label}", "\n\n---\n\n".join(each), step)
+
+    @contextlib.contextmanager
+    def _surviving(self, step: int) -> Iterator[None]:
+        """A full disk ends these files and not the run: after one error their writer only repeats it."""
+        try:
+            yield
+        except OSError as error:
+            self._failed = True
+            print(f"warning: tensorboard/ cannot be written: {error}; from step {step} on it has nothing.", flush=True)
 
     def close(self) -> None:
-        self._writer.close()
+        with contextlib.suppress(OSError):
+            self._writer.close()
 
 
 def _untrained(metric: str) -> str:

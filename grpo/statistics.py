@@ -38,10 +38,17 @@ def pass_at_k(verdicts: Sequence[bool | None], k: int) -> float:
         verdicts: of one question; None: unknown, which counts neither in n nor in c.
 
     Returns:
-        NaN if fewer than k verdicts are known.
+        With fewer than k known verdicts, what all samples give if it is the same whatever the unknown ones are; else NaN.
     """
     n, c = sum(verdict is not None for verdict in verdicts), sum(verdict is True for verdict in verdicts)
-    return math.nan if n < k else 1 - math.comb(n - c, k) / math.comb(n, k)
+    if n >= k:
+        return _at_least_one(n, c, k)
+    worst, best = (_at_least_one(len(verdicts), right, k) for right in (c, c + len(verdicts) - n))
+    return worst if worst == best else math.nan
+
+
+def _at_least_one(n: int, c: int, k: int) -> float:
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def majority(votes: Sequence[float | None], verdicts: Sequence[bool | None]) -> float:

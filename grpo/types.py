@@ -84,6 +84,10 @@ OnGroup = Callable[[int, Group], None]
 """Called with the place of a prompt and its group, when all completions of the group have ended."""
 
 
+VOTE = "vote"
+"""The reward function whose values say which completions of a question have the same answer; they are no rewards."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """What the reward functions said of some groups.

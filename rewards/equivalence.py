@@ -68,7 +68,8 @@ _LIST = re.compile(r",(?!\d{3})|;|\b(?:or|and)\b")
 _JUXTAPOSED = re.compile(r"\d\s+\d")  # "1 2 3" would be read as their product
 _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
 _NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)\s*(?:(?P<number>{_UNSIGNED})(?:[eE](?P<exponent>[-+]?[0-9]{{1,2}})|\s*/\s*(?P<over>{_UNSIGNED}))?"
+    rf"(?P<sign>[-+]?)\s*(?:(?P<number>{_UNSIGNED})(?:[eE](?P<exponent>[-+]?[0-9]{{1,2}})|\s*/\s*(?P<over>{_UNSIGNED})"
+    r"|\s*(?:\\times|\\cdot|[*×·])\s*10\s*\^\s*(?:\{\s*(?P<braced>[-+]?[0-9]{1,2})\s*\}|(?P<power>[-+]?[0-9]{1,2})))?"
     rf"|\\frac\s*\{{\s*(?P<top>{_UNSIGNED})\s*\}}\s*\{{\s*(?P<bottom>{_UNSIGNED})\s*\}})"
     r"\s*(?P<percent>\\?%)?"
 )
@@ -180,7 +181,7 @@ def plain_number(text: str) -> Number | None:
     denominator = Fraction((match["over"] or match["bottom"] or "1").replace(",", ""))
     if denominator == 0:
         return None
-    value = numerator / denominator * Fraction(10) ** int(match["exponent"] or 0)
+    value = numerator / denominator * Fraction(10) ** int(match["exponent"] or match["braced"] or match["power"] or 0)
     is_quotient = match["over"] is not None or match["bottom"] is not None
     return Number(-value if match["sign"] == "-" else value, match["percent"] is not None, is_quotient)
 

@@ -34,6 +34,15 @@ _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
 _PROSE = re.compile(r"(?!(?:sin|cos|tan|log|exp|mod|det|max|min|and)\b)[a-zA-Z]{3,}|\b(?:[kcm]m|[km]g|ml|ft|hr|is)\b")
 
 
+_EMPHASIS = re.compile(r"(?<![\w*)\]}])(\*\*|__|\*)(?=[^\s*])([^\n*]{1,200}?)(?<=[^\s*])\1(?![\w*])")
+_BOLD = re.compile(r"\\(?:mathbf|textbf|boldsymbol|bm)\s*\{([^{}]{1,200})\}")
+
+
+def without_emphasis(text: str) -> str:
+    r"""Without Markdown's and LaTeX's marks for bold and italics: in "It is **18**." the stars are no multiplication signs."""
+    return _BOLD.sub(r"\1", _EMPHASIS.sub(r"\2", text))
+
+
 def last_answer_tag(completion: str) -> str | None:
     """The content of the last `<answer>...</answer>`, stripped; None without a complete pair."""
     end = completion.rfind("</answer>")
@@ -79,6 +88,7 @@ def last_number(text: str) -> str | None:
     None if there is none, if its digits belong to something else (`10^5`, `x_2`, `CO2`, `5:30`, `9 + 2`), or if it ends
     a list of different numbers.
     """
+    text = without_emphasis(text)
     matches = list(_NUMBER.finditer(text))
     if not matches:
         return None
@@ -129,6 +139,7 @@ def final_expression(content: str) -> str | None:
         return boxed or None
     if not content or len(content) > MAX_TAG_CHARS:
         return None
+    content = without_emphasis(content)
     math = last_math(content)
     if math is not None and not _NUMBER.search(content, math[1]):
         return math[0]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from wandb.proto import wandb_internal_pb2 as wandb_records
 from grpo import Trainer, aha
 from grpo.evaluate import is_right
 from grpo.metrics import METRICS, Meter, measure_texts
-from grpo.sinks import read_jsonl
+from grpo.sinks import TensorBoardSink, _thinned, read_jsonl
 
 WORDS = aha.Words(aha.WORD_LISTS)
 
@@ -113,6 +114,7 @@ def test_the_pattern_for_other_programs_finds_the_same(name: str):
     ("lists", "message"),
     [
         ({"my_list": ["so"]}, "my_list"),
+        ({"eval": ["so"]}, "'eval'"),
         ({"mine": []}, "mine is empty"),
         ({"mine": ["Hmm"]}, "'Hmm'"),
         ({"mine": ["*"]}, r"'\*'"),
@@ -220,6 +222,7 @@ def test_the_base_level_is_that_of_step_one():
         ("сорок two", "How many?", 1 / 2),
         ("naïve café × 3 ÷ ½ m² π Δx", "How many?", 0.0),
         ("42 + 7 = 49", "How many?", None),
+        (r"$\frac{price}{two}$ `print`", "How many?", None),
         (r"我们有 $\frac{a}{b} = \text{price}$ 和 \boxed{7} <think>", "有几个？", 0.0),
         ("我 `print` ```python\nprice = 3\n``` 有", "有几个？", 0.0),
         ("我 the 有", "有几个？", 1 / 3),
@@ -395,6 +398,30 @@ def test_tensorboard_shows_each_step_once_after_resuming_and_the_untrained_model
     assert [event.step for event in board.Scalars("eval/length_mean")] == [0, 1, 2, 3]
     assert any(tag.startswith("samples/reflective") for tag in board.Tags()["tensors"])
     assert "custom_scalars__config__" in board.Tags()["tensors"]
+
+
+def test_a_disk_that_is_full_ends_tensorboards_files_and_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    sink = TensorBoardSink(tmp_path, first_step=0, words=WORDS, history=[])
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sink._writer, "flush", full)
+    for step in (1, 2):
+        sink.log(step, {"reward/mean": 0.5})
+    sink.log_completions(3, [])
+    sink.close()
+    assert capsys.readouterr().out.count("No space left on device; from step 1 on") == 1
+
+
+def test_a_chart_of_a_long_run_keeps_its_last_point_and_stays_within_what_wandb_shows():
+    points = [(float(step), 0.5) for step in range(9999)]
+    thinned = _thinned(points, 2500)
+    assert (len(thinned), thinned[-1]) == (2500, points[-1])
+    assert {later[0] - earlier[0] for earlier, later in pairwise(thinned)} == {4.0}
+    assert _thinned(points[:3], 2500) == points[:3]
 
 
 def test_tensorboard_that_is_not_installed_is_said_before_a_model_is_loaded(

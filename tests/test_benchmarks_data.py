@@ -85,6 +85,9 @@ def test_a_file_that_cannot_be_read_is_refused_by_its_name(tmp_path: Path):
     with pytest.raises(ValueError, match=r"^--data mine is '/nowhere\.jsonl'; there is no such file\. Correct"):
         load("mine", "/nowhere.jsonl")
     path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "a"\n')
+    with pytest.raises(ValueError, match=r"^--data mine is '.*'; it cannot be read as json: .* Correct the file"):
+        load("mine", str(path))
     path.write_text('{"problem": "a", "answer": "1"}\n')
     with pytest.raises(
         ValueError, match=r"^--data mine: there is no column 'question'; the data has problem, answer\. Rename"
@@ -136,6 +139,12 @@ def test_ten_words_in_a_row_are_shared_and_nine_are_not():
 
 def test_a_short_question_is_shared_only_whole_with_its_signs():
     assert overlaps(TRAIN, ["what  is 3 + 4?", "What is 3 - 4?", "What is 3"]) == [Overlap(0, 1, 1.0, "what is 3 + 4?")]
+
+
+def test_chinese_characters_are_words():
+    question = "小明有五个苹果，他吃了两个，还剩几个苹果？"
+    (found,) = overlaps([question + "请回答"], [question])
+    assert found.share > 0.9
 
 
 def test_each_test_question_is_reported_once_with_the_one_that_shares_most():

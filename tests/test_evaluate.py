@@ -56,9 +56,9 @@ def test_the_error_of_one_sample_each_is_that_of_the_samples():
 
 
 def test_an_unknown_verdict_is_left_out_of_the_metrics():
-    metrics = summarize(rows_of([[1.0, None], [0.0, 0.0]]))
-    assert metrics["eval/pass@1"] == 0.5
-    assert metrics["eval/pass@2"] == 0.0  # of the second question alone; the first has one verdict
+    metrics = summarize(rows_of([[1.0, None], [0.0, 0.0], [0.0, None]]))
+    assert metrics["eval/pass@1"] == pytest.approx(1 / 3)
+    assert metrics["eval/pass@2"] == 0.5  # of the first two questions; nobody knows of the third
     assert "eval/pass@1" not in summarize(rows_of([[None]]))
 
 
@@ -126,4 +126,14 @@ def test_more_samples_than_greedy_decoding_has_are_refused(tmp_path: Path):
     with pytest.raises(
         ValueError, match=r"^evaluation\.num_samples is 4; at evaluation\.temperature 0 .* Set it to 1, or"
     ):
-        tiny_config(tmp_path, evaluation={"num_samples": 4})
+        tiny_config(tmp_path, evaluation={"num_questions": 8, "num_samples": 4})
+
+
+def test_samples_without_questions_and_votes_that_are_paid_for_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"^evaluation\.num_samples is 4; it has no effect while .*num_questions is 0"):
+        tiny_config(tmp_path, evaluation={"num_samples": 4, "temperature": 1.0})
+    rewards = [{"function": "accuracy"}, {"function": "vote"}]
+    with pytest.raises(ValueError, match=r"^rewards has 'vote' with a weight; .* Give it weight 0"):
+        tiny_config(tmp_path, rewards=rewards)
+    rewards[1]["weight"] = 0
+    tiny_config(tmp_path, rewards=rewards)

@@ -29,8 +29,13 @@ def test_pass_at_k_of_a_worked_example():
 
 def test_unknown_verdicts_are_neither_right_nor_wrong():
     assert pass_at_k([True, None, False], 1) == 0.5
-    assert math.isnan(pass_at_k([True, None, False], 3))
+    assert pass_at_k([True, None, False, False], 2) == pytest.approx(2 / 3)  # of three known ones
     assert math.isnan(pass_at_k([None], 1))
+
+
+def test_an_unknown_verdict_that_changes_nothing_does_not_count_against_a_question():
+    assert pass_at_k([True, None, False], 3) == 1.0  # one of the three is right, whatever the second is
+    assert math.isnan(pass_at_k([False, None, False], 3))
 
 
 def test_the_most_frequent_answer_wins_and_ties_are_shared():

@@ -11,8 +11,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from grpo.config import Config
-from grpo.evaluate import VOTE, is_right
+from grpo.evaluate import is_right
 from grpo.report.read import Row, Run, Source, wilson
+from grpo.types import VOTE
 
 Interval = tuple[float, float, float]
 """A value and the two ends of its 95 % interval."""
