@@ -44,6 +44,10 @@ def chosen_rows(data: DataConfig, numbers: Sequence[int], *, held_out: bool) -> 
     Raises:
         ValueError: see load_rows; or there is no row of that number.
     """
+    if data.name is None:
+        raise ValueError(
+            f"--row is {numbers[0]}; there are no questions to take it from. Name them with --data, or a run as --model."
+        )
     rows = load_rows(data, evaluation=held_out)
     for n in numbers:
         if not 0 <= n < len(rows):
@@ -123,7 +127,10 @@ def _why(reward: Reward, completion: str, columns: Mapping[str, Any]) -> str | N
     if explain is None:
         return None
     known = {**columns, **reward.args, "completion": completion}
-    return str(explain(**{name: known[name] for name in inspect.signature(explain).parameters if name in known}))
+    try:
+        return str(explain(**{name: known[name] for name in inspect.signature(explain).parameters if name in known}))
+    except Exception as error:  # a group that was sampled and scored is shown, whatever is said of it
+        return f"its explain failed: {error!r}"
 
 
 def show_group(console: Console, rows: list[dict[str, Any]]) -> None:

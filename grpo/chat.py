@@ -20,7 +20,7 @@ from grpo.display import STYLES
 from grpo.policy import SampledModel
 from grpo.prompts import TEMPLATES, chat_text
 from grpo.rollout.hf import drawing_options, without_defaults
-from grpo.terminal import printable
+from grpo.terminal import is_text, printable
 from grpo.thinking import Kind, Reader
 from grpo.types import Sampling
 
@@ -128,8 +128,10 @@ class Conversation:
     def ask(self, question: str) -> Answer:
         """
         Raises:
-            ValueError: the model does not know as many positions as prompt and answer may take.
+            ValueError: the question is no text, or the model does not know as many positions as prompt and answer may take.
         """
+        if not is_text(question):
+            raise ValueError(f"the question is {question!r}; it has bytes that are no UTF-8. Type it again.")
         text = self.prompt(question)
         tokens = self.model.tokenizer(text, add_special_tokens=TEMPLATES[self.data.template].adds_special_tokens)[
             "input_ids"
@@ -143,9 +145,13 @@ class Conversation:
         return Answer(self.model, tokens, self.sampling)
 
     def remember(self, question: str, answer: str) -> None:
-        """Add a turn, of the answer what stands behind its thoughts, as the models' own chat templates have it."""
+        """Add a turn, of the answer what stands behind its thoughts, as the models' own chat templates have it.
+
+        Of an answer that ended within its thoughts that is nothing.
+        """
         if self.remembers:
-            said_ = answer.rpartition("</think>")[2].strip()
+            thinks = "<think>" in answer or self.prompt(question).rstrip().endswith("<think>")
+            said_ = "" if thinks and "</think>" not in answer else answer.rpartition("</think>")[2].strip()
             self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": said_}]
 
     def command(self, line: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from grpo.checkpoint import complete_checkpoints, numbers_of
 from grpo.config import Config, DataConfig, ModelConfig
@@ -53,7 +53,17 @@ class Chosen:
         return data.model_copy(update={"template": template, "system_prompt": system, "max_prompt_tokens": LONG})
 
     def load(self, tokenizer: PreTrainedTokenizerBase, *, longest_prompt: int, engine: str = "auto") -> Sampler:
-        """The model itself, for prompts up to so many tokens."""
+        """The model itself, for prompts up to so many tokens.
+
+        Raises:
+            ValueError: prompt and answer may have more positions than the model knows.
+        """
+        limit = num_positions(self.model)
+        if limit is not None and longest_prompt + self.sampling.max_tokens > limit:
+            raise ValueError(
+                f"--max-tokens is {self.sampling.max_tokens}; with a prompt of {longest_prompt} tokens that is more than the "
+                f"{limit} positions that {self.model.name} knows. Set --max-tokens <= {limit - longest_prompt}."
+            )
         config = sampling_config(
             self.model.name,
             revision=self.model.revision,
@@ -87,7 +97,10 @@ def add_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--top-p", type=float, help="default: the run's, without a run 0.95")
     parser.add_argument(
-        "--max-tokens", type=int, metavar="N", help="of an answer; default: the run's, without a run 1024"
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="of an answer; default: the run's, without a run 1024 or half of what the model knows",
     )
 
 
@@ -119,7 +132,21 @@ def choose(options: Namespace) -> Chosen:
 
 def usual_settings(model: ModelConfig) -> Config:
     """For a model whose run is not known; sampled as DeepSeek-R1 evaluates (arXiv 2501.12948v2, section D.1)."""
-    return Config(model=model.model_dump(), rollout={"temperature": 0.6, "top_p": 0.95}, run={"dir": "", "steps": 1})
+    limit = num_positions(model)
+    rollout = {"temperature": 0.6, "top_p": 0.95, "max_completion_tokens": min(1024, (limit or 2048) // 2)}
+    return Config(model=model.model_dump(), rollout=rollout, run={"dir": "", "steps": 1})
+
+
+def num_positions(model: ModelConfig) -> int | None:
+    """Most tokens of a sequence; None if the model does not say."""
+    try:
+        config = AutoConfig.from_pretrained(model.name, revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model is {model.name!r}; it is neither a directory with a model in Hugging Face format nor a model that the hub "
+            f"gave: {error}. Correct the path, or check the id and the network."
+        ) from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def run_directory(model: str) -> Path | None:

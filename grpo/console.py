@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from grpo import heartbeat
+from grpo.terminal import printable
 
 WIDE = 9
 
@@ -104,17 +105,22 @@ def show_samples(before: list[dict[str, Any]], after: list[dict[str, Any]], num_
     answered = {row["question"]: row for row in before if row["sample"] == 0}
     pairs = [(answered[row["question"]], row) for row in after if row["sample"] == 0 and row["question"] in answered]
     for old, new in pairs[:num_samples]:
-        console.print(f"\nQuestion: {old['question']}\nGold answer: {old['answer']}")
+        console.print(printable(f"\nQuestion: {old['question']}\nGold answer: {old['answer']}"))
         for label, row in (("before", old), ("after", new)):
             verdicts = ", ".join(f"{name} {value}" for name, value in row["rewards"].items())
-            console.print(f"  {label} ({verdicts}): {row['completion'].strip()}")
+            console.print(printable(f"  {label} ({verdicts}): {row['completion'].strip()}"))
 
 
 @contextmanager
 def errors_for_users() -> Iterator[None]:
-    """A ValueError of ours speaks for itself: print it and exit with 2. One out of a library keeps its traceback."""
+    """A ValueError of ours speaks for itself: print it and exit with 2. One out of a library keeps its traceback.
+
+    Nor has Ctrl-C one.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # as a shell counts SIGINT
     except ValueError as error:
         origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if origin.parent.name not in ("grpo", "rollout", "check", "report", "rewards"):

@@ -6,6 +6,7 @@ import fcntl
 import json
 import platform
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
@@ -141,12 +142,17 @@ class RunLog:
         self.sinks.append(self.console)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        for sink in self.sinks:
-            sink.log(step, metrics)
+        self._tell(lambda sink: sink.log(step, metrics))
 
     def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
-        for sink in self.sinks:
-            sink.log_completions(step, rows)
+        self._tell(lambda sink: sink.log_completions(step, rows))
+
+    def _tell(self, what: Callable[[Sink], None]) -> None:
+        for sink in list(self.sinks):
+            try:
+                what(sink)
+            except OSError:  # of a terminal that is gone; what writes files takes care of its own errors
+                self.sinks.remove(sink)
 
     def log_alarm(self, rule: str, text: str) -> None:
         if self.console is not None:

@@ -3,8 +3,9 @@
 The cursor waits at the first of these lines, which is empty, and each repaint wipes everything from there on. So whatever another
 process, a C library or a logger writes past this module appears above the region too, at worst with remains of it behind its
 second line until the next repaint; a terminal that is made narrower is wiped as well; and since the cursor is never hidden, a
-process that is killed leaves nothing to be repaired. (`rich.live.Live` leaves the cursor at the last line and goes up as many
-lines as it has painted: a line that something else prints is erased, and one of its own stays behind.)
+process that is killed leaves a terminal that works, with the region's remains beneath the prompt. (`rich.live.Live` leaves the
+cursor at the last line and goes up as many lines as it has painted: a line that something else prints is erased, and one of its
+own stays behind.)
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
 
 
+def is_text(typed: str) -> bool:
+    """Whether what was typed or piped in was UTF-8; Python stands lone surrogates in for bytes that were not."""
+    return not re.search(r"[\ud800-\udfff]", typed)
+
+
 Lines = Callable[[Console], list[Text]]
 """What to show now, top to bottom."""
 
@@ -46,7 +52,7 @@ class Region(RenderHook):
 
     def __init__(self, console: Console, lines: Lines) -> None:
         self.console = console
-        self._lines = lines
+        self._given = lines
         self._over = threading.Event()
         self._over.set()
         self._streams: tuple[TextIO, TextIO] | None = None
@@ -76,6 +82,13 @@ class Region(RenderHook):
         self.console.print(_Frame(self._lines, parked=False))
         atexit.unregister(self.stop)
         _shown.remove(self)
+
+    def _lines(self, console: Console) -> list[Text]:
+        """Painting goes on within every `print`: whatever is wrong with it must end none of them."""
+        try:
+            return self._given(console)
+        except Exception as error:
+            return [Text(f"the display failed: {error!r}")]
 
     def refresh(self) -> None:
         self.console.print(Control())

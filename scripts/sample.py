@@ -27,6 +27,7 @@ from grpo.distributed import stop
 from grpo.policy import load_tokenizer
 from grpo.prompts import build_prompts
 from grpo.scoring import resolve_rewards
+from grpo.terminal import is_text
 
 
 def main() -> None:
@@ -70,6 +71,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         )
     if options.data and options.held_out:
         parser.error(f"--held-out with --data {options.data!r}; the file is taken as it is. Leave one of the two out.")
+    if not all(map(is_text, options.question)):
+        parser.error("--question has bytes that are no UTF-8.")
     if options.group < 1:
         parser.error(f"--group is {options.group}; there must be at least 1 completion.")
 

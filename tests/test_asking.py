@@ -19,7 +19,7 @@ from rich.console import Console
 from grpo import inference
 from grpo.breakdown import columns_of, make_scorer, own_rows, sample_groups, show_group, without
 from grpo.chat import Conversation, show, write
-from grpo.chosen import add_options, choose
+from grpo.chosen import add_options, choose, num_positions
 from grpo.config import DataConfig, RewardConfig, ScoringConfig
 from grpo.inference import Sampler
 from grpo.policy import load_tokenizer
@@ -71,7 +71,11 @@ def test_options_win_over_the_run_and_a_model_without_one_is_sampled_as_r1_is_ev
     assert given.sampling == Sampling(max_tokens=7, temperature=0.0)
     assert given.data(load_tokenizer(given.model), "none", None).template == "none"
     alone = choose(options(MODEL))
-    assert alone.sampling == Sampling(max_tokens=1024, temperature=0.6, top_p=0.95)
+    half = num_positions(alone.model) // 2
+    assert half < 1024
+    assert alone.sampling == Sampling(max_tokens=half, temperature=0.6, top_p=0.95)
+    with pytest.raises(ValueError, match=rf"^--max-tokens is {half}; .* Set --max-tokens <= {half - 1}\."):
+        alone.load(load_tokenizer(alone.model), longest_prompt=half + 1)
     tokenizer = load_tokenizer(alone.model)
     assert alone.data(tokenizer, None, None).template == "chat"
     tokenizer.chat_template = None
@@ -323,6 +327,12 @@ def test_a_chat_remembers_what_was_said_without_its_thoughts_and_other_templates
     assert "And one more?" in prompt
     assert talk.command("/reset") == "forgotten"
     assert QUESTION not in talk.prompt("And one more?")
+    talk.remember("a", "<think> and so on")
+    assert talk.messages[-1] == {"role": "assistant", "content": ""}, "thoughts without an end are no answer"
+    talk.remember("a", "no thoughts at all")
+    assert talk.messages[-1]["content"] == "no thoughts at all"
+    with pytest.raises(ValueError, match="no UTF-8"):
+        talk.ask("\udcff")
     alone = Conversation(sampler.model, DataConfig(template="r1_zero"), Sampling(8))
     alone.remember(QUESTION, text)
     assert QUESTION not in alone.prompt("And one more?")

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 from helpers import ROOT, clean_environment, tiny_settings
 from rich.console import Console
+from rich.text import Text
 
 from grpo import display
+from grpo.console import show_samples
 from grpo.display import Dashboard, console_sink, contrast, fold, samples, sparkline, styled_completion
 from grpo.stopping import EXIT_STOPPED
 from grpo.terminal import Region, can_repaint, printable
@@ -308,6 +310,30 @@ def test_what_is_printed_by_whatever_stream_comes_out_whole(monkeypatch: pytest.
     assert screen.text[:5] == ["[red]no markup[/red] and one line", "two", "lines", "100%", "begun"]
     assert elsewhere.getvalue() == "an error\n", "a stream that leads elsewhere is left alone"
     assert sys.stdout is file
+
+
+def test_a_fault_of_the_display_ends_no_print(monkeypatch: pytest.MonkeyPatch):
+    screen = Screen(80, 24)
+    monkeypatch.setattr(sys, "stdout", file := screen_file(screen))
+    file.isatty = lambda: True
+
+    def lines(console: Console) -> list[Text]:
+        raise KeyError("policy/kl")
+
+    region = Region(Console(force_terminal=True, width=80, height=24, soft_wrap=True, _environ={}), lines)
+    region.start()
+    print("a message")
+    region.stop()
+    assert screen.text[:3] == ["a message", "", "the display failed: KeyError('policy/kl')"]
+
+
+def test_samples_at_the_end_of_a_run_do_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]):
+    asked = {"question": "q\x1b[2J", "answer": "1\x9b31m", "sample": 0, "rewards": {"accuracy": 0.0}}
+    row = {**asked, "completion": "a\x1b]0;owned\x07"}
+    show_samples([row], [row], 2)
+    shown = capsys.readouterr().out
+    assert "owned" in shown
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", shown)
 
 
 def test_text_of_a_model_does_not_steer_the_terminal():
