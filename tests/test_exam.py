@@ -267,8 +267,8 @@ def test_a_refused_command_leaves_nothing_and_one_without_samples_binds_nobody(
 def test_what_is_wrong_is_said_of_the_options_that_were_typed(tmp_path: Path):
     for means, message in (
         (
-            Means(engine="hf", kv_cache_gib=1.0),
-            r"^--kv-cache-gib is 1\.0; only the native engine reads it, and --engine is hf\. Remove it\.$",
+            Means(engine="hf", kv_cache_gib=2.0),
+            r"^--kv-cache-gib is 2\.0; only the native engine reads it, and --engine is hf\. Remove it\.$",
         ),
         (Means(kv_cache_gib=-1.0), r"^--kv-cache-gib is -1\.0; .* Correct --kv-cache-gib\.$"),
     ):
