@@ -83,8 +83,12 @@ def named(arguments: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
 
 
 def check_names(names: list[str], data: Mapping[str, str]) -> None:
-    """Raises ValueError: an unknown benchmark, one named twice, or a file for one that is not evaluated on."""
+    """Raises ValueError: no benchmark, an unknown one, one named twice, or a file for one that is not evaluated on."""
     known = {*BENCHMARKS, PROBES_NAME, *data}
+    if not names:
+        raise ValueError(
+            f"--benchmarks is empty; there is {', '.join(sorted(known))}. Name one or more, with commas between."
+        )
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -131,7 +135,7 @@ def load(name: str, path: str | None = None) -> list[dict[str, Any]]:
 
 def _read(benchmark: Benchmark, table: Any, setting: str) -> list[dict[str, Any]]:
     columns = DataConfig(question_column="question", answer_column=benchmark.answer)
-    renamed = (_plain(row, benchmark, setting) for row in table)
+    renamed = (_plain(number, row, benchmark, setting) for number, row in enumerate(table))
     rows = prepare_rows(renamed, columns, answer_regex=benchmark.answer_regex, setting=setting)
     names = {"level": benchmark.level, "subject": benchmark.subject}
     return [
@@ -141,16 +145,19 @@ def _read(benchmark: Benchmark, table: Any, setting: str) -> list[dict[str, Any]
     ]
 
 
-def _plain(row: Mapping[str, Any], benchmark: Benchmark, setting: str) -> dict[str, Any]:
+def _plain(number: int, row: Mapping[str, Any], benchmark: Benchmark, setting: str) -> dict[str, Any]:
     """With one text as the question and one as the answer."""
-    if benchmark.question not in row:
-        raise ValueError(
-            f"{setting}: there is no column {benchmark.question!r}; the data has {', '.join(row)}. Rename the column, or give a "
-            "file with the columns question and answer: --data NAME=FILE."
-        )
+    for column in (benchmark.question, benchmark.answer):
+        if column not in row:
+            raise ValueError(
+                f"{setting}: there is no column {column!r}; the data has {', '.join(row)}. Rename the column, or give a file "
+                "with the columns question and answer: --data NAME=FILE."
+            )
+    if row[benchmark.question] is None:
+        raise ValueError(f"{setting}: row {number} has nothing in the column {benchmark.question!r}. Drop the row.")
     context = row[benchmark.context] if benchmark.context else None
     question = f"{context}\n\n{row[benchmark.question]}" if context else row[benchmark.question]
-    answer = row.get(benchmark.answer)
+    answer = row[benchmark.answer]
     if isinstance(answer, list):
         answer = ", ".join(str(each).strip("$ ") for each in answer)
-    return {**row, "question": question, **({} if answer is None else {benchmark.answer: answer})}
+    return {**row, "question": question, benchmark.answer: answer}

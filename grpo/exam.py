@@ -1,7 +1,7 @@
 """A model answers benchmarks as DeepSeek-R1's evaluation does: several samples of each question at temperature 0.6, in whatever
 templates are asked for. scripts/evaluate.py is the command.
 
-    OUT/settings.json     what is asked; another start with the same settings goes on where this one ended
+    OUT/settings.json     what is asked of which model; another start with the same goes on where this one ended
     OUT/samples.jsonl     every sample with its verdict
     OUT/results.json      the numbers with their intervals
 
@@ -17,11 +17,13 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from grpo import benchmarks, distributed, inference
@@ -99,6 +101,11 @@ class Settings:
                 f"--system-prompt is {self.system_prompt!r}; only the chat templates have a system message, and --templates is "
                 f"{','.join(self.templates)}. Remove it, or add chat or chat_boxed."
             )
+        if self.revision != "main" and Path(self.model).is_dir():
+            raise ValueError(
+                f"--revision is {self.revision!r}; --model is the directory {self.model!r}, which has none, so it has no effect. "
+                "Remove it."
+            )
         if "" in self.stop:
             raise ValueError(
                 '--stop has ""; every completion contains it and would end with its first token. Remove it.'
@@ -151,6 +158,11 @@ class Paper:
     def key(self) -> dict[str, str]:
         return {"benchmark": self.benchmark, "template": self.template}
 
+    @property
+    def keys(self) -> list[tuple[str, str, int]]:
+        """Of its questions."""
+        return [(self.benchmark, self.template, prompt.row) for prompt in self.prompts]
+
 
 def default_out(model: str) -> Path:
     """A run's own evaluations lie in its directory, those of other models in evaluations/.
@@ -164,6 +176,35 @@ def default_out(model: str) -> Path:
     return Path("evaluations") / (path.resolve().name if path.exists() else model.replace("/", "--"))
 
 
+OPTIONS = {
+    "rollout.max_completion_tokens": "--max-tokens",
+    "memory.max_sequences": "--max-sequences",
+    "memory.kv_cache_gib": "--kv-cache-gib",
+    "rollout.engine": "--engine",
+    "model.name": "--model",
+    "data.template": "--templates",
+    "data.max_prompt_tokens": "the longest prompt",
+    "Lower one of the two": "Lower --max-tokens",
+    ", or raise distributed.zero_stage on more GPUs": "",
+}
+"""What a setting of a run's configuration is called here."""
+
+
+@contextmanager
+def _options_named() -> Iterator[None]:
+    """Let what is wrong with a setting be said of the option that was typed."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for setting, option in OPTIONS.items():
+            text = text.replace(setting, option)
+        if text == str(error):
+            raise
+        raise ValueError(text) from error
+
+
+@_options_named()
 def take(settings: Settings, out: Path, means: Means) -> dict[str, Any]:
     """Answer what is not answered yet, and return what results.json holds. Every process calls it.
 
@@ -173,8 +214,7 @@ def take(settings: Settings, out: Path, means: Means) -> dict[str, Any]:
     tokenizer = load_tokenizer(ModelConfig(name=settings.model, revision=settings.revision))
     processes = distributed.join()
     rows = processes.on_main(lambda: {name: _rows(settings, name) for name in settings.benchmarks})
-    processes.on_main(lambda: _claim(out, settings))
-    with _scorers(settings, means) as scorers:
+    with _scorers(settings, means) as scorers, ExitStack() as held:
         papers = [
             _paper(settings, name, template, rows[name], tokenizer, scorers[PRESENTATIONS[template].source], processes)
             for name in settings.benchmarks
@@ -191,18 +231,19 @@ def take(settings: Settings, out: Path, means: Means) -> dict[str, Any]:
             max_sequences=means.max_sequences,
             kv_cache_gib=means.kv_cache_gib,
         )
+        processes.on_main(lambda: held.enter_context(_claimed(out, settings, rows)))
         done = processes.on_main(lambda: _finished(out / "samples.jsonl", papers))
         sampler = inference.load(config, tokenizer)
         results = processes.on_main(lambda: _earlier_results(out))
         for paper in papers:
-            seconds = _answer(paper, done, sampler, scorers[PRESENTATIONS[paper.template].source], settings, out)
+            started = time.perf_counter()
+            _answer(paper, done, sampler, scorers[PRESENTATIONS[paper.template].source], settings, out)
             processes.barrier()
-            if processes.is_main:
-                found = _result(paper, settings, out, seconds=seconds or _seconds(results, paper))
-                results = [*(each for each in results if not _is_of(each, paper)), found]
-                _write_results(out, settings, results)
-                print(f"{paper.benchmark}, {paper.template}: {_in_words(found)}", flush=True)
-    return processes.broadcast(_as_json(settings, results))
+            is_new = done.isdisjoint(paper.keys)
+            seconds = time.perf_counter() - started if is_new else _seconds(results, paper)
+            # the others wait for it, so that nobody writes the next paper's samples while these are read
+            results = processes.on_main(partial(_conclude, paper, results, settings, out, seconds=seconds))
+    return _as_json(settings, results)
 
 
 # ---- the questions ---------------------------------------------------------------------------------------------------
@@ -286,13 +327,13 @@ def _answer(
     scorer: Scorer,
     settings: Settings,
     out: Path,
-) -> float:
-    """Answer this process's share of what is not done, and write it down as it comes; the seconds it took."""
-    processes, started = sampler.processes, time.perf_counter()
-    left = [each for each in paper.prompts if (paper.benchmark, paper.template, each.row) not in done]
+) -> None:
+    """Answer this process's share of what is not done, and write it down as it comes."""
+    processes = sampler.processes
+    left = [each for each, key in zip(paper.prompts, paper.keys, strict=True) if key not in done]
     mine = left[processes.rank :: processes.world_size]
     if not left:
-        return 0.0
+        return
     if processes.is_main:
         again = f", {len(paper.prompts) - len(left):,} of them before" * (len(left) < len(paper.prompts))
         print(
@@ -316,7 +357,6 @@ def _answer(
         or_fewer_at_once(sample, sampler.generator, rank=processes.rank)
     finally:
         book.flush()
-    return time.perf_counter() - started
 
 
 class _Book:
@@ -349,22 +389,57 @@ class _Book:
         self._last_write = time.monotonic()
 
 
-def _claim(out: Path, settings: Settings) -> None:
-    """Make the directory, or see that it holds an evaluation with the same settings."""
-    path, wanted = out / "settings.json", asdict(settings)
-    if path.exists():
-        before = json.loads(path.read_text())
-        for name, value in wanted.items():
-            if before.get(name) != value:
-                raise ValueError(
-                    f"--out is {str(out)!r}; the evaluation there has {name} {before.get(name)!r}, and this one {value!r}: their "
-                    "samples must not be mixed. Choose another --out, or the same settings to go on."
-                )
-        return
-    if out.exists() and any(out.iterdir()):
+@contextmanager
+def _claimed(out: Path, settings: Settings, rows: dict[str, list[dict[str, Any]]]) -> Iterator[None]:
+    """Make the directory, or see that it holds the same evaluation, and keep other starts out of it."""
+    found = {path.name for path in out.iterdir()} if out.exists() else set()
+    if "settings.json" not in found and found - {"lock"}:
         raise ValueError(f"--out is {str(out)!r}; the directory holds something else. Choose another, or empty it.")
     out.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(wanted, indent=1))
+    with (out / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"--out is {str(out)!r}; another process is at work there, and both would answer the same questions. Wait until "
+                "it has ended, or choose another --out."
+            ) from None
+        wanted = {
+            **asdict(settings),
+            "model_files": inference.fingerprint(settings.model, settings.revision),
+            "questions": {name: xxhash.xxh3_128(json.dumps(own).encode()).hexdigest() for name, own in rows.items()},
+        }
+        if any((out / name).exists() for name in ("samples.jsonl", "results.json")):
+            _check_same(out, wanted)
+        replace_text(out / "settings.json", json.dumps(wanted, indent=1))
+        yield
+
+
+def _check_same(out: Path, wanted: dict[str, Any]) -> None:
+    before = json.loads((out / "settings.json").read_text())
+    for name, value in wanted.items():
+        if before.get(name) == value:
+            continue
+        if name in CONTENTS:
+            difference = f"{CONTENTS[name]} since the evaluation there began"
+        else:
+            difference = f"the evaluation there has {_option(name)} {before.get(name)!r}, and this one {value!r}"
+        raise ValueError(
+            f"--out is {str(out)!r}; {difference}: their samples must not be mixed. Choose another --out, or the same settings "
+            "to go on."
+        )
+
+
+CONTENTS = {
+    "model_files": "the files of --model have changed",
+    "questions": "the questions of --benchmarks or --data have changed",
+}
+
+
+def _option(name: str) -> str:
+    """How scripts/evaluate.py spells a field of Settings."""
+    own = {"num_samples": "--samples", "num_questions": "--questions", "max_completion_tokens": "--max-tokens"}
+    return own.get(name) or "--" + name.replace("_", "-")
 
 
 def _finished(path: Path, papers: list[Paper]) -> set[tuple[str, str, int]]:
@@ -373,8 +448,8 @@ def _finished(path: Path, papers: list[Paper]) -> set[tuple[str, str, int]]:
         return set()
     lines = [line for line in path.read_text(encoding="utf-8").split("\n") if _is_whole(line)]
     keys = [(row["benchmark"], row["template"], row["row"]) for row in map(json.loads, lines)]
-    wanted = {(paper.benchmark, paper.template): paper.num_samples for paper in papers}
-    done = {key for key, count in Counter(keys).items() if count == wanted[key[:2]]}
+    wanted = {key: paper.num_samples for paper in papers for key in paper.keys}
+    done = {key for key, count in Counter(keys).items() if count == wanted.get(key)}
     replace_text(path, "".join(f"{line}\n" for line, key in zip(lines, keys, strict=True) if key in done))
     return done
 
@@ -396,8 +471,23 @@ def read_samples(path: Path, **key: str) -> list[dict[str, Any]]:
 # ---- the numbers -----------------------------------------------------------------------------------------------------
 
 
-def _result(paper: Paper, settings: Settings, out: Path, *, seconds: float) -> dict[str, Any]:
+def _conclude(
+    paper: Paper, results: list[dict[str, Any]], settings: Settings, out: Path, *, seconds: float | None
+) -> list[dict[str, Any]]:
+    """All results so far, with that of a paper whose samples are all there."""
+    found = _result(paper, settings, out, seconds=seconds)
+    results = [*(each for each in results if not _is_of(each, paper)), found]
+    replace_text(out / "results.json", json.dumps(_as_json(settings, results), indent=1))
+    print(f"{paper.benchmark}, {paper.template}: {_in_words(found)}", flush=True)
+    return results
+
+
+def _result(paper: Paper, settings: Settings, out: Path, *, seconds: float | None) -> dict[str, Any]:
     questions = by_question(read_samples(out / "samples.jsonl", **paper.key))
+    found = {rows[0]["row"]: [row["sample"] for row in rows] for rows in questions}
+    assert found == {prompt.row: list(range(paper.num_samples)) for prompt in paper.prompts}, (
+        "samples.jsonl does not hold each sample of each question once"
+    )
     return {
         **paper.key,
         "num_questions": len(questions),
@@ -428,8 +518,9 @@ def _is_of(result: dict[str, Any], paper: Paper) -> bool:
     return all(result[name] == value for name, value in paper.key.items())
 
 
-def _seconds(results: Iterable[dict[str, Any]], paper: Paper) -> float:
-    return next((each["seconds"] for each in results if _is_of(each, paper)), 0.0)
+def _seconds(results: Iterable[dict[str, Any]], paper: Paper) -> float | None:
+    """What an earlier start has measured; None if it was interrupted, and with it the measuring."""
+    return next((each["seconds"] for each in results if _is_of(each, paper)), None)
 
 
 def _earlier_results(out: Path) -> list[dict[str, Any]]:
@@ -441,17 +532,13 @@ def _as_json(settings: Settings, results: list[dict[str, Any]]) -> dict[str, Any
     return {"model": settings.model, "settings": asdict(settings), "results": results}
 
 
-def _write_results(out: Path, settings: Settings, results: list[dict[str, Any]]) -> None:
-    replace_text(out / "results.json", json.dumps(_as_json(settings, results), indent=1))
-
-
 # ---- in words --------------------------------------------------------------------------------------------------------
 
 
 def _in_words(result: dict[str, Any]) -> str:
     found = result["metrics"].get("pass@1")
     right = "no verdict is known" if found is None else f"pass@1 {_interval(found)}"
-    return f"{right} ({result['seconds']:.1f} s)"
+    return right if result["seconds"] is None else f"{right} ({result['seconds']:.1f} s)"
 
 
 def _interval(found: dict[str, float]) -> str:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import xxhash
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from grpo import distributed
 from grpo.checkpoint import complete_checkpoints
@@ -22,6 +23,7 @@ from grpo.config import Config
 from grpo.distributed import Processes
 from grpo.policy import SampledModel, check_attention, check_context, lay_out, load_lm, resolve_dtype
 from grpo.rollout import Generator, make_generator
+from grpo.writer import checksum
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,14 @@ def model_directory(name: str) -> str:
     )
 
 
+def fingerprint(model: str, revision: str) -> str:
+    """What tells a model's files from others of the same name: the commit of the hub, or the checksum of a directory's files."""
+    if not Path(model).is_dir():
+        return str(AutoConfig.from_pretrained(model, revision=revision)._commit_hash)
+    files = sorted(path for path in Path(model).iterdir() if path.is_file())
+    return xxhash.xxh3_128(repr([(path.name, checksum(path)) for path in files]).encode()).hexdigest()
+
+
 def sampling_config(
     model: str,
     *,
@@ -76,13 +86,14 @@ def sampling_config(
     revision: str = "main",
     dtype: str = "auto",
     engine: str = "auto",
-    max_sequences: int = 256,
+    max_sequences: int | None = None,
     kv_cache_gib: float | None = None,
 ) -> Config:
     """The settings of a run as far as a sampler reads them: see `model`, `rollout` and `memory` in grpo/config.py.
 
     Raises:
-        ValueError: see Config; or the engine is vLLM.
+        ValueError: see Config; the engine is vLLM; or the model knows fewer positions than a sequence may have, or has an
+            attention that packed sequences do not.
     """
     if engine == "vllm":
         raise ValueError(
@@ -90,23 +101,27 @@ def sampling_config(
         )
     rollout: dict[str, Any] = {"max_completion_tokens": max_completion_tokens, "engine": engine}
     most = max_prompt_tokens + max_completion_tokens
-    return Config(
+    memory: dict[str, Any] = {"kv_cache_gib": kv_cache_gib, "micro_batch_tokens": most}
+    if max_sequences is not None:
+        memory["max_sequences"] = max_sequences
+    config = Config(
         model={"name": model, "revision": revision, "dtype": dtype},
         data={"max_prompt_tokens": max_prompt_tokens},
         rollout=rollout,
-        memory={"max_sequences": max_sequences, "kv_cache_gib": kv_cache_gib, "micro_batch_tokens": most},
+        memory=memory,
         run={"dir": "", "steps": 1},
     )
+    check_context(config)
+    check_attention(config.model)
+    return config
 
 
 def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sampler:
     """Load the model of a configuration and make its engine. Every process calls it.
 
     Raises:
-        ValueError: the model is not there, knows fewer positions than a sequence may have, or the engine cannot run it here.
+        ValueError: the model is not there, or the engine cannot run it here.
     """
-    check_context(config)
-    check_attention(config.model)
     processes = distributed.join()
     lm = load_lm(config.model, dtype=resolve_dtype(config.model.dtype)).requires_grad_(False).eval()
     lay_out(lm, processes.device)

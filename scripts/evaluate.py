@@ -12,14 +12,14 @@ import argparse
 import os
 from pathlib import Path
 
-from grpo import benchmarks
+from grpo import benchmarks, exam
 from grpo.console import errors_for_users
 
 
 def main() -> None:
     arguments = _parser().parse_args()
     with errors_for_users():
-        from grpo import distributed, exam, inference
+        from grpo import distributed, inference
 
         names, data = benchmarks.named(arguments)
         settings = exam.Settings(
@@ -30,7 +30,9 @@ def main() -> None:
             revision=arguments.revision,
             num_samples=arguments.samples,
             temperature=arguments.temperature,
-            top_p=arguments.top_p if arguments.top_p is not None else (0.95 if arguments.temperature > 0 else 1.0),
+            top_p=arguments.top_p
+            if arguments.top_p is not None
+            else (exam.Settings.top_p if arguments.temperature > 0 else 1.0),
             max_completion_tokens=arguments.max_tokens,
             stop=arguments.stop,
             num_questions=arguments.questions,
@@ -58,7 +60,7 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
-    parser.add_argument("--revision", default="main", help="branch, tag or commit of a hub model")
+    parser.add_argument("--revision", default=exam.Settings.revision, help="branch, tag or commit of a hub model")
     benchmarks.add_arguments(parser)
     parser.add_argument(
         "--templates",
@@ -71,13 +73,16 @@ def _parser() -> argparse.ArgumentParser:
         "--samples", type=_positive, metavar="N", help="per question; default: 64 for aime2024 and amc2023, else 16"
     )
     parser.add_argument(
-        "--temperature", type=_not_negative, default=0.6, help="0: greedy, one sample; default: %(default)s"
+        "--temperature",
+        type=_not_negative,
+        default=exam.Settings.temperature,
+        help="0: greedy, one sample; default: %(default)s",
     )
-    parser.add_argument("--top-p", type=_share, help="default: 0.95, or 1 at temperature 0")
+    parser.add_argument("--top-p", type=_share, help=f"default: {exam.Settings.top_p}, or 1 at temperature 0")
     parser.add_argument(
         "--max-tokens",
         type=_positive,
-        default=4096,
+        default=exam.Settings.max_completion_tokens,
         metavar="N",
         help="of a completion; the paper: 32768; default: %(default)s",
     )
@@ -85,11 +90,19 @@ def _parser() -> argparse.ArgumentParser:
         "--stop", nargs="+", default=[], metavar="TEXT", help="ends a completion, such as </answer>; see rollout.stop"
     )
     parser.add_argument("--questions", type=_positive, metavar="N", help="only the first N of each benchmark")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=exam.Settings.seed)
     parser.add_argument("--out", metavar="DIR", help="default: RUN/evaluation/STEP of a run, else evaluations/MODEL")
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
-    parser.add_argument("--engine", choices=("auto", "native", "hf"), default="auto", help="see rollout.engine")
-    parser.add_argument("--max-sequences", type=_positive, default=512, metavar="N", help="sampled at once on a GPU")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default=exam.Settings.dtype)
+    parser.add_argument(
+        "--engine", choices=("auto", "native", "hf"), default=exam.Means.engine, help="see rollout.engine"
+    )
+    parser.add_argument(
+        "--max-sequences",
+        type=_positive,
+        default=exam.Means.max_sequences,
+        metavar="N",
+        help="sampled at once on a GPU",
+    )
     parser.add_argument("--kv-cache-gib", type=float, metavar="GIB", help="default: up to half of the free memory")
     workers = max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
     parser.add_argument("--workers", type=_positive, default=workers, metavar="N", help="processes that grade answers")

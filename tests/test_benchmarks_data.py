@@ -93,6 +93,14 @@ def test_a_file_that_cannot_be_read_is_refused_by_its_name(tmp_path: Path):
         ValueError, match=r"^--data mine: there is no column 'question'; the data has problem, answer\. Rename"
     ):
         load("mine", str(path))
+    path.write_text('{"question": "a", "gold": "1"}\n')
+    with pytest.raises(
+        ValueError, match=r"^--data mine: there is no column 'answer'; the data has question, gold\. Rename"
+    ):
+        load("mine", str(path))
+    path.write_text('{"question": "a", "answer": "1"}\n{"question": null, "answer": "1"}\n')
+    with pytest.raises(ValueError, match=r"^--data mine: row 1 has nothing in the column 'question'\. Drop the row\.$"):
+        load("mine", str(path))
 
 
 def test_the_answers_of_the_probes_are_right():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +66,16 @@ def test_the_numbers_are_those_of_the_samples(whole: Path):
     assert metrics["truncated"]["value"] == sum(row["finish_reason"] == "length" for row in rows) / 32
     assert metrics["format"]["value"] == pytest.approx(sum(row["rewards"]["format"] for row in rows) / 32)
     assert metrics["unknown"]["value"] == 0
-    assert 0 <= metrics["cons@4"]["value"] <= 1
+    assert metrics["cons@4"]["value"] == pytest.approx(sum(agreed(rows[4 * q : 4 * q + 4]) for q in range(8)) / 8)
+    assert metrics["cons@4"]["value"] not in (0, metrics["pass@1"]["value"], metrics["pass@4"]["value"])
     assert (second["num_questions"], second["num_samples"], second["temperature"]) == (8, 4, 1.0)
+
+
+def agreed(rows: list[dict[str, Any]]) -> float:
+    """Of the answers that most samples of a question give, the share that is right."""
+    counts = Counter(row["rewards"]["vote"] for row in rows)
+    most = [vote for vote, count in counts.items() if count == max(counts.values())]
+    return (0 in most) / len(most)
 
 
 def test_votes_put_right_answers_together(whole: Path):
@@ -78,16 +89,21 @@ def test_an_interrupted_evaluation_ends_with_the_same_samples(whole: Path, tmp_p
     lines = (whole / "samples.jsonl").read_text().splitlines(keepends=True)
     (out / "settings.json").write_text((whole / "settings.json").read_text())
     kept = lines[: 32 + 21]  # of r1_zero all, of chat five questions, one sample of the sixth, and half a line
-    (out / "samples.jsonl").write_text("".join(kept) + lines[32 + 21][:40])
+    unasked = [line.replace('"row": 0', '"row": 8') for line in lines[:4]]
+    (out / "samples.jsonl").write_text("".join([*kept, *unasked]) + lines[32 + 21][:40])
     exam.take(settings(templates=["r1_zero", "chat"]), out, ONE)
     assert samples(out) == samples(whole)
     assert (out / "samples.jsonl").read_text().startswith("".join(lines[: 32 + 20]))  # nothing is answered twice
     ours, theirs = read_json(out / "results.json"), read_json(whole / "results.json")
     assert [each["metrics"] for each in ours["results"]] == [each["metrics"] for each in theirs["results"]]
+    assert ours["results"][1]["seconds"] is None  # of the first start nobody knows
     finished = (out / "samples.jsonl").read_text()
     exam.take(settings(templates=["r1_zero", "chat"]), out, ONE)
     assert (out / "samples.jsonl").read_text() == finished
-    assert read_json(out / "results.json") == ours  # also the seconds
+    assert read_json(out / "results.json") == ours
+    before = read_json(whole / "results.json")
+    exam.take(settings(templates=["r1_zero", "chat"]), whole, ONE)
+    assert read_json(whole / "results.json") == before  # also the seconds
 
 
 def test_a_stop_text_ends_the_answers(tmp_path: Path):
@@ -101,20 +117,15 @@ def test_a_stop_text_ends_the_answers(tmp_path: Path):
 
 def test_two_processes_share_the_questions_and_give_the_same_samples(whole: Path, tmp_path: Path):
     arguments = ["--samples", "4", "--temperature", "1", "--top-p", "1", "--max-tokens", "48", "--questions", "8"]
-    arguments += [
-        "--model",
-        MODEL,
-        "--benchmarks",
-        "mine",
-        "--data",
-        f"mine={QUESTIONS}",
-        "--templates",
-        "r1_zero,chat",
-    ]
+    single = tmp_path / "single.jsonl"
+    single.write_text(Path(QUESTIONS).read_text().splitlines(keepends=True)[0])
+    arguments += ["--model", MODEL, "--benchmarks", "mine,single", "--templates", "r1_zero,chat"]
+    arguments += ["--data", f"mine={QUESTIONS}", f"single={single}"]
     shown = launch("../scripts/evaluate.py", *arguments, "--workers", "1", "--out", str(tmp_path / "out"), processes=2)
-    assert samples(tmp_path / "out") == samples(whole)
+    assert [row for row in samples(tmp_path / "out") if row["benchmark"] == "mine"] == samples(whole)
     ours, theirs = read_json(tmp_path / "out" / "results.json"), read_json(whole / "results.json")
-    assert [each["metrics"] for each in ours["results"]] == [each["metrics"] for each in theirs["results"]]
+    assert [each["metrics"] for each in ours["results"][:2]] == [each["metrics"] for each in theirs["results"]]
+    assert [each["num_questions"] for each in ours["results"][2:]] == [1, 1]  # fewer than processes
     assert "8 x 4" in shown
     assert shown.count("* the best template of its benchmark") == 1
 
@@ -166,6 +177,11 @@ def test_greedy_decoding_answers_once(tmp_path: Path):
     ("changed", "message"),
     [
         ({"benchmarks": ["gsm8"]}, r"^--benchmarks has 'gsm8'; there is .*; did you mean gsm8k\? Correct it, or give"),
+        (
+            {"benchmarks": [], "data": {}},
+            r"^--benchmarks is empty; there is aime2024, .*\. Name one or more, with commas",
+        ),
+        ({"revision": "v2"}, r"^--revision is 'v2'; --model is the directory .* no effect\. Remove it\.$"),
         ({"benchmarks": ["mine", "mine"]}, r"^--benchmarks has 'mine' twice; .* Name it once\."),
         ({"benchmarks": ["probes"]}, r"^--data has a file for 'mine'; it is not among --benchmarks \(probes\)\. Add"),
         ({"templates": ["r1-zero"]}, r"^--templates has 'r1-zero'; it is one of r1_zero, .*\. Correct it\."),
@@ -188,7 +204,7 @@ def test_settings_that_cannot_be_are_refused(changed: dict[str, Any], message: s
 def test_samples_of_different_settings_are_never_mixed(whole: Path, tmp_path: Path):
     before = (whole / "samples.jsonl").read_text()
     with pytest.raises(
-        ValueError, match=r"^--out is .*; the evaluation there has seed 0, and this one 1: .* Choose another"
+        ValueError, match=r"^--out is .*; the evaluation there has --seed 0, and this one 1: .* Choose another"
     ):
         exam.take(settings(templates=["r1_zero", "chat"], seed=1), whole, ONE)
     assert (whole / "samples.jsonl").read_text() == before
@@ -199,12 +215,73 @@ def test_samples_of_different_settings_are_never_mixed(whole: Path, tmp_path: Pa
         exam.take(settings(), tmp_path, ONE)
 
 
+def test_samples_of_different_questions_or_weights_under_one_name_are_never_mixed(whole: Path, tmp_path: Path):
+    lines = Path(QUESTIONS).read_text().splitlines(keepends=True)
+    data, model, out = tmp_path / "mine.jsonl", tmp_path / "model", tmp_path / "out"
+    data.write_text("".join(lines[:2]))
+    shutil.copytree(MODEL, model)
+    asked = settings(model=str(model), data={"mine": str(data)}, num_samples=1)
+    exam.take(asked, out, ONE)
+    before = (out / "samples.jsonl").read_text()
+    data.write_text("".join(lines[2:4]))
+    with pytest.raises(
+        ValueError, match=r"^--out is .*; the questions of --benchmarks or --data have changed since .* Cho"
+    ):
+        exam.take(asked, out, ONE)
+    data.write_text("".join(lines[:2]))
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(
+        ValueError, match=r"^--out is .*; the files of --model have changed since the .* Choose another"
+    ):
+        exam.take(asked, out, ONE)
+    assert (out / "samples.jsonl").read_text() == before
+
+
+def test_two_starts_at_once_do_not_answer_the_same_questions(whole: Path):
+    before = (whole / "samples.jsonl").read_text()
+    with (whole / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"^--out is .*; another process is at work there, .* Wait until it has"):
+            exam.take(settings(templates=["r1_zero", "chat"]), whole, ONE)
+    exam.take(settings(templates=["r1_zero", "chat"]), whole, ONE)
+    assert (whole / "samples.jsonl").read_text() == before
+
+
+def test_a_refused_command_leaves_nothing_and_one_without_samples_binds_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="max-tokens"):
+        exam.take(settings(max_completion_tokens=100_000), out, ONE)
+    assert not out.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("grpo.inference.load_lm", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            exam.take(settings(seed=1), out, ONE)
+    exam.take(settings(num_questions=1, num_samples=1), out, ONE)
+    assert read_json(out / "settings.json")["seed"] == 0
+
+
+def test_what_is_wrong_is_said_of_the_options_that_were_typed(tmp_path: Path):
+    for means, message in (
+        (
+            Means(engine="hf", kv_cache_gib=2.0),
+            r"^--kv-cache-gib is 2\.0; only the native engine reads it, and --engine is hf\. Remove it\.$",
+        ),
+        (Means(kv_cache_gib=-1.0), r"^--kv-cache-gib is -1\.0; .* Correct --kv-cache-gib\.$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            exam.take(settings(num_questions=1), tmp_path / "out", means)
+
+
 def test_a_prompt_that_does_not_fit_the_model_is_said_before_it_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("grpo.inference.load_lm", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(
-        ValueError, match=r"^rollout\.max_completion_tokens is 100000; .* positions\. Lower one of the two\."
+        ValueError, match=r"^--max-tokens is 100000; with the longest prompt .* and --model .* Lower --max-tokens\.$"
     ):
         exam.take(settings(max_completion_tokens=100_000), tmp_path / "out", ONE)
 
