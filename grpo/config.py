@@ -629,7 +629,7 @@ def _check_engine_settings(config: Config) -> None:
     engine = config.rollout.engine
     native = {"memory.kv_cache_gib": config.memory.kv_cache_gib, "rollout.fused_layers": config.rollout.fused_layers}
     for setting, value in native.items():
-        if engine in ("hf", "vllm") and value not in (None, True):
+        if engine in ("hf", "vllm") and value is not None and value is not True:
             raise ValueError(
                 f"{setting} is {value}; only the native engine reads it, and rollout.engine is {engine}. Remove it."
             )
