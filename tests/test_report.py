@@ -320,10 +320,19 @@ def test_what_was_learned_and_forgotten_is_counted_by_question_and_intervals_cou
     (run,) = read_runs([a_run(tmp_path / "run", evaluations=rows)], max_completions=100)
     first, last = held_out(run)
     assert (first["questions"], first["answers"]) == (4, 8)
-    assert (first["learned"], first["forgotten"]) == (0, 0)
-    assert (last["learned"], last["forgotten"]) == (2, 1)
+    assert (first["learned"], first["forgotten"]) == ([], [])
+    assert (last["learned"], last["forgotten"]) == ([2, 3], [0])
     assert first["functions"]["accuracy"] == pytest.approx((5 / 8, *wilson(5 / 8, 4)))
     assert headline(run)["after"] == pytest.approx((0.75, *wilson(0.75, 4)))
+
+
+def test_before_and_after_are_of_whole_evaluations_with_as_many_questions(tmp_path: Path):
+    rows = [row(step, q, right=float(step == 4)) for step, num in ((0, 6), (4, 6), (8, 2)) for q in range(num)]
+    (run,) = read_runs([a_run(tmp_path / "run", evaluations=rows)], max_completions=0)
+    top = headline(run)
+    assert (top["evaluated"], top["questions"]) == ([0, 4], 6)
+    assert (top["before"][0], top["after"][0]) == (0.0, 1.0)
+    assert [each["questions"] for each in held_out(run)] == [6, 6, 2]  # the table tells of all
 
 
 def test_the_headline_adds_up_time_and_tokens(tmp_path: Path):

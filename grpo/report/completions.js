@@ -178,7 +178,8 @@ class Browser {
     const { index } = this;
     const only = this.steps.length > 1 && !this.every.checked ? this.steps[this.step.value] : null;
     const [least, most] = [this.least, this.most].map((input) => (input.value === "" ? null : Number(input.value)));
-    const change = ["learned", "forgotten"].includes(this.verdict.value) ? this.changes() : null;
+    const changed = this.current.run.held_out.at(-1)?.[this.verdict.value]; // by most samples, as the table counts them
+    const change = changed && new Set(changed.map(String));
     const rows = [];
     for (let i = 0; i < index.reward.length; i++) {
       if (only !== null && index.step[i] !== only) continue;
@@ -190,17 +191,6 @@ class Browser {
       rows.push(i);
     }
     return rows;
-  }
-
-  /** Questions whose verdict differs between the first and the last evaluation. */
-  changes() {
-    const ends = new Map();
-    this.index.group.forEach((group, i) => {
-      const now = this.index.right[i];
-      ends.set(group, [ends.has(group) ? ends.get(group)[0] : now, now]);
-    });
-    const wanted = this.verdict.value === "learned" ? [0, 1] : [1, 0];
-    return new Set([...ends].filter(([, [a, b]]) => a === wanted[0] && b === wanted[1]).map(([group]) => group));
   }
 
   async searched(rows, patterns, turn) {

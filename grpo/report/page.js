@@ -155,7 +155,22 @@ function one(run) {
 }
 
 function several(runs) {
-  const head = ["Run", "Held out: before", "after", "", "Reward", "Tokens", "Steps", "Time", "Sampled", "Hardware"];
+  const head = [
+    "Run",
+    "Held out: before",
+    "after",
+    "",
+    "verdict",
+    "questions",
+    "Reward",
+    "Tokens",
+    "Steps",
+    "Time",
+    "Sampled",
+    "Hardware",
+  ];
+  const held = (interval, step, format) =>
+    interval ? [measured(interval, format), el("small", { class: "muted" }, `step ${step}`)] : NONE;
   const row = (run) => {
     const top = run.headline;
     const format = formatOf(top.before, top.after);
@@ -168,9 +183,11 @@ function several(runs) {
         el("i", { class: "swatch", style: { background: run.color } }),
         el("span", { dir: "auto" }, shown(run.name, [])),
       ),
-      el("td", {}, top.before ? format(top.before[0]) : NONE),
-      el("td", {}, el("b", {}, top.after ? format(top.after[0]) : NONE)),
+      el("td", {}, held(top.before, top.evaluated?.[0], format)),
+      el("td", {}, held(top.after, top.evaluated?.[1], format)),
       el("td", { class: "spans" }, top.before && isShare(top.before) ? span(top.before, top.after, run.color) : null),
+      el("td", {}, top.before ? top.verdict : NONE),
+      el("td", {}, top.questions ? top.questions.toLocaleString("en") : NONE),
       el("td", {}, between(top.reward, number)),
       el("td", {}, between(top.length, number)),
       el("td", {}, progress(top)),
@@ -408,8 +425,8 @@ function heldOut(run) {
     ...names.map((name) => measured(row.functions[name], format(name), run.color)),
     number(row.length),
     percent(row.truncated),
-    i ? `+${row.learned}` : NONE,
-    i ? `\u2212${row.forgotten}` : NONE,
+    i ? `+${row.learned.length}` : NONE,
+    i ? `\u2212${row.forgotten.length}` : NONE,
     row.questions === row.answers ? row.questions : `${row.questions} \u00d7 ${number(row.answers / row.questions)}`,
   ]);
   return el(
