@@ -247,7 +247,11 @@ class Chart {
     let [x0, x1] = view.domain || [Math.min(...all.map((xs) => xs[0])), Math.max(...all.map((xs) => xs.at(-1)))];
     if (!(x1 > x0)) [x0, x1] = [(x0 || 0) - 0.5, (x0 || 0) + 0.5];
     const inside = (x) => x >= x0 && x <= x1;
-    let values = this.drawn.flatMap((s) => s.bins.filter((b) => inside(b[0])).flatMap((b) => [b[2], b[3]]));
+    let values = this.drawn.flatMap((s) =>
+      this.pale(s)
+        ? s.bins.filter((b) => inside(b[0])).flatMap((b) => [b[2], b[3]])
+        : s.line.filter(([x]) => inside(x)).map(([, y]) => y),
+    );
     if (this.panel.stacked)
       values = [
         0,
@@ -373,13 +377,13 @@ class Chart {
           : svg(
               "text",
               { class: "tick halo", x: this.width - MARGIN.right, y: this.y(base.value) - 4, "text-anchor": "end" },
-              "base model",
+              "step 1, untrained",
             ),
       ),
     );
     const smooth = view.sigma > 0;
     const raw = this.drawn
-      .filter((s) => smooth && s.bins.length > 1)
+      .filter((s) => smooth && s.bins.length > 1 && this.pale(s))
       .map((s) => {
         const sparse = s.bins.every((b) => b[2] === b[3]);
         const band = [...s.bins.map((b) => [b[0], b[3]]), ...s.bins.map((b) => [b[0], b[2]]).reverse()];
@@ -408,6 +412,11 @@ class Chart {
           }),
     );
     return [...raw, ...main, ...bases];
+  }
+
+  /** Whether a line's single values are drawn and set the scale; those of few completions a step would hide the others. */
+  pale(series) {
+    return !this.panel.alone.includes(series.name);
   }
 
   totals() {
@@ -457,7 +466,7 @@ class Chart {
   describe() {
     const one = this.drawn.length ? this.drawn[0].line : [];
     const last = page.runs.length === 1 && !this.panel.stacked && one.length ? this.format(one.at(-1)[1]) : "";
-    this.readout.textContent = last;
+    this.readout.replaceChildren(last, last && view.sigma ? el("small", {}, "smoothed") : "");
     const ends = this.drawn
       .filter((s) => s.line.length)
       .map((s) => `${s.label} from ${this.format(s.line[0][1])} to ${this.format(s.line.at(-1)[1])}`);

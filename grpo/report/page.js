@@ -450,16 +450,24 @@ const triple = (metric) => (metric ? [metric.value, metric.low, metric.high] : n
 function benchmarks(runs) {
   const entries = runs.flatMap((run) =>
     run.results.flatMap((result) =>
-      result.results.map((entry) => ({ ...entry, run, name: named(run, result.name), model: result.model })),
+      result.results.map((entry) => ({
+        ...entry,
+        run,
+        name: named(run, result.name),
+        model: result.model,
+        stop: result.settings.stop || [],
+      })),
     ),
   );
   const names = [...new Set(entries.map((entry) => entry.benchmark))];
   return names.flatMap((benchmark) => {
     const own = entries.filter((entry) => entry.benchmark === benchmark);
     const metrics = [...new Set(own.flatMap((entry) => Object.keys(entry.metrics)))];
+    const ways = new Set(own.map(wayOf));
     const rows = own.map((entry) => [
-      el("span", { title: entry.model }, entry.name),
+      [entry.name, el("small", { class: "model" }, lastParts(entry.model))],
       entry.template,
+      ...(ways.size > 1 ? [wayOf(entry)] : []),
       ...metrics.map((name) =>
         measured(
           triple(entry.metrics[name]),
@@ -468,18 +476,29 @@ function benchmarks(runs) {
         ),
       ),
     ]);
-    const ways = new Set(
-      own.map(
-        (entry) =>
-          `${plural(entry.num_questions, "question")}, ${plural(entry.num_samples, "sample")} each, temperature ${entry.temperature}, top-p ${entry.top_p}, at most ${number(entry.max_completion_tokens)} tokens`,
-      ),
-    );
+    const several = ways.size > 1;
     return [
-      el("h4", {}, benchmark, el("small", {}, [...ways].join("; "))),
-      table(["model", "template", ...metrics], rows, benchmark),
+      el("h4", {}, benchmark, several ? null : el("small", {}, [...ways])),
+      several
+        ? el("p", { class: "muted fine" }, "Rows that were sampled otherwise, or of other questions, are no comparison.")
+        : null,
+      table(["model", "template", ...(several ? ["sampled"] : []), ...metrics], rows, benchmark),
       ...splits(own),
     ];
   });
+}
+
+/** How the answers of a benchmark were sampled: rows compare where this is the same. */
+function wayOf(entry) {
+  return [
+    plural(entry.num_questions, "question"),
+    entry.num_samples > 1 ? `${entry.num_samples} samples each` : null,
+    entry.temperature === 0 ? "greedy" : `temperature ${entry.temperature}, top-p ${entry.top_p}`,
+    `at most ${number(entry.max_completion_tokens)} tokens`,
+    entry.stop.length ? `ends at ${entry.stop.map((text) => JSON.stringify(text)).join(" or ")}` : null,
+  ]
+    .filter((part) => part)
+    .join(", ");
 }
 
 /** By level and by subject, where the data has them. */
