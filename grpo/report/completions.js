@@ -170,8 +170,13 @@ class Browser {
     await this.append();
   }
 
+  /** What the run counts as reflection. */
+  reflects() {
+    return new RegExp(this.current.run.reflective, "gi");
+  }
+
   texts() {
-    return [this.pattern, this.reflective.checked ? reflective() : null].filter((each) => each);
+    return [this.pattern, this.reflective.checked ? this.reflects() : null].filter((each) => each);
   }
 
   filtered() {
@@ -303,7 +308,7 @@ class Browser {
     const verdict = index.right[i];
     const mark = verdict === null ? "?" : verdict ? "\u2713" : "\u2717";
     const word = verdict === null ? "unknown" : verdict ? "right" : "wrong";
-    const marks = [this.pattern ? ["hit", this.pattern] : null, this.mark ? ["reflects", reflective()] : null].filter(
+    const marks = [this.pattern ? ["hit", this.pattern] : null, this.mark ? ["reflects", this.reflects()] : null].filter(
       (each) => each,
     );
     const parts = Object.entries(rewards)
@@ -353,8 +358,6 @@ function advantage(value) {
   );
 }
 
-const reflective = () => new RegExp(page.reflective, "gi");
-
 /** null for no text, false for what is no regular expression. */
 function patternOf(text) {
   if (!text) return null;
@@ -368,10 +371,11 @@ function patternOf(text) {
   }
 }
 
-/** A completion with its thinking and its answer told apart. */
+/** A completion with its thinking and its answer told apart; a prompt that opens the thoughts leaves a lone </think>. */
 function thoughts(text, marks) {
   const parts = [];
-  let kind = "";
+  const [opened, closed] = [text.indexOf("<think>"), text.indexOf("</think>")];
+  let kind = closed >= 0 && !(opened >= 0 && opened < closed) ? "think" : "";
   for (const piece of text.split(/(<\/?(?:think|answer)>)/)) {
     const tag = /^<(\/?)(think|answer)>$/.exec(piece);
     if (tag) {
