@@ -23,7 +23,7 @@ from grpo.report import plot_curves, save_figures, write_page
 from grpo.report.figures import _draw, smooth
 from grpo.report.panels import Panel, formula, sections
 from grpo.report.read import read_runs, wilson
-from grpo.report.summary import headline, held_out, intervals
+from grpo.report.summary import columns, headline, held_out, intervals
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -414,6 +414,7 @@ def test_the_headline_adds_up_time_and_tokens(tmp_path: Path):
     assert (top["seconds"], top["tokens"], top["memory"]) == (120.0, 4000, 40)
     assert top["reward"] == (2.5, 38.5)  # the mean of the first four of 40 steps, and of the last four
     assert top["before"] is top["after"] is None
+    assert columns(run)["last"]["reward/mean"] == 38.5
 
 
 def test_every_metric_is_in_one_panel_and_has_its_formula():
@@ -473,13 +474,13 @@ def test_figures_say_what_the_dots_and_the_dotted_line_are_and_lines_of_few_comp
 ):
     lines = ("aha/reflection", "aha/reflection_truncated")
     metrics: list[dict[str, Any]] = [{"step": s, **dict.fromkeys(lines, float(s % 2))} for s in range(1, 41)]
-    metrics.append({"step": 41, "aha/eval_reflection": 0.5})
+    metrics.append({"step": 41, "aha/eval_reflection": 0.5})  # no answers, so no interval
     panel = Panel("Reflection", [lines[0]], points="aha/eval_reflection", base=True, alone=[lines[1]])
     runs = read_runs([a_run(tmp_path / name, metrics=metrics) for name in ("a", "b")], max_completions=0)
     for number, labels, drawn in ((1, ["all", "cut off"], 5), (2, ["a", "b"], 8)):
         axis = Figure().subplots()
         _draw(axis, panel, runs[:number])
-        wanted = {*labels, "step 1, untrained", "held out, 95 % interval"}
+        wanted = {*labels, "step 1, untrained", "held out"}
         assert sorted(axis.get_legend_handles_labels()[1]) == sorted(wanted)
         assert (
             len(axis.lines) == drawn

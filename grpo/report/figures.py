@@ -126,7 +126,7 @@ def _draw(axis: Axes, panel: Panel, runs: list[Run]) -> None:
             if panel.base and not i:
                 _base(axis, run, name, color, label="" if r else "step 1, untrained")
         color = COLORS[r % 8] if several or not names else _color(names[0], 0, panel)
-        _points(axis, run, panel.points, color, label="" if r else "held out, 95 % interval")
+        _points(axis, run, panel.points, color, labelled=not r)
     axis.set_title(panel.title + (f" ({panel.unit})" if panel.unit else ""))
     axis.set_xlabel("step")
     axis.margins(x=0.01)
@@ -197,11 +197,12 @@ def _base(axis: Axes, run: Run, name: str, color: str, *, label: str) -> None:
             axis.axhline(row[name], color=color, linewidth=0.8, linestyle=(0, (1, 2)), label=label or None)
 
 
-def _points(axis: Axes, run: Run, name: str, color: str, *, label: str) -> None:
+def _points(axis: Axes, run: Run, name: str, color: str, *, labelled: bool) -> None:
     steps, values = _series(run, name)
     known = summary.intervals(run).get(name, {})
     ends = [known.get(int(step), (value, value, value))[1:] for step, value in zip(steps, values, strict=True)]
     if ends:
+        label = "held out, 95 % interval" if known else "held out"
         below, above = np.array(ends).T
         error = np.maximum(0, [values - below, above - values])
         axis.errorbar(
@@ -215,7 +216,7 @@ def _points(axis: Axes, run: Run, name: str, color: str, *, label: str) -> None:
             mew=0.8,
             elinewidth=1,
             zorder=3,
-            label=label or None,
+            label=label if labelled else None,
         )
 
 

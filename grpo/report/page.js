@@ -160,7 +160,6 @@ function several(runs) {
     "Held out: before",
     "after",
     "",
-    "verdict",
     "questions",
     "Reward",
     "Tokens",
@@ -186,8 +185,12 @@ function several(runs) {
       el("td", {}, held(top.before, top.evaluated?.[0], format)),
       el("td", {}, held(top.after, top.evaluated?.[1], format)),
       el("td", { class: "spans" }, top.before && isShare(top.before) ? span(top.before, top.after, run.color) : null),
-      el("td", {}, top.before ? top.verdict : NONE),
-      el("td", {}, top.questions ? top.questions.toLocaleString("en") : NONE),
+      el(
+        "td",
+        {},
+        top.questions ? top.questions.toLocaleString("en") : NONE,
+        top.before ? el("small", { class: "model" }, top.verdict) : null,
+      ),
       el("td", {}, between(top.reward, number)),
       el("td", {}, between(top.length, number)),
       el("td", {}, progress(top)),
@@ -277,6 +280,7 @@ function controls() {
     el("label", {}, "Smoothing", slider, text),
     timed ? el("label", {}, "Over", axis) : null,
     el("button", { type: "button", id: "unzoom", hidden: true, onclick: () => zoom(null) }, "Whole run"),
+    page.runs.length === 1 ? el("span", { class: "muted fine" }, "Bold: mean of the last steps, not smoothed") : null,
   );
 }
 
@@ -463,11 +467,13 @@ function benchmarks(runs) {
   return names.flatMap((benchmark) => {
     const own = entries.filter((entry) => entry.benchmark === benchmark);
     const metrics = [...new Set(own.flatMap((entry) => Object.keys(entry.metrics)))];
-    const ways = new Set(own.map(wayOf));
-    const rows = own.map((entry) => [
+    const ways = own.map(wayOf);
+    const alike = ways[0].filter((part) => ways.every((way) => way.includes(part)));
+    const several = ways.some((way) => way.length > alike.length);
+    const rows = own.map((entry, i) => [
       [entry.name, el("small", { class: "model" }, lastParts(entry.model))],
       entry.template,
-      ...(ways.size > 1 ? [wayOf(entry)] : []),
+      ...(several ? [el("div", { class: "sampled" }, ways[i].filter((part) => !alike.includes(part)).join(", "))] : []),
       ...metrics.map((name) =>
         measured(
           triple(entry.metrics[name]),
@@ -476,9 +482,8 @@ function benchmarks(runs) {
         ),
       ),
     ]);
-    const several = ways.size > 1;
     return [
-      el("h4", {}, benchmark, several ? null : el("small", {}, [...ways])),
+      el("h4", {}, benchmark, el("small", {}, alike.join(", "))),
       several
         ? el("p", { class: "muted fine" }, "Rows that were sampled otherwise, or of other questions, are no comparison.")
         : null,
@@ -488,17 +493,15 @@ function benchmarks(runs) {
   });
 }
 
-/** How the answers of a benchmark were sampled: rows compare where this is the same. */
+/** How the answers of a benchmark were sampled, in parts: rows compare where these are the same. */
 function wayOf(entry) {
   return [
     plural(entry.num_questions, "question"),
-    entry.num_samples > 1 ? `${entry.num_samples} samples each` : null,
+    `${plural(entry.num_samples, "sample")} each`,
     entry.temperature === 0 ? "greedy" : `temperature ${entry.temperature}, top-p ${entry.top_p}`,
     `at most ${number(entry.max_completion_tokens)} tokens`,
-    entry.stop.length ? `ends at ${entry.stop.map((text) => JSON.stringify(text)).join(" or ")}` : null,
-  ]
-    .filter((part) => part)
-    .join(", ");
+    entry.stop.length ? `ends at ${entry.stop.map((text) => JSON.stringify(text)).join(" or ")}` : "no stop text",
+  ];
 }
 
 /** By level and by subject, where the data has them. */

@@ -212,11 +212,12 @@ def _number(value: float | None) -> float | None:
 
 
 def columns(run: Run) -> dict[str, Any]:
-    """The metrics as a list per name, null where a step lacks it, and the steps at which it was not finite."""
+    """The metrics as a list per name, null where a step lacks it; the mean of the last; the steps at which it was not finite."""
     names = list(dict.fromkeys(name for row in run.metrics for name in row if name != "step"))
     return {
         "steps": [row["step"] for row in run.metrics],
         "values": {name: [_number(row.get(name)) for row in run.metrics] for name in names},
+        "last": {name: _number(ends[1]) for name in names if (ends := _ends(run, name))},
         "not_finite": {
             name: steps
             for name in names
