@@ -21,9 +21,10 @@ def main() -> None:
     parser.add_argument("--pdf", type=Path, metavar="DIR", help="the same as PDF")
     arguments = parser.parse_args()
     with errors_for_users():
-        from grpo.report import save_figures, write_page
+        from grpo.report import check_places, save_figures, write_page
         from grpo.report.page import MAX_COMPLETIONS
 
+        check_places(arguments.out, arguments.png, arguments.pdf)
         limit = MAX_COMPLETIONS if arguments.max_completions is None else arguments.max_completions
         out = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "report.html"
         size = write_page(arguments.runs, out, max_completions=limit)

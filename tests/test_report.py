@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import ROOT, tiny_config
+from matplotlib.figure import Figure
 
 from grpo import report
 from grpo.metrics import METRICS
 from grpo.report import plot_curves, save_figures, write_page
-from grpo.report.figures import smooth
-from grpo.report.panels import formula, sections
+from grpo.report.figures import _draw, smooth
+from grpo.report.panels import Panel, formula, sections
 from grpo.report.read import read_runs, wilson
-from grpo.report.summary import headline, held_out, intervals
+from grpo.report.summary import columns, headline, held_out, intervals
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -207,6 +209,37 @@ def test_a_line_that_cannot_be_read_is_left_out_and_said(tmp_path: Path):
     assert described["notes"] == [f"line {n} of metrics.jsonl cannot be read and is left out" for n in (2, 4)]
 
 
+def test_a_file_that_cannot_be_read_is_left_out_and_said(tmp_path: Path):
+    run = a_run(
+        tmp_path / "run",
+        metrics=[{"reward/mean": 1.0}, {"step": 2}],
+        completions=[{"step": 3}, row(3, 0)],
+        evaluations=[{"step": 0, "row": 0}],
+    )
+    for name, text in {"config.yaml": "", "environment.json": '{"device": ', "evaluation/x/results.json": "{}"}.items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(text)
+    html = html_of(run)
+    described = block(html, "head")["runs"][0]
+    assert described["metrics"]["steps"] == [2]
+    assert completions_of(html) == ["1"]
+    assert (described["settings"], described["environment"], described["results"]) == ({}, {}, [])
+    lines = [f"line 1 of {name}.jsonl" for name in ("evaluations", "metrics", "completions")]
+    whole = ["config.yaml", "environment.json", "x/results.json"]
+    assert sorted(described["notes"]) == sorted(f"{name} cannot be read and is left out" for name in lines + whole)
+
+
+def test_reflective_words_are_those_that_the_run_counts(tmp_path: Path):
+    own = {"logging": {"reflection_words": {"reflection": ["hmm"]}}}
+    runs = [a_run(tmp_path / name) for name in ("a", "b")]
+    (runs[1] / "config.yaml").write_text(tiny_config(tmp_path, **own).to_yaml())
+    first, second = (run["reflective"] for run in block(html_of(*runs), "head")["runs"])
+    assert re.search(first, "wait")
+    assert not re.search(first, "hmm")
+    assert re.search(second, "hmm")
+    assert not re.search(second, "wait")
+
+
 def test_what_is_not_a_finite_number_is_a_gap_with_its_steps(tmp_path: Path):
     metrics = [{"step": s, "policy/kl": value} for s, value in ((1, 0.5), (2, math.nan), (3, math.inf), (5, 0.25))]
     rows = [row(1, 0, right=None, reward=math.nan, advantage=math.inf)]
@@ -267,6 +300,7 @@ def test_a_page_without_completions_is_small(tmp_path: Path):
     [
         (["nothing"], 10, ["RUN_DIR is", "nothing'", "metrics.jsonl", "Give the directory"]),
         (["run"] * 9, 10, ["RUN_DIR is given 9 times", "at most 8 runs", "Give fewer"]),
+        (["run", "run/../run"], 10, ["run' is given 2 times", "drawn once", "Give each"]),
         (["run"], -1, ["--max-completions is -1", "number of completions", "Set 0"]),
     ],
 )
@@ -284,6 +318,34 @@ def test_the_script_writes_the_page_beside_the_run_and_figures_where_asked(tmp_p
     assert block((run / "report.html").read_text(), "head")["runs"][0]["name"] == "run"
     assert (tmp_path / "figures" / "reward-mean.png").exists()
     assert str(run / "report.html") in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "place", "words"),
+    [
+        ("--out", "none/page.html", "--out is .*none/page.html'; it is a file in a directory that exists. Give"),
+        ("--out", "run", "--out is .*run'; it is a file"),
+        (
+            "--png",
+            "run/metrics.jsonl",
+            "--png or --pdf is .*metrics.jsonl'; figures go into a directory.* Give another",
+        ),
+    ],
+)
+def test_a_place_where_nothing_can_be_written_is_refused_before_the_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    place: str,
+    words: str,
+):
+    run = a_run(tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(run), option, str(tmp_path / place)])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "scripts/report.py"), run_name="__main__")
+    assert re.search(words, capsys.readouterr().err)
+    assert not (run / "report.html").exists()
 
 
 # ---- numbers ----------------------------------------------------------------------------------------------------------
@@ -320,10 +382,19 @@ def test_what_was_learned_and_forgotten_is_counted_by_question_and_intervals_cou
     (run,) = read_runs([a_run(tmp_path / "run", evaluations=rows)], max_completions=100)
     first, last = held_out(run)
     assert (first["questions"], first["answers"]) == (4, 8)
-    assert (first["learned"], first["forgotten"]) == (0, 0)
-    assert (last["learned"], last["forgotten"]) == (2, 1)
+    assert (first["learned"], first["forgotten"]) == ([], [])
+    assert (last["learned"], last["forgotten"]) == ([2, 3], [0])
     assert first["functions"]["accuracy"] == pytest.approx((5 / 8, *wilson(5 / 8, 4)))
     assert headline(run)["after"] == pytest.approx((0.75, *wilson(0.75, 4)))
+
+
+def test_before_and_after_are_of_whole_evaluations_with_as_many_questions(tmp_path: Path):
+    rows = [row(step, q, right=float(step == 4)) for step, num in ((0, 6), (4, 6), (8, 2)) for q in range(num)]
+    (run,) = read_runs([a_run(tmp_path / "run", evaluations=rows)], max_completions=0)
+    top = headline(run)
+    assert (top["evaluated"], top["questions"]) == ([0, 4], 6)
+    assert (top["before"][0], top["after"][0]) == (0.0, 1.0)
+    assert [each["questions"] for each in held_out(run)] == [6, 6, 2]  # the table tells of all
 
 
 def test_the_headline_adds_up_time_and_tokens(tmp_path: Path):
@@ -343,6 +414,7 @@ def test_the_headline_adds_up_time_and_tokens(tmp_path: Path):
     assert (top["seconds"], top["tokens"], top["memory"]) == (120.0, 4000, 40)
     assert top["reward"] == (2.5, 38.5)  # the mean of the first four of 40 steps, and of the last four
     assert top["before"] is top["after"] is None
+    assert columns(run)["last"]["reward/mean"] == 38.5
 
 
 def test_every_metric_is_in_one_panel_and_has_its_formula():
@@ -389,7 +461,27 @@ def test_each_curve_is_a_figure_for_one_run_and_for_several(tmp_path: Path, suff
 def test_a_picture_that_cannot_be_drawn_does_not_cost_a_run_its_end(tmp_path: Path):
     run = a_run(tmp_path / "run")
     assert report.at_the_end(run) == [f"curves     {run / 'curves.png'}", f"report     {run / 'report.html'}"]
-    (run / "config.yaml").write_text("{")
-    (line,) = report.at_the_end(run)
-    assert line.startswith("warning: ParserError")
-    assert f"scripts/report.py {run}" in line
+    (run / "curves.png").unlink()
+    (run / "curves.png").mkdir()
+    curves, page = report.at_the_end(run)
+    assert curves.startswith("warning: IsADirectoryError")
+    assert f"scripts/report.py {run} --png" in curves
+    assert page == f"report     {run / 'report.html'}"
+
+
+def test_figures_say_what_the_dots_and_the_dotted_line_are_and_lines_of_few_completions_have_no_single_values(
+    tmp_path: Path,
+):
+    lines = ("aha/reflection", "aha/reflection_truncated")
+    metrics: list[dict[str, Any]] = [{"step": s, **dict.fromkeys(lines, float(s % 2))} for s in range(1, 41)]
+    metrics.append({"step": 41, "aha/eval_reflection": 0.5})  # no answers, so no interval
+    panel = Panel("Reflection", [lines[0]], points="aha/eval_reflection", base=True, alone=[lines[1]])
+    runs = read_runs([a_run(tmp_path / name, metrics=metrics) for name in ("a", "b")], max_completions=0)
+    for number, labels, drawn in ((1, ["all", "cut off"], 5), (2, ["a", "b"], 8)):
+        axis = Figure().subplots()
+        _draw(axis, panel, runs[:number])
+        wanted = {*labels, "step 1, untrained", "held out"}
+        assert sorted(axis.get_legend_handles_labels()[1]) == sorted(wanted)
+        assert (
+            len(axis.lines) == drawn
+        )  # of a run: single values, smoothed, step 1 and dots; of "cut off" only smoothed

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from grpo.report.figures import plot_curves, save_figures
 from grpo.report.page import write_page
 
-__all__ = ["at_the_end", "plot_curves", "save_figures", "write_page"]
+__all__ = ["at_the_end", "check_places", "plot_curves", "save_figures", "write_page"]
 
 COMPLETIONS_AT_THE_END = 4_000
 """Of each kind, so that a run does not wait for its page; scripts/report.py writes one with more."""
 
 
+def check_places(file: Path | None, *directories: Path | None) -> None:
+    """See that what will be written can be, before the runs are read.
+
+    Raises:
+        ValueError: `file` is a directory or would lie where there is none; a directory is, or lies in, something else.
+    """
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise ValueError(
+            f"--out is {str(file)!r}; it is a file in a directory that exists. Give a name such as compare.html, or make "
+            f"{str(file.parent)!r} first."
+        )
+    for directory in directories:
+        if directory is not None and not next(p for p in (directory, *directory.parents) if p.exists()).is_dir():
+            raise ValueError(
+                f"--png or --pdf is {str(directory)!r}; figures go into a directory, and a file is in its way. Give another name."
+            )
+
+
 def at_the_end(run_dir: Path) -> list[str]:
     """Draw a run's curves and write its page; lines that say where they are. A picture must never cost a run its end."""
-    lines = []
+    page = run_dir / "report.html"
+    again = f"python scripts/report.py {run_dir}"
+    pictures: list[tuple[str, Path, Callable[[], object], str]] = [
+        ("curves", run_dir / "curves.png", lambda: plot_curves(run_dir), f"{again} --png {run_dir / 'figures'}"),
+        ("report", page, lambda: write_page([run_dir], page, max_completions=COMPLETIONS_AT_THE_END), again),
+    ]
+    return [_attempt(*picture) for picture in pictures]
+
+
+def _attempt(name: str, path: Path, draw: Callable[[], object], again: str) -> str:
     try:
-        lines.append(f"curves     {plot_curves(run_dir)}")
-        page = run_dir / "report.html"
-        write_page([run_dir], page, max_completions=COMPLETIONS_AT_THE_END)
-        lines.append(f"report     {page}")
+        draw()
     except Exception as error:
-        lines.append(f"warning: {error!r} while drawing the run; `python scripts/report.py {run_dir}` tries again.")
-    return lines
+        return f"warning: {error!r} while drawing {path}; `{again}` tries again."
+    return f"{name:<11}{path}"

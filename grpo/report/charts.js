@@ -119,7 +119,7 @@ class Chart {
     const title = panel.title + (this.only && page.runs.length > 1 ? `: ${this.only.name}` : "");
     const described = [...panel.lines, panel.points, ...panel.alone].filter((name) => name && page.formulas[name]);
     const formula = described.map((name) => `${name}: ${page.formulas[name]}`).join("\n");
-    this.readout = el("span", { class: "readout" });
+    this.readout = el("span", { class: "readout", title: "mean of the last steps" });
     this.legend = el("div", { class: "legend" });
     this.svg = svg("svg", { role: "img", tabindex: 0, height: HEIGHT, class: "plot" });
     this.tip = el("div", { class: "tip", hidden: true });
@@ -247,7 +247,10 @@ class Chart {
     let [x0, x1] = view.domain || [Math.min(...all.map((xs) => xs[0])), Math.max(...all.map((xs) => xs.at(-1)))];
     if (!(x1 > x0)) [x0, x1] = [(x0 || 0) - 0.5, (x0 || 0) + 0.5];
     const inside = (x) => x >= x0 && x <= x1;
-    let values = this.drawn.flatMap((s) => s.bins.filter((b) => inside(b[0])).flatMap((b) => [b[2], b[3]]));
+    const main = this.drawn.filter((s) => this.sets(s));
+    let values = (main.length ? main : this.drawn).flatMap((s) =>
+      s.bins.filter((b) => inside(b[0])).flatMap((b) => [b[2], b[3]]),
+    );
     if (this.panel.stacked)
       values = [
         0,
@@ -373,13 +376,13 @@ class Chart {
           : svg(
               "text",
               { class: "tick halo", x: this.width - MARGIN.right, y: this.y(base.value) - 4, "text-anchor": "end" },
-              "base model",
+              "step 1, untrained",
             ),
       ),
     );
     const smooth = view.sigma > 0;
     const raw = this.drawn
-      .filter((s) => smooth && s.bins.length > 1)
+      .filter((s) => smooth && s.bins.length > 1 && this.sets(s))
       .map((s) => {
         const sparse = s.bins.every((b) => b[2] === b[3]);
         const band = [...s.bins.map((b) => [b[0], b[3]]), ...s.bins.map((b) => [b[0], b[2]]).reverse()];
@@ -408,6 +411,11 @@ class Chart {
           }),
     );
     return [...raw, ...main, ...bases];
+  }
+
+  /** Whether a line sets the scale and has its single values drawn; one of few completions a step would hide the others. */
+  sets(series) {
+    return !this.panel.alone.includes(series.name);
   }
 
   totals() {
@@ -455,9 +463,8 @@ class Chart {
   }
 
   describe() {
-    const one = this.drawn.length ? this.drawn[0].line : [];
-    const last = page.runs.length === 1 && !this.panel.stacked && one.length ? this.format(one.at(-1)[1]) : "";
-    this.readout.textContent = last;
+    const last = page.runs.length === 1 && !this.panel.stacked ? page.runs[0].metrics.last[this.name] : undefined;
+    this.readout.textContent = last === undefined ? "" : this.format(last);
     const ends = this.drawn
       .filter((s) => s.line.length)
       .map((s) => `${s.label} from ${this.format(s.line[0][1])} to ${this.format(s.line.at(-1)[1])}`);
@@ -468,7 +475,11 @@ class Chart {
     const keys = new Map();
     if (page.runs.length === 1 || this.panel.stacked) {
       if (this.drawn.length > 1)
-        for (const s of this.drawn) keys.set(s.label, el("i", { style: { background: s.color } }));
+        for (const s of this.drawn) {
+          const beyond = s.line.some(([x, y]) => x >= this.domain[0] && x <= this.domain[1] && y > this.range[1]);
+          const label = beyond && !this.panel.stacked ? `${s.label}, beyond the top` : s.label;
+          keys.set(label, el("i", { style: { background: s.color } }));
+        }
     } else if (this.panel.lines.length > 1) {
       this.panel.lines.forEach((name, i) =>
         keys.set(

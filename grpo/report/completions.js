@@ -170,15 +170,21 @@ class Browser {
     await this.append();
   }
 
+  /** What the run counts as reflection. */
+  reflects() {
+    return new RegExp(this.current.run.reflective, "gi");
+  }
+
   texts() {
-    return [this.pattern, this.reflective.checked ? reflective() : null].filter((each) => each);
+    return [this.pattern, this.reflective.checked ? this.reflects() : null].filter((each) => each);
   }
 
   filtered() {
     const { index } = this;
     const only = this.steps.length > 1 && !this.every.checked ? this.steps[this.step.value] : null;
     const [least, most] = [this.least, this.most].map((input) => (input.value === "" ? null : Number(input.value)));
-    const change = ["learned", "forgotten"].includes(this.verdict.value) ? this.changes() : null;
+    const changed = this.current.run.held_out.at(-1)?.[this.verdict.value]; // by most samples, as the table counts them
+    const change = changed && new Set(changed.map(String));
     const rows = [];
     for (let i = 0; i < index.reward.length; i++) {
       if (only !== null && index.step[i] !== only) continue;
@@ -190,17 +196,6 @@ class Browser {
       rows.push(i);
     }
     return rows;
-  }
-
-  /** Questions whose verdict differs between the first and the last evaluation. */
-  changes() {
-    const ends = new Map();
-    this.index.group.forEach((group, i) => {
-      const now = this.index.right[i];
-      ends.set(group, [ends.has(group) ? ends.get(group)[0] : now, now]);
-    });
-    const wanted = this.verdict.value === "learned" ? [0, 1] : [1, 0];
-    return new Set([...ends].filter(([, [a, b]]) => a === wanted[0] && b === wanted[1]).map(([group]) => group));
   }
 
   async searched(rows, patterns, turn) {
@@ -313,7 +308,7 @@ class Browser {
     const verdict = index.right[i];
     const mark = verdict === null ? "?" : verdict ? "\u2713" : "\u2717";
     const word = verdict === null ? "unknown" : verdict ? "right" : "wrong";
-    const marks = [this.pattern ? ["hit", this.pattern] : null, this.mark ? ["reflects", reflective()] : null].filter(
+    const marks = [this.pattern ? ["hit", this.pattern] : null, this.mark ? ["reflects", this.reflects()] : null].filter(
       (each) => each,
     );
     const parts = Object.entries(rewards)
@@ -363,8 +358,6 @@ function advantage(value) {
   );
 }
 
-const reflective = () => new RegExp(page.reflective, "gi");
-
 /** null for no text, false for what is no regular expression. */
 function patternOf(text) {
   if (!text) return null;
@@ -378,10 +371,11 @@ function patternOf(text) {
   }
 }
 
-/** A completion with its thinking and its answer told apart. */
+/** A completion with its thinking and its answer told apart; a prompt that opens the thoughts leaves a lone </think>. */
 function thoughts(text, marks) {
   const parts = [];
-  let kind = "";
+  const [opened, closed] = [text.indexOf("<think>"), text.indexOf("</think>")];
+  let kind = closed >= 0 && !(opened >= 0 && opened < closed) ? "think" : "";
   for (const piece of text.split(/(<\/?(?:think|answer)>)/)) {
     const tag = /^<(\/?)(think|answer)>$/.exec(piece);
     if (tag) {

@@ -48,9 +48,10 @@ function percent(value) {
 
 function duration(seconds) {
   if (seconds === null || seconds === undefined) return NONE;
-  if (seconds < 60) return number(seconds) + THIN + "s";
-  const minutes = Math.floor(seconds / 60);
-  if (minutes < 60) return `${minutes}${THIN}min ${Math.round(seconds - 60 * minutes)}${THIN}s`;
+  if (seconds < 59.5) return number(seconds) + THIN + "s";
+  const whole = Math.round(seconds);
+  const minutes = Math.floor(whole / 60);
+  if (minutes < 60) return `${minutes}${THIN}min ${whole % 60}${THIN}s`;
   return `${Math.floor(minutes / 60)}${THIN}h ${minutes % 60}${THIN}min`;
 }
 

@@ -121,10 +121,12 @@ def _draw(axis: Axes, panel: Panel, runs: list[Run]) -> None:
         for i, name in enumerate(names):
             color = COLORS[r % 8] if several else _color(name, i, panel)
             label = " ".join(([run.name] if several else []) + ([_last(name)] if len(names) > 1 else []))
-            _line(axis, run, name, color=color, dash=DASHES[i % 4 if several else 0], label=label)
+            pale = name not in panel.alone  # single values of few completions would hide the other lines
+            _line(axis, run, name, color=color, dash=DASHES[i % 4 if several else 0], label=label, pale=pale)
             if panel.base and not i:
-                _base(axis, run, name, color)
-        _points(axis, run, panel.points, COLORS[r % 8] if several or not names else _color(names[0], 0, panel))
+                _base(axis, run, name, color, label="" if r else "step 1, untrained")
+        color = COLORS[r % 8] if several or not names else _color(names[0], 0, panel)
+        _points(axis, run, panel.points, color, labelled=not r)
     axis.set_title(panel.title + (f" ({panel.unit})" if panel.unit else ""))
     axis.set_xlabel("step")
     axis.margins(x=0.01)
@@ -158,11 +160,12 @@ def _series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps, dtype=float), np.array(values, dtype=float)
 
 
-def _line(axis: Axes, run: Run, name: str, *, color: str, dash: Any, label: str) -> None:
-    """The values pale, and over them what a Gaussian makes of them; a run of few steps as it is."""
+def _line(axis: Axes, run: Run, name: str, *, color: str, dash: Any, label: str, pale: bool) -> None:
+    """The values pale if asked, and over them what a Gaussian makes of them; a run of few steps as it is."""
     steps, values = _series(run, name)
     if len(steps) >= FEW_STEPS:
-        axis.plot(steps, values, color=color, alpha=0.28, linewidth=0.7)
+        if pale:
+            axis.plot(steps, values, color=color, alpha=0.28, linewidth=0.7)
         values = smooth(steps, values, sigma=max(1.0, len(steps) / 50))
     marker = "o" if len(steps) == 1 else ""
     axis.plot(
@@ -187,22 +190,33 @@ def smooth(steps: np.ndarray, values: np.ndarray, *, sigma: float) -> np.ndarray
     return smoothed
 
 
-def _base(axis: Axes, run: Run, name: str, color: str) -> None:
-    """The untrained model's value, which sampled step 1."""
+def _base(axis: Axes, run: Run, name: str, color: str, *, label: str) -> None:
+    """The value in training of the untrained model, which sampled step 1."""
     for row in run.metrics:
         if row["step"] == 1 and name in row:
-            axis.axhline(row[name], color=color, linewidth=0.8, linestyle=(0, (1, 2)))
+            axis.axhline(row[name], color=color, linewidth=0.8, linestyle=(0, (1, 2)), label=label or None)
 
 
-def _points(axis: Axes, run: Run, name: str, color: str) -> None:
+def _points(axis: Axes, run: Run, name: str, color: str, *, labelled: bool) -> None:
     steps, values = _series(run, name)
     known = summary.intervals(run).get(name, {})
     ends = [known.get(int(step), (value, value, value))[1:] for step, value in zip(steps, values, strict=True)]
     if ends:
+        label = "held out, 95 % interval" if known else "held out"
         below, above = np.array(ends).T
         error = np.maximum(0, [values - below, above - values])
         axis.errorbar(
-            steps, values, yerr=error, fmt="o", color=color, markersize=4, mec="white", mew=0.8, elinewidth=1, zorder=3
+            steps,
+            values,
+            yerr=error,
+            fmt="o",
+            color=color,
+            markersize=4,
+            mec="white",
+            mew=0.8,
+            elinewidth=1,
+            zorder=3,
+            label=label if labelled else None,
         )
 
 

@@ -155,7 +155,21 @@ function one(run) {
 }
 
 function several(runs) {
-  const head = ["Run", "Held out: before", "after", "", "Reward", "Tokens", "Steps", "Time", "Sampled", "Hardware"];
+  const head = [
+    "Run",
+    "Held out: before",
+    "after",
+    "",
+    "questions",
+    "Reward",
+    "Tokens",
+    "Steps",
+    "Time",
+    "Sampled",
+    "Hardware",
+  ];
+  const held = (interval, step, format) =>
+    interval ? [measured(interval, format), el("small", { class: "muted" }, `step ${step}`)] : NONE;
   const row = (run) => {
     const top = run.headline;
     const format = formatOf(top.before, top.after);
@@ -168,9 +182,15 @@ function several(runs) {
         el("i", { class: "swatch", style: { background: run.color } }),
         el("span", { dir: "auto" }, shown(run.name, [])),
       ),
-      el("td", {}, top.before ? format(top.before[0]) : NONE),
-      el("td", {}, el("b", {}, top.after ? format(top.after[0]) : NONE)),
+      el("td", {}, held(top.before, top.evaluated?.[0], format)),
+      el("td", {}, held(top.after, top.evaluated?.[1], format)),
       el("td", { class: "spans" }, top.before && isShare(top.before) ? span(top.before, top.after, run.color) : null),
+      el(
+        "td",
+        {},
+        top.questions ? top.questions.toLocaleString("en") : NONE,
+        top.before ? el("small", { class: "model" }, top.verdict) : null,
+      ),
       el("td", {}, between(top.reward, number)),
       el("td", {}, between(top.length, number)),
       el("td", {}, progress(top)),
@@ -260,6 +280,7 @@ function controls() {
     el("label", {}, "Smoothing", slider, text),
     timed ? el("label", {}, "Over", axis) : null,
     el("button", { type: "button", id: "unzoom", hidden: true, onclick: () => zoom(null) }, "Whole run"),
+    page.runs.length === 1 ? el("span", { class: "muted fine" }, "Bold: mean of the last steps, not smoothed") : null,
   );
 }
 
@@ -408,8 +429,8 @@ function heldOut(run) {
     ...names.map((name) => measured(row.functions[name], format(name), run.color)),
     number(row.length),
     percent(row.truncated),
-    i ? `+${row.learned}` : NONE,
-    i ? `\u2212${row.forgotten}` : NONE,
+    i ? `+${row.learned.length}` : NONE,
+    i ? `\u2212${row.forgotten.length}` : NONE,
     row.questions === row.answers ? row.questions : `${row.questions} \u00d7 ${number(row.answers / row.questions)}`,
   ]);
   return el(
@@ -433,16 +454,26 @@ const triple = (metric) => (metric ? [metric.value, metric.low, metric.high] : n
 function benchmarks(runs) {
   const entries = runs.flatMap((run) =>
     run.results.flatMap((result) =>
-      result.results.map((entry) => ({ ...entry, run, name: named(run, result.name), model: result.model })),
+      result.results.map((entry) => ({
+        ...entry,
+        run,
+        name: named(run, result.name),
+        model: result.model,
+        stop: result.settings.stop || [],
+      })),
     ),
   );
   const names = [...new Set(entries.map((entry) => entry.benchmark))];
   return names.flatMap((benchmark) => {
     const own = entries.filter((entry) => entry.benchmark === benchmark);
     const metrics = [...new Set(own.flatMap((entry) => Object.keys(entry.metrics)))];
-    const rows = own.map((entry) => [
-      el("span", { title: entry.model }, entry.name),
+    const ways = own.map(wayOf);
+    const alike = ways[0].filter((part) => ways.every((way) => way.includes(part)));
+    const several = ways.some((way) => way.length > alike.length);
+    const rows = own.map((entry, i) => [
+      [entry.name, el("small", { class: "model" }, lastParts(entry.model))],
       entry.template,
+      ...(several ? [el("div", { class: "sampled" }, ways[i].filter((part) => !alike.includes(part)).join(", "))] : []),
       ...metrics.map((name) =>
         measured(
           triple(entry.metrics[name]),
@@ -451,18 +482,26 @@ function benchmarks(runs) {
         ),
       ),
     ]);
-    const ways = new Set(
-      own.map(
-        (entry) =>
-          `${plural(entry.num_questions, "question")}, ${plural(entry.num_samples, "sample")} each, temperature ${entry.temperature}, top-p ${entry.top_p}, at most ${number(entry.max_completion_tokens)} tokens`,
-      ),
-    );
     return [
-      el("h4", {}, benchmark, el("small", {}, [...ways].join("; "))),
-      table(["model", "template", ...metrics], rows, benchmark),
+      el("h4", {}, benchmark, el("small", {}, alike.join(", "))),
+      several
+        ? el("p", { class: "muted fine" }, "Rows that were sampled otherwise, or of other questions, are no comparison.")
+        : null,
+      table(["model", "template", ...(several ? ["sampled"] : []), ...metrics], rows, benchmark),
       ...splits(own),
     ];
   });
+}
+
+/** How the answers of a benchmark were sampled, in parts: rows compare where these are the same. */
+function wayOf(entry) {
+  return [
+    plural(entry.num_questions, "question"),
+    `${plural(entry.num_samples, "sample")} each`,
+    entry.temperature === 0 ? "greedy" : `temperature ${entry.temperature}, top-p ${entry.top_p}`,
+    `at most ${number(entry.max_completion_tokens)} tokens`,
+    entry.stop.length ? `ends at ${entry.stop.map((text) => JSON.stringify(text)).join(" or ")}` : "no stop text",
+  ];
 }
 
 /** By level and by subject, where the data has them. */

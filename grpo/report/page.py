@@ -136,8 +136,14 @@ def _describe_run(run: Run) -> dict[str, Any]:
         "results": run.results,
         "roll_backs": run.roll_backs,
         "alarms": run.alarms,
+        "reflective": pattern_source(_own_lists(run).get("reflection", PAPER_WORDS)),
         "notes": run.notes,
     }
+
+
+def _own_lists(run: Run) -> dict[str, list[str]]:
+    """Lists of words that the run counts beside the built-in ones, or in place of one of the same name."""
+    return run.config.get("logging", {}).get("reflection_words", {})
 
 
 def _head(runs: list[Run], described: list[dict[str, Any]]) -> dict[str, Any]:
@@ -150,6 +156,5 @@ def _head(runs: list[Run], described: list[dict[str, Any]]) -> dict[str, Any]:
         ],
         "formulas": {name: panels.formula(name) for name in names},
         "defaults": summary.defaults(),
-        "reflective": pattern_source(PAPER_WORDS),
         "runs": described,
     }

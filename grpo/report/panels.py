@@ -22,9 +22,11 @@ class Panel:
     lines: list[str]
     unit: str = ""
     points: str = ""  # held-out values, drawn as dots with their intervals where there are any
-    base: bool = False  # draw the value at step 1, the untrained model's, as a line
+    base: bool = False  # draw the value at step 1, which the untrained model sampled, as a line
     stacked: bool = False  # areas on top of each other; for one run only
-    alone: list[str] = field(default_factory=list)  # further lines where no other run is drawn
+    alone: list[str] = field(
+        default_factory=list
+    )  # further lines where no other run is drawn, without their single values
 
 
 @dataclass

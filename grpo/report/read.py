@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def read_runs(directories: list[Path], *, max_completions: int) -> list[Run]:
     """The runs, each under a name that no other has, with at most about `max_completions` rows of each kind in all.
 
     Raises:
-        ValueError: a directory is not that of a run; there are more than MAX_RUNS; max_completions is below 0.
+        ValueError: a directory is not that of a run; is given twice; there are more than MAX_RUNS; max_completions is below 0.
     """
     if max_completions < 0:
         raise ValueError(
@@ -71,6 +72,11 @@ def read_runs(directories: list[Path], *, max_completions: int) -> list[Run]:
         raise ValueError(
             f"RUN_DIR is given {len(directories)} times; a page tells at most {MAX_RUNS} runs apart by their colours. Give fewer."
         )
+    for directory, times in Counter(path.resolve() for path in directories).items():
+        if times > 1:
+            raise ValueError(
+                f"RUN_DIR {str(directory)!r} is given {times} times; a run is drawn once. Give each directory once."
+            )
     for directory in directories:
         if not any((directory / name).is_file() for name in ("metrics.jsonl", "config.yaml")):
             raise ValueError(
@@ -87,18 +93,16 @@ def _names(directories: list[Path]) -> list[str]:
     parts = [path.resolve().parts for path in directories]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-depth:]) for each in parts]
-        if len(set(names)) == len(set(parts)):
+        if len(set(names)) == len(names):
             break
     return names
 
 
 def _read(directory: Path, name: str, limit: int) -> Run:
     notes: list[str] = []
-    evaluations = _rows(directory / "evaluations.jsonl", notes)
+    evaluations = _rows(directory / "evaluations.jsonl", notes, {"step", *ANSWER})
     results, samples = _benchmarks(directory / "evaluation", limit, notes)
-    config_file = directory / "config.yaml"
-    environment_file = directory / "environment.json"
-    metrics = _by_step(_rows(directory / "metrics.jsonl", notes))
+    metrics = _by_step(_rows(directory / "metrics.jsonl", notes, {"step"}))
     training = _source("training", directory / "completions.jsonl", "step", limit, notes)
     held_out = _source_of("held-out", evaluations, "question", limit)
     for path in sorted(directory.glob("*.superseded.jsonl")):
@@ -107,13 +111,14 @@ def _read(directory: Path, name: str, limit: int) -> Run:
         name,
         directory,
         metrics,
-        config=yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.exists() else {},
-        environment=json.loads(environment_file.read_text(encoding="utf-8")) if environment_file.exists() else {},
+        config=_document(directory / "config.yaml", notes),
+        environment=_document(directory / "environment.json", notes),
         evaluations=evaluations,
         results=results,
-        roll_backs=_rows(directory / "roll_backs.jsonl", notes),
+        roll_backs=_rows(directory / "roll_backs.jsonl", notes, {"step", "to", "rule", "text"}),
         alarms=[
-            (p.parent.name, p.read_text(encoding="utf-8")) for p in sorted(directory.glob("post_mortem/*/alarm.txt"))
+            (p.parent.name, p.read_text(encoding="utf-8", errors="replace"))
+            for p in sorted(directory.glob("post_mortem/*/alarm.txt"))
         ],
         sources=[source for source in [training, held_out, *samples] if source.rows],
         notes=notes,
@@ -124,7 +129,9 @@ def _benchmarks(folder: Path, limit: int, notes: list[str]) -> tuple[list[Row], 
     results: list[Row] = []
     samples = []
     for path in sorted(folder.glob("*/results.json"), key=_first_base):
-        results.append({"name": path.parent.name, **json.loads(path.read_text(encoding="utf-8"))})
+        result = _document(path, notes, {"model", "settings", "results"})
+        if result:
+            results.append({"name": path.parent.name, **result})
         samples.append(_source(path.parent.name, path.with_name("samples.jsonl"), "question", limit, notes))
     return results, samples
 
@@ -141,10 +148,26 @@ def _by_step(rows: list[Row]) -> list[Row]:
     return [steps[step] for step in sorted(steps)]
 
 
-def _rows(path: Path, notes: list[str]) -> list[Row]:
+def _document(path: Path, notes: list[str], keys: AbstractSet[str] = frozenset()) -> Row:
+    """A file that is one mapping, in YAML or JSON; empty where there is none, or none that can be read, which is noted."""
+    if not path.exists():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        value = None
+    if isinstance(value, dict) and keys <= value.keys():
+        return value
+    within = f"{path.parent.name}/" if keys else ""
+    notes.append(f"{within}{path.name} cannot be read and is left out")
+    return {}
+
+
+def _rows(path: Path, notes: list[str], keys: AbstractSet[str]) -> list[Row]:
     if not path.exists():
         return []
-    return list(_parsed(path, notes, lambda _: True))
+    return list(_parsed(path, notes, keys, lambda _: True))
 
 
 def _num_lines(path: Path) -> int:
@@ -152,8 +175,12 @@ def _num_lines(path: Path) -> int:
         return sum(1 for _ in file)
 
 
-def _parsed(path: Path, notes: list[str], wanted: Callable[[bytes], bool]) -> Iterator[Row]:
-    """The rows of wanted lines. A last line without its line feed is being written; another that is no row is noted."""
+def _parsed(path: Path, notes: list[str], keys: AbstractSet[str], wanted: Callable[[bytes], bool]) -> Iterator[Row]:
+    """The rows of wanted lines. A last line without its line feed is being written; another that is no row is noted.
+
+    Args:
+        keys: a row has these; without one it cannot be read either.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not wanted(line):
@@ -162,7 +189,7 @@ def _parsed(path: Path, notes: list[str], wanted: Callable[[bytes], bool]) -> It
                 row = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError):
                 row = None
-            if isinstance(row, dict):
+            if isinstance(row, dict) and keys <= row.keys():
                 yield row
             elif line.endswith(b"\n"):
                 notes.append(f"line {number} of {path.name} cannot be read and is left out")
@@ -183,7 +210,8 @@ def _source(kind: str, path: Path, unit: str, limit: int, notes: list[str]) -> S
         with path.open("rb") as file:
             sizes.update(unit_of(line) for line in file)
     kept = _evenly(sizes, limit)
-    rows = list(_parsed(path, notes, lambda line: unit_of(line) in kept)) if kept else []
+    keys = {UNITS[unit], *ANSWER}
+    rows = list(_parsed(path, notes, keys, lambda line: unit_of(line) in kept)) if kept else []
     return Source(kind, unit, rows, sum(sizes.values()), len(sizes), len(kept))
 
 
@@ -194,6 +222,8 @@ def _source_of(kind: str, rows: list[Row], unit: str, limit: int) -> Source:
     return Source(kind, unit, [row for row in rows if row[UNITS[unit]] in kept], len(rows), len(sizes), len(kept))
 
 
+ANSWER = ("row", "question", "answer", "completion", "finish_reason", "num_tokens", "rewards")
+"""What a row of a completion has in every file."""
 UNITS = {"step": "step", "question": "row"}
 """What rows are chosen by, and the name of it in a row."""
 

@@ -61,7 +61,9 @@ def _interval(rows: list[Row], function: str) -> Interval | None:
 
 
 def held_out(run: Run) -> list[dict[str, Any]]:
-    """A row per evaluation within training: functions with intervals, length, share cut off, and what changed since the first."""
+    """A row per evaluation within training: functions with intervals, length, share cut off, and which questions are newly
+    right or wrong since the first.
+    """
     found = intervals(run)
     steps = _by_step(run.evaluations)
     first = _right(next(iter(steps.values()), []))
@@ -78,8 +80,8 @@ def held_out(run: Run) -> list[dict[str, Any]]:
                 },
                 "length": fmean(row["num_tokens"] for row in rows),
                 "truncated": fmean(row["finish_reason"] == "length" for row in rows),
-                "learned": sum(now[each] and not first[each] for each in now.keys() & first.keys()),
-                "forgotten": sum(first[each] and not now[each] for each in now.keys() & first.keys()),
+                "learned": [each for each in now if each in first and now[each] and not first[each]],
+                "forgotten": [each for each in now if each in first and first[each] and not now[each]],
             }
         )
     return table
@@ -97,7 +99,13 @@ def _right(rows: list[Row]) -> dict[int, bool]:
 
 def headline(run: Run) -> dict[str, Any]:
     """The few numbers on top; a number that the run does not have is null."""
-    verdicts = intervals(run).get(f"eval/{run.verdict}", {})
+    steps = _by_step(run.evaluations)
+    whole = max(map(len, steps.values()), default=0)  # one of fewer rows is being written, or was when the run died
+    verdicts = {
+        step: interval
+        for step, interval in intervals(run).get(f"eval/{run.verdict}", {}).items()
+        if len(steps.get(step, [])) == whole
+    }
     trained = [row for row in run.metrics if "time/step" in row]
     tokens = [row["throughput/rollout"] * row["time/rollout"] for row in trained if "throughput/rollout" in row]
     memory = [row["memory/step"] for row in trained if "memory/step" in row]
@@ -106,7 +114,7 @@ def headline(run: Run) -> dict[str, Any]:
         "before": verdicts.get(min(verdicts)) if verdicts else None,
         "after": verdicts.get(max(verdicts)) if len(verdicts) > 1 else None,
         "evaluated": [min(verdicts), max(verdicts)] if verdicts else None,
-        "questions": len({row["row"] for row in run.evaluations}),
+        "questions": len({row["row"] for row in steps[min(verdicts)]}) if verdicts and steps else 0,
         "reward": _ends(run, "reward/mean"),
         "accuracy": _ends(run, f"reward/{run.verdict}"),
         "length": _ends(run, "completion/length_mean"),
@@ -204,11 +212,12 @@ def _number(value: float | None) -> float | None:
 
 
 def columns(run: Run) -> dict[str, Any]:
-    """The metrics as a list per name, null where a step lacks it, and the steps at which it was not finite."""
+    """The metrics as a list per name, null where a step lacks it; the mean of the last; the steps at which it was not finite."""
     names = list(dict.fromkeys(name for row in run.metrics for name in row if name != "step"))
     return {
         "steps": [row["step"] for row in run.metrics],
         "values": {name: [_number(row.get(name)) for row in run.metrics] for name in names},
+        "last": {name: _number(ends[1]) for name in names if (ends := _ends(run, name))},
         "not_finite": {
             name: steps
             for name in names
