@@ -150,7 +150,7 @@ def _by_step(rows: list[Row]) -> list[Row]:
 
 def _document(path: Path, notes: list[str], keys: AbstractSet[str] = frozenset()) -> Row:
     """A file that is one mapping, in YAML or JSON; empty where there is none, or none that can be read, which is noted."""
-    if not path.exists():
+    if not path.is_file():
         return {}
     try:
         text = path.read_text(encoding="utf-8")
@@ -165,7 +165,7 @@ def _document(path: Path, notes: list[str], keys: AbstractSet[str] = frozenset()
 
 
 def _rows(path: Path, notes: list[str], keys: AbstractSet[str]) -> list[Row]:
-    if not path.exists():
+    if not path.is_file():
         return []
     return list(_parsed(path, notes, keys, lambda _: True))
 
@@ -206,7 +206,7 @@ def _source(kind: str, path: Path, unit: str, limit: int, notes: list[str]) -> S
         return found and found[1]
 
     sizes: Counter[Hashable] = Counter()
-    if path.exists() and limit:
+    if path.is_file() and limit:  # a pipe or a device has no end
         with path.open("rb") as file:
             sizes.update(unit_of(line) for line in file)
     kept = _evenly(sizes, limit)
