@@ -20,6 +20,7 @@ from grpo import Trainer, aha
 from grpo.evaluate import is_right
 from grpo.metrics import METRICS, Meter, measure_texts
 from grpo.sinks import TensorBoardSink, _thinned, read_jsonl
+from rewards import language
 
 WORDS = aha.Words(aha.WORD_LISTS)
 
@@ -233,6 +234,33 @@ def test_the_base_level_is_that_of_step_one():
 )
 def test_share_of_words_in_another_script(text: str, question: str, share: float | None):
     assert aha.other_script(text, question) == (share if share is None else pytest.approx(share))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_reward_for_the_language_and_the_metric_of_the_script_count_the_same_words(seed: int):
+    """Neither package imports the other, so both have the alphabets."""
+    rng = random.Random(seed)
+    pieces = [
+        "the",
+        "price",
+        "数",
+        "我们",
+        "сорок",
+        "x",
+        "42",
+        "`print`",
+        "$a_{b}$",
+        "π",
+        "½",
+        "かな",
+        " ",
+        ", ",
+        "naïve",
+    ]
+    text = " ".join(rng.choices(pieces, k=12))
+    for question in ("How many?", "有几个？"):
+        share = aha.other_script(text, question)
+        assert language(text, question) == pytest.approx(0.0 if share is None else 1 - share)
 
 
 @pytest.mark.parametrize("bomb", [r"\(", r"\[9", "$=", "$$", "`", "<a", "verif", "first ", "我", "数\\"])

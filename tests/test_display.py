@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, clean_environment, tiny_settings
+import torch
+from helpers import ROOT, clean_environment, tiny_config, tiny_settings
 from rich.console import Console
 from rich.text import Text
 
 from grpo import display
-from grpo.console import show_samples
+from grpo.console import errors_for_users, show_samples
 from grpo.display import Dashboard, console_sink, contrast, fold, samples, sparkline, styled_completion
+from grpo.distributed import Processes
+from grpo.rundir import RunLog
+from grpo.sinks import JsonlSink, read_jsonl
 from grpo.stopping import EXIT_STOPPED
 from grpo.terminal import Region, can_repaint, printable
 
@@ -427,3 +431,22 @@ def test_a_run_in_a_terminal_that_is_stopped_by_ctrl_c_leaves_it_clean(tmp_path:
         "said beneath what remains of the display"
     )
     assert lines[-1] == ""
+
+
+def test_a_terminal_that_is_gone_does_not_end_a_run(tmp_path: Path):
+    class Gone(JsonlSink):
+        def log(self, step: int, metrics: dict[str, float]) -> None:
+            raise OSError(5, "Input/output error")
+
+    alone = Processes(0, 1, torch.device("cpu"))
+    log = RunLog(tmp_path, tiny_config(tmp_path), alone, reward_names=["accuracy"])
+    log.sinks = [Gone(tmp_path), JsonlSink(tmp_path)]
+    for step in (1, 2):
+        log.log(step, {"reward/mean": 0.5})
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_ctrl_c_has_no_traceback():
+    with pytest.raises(SystemExit) as ended, errors_for_users():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130

@@ -8,8 +8,8 @@ import torch
 
 from grpo.attention import packed_inputs
 from grpo.batch import micro_batch, pack, spare
-from grpo.metrics import Meter, measure_passes, step_metrics
-from grpo.types import Completion, Group, MicroBatch, Prompt
+from grpo.metrics import Meter, measure_passes, measure_rollout, step_metrics
+from grpo.types import Completion, Group, MicroBatch, Prompt, Scores
 
 
 def one_group(prompt_len: int, *completion_lens: int) -> MicroBatch:
@@ -55,3 +55,13 @@ def test_a_mean_is_over_all_values_and_a_maximum_shows_what_is_not_a_number():
 
 def test_a_pass_reads_what_is_measured():
     assert packed_inputs(one_group(10, 20, 30))["input_ids"].shape == (1, 60)
+
+
+def test_names_of_answers_are_no_reward_to_average():
+    prompt = Prompt(0, [1], "1", "", {"question": "q", "answer": "1"})
+    group = Group(prompt, [Completion([1] * 9, [0.0] * 9, "x", "stop")] * 2)
+    right, votes = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]])
+    meter = Meter()
+    measure_rollout(meter, [group], Scores(right, {"accuracy": right, "vote": votes}, 0, 0), right)
+    assert "reward/accuracy" in meter.sums
+    assert "reward/vote" not in meter.sums

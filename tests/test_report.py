@@ -485,3 +485,15 @@ def test_figures_say_what_the_dots_and_the_dotted_line_are_and_lines_of_few_comp
         assert (
             len(axis.lines) == drawn
         )  # of a run: single values, smoothed, step 1 and dots; of "cut off" only smoothed
+
+
+def test_what_is_no_file_is_left_out(tmp_path: Path):
+    """As a pipe or a device would be, of which nobody finds the end."""
+    directory = a_run(tmp_path / "run")
+    (directory / "completions.jsonl").unlink(missing_ok=True)
+    for name in ("completions.jsonl", "environment.json", "roll_backs.jsonl"):
+        (directory / name).mkdir()
+    (run,) = read_runs([directory], max_completions=100)
+    assert (run.environment, run.roll_backs) == ({}, [])
+    assert [source.kind for source in run.sources] == []
+    assert run.metrics[-1]["step"] == 4
