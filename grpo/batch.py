@@ -17,17 +17,19 @@ from torch import Tensor
 from grpo.types import Batch, Completion, Group, MicroBatch, Packing
 
 
-def pack(groups: list[Group], advantages: Tensor) -> Batch:
+def pack(groups: list[Group], advantages: Tensor, *, without_truncated: bool = False) -> Batch:
     """All completions with a known advantage, prompt and completion end to end.
 
     Args:
         advantages: (P, G); a completion whose advantage is NaN ("can't tell") is left out.
+        without_truncated: leave out those that were cut off, too: DAPO's overlong filtering (arXiv 2503.14476, section 3.4).
+            They have been in their group's baseline, and are in no count of the loss.
     """
     kept: list[tuple[int, list[int], Completion, float]] = [
         (number, group.prompt.token_ids, completion, advantage)
         for number, (group, row) in enumerate(zip(groups, advantages.tolist(), strict=True))
         for completion, advantage in zip(group.completions, row, strict=True)
-        if advantage == advantage
+        if advantage == advantage and not (without_truncated and completion.finish_reason == "length")
     ]
     lens = [len(prompt) + len(completion.token_ids) for _, prompt, completion, _ in kept]
     return Batch(
@@ -195,6 +197,7 @@ def micro_batch(batch: Batch, weights: Tensor) -> MicroBatch:
         weights=weights,
         sampling_logprobs=batch.sampling_logprobs,
         num_sequence_tokens=len(batch.tokens),
+        completion_lens=completion_lens,
     )
 
 
@@ -238,11 +241,9 @@ def spare() -> MicroBatch:
 
 def unpack(micro: MicroBatch) -> Batch:
     """The sequences that a pass was laid out from."""
-    packing = micro.packing
-    num_queries, num_keys = packing.cu_queries.diff().long(), packing.cu_keys.diff().long()
-    is_completion = num_keys > num_queries  # the other runs are prompts, which see themselves only
-    starts, lens = packing.cu_keys[:-1][is_completion].long(), num_keys[is_completion]
-    completion_lens = num_queries[is_completion]
+    packing, completion_lens = micro.packing, micro.completion_lens
+    num_prompts = len(packing.cu_keys) - 1 - len(completion_lens)  # runs of their own, before those of the completions
+    starts, lens = packing.cu_keys[num_prompts:-1].long(), packing.cu_keys.diff()[num_prompts:].long()
     return Batch(
         tokens=micro.tokens[packing.key_index[_spans(starts, lens)]],
         cu_seqlens=_offsets(lens),
@@ -263,8 +264,9 @@ def split(micro: MicroBatch, token_budget: int) -> list[MicroBatch]:
         chosen = torch.tensor(sequences)
         tokens = _spans(starts[chosen], batch.completion_lens[chosen])
         part = micro_batch(take(batch, sequences), micro.weights[tokens])
-        part.old_logprobs, part.ref_logprobs = (
-            None if known is None else known.cpu()[tokens] for known in (micro.old_logprobs, micro.ref_logprobs)
+        part.old_logprobs, part.ref_logprobs, part.selected = (
+            None if known is None else known.cpu()[tokens]
+            for known in (micro.old_logprobs, micro.ref_logprobs, micro.selected)
         )
         parts.append(part)
     return parts

@@ -102,6 +102,7 @@ def sample_groups(
     sampling: Sampling,
     num_completions: int,
     normalize_by_std: bool,
+    baseline: str = "mean",
     seed: int,
 ) -> list[dict[str, Any]]:
     """A row per completion: as `grpo.evaluate.completion_rows`, with `sample`, `advantage`, `weights` and `why` besides.
@@ -111,7 +112,7 @@ def sample_groups(
     with scorer.begin(len(prompts)) as scoring:
         groups = generator.sample(prompts, sampling, num_completions=num_completions, seed=seed, on_group=scoring.add)
         scores = scoring.result()
-    advantages = group_advantages(scores.rewards, normalize_by_std=normalize_by_std)
+    advantages = group_advantages(scores.rewards, normalize_by_std=normalize_by_std, baseline=baseline)
     weights = {reward.name: reward.weight for reward in scorer.rewards}
     rows = []
     for number_, row in enumerate(training_rows(0, groups, scores, advantages)):

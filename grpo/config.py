@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 from collections.abc import Hashable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from grpo.aha import check_lists
+from grpo.loss import Objective
 from grpo.types import VOTE, Sampling
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -142,18 +144,47 @@ class ScoringConfig(Section):
 
 
 class AlgorithmConfig(Section):
+    """docs/algorithms.md has the settings of each published algorithm; grpo/loss.py the expression that they go into."""
+
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What is subtracted from a reward: its group's mean (GRPO), or the mean of the group's others (RLOO)."""
     normalize_by_std: bool = True
     """Divide centred rewards by the group's standard deviation (GRPO). false: Dr. GRPO."""
     aggregation: Literal["sequence", "token", "constant"] = "sequence"
     """Weight of a token in the loss: 1/length (GRPO), 1/all tokens (DAPO), 1/max_completion_tokens (Dr. GRPO)."""
-    clip_low: PositiveFloat = 0.2
-    """The ratio is clipped below at 1 - clip_low."""
-    clip_high: PositiveFloat = 0.2
-    """The ratio is clipped above at 1 + clip_high. DAPO raises it to 0.28; DeepSeek-R1's first stage used 10."""
+    filter_truncated: bool = False
+    """Do not train on completions that were cut off, though they stay in their group's baseline (DAPO's overlong filtering)."""
+    top_entropy: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of each minibatch's tokens, those of highest entropy, whose surrogate counts (arXiv 2506.01939: 0.2). Below 1 it
+    takes a forward pass before the update, also where every update is on-policy."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Whether a token's ratio pi / pi_old is its own (GRPO), or the geometric mean of its completion's (GSPO)."""
+    clip: Literal["surrogate", "weight"] = "surrogate"
+    """What the bounds below do. surrogate: a token beyond has no gradient (PPO, GRPO). weight: the ratio within its bounds
+    weights the token's log-probability, which always has one (CISPO)."""
+    clip_low: PositiveFloat | None = 0.2
+    """The ratio is clipped below at 1 - clip_low. null: it has no bound below."""
+    clip_high: PositiveFloat | None = 0.2
+    """The ratio is clipped above at 1 + clip_high. DAPO raises it to 0.28; DeepSeek-R1's first stage used 10. null: no bound."""
+    importance: Literal["none", "truncate", "mask"] = "none"
+    """Weight each token's surrogate with pi_old / pi_rollout, where what samples is not quite what is trained: truncated to the
+    bounds below (TIS), or 0 beyond them (IcePop)."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """Whether that weight is the token's own, or the product over its completion: unbiased, and far from 1 for long ones."""
+    importance_low: PositiveFloat | None = None
+    """Lower bound of the importance weight (TIS: none; IcePop: 0.5)."""
+    importance_high: PositiveFloat | None = None
+    """Upper bound of the importance weight (TIS: 2; IcePop: 5)."""
     kl_coef: NonNegativeFloat = 0.001
     """Weight of the KL penalty to the reference model (beta). 0: no reference model is loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Per-token KL estimator; see grpo/loss.py. The paper's is k3."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """loss: a term of its own for every token. reward: each completion's sum of k1 is subtracted from its reward, before the
+    advantage. With normalize_by_std it is all the signal of a group whose other rewards are equal, and counts as much."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of a bonus for the entropy of the next-token distribution, of every token. Raising it keeps the policy exploring;
+    too much of it makes noise of the completions."""
     reference_refresh_steps: NonNegativeInt = 0
     """After every so many optimizer steps the reference becomes the current policy (the paper: 400). 0: it stays the starting
     model. Lowering it lets the policy move further from its start."""
@@ -162,7 +193,11 @@ class AlgorithmConfig(Section):
     average: one of them is wrong. null: 0.04 in bfloat16, whose rounding makes 0.01 to 0.02 of it, and 0.001 in float32, divided
     by a temperature below 1. Raise it for a model or an engine whose rounding is known to be coarser."""
     num_minibatches: PositiveInt = 1
-    """Optimizer steps per rollout (the paper: 16). With 1 every update is strictly on-policy."""
+    """Parts of a rollout that have an optimizer step each (the paper: 16). With 1 of them and of num_epochs every update is
+    strictly on-policy."""
+    num_epochs: PositiveInt = 1
+    """Times that the minibatches of a rollout are trained on, in the same order (mu in DeepSeekMath's algorithm 1). Raising it
+    makes more of a rollout, ever further off-policy."""
 
 
 class LoRAConfig(Section):
@@ -322,6 +357,10 @@ LOWEST_LORA_RATE = 1e-5
 """At this rate merged bfloat16 weights hold 2 % of a first update and 58 % of the sum of 26 (grpo/lora.py); below it, less."""
 
 
+OF_THE_RATIO = ("ratio", "clip", "clip_low", "clip_high")
+"""Settings of the algorithm without effect where the ratio is 1."""
+
+
 class Config(Section):
     """Everything that defines a run.
 
@@ -424,8 +463,17 @@ class Config(Section):
         return self.rollout.num_prompts // self.algorithm.num_minibatches
 
     @property
+    def updates_per_rollout(self) -> int:
+        return self.algorithm.num_minibatches * self.algorithm.num_epochs
+
+    @property
     def optimizer_steps(self) -> int:
-        return self.run.steps * self.algorithm.num_minibatches
+        return self.run.steps * self.updates_per_rollout
+
+    @property
+    def objective(self) -> Objective:
+        """What the loss is made of."""
+        return Objective(**{field.name: getattr(self.algorithm, field.name) for field in fields(Objective)})
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -455,13 +503,23 @@ class Config(Section):
                 f"questions per step     {rollout.num_prompts} over {world_size} process{'es' * (world_size > 1)}",
                 f"completions per step   {self.completions_per_step} ({rollout.num_prompts} x {rollout.group_size}), "
                 f"at most {self.completions_per_step * rollout.max_completion_tokens:,} tokens",
-                f"optimizer steps        {self.optimizer_steps:,} ({self.algorithm.num_minibatches} per rollout, "
+                f"optimizer steps        {self.optimizer_steps:,} ({self.updates_per_rollout} per rollout, "
                 f"{self.prompts_per_minibatch * rollout.group_size} completions each)",
                 *refreshes,
+                *self._without_ratio(),
                 *low_rate,
                 f"questions in all       {questions:,} = {questions / num_rows:.2f} epochs of {num_rows:,}",
             ]
         )
+
+    def _without_ratio(self) -> list[str]:
+        """That the ratio is 1 in every update, for whoever has set what becomes of it."""
+        default = AlgorithmConfig.model_fields
+        names = [name for name in OF_THE_RATIO if getattr(self.algorithm, name) != default[name].default]
+        if self.updates_per_rollout > 1 or not names:
+            return []
+        settings = ", ".join(f"algorithm.{name}" for name in names)
+        return [f"strictly on-policy     the ratio is 1 in the only update of a rollout; no effect: {settings}"]
 
     def check_world_size(self, world_size: int) -> None:
         if self.rollout.num_prompts < world_size:
@@ -479,6 +537,7 @@ def _check_combinations(config: Config) -> None:
             "prompt. Set rollout.group_size >= 2."
         )
     _check_updates(config)
+    _check_objective(config.algorithm)
     _check_offload(config.distributed)
     _check_lora(config.lora)
     _check_watchdog(config)
@@ -540,11 +599,11 @@ def _check_updates(config: Config) -> None:
             f"algorithm.num_minibatches is {algorithm.num_minibatches}; the {rollout.num_prompts} questions of a step "
             "(rollout.num_prompts) must divide evenly into minibatches. Set it to a divisor of rollout.num_prompts."
         )
-    if algorithm.reference_refresh_steps % algorithm.num_minibatches:
+    if algorithm.reference_refresh_steps % config.updates_per_rollout:
         raise ValueError(
             f"algorithm.reference_refresh_steps is {algorithm.reference_refresh_steps}; the reference changes between rollouts "
-            f"only, each of which has {algorithm.num_minibatches} optimizer steps (algorithm.num_minibatches). Set it to a "
-            "multiple of them."
+            f"only, each of which has {config.updates_per_rollout} optimizer steps (algorithm.num_minibatches * num_epochs). Set "
+            "it to a multiple of them."
         )
     if algorithm.reference_refresh_steps and algorithm.kl_coef == 0:
         raise ValueError(
@@ -566,7 +625,45 @@ def _check_updates(config: Config) -> None:
     if config.optimizer.warmup_steps > config.optimizer_steps:
         raise ValueError(
             f"optimizer.warmup_steps is {config.optimizer.warmup_steps}; the run has {config.optimizer_steps} optimizer "
-            "steps (run.steps * algorithm.num_minibatches) and would end before its peak rate. Lower the warm-up."
+            "steps (run.steps * algorithm.num_minibatches * num_epochs) and would end before its peak rate. Lower the warm-up."
+        )
+
+
+def _check_objective(algorithm: AlgorithmConfig) -> None:
+    """Nothing in it contradicts the rest, or has no effect."""
+    default = AlgorithmConfig.model_fields
+    if algorithm.baseline == "leave_one_out" and algorithm.normalize_by_std:
+        raise ValueError(
+            "algorithm.baseline is 'leave_one_out'; divided by the standard deviation it would be GRPO's advantage again, "
+            "times a constant. Set algorithm.normalize_by_std to false."
+        )
+    if algorithm.clip == "weight" and algorithm.clip_low is None and algorithm.clip_high is None:
+        raise ValueError(
+            "algorithm.clip is 'weight'; without clip_low and clip_high there is no bound, and surrogate has the same gradient. "
+            "Set algorithm.clip_high, or remove algorithm.clip."
+        )
+    for name in ("kl_in", "kl_estimator"):
+        if algorithm.kl_coef == 0 and getattr(algorithm, name) != default[name].default:
+            raise ValueError(
+                f"algorithm.{name} is {getattr(algorithm, name)!r}; there is no KL, because algorithm.kl_coef is 0. Remove it, "
+                "or set algorithm.kl_coef > 0."
+            )
+    if algorithm.kl_in == "reward" and algorithm.kl_estimator != "k1":
+        raise ValueError(
+            f"algorithm.kl_estimator is {algorithm.kl_estimator!r}; in the reward only k1 has the gradient of the KL. Set "
+            "algorithm.kl_estimator to k1, or algorithm.kl_in to loss."
+        )
+    for name in ("importance_level", "importance_low", "importance_high"):
+        if algorithm.importance == "none" and getattr(algorithm, name) != default[name].default:
+            raise ValueError(
+                f"algorithm.{name} is {getattr(algorithm, name)!r}; it has no effect while algorithm.importance is none. Set "
+                "that to truncate or mask, or remove it."
+            )
+    low, high = algorithm.importance_low or 0.0, algorithm.importance_high
+    if algorithm.importance != "none" and (high is None or high <= low):
+        raise ValueError(
+            f"algorithm.importance_high is {high}; with algorithm.importance {algorithm.importance} weights need an upper bound, "
+            f"above importance_low ({low:g}). Set it, such as to 2 (TIS) or 5 (IcePop)."
         )
 
 

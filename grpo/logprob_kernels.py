@@ -59,18 +59,28 @@ def _row_statistics(
 
 
 def replace_by_gradient(
-    logits: Tensor, targets: Tensor, normalizer: Tensor, gradient: Tensor, temperature: float
+    logits: Tensor,
+    targets: Tensor,
+    normalizer: Tensor,
+    gradient: Tensor,
+    temperature: float,
+    *,
+    of_entropy: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """`logprobs.plain_replace_by_gradient`."""
     num_rows, size = logits.shape
+    entropy, by_entropy = (normalizer, gradient) if of_entropy is None else of_entropy  # without one they are not read
     _replace_by_gradient[(num_rows, triton.cdiv(size, BLOCK))](
         logits,
         targets,
         normalizer,
         gradient.contiguous(),  # that of a sum is one number, with a stride of 0
+        entropy,
+        by_entropy.contiguous(),
         size,
         logits.stride(0),
         1 / temperature,
+        WITH_ENTROPY=of_entropy is not None,
         BLOCK=BLOCK,
         num_warps=8,
     )
@@ -78,13 +88,27 @@ def replace_by_gradient(
 
 @triton.jit
 def _replace_by_gradient(
-    logits_ptr, target_ptr, normalizer_ptr, gradient_ptr, size, stride, scale, BLOCK: tl.constexpr
+    logits_ptr,
+    target_ptr,
+    normalizer_ptr,
+    gradient_ptr,
+    entropy_ptr,
+    by_entropy_ptr,
+    size,
+    stride,
+    scale,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = logits_ptr + row * stride + columns
     x = tl.load(here, mask=columns < size, other=0.0)
-    probability = tl.exp(x.to(tl.float32) * scale - tl.load(normalizer_ptr + row))
+    logprob = x.to(tl.float32) * scale - tl.load(normalizer_ptr + row)
+    probability = tl.exp(logprob)
     chosen = tl.where(columns == tl.load(target_ptr + row), 1.0, 0.0)
     result = tl.load(gradient_ptr + row) * scale * (chosen - probability)
+    if WITH_ENTROPY:
+        slope = tl.where(probability > 0, probability * (logprob + tl.load(entropy_ptr + row)), 0.0)
+        result -= tl.load(by_entropy_ptr + row) * scale * slope
     tl.store(here, result.to(x.dtype), mask=columns < size)

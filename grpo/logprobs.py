@@ -24,7 +24,7 @@ def token_logprobs(
     """Log-probability of each target, and entropy of the distribution it was drawn from.
 
         logprob_t = log softmax(head(hidden_t) / temperature)[target_t]
-        entropy_t = - sum_v p_v log p_v,  p = softmax(head(hidden_t) / temperature)      (no gradient)
+        entropy_t = - sum_v p_v log p_v,  p = softmax(head(hidden_t) / temperature)
 
     Args:
         hidden: (T, H), the state that predicts each target, i.e. of the token before it.
@@ -60,19 +60,21 @@ class _LogSoftmaxAt(torch.autograd.Function):
         else:
             row_statistics = plain_row_statistics
         logprobs, entropy, normalizer = row_statistics(logits, targets, temperature)
-        ctx.save_for_backward(logits, targets, normalizer)
+        ctx.save_for_backward(logits, targets, normalizer, entropy)
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)  # a loss without the entropy gives None for it
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets, normalizer = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor | None, entropy_gradient: Tensor | None) -> tuple[Tensor, None, None]:
+        logits, targets, normalizer, entropy = ctx.saved_tensors
         if logits.is_cuda:
             from grpo.logprob_kernels import replace_by_gradient
         else:
             replace_by_gradient = plain_replace_by_gradient
-        replace_by_gradient(logits, targets, normalizer, gradient, ctx.temperature)
+        gradient = torch.zeros_like(normalizer) if gradient is None else gradient
+        of_entropy = None if entropy_gradient is None else (entropy, entropy_gradient)
+        replace_by_gradient(logits, targets, normalizer, gradient, ctx.temperature, of_entropy=of_entropy)
         return logits, None, None
 
 
@@ -88,9 +90,27 @@ def plain_row_statistics(logits: Tensor, targets: Tensor, temperature: float) ->
 
 
 def plain_replace_by_gradient(
-    logits: Tensor, targets: Tensor, normalizer: Tensor, gradient: Tensor, temperature: float
+    logits: Tensor,
+    targets: Tensor,
+    normalizer: Tensor,
+    gradient: Tensor,
+    temperature: float,
+    *,
+    of_entropy: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """logits <- gradient / temperature * (1[target] - softmax(logits / temperature)), in place."""
-    result = (logits.float() / temperature - normalizer.unsqueeze(-1)).exp_().neg_()
+    """logits <- (g_t (1[target] - p) - h_t p (log p + entropy)) / temperature, with p = softmax(logits / temperature), in place.
+
+    Args:
+        gradient: (N,) g, of the loss by each log-probability.
+        of_entropy: the entropies (N,) and h, the gradient (N,) of the loss by them; None: h is 0.
+    """
+    all_logprobs = logits.float() / temperature - normalizer.unsqueeze(-1)
+    probabilities = all_logprobs.exp()
+    result = probabilities.neg()
     result[torch.arange(len(targets), device=targets.device), targets] += 1
-    logits.data.copy_(result.mul_((gradient / temperature).unsqueeze(-1)))
+    result.mul_((gradient / temperature).unsqueeze(-1))
+    if of_entropy is not None:
+        entropy, by_entropy = of_entropy
+        slope = torch.where(probabilities > 0, probabilities * (all_logprobs + entropy.unsqueeze(-1)), 0)
+        result -= (by_entropy / temperature).unsqueeze(-1) * slope
+    logits.data.copy_(result)

@@ -1,16 +1,38 @@
-"""The clipped surrogate, the KL estimators and the token weights. Pure: tensors in, tensors out.
+"""The family's loss as one expression, the estimators in it and the token weights. Pure: tensors in, tensors out.
 
-GRPO, DAPO and Dr. GRPO are one expression. They differ in the weight of a token (`token_weights`), in the bounds of the
-ratio and in the advantage, never in a branch here.
+GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO and REINFORCE differ in values of `Objective`, in the weight of a token
+(`token_weights`) and in the advantage, never in a branch here; docs/algorithms.md has the settings of each.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The values that make `grpo_loss` one algorithm or another; config.AlgorithmConfig says what each means.
+
+    What is left out here does nothing: REINFORCE remains.
+    """
+
+    ratio: str = "token"
+    clip: str = "surrogate"
+    clip_low: float | None = None
+    clip_high: float | None = None
+    importance: str = "none"
+    importance_level: str = "token"
+    importance_low: float | None = None
+    importance_high: float | None = None
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -18,49 +40,145 @@ class TokenLoss:
     """Sum to differentiate, and what went into it token by token (without gradient) for the metrics; each (T,)."""
 
     loss: Tensor  # ()
-    ratio: Tensor
-    clipped: Tensor  # bool
+    ratio: Tensor  # of the token, or of its completion
+    clipped_low: Tensor  # bool
+    clipped_high: Tensor  # bool
     kl: Tensor  # 0 without a reference
+    importance: Tensor  # pi_old / pi_rollout as it is; 1 where the objective has no use for it
+    bounded: Tensor  # bool: the importance weight was truncated or masked
+
+    @property
+    def clipped(self) -> Tensor:
+        """Whether the ratio is at either bound."""
+        return self.clipped_low | self.clipped_high
 
 
 def grpo_loss(
     logprobs: Tensor,
     advantages: Tensor,
     weights: Tensor,
+    objective: Objective,
     *,
+    completion_lens: Tensor,
+    entropy: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
+    sampling_logprobs: Tensor | None = None,
+    selected: Tensor | None = None,
 ) -> TokenLoss:
-    """GRPO's objective, negated (DeepSeekMath, arXiv 2402.03300, eq. 3; DeepSeek-R1, arXiv 2501.12948, eq. 1).
+    """The objective of the family, negated; sums run over completion tokens t, each of a completion i.
 
-        loss = sum_t w_t * ( -min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t) + kl_coef * kl_t )
-        rho_t = pi(t) / pi_old(t)
+        loss   = sum_t w_t * ( -m_t c_t S_t + kl_coef * kl_t - entropy_coef * H_t )
+        S_t    = min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t)                        clip: surrogate
+               = sg(clip(rho_t, 1 - clip_low, 1 + clip_high)) A_t log pi(t)                          clip: weight
+        rho_t  = pi(t) / pi_old(t)                                                                   ratio: token
+               = sg(s_i) pi(t) / sg(pi(t)),  s_i = (pi(i) / pi_old(i)) ^ (1 / len_i)                 ratio: sequence
+        c_t    = bound(pi_old / pi_rollout), of the token or of its whole completion; 1 with importance none
+
+    sg() has a value and no gradient. The sources:
+
+    - `surrogate`, `token`: PPO's (arXiv 1707.06347, eq. 7) in GRPO (DeepSeekMath, arXiv 2402.03300, eq. 3; DeepSeek-R1,
+      arXiv 2501.12948, eq. 1) and, with two bounds, DAPO (arXiv 2503.14476, eq. 8). Without bounds S_t = rho_t A_t, whose
+      gradient on-policy is REINFORCE's.
+    - `sequence`: GSPO (arXiv 2507.18071, eq. 5 and 7) written as its GSPO-token (eq. 13 and 14). All tokens of a completion have
+      one advantage here, and then both have the same value and gradient, as the paper notes.
+    - `weight`: CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5); the paper sets no bound below.
+    - `importance`: what an engine samples from is not quite what is trained. truncate: clip(c, importance_low,
+      importance_high), TIS ("Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025, whose
+      min(c, C) has no bound below). mask: c within the bounds, else 0, IcePop (Ring-1T, arXiv 2510.18855).
 
     Args:
         logprobs: (T,) of the policy, with gradient.
         advantages: (T,) each token's completion's advantage.
         weights: (T,) from `token_weights`.
-        old_logprobs: (T,) of the policy that sampled; None when that is this very policy: the ratio is then 1 and only its
-            gradient matters.
-        ref_logprobs: (T,) of the reference policy; needed when kl_coef > 0.
+        completion_lens: (B,) whose sum is T.
+        entropy: (T,) of the policy's next-token distribution, with gradient; needed when entropy_coef > 0.
+        old_logprobs: (T,) of the policy before the first update; None when that is this very policy: the ratio is then 1 and
+            only its gradient matters.
+        ref_logprobs: (T,) of the reference policy; needed when the loss has a KL term.
+        sampling_logprobs: (T,) as sampled; needed with an importance weight.
+        selected: (T,) bool, m_t; None: all. What is not selected keeps its KL and entropy terms, and its place in the weights of
+            the others (arXiv 2506.01939, section 5, divides by all tokens).
 
-    A token counts as clipped when the bound is what the minimum chose, so that its surrogate has no gradient.
+    With clip `surrogate` a token counts as clipped when the bound is what the minimum chose, so that its surrogate has no
+    gradient; with `weight` when its ratio is beyond a bound, which leaves it one.
     """
     real = weights > 0  # a token without weight must not reach exp(): infinity times a weight of 0 is NaN
     fixed = logprobs.detach()
-    old = fixed if old_logprobs is None else torch.where(real, old_logprobs, fixed)
-    ratio = (logprobs - old).exp()
-    free, bounded = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    per_token = -torch.minimum(free, bounded)
+    old = fixed if old_logprobs is None else old_logprobs
+    importance, factor = _importance(old, sampling_logprobs, completion_lens, objective)
+    counts = real & (factor > 0) if selected is None else real & (factor > 0) & selected
+    drift = RATIO_LEVELS[objective.ratio](fixed - old, completion_lens)
+    ratio = (logprobs - fixed + torch.where(counts, drift, 0.0)).exp()
+    low = -math.inf if objective.clip_low is None else 1 - objective.clip_low
+    high = math.inf if objective.clip_high is None else 1 + objective.clip_high
+    surrogate, clipped = SURROGATES[objective.clip](ratio, ratio.clamp(low, high), advantages, logprobs)
+    per_token = -torch.where(counts, factor, 0.0) * surrogate
     kl = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
-        kl = KL_ESTIMATORS[kl_estimator](logprobs, torch.where(real, ref_logprobs, fixed))
-        per_token = per_token + kl_coef * kl
-    return TokenLoss((weights * per_token).sum(), ratio.detach(), (bounded < free).detach(), kl.detach())
+        kl = KL_ESTIMATORS[objective.kl_estimator](logprobs, torch.where(real, ref_logprobs, fixed))
+        per_token = per_token + objective.kl_coef * kl
+    if objective.entropy_coef:
+        assert entropy is not None, "an entropy bonus needs the entropy"
+        per_token = per_token - objective.entropy_coef * entropy
+    return TokenLoss(
+        loss=(weights * per_token).sum(),
+        ratio=drift.exp(),
+        clipped_low=clipped & (ratio.detach() < low),
+        clipped_high=clipped & (ratio.detach() > high),
+        kl=kl.detach(),
+        importance=importance,
+        bounded=factor != importance,
+    )
+
+
+def _over_completion(reduce: str, values: Tensor, completion_lens: Tensor) -> Tensor:
+    """Each token's completion's sum or mean, in float64 and without neighbours: how completions are packed does not matter."""
+    whole = torch.segment_reduce(
+        values.double(), reduce, lengths=completion_lens, unsafe=True
+    )  # unsafe: no wait for checks
+    return whole.to(values.dtype).repeat_interleave(completion_lens, output_size=len(values))
+
+
+def _of_token(values: Tensor, completion_lens: Tensor) -> Tensor:
+    return values
+
+
+Level = Callable[[Tensor, Tensor], Tensor]
+RATIO_LEVELS: dict[str, Level] = {"token": _of_token, "sequence": partial(_over_completion, "mean")}
+IMPORTANCE_LEVELS: dict[str, Level] = {"token": _of_token, "sequence": partial(_over_completion, "sum")}
+"""Of logarithms (T,): GSPO's ratio is the geometric mean of a completion's, an importance weight of a completion the product."""
+
+
+def _importance(
+    old: Tensor, sampling_logprobs: Tensor | None, completion_lens: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """pi_old / pi_rollout as it is, and as the factor of the surrogate that it makes; (T,) without gradient."""
+    if objective.importance == "none":
+        return torch.ones_like(old), torch.ones_like(old)
+    assert sampling_logprobs is not None, "an importance weight needs the log-probabilities of the rollout"
+    weight = IMPORTANCE_LEVELS[objective.importance_level](old - sampling_logprobs, completion_lens).exp()
+    low = 0.0 if objective.importance_low is None else objective.importance_low
+    high = math.inf if objective.importance_high is None else objective.importance_high
+    within = weight.clamp(low, high)
+    return weight, within if objective.importance == "truncate" else torch.where(weight == within, weight, 0.0)
+
+
+def _clip_surrogate(ratio: Tensor, within: Tensor, advantages: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    free, bounded = ratio * advantages, within * advantages
+    return torch.minimum(free, bounded), (bounded < free).detach()
+
+
+def _clip_weight(ratio: Tensor, within: Tensor, advantages: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    return within.detach() * advantages * logprobs, (within != ratio).detach()
+
+
+SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "surrogate": _clip_surrogate,
+    "weight": _clip_weight,
+}
+"""What the bounds of the ratio do: (ratio, the same within its bounds, advantages, logprobs) -> the surrogate, and where a bound
+is at work."""
 
 
 def _k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -79,8 +197,21 @@ def _k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": _k1, "k2": _k2, "k3": _k3}
 """Estimators of KL(policy || reference) from a token sampled by the policy (Schulman, "Approximating KL divergence",
 2020). k1 is unbiased as a number, but as a loss its expected gradient on-policy is zero: it measures and does not
-restrain. k2's gradient is that of the KL itself. k3 is the paper's: unbiased, never negative, with the gradient of the
-forward KL."""
+restrain; in the reward it has the gradient of the KL (arXiv 2512.21852). k2's gradient in the loss is that of the KL itself, as
+long as the update is on-policy. k3 is the paper's: unbiased, never negative, with the gradient of the forward KL."""
+
+
+def entropy_threshold(entropies: Tensor, share: float) -> float:
+    """The lowest of the `share` highest entropies: tokens from it on are trained on (arXiv 2506.01939, section 5).
+
+    The paper's tau: the share holds for all tokens of the minibatch together, over all its passes and processes, so that the
+    selection does not depend on the split.
+
+    Args:
+        entropies: (T,) of the policy that sampled, T > 0.
+        share: in (0, 1]; at least one token stays.
+    """
+    return float(entropies.topk(math.ceil(share * len(entropies)), sorted=True).values[-1])
 
 
 def token_weights(

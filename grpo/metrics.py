@@ -17,7 +17,7 @@ from grpo.advantage import has_signal
 from grpo.aha import Words, tally
 from grpo.distributed import Processes
 from grpo.evaluate import is_right
-from grpo.loss import TokenLoss
+from grpo.loss import Objective, TokenLoss
 from grpo.types import VOTE, Group, MicroBatch, Scores
 
 METRICS = {
@@ -25,7 +25,7 @@ METRICS = {
     "reward/std": "standard deviation of the same rewards over the step",
     "reward/<function>": "mean of that function's unweighted value over the completions it gave a verdict on",
     "reward/unknown": 'share of completions whose reward is unknown ("can\'t tell"); they are not trained on',
-    "group/with_signal": "share of groups whose known rewards are not all equal; only they move the policy",
+    "group/with_signal": "share of groups whose known rewards (less a KL in them) are not all equal; only they move the policy",
     "completion/length_mean": "mean number of completion tokens, the end-of-sequence token included",
     "completion/length_max": "largest number of completion tokens",
     "completion/truncated": "share of completions cut off at rollout.max_completion_tokens",
@@ -39,9 +39,16 @@ METRICS = {
     "aha/<list>_share_<kind>": "that share of the same",
     "policy/entropy": "mean over completion tokens of the entropy of the policy's next-token distribution, in nats",
     "policy/kl": "mean over completion tokens of the KL estimator between policy and reference, in nats",
-    "policy/ratio_mean": "mean over completion tokens of pi / pi_old; 1 when every update is on-policy",
+    "policy/ratio_mean": "mean over completion tokens of pi / pi_old, or of their completion's; 1 when every update is on-policy",
     "policy/ratio_max": "largest of these ratios",
-    "policy/clip_fraction": "share of completion tokens whose surrogate is at its bound and so has no gradient",
+    "policy/clip_fraction": "share of completion tokens whose surrogate (or, with algorithm.clip weight, ratio) is at a bound",
+    "policy/clip_fraction_low": "the same at 1 - algorithm.clip_low",
+    "policy/clip_fraction_high": "the same at 1 + algorithm.clip_high",
+    "policy/importance_mean": "mean over completion tokens of pi_old / pi_rollout (or of their completion's) before its bounds",
+    "policy/importance_max": "largest of these weights",
+    "policy/importance_bounded": "share of completion tokens whose weight was beyond a bound, and was truncated or masked",
+    "policy/selected": "share of completion tokens whose surrogate counts, because their entropy is among the highest",
+    "policy/kl_penalty": "mean over completions of what the KL takes from their reward, with algorithm.kl_in reward",
     "policy/sampling_gap": "mean over completion tokens of |log-probability in the trainer - when sampled|, before an update",
     "policy/sampling_gap_max": "largest of these gaps",
     "optimizer/loss": "mean over the step's optimizer steps of the loss (surrogate and KL term, over all processes)",
@@ -234,7 +241,9 @@ def measure_passes(meter: Meter, passes: list[MicroBatch]) -> None:
             meter.total(TOKENS_READ, float(len(micro.tokens)))
 
 
-def measure_micro_batch(meter: Meter, micro: MicroBatch, logprobs: Tensor, entropy: Tensor, result: TokenLoss) -> None:
+def measure_micro_batch(
+    meter: Meter, micro: MicroBatch, objective: Objective, logprobs: Tensor, entropy: Tensor, result: TokenLoss
+) -> None:
     """What one forward pass of the update gave; every tensor (T,). The tokens of a spare pass do not count."""
     if micro.is_spare:
         return
@@ -243,7 +252,14 @@ def measure_micro_batch(meter: Meter, micro: MicroBatch, logprobs: Tensor, entro
         meter.mean("policy/kl", result.kl)
     meter.mean("policy/ratio_mean", result.ratio)
     meter.max("policy/ratio_max", result.ratio)
-    meter.mean("policy/clip_fraction", result.clipped.double())
+    for bound, clipped in (("", result.clipped), ("_low", result.clipped_low), ("_high", result.clipped_high)):
+        meter.mean(f"policy/clip_fraction{bound}", clipped.double())
+    if objective.importance != "none":
+        meter.mean("policy/importance_mean", result.importance)
+        meter.max("policy/importance_max", result.importance)
+        meter.mean("policy/importance_bounded", result.bounded.double())
+    if micro.selected is not None:
+        meter.mean("policy/selected", micro.selected.double())
     before_update = logprobs if micro.old_logprobs is None else micro.old_logprobs
     gap = (before_update - micro.sampling_logprobs).abs()
     meter.mean("policy/sampling_gap", gap)

@@ -469,9 +469,13 @@ class Policy(SampledModel):
         return self.engine(micro)
 
     @torch.no_grad()
+    def before_update(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """What `logprobs` says, without gradient."""
+        return self.engine(micro)
+
     def old_logprobs(self, micro: MicroBatch) -> Tensor:
         """The policy's own log-probabilities of a micro-batch before it is updated; (T,)."""
-        return self.engine(micro)[0]
+        return self.before_update(micro)[0]
 
     @contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:

@@ -13,7 +13,8 @@
     rollout   tokens (L,), cu_seqlens (B + 1,), prompt_lens (B,), prompt_index (B,), advantages (B,), sampling_logprobs (T,);
               sequence i belongs to line i of that process's part of completions.jsonl, whose rows have a `rank`
     update    per completion token: targets, advantages, weights (in the loss), logprobs (the policy's, before the update),
-              sampling_logprobs, and where the algorithm has them old_logprobs and ref_logprobs; all (T,). completion_lens (B,)
+              sampling_logprobs, and where the algorithm has them old_logprobs, ref_logprobs, selected; all (T,);
+              completion_lens (B,)
 """
 
 from __future__ import annotations
@@ -109,15 +110,14 @@ def _rollout(evidence: Evidence) -> dict[str, Tensor]:
     return vars(batch)
 
 
-PER_TOKEN = ("targets", "advantages", "weights", "sampling_logprobs", "old_logprobs", "ref_logprobs")
+PER_TOKEN = ("targets", "advantages", "weights", "sampling_logprobs", "old_logprobs", "ref_logprobs", "selected")
 
 
 def _update(passes: list[tuple[MicroBatch, Tensor]]) -> dict[str, Tensor]:
     real = [(micro, logprobs) for micro, logprobs in passes if not micro.is_spare]
     tensors: dict[str, list[Tensor]] = {}
     for micro, logprobs in real:
-        queries, keys = micro.packing.cu_queries.diff(), micro.packing.cu_keys.diff()
-        tensors.setdefault("completion_lens", []).append(queries[keys > queries])  # a prompt sees no other run
+        tensors.setdefault("completion_lens", []).append(micro.completion_lens)
         tensors.setdefault("logprobs", []).append(logprobs)
         for name in PER_TOKEN:
             value = getattr(micro, name)

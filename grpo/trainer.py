@@ -22,7 +22,7 @@ from grpo.checkpoint import CheckpointError, Checkpoints, RunState, numbers_of
 from grpo.config import Config, as_override
 from grpo.console import show_samples
 from grpo.evaluate import answer, completion_rows, in_order, training_rows
-from grpo.loss import grpo_loss, token_weights
+from grpo.loss import entropy_threshold, grpo_loss, token_weights
 from grpo.metrics import measure_micro_batch, measure_passes, measure_rollout, measure_texts, step_metrics
 from grpo.policy import Policy, check_attention, check_context, load_tokenizer, resolve_dtype
 from grpo.post_mortem import Evidence
@@ -193,9 +193,8 @@ class Trainer:
             self.agree_to_go_on()
             assert sampled is not None, "only a request to stop breaks off the sampling"
             groups, scores = sampled
-            advantages = group_advantages(scores.rewards, normalize_by_std=self.config.algorithm.normalize_by_std)
             with self._clock("logprobs"):
-                step.minibatches = self._or_smaller_passes(lambda: self._make_ready(groups, advantages))
+                advantages, step.minibatches = self._or_smaller_passes(lambda: self._make_ready(groups, scores.rewards))
         step.first_update, self.state.position = self.state.optimizer_steps, self.prompts.position
         measure_rollout(step.meter, groups, scores, advantages)
         measure_texts(step.meter, completion_rows(groups, scores), self.log.words)
@@ -203,12 +202,36 @@ class Trainer:
             step.meter.mean(name, torch.tensor(value))
         return Evidence(groups, scores, advantages)
 
-    def _make_ready(self, groups: list[Group], advantages: Tensor) -> list[list[MicroBatch]]:
-        """This process's passes over each minibatch, with the log-probabilities that stay fixed."""
-        minibatches = [self._deal(pack(groups[part], advantages[part])) for part in self._minibatch_bounds()]
-        for micro in (micro for minibatch in minibatches for micro in minibatch):
-            self._fix_logprobs(micro)
-        return minibatches
+    def _make_ready(self, groups: list[Group], rewards: Tensor) -> tuple[Tensor, list[list[MicroBatch]]]:
+        """The advantages, and this process's passes over each minibatch of each epoch, with what stays fixed in the updates."""
+        algorithm = self.config.algorithm
+        if algorithm.kl_in == "reward":
+            penalties = algorithm.kl_coef * self._divergences(groups)
+            self.under_way.meter.mean("policy/kl_penalty", penalties)
+            rewards = rewards - penalties
+        advantages = group_advantages(rewards, normalize_by_std=algorithm.normalize_by_std, baseline=algorithm.baseline)
+        minibatches = [
+            self._deal(pack(groups[part], advantages[part], without_truncated=algorithm.filter_truncated))
+            for part in self._minibatch_bounds()
+        ]
+        for minibatch in minibatches:
+            self._fix(minibatch)
+        for minibatch in algorithm.num_epochs * minibatches:
+            measure_passes(self.under_way.meter, minibatch)
+        return advantages, algorithm.num_epochs * minibatches
+
+    def _divergences(self, groups: list[Group]) -> Tensor:
+        """(P, G) sums over each completion's tokens of log pi - log pi_ref, of this process's groups before the update."""
+        rows = pack(groups, torch.zeros(len(groups), self.config.rollout.group_size))
+        plan = plan_passes(rows, token_budget=self.config.memory.micro_batch_tokens, num_processes=1)[0]
+        sums = torch.zeros(rows.num_sequences)
+        for sequences in [*plan, *[[]] * (max(self.processes.gather(len(plan))) - len(plan))]:
+            micro = self._pass(rows, sequences).to(self.processes.device)
+            kl = (self.policy.old_logprobs(micro) - self.policy.ref_logprobs(micro)).cpu()
+            if sequences:
+                sums[sequences] = torch.stack([part.sum() for part in kl.split(micro.completion_lens.tolist())])
+                self.under_way.meter.mean("policy/kl", kl)
+        return sums.view(len(groups), -1)
 
     def _sample(self, prompts: list[Prompt]) -> tuple[list[Group], Scores]:
         """Groups are scored while others are still being sampled."""
@@ -253,9 +276,7 @@ class Trainer:
         plan = plan_passes(
             whole, token_budget=self.config.memory.micro_batch_tokens, num_processes=self.processes.world_size
         )
-        passes = [self._pass(whole, sequences) for sequences in plan[self.processes.rank]]
-        measure_passes(self.under_way.meter, passes)
-        return passes
+        return [self._pass(whole, sequences) for sequences in plan[self.processes.rank]]
 
     def _pass(self, whole: Batch, sequences: list[int]) -> MicroBatch:
         if not sequences:
@@ -270,13 +291,20 @@ class Trainer:
         )
         return micro_batch(part, weights)
 
-    def _fix_logprobs(self, micro: MicroBatch) -> None:
-        """Add the log-probabilities that stay fixed during the updates, where the algorithm needs them."""
-        there = micro.to(self.processes.device)
-        if self.config.algorithm.num_minibatches > 1:
-            micro.old_logprobs = self.policy.old_logprobs(there)
-        if self.policy.reference is not None:
-            micro.ref_logprobs = self.policy.ref_logprobs(there)
+    def _fix(self, minibatch: list[MicroBatch]) -> None:
+        """Add what stays fixed during the updates, where the algorithm needs it: log-probabilities, and which tokens count."""
+        algorithm, entropies = self.config.algorithm, []
+        for micro in minibatch:
+            there = micro.to(self.processes.device)
+            if self.config.updates_per_rollout > 1 or algorithm.top_entropy < 1:
+                micro.old_logprobs, entropy = self.policy.before_update(there)
+                entropies.append(entropy[: 0 if micro.is_spare else None].cpu())
+            if self.policy.reference is not None and algorithm.kl_in == "loss":
+                micro.ref_logprobs = self.policy.ref_logprobs(there)
+        if minibatch and algorithm.top_entropy < 1:
+            threshold = entropy_threshold(torch.cat(self.processes.gather(torch.cat(entropies))), algorithm.top_entropy)
+            for micro, entropy in zip(minibatch, entropies, strict=True):
+                micro.selected = None if micro.is_spare else entropy >= threshold
 
     def _optimizer_step(self, minibatch: list[MicroBatch]) -> None:
         """One update on this process's passes over a minibatch; the other processes run as many at the same time."""
@@ -306,7 +334,7 @@ class Trainer:
 
     def _accumulate(self, minibatch: list[MicroBatch]) -> Tensor:
         """The gradient of this process's passes; what all processes have to know of the others before they step; (5,)."""
-        algorithm, rollout = self.config.algorithm, self.under_way.rollout
+        objective, rollout = self.config.objective, self.under_way.rollout
         assert rollout is not None, "a step is sampled before it is trained on"
         total = torch.zeros((), device=self.processes.device)
         for number, micro in enumerate(micro.to(self.processes.device) for micro in minibatch):
@@ -315,15 +343,16 @@ class Trainer:
                 logprobs,
                 micro.advantages,
                 micro.weights,
+                objective,
+                completion_lens=micro.completion_lens,
+                entropy=entropy,
                 old_logprobs=micro.old_logprobs,
                 ref_logprobs=micro.ref_logprobs,
-                clip_low=algorithm.clip_low,
-                clip_high=algorithm.clip_high,
-                kl_coef=algorithm.kl_coef,
-                kl_estimator=algorithm.kl_estimator,
+                sampling_logprobs=micro.sampling_logprobs,
+                selected=micro.selected,
             )
             total += result.loss.detach()
-            measure_micro_batch(self.under_way.meter, micro, logprobs.detach(), entropy, result)
+            measure_micro_batch(self.under_way.meter, micro, objective, logprobs.detach(), entropy.detach(), result)
             rollout.passes.append((micro, logprobs.detach()))
             if number < len(minibatch) - 1:
                 self.policy.backward(result.loss, last=False)

@@ -111,6 +111,7 @@ def sample(options: argparse.Namespace) -> list[dict[str, Any]]:
             sampling=chosen.sampling,
             num_completions=options.group,
             normalize_by_std=chosen.settings.algorithm.normalize_by_std,
+            baseline=chosen.settings.algorithm.baseline,
             seed=options.seed,
         )
 

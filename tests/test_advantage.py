@@ -41,3 +41,11 @@ def test_a_group_of_unknown_rewards_has_no_signal():
     assert has_signal(advantages).tolist() == [False, False, True]
     assert advantages[0].isnan().all()
     assert advantages[1, 0] == 0
+
+
+def test_leaving_one_out_subtracts_the_mean_of_the_others():
+    # 1 - (0 + 0)/2, 0 - (1 + 0)/2 twice; of three known: 3 - (1 + 2)/2, 1 - (3 + 2)/2, 2 - (3 + 1)/2
+    rewards = torch.tensor([[1.0, 0.0, 0.0, NAN], [3.0, 1.0, 2.0, NAN], [1.0, NAN, NAN, NAN], [0.0, 0.0, 0.0, 0.0]])
+    expected = torch.tensor([[1.0, -0.5, -0.5, NAN], [1.5, -1.5, 0.0, NAN], [0.0, NAN, NAN, NAN], [0.0, 0.0, 0.0, 0.0]])
+    advantages = group_advantages(rewards, normalize_by_std=False, baseline="leave_one_out")
+    torch.testing.assert_close(advantages, expected, equal_nan=True)

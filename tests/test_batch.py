@@ -1,5 +1,6 @@
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,13 @@ def test_packing_lays_sequences_end_to_end_and_leaves_out_unknown_rewards(batch:
     assert (-batch.sampling_logprobs).tolist() == [10, 11, 13, 14, 15, 16]
 
 
+def test_completions_that_were_cut_off_can_be_left_out():
+    cut_off = replace(completion([12]), finish_reason="length")
+    batch = pack([Group(prompt([1]), [completion([10]), cut_off])], torch.tensor([[1.0, -1.0]]), without_truncated=True)
+    assert batch.tokens.tolist() == [1, 10]
+    assert batch.advantages.tolist() == [1.0]
+
+
 def test_taking_sequences_takes_their_tokens_and_per_token_values(batch: Batch):
     part = take(batch, [2, 0])
     assert part.tokens.tolist() == [3, 14, 15, 16, 1, 2, 10, 11]
@@ -70,7 +78,7 @@ def test_a_split_pass_has_the_same_sequences_and_what_is_known_of_each_token():
     batch = random_batch(random.Random(1))
     num_tokens = len(batch.sampling_logprobs)
     whole = micro_batch(batch, torch.rand(num_tokens))
-    whole.ref_logprobs = torch.rand(num_tokens)
+    whole.ref_logprobs, whole.selected = torch.rand(num_tokens), torch.rand(num_tokens) > 0.5
     assert split(whole, len(whole.tokens)) == [whole]
     parts = split(whole, 60)
     assert len(parts) > 3
@@ -78,7 +86,7 @@ def test_a_split_pass_has_the_same_sequences_and_what_is_known_of_each_token():
     assert all(part.old_logprobs is None for part in parts)
 
     def known(micro):
-        columns = (micro.targets, micro.weights, micro.ref_logprobs, micro.sampling_logprobs, micro.advantages)
+        columns = (micro.targets, micro.weights, micro.ref_logprobs, micro.selected, micro.advantages)
         return sorted(zip(*(column.tolist() for column in columns), strict=True))
 
     assert sorted(row for part in parts for row in known(part)) == known(whole)
@@ -119,6 +127,7 @@ def test_a_pass_holds_each_prompt_once_and_every_completion_sees_its_own(batch: 
     assert micro.tokens[packing.key_index].tolist() == [1, 2, 3, 1, 2, 10, 11, 3, 13, 3, 14, 15, 16]
     assert (packing.longest_query, packing.longest_key) == (3, 4)
     assert micro.num_sequence_tokens == 10
+    assert micro.completion_lens.tolist() == [2, 1, 3]
 
 
 def test_the_gradient_of_shared_keys_is_that_of_plain_indexing():

@@ -209,7 +209,13 @@ def test_without_one_good_checkpoint_a_run_does_not_start_anew_in_silence(tmp_pa
 # ---- asked to stop ---------------------------------------------------------------------------------------------------
 
 UPDATES = {
-    "algorithm": {"kl_coef": 0.05, "num_minibatches": 4, "reference_refresh_steps": 8},
+    "algorithm": {
+        "kl_coef": 0.05,
+        "num_minibatches": 2,
+        "num_epochs": 2,
+        "top_entropy": 0.5,
+        "reference_refresh_steps": 8,
+    },
     "data": {"eval_name": str(ROOT / "configs/quickstart/test.jsonl")},
     "evaluation": {"num_questions": 4, "every_steps": 2},
     "checkpoint": {"every_steps": 0},

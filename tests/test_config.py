@@ -122,6 +122,29 @@ def test_a_missing_setting_is_named(tmp_path: Path):
             {"algorithm": {"reference_refresh_steps": 3, "num_minibatches": 2, "kl_coef": 1}},
             ["algorithm.reference_refresh_steps is 3", "2 optimizer steps", "a multiple"],
         ),
+        (
+            {"algorithm": {"reference_refresh_steps": 2, "num_minibatches": 2, "num_epochs": 3, "kl_coef": 1}},
+            ["algorithm.reference_refresh_steps is 2", "6 optimizer steps", "a multiple"],
+        ),
+        ({"algorithm": {"baseline": "leave_one_out"}}, ["baseline is 'leave_one_out'", "normalize_by_std to false"]),
+        (
+            {"algorithm": {"clip": "weight", "clip_low": None, "clip_high": None}},
+            ["algorithm.clip is 'weight'", "no bound", "Set algorithm.clip_high"],
+        ),
+        ({"algorithm": {"kl_in": "reward"}}, ["algorithm.kl_in is 'reward'", "kl_coef is 0", "kl_coef > 0"]),
+        ({"algorithm": {"kl_estimator": "k2"}}, ["algorithm.kl_estimator is 'k2'", "kl_coef is 0", "kl_coef > 0"]),
+        (
+            {"algorithm": {"kl_in": "reward", "kl_coef": 0.1}},
+            ["algorithm.kl_estimator is 'k3'", "only k1", "Set algorithm.kl_estimator to k1"],
+        ),
+        ({"algorithm": {"importance_high": 2}}, ["importance_high is 2", "no effect", "truncate or mask"]),
+        ({"algorithm": {"importance_level": "sequence"}}, ["importance_level is 'sequence'", "no effect"]),
+        ({"algorithm": {"importance": "mask"}}, ["importance_high is None", "upper bound", "2 (TIS)"]),
+        (
+            {"algorithm": {"importance": "mask", "importance_low": 3, "importance_high": 2}},
+            ["importance_high is 2", "above importance_low (3)"],
+        ),
+        ({"algorithm": {"top_entropy": 0}}, ["algorithm.top_entropy is 0", "greater than 0"]),
         ({"algorithm": {"reference_refresh_steps": 4}}, ["reference_refresh_steps is 4", "algorithm.kl_coef > 0"]),
         ({"algorithm": {"aggregation": "mean"}}, ["algorithm.aggregation is 'mean'", "'sequence', 'token'"]),
         ({"memory": {"micro_batch_tokens": 100}}, ["memory.micro_batch_tokens is 100", ">= 120"]),
@@ -228,6 +251,16 @@ def test_derived_numbers(tmp_path: Path):
     summary = config.summary(num_rows=166_400, world_size=8)
     assert "332,800 = 2.00 epochs" in summary
     assert "reference refreshes    26, every 400 optimizer steps" in summary
+
+
+def test_settings_of_the_ratio_are_said_to_have_no_effect_where_it_is_1(tmp_path: Path):
+    algorithm = {"ratio": "sequence", "clip_high": 4e-4, "num_minibatches": 1}
+    said = "no effect: algorithm.ratio, algorithm.clip_high"
+    assert said in tiny_config(tmp_path, algorithm=algorithm).summary(num_rows=100, world_size=1)
+    for more in ({"num_minibatches": 2}, {"num_epochs": 2}):
+        config = tiny_config(tmp_path, algorithm={**algorithm, **more})
+        assert "no effect" not in config.summary(num_rows=100, world_size=1)
+        assert config.optimizer_steps == 4
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,13 @@ COMPARED = (
     "policy/entropy",
     "policy/ratio_mean",
     "policy/clip_fraction",
+    "policy/clip_fraction_low",
     "policy/sampling_gap",
     "reward/mean",
     "reward/std",
     "completion/length_mean",
 )
+OF_THE_FAMILY = ("policy/selected", "policy/importance_mean", "policy/importance_bounded", "policy/kl_penalty")
 TINY_PARAMETERS = 496_128
 
 
@@ -42,7 +44,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_same_update(out: Path, reference: Path) -> None:
     for ours, theirs in zip(read_json(out / "metrics.json"), read_json(reference / "metrics.json"), strict=True):
-        for name in COMPARED:
+        assert ours.keys() == theirs.keys()
+        for name in [*COMPARED, *(name for name in OF_THE_FAMILY if name in theirs)]:
             # float32 sums in another order; they differ by 2e-7 relative, and the second step starts from such weights
             assert ours[name] == pytest.approx(theirs[name], rel=2e-5, abs=1e-6), name
     weights, expected = load_file(out / "weights.safetensors"), load_file(reference / "weights.safetensors")
@@ -93,6 +96,18 @@ def test_adapters_do_not_depend_on_how_the_update_is_split(tmp_path: Path, adapt
     moved = load_file(out / "weights.safetensors")
     # what was compared to 2e-6 moved by more than that
     assert max((weight - base[name]).abs().max() for name, weight in moved.items()) > 1e-4
+
+
+def test_what_looks_at_whole_completions_minibatches_or_groups_does_not_depend_on_the_split_either(tmp_path: Path):
+    whole = update(tmp_path / "whole", "--family", zero=0, processes=1, budget=100_000)
+    parts = update(tmp_path / "parts", "--family", zero=3, processes=2, budget=120)
+    for row in read_json(whole / "metrics.json"):
+        assert row["policy/selected"] == pytest.approx(0.3, abs=0.02)
+        assert 0 < row["policy/importance_bounded"] < 1
+    assert (
+        read_json(whole / "metrics.json")[1]["policy/kl_penalty"] != 0
+    )  # the reference is the policy in the first step
+    assert_same_update(parts, whole)
 
 
 @pytest.mark.parametrize(

@@ -1,37 +1,18 @@
 import math
 import random
+import re
+from dataclasses import fields, replace
 
 import pytest
 import torch
+import yaml
+from helpers import ROOT
+from slow_family import FAMILY, Told, gspo, gspo_token
 
-from grpo.loss import KL_ESTIMATORS, grpo_loss, token_weights
+from grpo.config import AlgorithmConfig
+from grpo.loss import KL_ESTIMATORS, Objective, TokenLoss, _importance, entropy_threshold, grpo_loss, token_weights
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.3}
-
-
-def slow_loss(sequences, *, aggregation, clip_low, clip_high, kl_coef, kl_estimator, max_completion_tokens):
-    """The objective as the papers write it: float64, Python loops, one token at a time, each algorithm's own formula.
-
-    `sequences` is a list of (advantage, tokens); a token is (logprob, old, ref).
-    """
-
-    def token_loss(advantage, lp, old, ref):
-        ratio = math.exp(lp - old)
-        clipped = min(max(ratio, 1 - clip_low), 1 + clip_high)
-        surrogate = min(ratio * advantage, clipped * advantage)
-        kl = {
-            "k1": lambda: lp - ref,
-            "k2": lambda: (lp - ref) ** 2 / 2,
-            "k3": lambda: math.exp(ref - lp) - (ref - lp) - 1,
-        }[kl_estimator]()
-        return -surrogate + kl_coef * kl
-
-    losses = [[token_loss(advantage, *token) for token in tokens] for advantage, tokens in sequences]
-    if aggregation == "sequence":
-        return sum(sum(row) / len(row) for row in losses) / len(losses)
-    if aggregation == "token":
-        return sum(map(sum, losses)) / sum(map(len, losses))
-    return sum(map(sum, losses)) / (len(losses) * max_completion_tokens)
 
 
 def random_sequences(rng, num_sequences=7):
@@ -49,20 +30,157 @@ def packed(sequences):
     return columns, lens, advantages
 
 
-@pytest.mark.parametrize("aggregation", ["sequence", "token", "constant"])
-@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
-@pytest.mark.parametrize("seed", range(3))
-def test_the_loss_equals_a_slow_float64_reference(aggregation, kl_estimator, seed):
-    sequences = random_sequences(random.Random(seed))
-    (logprobs, old, ref), lens, advantages = packed(sequences)
-    weights = token_weights(
-        aggregation, lens, num_completions=len(lens), num_tokens=int(lens.sum()), max_completion_tokens=11
-    ).double()
-    settings = {**CLIP, "kl_coef": 0.3, "kl_estimator": kl_estimator}
-    result = grpo_loss(logprobs, advantages, weights, old_logprobs=old, ref_logprobs=ref, **settings)
-    expected = slow_loss(sequences, aggregation=aggregation, max_completion_tokens=11, **settings)
+LONGEST = 11
+TABLE = re.findall(r"^\| ([^|`]+) \| `(algorithm\.[^`]+)` \|", (ROOT / "docs/algorithms.md").read_text(), re.M)
+
+
+def random_completions(seed: int) -> list[Told]:
+    rng = random.Random(seed)
+
+    def told() -> Told:
+        old = [-rng.expovariate(1) for _ in range(rng.randint(1, 9))]
+        columns = [[x + rng.gauss(0, spread) for x in old] for spread in (0.4, 0.4, 1.5)]
+        entropies = [rng.expovariate(1) for _ in old]
+        logprobs, ref, sampled = columns
+        now = torch.tensor([logprobs, entropies], dtype=torch.float64, requires_grad=True).unbind(0)
+        return Told(rng.gauss(0, 1), now[0], now[1], old, [rng.random() for _ in old], ref, sampled)
+
+    return [told() for _ in range(7)]
+
+
+def of(settings: str) -> AlgorithmConfig:
+    pairs = [setting.removeprefix("algorithm.").split("=") for setting in settings.split()]
+    return AlgorithmConfig(**{name: yaml.safe_load(value) for name, value in pairs})
+
+
+def objective_of(algorithm: AlgorithmConfig) -> Objective:
+    return Objective(**{field.name: getattr(algorithm, field.name) for field in fields(Objective)})
+
+
+def fast_loss(tolds: list[Told], algorithm: AlgorithmConfig) -> TokenLoss:
+    """What the trainer makes of the same completions."""
+    lens = torch.tensor([len(told.old) for told in tolds])
+    counts = {"num_completions": len(tolds), "num_tokens": int(lens.sum()), "max_completion_tokens": LONGEST}
+    old, old_entropies, ref, sampled = (
+        torch.tensor([x for told in tolds for x in getattr(told, name)], dtype=torch.float64)
+        for name in ("old", "old_entropies", "ref", "sampled")
+    )
+    has_kl = algorithm.kl_coef > 0 and algorithm.kl_in == "loss"
+    threshold = entropy_threshold(old_entropies, algorithm.top_entropy)
+    return grpo_loss(
+        torch.cat([told.logprobs for told in tolds]),
+        torch.tensor([told.advantage for told in tolds], dtype=torch.float64).repeat_interleave(lens),
+        token_weights(algorithm.aggregation, lens, **counts).double(),
+        objective_of(algorithm),
+        completion_lens=lens,
+        entropy=torch.cat([told.entropies for told in tolds]),
+        old_logprobs=old,
+        ref_logprobs=ref if has_kl else None,
+        sampling_logprobs=sampled,
+        selected=old_entropies >= threshold if algorithm.top_entropy < 1 else None,
+    )
+
+
+def gradient(loss: torch.Tensor, tolds: list[Told]) -> torch.Tensor:
+    inputs = [x for told in tolds for x in (told.logprobs, told.entropies)]
+    found = torch.autograd.grad(loss, inputs, allow_unused=True)
+    return torch.cat([torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)])
+
+
+@pytest.mark.parametrize(("name", "settings"), TABLE)
+@pytest.mark.parametrize("seed", range(2))
+def test_each_algorithms_loss_and_gradient_equal_its_own_formula_in_float64(name: str, settings: str, seed: int):
+    tolds = random_completions(seed)
+    slow, fast = FAMILY[name].loss(tolds, LONGEST), fast_loss(tolds, of(settings)).loss
     # weights are float32 quotients, hence 1e-6
-    assert result.loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-7)
+    assert fast.item() == pytest.approx(slow.item(), rel=1e-6, abs=1e-7)
+    torch.testing.assert_close(gradient(fast, tolds), gradient(slow, tolds), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gspo_and_gspo_token_are_the_same_where_a_completion_has_one_advantage(seed: int):
+    tolds = random_completions(seed)
+    whole, tokens = gspo(tolds, LONGEST), gspo_token(tolds, LONGEST)
+    assert whole.item() == pytest.approx(tokens.item(), rel=1e-12)
+    torch.testing.assert_close(gradient(whole, tolds), gradient(tokens, tolds), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ratio": "sequence", "clip_low": 0.05, "clip_high": 0.05},
+        {"importance": "mask", "importance_level": "sequence", "importance_high": 2.0},
+        {"importance": "truncate", "importance_high": 1.5},
+    ],
+)
+def test_a_completions_own_sums_do_not_see_a_neighbour_that_is_not_finite(settings: dict):
+    algorithm, tolds = AlgorithmConfig(kl_coef=0, **settings), random_completions(3)
+    alone = [gradient(fast_loss([told], algorithm).loss, [told]) for told in tolds]
+    for bad in (math.nan, -math.inf, 10_000.0):
+        loud = replace(tolds[2], old=[bad for _ in tolds[2].old], sampled=[bad for _ in tolds[2].old])
+        both = [tolds[0], loud, tolds[1]]
+        found = gradient(fast_loss(both, algorithm).loss, [tolds[0], tolds[1]])
+        torch.testing.assert_close(3 * found, torch.cat(alone[:2]), rtol=1e-6, atol=1e-7)  # a third of the weight
+
+
+@pytest.mark.parametrize("clip", ["surrogate", "weight"])
+def test_on_policy_the_bounds_do_nothing(clip: str):
+    tolds = [replace(told, old=told.logprobs.tolist()) for told in random_completions(4)]
+    bounded = fast_loss(tolds, AlgorithmConfig(kl_coef=0, clip=clip, clip_low=1e-3, clip_high=1e-3))
+    free = fast_loss(tolds, AlgorithmConfig(kl_coef=0, clip_low=None, clip_high=None))
+    torch.testing.assert_close(gradient(bounded.loss, tolds), gradient(free.loss, tolds))
+    assert not bounded.clipped.any()
+
+
+def test_what_a_bound_does_to_each_side_is_told_apart():
+    # ratios 0.5 1 2 for advantage 1, then for -1; bounds 0.8 and 1.3
+    ratios = torch.tensor([0.5, 1.0, 2.0, 0.5, 1.0, 2.0], dtype=torch.float64)
+    advantages, zeros = torch.tensor([1.0, 1, 1, -1, -1, -1], dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+
+    def result(clip: str) -> TokenLoss:
+        return grpo_loss(
+            ratios.log(),
+            advantages,
+            torch.ones(6, dtype=torch.float64),
+            Objective(clip=clip, **CLIP),
+            completion_lens=torch.tensor([3, 3]),
+            old_logprobs=zeros,
+        )
+
+    # the minimum is at a bound where that is lower: 1.3 < 2, and -0.8 < -0.5
+    assert result("surrogate").clipped_high.tolist() == [False, False, True, False, False, False]
+    assert result("surrogate").clipped_low.tolist() == [False, False, False, True, False, False]
+    assert result("weight").clipped_high.tolist() == [False, False, True, False, False, True]
+    assert result("weight").clipped_low.tolist() == [True, False, False, True, False, False]
+
+
+def test_importance_weights_on_a_hand_worked_case():
+    # pi_old / pi_rollout is 2 and 1/4 in the first completion (product 1/2), 8 in the second
+    weights = torch.tensor([2.0, 0.25, 8.0], dtype=torch.float64)
+    zeros = torch.zeros(3, dtype=torch.float64)
+
+    def factors(**settings: object) -> tuple[list[float], list[bool]]:
+        objective = Objective(**settings)
+        importance, factor = _importance(weights.log(), zeros, torch.tensor([2, 1]), objective)
+        return factor.tolist(), (factor != importance).tolist()
+
+    assert factors(importance="truncate", importance_high=4.0) == (pytest.approx([2, 0.25, 4]), [False, False, True])
+    assert factors(importance="truncate", importance_low=0.5, importance_high=4.0)[0] == pytest.approx([2, 0.5, 4])
+    assert factors(importance="mask", importance_low=0.5, importance_high=4.0) == (
+        pytest.approx([2, 0, 0]),
+        [False, True, True],
+    )
+    of_completions = {"importance_level": "sequence", "importance_high": 4.0}
+    assert factors(importance="mask", **of_completions) == (pytest.approx([0.5, 0.5, 0]), [False, False, True])
+    assert factors() == ([1, 1, 1], [False] * 3)
+
+
+def test_the_entropy_threshold_keeps_the_share_of_all_tokens_rounded_up():
+    entropies = torch.tensor([0.1, 3.0, 0.2, 2.0, 1.0])
+    assert [entropy_threshold(entropies, share) for share in (0.2, 0.4, 0.41, 1.0)] == pytest.approx(
+        [3.0, 2.0, 1.0, 0.1]
+    )
+    assert entropy_threshold(entropies, 1e-9) == 3.0
 
 
 def test_a_hand_worked_2x3_case():
@@ -73,7 +191,10 @@ def test_a_hand_worked_2x3_case():
     ratios = torch.tensor([1.0, 1.5, 0.5, 1.0, 1.5, 0.5], dtype=torch.float64)
     advantages = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0], dtype=torch.float64)
     old = torch.full((6,), -2.0, dtype=torch.float64)
-    result = grpo_loss(old + ratios.log(), advantages, torch.full((6,), 1 / 6), old_logprobs=old, **CLIP)
+    weights, lens = torch.full((6,), 1 / 6), torch.tensor([3, 3])
+    result = grpo_loss(
+        old + ratios.log(), advantages, weights, Objective(**CLIP), completion_lens=lens, old_logprobs=old
+    )
     assert result.loss.item() == pytest.approx(0.5 / 6, rel=1e-6)
     assert result.clipped.tolist() == [False, True, False, False, False, True]
     torch.testing.assert_close(result.ratio, ratios)
@@ -95,16 +216,18 @@ def test_weights_per_aggregation_on_a_hand_worked_case():
 def test_the_gradient_equals_finite_differences(kl_estimator):
     (logprobs, old, ref), lens, advantages = packed(random_sequences(random.Random(5)))
     weights = token_weights("sequence", lens, num_completions=7, num_tokens=0, max_completion_tokens=0).double()
-    settings = {**CLIP, "kl_coef": 0.3, "kl_estimator": kl_estimator, "old_logprobs": old, "ref_logprobs": ref}
+    objective = Objective(**CLIP, kl_coef=0.3, kl_estimator=kl_estimator)
+    known = {"completion_lens": lens, "old_logprobs": old, "ref_logprobs": ref}
     logprobs.requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda x: grpo_loss(x, advantages, weights, **settings).loss, (logprobs,), eps=1e-7)
+    loss = lambda x: grpo_loss(x, advantages, weights, objective, **known).loss  # noqa: E731
+    assert torch.autograd.gradcheck(loss, (logprobs,), eps=1e-7)
 
 
 def test_on_policy_the_ratio_is_one_and_the_gradient_is_the_policy_gradient():
-    (logprobs, _, _), _, advantages = packed(random_sequences(random.Random(2)))
+    (logprobs, _, _), lens, advantages = packed(random_sequences(random.Random(2)))
     weights = torch.rand(len(logprobs), dtype=torch.float64)
     logprobs.requires_grad_(True)
-    result = grpo_loss(logprobs, advantages, weights, **CLIP)
+    result = grpo_loss(logprobs, advantages, weights, Objective(**CLIP), completion_lens=lens)
     result.loss.backward()
     assert (result.ratio == 1).all()
     assert not result.clipped.any()
@@ -132,7 +255,9 @@ def test_k3_restrains_and_k1_does_not():
 def test_a_token_without_weight_adds_nothing_however_improbable_it_is():
     logprobs = torch.tensor([-1.0, -500.0], requires_grad=True)
     others = {"old_logprobs": torch.tensor([-1.0, 0.0]), "ref_logprobs": torch.tensor([-1.2, 0.0])}
-    result = grpo_loss(logprobs, torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]), **others, **CLIP, kl_coef=1.0)
+    others["completion_lens"] = torch.tensor([1, 1])
+    objective = Objective(**CLIP, kl_coef=1.0)
+    result = grpo_loss(logprobs, torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]), objective, **others)
     result.loss.backward()
     assert torch.isfinite(result.loss)
     assert logprobs.grad[1] == 0

@@ -215,8 +215,8 @@ def test_gradients_through_flash_attention_equal_those_in_float32(fused: bool):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [50, 4096, 151_936])
-def test_the_kernels_over_logits_equal_the_plain_formulas(dtype: torch.dtype, size: int):
+@pytest.mark.parametrize(("size", "with_entropy"), [(50, True), (4096, False), (151_936, True)])
+def test_the_kernels_over_logits_equal_the_plain_formulas(dtype: torch.dtype, size: int, with_entropy: bool):
     from grpo import logprob_kernels, logprobs
 
     torch.manual_seed(0)
@@ -230,8 +230,9 @@ def test_the_kernels_over_logits_equal_the_plain_formulas(dtype: torch.dtype, si
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-4)  # logits of up to 700 in float32
     gradient = torch.randn((), device=device).expand(33)
     other = logits.clone()
-    logprob_kernels.replace_by_gradient(logits, targets, plain[2], gradient, 0.7)
-    logprobs.plain_replace_by_gradient(other, targets, plain[2], gradient, 0.7)
+    of_entropy = (plain[1], torch.randn(33, device=device)) if with_entropy else None
+    logprob_kernels.replace_by_gradient(logits, targets, plain[2], gradient, 0.7, of_entropy=of_entropy)
+    logprobs.plain_replace_by_gradient(other, targets, plain[2], gradient, 0.7, of_entropy=of_entropy)
     torch.testing.assert_close(logits, other, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
 
 
@@ -246,10 +247,17 @@ def test_chunked_logprobs_and_entropy_equal_the_plain_formula(chunk_tokens: int,
     distribution = torch.distributions.Categorical(logits=head(hidden).float() / temperature)
     torch.testing.assert_close(logprobs, distribution.log_prob(targets))
     torch.testing.assert_close(entropy, distribution.entropy())
-    weights = torch.randn(10)
-    actual = torch.autograd.grad((weights * logprobs).sum(), [hidden, head.weight])
-    expected = torch.autograd.grad((weights * distribution.log_prob(targets)).sum(), [hidden, head.weight])
-    torch.testing.assert_close(actual, expected)
+    weights, bonuses = torch.randn(2, 10)
+
+    for of_logprobs, of_entropy in ((weights, None), (None, bonuses), (weights, bonuses)):
+        logprobs, entropy = token_logprobs(hidden, targets, head, temperature=temperature, chunk_tokens=chunk_tokens)
+        pairs = [(logprobs, distribution.log_prob(targets), of_logprobs), (entropy, distribution.entropy(), of_entropy)]
+        ours, plain = (
+            sum((factor * pair[which]).sum() for *pair, factor in pairs if factor is not None) for which in (0, 1)
+        )
+        actual = torch.autograd.grad(ours, [hidden, head.weight])
+        expected = torch.autograd.grad(plain, [hidden, head.weight], retain_graph=True)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)  # of float32 inside
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,34 @@ parser.add_argument("--budget", type=int, required=True)
 parser.add_argument("--dtype", default="float32")
 parser.add_argument("--lora", type=int, default=0, help="rank")
 parser.add_argument("--offload", nargs="*", default=[], choices=["optimizer", "parameters"])
+parser.add_argument("--family", action="store_true", help="whatever looks at whole completions, minibatches or groups")
 arguments = parser.parse_args()
 
+FAMILY = {
+    "ratio": "sequence",
+    "clip_low": 1e-4,
+    "clip_high": 1e-4,
+    "top_entropy": 0.3,
+    "num_epochs": 2,
+    "importance": "truncate",
+    "importance_low": 0.01,
+    "importance_high": 2.0,
+    "entropy_coef": 0.01,
+    "kl_in": "reward",
+    "kl_estimator": "k1",
+}
 shard_even_small_weights()
 config = tiny_config(
     arguments.out / "run",
     model={"dtype": arguments.dtype},
     rollout={"num_prompts": 6, "group_size": 3},
-    algorithm={"kl_coef": 0.1, "num_minibatches": 2, "aggregation": "sequence", "max_sampling_gap": 100},
+    algorithm={
+        "kl_coef": 0.1,
+        "num_minibatches": 2,
+        "aggregation": "sequence",
+        "max_sampling_gap": 100,
+        **(FAMILY if arguments.family else {}),
+    },
     memory={"activation_checkpointing": 0.5 if arguments.zero == 3 else 0},
     # on random completions a larger step makes ratios explode, and noise with them; adapters start where B is zero
     optimizer={"learning_rate": 1e-4 if arguments.lora else 1e-5},

@@ -15,9 +15,9 @@ kind = sys.argv.pop(1)
 original = trainer.grpo_loss
 
 
-def normalized_by_pass(logprobs: Any, advantages: Any, weights: Any, **options: Any) -> TokenLoss:
+def normalized_by_pass(logprobs: Any, advantages: Any, weights: Any, objective: Any, **options: Any) -> TokenLoss:
     """The fault: the loss of each forward pass is a mean of its own, whatever share of the tokens it has."""
-    return original(logprobs, advantages, weights / weights.sum().clamp(min=1e-9), **options)
+    return original(logprobs, advantages, weights / weights.sum().clamp(min=1e-9), objective, **options)
 
 
 if kind == "sharded":

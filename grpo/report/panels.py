@@ -80,7 +80,7 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
             Panel("Entropy", ["policy/entropy"], "nats"),
             Panel("KL to reference", ["policy/kl"], "nats"),
             Panel("Gradient norm", ["optimizer/grad_norm"]),
-            Panel("Clipped tokens", ["policy/clip_fraction"]),
+            Panel("Clipped tokens", ["policy/clip_fraction", "policy/clip_fraction_low", "policy/clip_fraction_high"]),
             Panel("Sampling gap", ["policy/sampling_gap"], "nats"),
             Panel("Largest gap", ["policy/sampling_gap_max"], "nats"),
             Panel("Loss", ["optimizer/loss"]),

@@ -1,0 +1,193 @@
+"""The algorithms as their papers write them: Python loops over completions and tokens, each with a formula of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Told:
+    """A completion of a minibatch, with what is known of each of its tokens."""
+
+    advantage: float
+    logprobs: Tensor  # of the policy as it is now, with gradient
+    entropies: Tensor  # the same
+    old: list[float]
+    old_entropies: list[float]
+    ref: list[float]
+    sampled: list[float]
+    cut_off: bool = False
+
+
+def clip(x: Tensor, low: float, high: float) -> Tensor:
+    return min(max(x, torch.tensor(low, dtype=x.dtype)), torch.tensor(high, dtype=x.dtype))
+
+
+def ratio(told: Told, t: int) -> Tensor:
+    return torch.exp(told.logprobs[t] - told.old[t])
+
+
+def ppo(told: Told, t: int, low: float, high: float) -> Tensor:
+    r = ratio(told, t)
+    return min(r * told.advantage, clip(r, 1 - low, 1 + high) * told.advantage)
+
+
+def k2(told: Told, t: int) -> Tensor:
+    return (told.logprobs[t] - told.ref[t]) ** 2 / 2
+
+
+def k3(told: Told, t: int) -> Tensor:
+    log_ratio = told.ref[t] - told.logprobs[t]
+    return torch.exp(log_ratio) - log_ratio - 1
+
+
+def mean_of_means(tolds: list[Told], of_token: Callable[[Told, int], Tensor]) -> Tensor:
+    """GRPO: 1/G sum_i 1/|o_i| sum_t."""
+    return sum(sum(of_token(told, t) for t in range(len(told.old))) / len(told.old) for told in tolds) / len(tolds)
+
+
+def mean_of_tokens(tolds: list[Told], of_token: Callable[[Told, int], Tensor]) -> Tensor:
+    """DAPO: 1/sum_i |o_i| sum_i sum_t."""
+    num_tokens = sum(len(told.old) for told in tolds)
+    return sum(sum(of_token(told, t) for t in range(len(told.old))) for told in tolds) / num_tokens
+
+
+def sum_of_tokens(tolds: list[Told], of_token: Callable[[Told, int], Tensor], longest: int) -> Tensor:
+    """Dr. GRPO: 1/G sum_i sum_t, and a constant."""
+    return sum(sum(of_token(told, t) for t in range(len(told.old))) for told in tolds) / (len(tolds) * longest)
+
+
+def grpo(tolds: list[Told], longest: int) -> Tensor:
+    return mean_of_means(tolds, lambda told, t: -ppo(told, t, 0.2, 0.2) + 0.04 * k3(told, t))
+
+
+def dr_grpo(tolds: list[Told], longest: int) -> Tensor:
+    return sum_of_tokens(tolds, lambda told, t: -ppo(told, t, 0.2, 0.2), longest)
+
+
+def dapo(tolds: list[Told], longest: int) -> Tensor:
+    return mean_of_tokens(tolds, lambda told, t: -ppo(told, t, 0.2, 0.28))
+
+
+def dapo_filtered(tolds: list[Told], longest: int) -> Tensor:
+    return dapo([told for told in tolds if not told.cut_off], longest)
+
+
+def gspo(tolds: list[Told], longest: int) -> Tensor:
+    total = 0.0
+    for told in tolds:
+        log_ratios = [told.logprobs[t] - told.old[t] for t in range(len(told.old))]
+        s = torch.exp(sum(log_ratios) / len(log_ratios))
+        total = total - min(s * told.advantage, clip(s, 1 - 3e-4, 1 + 4e-4) * told.advantage)
+    return total / len(tolds)
+
+
+def gspo_token(tolds: list[Told], longest: int) -> Tensor:
+    def of_token(told: Told, t: int) -> Tensor:
+        mean = sum(told.logprobs[k].item() - told.old[k] for k in range(len(told.old))) / len(told.old)
+        s = math.exp(mean) * torch.exp(told.logprobs[t]) / torch.exp(told.logprobs[t]).item()
+        return -min(s * told.advantage, clip(s, 1 - 3e-4, 1 + 4e-4) * told.advantage)
+
+    return mean_of_means(tolds, of_token)
+
+
+def cispo(tolds: list[Told], longest: int) -> Tensor:
+    return mean_of_tokens(tolds, lambda told, t: -min(ratio(told, t).item(), 5.0) * told.advantage * told.logprobs[t])
+
+
+def reinforce(tolds: list[Told], longest: int) -> Tensor:
+    return sum_of_tokens(tolds, lambda told, t: -ratio(told, t) * told.advantage, longest)
+
+
+def top_entropy(tolds: list[Told], longest: int) -> Tensor:
+    ranked = sorted((entropy for told in tolds for entropy in told.old_entropies), reverse=True)
+    threshold = ranked[math.ceil(0.2 * len(ranked)) - 1]
+    return mean_of_tokens(
+        tolds, lambda told, t: -ppo(told, t, 0.2, 0.28) if told.old_entropies[t] >= threshold else 0 * told.logprobs[t]
+    )
+
+
+def tis(tolds: list[Told], longest: int) -> Tensor:
+    def of_token(told: Told, t: int) -> Tensor:
+        weight = min(math.exp(told.old[t] - told.sampled[t]), 2.0)
+        return -weight * ppo(told, t, 0.2, 0.2) + 0.001 * k3(told, t)
+
+    return mean_of_means(tolds, of_token)
+
+
+def icepop(tolds: list[Told], longest: int) -> Tensor:
+    def of_token(told: Told, t: int) -> Tensor:
+        weight = math.exp(told.old[t] - told.sampled[t])
+        surrogate = weight * ppo(told, t, 0.2, 0.2) if 0.5 <= weight <= 5 else 0.0
+        return -surrogate + 0.001 * k3(told, t)
+
+    return mean_of_means(tolds, of_token)
+
+
+def mis_of_completions(tolds: list[Told], longest: int) -> Tensor:
+    def of_token(told: Told, t: int) -> Tensor:
+        weight = math.prod(math.exp(told.old[k] - told.sampled[k]) for k in range(len(told.old)))
+        return -(weight * ppo(told, t, 0.2, 0.2) if weight <= 2 else 0.0) + 0.001 * k3(told, t)
+
+    return mean_of_means(tolds, of_token)
+
+
+def grpo_k2(tolds: list[Told], longest: int) -> Tensor:
+    return mean_of_means(tolds, lambda told, t: -ppo(told, t, 0.2, 0.2) + 0.001 * k2(told, t))
+
+
+def grpo_plain(tolds: list[Told], longest: int) -> Tensor:
+    return mean_of_means(tolds, lambda told, t: -ppo(told, t, 0.2, 0.2) + 0.001 * k3(told, t))
+
+
+def grpo_entropy(tolds: list[Told], longest: int) -> Tensor:
+    return grpo_plain(tolds, longest) - 0.001 * mean_of_means(tolds, lambda told, t: told.entropies[t])
+
+
+def group_mean(rewards: list[float]) -> list[float]:
+    return [reward - sum(rewards) / len(rewards) for reward in rewards]
+
+
+def standardized(rewards: list[float]) -> list[float]:
+    centred = group_mean(rewards)
+    std = math.sqrt(sum(x * x for x in centred) / len(centred))
+    return [x / std for x in centred]
+
+
+def leave_one_out(rewards: list[float]) -> list[float]:
+    return [
+        reward - sum(others) / len(others)
+        for i, reward in enumerate(rewards)
+        for others in [[other for j, other in enumerate(rewards) if j != i]]
+    ]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    loss: Callable[[list[Told], int], Tensor]
+    advantages: Callable[[list[float]], list[float]] = standardized
+    kl_in_reward: float = 0.0
+
+
+FAMILY = {
+    "GRPO": Algorithm(grpo),
+    "GRPO, several epochs": Algorithm(grpo_plain),
+    "GRPO, k2": Algorithm(grpo_k2),
+    "GRPO, entropy bonus": Algorithm(grpo_entropy),
+    "Dr. GRPO": Algorithm(dr_grpo, group_mean),
+    "DAPO": Algorithm(dapo),
+    "DAPO, overlong filtering": Algorithm(dapo_filtered),
+    "80/20": Algorithm(top_entropy),
+    "GSPO": Algorithm(gspo),
+    "CISPO": Algorithm(cispo),
+    "RLOO": Algorithm(reinforce, leave_one_out, kl_in_reward=0.03),
+    "REINFORCE": Algorithm(reinforce, group_mean),
+    "TIS": Algorithm(tis),
+    "IcePop": Algorithm(icepop),
+    "MIS of completions": Algorithm(mis_of_completions),
+}
