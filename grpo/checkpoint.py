@@ -47,6 +47,8 @@ class RunState:
     optimizer_steps: int = 0
     position: int = 0  # prompts dealt so far
     learning_rate: float = 0.0  # of the last optimizer step
+    groups_seen: float = 0.0  # in the last steps, fading; see grpo/dynamic_sampling.py
+    groups_with_signal: float = 0.0  # of these
 
 
 class CheckpointError(RuntimeError):

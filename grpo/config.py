@@ -80,6 +80,10 @@ class RolloutConfig(Section):
     """Questions sampled per step, over all processes. With group_size it sets the completions per step."""
     group_size: PositiveInt = 16
     """Completions per question (G in the paper). Raising it sharpens the baseline and costs rollout time."""
+    max_oversampling: Annotated[float, Field(ge=1)] = 1.0
+    """Dynamic sampling (DAPO): further questions are sampled until num_prompts groups have rewards that differ, or this multiple
+    of num_prompts questions was sampled in the step; see grpo/dynamic_sampling.py. 1: num_prompts questions, whatever their
+    rewards. Raising it fills more batches with signal and costs rollout time."""
     max_completion_tokens: PositiveInt = 1024
     """Where sampling is cut off; such a completion has finish_reason "length"."""
     temperature: PositiveFloat = 1.0
@@ -420,6 +424,10 @@ class Config(Section):
         return self.rollout.num_prompts * self.rollout.group_size
 
     @property
+    def max_questions_per_step(self) -> int:
+        return int(self.rollout.num_prompts * self.rollout.max_oversampling)
+
+    @property
     def prompts_per_minibatch(self) -> int:
         return self.rollout.num_prompts // self.algorithm.num_minibatches
 
@@ -434,7 +442,8 @@ class Config(Section):
     def summary(self, *, num_rows: int, world_size: int) -> str:
         """The numbers people ask for first, for a data set of `num_rows` questions on `world_size` processes."""
         rollout, steps = self.rollout, self.run.steps
-        questions = steps * rollout.num_prompts
+        questions, most = steps * rollout.num_prompts, steps * self.max_questions_per_step
+        dynamic = [f"dynamic sampling       up to {self.max_questions_per_step} questions per step, {most:,} in all"]
         refresh = self.algorithm.reference_refresh_steps
         refreshes = (
             [f"reference refreshes    {self.optimizer_steps // refresh}, every {refresh} optimizer steps"]
@@ -459,6 +468,7 @@ class Config(Section):
                 f"{self.prompts_per_minibatch * rollout.group_size} completions each)",
                 *refreshes,
                 *low_rate,
+                *(dynamic if most > questions else []),
                 f"questions in all       {questions:,} = {questions / num_rows:.2f} epochs of {num_rows:,}",
             ]
         )
@@ -477,6 +487,11 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(
             f"rollout.group_size is {rollout.group_size}; group-relative advantages need at least 2 completions per "
             "prompt. Set rollout.group_size >= 2."
+        )
+    if rollout.max_oversampling > 1 and config.max_questions_per_step == rollout.num_prompts:
+        raise ValueError(
+            f"rollout.max_oversampling is {rollout.max_oversampling:g}; it allows not one question more than the "
+            f"{rollout.num_prompts} of a step (rollout.num_prompts). Set it to 1, or to 2 or more."
         )
     _check_updates(config)
     _check_offload(config.distributed)

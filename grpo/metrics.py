@@ -21,11 +21,18 @@ from grpo.loss import TokenLoss
 from grpo.types import Group, MicroBatch, Scores
 
 METRICS = {
-    "reward/mean": "mean of the weighted reward over the step's completions whose reward is known",
+    "reward/mean": "mean of the weighted reward over all of the step's sampled completions whose reward is known",
     "reward/std": "standard deviation of the same rewards over the step",
-    "reward/<function>": "mean of that function's unweighted value over the completions it gave a verdict on",
+    "reward/<function>": "mean of that function's unweighted value over the sampled completions it gave a verdict on",
     "reward/unknown": 'share of completions whose reward is unknown ("can\'t tell"); they are not trained on',
-    "group/with_signal": "share of groups whose known rewards are not all equal; only they move the policy",
+    "group/with_signal": "share of the sampled groups whose known rewards are not all equal; only they move the policy",
+    "group/sampled": "groups that were sampled; this and the next six only with rollout.max_oversampling above 1",
+    "group/replaced": "of them, those without signal that other groups took the place of",
+    "group/surplus": "of them, those with signal that the batch had no room for",
+    "completion/dropped_tokens": "completion tokens of the replaced and the surplus groups, which nothing is trained on",
+    "rollout/draws": "times that the step sampled before its batch was full, or rollout.max_oversampling was reached",
+    "batch/with_signal": "share of the groups of the batch that have signal; below 1 the limit came before the batch was full",
+    "batch/reward_mean": "mean reward over the batch, which is a choice; how good the policy is, reward/mean says",
     "completion/length_mean": "mean number of completion tokens, the end-of-sequence token included",
     "completion/length_max": "largest number of completion tokens",
     "completion/truncated": "share of completions cut off at rollout.max_completion_tokens",
@@ -37,12 +44,12 @@ METRICS = {
     "aha/<list>_share": "share of completions with at least one such word",
     "aha/<list>_per_1k_<kind>": "that rate of `right` or `wrong` completions that ended by themselves, and of `truncated` ones",
     "aha/<list>_share_<kind>": "that share of the same",
-    "policy/entropy": "mean over completion tokens of the entropy of the policy's next-token distribution, in nats",
-    "policy/kl": "mean over completion tokens of the KL estimator between policy and reference, in nats",
-    "policy/ratio_mean": "mean over completion tokens of pi / pi_old; 1 when every update is on-policy",
+    "policy/entropy": "mean over trained tokens of the entropy of the policy's next-token distribution, in nats",
+    "policy/kl": "mean over trained tokens of the KL estimator between policy and reference, in nats",
+    "policy/ratio_mean": "mean over trained tokens of pi / pi_old; 1 when every update is on-policy",
     "policy/ratio_max": "largest of these ratios",
-    "policy/clip_fraction": "share of completion tokens whose surrogate is at its bound and so has no gradient",
-    "policy/sampling_gap": "mean over completion tokens of |log-probability in the trainer - when sampled|, before an update",
+    "policy/clip_fraction": "share of trained tokens whose surrogate is at its bound and so has no gradient",
+    "policy/sampling_gap": "mean over trained tokens of |log-probability in the trainer - when sampled|, before an update",
     "policy/sampling_gap_max": "largest of these gaps",
     "optimizer/loss": "mean over the step's optimizer steps of the loss (surrogate and KL term, over all processes)",
     "optimizer/grad_norm": "mean over the step's optimizer steps of the gradient's global L2 norm before clipping",
@@ -86,7 +93,8 @@ METRICS = {
 }
 """Formula of each metric. `<function>` stands for the name of a reward function; `<list>` for that of a word list: `reflection`,
 `verification`, `backtracking`, `subgoals`, or one of logging.reflection_words. Right is a verdict of 1, of the reward `accuracy`
-if there is one, else the first."""
+if there is one, else the first. Trained tokens are those of completions with a known reward in groups of the batch; with
+algorithm.kl_coef 0, where others make no gradient and no pass reads them, only of completions whose advantage is not 0."""
 
 
 @dataclass
@@ -189,6 +197,18 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores, advantage
     meter.total("throughput/scoring", float(len(completions)))
     meter.total(REWARD_SECONDS, scores.seconds)
     meter.total("throughput/rollout", float(lens.sum()))
+
+
+def measure_batch(meter: Meter, groups: list[Group], scores: Scores, advantages: Tensor, *, in_batch: Tensor) -> None:
+    """Which of the groups that were sampled dynamic sampling took, (P,), and what became of the others."""
+    signal = has_signal(advantages)
+    tokens = torch.tensor([sum(len(c.token_ids) for c in group.completions) for group in groups])
+    meter.total("group/sampled", float(len(groups)))
+    meter.total("group/replaced", float((~in_batch & ~signal).sum()))
+    meter.total("group/surplus", float((~in_batch & signal).sum()))
+    meter.total("completion/dropped_tokens", float(tokens[~in_batch].sum()))
+    meter.mean("batch/with_signal", signal[in_batch].double())
+    meter.mean_of_known("batch/reward_mean", scores.rewards[in_batch])
 
 
 def measure_texts(meter: Meter, rows: list[dict[str, Any]], words: Words) -> None:

@@ -448,8 +448,8 @@ def examine(trainer: Trainer, *, num_questions: int, templates: Sequence[str] | 
     started = time.perf_counter()
     config, prompts = trainer.config, trainer.prompts.prompts
     num_questions = min(num_questions, len(prompts))
-    order = PromptOrder(prompts, num_prompts=num_questions, seed=config.run.seed, rank=0, world_size=1)
-    questions = order.next_batch()  # the first that training will see
+    order = PromptOrder(prompts, seed=config.run.seed, rank=0, world_size=1)
+    questions = order.draw(num_questions)  # the first that training will see
     first = try_template(trainer, questions, config.data.template)
     if templates is None:
         templates = list(TEMPLATES) if is_refused(first) else []

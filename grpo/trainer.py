@@ -16,21 +16,29 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grpo import checkpoint, distributed, post_mortem, preflight, report, rundir, tripwire
-from grpo.advantage import group_advantages
-from grpo.batch import join, micro_batch, minibatch_bounds, pack, plan_passes, spare, split, take
+from grpo.advantage import group_advantages, has_signal
+from grpo.batch import join, micro_batch, pack, plan_passes, spare, split, take
 from grpo.checkpoint import CheckpointError, Checkpoints, RunState, numbers_of
 from grpo.config import Config, as_override
 from grpo.console import show_samples
+from grpo.dynamic_sampling import Draws
 from grpo.evaluate import answer, completion_rows, in_order, training_rows
 from grpo.loss import grpo_loss, token_weights
-from grpo.metrics import measure_micro_batch, measure_passes, measure_rollout, measure_texts, step_metrics
+from grpo.metrics import (
+    measure_batch,
+    measure_micro_batch,
+    measure_passes,
+    measure_rollout,
+    measure_texts,
+    step_metrics,
+)
 from grpo.policy import Policy, check_attention, check_context, load_tokenizer, resolve_dtype
 from grpo.post_mortem import Evidence
 from grpo.prompts import PromptOrder, build_prompts, load_rows, prepare_rows
 from grpo.rollout import check_engine, make_generator
 from grpo.rundir import RunLog
 from grpo.schedule import learning_rate
-from grpo.scoring import Reward, Scorer, resolve_rewards
+from grpo.scoring import Reward, Scorer, join_scores, resolve_rewards
 from grpo.shortage import free, is_out_of_memory, or_fewer_at_once
 from grpo.sinks import check_sinks
 from grpo.stopping import EXIT_STOPPED, Stopped, StopRequest
@@ -104,7 +112,6 @@ class Trainer:
         self.eval_prompts = self._gradable_prompts(wanted, tokenizer, "held-out questions") if wanted else []
         self.prompts = PromptOrder(
             prompts,
-            num_prompts=config.rollout.num_prompts,
             seed=config.run.seed,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
@@ -180,37 +187,72 @@ class Trainer:
         self.state.step += 1
         if _due(self.state.step, self.config.logging.completions_every):
             rollout = step.rollout
-            self._log_completions(training_rows(self.state.step, rollout.groups, rollout.scores, rollout.advantages))
+            in_batch = rollout.minibatch >= 0
+            rows = training_rows(self.state.step, rollout.groups, rollout.scores, rollout.advantages, in_batch=in_batch)
+            self._log_completions(rows)
         metrics = self._log_metrics()
         self.under_way = StepUnderWay()
         return metrics
 
     def _begin_step(self, step: StepUnderWay) -> Evidence:
         """Sample and score a rollout, and make ready the passes of its updates."""
-        prompts = self.prompts.next_batch()
+        draws = Draws(
+            num_prompts=self.config.rollout.num_prompts,
+            limit=self.config.max_questions_per_step,
+            world_size=self.processes.world_size,
+            seen=self.state.groups_seen,
+            with_signal=self.state.groups_with_signal,
+        )
         with self._clock("step"):
-            sampled = self.stopping.abortable(lambda: self.making_do(lambda: self._sample(prompts)))
-            self.agree_to_go_on()
-            assert sampled is not None, "only a request to stop breaks off the sampling"
-            groups, scores = sampled
-            advantages = group_advantages(scores.rewards, normalize_by_std=self.config.algorithm.normalize_by_std)
+            rollout = self._fill(draws)
             with self._clock("logprobs"):
-                step.minibatches = self._or_smaller_passes(lambda: self._make_ready(groups, advantages))
+                step.minibatches = self._or_smaller_passes(lambda: self._make_ready(rollout))
         step.first_update, self.state.position = self.state.optimizer_steps, self.prompts.position
-        measure_rollout(step.meter, groups, scores, advantages)
-        measure_texts(step.meter, completion_rows(groups, scores), self.log.words)
-        for name, value in self.generator.metrics().items():
-            step.meter.mean(name, torch.tensor(value))
-        return Evidence(groups, scores, advantages)
+        self.state.groups_seen, self.state.groups_with_signal = draws.remembered()
+        measure_rollout(step.meter, rollout.groups, rollout.scores, rollout.advantages)
+        measure_texts(step.meter, completion_rows(rollout.groups, rollout.scores), self.log.words)
+        if draws.limit > draws.num_prompts:
+            in_batch = rollout.minibatch >= 0
+            measure_batch(step.meter, rollout.groups, rollout.scores, rollout.advantages, in_batch=in_batch)
+            step.meter.mean("rollout/draws", torch.tensor(float(len(draws.sizes))))
+        return rollout
 
-    def _make_ready(self, groups: list[Group], advantages: Tensor) -> list[list[MicroBatch]]:
+    def _fill(self, draws: Draws) -> Evidence:
+        """Draw questions, sample and score, until the batch is full or no more may be drawn."""
+        groups: list[Group] = []
+        scores: list[Scores] = []
+        while size := draws.next_size():
+            sampled = self._draw(size, number=len(scores))
+            draws.add(self.agree_to_go_on([] if sampled is None else has_signal(self._advantages(sampled[1])).tolist()))
+            assert sampled is not None, "only a request to stop breaks off the sampling"
+            groups += sampled[0]
+            scores.append(sampled[1])
+            for name, value in self.generator.metrics().items():
+                self.under_way.meter.mean(name, torch.tensor(value))
+        whole = join_scores(scores)
+        minibatch = draws.minibatch_of(rank=self.processes.rank, num_minibatches=self.config.algorithm.num_minibatches)
+        return Evidence(groups, whole, self._advantages(whole), minibatch)
+
+    def _draw(self, size: int, *, number: int) -> tuple[list[Group], Scores] | None:
+        """Sample and score this process's share of the next questions; None if a request to stop broke it off."""
+        prompts, seed = self.prompts.draw(size), self._seed("rollout" + f" {number}" * (number > 0))
+        return self.stopping.abortable(lambda: self.making_do(lambda: self._sample(prompts, seed)))
+
+    def _advantages(self, scores: Scores) -> Tensor:
+        return group_advantages(scores.rewards, normalize_by_std=self.config.algorithm.normalize_by_std)
+
+    def _make_ready(self, rollout: Evidence) -> list[list[MicroBatch]]:
         """This process's passes over each minibatch, with the log-probabilities that stay fixed."""
-        minibatches = [self._deal(pack(groups[part], advantages[part])) for part in self._minibatch_bounds()]
+        parts = [
+            (rollout.minibatch == number).nonzero().flatten().tolist()
+            for number in range(self.config.algorithm.num_minibatches)
+        ]
+        minibatches = [self._deal(pack([rollout.groups[p] for p in part], rollout.advantages[part])) for part in parts]
         for micro in (micro for minibatch in minibatches for micro in minibatch):
             self._fix_logprobs(micro)
         return minibatches
 
-    def _sample(self, prompts: list[Prompt]) -> tuple[list[Group], Scores]:
+    def _sample(self, prompts: list[Prompt], seed: int) -> tuple[list[Group], Scores]:
         """Groups are scored while others are still being sampled."""
         with self.scorer.begin(len(prompts)) as scoring:
             with self._clock("rollout"):
@@ -218,7 +260,7 @@ class Trainer:
                     prompts,
                     self.config.sampling,
                     num_completions=self.config.rollout.group_size,
-                    seed=self._seed("rollout"),
+                    seed=seed,
                     on_group=scoring.add,
                 )
             with self._clock("scoring"):
@@ -230,30 +272,39 @@ class Trainer:
             return sample()
         return or_fewer_at_once(sample, self.generator, rank=self.processes.rank)
 
-    def agree_to_go_on(self) -> None:
-        """After work that each process did for itself, which a request to stop may have broken off."""
-        self._agree_on_interruption()
+    def agree_to_go_on(self, mine: Any = None) -> list[Any]:
+        """After work that each process did for itself, which a request to stop may have broken off; `mine` of every process."""
+        everyones = self._agree_on_interruption(mine)
         if self.interruption:
             if self.under_way.rollout is None:
                 self.under_way = StepUnderWay()  # to be sampled again
             self.prompts.position = self.state.position
             raise Interrupted(self.interruption)
+        return everyones
 
-    def _agree_on_interruption(self) -> None:
-        requests = self.processes.gather(self.stopping.reason)
-        self.interruption = next((reason for reason in requests if reason is not None), "")
+    def _agree_on_interruption(self, mine: Any = None) -> list[Any]:
+        told = self.processes.gather((self.stopping.reason, mine))
+        self.interruption = next((reason for reason, _ in told if reason is not None), "")
+        return [each for _, each in told]
 
     def _deal(self, mine: Batch) -> list[MicroBatch]:
         """This process's passes over a minibatch of which it sampled a part.
 
         All sequences are dealt anew, so that no process waits for one whose completions happen to be longer. The weights follow
-        from the whole minibatch; it is empty if not one completion has a known reward, on any process.
+        from the whole minibatch; it is empty if not one completion has a known reward, on any process. Without a KL term an
+        advantage of 0 makes no gradient, so such completions count, but need no pass; if there are no others, an empty pass keeps
+        the update, for the optimizer's moments.
         """
         whole = join(self.processes.gather(mine)) if self.processes.world_size > 1 else mine
+        has_gradient = (whole.advantages != 0) | (self.policy.reference is not None)
+        needed = has_gradient.nonzero().flatten().tolist()
         plan = plan_passes(
-            whole, token_budget=self.config.memory.micro_batch_tokens, num_processes=self.processes.world_size
+            take(whole, needed),
+            token_budget=self.config.memory.micro_batch_tokens,
+            num_processes=self.processes.world_size,
         )
-        passes = [self._pass(whole, sequences) for sequences in plan[self.processes.rank]]
+        parts = plan[self.processes.rank] or [[]] * (whole.num_sequences > 0)
+        passes = [self._pass(whole, [needed[i] for i in part]) for part in parts]
         measure_passes(self.under_way.meter, passes)
         return passes
 
@@ -339,14 +390,6 @@ class Trainer:
         if every and steps // every > steps_before // every:
             self.policy.refresh_reference()
             self.say(f"the reference is the policy after optimizer step {steps} from here on")
-
-    def _minibatch_bounds(self) -> list[slice]:
-        return minibatch_bounds(
-            num_prompts=self.config.rollout.num_prompts,
-            num_minibatches=self.config.algorithm.num_minibatches,
-            rank=self.processes.rank,
-            world_size=self.processes.world_size,
-        )
 
     def save(self, *, wait: bool = False) -> Path:
         """Write a checkpoint of the current state; every process calls it.
