@@ -322,6 +322,34 @@ class RunConfig(Section):
     the next free of dir-2, dir-3, ... is taken."""
 
 
+class ScheduleConfig(Section):
+    """Values of a setting over the run. They count in optimizer steps, as the paper does, and hold for a whole rollout: that of a
+    training step is the one at the first of its updates."""
+
+    points: dict[NonNegativeInt, float]
+    """Value from an optimizer step on, for each step where it changes; one of them is 0. {0: 32768, 8200: 65536}"""
+    interpolation: Literal["step", "linear"] = "step"
+    """step: a value holds until the next. linear: a straight line from each point to the next; whole numbers are rounded."""
+
+    def at(self, optimizer_step: int) -> float:
+        """The value of the training step whose first update is this one, counted from 0."""
+        before = max(step for step in self.points if step <= optimizer_step)
+        after = min((step for step in self.points if step > optimizer_step), default=before)
+        share = (
+            (optimizer_step - before) / (after - before) if self.interpolation == "linear" and after > before else 0.0
+        )
+        return self.points[before] + share * (self.points[after] - self.points[before])
+
+
+SCHEDULABLE = (
+    "rollout.max_completion_tokens",
+    "rollout.temperature",
+    "algorithm.kl_coef",
+    "algorithm.clip_low",
+    "algorithm.clip_high",
+)
+"""Settings that may change over a run, besides `rewards.<number>.weight`."""
+
 LOWEST_LORA_RATE = 1e-5
 """At this rate merged bfloat16 weights hold 2 % of a first update and 58 % of the sum of 26 (grpo/lora.py); below it, less."""
 
@@ -352,6 +380,9 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    schedules: dict[str, ScheduleConfig] = Field(default_factory=dict)
+    """Settings that change over the run, by name. The setting itself is the largest value of its schedule, for which memory is
+    planned and checked, and which evaluations use; leave it out or set it to that."""
     run: RunConfig
 
     def __init__(self, **settings: Any) -> None:
@@ -360,7 +391,12 @@ class Config(Section):
             super().__init__(**settings)
         except ValidationError as error:
             raise ValueError("\n".join(_explain(detail) for detail in error.errors())) from None
+        _check_schedules(self)
         _check_combinations(self)
+        for setting, schedule in self.schedules.items():
+            for step in schedule.points:
+                if self.rollout.engine == "vllm" and setting == "rollout.temperature":
+                    _check_vllm_sampling(self.at(step))
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -377,6 +413,20 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+    def at(self, optimizer_step: int) -> Config:
+        """The settings of the training step whose first update is this one."""
+        config = self.model_copy(deep=True) if self.schedules else self
+        for setting, schedule in self.schedules.items():
+            section, name, is_whole = _scheduled(config, setting)
+            value = schedule.at(optimizer_step)
+            setattr(section, name, round(value) if is_whole else value)
+        return config
+
+    def scheduled_values(self) -> dict[str, float]:
+        """Of the settings that follow a schedule, what they are in this configuration."""
+        places = {setting: _scheduled(self, setting) for setting in self.schedules}
+        return {setting: getattr(section, name) for setting, (section, name, _) in places.items()}
 
     # What follows from the settings, each worked out here and nowhere else.
 
@@ -479,6 +529,56 @@ class Config(Section):
                 f"rollout.num_prompts is {self.rollout.num_prompts}; each of the {world_size} processes needs at least "
                 f"one question per step. Set rollout.num_prompts >= {world_size} or launch fewer processes."
             )
+
+
+def _scheduled(config: Config, setting: str) -> tuple[Section, str, bool]:
+    """Where a setting that may change lives, its name there, and whether it is a whole number.
+
+    Raises:
+        ValueError: it may not change, or there is no such reward.
+    """
+    section, _, name = setting.rpartition(".")
+    number = re.fullmatch(r"rewards\.(\d+)\.weight", setting)
+    if number and int(number[1]) < len(config.rewards):
+        return config.rewards[int(number[1])], name, False
+    if setting not in SCHEDULABLE:
+        weights = [f"rewards.{i}.weight" for i in range(len(config.rewards))]
+        raise ValueError(
+            f"schedules holds {setting!r}; it cannot change during a run. Those that can: {', '.join([*SCHEDULABLE, *weights])}."
+        )
+    return getattr(config, section), name, setting == "rollout.max_completion_tokens"
+
+
+def _check_schedules(config: Config) -> None:
+    """Every value that a setting will take is one that it may have; the setting itself becomes the largest."""
+    for setting, schedule in config.schedules.items():
+        section, name, is_whole = _scheduled(config, setting)
+        steps = sorted(schedule.points)
+        if len(steps) < 2 or steps[0] != 0:
+            raise ValueError(
+                f"schedules.{setting}.points is {schedule.points}; it says what holds from step 0 on and where it changes. "
+                "Give a value for 0 and at least one more."
+            )
+        if steps[-1] >= config.optimizer_steps:
+            raise ValueError(
+                f"schedules.{setting}.points has step {steps[-1]}; the run has {config.optimizer_steps} optimizer steps "
+                "(run.steps * algorithm.num_minibatches) and would never come there. Remove it, or raise run.steps."
+            )
+        for step, value in schedule.points.items():
+            try:
+                type(section)(**{**section.model_dump(), name: int(value) if is_whole and value % 1 == 0 else value})
+            except ValidationError as error:
+                rule = error.errors()[0]["msg"].lower()
+                raise ValueError(
+                    f"schedules.{setting}.points.{step} is {value:g}; of {setting}, {rule}. Correct it."
+                ) from None
+        largest = max(schedule.points.values())
+        if name in section.model_fields_set and getattr(section, name) != largest:
+            raise ValueError(
+                f"{setting} is {getattr(section, name)}; schedules.{setting} says what it is, at most {largest:g}. Remove one "
+                "of the two."
+            )
+        setattr(section, name, int(largest) if is_whole else largest)
 
 
 def _check_combinations(config: Config) -> None:
@@ -760,7 +860,8 @@ def setting_names() -> list[str]:
     """Every setting as `section.name`."""
     names = []
     for section, field in Config.model_fields.items():
-        inner = RewardConfig if section == "rewards" else field.annotation
+        listed: dict[str, Any] = {"rewards": RewardConfig, "schedules": ScheduleConfig}
+        inner = listed.get(section, field.annotation)
         assert isinstance(inner, type), f"section {section} is not a model"
         assert issubclass(inner, BaseModel), f"section {section} is not a model"
         names += [f"{section}.{name}" for name in inner.model_fields]

@@ -78,6 +78,7 @@ METRICS = {
     "throughput/rollout": "completion tokens of all processes per second of sampling",
     "throughput/scoring": "completions scored per second that a reward worker was busy; sampling on the same cores slows it down",
     "throughput/update": "tokens (of each completion and its prompt) of all processes per second of updating",
+    "schedule/<setting>": "the value of a setting that follows a schedule (schedules), in this step",
     "watchdog/alarms": "rules of the watchdog that had something to say after the step",
     "progress/epoch": "questions dealt so far, as a multiple of the training set",
     "eval/<function>": "mean of that function's value over the held-out questions it gave a verdict on",
@@ -94,7 +95,8 @@ METRICS = {
 """Formula of each metric. `<function>` stands for the name of a reward function; `<list>` for that of a word list: `reflection`,
 `verification`, `backtracking`, `subgoals`, or one of logging.reflection_words. Right is a verdict of 1, of the reward `accuracy`
 if there is one, else the first. Trained tokens are those of completions with a known reward in groups of the batch; with
-algorithm.kl_coef 0, where others make no gradient and no pass reads them, only of completions whose advantage is not 0."""
+algorithm.kl_coef 0, where others make no gradient and no pass reads them, only of completions whose advantage is not 0, if a
+minibatch has any."""
 
 
 @dataclass

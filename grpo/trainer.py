@@ -172,6 +172,7 @@ class Trainer:
             Interrupted: on all processes; only within `train`, which handles what asks for it.
         """
         step = self.under_way
+        self._follow_schedules()
         if step.rollout is None:
             step.rollout = self._begin_step(step)
         with self._clock("step"):
@@ -193,6 +194,22 @@ class Trainer:
         metrics = self._log_metrics()
         self.under_way = StepUnderWay()
         return metrics
+
+    @property
+    def now(self) -> Config:
+        """The settings of the step under way, of which some may follow a schedule."""
+        under_way = self.under_way
+        return self.config.at(self.state.optimizer_steps if under_way.rollout is None else under_way.first_update)
+
+    def _follow_schedules(self) -> None:
+        """Hand on to the parts that hold a setting what it is in the step under way."""
+        now = self.now
+        self.policy.use_temperature(now.rollout.temperature)
+        self.scorer.max_completion_tokens = now.rollout.max_completion_tokens
+        for setting, value in now.scheduled_values().items():
+            if setting.startswith("rewards."):
+                number = int(setting.split(".")[1])
+                self.scorer.rewards[number] = replace(self.scorer.rewards[number], weight=value)
 
     def _begin_step(self, step: StepUnderWay) -> Evidence:
         """Sample and score a rollout, and make ready the passes of its updates."""
@@ -258,7 +275,7 @@ class Trainer:
             with self._clock("rollout"):
                 groups = self.generator.sample(
                     prompts,
-                    self.config.sampling,
+                    self.now.sampling,
                     num_completions=self.config.rollout.group_size,
                     seed=seed,
                     on_group=scoring.add,
@@ -292,19 +309,18 @@ class Trainer:
 
         All sequences are dealt anew, so that no process waits for one whose completions happen to be longer. The weights follow
         from the whole minibatch; it is empty if not one completion has a known reward, on any process. Without a KL term an
-        advantage of 0 makes no gradient, so such completions count, but need no pass; if there are no others, an empty pass keeps
-        the update, for the optimizer's moments.
+        advantage of 0 makes no gradient: such completions count, but need no pass. If there are no others all of them get one, so
+        that the sampling gap is still measured, which may be why nothing is rewarded.
         """
         whole = join(self.processes.gather(mine)) if self.processes.world_size > 1 else mine
         has_gradient = (whole.advantages != 0) | (self.policy.reference is not None)
-        needed = has_gradient.nonzero().flatten().tolist()
+        needed = has_gradient.nonzero().flatten().tolist() or list(range(whole.num_sequences))
         plan = plan_passes(
             take(whole, needed),
             token_budget=self.config.memory.micro_batch_tokens,
             num_processes=self.processes.world_size,
         )
-        parts = plan[self.processes.rank] or [[]] * (whole.num_sequences > 0)
-        passes = [self._pass(whole, [needed[i] for i in part]) for part in parts]
+        passes = [self._pass(whole, [needed[i] for i in part]) for part in plan[self.processes.rank]]
         measure_passes(self.under_way.meter, passes)
         return passes
 
@@ -317,7 +333,7 @@ class Trainer:
             part.completion_lens,
             num_completions=whole.num_sequences,
             num_tokens=int(whole.completion_lens.sum()),
-            max_completion_tokens=self.config.rollout.max_completion_tokens,
+            max_completion_tokens=self.now.rollout.max_completion_tokens,
         )
         return micro_batch(part, weights)
 
@@ -357,7 +373,7 @@ class Trainer:
 
     def _accumulate(self, minibatch: list[MicroBatch]) -> Tensor:
         """The gradient of this process's passes; what all processes have to know of the others before they step; (5,)."""
-        algorithm, rollout = self.config.algorithm, self.under_way.rollout
+        algorithm, rollout = self.now.algorithm, self.under_way.rollout
         assert rollout is not None, "a step is sampled before it is trained on"
         total = torch.zeros((), device=self.processes.device)
         for number, micro in enumerate(micro.to(self.processes.device) for micro in minibatch):
@@ -482,6 +498,7 @@ class Trainer:
         self.log.log_evaluation(step, in_order(self.processes.gather(mine), self.eval_prompts))
 
     def _answer_held_out(self) -> list[dict[str, Any]]:
+        self.scorer.max_completion_tokens = self.config.eval_sampling.max_tokens
         return answer(
             self.eval_prompts[self.processes.rank :: self.processes.world_size],
             generator=self.generator,
@@ -501,6 +518,7 @@ class Trainer:
         metrics = step_metrics(self.under_way.meter, self.under_way.seconds, self.processes)
         metrics["optimizer/learning_rate"] = self.state.learning_rate
         metrics["optimizer/steps"] = self.state.optimizer_steps
+        metrics |= {f"schedule/{name}": float(value) for name, value in self.now.scheduled_values().items()}
         metrics["progress/epoch"] = self.state.position / len(self.prompts.prompts)
         alarms = self.watchdog.observe(self.state.step, metrics)
         metrics["watchdog/alarms"] = len(alarms)
@@ -510,7 +528,7 @@ class Trainer:
 
     def _check_sampling_gap(self, loss: float, gaps: float, num_tokens: float) -> None:
         """Before an update; a loss that is not finite is another fault."""
-        limit = tripwire.gap_limit(self.config, self.policy.dtype)
+        limit = tripwire.gap_limit(self.now, self.policy.dtype)
         if gaps <= limit * num_tokens or not math.isfinite(loss):
             return
         rollout = self.under_way.rollout
@@ -519,7 +537,7 @@ class Trainer:
             self.policy,
             self.generator,
             rollout.groups,
-            self.config,
+            self.now,
             earlier_gap=self.watchdog.median("policy/sampling_gap"),
         )
         step = self.state.step + 1
@@ -626,6 +644,12 @@ class Trainer:
 def _reward_functions(config: Config, rewards: Sequence[Callable[..., Any] | Reward] | None) -> list[Reward]:
     if rewards is None:
         return resolve_rewards(config.rewards)
+    for setting in config.schedules:
+        if setting.startswith("rewards."):
+            raise ValueError(
+                f"schedules holds {setting!r}; the rewards of this run are those given to Trainer, not those of `rewards`. List "
+                "them there, or remove the schedule."
+            )
     return [reward if isinstance(reward, Reward) else Reward(reward) for reward in rewards]
 
 
