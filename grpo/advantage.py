@@ -28,12 +28,9 @@ def group_advantages(rewards: Tensor, *, normalize_by_std: bool, baseline: str =
         (P, G) advantages; NaN where the reward is.
     """
     known = ~rewards.isnan()
-    count = known.sum(1, keepdim=True)
     centred = rewards - rewards.nanmean(1, keepdim=True)
-    std = (centred.nan_to_num().square().sum(1, keepdim=True) / count).sqrt()
-    signal = std > FLAT * rewards.nan_to_num().abs().amax(1, keepdim=True).clamp(min=1)
-    advantages = centred * BASELINES[baseline](count) / (std if normalize_by_std else 1)
-    return advantages.masked_fill(known & ~signal, 0.0)
+    advantages = centred * BASELINES[baseline](known.sum(1, keepdim=True)) / (_std(rewards) if normalize_by_std else 1)
+    return advantages.masked_fill(known & ~has_signal(rewards)[:, None], 0.0)
 
 
 BASELINES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -43,6 +40,13 @@ BASELINES: dict[str, Callable[[Tensor], Tensor]] = {
 """Factor of the centred reward, by the number of known rewards in the group."""
 
 
-def has_signal(advantages: Tensor) -> Tensor:
-    """(P,) bool: which groups can move the policy. For (P, G) advantages."""
-    return (advantages.nan_to_num() != 0).any(1)
+def has_signal(rewards: Tensor) -> Tensor:
+    """(P,) bool: the rewards of which groups (P, G) are not all equal, up to float noise; what is NaN is not looked at."""
+    largest = rewards.nan_to_num().abs().amax(1, keepdim=True)
+    return (_std(rewards) > FLAT * largest.clamp(min=1)).squeeze(1)
+
+
+def _std(rewards: Tensor) -> Tensor:
+    """(P, 1) of the known rewards; NaN where there is none."""
+    centred = rewards - rewards.nanmean(1, keepdim=True)
+    return (centred.nan_to_num().square().sum(1, keepdim=True) / (~rewards.isnan()).sum(1, keepdim=True)).sqrt()

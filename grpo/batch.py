@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from itertools import groupby, pairwise
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -59,17 +59,6 @@ def join(batches: list[Batch]) -> Batch:
 
 def _num_prompts(batch: Batch) -> int:
     return int(batch.prompt_index.max()) + 1 if batch.num_sequences else 0
-
-
-def minibatch_bounds(*, num_prompts: int, num_minibatches: int, rank: int, world_size: int) -> list[slice]:
-    """Which of this process's groups belong to each minibatch.
-
-    The questions of a step are dealt out like cards: process r has questions r, r + world_size, ... A minibatch is a run
-    of consecutive questions, so it holds the same questions however many processes there are.
-    """
-    size = num_prompts // num_minibatches
-    edges = [len(range(rank, m * size, world_size)) for m in range(num_minibatches + 1)]
-    return [slice(a, b) for a, b in pairwise(edges)]
 
 
 # --- which sequences share a pass -------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from grpo.advantage import group_advantages
 from grpo.config import DataConfig, ScoringConfig
 from grpo.console import number
 from grpo.display import styled_completion
-from grpo.evaluate import is_right, training_rows
+from grpo.evaluate import completion_rows, is_right
 from grpo.prompts import load_rows
 from grpo.rollout import Generator
 from grpo.scoring import LISTED, SINGLE, Reward, Scorer
@@ -115,11 +115,14 @@ def sample_groups(
     advantages = group_advantages(scores.rewards, normalize_by_std=normalize_by_std, baseline=baseline)
     weights = {reward.name: reward.weight for reward in scorer.rewards}
     rows = []
-    for number_, row in enumerate(training_rows(0, groups, scores, advantages)):
-        del row["step"]
+    for number_, (row, advantage) in enumerate(
+        zip(completion_rows(groups, scores), advantages.nan_to_num().flatten().tolist(), strict=True)
+    ):
         columns = prompts[number_ // num_completions].columns
         why = {reward.name: text for reward in scorer.rewards if (text := _why(reward, row["completion"], columns))}
-        rows.append({**row, "sample": number_ % num_completions, "weights": weights, "why": why})
+        rows.append(
+            {**row, "advantage": advantage, "sample": number_ % num_completions, "weights": weights, "why": why}
+        )
     return rows
 
 

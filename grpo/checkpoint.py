@@ -47,6 +47,8 @@ class RunState:
     optimizer_steps: int = 0
     position: int = 0  # prompts dealt so far
     learning_rate: float = 0.0  # of the last optimizer step
+    groups_seen: float = 0.0  # in the last steps, fading; see grpo/dynamic_sampling.py
+    groups_with_signal: float = 0.0  # of these
 
 
 class CheckpointError(RuntimeError):
@@ -90,7 +92,11 @@ class Checkpoints:
         writer = Writer(_partial(final), background=self.config.checkpoint.background and under_way is None)
         self._check([self.processes.on_main(lambda: _prepare(_partial(final)))], final)
         _write_all(writer, policy, rank=self.processes.rank, under_way=under_way)
-        record = {**asdict(state), "world_size": self.processes.world_size, "config": self.config.model_dump()}
+        record = {
+            **asdict(state),
+            "world_size": self.processes.world_size,
+            "config": self.config.model_dump(mode="json"),
+        }
         self._pending = _Pending(final, writer, record)
         writer.start()
         if not writer.background:
@@ -313,7 +319,7 @@ MAY_CHANGE = {
 
 
 def _check_resumable(checkpoint: Path, config: Config) -> None:
-    before, now = _flat(read_state(checkpoint)["config"]), _flat(config.model_dump())
+    before, now = _flat(read_state(checkpoint)["config"]), _flat(config.model_dump(mode="json"))
     for name in sorted(before.keys() | now.keys()):
         if name in MAY_CHANGE or name.split(".")[0] in MAY_CHANGE:
             continue

@@ -82,6 +82,10 @@ class RolloutConfig(Section):
     """Questions sampled per step, over all processes. With group_size it sets the completions per step."""
     group_size: PositiveInt = 16
     """Completions per question (G in the paper). Raising it sharpens the baseline and costs rollout time."""
+    max_oversampling: Annotated[float, Field(ge=1)] = 1.0
+    """Dynamic sampling (DAPO): further questions are sampled until num_prompts groups have rewards that differ, or this multiple
+    of num_prompts questions was sampled in the step; see grpo/dynamic_sampling.py. 1: num_prompts questions, whatever their
+    rewards. Raising it fills more batches with signal and costs rollout time."""
     max_completion_tokens: PositiveInt = 1024
     """Where sampling is cut off; such a completion has finish_reason "length"."""
     temperature: PositiveFloat = 1.0
@@ -353,6 +357,34 @@ class RunConfig(Section):
     the next free of dir-2, dir-3, ... is taken."""
 
 
+class ScheduleConfig(Section):
+    """Values of a setting over the run. They count in optimizer steps, as the paper does, and hold for a whole rollout: that of a
+    training step is the one at the first of its updates."""
+
+    points: dict[NonNegativeInt, float]
+    """Value from an optimizer step on, for each step where it changes; one of them is 0. {0: 32768, 8200: 65536}"""
+    interpolation: Literal["step", "linear"] = "step"
+    """step: a value holds until the next. linear: a straight line from each point to the next; whole numbers are rounded."""
+
+    def at(self, optimizer_step: int) -> float:
+        """The value of the training step whose first update is this one, counted from 0."""
+        before = max(step for step in self.points if step <= optimizer_step)
+        after = min((step for step in self.points if step > optimizer_step), default=before)
+        share = (
+            (optimizer_step - before) / (after - before) if self.interpolation == "linear" and after > before else 0.0
+        )
+        return self.points[before] + share * (self.points[after] - self.points[before])
+
+
+SCHEDULABLE = (
+    "rollout.max_completion_tokens",
+    "rollout.temperature",
+    "algorithm.kl_coef",
+    "algorithm.clip_low",
+    "algorithm.clip_high",
+)
+"""Settings that may change over a run, besides `rewards.<number>.weight`."""
+
 LOWEST_LORA_RATE = 1e-5
 """At this rate merged bfloat16 weights hold 2 % of a first update and 58 % of the sum of 26 (grpo/lora.py); below it, less."""
 
@@ -387,6 +419,9 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    schedules: dict[str, ScheduleConfig] = Field(default_factory=dict)
+    """Settings that change over the run, by name. The setting itself is the largest value of its schedule, for which memory is
+    planned and checked, and which evaluations use; leave it out or set it to that."""
     run: RunConfig
 
     def __init__(self, **settings: Any) -> None:
@@ -395,7 +430,12 @@ class Config(Section):
             super().__init__(**settings)
         except ValidationError as error:
             raise ValueError("\n".join(_explain(detail) for detail in error.errors())) from None
+        _check_schedules(self)
         _check_combinations(self)
+        for setting, schedule in self.schedules.items():
+            for step in schedule.points:
+                if self.rollout.engine == "vllm" and setting == "rollout.temperature":
+                    _check_vllm_sampling(self.at(step))
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -412,6 +452,20 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+    def at(self, optimizer_step: int) -> Config:
+        """The settings of the training step whose first update is this one."""
+        config = self.model_copy(deep=True) if self.schedules else self
+        for setting, schedule in self.schedules.items():
+            section, name, is_whole = _scheduled(config, setting)
+            value = schedule.at(optimizer_step)
+            setattr(section, name, round(value) if is_whole else value)
+        return config
+
+    def scheduled_values(self) -> dict[str, float]:
+        """Of the settings that follow a schedule, what they are in this configuration."""
+        places = {setting: _scheduled(self, setting) for setting in self.schedules}
+        return {setting: getattr(section, name) for setting, (section, name, _) in places.items()}
 
     # What follows from the settings, each worked out here and nowhere else.
 
@@ -459,6 +513,10 @@ class Config(Section):
         return self.rollout.num_prompts * self.rollout.group_size
 
     @property
+    def max_questions_per_step(self) -> int:
+        return int(self.rollout.num_prompts * self.rollout.max_oversampling)
+
+    @property
     def prompts_per_minibatch(self) -> int:
         return self.rollout.num_prompts // self.algorithm.num_minibatches
 
@@ -476,13 +534,23 @@ class Config(Section):
         return Objective(**{field.name: getattr(self.algorithm, field.name) for field in fields(Objective)})
 
     @property
+    def kl_in_loss(self) -> bool:
+        return self.algorithm.kl_coef > 0 and self.algorithm.kl_in == "loss"
+
+    @property
+    def every_token_counts(self) -> bool:
+        """Whether the update has a use for completions whose advantage is 0: a gradient, or their place among the entropies."""
+        return self.kl_in_loss or self.algorithm.entropy_coef > 0 or self.algorithm.top_entropy < 1
+
+    @property
     def max_sequence_tokens(self) -> int:
         return self.data.max_prompt_tokens + self.rollout.max_completion_tokens
 
     def summary(self, *, num_rows: int, world_size: int) -> str:
         """The numbers people ask for first, for a data set of `num_rows` questions on `world_size` processes."""
         rollout, steps = self.rollout, self.run.steps
-        questions = steps * rollout.num_prompts
+        questions, most = steps * rollout.num_prompts, steps * self.max_questions_per_step
+        dynamic = [f"dynamic sampling       up to {self.max_questions_per_step} questions per step, {most:,} in all"]
         refresh = self.algorithm.reference_refresh_steps
         refreshes = (
             [f"reference refreshes    {self.optimizer_steps // refresh}, every {refresh} optimizer steps"]
@@ -508,6 +576,7 @@ class Config(Section):
                 *refreshes,
                 *self._without_ratio(),
                 *low_rate,
+                *(dynamic if most > questions else []),
                 f"questions in all       {questions:,} = {questions / num_rows:.2f} epochs of {num_rows:,}",
             ]
         )
@@ -529,12 +598,67 @@ class Config(Section):
             )
 
 
+def _scheduled(config: Config, setting: str) -> tuple[Section, str, bool]:
+    """Where a setting that may change lives, its name there, and whether it is a whole number.
+
+    Raises:
+        ValueError: it may not change, or there is no such reward.
+    """
+    section, _, name = setting.rpartition(".")
+    number = re.fullmatch(r"rewards\.(\d+)\.weight", setting)
+    if number and int(number[1]) < len(config.rewards):
+        return config.rewards[int(number[1])], name, False
+    if setting not in SCHEDULABLE:
+        weights = [f"rewards.{i}.weight" for i in range(len(config.rewards))]
+        raise ValueError(
+            f"schedules holds {setting!r}; it cannot change during a run. Those that can: {', '.join([*SCHEDULABLE, *weights])}."
+        )
+    return getattr(config, section), name, setting == "rollout.max_completion_tokens"
+
+
+def _check_schedules(config: Config) -> None:
+    """Every value that a setting will take is one that it may have; the setting itself becomes the largest."""
+    for setting, schedule in config.schedules.items():
+        section, name, is_whole = _scheduled(config, setting)
+        steps = sorted(schedule.points)
+        if len(steps) < 2 or steps[0] != 0:
+            raise ValueError(
+                f"schedules.{setting}.points is {schedule.points}; it says what holds from step 0 on and where it changes. "
+                "Give a value for 0 and at least one more."
+            )
+        if steps[-1] >= config.optimizer_steps:
+            raise ValueError(
+                f"schedules.{setting}.points has step {steps[-1]}; the run has {config.optimizer_steps} optimizer steps "
+                "(run.steps * algorithm.num_minibatches * num_epochs) and would never come there. Remove it, or raise run.steps."
+            )
+        for step, value in schedule.points.items():
+            try:
+                type(section)(**{**section.model_dump(), name: int(value) if is_whole and value % 1 == 0 else value})
+            except ValidationError as error:
+                rule = error.errors()[0]["msg"].lower()
+                raise ValueError(
+                    f"schedules.{setting}.points.{step} is {value:g}; of {setting}, {rule}. Correct it."
+                ) from None
+        largest = max(schedule.points.values())
+        if name in section.model_fields_set and getattr(section, name) != largest:
+            raise ValueError(
+                f"{setting} is {getattr(section, name)}; schedules.{setting} says what it is, at most {largest:g}. Remove one "
+                "of the two."
+            )
+        setattr(section, name, int(largest) if is_whole else largest)
+
+
 def _check_combinations(config: Config) -> None:
     rollout = config.rollout
     if rollout.group_size < 2:
         raise ValueError(
             f"rollout.group_size is {rollout.group_size}; group-relative advantages need at least 2 completions per "
             "prompt. Set rollout.group_size >= 2."
+        )
+    if rollout.max_oversampling > 1 and config.max_questions_per_step == rollout.num_prompts:
+        raise ValueError(
+            f"rollout.max_oversampling is {rollout.max_oversampling:g}; it allows not one question more than the "
+            f"{rollout.num_prompts} of a step (rollout.num_prompts). Set it to 1, or to 2 or more."
         )
     _check_updates(config)
     _check_objective(config.algorithm)
@@ -851,7 +975,8 @@ def setting_names() -> list[str]:
     """Every setting as `section.name`."""
     names = []
     for section, field in Config.model_fields.items():
-        inner = RewardConfig if section == "rewards" else field.annotation
+        listed: dict[str, Any] = {"rewards": RewardConfig, "schedules": ScheduleConfig}
+        inner = listed.get(section, field.annotation)
         assert isinstance(inner, type), f"section {section} is not a model"
         assert issubclass(inner, BaseModel), f"section {section} is not a model"
         names += [f"{section}.{name}" for name in inner.model_fields]

@@ -91,11 +91,15 @@ def evaluation_rows(groups: list[Group], scores: Scores) -> list[dict[str, Any]]
     ]
 
 
-def training_rows(step: int, groups: list[Group], scores: Scores, advantages: Tensor) -> list[dict[str, Any]]:
-    """The same of a training step, with the step and the advantages (P, G); that of an unknown reward is 0."""
+def training_rows(
+    step: int, groups: list[Group], scores: Scores, advantages: Tensor, *, in_batch: Tensor
+) -> list[dict[str, Any]]:
+    """The same of a training step, with the step, the advantages (P, G), of which that of an unknown reward is 0, and whether the
+    group is in the batch (P,) or dynamic sampling left it out."""
     known = advantages.nan_to_num().flatten().tolist()
-    rows = completion_rows(groups, scores)
-    return [{"step": step, **row, "advantage": advantage} for row, advantage in zip(rows, known, strict=True)]
+    used = in_batch.repeat_interleave(advantages.shape[1]).tolist()
+    rows = zip(completion_rows(groups, scores), known, used, strict=True)
+    return [{"step": step, **row, "advantage": advantage, "in_batch": each} for row, advantage, each in rows]
 
 
 def verdict_name(names: Iterable[str]) -> str:

@@ -21,11 +21,18 @@ from grpo.loss import Objective, TokenLoss
 from grpo.types import VOTE, Group, MicroBatch, Scores
 
 METRICS = {
-    "reward/mean": "mean of the weighted reward over the step's completions whose reward is known",
+    "reward/mean": "mean of the weighted reward over all of the step's sampled completions whose reward is known",
     "reward/std": "standard deviation of the same rewards over the step",
-    "reward/<function>": "mean of that function's unweighted value over the completions it gave a verdict on",
+    "reward/<function>": "mean of that function's unweighted value over the sampled completions it gave a verdict on",
     "reward/unknown": 'share of completions whose reward is unknown ("can\'t tell"); they are not trained on',
-    "group/with_signal": "share of groups whose known rewards (less a KL in them) are not all equal; only they move the policy",
+    "group/with_signal": "share of the sampled groups whose known rewards are not all equal; only they move the policy",
+    "group/sampled": "groups that were sampled; this and the next six only with rollout.max_oversampling above 1",
+    "group/replaced": "of them, those without signal that other groups took the place of",
+    "group/surplus": "of them, those with signal that the batch had no room for",
+    "completion/dropped_tokens": "completion tokens of the replaced and the surplus groups, which nothing is trained on",
+    "rollout/draws": "times that the step sampled before its batch was full, or rollout.max_oversampling was reached",
+    "batch/with_signal": "share of the groups of the batch that have signal; below 1 the limit came before the batch was full",
+    "batch/reward_mean": "mean reward over the batch, which is a choice; how good the policy is, reward/mean says",
     "completion/length_mean": "mean number of completion tokens, the end-of-sequence token included",
     "completion/length_max": "largest number of completion tokens",
     "completion/truncated": "share of completions cut off at rollout.max_completion_tokens",
@@ -37,19 +44,19 @@ METRICS = {
     "aha/<list>_share": "share of completions with at least one such word",
     "aha/<list>_per_1k_<kind>": "that rate of `right` or `wrong` completions that ended by themselves, and of `truncated` ones",
     "aha/<list>_share_<kind>": "that share of the same",
-    "policy/entropy": "mean over completion tokens of the entropy of the policy's next-token distribution, in nats",
-    "policy/kl": "mean over completion tokens of the KL estimator between policy and reference, in nats",
-    "policy/ratio_mean": "mean over completion tokens of pi / pi_old, or of their completion's; 1 when every update is on-policy",
+    "policy/entropy": "mean over trained tokens of the entropy of the policy's next-token distribution, in nats",
+    "policy/kl": "mean over trained tokens of the KL estimator between policy and reference, in nats",
+    "policy/ratio_mean": "mean over trained tokens of pi / pi_old, or of their completion's; 1 when every update is on-policy",
     "policy/ratio_max": "largest of these ratios",
-    "policy/clip_fraction": "share of completion tokens whose surrogate (or, with algorithm.clip weight, ratio) is at a bound",
+    "policy/clip_fraction": "share of trained tokens whose surrogate (or, with algorithm.clip weight, ratio) is at a bound",
     "policy/clip_fraction_low": "the same at 1 - algorithm.clip_low",
     "policy/clip_fraction_high": "the same at 1 + algorithm.clip_high",
-    "policy/importance_mean": "mean over completion tokens of pi_old / pi_rollout (or of their completion's) before its bounds",
+    "policy/importance_mean": "mean over trained tokens of pi_old / pi_rollout (or of their completion's) before its bounds",
     "policy/importance_max": "largest of these weights",
-    "policy/importance_bounded": "share of completion tokens whose weight was beyond a bound, and was truncated or masked",
-    "policy/selected": "share of completion tokens whose surrogate counts, because their entropy is among the highest",
+    "policy/importance_bounded": "share of trained tokens whose weight was beyond a bound, and was truncated or masked",
+    "policy/selected": "share of trained tokens whose surrogate counts, because their entropy is among the highest",
     "policy/kl_penalty": "mean over completions of what the KL takes from their reward, with algorithm.kl_in reward",
-    "policy/sampling_gap": "mean over completion tokens of |log-probability in the trainer - when sampled|, before an update",
+    "policy/sampling_gap": "mean over trained tokens of |log-probability in the trainer - when sampled|, before an update",
     "policy/sampling_gap_max": "largest of these gaps",
     "optimizer/loss": "mean over the step's optimizer steps of the loss (surrogate and KL term, over all processes)",
     "optimizer/grad_norm": "mean over the step's optimizer steps of the gradient's global L2 norm before clipping",
@@ -78,6 +85,7 @@ METRICS = {
     "throughput/rollout": "completion tokens of all processes per second of sampling",
     "throughput/scoring": "completions scored per second that a reward worker was busy; sampling on the same cores slows it down",
     "throughput/update": "tokens (of each completion and its prompt) of all processes per second of updating",
+    "schedule/<setting>": "the value of a setting that follows a schedule (schedules), in this step",
     "watchdog/alarms": "rules of the watchdog that had something to say after the step",
     "progress/epoch": "questions dealt so far, as a multiple of the training set",
     "eval/<function>": "mean of that function's value over the held-out questions it gave a verdict on",
@@ -93,7 +101,8 @@ METRICS = {
 }
 """Formula of each metric. `<function>` stands for the name of a reward function; `<list>` for that of a word list: `reflection`,
 `verification`, `backtracking`, `subgoals`, or one of logging.reflection_words. Right is a verdict of 1, of the reward `accuracy`
-if there is one, else the first."""
+if there is one, else the first. Trained tokens are those of completions with a known reward in groups of the batch; where the
+others make no gradient and no pass reads them (Config.every_token_counts), only of those whose advantage is not 0, if any."""
 
 
 @dataclass
@@ -177,7 +186,7 @@ def _numbers(values: dict[str, float | Tensor]) -> dict[str, float | Tensor]:
     return {name: float(value) for name, value in values.items()}
 
 
-def measure_rollout(meter: Meter, groups: list[Group], scores: Scores, advantages: Tensor) -> None:
+def measure_rollout(meter: Meter, groups: list[Group], scores: Scores) -> None:
     """What the sampling and the scoring of one step gave."""
     meter.mean_of_known("reward/mean", scores.rewards)
     meter.mean_of_known(SQUARED_REWARD, scores.rewards.double().square())
@@ -185,7 +194,7 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores, advantage
         if name != VOTE:
             meter.mean_of_known(f"reward/{name}", values)
     meter.mean("reward/unknown", scores.rewards.isnan().double())
-    meter.mean("group/with_signal", has_signal(advantages).double())
+    meter.mean("group/with_signal", has_signal(scores.rewards).double())
     completions = [completion for group in groups for completion in group.completions]
     lens = torch.tensor([float(len(completion.token_ids)) for completion in completions])
     meter.mean("completion/length_mean", lens)
@@ -197,6 +206,18 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores, advantage
     meter.total("throughput/scoring", float(len(completions)))
     meter.total(REWARD_SECONDS, scores.seconds)
     meter.total("throughput/rollout", float(lens.sum()))
+
+
+def measure_batch(meter: Meter, groups: list[Group], scores: Scores, *, in_batch: Tensor) -> None:
+    """Which of the groups that were sampled dynamic sampling took, (P,), and what became of the others."""
+    signal = has_signal(scores.rewards)
+    tokens = torch.tensor([sum(len(c.token_ids) for c in group.completions) for group in groups])
+    meter.total("group/sampled", float(len(groups)))
+    meter.total("group/replaced", float((~in_batch & ~signal).sum()))
+    meter.total("group/surplus", float((~in_batch & signal).sum()))
+    meter.total("completion/dropped_tokens", float(tokens[~in_batch].sum()))
+    meter.mean("batch/with_signal", signal[in_batch].double())
+    meter.mean_of_known("batch/reward_mean", scores.rewards[in_batch])
 
 
 def measure_texts(meter: Meter, rows: list[dict[str, Any]], words: Words) -> None:

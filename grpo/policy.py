@@ -477,6 +477,13 @@ class Policy(SampledModel):
         """The policy's own log-probabilities of a micro-batch before it is updated; (T,)."""
         return self.before_update(micro)[0]
 
+    def use_temperature(self, temperature: float) -> None:
+        """All log-probabilities, of the reference too, are those of this sampling temperature from here on."""
+        self.temperature = temperature
+        for model in (self.engine, self.reference):
+            if model is not None:
+                getattr(model, "module", model).temperature = temperature  # DeepSpeed's engine holds one
+
     @contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:
         """Within it, `old_logprobs` are those of another sampling temperature than the run's."""

@@ -6,7 +6,7 @@
         metrics.jsonl         the last steps' metrics; the step's own, if it came that far, is the last row
         config.yaml           every setting, resolved
         rollout-rank-0.safetensors    what process 0 sampled
-        update-rank-0.safetensors     what process 0 trained on: the same sequences, dealt anew
+        update-rank-0.safetensors     what process 0 trained on: those of the sequences that make a gradient, dealt anew
 
 `safetensors.torch.load_file` reads the latter two. Both hold sequences end to end, as types.Batch says:
 
@@ -46,6 +46,7 @@ class Evidence:
     groups: list[Group]
     scores: Scores
     advantages: Tensor  # (P, G)
+    minibatch: Tensor  # (P,) that each group belongs to; -1: dynamic sampling left it out of the batch
     passes: list[tuple[MicroBatch, Tensor]] = field(
         default_factory=list
     )  # of the update, with the policy's logprobs (T,)
@@ -72,7 +73,7 @@ def _attempt(write: Any) -> Any:
 
 
 def _rows(step: int, evidence: Evidence) -> list[dict[str, Any]]:
-    rows = training_rows(step, evidence.groups, evidence.scores, evidence.advantages)
+    rows = training_rows(step, evidence.groups, evidence.scores, evidence.advantages, in_batch=evidence.minibatch >= 0)
     prompts = [group.prompt.text for group in evidence.groups for _ in group.completions]
     return [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from grpo.advantage import group_advantages, has_signal
+from grpo.advantage import has_signal
 from grpo.contamination import normalized
 from grpo.prompts import TEMPLATES, PromptOrder, build_prompts
 from grpo.types import Completion, Group, Prompt, Scores
@@ -137,7 +137,7 @@ def measure(template: str, groups: Sequence[Seen], weights: dict[str, float], *,
     """The numbers of a template, from one group or more."""
     rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
     known = rewards[~rewards.isnan()]
-    signal = _signal(rewards)
+    signal = has_signal(rewards)
     endings = [each for group in groups for each in group.endings]
     empty = [each for group in groups for each in group.empty]
     lens = [each for group in groups for each in group.lens]
@@ -167,12 +167,7 @@ def measure(template: str, groups: Sequence[Seen], weights: dict[str, float], *,
 def _function(weight: float, values: Tensor) -> Function:
     known = values[~values.isnan()]
     mean = float(known.mean()) if len(known) else None
-    return Function(weight, mean, float(_signal(values).double().mean()))
-
-
-def _signal(values: Tensor) -> Tensor:
-    """(P,) of (P, G): the rule by which training decides it."""
-    return has_signal(group_advantages(values, normalize_by_std=False))
+    return Function(weight, mean, float(has_signal(values).double().mean()))
 
 
 def _highest(known: Tensor) -> float:
@@ -448,8 +443,8 @@ def examine(trainer: Trainer, *, num_questions: int, templates: Sequence[str] | 
     started = time.perf_counter()
     config, prompts = trainer.config, trainer.prompts.prompts
     num_questions = min(num_questions, len(prompts))
-    order = PromptOrder(prompts, num_prompts=num_questions, seed=config.run.seed, rank=0, world_size=1)
-    questions = order.next_batch()  # the first that training will see
+    order = PromptOrder(prompts, seed=config.run.seed, rank=0, world_size=1)
+    questions = order.draw(num_questions)  # the first that training will see
     first = try_template(trainer, questions, config.data.template)
     if templates is None:
         templates = list(TEMPLATES) if is_refused(first) else []

@@ -181,19 +181,18 @@ class PromptOrder:
     `position` counts the prompts dealt so far over all processes; it is all there is to save and restore.
     """
 
-    def __init__(self, prompts: list[Prompt], *, num_prompts: int, seed: int, rank: int, world_size: int) -> None:
+    def __init__(self, prompts: list[Prompt], *, seed: int, rank: int, world_size: int) -> None:
         self.prompts = prompts
-        self.num_prompts = num_prompts
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.position = 0
         self._epoch: tuple[int, list[int]] = (-1, [])
 
-    def next_batch(self) -> list[Prompt]:
+    def draw(self, num_prompts: int) -> list[Prompt]:
         """This process's share of the next `num_prompts` prompts: every world_size-th, starting at its rank."""
-        mine = range(self.position + self.rank, self.position + self.num_prompts, self.world_size)
-        self.position += self.num_prompts
+        mine = range(self.position + self.rank, self.position + num_prompts, self.world_size)
+        self.position += num_prompts
         return [self._at(place) for place in mine]
 
     def _at(self, place: int) -> Prompt:

@@ -301,6 +301,17 @@ def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     return total.where(applies.any(dim=0), math.nan)
 
 
+def join_scores(parts: Sequence[Scores]) -> Scores:
+    """Of the groups of all parts, one part after the other."""
+    return Scores(
+        rewards=torch.cat([each.rewards for each in parts]),
+        values={name: torch.cat([each.values[name] for each in parts]) for name in parts[0].values},
+        num_timeouts=sum(each.num_timeouts for each in parts),
+        num_crashes=sum(each.num_crashes for each in parts),
+        seconds=sum(each.seconds for each in parts),
+    )
+
+
 def resolve_rewards(configured: Iterable[RewardConfig]) -> list[Reward]:
     """The rewards that a YAML lists. Raises ValueError as `resolve_function` does."""
     return [Reward(resolve_function(r.function), weight=r.weight, name=r.name or "", args=r.args) for r in configured]

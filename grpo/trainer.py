@@ -16,21 +16,29 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grpo import checkpoint, distributed, post_mortem, preflight, report, rundir, tripwire
-from grpo.advantage import group_advantages
-from grpo.batch import join, micro_batch, minibatch_bounds, pack, plan_passes, spare, split, take
+from grpo.advantage import group_advantages, has_signal
+from grpo.batch import join, micro_batch, pack, plan_passes, spare, split, take
 from grpo.checkpoint import CheckpointError, Checkpoints, RunState, numbers_of
 from grpo.config import Config, as_override
 from grpo.console import show_samples
+from grpo.dynamic_sampling import Draws
 from grpo.evaluate import answer, completion_rows, in_order, training_rows
 from grpo.loss import entropy_threshold, grpo_loss, token_weights
-from grpo.metrics import measure_micro_batch, measure_passes, measure_rollout, measure_texts, step_metrics
+from grpo.metrics import (
+    measure_batch,
+    measure_micro_batch,
+    measure_passes,
+    measure_rollout,
+    measure_texts,
+    step_metrics,
+)
 from grpo.policy import Policy, check_attention, check_context, load_tokenizer, resolve_dtype
 from grpo.post_mortem import Evidence
 from grpo.prompts import PromptOrder, build_prompts, load_rows, prepare_rows
 from grpo.rollout import check_engine, make_generator
 from grpo.rundir import RunLog
 from grpo.schedule import learning_rate
-from grpo.scoring import Reward, Scorer, resolve_rewards
+from grpo.scoring import Reward, Scorer, join_scores, resolve_rewards
 from grpo.shortage import free, is_out_of_memory, or_fewer_at_once
 from grpo.sinks import check_sinks
 from grpo.stopping import EXIT_STOPPED, Stopped, StopRequest
@@ -104,7 +112,6 @@ class Trainer:
         self.eval_prompts = self._gradable_prompts(wanted, tokenizer, "held-out questions") if wanted else []
         self.prompts = PromptOrder(
             prompts,
-            num_prompts=config.rollout.num_prompts,
             seed=config.run.seed,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
@@ -165,6 +172,7 @@ class Trainer:
             Interrupted: on all processes; only within `train`, which handles what asks for it.
         """
         step = self.under_way
+        self._follow_schedules()
         if step.rollout is None:
             step.rollout = self._begin_step(step)
         with self._clock("step"):
@@ -180,44 +188,100 @@ class Trainer:
         self.state.step += 1
         if _due(self.state.step, self.config.logging.completions_every):
             rollout = step.rollout
-            self._log_completions(training_rows(self.state.step, rollout.groups, rollout.scores, rollout.advantages))
+            in_batch = rollout.minibatch >= 0
+            rows = training_rows(self.state.step, rollout.groups, rollout.scores, rollout.advantages, in_batch=in_batch)
+            self._log_completions(rows)
         metrics = self._log_metrics()
         self.under_way = StepUnderWay()
         return metrics
 
+    @property
+    def now(self) -> Config:
+        """The settings of the step under way, of which some may follow a schedule."""
+        under_way = self.under_way
+        return self.config.at(self.state.optimizer_steps if under_way.rollout is None else under_way.first_update)
+
+    def _follow_schedules(self) -> None:
+        """Hand on to the parts that hold a setting what it is in the step under way."""
+        now = self.now
+        self.policy.use_temperature(now.rollout.temperature)
+        self.scorer.max_completion_tokens = now.rollout.max_completion_tokens
+        for setting, value in now.scheduled_values().items():
+            if setting.startswith("rewards."):
+                number = int(setting.split(".")[1])
+                self.scorer.rewards[number] = replace(self.scorer.rewards[number], weight=value)
+
     def _begin_step(self, step: StepUnderWay) -> Evidence:
         """Sample and score a rollout, and make ready the passes of its updates."""
-        prompts = self.prompts.next_batch()
+        draws = Draws(
+            num_prompts=self.config.rollout.num_prompts,
+            limit=self.config.max_questions_per_step,
+            world_size=self.processes.world_size,
+            seen=self.state.groups_seen,
+            with_signal=self.state.groups_with_signal,
+        )
         with self._clock("step"):
-            sampled = self.stopping.abortable(lambda: self.making_do(lambda: self._sample(prompts)))
-            self.agree_to_go_on()
-            assert sampled is not None, "only a request to stop breaks off the sampling"
-            groups, scores = sampled
+            groups, scores, minibatch = self._fill(draws)
             with self._clock("logprobs"):
-                advantages, step.minibatches = self._or_smaller_passes(lambda: self._make_ready(groups, scores.rewards))
+                advantages, step.minibatches = self._or_smaller_passes(
+                    lambda: self._make_ready(groups, scores.rewards, minibatch)
+                )
         step.first_update, self.state.position = self.state.optimizer_steps, self.prompts.position
-        measure_rollout(step.meter, groups, scores, advantages)
+        self.state.groups_seen, self.state.groups_with_signal = draws.remembered()
+        measure_rollout(step.meter, groups, scores)
         measure_texts(step.meter, completion_rows(groups, scores), self.log.words)
-        for name, value in self.generator.metrics().items():
-            step.meter.mean(name, torch.tensor(value))
-        return Evidence(groups, scores, advantages)
+        if draws.limit > draws.num_prompts:
+            measure_batch(step.meter, groups, scores, in_batch=minibatch >= 0)
+            step.meter.mean("rollout/draws", torch.tensor(float(len(draws.sizes))))
+        return Evidence(groups, scores, advantages, minibatch)
 
-    def _make_ready(self, groups: list[Group], rewards: Tensor) -> tuple[Tensor, list[list[MicroBatch]]]:
+    def _fill(self, draws: Draws) -> tuple[list[Group], Scores, Tensor]:
+        """Draw questions, sample and score, until the batch is full or no more may be drawn; the minibatch of each group."""
+        groups: list[Group] = []
+        scores: list[Scores] = []
+        while size := draws.next_size():
+            sampled = self._draw(size, number=len(scores))
+            draws.add(self.agree_to_go_on([] if sampled is None else has_signal(sampled[1].rewards).tolist()))
+            assert sampled is not None, "only a request to stop breaks off the sampling"
+            groups += sampled[0]
+            scores.append(sampled[1])
+            for name, value in self.generator.metrics().items():
+                self.under_way.meter.mean(name, torch.tensor(value))
+        num_minibatches = self.config.algorithm.num_minibatches
+        return (
+            groups,
+            join_scores(scores),
+            draws.minibatch_of(rank=self.processes.rank, num_minibatches=num_minibatches),
+        )
+
+    def _draw(self, size: int, *, number: int) -> tuple[list[Group], Scores] | None:
+        """Sample and score this process's share of the next questions; None if a request to stop broke it off."""
+        prompts, seed = self.prompts.draw(size), self._seed("rollout" + f" {number}" * (number > 0))
+        return self.stopping.abortable(lambda: self.making_do(lambda: self._sample(prompts, seed)))
+
+    def _make_ready(
+        self, groups: list[Group], rewards: Tensor, minibatch: Tensor
+    ) -> tuple[Tensor, list[list[MicroBatch]]]:
         """The advantages, and this process's passes over each minibatch of each epoch, with what stays fixed in the updates."""
-        algorithm = self.config.algorithm
+        algorithm, meter = self.now.algorithm, self.under_way.meter
         if algorithm.kl_in == "reward":
-            penalties = algorithm.kl_coef * self._divergences(groups)
-            self.under_way.meter.mean("policy/kl_penalty", penalties)
-            rewards = rewards - penalties
+            trained = (minibatch >= 0).nonzero().flatten().tolist()
+            penalties = algorithm.kl_coef * self._divergences([groups[place] for place in trained])
+            meter.mean("policy/kl_penalty", penalties)
+            rewards = rewards.index_add(0, torch.tensor(trained), penalties, alpha=-1)
         advantages = group_advantages(rewards, normalize_by_std=algorithm.normalize_by_std, baseline=algorithm.baseline)
-        minibatches = [
-            self._deal(pack(groups[part], advantages[part], without_truncated=algorithm.filter_truncated))
-            for part in self._minibatch_bounds()
+        parts = [
+            (minibatch == number).nonzero().flatten().tolist()
+            for number in range(self.config.algorithm.num_minibatches)
         ]
-        for minibatch in minibatches:
-            self._fix(minibatch)
-        for minibatch in algorithm.num_epochs * minibatches:
-            measure_passes(self.under_way.meter, minibatch)
+        minibatches = [
+            self._deal(pack([groups[p] for p in part], advantages[part], without_truncated=algorithm.filter_truncated))
+            for part in parts
+        ]
+        for passes in minibatches:
+            self._fix(passes)
+        for passes in algorithm.num_epochs * minibatches:
+            measure_passes(meter, passes)
         return advantages, algorithm.num_epochs * minibatches
 
     def _divergences(self, groups: list[Group]) -> Tensor:
@@ -233,15 +297,15 @@ class Trainer:
                 self.under_way.meter.mean("policy/kl", kl)
         return sums.view(len(groups), -1)
 
-    def _sample(self, prompts: list[Prompt]) -> tuple[list[Group], Scores]:
+    def _sample(self, prompts: list[Prompt], seed: int) -> tuple[list[Group], Scores]:
         """Groups are scored while others are still being sampled."""
         with self.scorer.begin(len(prompts)) as scoring:
             with self._clock("rollout"):
                 groups = self.generator.sample(
                     prompts,
-                    self.config.sampling,
+                    self.now.sampling,
                     num_completions=self.config.rollout.group_size,
-                    seed=self._seed("rollout"),
+                    seed=seed,
                     on_group=scoring.add,
                 )
             with self._clock("scoring"):
@@ -253,30 +317,39 @@ class Trainer:
             return sample()
         return or_fewer_at_once(sample, self.generator, rank=self.processes.rank)
 
-    def agree_to_go_on(self) -> None:
-        """After work that each process did for itself, which a request to stop may have broken off."""
-        self._agree_on_interruption()
+    def agree_to_go_on(self, mine: Any = None) -> list[Any]:
+        """After work that each process did for itself, which a request to stop may have broken off; `mine` of every process."""
+        everyones = self._agree_on_interruption(mine)
         if self.interruption:
             if self.under_way.rollout is None:
                 self.under_way = StepUnderWay()  # to be sampled again
             self.prompts.position = self.state.position
             raise Interrupted(self.interruption)
+        return everyones
 
-    def _agree_on_interruption(self) -> None:
-        requests = self.processes.gather(self.stopping.reason)
-        self.interruption = next((reason for reason in requests if reason is not None), "")
+    def _agree_on_interruption(self, mine: Any = None) -> list[Any]:
+        told = self.processes.gather((self.stopping.reason, mine))
+        self.interruption = next((reason for reason, _ in told if reason is not None), "")
+        return [each for _, each in told]
 
     def _deal(self, mine: Batch) -> list[MicroBatch]:
         """This process's passes over a minibatch of which it sampled a part.
 
         All sequences are dealt anew, so that no process waits for one whose completions happen to be longer. The weights follow
-        from the whole minibatch; it is empty if not one completion has a known reward, on any process.
+        from the whole minibatch; it is empty if not one completion has a known reward, on any process. Where an advantage of 0
+        makes no gradient, such completions count, but need no pass. If there are no others all of them get one, so that the
+        sampling gap is still measured, which may be why nothing is rewarded.
         """
         whole = join(self.processes.gather(mine)) if self.processes.world_size > 1 else mine
+        needed = list(range(whole.num_sequences))
+        if not self.config.every_token_counts:
+            needed = whole.advantages.nonzero().flatten().tolist() or needed
         plan = plan_passes(
-            whole, token_budget=self.config.memory.micro_batch_tokens, num_processes=self.processes.world_size
+            take(whole, needed),
+            token_budget=self.config.memory.micro_batch_tokens,
+            num_processes=self.processes.world_size,
         )
-        return [self._pass(whole, sequences) for sequences in plan[self.processes.rank]]
+        return [self._pass(whole, [needed[i] for i in part]) for part in plan[self.processes.rank]]
 
     def _pass(self, whole: Batch, sequences: list[int]) -> MicroBatch:
         if not sequences:
@@ -287,7 +360,7 @@ class Trainer:
             part.completion_lens,
             num_completions=whole.num_sequences,
             num_tokens=int(whole.completion_lens.sum()),
-            max_completion_tokens=self.config.rollout.max_completion_tokens,
+            max_completion_tokens=self.now.rollout.max_completion_tokens,
         )
         return micro_batch(part, weights)
 
@@ -299,7 +372,7 @@ class Trainer:
             if self.config.updates_per_rollout > 1 or algorithm.top_entropy < 1:
                 micro.old_logprobs, entropy = self.policy.before_update(there)
                 entropies.append(entropy[: 0 if micro.is_spare else None].cpu())
-            if self.policy.reference is not None and algorithm.kl_in == "loss":
+            if self.config.kl_in_loss:
                 micro.ref_logprobs = self.policy.ref_logprobs(there)
         if minibatch and algorithm.top_entropy < 1:
             threshold = entropy_threshold(torch.cat(self.processes.gather(torch.cat(entropies))), algorithm.top_entropy)
@@ -334,7 +407,7 @@ class Trainer:
 
     def _accumulate(self, minibatch: list[MicroBatch]) -> Tensor:
         """The gradient of this process's passes; what all processes have to know of the others before they step; (5,)."""
-        objective, rollout = self.config.objective, self.under_way.rollout
+        objective, rollout = self.now.objective, self.under_way.rollout
         assert rollout is not None, "a step is sampled before it is trained on"
         total = torch.zeros((), device=self.processes.device)
         for number, micro in enumerate(micro.to(self.processes.device) for micro in minibatch):
@@ -368,14 +441,6 @@ class Trainer:
         if every and steps // every > steps_before // every:
             self.policy.refresh_reference()
             self.say(f"the reference is the policy after optimizer step {steps} from here on")
-
-    def _minibatch_bounds(self) -> list[slice]:
-        return minibatch_bounds(
-            num_prompts=self.config.rollout.num_prompts,
-            num_minibatches=self.config.algorithm.num_minibatches,
-            rank=self.processes.rank,
-            world_size=self.processes.world_size,
-        )
 
     def save(self, *, wait: bool = False) -> Path:
         """Write a checkpoint of the current state; every process calls it.
@@ -468,6 +533,7 @@ class Trainer:
         self.log.log_evaluation(step, in_order(self.processes.gather(mine), self.eval_prompts))
 
     def _answer_held_out(self) -> list[dict[str, Any]]:
+        self.scorer.max_completion_tokens = self.config.eval_sampling.max_tokens
         return answer(
             self.eval_prompts[self.processes.rank :: self.processes.world_size],
             generator=self.generator,
@@ -487,6 +553,7 @@ class Trainer:
         metrics = step_metrics(self.under_way.meter, self.under_way.seconds, self.processes)
         metrics["optimizer/learning_rate"] = self.state.learning_rate
         metrics["optimizer/steps"] = self.state.optimizer_steps
+        metrics |= {f"schedule/{name}": float(value) for name, value in self.now.scheduled_values().items()}
         metrics["progress/epoch"] = self.state.position / len(self.prompts.prompts)
         alarms = self.watchdog.observe(self.state.step, metrics)
         metrics["watchdog/alarms"] = len(alarms)
@@ -496,7 +563,7 @@ class Trainer:
 
     def _check_sampling_gap(self, loss: float, gaps: float, num_tokens: float) -> None:
         """Before an update; a loss that is not finite is another fault."""
-        limit = tripwire.gap_limit(self.config, self.policy.dtype)
+        limit = tripwire.gap_limit(self.now, self.policy.dtype)
         if gaps <= limit * num_tokens or not math.isfinite(loss):
             return
         rollout = self.under_way.rollout
@@ -505,7 +572,7 @@ class Trainer:
             self.policy,
             self.generator,
             rollout.groups,
-            self.config,
+            self.now,
             earlier_gap=self.watchdog.median("policy/sampling_gap"),
         )
         step = self.state.step + 1
@@ -612,6 +679,12 @@ class Trainer:
 def _reward_functions(config: Config, rewards: Sequence[Callable[..., Any] | Reward] | None) -> list[Reward]:
     if rewards is None:
         return resolve_rewards(config.rewards)
+    for setting in config.schedules:
+        if setting.startswith("rewards."):
+            raise ValueError(
+                f"schedules holds {setting!r}; the rewards of this run are those given to Trainer, not those of `rewards`. List "
+                "them there, or remove the schedule."
+            )
     return [reward if isinstance(reward, Reward) else Reward(reward) for reward in rewards]
 
 

@@ -9,6 +9,7 @@ import torch
 from grpo.batch import spare
 from grpo.metrics import Meter
 from grpo.post_mortem import Evidence
+from grpo.scoring import join_scores
 from grpo.types import MicroBatch, Scores
 
 
@@ -52,15 +53,11 @@ def _share(passes: list[MicroBatch], rank: int, num_processes: int) -> list[Micr
 def _joined(rollouts: list[Evidence], *, like: Evidence | None) -> Evidence:
     """One after the other; of none, one of no groups."""
     assert like is not None, "only a step whose rollout is there is saved"
-    empty = Evidence([], Scores(like.scores.rewards[:0], {}, 0, 0), like.advantages[:0])
+    empty = Evidence([], Scores(like.scores.rewards[:0], {}, 0, 0), like.advantages[:0], like.minibatch[:0])
     every = rollouts or [empty]
     return Evidence(
         groups=[group for each in every for group in each.groups],
-        scores=Scores(
-            rewards=torch.cat([each.scores.rewards for each in every]),
-            values={name: torch.cat([each.scores.values[name] for each in every]) for name in every[0].scores.values},
-            num_timeouts=sum(each.scores.num_timeouts for each in every),
-            num_crashes=sum(each.scores.num_crashes for each in every),
-        ),
+        scores=join_scores([each.scores for each in every]),
         advantages=torch.cat([each.advantages for each in every]),
+        minibatch=torch.cat([each.minibatch for each in every]),
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from number_reward import number_in_text as number_in_text
+from number_reward import number_or_nothing as number_or_nothing
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from grpo import Trainer, distributed
@@ -73,8 +74,8 @@ def troubled(run_dir: Path, *, first_bad: int, times: int, **sections: object) -
     trainer = Trainer(tiny_config(run_dir, **{**ROLLS_BACK, **sections}))
     own = trainer._sample
 
-    def flat(prompts: list[Prompt]) -> tuple[list[Group], Scores]:
-        groups, scores = own(prompts)
+    def flat(prompts: list[Prompt], seed: int) -> tuple[list[Group], Scores]:
+        groups, scores = own(prompts, seed)
         bad = trainer.state.step + 1 >= first_bad and len(trainer.roll_backs.rows) < times
         return groups, replace(scores, rewards=torch.ones_like(scores.rewards)) if bad else scores
 

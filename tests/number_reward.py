@@ -4,3 +4,8 @@
 def number_in_text(completion: str) -> float:
     """A reward: the number that FixedGenerator wrote as text."""
     return float(completion)
+
+
+def number_or_nothing(completion: str, question: str) -> float:
+    """The number of FixedGenerator's completions, for about half of the questions; 0 for the others."""
+    return float(completion) if sum(map(ord, question)) % 2 else 0.0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo.attention import spread
-from grpo.batch import join, micro_batch, minibatch_bounds, pack, plan_passes, spare, split, take, unpack
+from grpo.batch import join, micro_batch, pack, plan_passes, spare, split, take, unpack
 from grpo.types import Batch, Completion, Group, Prompt
 
 
@@ -213,14 +213,3 @@ def test_a_spare_pass_has_no_weight():
     assert micro.is_spare
     assert micro.weights.tolist() == [0.0]
     assert micro.tokens[micro.source_index + 1].equal(micro.targets)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_a_minibatch_holds_the_same_questions_however_many_processes_there_are(world_size: int):
-    for m in range(3):
-        held = set()
-        for rank in range(world_size):
-            mine = list(range(rank, 12, world_size))
-            bounds = minibatch_bounds(num_prompts=12, num_minibatches=3, rank=rank, world_size=world_size)
-            held |= set(mine[bounds[m]])
-        assert held == set(range(4 * m, 4 * m + 4))

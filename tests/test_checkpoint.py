@@ -642,7 +642,7 @@ def part_of_a_step(rng: random.Random, number: int) -> StepUnderWay:
     passes = [micro_batch(take(whole, [i]), torch.ones(5)) for i in range(4)]
     meter = Meter()
     meter.mean("x", torch.tensor(float(number)))
-    rollout = Evidence(groups, Scores(advantages, {"f": advantages}, 0, 0), advantages)
+    rollout = Evidence(groups, Scores(advantages, {"f": advantages}, 0, 0), advantages, torch.tensor([0, 1]))
     return StepUnderWay(rollout, 3, [passes[:2], [*passes[2:], spare()]], meter, {})
 
 

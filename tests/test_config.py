@@ -5,11 +5,12 @@ import pytest
 from helpers import ROOT, tiny_config, tiny_settings, troubled
 
 from grpo import Trainer
-from grpo.config import Config, RewardConfig, Section, setting_names
+from grpo.config import Config, RewardConfig, ScheduleConfig, Section, setting_names
 from grpo.types import Sampling
 
 SECTIONS = {name: getattr(field.annotation, "__name__", "") for name, field in Config.model_fields.items()}
 SECTIONS["rewards"] = RewardConfig.__name__
+SECTIONS["schedules"] = ScheduleConfig.__name__
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -47,6 +48,7 @@ def test_every_setting_is_read_in_some_run(tmp_path: Path, monkeypatch: pytest.M
             data={"name": "some/set", "eval_name": "another/set"},
             rollout={"engine": "native"},
             lora={"rank": 2},
+            schedules={"rollout.temperature": {"points": {0: 1, 1: 0.9}}},
         ),
     ]
     monkeypatch.setattr(Section, "__getattribute__", watched, raising=False)

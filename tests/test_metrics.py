@@ -62,6 +62,6 @@ def test_names_of_answers_are_no_reward_to_average():
     group = Group(prompt, [Completion([1] * 9, [0.0] * 9, "x", "stop")] * 2)
     right, votes = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]])
     meter = Meter()
-    measure_rollout(meter, [group], Scores(right, {"accuracy": right, "vote": votes}, 0, 0), right)
+    measure_rollout(meter, [group], Scores(right, {"accuracy": right, "vote": votes}, 0, 0))
     assert "reward/accuracy" in meter.sums
     assert "reward/vote" not in meter.sums

@@ -140,9 +140,9 @@ def test_dropping_every_prompt_is_refused_with_the_length_that_would_do(tokenize
         build_prompts(ROWS, tokenizer, DataConfig(template="r1_zero", max_prompt_tokens=10))
 
 
-def order(rank: int = 0, world_size: int = 1, seed: int = 0, num_prompts: int = 4) -> PromptOrder:
+def order(rank: int = 0, world_size: int = 1, seed: int = 0) -> PromptOrder:
     prompts = [Prompt(i, [i], "", "", {}) for i in range(10)]
-    return PromptOrder(prompts, num_prompts=num_prompts, seed=seed, rank=rank, world_size=world_size)
+    return PromptOrder(prompts, seed=seed, rank=rank, world_size=world_size)
 
 
 def rows_of(prompts: list[Prompt]) -> list[int]:
@@ -150,24 +150,24 @@ def rows_of(prompts: list[Prompt]) -> list[int]:
 
 
 def test_an_epoch_deals_every_prompt_once_and_the_next_in_another_order():
-    dealer = order(num_prompts=5)
-    first = rows_of(dealer.next_batch() + dealer.next_batch())
-    second = rows_of(dealer.next_batch() + dealer.next_batch())
+    dealer = order()
+    first = rows_of(dealer.draw(5) + dealer.draw(5))
+    second = rows_of(dealer.draw(3) + dealer.draw(7))
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
 
 
 def test_the_order_depends_only_on_seed_and_position():
     dealer = order()
-    batches = [rows_of(dealer.next_batch()) for _ in range(6)]
+    batches = [rows_of(dealer.draw(4)) for _ in range(6)]
     resumed = order()
     resumed.position = 12
-    assert rows_of(resumed.next_batch()) == batches[3]
-    assert rows_of(order(seed=1).next_batch()) != batches[0]
+    assert rows_of(resumed.draw(4)) == batches[3]
+    assert rows_of(order(seed=1).draw(4)) != batches[0]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_processes_together_deal_the_same_prompts_as_one(world_size: int):
     alone, shared = order(), [order(rank, world_size) for rank in range(world_size)]
     for _ in range(6):
-        assert sorted(rows_of(alone.next_batch())) == sorted(r for s in shared for r in rows_of(s.next_batch()))
+        assert sorted(rows_of(alone.draw(4))) == sorted(r for s in shared for r in rows_of(s.draw(4)))

@@ -1,7 +1,17 @@
-import pytest
+import os
+import signal
+from pathlib import Path
+from typing import Any
 
-from grpo.config import OptimizerConfig
+import pytest
+import yaml
+from helpers import tiny_settings
+from test_trainer import steps_of
+
+from grpo import Trainer
+from grpo.config import Config, OptimizerConfig
 from grpo.schedule import learning_rate
+from grpo.stopping import Stopped
 
 
 def rates(num_steps: int, **settings) -> list[float]:
@@ -26,3 +36,105 @@ def test_the_rate_never_falls_below_zero_nor_rises_again(schedule: str):
 
 def test_decay_starts_after_warm_up():
     assert rates(6, schedule="linear", warmup_steps=2) == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+
+
+MIDWAY = {
+    "rollout.max_completion_tokens": {"points": {0: 8, 4: 24}},
+    "rollout.temperature": {"points": {0: 1.2, 4: 0.8}, "interpolation": "linear"},
+    "algorithm.kl_coef": {"points": {0: 0.1, 2: 0.0}},
+    "algorithm.clip_high": {"points": {0: 0.2, 6: 0.5}, "interpolation": "linear"},
+    "rewards.1.weight": {"points": {0: 1.0, 2: 0.25}},
+}
+"""Over four training steps of two updates each."""
+
+
+def scheduled(run: Path, **sections: Any) -> Config:
+    settings = tiny_settings(
+        run, algorithm={"num_minibatches": 2}, run={"steps": 4, "resume": "auto"}, schedules=MIDWAY
+    )
+    del settings["rollout"]["max_completion_tokens"], settings["algorithm"]["kl_coef"]
+    for name, values in sections.items():
+        settings[name] = {**settings.get(name, {}), **values}
+    return Config(**settings)
+
+
+def test_a_value_holds_until_the_next_or_lies_on_the_line_between(tmp_path: Path):
+    config = scheduled(tmp_path)
+    values = [config.at(step).scheduled_values() for step in (0, 2, 3, 4, 7)]
+    assert [each["rollout.max_completion_tokens"] for each in values] == [8, 8, 8, 24, 24]
+    assert [each["rollout.temperature"] for each in values] == pytest.approx([1.2, 1.0, 0.9, 0.8, 0.8])
+    assert [each["algorithm.kl_coef"] for each in values] == [0.1, 0, 0, 0, 0]
+    assert [each["algorithm.clip_high"] for each in values] == pytest.approx([0.2, 0.3, 0.35, 0.4, 0.5])
+    assert [each["rewards.1.weight"] for each in values] == [1, 0.25, 0.25, 0.25, 0.25]
+
+
+def test_the_setting_itself_is_the_largest_value_and_what_is_planned_for(tmp_path: Path):
+    config = scheduled(tmp_path)
+    assert (config.rollout.max_completion_tokens, config.rollout.temperature, config.algorithm.kl_coef) == (
+        24,
+        1.2,
+        0.1,
+    )
+    assert config.max_sequence_tokens == 96 + 24
+    assert config.eval_sampling.max_tokens == 24
+    assert Config(**yaml.safe_load(config.to_yaml())) == config
+    with pytest.raises(ValueError, match=r"memory.micro_batch_tokens is 100; one sequence may have 120"):
+        scheduled(tmp_path, memory={"micro_batch_tokens": 100})
+
+
+@pytest.mark.parametrize(
+    ("schedules", "message"),
+    [
+        (
+            {"rollout.group_size": {"points": {0: 2, 1: 4}}},
+            r"cannot change during a run. Those that can: rollout.max_comp",
+        ),
+        ({"rewards.2.weight": {"points": {0: 2, 1: 4}}}, r"rewards.2.weight'.*rewards.0.weight, rewards.1.weight"),
+        ({"algorithm.clip_low": {"points": {1: 0.1}}}, r"Give a value for 0 and at least one more"),
+        ({"algorithm.clip_low": {"points": {0: 0.1, 8: 0.2}}}, r"has step 8; the run has 8 optimizer steps"),
+        (
+            {"rollout.temperature": {"points": {0: 1, 4: 0}}},
+            r"points.4 is 0; of rollout.temperature, .* greater than 0",
+        ),
+        ({"rollout.max_completion_tokens": {"points": {0: 8, 4: 8.5}}}, r"points.4 is 8.5; .* valid integer"),
+        ({"algorithm.num_minibatch": {"points": {0: 1}}}, r"cannot change during a run"),
+    ],
+)
+def test_what_cannot_be_scheduled_is_refused(tmp_path: Path, schedules: dict[str, Any], message: str):
+    settings = tiny_settings(tmp_path, algorithm={"num_minibatches": 2}, run={"steps": 4}, schedules=schedules)
+    settings["rollout"].pop("max_completion_tokens")
+    with pytest.raises(ValueError, match=message):
+        Config(**settings)
+
+
+def test_a_setting_that_contradicts_its_schedule_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"rollout.max_completion_tokens is 64; .* at most 24. Remove one"):
+        scheduled(tmp_path, rollout={"max_completion_tokens": 64})
+
+
+def test_a_run_follows_its_schedules_and_goes_on_with_them_after_a_resume_in_the_middle_of_a_step(tmp_path: Path):
+    Trainer(scheduled(tmp_path / "whole")).train()
+    rows = steps_of(tmp_path / "whole")
+    assert [row["schedule/rollout.max_completion_tokens"] for row in rows] == [8, 8, 24, 24]
+    assert [row["completion/length_max"] for row in rows[:2]] == [8, 8]
+    assert min(row["completion/length_max"] for row in rows[2:]) > 8
+    assert [row["schedule/rollout.temperature"] for row in rows] == pytest.approx([1.2, 1.0, 0.8, 0.8])
+    assert max(row["policy/sampling_gap"] for row in rows) < 1e-5  # the update's temperature is the sampling's
+    for row in rows:
+        expected = row["reward/accuracy"] + row["schedule/rewards.1.weight"] * row["reward/format"]
+        assert row["reward/mean"] == pytest.approx(expected)
+    trainer = Trainer(scheduled(tmp_path / "stopped"))
+    own = trainer._optimizer_step
+
+    def stop_in_the_fifth(minibatch: Any) -> None:
+        if trainer.state.optimizer_steps == 4:  # it ends before the second update of the step, in which values change
+            os.kill(os.getpid(), signal.SIGTERM)
+        own(minibatch)
+
+    trainer._optimizer_step = stop_in_the_fifth
+    with pytest.raises(Stopped):
+        trainer.train()
+    resumed = Trainer(scheduled(tmp_path / "stopped"))
+    assert (resumed.state.step, resumed.state.optimizer_steps) == (2, 5)
+    resumed.train()
+    assert steps_of(tmp_path / "stopped") == rows

@@ -1,9 +1,9 @@
 """Does the run fit, and how long will it take? Steps of the longest possible sequences, on this machine and this model.
 
 What is run is the trainer's own step with every prompt stretched to data.max_prompt_tokens and every completion running to
-rollout.max_completion_tokens: all questions of a step, the reference as configured, every minibatch and its optimizer step. Two
-things differ from the run: nothing ends a completion, and rewards are random numbers, because scoring takes no GPU memory.
-Data and rewards are loaded and checked all the same. No file is left behind; the updated weights are thrown away.
+rollout.max_completion_tokens: all questions that a step may sample, the reference as configured, every minibatch and its
+optimizer step. Two things differ from the run: nothing ends a completion, and rewards are random numbers, because scoring takes
+no GPU memory. Data and rewards are loaded and checked all the same. No file is left behind; the updated weights are thrown away.
 
 The longest completions take the most time, but not always the most memory: no sequence is split, so they may leave much of a
 pass empty that shorter ones fill up to memory.micro_batch_tokens. Then one more step runs, with completions that do.
@@ -75,9 +75,10 @@ def worst_case(config: Config) -> Trainer:
     trainer = rehearse(
         config, EndlessTrainer, rollout={"stop": []}, run={"steps": max(config.run.steps, NUM_STEPS + 1)}
     )
-    longest = config.data.max_prompt_tokens
-    trainer.prompts.prompts = [stretched(p, longest) for p in trainer.prompts.prompts[: config.rollout.num_prompts]]
-    completions = f"{config.rollout.num_prompts} x {config.rollout.group_size} completions"
+    longest, num_questions = config.data.max_prompt_tokens, config.max_questions_per_step
+    trainer.state.groups_seen = 1e9  # and none had signal, so that dynamic sampling draws all that it may at once
+    trainer.prompts.prompts = [stretched(p, longest) for p in trainer.prompts.prompts[:num_questions]]
+    completions = f"{num_questions} x {config.rollout.group_size} completions"
     trainer.say(
         f"\nThe longest steps there can be, {NUM_STEPS} of them: {completions} that all run to "
         f"{config.rollout.max_completion_tokens:,} tokens after prompts of {longest:,}; random rewards."

@@ -37,8 +37,8 @@ def rehearse(config: Config, trainer_class: type[AnyTrainer], **changes: dict[st
 
 
 def changed(config: Config, **changes: dict[str, Any]) -> Config:
-    """`config` with other settings, by section."""
-    settings = config.model_dump()
+    """`config` with other settings, by section, and without schedules, whose largest values the settings have."""
+    settings = config.model_dump(exclude={"schedules"})
     for section, values in changes.items():
         settings[section] |= values
     return Config(**settings)

@@ -113,7 +113,7 @@ def _sample(trainer: Trainer, path: Path) -> None:
     """Sample the first questions' completions, on all processes, and write them down."""
     config = trainer.config
     groups = trainer.generator.sample(
-        trainer.prompts.next_batch(),
+        trainer.prompts.draw(config.rollout.num_prompts),
         config.sampling,
         num_completions=config.rollout.group_size,
         seed=config.run.seed + trainer.processes.rank,
