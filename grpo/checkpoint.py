@@ -261,6 +261,8 @@ def find(directory: Path, config: Config, processes: Processes) -> Path | None:
         problem = _problem(checkpoint, processes)
         if problem is None:
             _check_resumable(checkpoint, config)
+            if processes.is_main:
+                print(_longer(checkpoint, config), end="", flush=True)
             return checkpoint
         if processes.is_main:
             names = (checkpoint.with_suffix(f".corrupt{f'-{n}' * (n > 1)}") for n in count(1))
@@ -308,6 +310,7 @@ MAY_CHANGE = {
     "watchdog",
     "algorithm.max_sampling_gap",
     "distributed",
+    "rollout.max_completion_tokens",  # R1-Zero doubled it on the way; nothing that a checkpoint holds depends on it
 }
 """What may differ between a run and its resumption without making it another experiment."""
 
@@ -322,6 +325,19 @@ def _check_resumable(checkpoint: Path, config: Config) -> None:
                 f"{name} is {now.get(name)!r}; {checkpoint} was written with {before.get(name)!r}, and a run resumes with "
                 "the settings it began with. Restore the value, or choose another run.dir."
             )
+
+
+def _longer(checkpoint: Path, config: Config) -> str:
+    """What is said where completions may be longer than before: of all that may change, this alone changes what is learned."""
+    before, now = (
+        read_state(checkpoint)["config"]["rollout"]["max_completion_tokens"],
+        config.rollout.max_completion_tokens,
+    )
+    return (
+        ""
+        if before == now
+        else f"rollout.max_completion_tokens is {now} from here on; it was {before} up to {checkpoint.name}\n"
+    )
 
 
 def restore(checkpoint: Path, *, policy: Policy, processes: Processes) -> tuple[RunState, StepUnderWay]:
