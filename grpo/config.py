@@ -61,6 +61,9 @@ class DataConfig(Section):
     """Split of a hub data set to evaluate on."""
     question_column: str = "question"
     """Column that holds the question."""
+    question_template: str | None = None
+    """The question made of columns, each named in braces: `Using the numbers {nums}, make {target}.` Other text stays as it is.
+    null: the question is `question_column`. Of `eval_name` too."""
     answer_column: str = "answer"
     """Column that holds the gold answer."""
     answer_regex: str | None = None
@@ -508,6 +511,8 @@ def _check_combinations(config: Config) -> None:
             "data.eval_name is missing; data.eval_subset and data.eval_answer_regex belong to it and have no effect without. "
             "Set data.eval_name, or remove them."
         )
+    if config.data.question_template is not None:
+        _check_question_template(config.data)
     if config.data.system_prompt is not None and config.data.template != "chat":
         raise ValueError(
             f"data.system_prompt is {config.data.system_prompt!r}; only the chat template has a system message, and "
@@ -521,6 +526,23 @@ def _check_combinations(config: Config) -> None:
     _check_engine_settings(config)
     if rollout.engine == "vllm":
         _check_vllm_sampling(config)
+
+
+COLUMN_IN_BRACES = re.compile(r"\{([^{}]+)\}")
+"""A column's place in data.question_template; braces without anything between them, as in \\boxed{}, are text."""
+
+
+def _check_question_template(data: DataConfig) -> None:
+    if not COLUMN_IN_BRACES.search(data.question_template or ""):
+        raise ValueError(
+            f"data.question_template is {data.question_template!r}; it names no column in braces, so all questions would be the "
+            "same. Name one, such as {question}."
+        )
+    if data.question_column != DataConfig.model_fields["question_column"].default:
+        raise ValueError(
+            f"data.question_column is {data.question_column!r}; it has no effect beside data.question_template, which names its "
+            f"columns itself. Write {{{data.question_column}}} there, and remove data.question_column."
+        )
 
 
 def _check_updates(config: Config) -> None:
