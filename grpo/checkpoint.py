@@ -316,15 +316,23 @@ MAY_CHANGE = {
 
 
 def _check_resumable(checkpoint: Path, config: Config) -> None:
-    before, now = _flat(read_state(checkpoint)["config"]), _flat(config.model_dump())
-    for name in sorted(before.keys() | now.keys()):
-        if name in MAY_CHANGE or name.split(".")[0] in MAY_CHANGE:
-            continue
-        if before.get(name) != now.get(name):
-            raise ValueError(
-                f"{name} is {now.get(name)!r}; {checkpoint} was written with {before.get(name)!r}, and a run resumes with "
-                "the settings it began with. Restore the value, or choose another run.dir."
-            )
+    before, now = read_state(checkpoint)["config"], config.model_dump()
+    name = changed_setting(before, now, may_change=MAY_CHANGE)
+    if name is not None:
+        raise ValueError(
+            f"{name} is {_flat(now).get(name)!r}; {checkpoint} was written with {_flat(before).get(name)!r}, and a run resumes "
+            "with the settings it began with. Restore the value, or choose another run.dir."
+        )
+
+
+def changed_setting(before: dict[str, Any], now: dict[str, Any], *, may_change: set[str]) -> str | None:
+    """The first setting in which two configurations differ, but for settings and sections that may; None if there is none."""
+    flat_before, flat_now = _flat(before), _flat(now)
+    for name in sorted(flat_before.keys() | flat_now.keys()):
+        may = name in may_change or name.split(".")[0] in may_change
+        if not may and flat_before.get(name) != flat_now.get(name):
+            return name
+    return None
 
 
 def _longer(checkpoint: Path, config: Config) -> str:
