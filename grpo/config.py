@@ -48,7 +48,10 @@ class ModelConfig(Section):
 class DataConfig(Section):
     name: str | None = None
     """Training questions: a hub data set id, or a local .json, .jsonl, .jsonl.gz or .parquet file (taken whole). May be
-    left out only where rows are handed to `Trainer(train_dataset=...)`."""
+    left out only where rows are handed to `Trainer(train_dataset=...)`. Or `reasoning_gym:<task>`, such as
+    `reasoning_gym:chain_sum`, an optional extra; held-out questions are then the same task with the next seed."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Of a reasoning_gym task: size, seed, and its own settings, such as {size: 5000, seed: 0, max_terms: 3}."""
     subset: str | None = None
     """Configuration name of a hub data set, such as `main` of openai/gsm8k."""
     split: str = "train"
@@ -511,6 +514,7 @@ def _check_combinations(config: Config) -> None:
             "data.eval_name is missing; data.eval_subset and data.eval_answer_regex belong to it and have no effect without. "
             "Set data.eval_name, or remove them."
         )
+    _check_task(config.data)
     if config.data.question_template is not None:
         _check_question_template(config.data)
     if config.data.system_prompt is not None and config.data.template != "chat":
@@ -528,8 +532,24 @@ def _check_combinations(config: Config) -> None:
         _check_vllm_sampling(config)
 
 
+TASK_PREFIX = "reasoning_gym:"
+"""How the name of a reasoning-gym task begins."""
+
 COLUMN_IN_BRACES = re.compile(r"\{([^{}]+)\}")
 """A column's place in data.question_template; braces without anything between them, as in \\boxed{}, are text."""
+
+
+def _check_task(data: DataConfig) -> None:
+    if data.args and not (data.name or "").startswith(TASK_PREFIX):
+        raise ValueError(
+            f"data.args is {data.args}; only tasks of reasoning-gym take any, and data.name is {data.name!r}. Remove it, or "
+            f"name a task: {TASK_PREFIX}chain_sum."
+        )
+    if (data.eval_name or "").startswith(TASK_PREFIX):
+        raise ValueError(
+            f"data.eval_name is {data.eval_name!r}; a task's held-out questions are those of the next seed. Remove "
+            "data.eval_name and name the task as data.name."
+        )
 
 
 def _check_question_template(data: DataConfig) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config import COLUMN_IN_BRACES, DataConfig
+from grpo.config import COLUMN_IN_BRACES, TASK_PREFIX, DataConfig
+from grpo.gym import make_rows
 from grpo.types import Prompt
 
 R1_ZERO = (
@@ -69,6 +70,10 @@ def load_rows(config: DataConfig, *, evaluation: bool = False) -> list[dict[str,
             f"data.eval_name is missing; the training questions ({name or 'given as train_dataset'}) have no held-out split "
             "of their own. Set data.eval_name, pass eval_dataset to Trainer, or set evaluation.num_questions to 0."
         )
+    if name is not None and name.startswith(TASK_PREFIX):
+        args = {"seed": 0, **config.args}
+        rows = make_rows(name, {**args, "seed": args["seed"] + evaluation})
+        return prepare_rows(rows, config, answer_regex=config.answer_regex, setting=setting)
     if name is None:
         raise ValueError(
             "data.name is missing; a run needs questions. Set data.name, or pass train_dataset to Trainer."
