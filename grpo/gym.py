@@ -15,7 +15,7 @@ from grpo.config import TASK_PREFIX
 FILTERED = ("countdown", "puzzle24")
 """Tasks whose verifiers run the answer as Python, and whose answers rewards/reasoning_gym.py lets through as arithmetic only."""
 RUNS_IT = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\((?!entry)")
-"""In the source of a verifier. Of version 0.1.25, seven more tasks: integration, polynomials, matrices, n_queens, string_insertion."""
+"""In the source of a verifier. In version 0.1.25 it finds seven more: integrals, polynomials, matrices, n_queens, ..."""
 
 
 def make_rows(name: str, args: dict[str, Any]) -> list[dict[str, Any]]:

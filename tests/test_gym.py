@@ -49,14 +49,11 @@ def test_an_arithmetic_answer_is_verified_and_code_never_reaches_the_verifier(ta
     (row,) = make_rows(f"reasoning_gym:{task}", {"size": 1, "seed": 1})
     assert verdict(row, row["answer"]) == 1.0
     trace = tmp_path / "trace"
-    for answer in (
-        f"open({str(trace)!r}, 'w')",
-        f"__import__('pathlib').Path({str(trace)!r}).touch()",
-        "9**9**9**9",
-        "1\n+1",
-    ):
+    for answer in (f"open({str(trace)!r}, 'w')", f"__import__('pathlib').Path({str(trace)!r}).touch()"):
         assert verdict(row, answer) == 0.0
     assert not trace.exists()
+    assert verdict(row, "9**9**9**9") == 0.0  # would take for ever
+    assert verdict(row, row["answer"] + "+ 0" * 100) == 0.0
 
 
 @installed
