@@ -267,6 +267,8 @@ def find(directory: Path, config: Config, processes: Processes) -> Path | None:
         problem = _problem(checkpoint, processes)
         if problem is None:
             _check_resumable(checkpoint, config)
+            if processes.is_main:
+                print(_longer(checkpoint, config), end="", flush=True)
             return checkpoint
         if processes.is_main:
             names = (checkpoint.with_suffix(f".corrupt{f'-{n}' * (n > 1)}") for n in count(1))
@@ -314,20 +316,42 @@ MAY_CHANGE = {
     "watchdog",
     "algorithm.max_sampling_gap",
     "distributed",
+    "rollout.max_completion_tokens",  # R1-Zero doubled it on the way; nothing that a checkpoint holds depends on it
 }
 """What may differ between a run and its resumption without making it another experiment."""
 
 
 def _check_resumable(checkpoint: Path, config: Config) -> None:
-    before, now = _flat(read_state(checkpoint)["config"]), _flat(config.model_dump(mode="json"))
-    for name in sorted(before.keys() | now.keys()):
-        if name in MAY_CHANGE or name.split(".")[0] in MAY_CHANGE:
-            continue
-        if before.get(name) != now.get(name):
-            raise ValueError(
-                f"{name} is {now.get(name)!r}; {checkpoint} was written with {before.get(name)!r}, and a run resumes with "
-                "the settings it began with. Restore the value, or choose another run.dir."
-            )
+    before, now = read_state(checkpoint)["config"], config.model_dump(mode="json")
+    name = changed_setting(before, now, may_change=MAY_CHANGE)
+    if name is not None:
+        raise ValueError(
+            f"{name} is {_flat(now).get(name)!r}; {checkpoint} was written with {_flat(before).get(name)!r}, and a run resumes "
+            "with the settings it began with. Restore the value, or choose another run.dir."
+        )
+
+
+def changed_setting(before: dict[str, Any], now: dict[str, Any], *, may_change: set[str]) -> str | None:
+    """The first setting in which two configurations differ, but for settings and sections that may; None if there is none."""
+    flat_before, flat_now = _flat(before), _flat(now)
+    for name in sorted(flat_before.keys() | flat_now.keys()):
+        may = name in may_change or name.split(".")[0] in may_change
+        if not may and flat_before.get(name) != flat_now.get(name):
+            return name
+    return None
+
+
+def _longer(checkpoint: Path, config: Config) -> str:
+    """What is said where completions may be longer than before: of all that may change, this alone changes what is learned."""
+    before, now = (
+        read_state(checkpoint)["config"]["rollout"]["max_completion_tokens"],
+        config.rollout.max_completion_tokens,
+    )
+    return (
+        ""
+        if before == now
+        else f"rollout.max_completion_tokens is {now} from here on; it was {before} up to {checkpoint.name}\n"
+    )
 
 
 def restore(checkpoint: Path, *, policy: Policy, processes: Processes) -> tuple[RunState, StepUnderWay]:

@@ -50,7 +50,10 @@ class ModelConfig(Section):
 class DataConfig(Section):
     name: str | None = None
     """Training questions: a hub data set id, or a local .json, .jsonl, .jsonl.gz or .parquet file (taken whole). May be
-    left out only where rows are handed to `Trainer(train_dataset=...)`."""
+    left out only where rows are handed to `Trainer(train_dataset=...)`. Or `reasoning_gym:<task>`, such as
+    `reasoning_gym:chain_sum`, an optional extra; held-out questions are then the same task with the next seed."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Of a reasoning_gym task: size, seed, and its own settings, such as {size: 5000, seed: 0, max_terms: 3}."""
     subset: str | None = None
     """Configuration name of a hub data set, such as `main` of openai/gsm8k."""
     split: str = "train"
@@ -63,6 +66,9 @@ class DataConfig(Section):
     """Split of a hub data set to evaluate on."""
     question_column: str = "question"
     """Column that holds the question."""
+    question_template: str | None = None
+    """The question made of columns, each named in braces: `Using the numbers {nums}, make {target}.` Other text stays as it is.
+    null: the question is `question_column`. Of `eval_name` too."""
     answer_column: str = "answer"
     """Column that holds the gold answer."""
     answer_regex: str | None = None
@@ -83,9 +89,12 @@ class RolloutConfig(Section):
     group_size: PositiveInt = 16
     """Completions per question (G in the paper). Raising it sharpens the baseline and costs rollout time."""
     max_oversampling: Annotated[float, Field(ge=1)] = 1.0
-    """Dynamic sampling (DAPO): further questions are sampled until num_prompts groups have rewards that differ, or this multiple
-    of num_prompts questions was sampled in the step; see grpo/dynamic_sampling.py. 1: num_prompts questions, whatever their
-    rewards. Raising it fills more batches with signal and costs rollout time."""
+    """Dynamic sampling (DAPO): further questions are sampled until num_prompts groups are neither all right nor all wrong, or
+    this multiple of num_prompts questions was sampled in the step; see grpo/dynamic_sampling.py. 1: num_prompts questions,
+    whatever their rewards. Raising it fills more batches with signal and costs rollout time."""
+    signal_from: str | None = None
+    """Name of the reward whose values must differ in a group that dynamic sampling takes. null: `accuracy` if there is one, else
+    the first. Choosing by a reward for length or form fills batches with groups that teach only that."""
     max_completion_tokens: PositiveInt = 1024
     """Where sampling is cut off; such a completion has finish_reason "length"."""
     temperature: PositiveFloat = 1.0
@@ -660,6 +669,11 @@ def _check_combinations(config: Config) -> None:
             f"rollout.max_oversampling is {rollout.max_oversampling:g}; it allows not one question more than the "
             f"{rollout.num_prompts} of a step (rollout.num_prompts). Set it to 1, or to 2 or more."
         )
+    if rollout.signal_from is not None and rollout.max_oversampling == 1:
+        raise ValueError(
+            f"rollout.signal_from is {rollout.signal_from!r}; it has no effect while rollout.max_oversampling is 1. Remove it, "
+            "or set rollout.max_oversampling."
+        )
     _check_updates(config)
     _check_objective(config.algorithm)
     _check_offload(config.distributed)
@@ -700,6 +714,9 @@ def _check_combinations(config: Config) -> None:
             "data.eval_name is missing; data.eval_subset and data.eval_answer_regex belong to it and have no effect without. "
             "Set data.eval_name, or remove them."
         )
+    _check_task(config.data)
+    if config.data.question_template is not None:
+        _check_question_template(config.data)
     if config.data.system_prompt is not None and config.data.template != "chat":
         raise ValueError(
             f"data.system_prompt is {config.data.system_prompt!r}; only the chat template has a system message, and "
@@ -713,6 +730,39 @@ def _check_combinations(config: Config) -> None:
     _check_engine_settings(config)
     if rollout.engine == "vllm":
         _check_vllm_sampling(config)
+
+
+TASK_PREFIX = "reasoning_gym:"
+"""How the name of a reasoning-gym task begins."""
+
+COLUMN_IN_BRACES = re.compile(r"\{([^{}]+)\}")
+"""A column's place in data.question_template; braces without anything between them, as in \\boxed{}, are text."""
+
+
+def _check_task(data: DataConfig) -> None:
+    if data.args and not (data.name or "").startswith(TASK_PREFIX):
+        raise ValueError(
+            f"data.args is {data.args}; only tasks of reasoning-gym take any, and data.name is {data.name!r}. Remove it, or "
+            f"name a task: {TASK_PREFIX}chain_sum."
+        )
+    if (data.eval_name or "").startswith(TASK_PREFIX):
+        raise ValueError(
+            f"data.eval_name is {data.eval_name!r}; a task's held-out questions are those of the next seed. Remove "
+            "data.eval_name and name the task as data.name."
+        )
+
+
+def _check_question_template(data: DataConfig) -> None:
+    if not COLUMN_IN_BRACES.search(data.question_template or ""):
+        raise ValueError(
+            f"data.question_template is {data.question_template!r}; it names no column in braces, so all questions would be the "
+            "same. Name one, such as {question}."
+        )
+    if data.question_column != DataConfig.model_fields["question_column"].default:
+        raise ValueError(
+            f"data.question_column is {data.question_column!r}; it has no effect beside data.question_template, which names its "
+            f"columns itself. Write {{{data.question_column}}} there, and remove data.question_column."
+        )
 
 
 def _check_updates(config: Config) -> None:

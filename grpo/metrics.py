@@ -27,11 +27,11 @@ METRICS = {
     "reward/unknown": 'share of completions whose reward is unknown ("can\'t tell"); they are not trained on',
     "group/with_signal": "share of the sampled groups whose known rewards are not all equal; only they move the policy",
     "group/sampled": "groups that were sampled; this and the next six only with rollout.max_oversampling above 1",
-    "group/replaced": "of them, those without signal that other groups took the place of",
-    "group/surplus": "of them, those with signal that the batch had no room for",
+    "group/replaced": "of them, those with no signal in rollout.signal_from that other groups took the place of",
+    "group/surplus": "of them, those with that signal that the batch had no room for",
     "completion/dropped_tokens": "completion tokens of the replaced and the surplus groups, which nothing is trained on",
     "rollout/draws": "times that the step sampled before its batch was full, or rollout.max_oversampling was reached",
-    "batch/with_signal": "share of the groups of the batch that have signal; below 1 the limit came before the batch was full",
+    "batch/with_signal": "share of the groups of the batch that have that signal; below 1 the limit came before it was full",
     "batch/reward_mean": "mean reward over the batch, which is a choice; how good the policy is, reward/mean says",
     "completion/length_mean": "mean number of completion tokens, the end-of-sequence token included",
     "completion/length_max": "largest number of completion tokens",
@@ -208,9 +208,12 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores) -> None:
     meter.total("throughput/rollout", float(lens.sum()))
 
 
-def measure_batch(meter: Meter, groups: list[Group], scores: Scores, *, in_batch: Tensor) -> None:
-    """Which of the groups that were sampled dynamic sampling took, (P,), and what became of the others."""
-    signal = has_signal(scores.rewards)
+def measure_batch(meter: Meter, groups: list[Group], scores: Scores, *, signal: Tensor, in_batch: Tensor) -> None:
+    """Which of the groups that were sampled dynamic sampling took, (P,), and what became of the others.
+
+    Args:
+        signal: (P,) whether the values of the reward that it goes by differ in a group.
+    """
     tokens = torch.tensor([sum(len(c.token_ids) for c in group.completions) for group in groups])
     meter.total("group/sampled", float(len(groups)))
     meter.total("group/replaced", float((~in_batch & ~signal).sum()))

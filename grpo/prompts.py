@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config import DataConfig
+from grpo.config import COLUMN_IN_BRACES, TASK_PREFIX, DataConfig
+from grpo.gym import make_rows
 from grpo.types import Prompt
 
 R1_ZERO = (
@@ -69,6 +70,10 @@ def load_rows(config: DataConfig, *, evaluation: bool = False) -> list[dict[str,
             f"data.eval_name is missing; the training questions ({name or 'given as train_dataset'}) have no held-out split "
             "of their own. Set data.eval_name, pass eval_dataset to Trainer, or set evaluation.num_questions to 0."
         )
+    if name is not None and name.startswith(TASK_PREFIX):
+        args = {"seed": 0, **config.args}
+        rows = make_rows(name, {**args, "seed": args["seed"] + evaluation})
+        return prepare_rows(rows, config, answer_regex=config.answer_regex, setting=setting)
     if name is None:
         raise ValueError(
             "data.name is missing; a run needs questions. Set data.name, or pass train_dataset to Trainer."
@@ -119,16 +124,11 @@ def prepare_rows(
     prepared = []
     pattern = re.compile(answer_regex) if answer_regex is not None else None
     for number, row in enumerate(rows):
-        for column, option in ((config.question_column, "question_column"), (config.answer_column, "answer_column")):
-            if column not in row:
-                raise ValueError(
-                    f"data.{option} is {column!r}; {setting} has the columns {', '.join(row)}. Set data.{option} to one."
-                )
-        question, given = row[config.question_column], row[config.answer_column]
-        if question is None:
-            raise ValueError(
-                f"data.question_column is {config.question_column!r}; row {number} of {setting} has none. Drop it."
-            )
+        where = f"row {number} of {setting}"
+        question, given = (
+            _question(row, config, where),
+            _cell(row, config.answer_column, config, "answer_column", where),
+        )
         answer = "" if given is None or given != given else str(given)  # a missing answer: no reward can grade it
         if pattern is not None and answer:
             found = pattern.search(answer)
@@ -138,10 +138,31 @@ def prepare_rows(
                     f"{setting}: {answer[-200:]!r}. Correct it, or set it to null if the column is the bare answer."
                 )
             answer = found.group(1).strip()
-        prepared.append({**row, "question": str(question), "answer": answer})
+        prepared.append({**row, "question": question, "answer": answer})
     if not prepared:
         raise ValueError(f"{setting} holds no rows. Name a data set with at least one.")
     return prepared
+
+
+def _question(row: Mapping[str, Any], config: DataConfig, where: str) -> str:
+    """The row's columns in their places of the template, which is the one column if there is none."""
+    option = "question_column" if config.question_template is None else "question_template"
+
+    def text(found: re.Match[str]) -> str:
+        cell = _cell(row, found[1], config, option, where)
+        if cell is None:
+            raise ValueError(f"data.{option} is {getattr(config, option)!r}; {where} has no {found[1]}. Drop the row.")
+        return str(cell)
+
+    return COLUMN_IN_BRACES.sub(text, config.question_template or f"{{{config.question_column}}}")
+
+
+def _cell(row: Mapping[str, Any], column: str, config: DataConfig, option: str, where: str) -> Any:
+    if column not in row:
+        raise ValueError(
+            f"data.{option} is {getattr(config, option)!r}; {where} has the columns {', '.join(row)}. Name one of them."
+        )
+    return row[column]
 
 
 def build_prompts(

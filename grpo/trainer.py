@@ -22,7 +22,7 @@ from grpo.checkpoint import CheckpointError, Checkpoints, RunState, numbers_of
 from grpo.config import Config, as_override
 from grpo.console import show_samples
 from grpo.dynamic_sampling import Draws
-from grpo.evaluate import answer, completion_rows, in_order, training_rows
+from grpo.evaluate import answer, completion_rows, in_order, training_rows, verdict_name
 from grpo.loss import entropy_threshold, grpo_loss, token_weights
 from grpo.metrics import (
     measure_batch,
@@ -104,6 +104,7 @@ class Trainer:
             timeout_seconds=config.scoring.timeout_seconds,
             memory_gib=config.scoring.memory_gib,
         )
+        self.signal_from = _signal_from(config, functions)
         self.audits: list[preflight.Audit] = []
         for notice in self.scorer.notices():
             self.say(notice)
@@ -231,7 +232,7 @@ class Trainer:
         measure_rollout(step.meter, groups, scores)
         measure_texts(step.meter, completion_rows(groups, scores), self.log.words)
         if draws.limit > draws.num_prompts:
-            measure_batch(step.meter, groups, scores, in_batch=minibatch >= 0)
+            measure_batch(step.meter, groups, scores, signal=self._signal(scores), in_batch=minibatch >= 0)
             step.meter.mean("rollout/draws", torch.tensor(float(len(draws.sizes))))
         return Evidence(groups, scores, advantages, minibatch)
 
@@ -241,18 +242,19 @@ class Trainer:
         scores: list[Scores] = []
         while size := draws.next_size():
             sampled = self._draw(size, number=len(scores))
-            draws.add(self.agree_to_go_on([] if sampled is None else has_signal(sampled[1].rewards).tolist()))
+            draws.add(self.agree_to_go_on([] if sampled is None else self._signal(sampled[1]).tolist()))
             assert sampled is not None, "only a request to stop breaks off the sampling"
             groups += sampled[0]
             scores.append(sampled[1])
             for name, value in self.generator.metrics().items():
                 self.under_way.meter.mean(name, torch.tensor(value))
         num_minibatches = self.config.algorithm.num_minibatches
-        return (
-            groups,
-            join_scores(scores),
-            draws.minibatch_of(rank=self.processes.rank, num_minibatches=num_minibatches),
-        )
+        minibatch = draws.minibatch_of(rank=self.processes.rank, num_minibatches=num_minibatches)
+        return groups, join_scores(scores), minibatch
+
+    def _signal(self, scores: Scores) -> Tensor:
+        """(P,) which groups are worth a place in the batch, by the one reward that decides it."""
+        return has_signal(scores.values[self.signal_from].masked_fill(scores.rewards.isnan(), math.nan))
 
     def _draw(self, size: int, *, number: int) -> tuple[list[Group], Scores] | None:
         """Sample and score this process's share of the next questions; None if a request to stop broke it off."""
@@ -686,6 +688,16 @@ def _reward_functions(config: Config, rewards: Sequence[Callable[..., Any] | Rew
                 "them there, or remove the schedule."
             )
     return [reward if isinstance(reward, Reward) else Reward(reward) for reward in rewards]
+
+
+def _signal_from(config: Config, rewards: list[Reward]) -> str:
+    """Name of the reward by which dynamic sampling chooses groups."""
+    names, wanted = [reward.name for reward in rewards], config.rollout.signal_from
+    if wanted is not None and wanted not in names:
+        raise ValueError(
+            f"rollout.signal_from is {wanted!r}; the rewards of this run are {', '.join(names)}. Name one of them."
+        )
+    return wanted or verdict_name(names)
 
 
 def _rows(config: Config, given: Rows | None, *, evaluation: bool) -> list[dict[str, Any]]:

@@ -7,7 +7,19 @@ from rewards.exact_match import exact_match
 from rewards.format import format
 from rewards.language import language
 from rewards.length import overlong
+from rewards.reasoning_gym import reasoning_gym
 from rewards.repetition import repetition
 from rewards.vote import vote
 
-__all__ = ["accuracy", "code", "countdown", "exact_match", "format", "language", "overlong", "repetition", "vote"]
+__all__ = [
+    "accuracy",
+    "code",
+    "countdown",
+    "exact_match",
+    "format",
+    "language",
+    "overlong",
+    "reasoning_gym",
+    "repetition",
+    "vote",
+]

@@ -22,7 +22,7 @@ from test_trainer import steps_of
 
 from grpo import Trainer, checkpoint
 from grpo.batch import micro_batch, pack, spare, take
-from grpo.checkpoint import CheckpointError, complete_checkpoints, name_of, numbers_of
+from grpo.checkpoint import CheckpointError, changed_setting, complete_checkpoints, name_of, numbers_of
 from grpo.config import Config, as_override
 from grpo.metrics import Meter
 from grpo.post_mortem import Evidence
@@ -204,6 +204,14 @@ def test_without_one_good_checkpoint_a_run_does_not_start_anew_in_silence(tmp_pa
         flip_a_bit(each)
     with pytest.raises(ValueError, match=r"not one of the 2 checkpoints in .* is as it was written"):
         Trainer(config)
+
+
+def test_a_run_resumes_with_the_settings_it_began_with_but_for_those_that_may_change():
+    before = {"run": {"steps": 3, "seed": 0}, "memory": {"max_sequences": 8}, "rewards": [{"weight": 1.0}]}
+    may = {"run.steps", "memory"}
+    assert changed_setting(before, before | {"run": {"steps": 9, "seed": 0}, "memory": {}}, may_change=may) is None
+    assert changed_setting(before, before | {"run": {"steps": 3, "seed": 1}}, may_change=may) == "run.seed"
+    assert changed_setting(before, before | {"rewards": [{"weight": 2.0}]}, may_change=may) == "rewards."
 
 
 # ---- asked to stop ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from grpo.types import Sampling
 SECTIONS = {name: getattr(field.annotation, "__name__", "") for name, field in Config.model_fields.items()}
 SECTIONS["rewards"] = RewardConfig.__name__
 SECTIONS["schedules"] = ScheduleConfig.__name__
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -151,6 +151,14 @@ def test_a_missing_setting_is_named(tmp_path: Path):
         ({"algorithm": {"aggregation": "mean"}}, ["algorithm.aggregation is 'mean'", "'sequence', 'token'"]),
         ({"memory": {"micro_batch_tokens": 100}}, ["memory.micro_batch_tokens is 100", ">= 120"]),
         ({"optimizer": {"warmup_steps": 9}}, ["optimizer.warmup_steps is 9", "2 optimizer steps"]),
+        (
+            {"data": {"question_template": "always the same"}},
+            ["data.question_template is 'always", "no column", "Name one"],
+        ),
+        (
+            {"data": {"question_template": "{nums}?", "question_column": "problem"}},
+            ["data.question_column is 'problem'", "no effect", "Write {problem} there"],
+        ),
         ({"data": {"template": "none", "system_prompt": "x"}}, ["data.system_prompt is 'x'", "template is 'none'"]),
         ({"distributed": {"zero_stage": 4}}, ["distributed.zero_stage is 4", "0, 1, 2 or 3"]),
         (

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FixedGenerator, launch, number_or_nothing, tiny_config
+from helpers import FixedGenerator, launch, number_in_text, number_or_nothing, tiny_config
 from test_trainer import short_above, steps_of
 
 from grpo import Trainer
 from grpo.dynamic_sampling import Draws
+from grpo.scoring import Reward
 from grpo.sinks import read_jsonl
 from grpo.stopping import Stopped
 
@@ -134,6 +135,34 @@ def test_the_update_is_that_of_the_questions_with_signal_and_the_metrics_say_wha
     assert metrics["optimizer/grad_norm"] == pytest.approx(expected["optimizer/grad_norm"], rel=1e-5)
     assert metrics["optimizer/loss"] == pytest.approx(expected["optimizer/loss"], abs=1e-6)
     assert expected["reward/mean"] == pytest.approx(metrics["batch/reward_mean"])
+
+
+def test_a_group_is_taken_for_the_reward_that_is_asked_for_not_for_the_sum(tmp_path: Path):
+    """Numbers differ in every group; with the sum as judge nothing would be replaced."""
+    rewards = [Reward(number_in_text, weight=0.1, name="number"), Reward(number_or_nothing, name="half")]
+    for wanted, replaced in (("half", True), ("number", False)):
+        rollout = {**DYNAMIC, "signal_from": wanted}
+        trainer = Trainer(tiny_config(tmp_path / wanted, **FIXED, rollout=rollout), rewards=rewards)
+        trainer.generator = FixedGenerator()
+        metrics = trainer.train_step()
+        trainer.close()
+        assert (metrics["group/replaced"] > 0) == replaced
+        assert metrics["batch/with_signal"] == metrics["group/with_signal"] == 1
+        rows = [row for row in read_jsonl(tmp_path / wanted / "completions.jsonl") if row["in_batch"]]
+        groups = [{row["rewards"][wanted] for row in rows[i : i + 4]} for i in range(0, len(rows), 4)]
+        assert min(map(len, groups)) > 1
+
+
+def test_a_reward_to_choose_groups_by_must_be_one_of_the_run(tmp_path: Path):
+    config = tiny_config(tmp_path / "run", rollout={**DYNAMIC, "signal_from": "acuracy"})
+    with pytest.raises(
+        ValueError, match=r"signal_from is 'acuracy'; the rewards of this run are number_or_nothing\. Name"
+    ):
+        Trainer(config, rewards=[number_or_nothing])
+    with pytest.raises(
+        ValueError, match=r"signal_from is 'accuracy'; it has no effect while rollout.max_oversampling is 1"
+    ):
+        tiny_config(tmp_path / "run", rollout={"signal_from": "accuracy"})
 
 
 def sampled_run(run: Path) -> Trainer:

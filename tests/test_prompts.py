@@ -49,6 +49,29 @@ def test_columns_can_be_named_and_the_answer_cut_out():
     assert (row["question"], row["answer"], row["problem"]) == ("1+1?", "2", "1+1?")
 
 
+def test_a_question_can_be_made_of_columns_and_other_braces_are_text():
+    rows = [{"nums": [3, 4], "target": 7}]
+    config = DataConfig(question_template=r"Make {target} of {nums}, in \boxed{}.", answer_column="target")
+    (row,) = prepare_rows(rows, config, answer_regex=None, setting="data.name")
+    assert (row["question"], row["answer"], row["nums"]) == (r"Make 7 of [3, 4], in \boxed{}.", "7", [3, 4])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"target": 7},
+            "data.question_template is 'of {nums}'; row 0 of data.name has the columns target. Name one of them.",
+        ),
+        ({"target": 7, "nums": None}, "row 0 of data.name has no nums. Drop the row."),
+    ],
+)
+def test_a_template_without_its_column_is_refused(row: dict, message: str):
+    config = DataConfig(question_template="of {nums}", answer_column="target")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prepare_rows([row], config, answer_regex=None, setting="data.name")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -64,7 +87,7 @@ def test_missing_data_is_refused_by_its_setting(settings: dict, message: str):
 
 def test_a_missing_column_is_refused_with_the_columns_there_are():
     with pytest.raises(
-        ValueError, match=r"data.question_column is 'problem'; data.name has the columns question, answer"
+        ValueError, match=r"data.question_column is 'problem'; row 0 of data.name has the columns question, answer"
     ):
         prepare_rows(ROWS, DataConfig(question_column="problem"), answer_regex=None, setting="data.name")
 
@@ -77,7 +100,7 @@ def test_an_answer_that_the_pattern_misses_is_refused_with_its_row():
 def test_a_missing_answer_stays_missing_and_a_missing_question_is_refused():
     (row,) = prepare_rows([{"question": "q", "answer": None}], DataConfig(), answer_regex=None, setting="data.name")
     assert row["answer"] == ""
-    with pytest.raises(ValueError, match=r"row 0 of data\.name has none"):
+    with pytest.raises(ValueError, match=r"row 0 of data\.name has no question"):
         prepare_rows([{"question": None, "answer": "1"}], DataConfig(), answer_regex=None, setting="data.name")
 
 

@@ -1,0 +1,352 @@
+"""Several configurations, several seeds each: run them one after the other, and tell what differs in the end.
+
+    OUT/<arm>/seed-0/            the run;  seed-0.log beside it has what it printed
+    OUT/comparison.md, .json     the table
+    OUT/report.html              the runs' curves
+
+An arm is a configuration with its overrides; the others are compared with the first one. Runs resume: what has finished is not
+repeated, what was interrupted goes on. Two intervals are told, because they answer two questions. Over questions: how far may
+the accuracy of these very models be from that on all questions of the kind? Over seeds: how far may the mean of these runs be
+from that of all runs there could be, on these questions?
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import yaml
+
+from grpo.checkpoint import MAY_CHANGE, changed_setting, name_of
+from grpo.config import Config, as_override
+from grpo.evaluate import by_question, columns_of, is_right
+from grpo.report import write_page
+from grpo.report.read import MAX_RUNS
+from grpo.sinks import read_jsonl
+from grpo.statistics import Estimate, Values, estimate, mean_of_few
+from grpo.stopping import EXIT_STOPPED
+from grpo.writer import replace_text
+
+Row = dict[str, Any]
+OWN = ("run.dir", "run.seed", "run.resume")
+"""Settings that a comparison sets itself."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things compared."""
+
+    name: str
+    config: Path
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """An arm with a seed."""
+
+    arm: Arm
+    seed: int
+    directory: Path
+    settings: list[str]  # to be set to get it
+    config: Config  # that then follows
+
+    @property
+    def log(self) -> Path:
+        return self.directory.with_name(f"{self.directory.name}.log")
+
+
+def arms_of(configs: Sequence[Path], variants: Sequence[str], overrides: Sequence[str]) -> list[Arm]:
+    """Each configuration as it is, and then with each variant: `NAME:section.setting=value,section.setting=value`.
+
+    Raises:
+        ValueError: a variant does not read like that, or two arms have the same name.
+    """
+    arms = []
+    for path in configs:
+        arms.append(Arm(path.stem, path, tuple(overrides)))
+        for text in variants:
+            name, settings = _variant(text)
+            arms.append(Arm(name if len(configs) == 1 else f"{path.stem}-{name}", path, (*overrides, *settings)))
+    names = [arm.name for arm in arms]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(
+            f"CONFIG and --variant give the name {sorted(twice)[0]!r} twice; a name is a directory and a line of the table. "
+            "Rename a file or a variant."
+        )
+    return arms
+
+
+def _variant(text: str) -> tuple[str, list[str]]:
+    name, colon, settings = text.partition(":")
+    found = re.split(r",(?=\w+(?:\.\w+)+=)", settings)  # a comma within a value, as in [a, b], is part of it
+    if not colon or not re.fullmatch(r"[\w.-]+", name) or not all("=" in each for each in found):
+        raise ValueError(
+            f"--variant is {text!r}; it reads NAME:section.setting=value, such as drgrpo:algorithm.normalize_by_std=false, with "
+            "commas between settings. Correct it."
+        )
+    return name, found
+
+
+def plan(arms: Sequence[Arm], seeds: Sequence[int], out: Path) -> list[PlannedRun]:
+    """All runs, seed by seed, so that what there is after a while can be compared.
+
+    Raises:
+        ValueError: whatever is wrong with a configuration; nothing is held out; a directory holds another run.
+    """
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds is {list(seeds)}; each seed is one run, so none may be there twice. Remove one.")
+    runs = [_planned(arm, seed, out / arm.name / f"seed-{seed}") for seed in seeds for arm in arms]
+    for run in runs:
+        _check_comparable(run)
+    return runs
+
+
+def _planned(arm: Arm, seed: int, directory: Path) -> PlannedRun:
+    _check_overrides(arm)
+    own = [f"run.dir={as_override(str(directory))}", f"run.seed={seed}", "run.resume=auto"]
+    settings = [*arm.overrides, *own]
+    return PlannedRun(arm, seed, directory, settings, Config.load(arm.config, settings))
+
+
+def _check_overrides(arm: Arm) -> None:
+    for override in arm.overrides:
+        if override.split("=")[0].strip() in OWN:
+            raise ValueError(
+                f"{override} is set for {arm.name}; a comparison sets {', '.join(OWN)} itself. Remove it; --out and --seeds are "
+                "what to use."
+            )
+
+
+def _check_comparable(run: PlannedRun) -> None:
+    if run.config.evaluation.num_questions == 0:
+        raise ValueError(
+            f"evaluation.num_questions is 0 in {run.arm.name}; arms are compared by their held-out answers. Set "
+            "evaluation.num_questions."
+        )
+    saved = run.directory / "config.yaml"
+    if saved.exists():
+        before = yaml.safe_load(saved.read_text())
+        name = changed_setting(before, run.config.model_dump(), may_change=MAY_CHANGE - {"evaluation"})
+        if name is not None:
+            raise ValueError(
+                f"--out has {run.directory}; the run there differs from the one asked for in {name}. Choose another --out, or "
+                "remove that directory."
+            )
+
+
+def is_finished(run: PlannedRun) -> bool:
+    """Whether its last step has been made, saved and evaluated."""
+    steps = run.config.run.steps
+    saved = run.directory / "checkpoints" / name_of(steps)
+    rows = read_jsonl(run.directory / "metrics.jsonl") if saved.exists() else []
+    return any(row["step"] == steps and "eval/length_mean" in row for row in rows)
+
+
+def carry_out(runs: Sequence[PlannedRun], command: Sequence[str], *, say: Callable[[str], None] = print) -> None:
+    """Launch the runs that have not finished, one after the other; a failed one is told and does not end the others.
+
+    Args:
+        command: what starts a training script, up to its options.
+    """
+    for number, run in enumerate(runs, 1):
+        what = f"{number}/{len(runs)}  {run.arm.name}, seed {run.seed}"
+        if is_finished(run):
+            say(f"{what}: finished before")
+            continue
+        began = time.monotonic()
+        code = _launch([*command, "--config", str(run.arm.config), "--set", *run.settings], run.log)
+        outcome = (
+            "finished" if is_finished(run) else f"stopped ({code})" if code == EXIT_STOPPED else f"FAILED ({code})"
+        )
+        say(
+            f"{what}: {outcome} after {time.monotonic() - began:.0f} s"
+            + ("" if is_finished(run) else f"; see {run.log}")
+        )
+
+
+def _launch(command: list[str], log: Path) -> int:
+    """The exit code. A Ctrl-C goes to the run too, which then saves where it stands."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+
+
+def compare(runs: Sequence[PlannedRun]) -> list[Row]:
+    """A row for each arm, in order, from its finished runs; of an arm without any, its name and the seeds that are missing."""
+    rows: list[Row] = []
+    base: dict[int, float] = {}
+    for number, arm in enumerate(dict.fromkeys(run.arm for run in runs)):
+        own = [run for run in runs if run.arm == arm]
+        done = [run for run in own if is_finished(run)]
+        row: Row = {
+            "arm": arm.name,
+            "seeds": [run.seed for run in done],
+            "missing": [run.seed for run in own if run not in done],
+        }
+        if done:
+            accuracies = [_accuracy_by_question(run) for run in done]
+            means = _mean_by_question(accuracies)
+            base = means if number == 0 else base
+            row |= _accuracy(accuracies, means) | {"difference": _difference(means, base)} | _the_rest(done)
+        rows.append(row)
+    return rows
+
+
+def _final(run: PlannedRun) -> list[Row]:
+    return [row for row in read_jsonl(run.directory / "evaluations.jsonl") if row["step"] == run.config.run.steps]
+
+
+def _accuracy_by_question(run: PlannedRun) -> dict[int, float]:
+    """question -> share of its samples that are right; without questions of unknown verdict."""
+    questions = by_question(_final(run))
+    shares = columns_of(questions)["pass@1"]
+    return {rows[0]["row"]: float(share) for rows, share in zip(questions, shares, strict=True) if not np.isnan(share)}
+
+
+def _mean_by_question(accuracies: Sequence[dict[int, float]]) -> dict[int, float]:
+    """Over the runs that know it."""
+    questions = dict.fromkeys(question for each in accuracies for question in each)
+    return {question: fmean(each[question] for each in accuracies if question in each) for question in questions}
+
+
+def _accuracy(accuracies: Sequence[dict[int, float]], means: dict[int, float]) -> Row:
+    each = [fmean(accuracy.values()) for accuracy in accuracies]
+    over_questions = estimate({"accuracy": np.array(list(means.values()))})["accuracy"]
+    return {
+        "accuracy": fmean(each),
+        "by_seed": each,
+        "questions": len(means),
+        "over_questions": _ends(over_questions),
+        "over_seeds": [min(max(end, 0.0), 1.0) for end in _ends(mean_of_few(each))] if len(each) > 1 else None,
+    }
+
+
+def _difference(means: dict[int, float], base: dict[int, float]) -> Row | None:
+    """To the first arm, question by question, with the interval over questions; None for itself, or if the questions differ."""
+    if means is base or means.keys() != base.keys():
+        return None
+    paired: Values = np.array([means[question] - base[question] for question in base])
+    found = estimate({"difference": paired})["difference"]
+    return {"value": found.value, "over_questions": _ends(found)}
+
+
+def _ends(found: Estimate) -> list[float]:
+    return [found.low, found.high]
+
+
+def _the_rest(runs: Sequence[PlannedRun]) -> Row:
+    """Means over all final answers of all runs; entropy and time are means over runs."""
+    answers = [row for run in runs for row in _final(run)]
+    steps = [[row for row in read_jsonl(run.directory / "metrics.jsonl") if "time/step" in row] for run in runs]
+    return {
+        "before": fmean(_before(run) for run in runs),
+        "length": _length(answers),
+        "length_right": _length(row for row in answers if is_right(row) is True),
+        "length_wrong": _length(row for row in answers if is_right(row) is False),
+        "truncated": fmean(row["finish_reason"] == "length" for row in answers),
+        "entropy": fmean(rows[-1]["policy/entropy"] for rows in steps),
+        "seconds": fmean(sum(row["time/step"] for row in rows) for rows in steps),
+    }
+
+
+def _before(run: PlannedRun) -> float:
+    rows = [row for row in read_jsonl(run.directory / "evaluations.jsonl") if row["step"] == 0]
+    return float(np.nanmean(columns_of(by_question(rows))["pass@1"]))
+
+
+def _length(rows: Iterable[Row]) -> float | None:
+    lengths = [row["num_tokens"] for row in rows]
+    return fmean(lengths) if lengths else None
+
+
+COLUMNS = (
+    "arm",
+    "seeds",
+    "before",
+    "accuracy",
+    "over questions",
+    "over seeds",
+    "against the first",
+    "tokens",
+    "right",
+    "wrong",
+    "cut off",
+    "entropy",
+    "minutes",
+)
+
+
+def cells(row: Row) -> list[str]:
+    """A row of `compare` as one reads it: accuracies and their 95 % intervals in percent, lengths in tokens."""
+    seeds = f"{len(row['seeds'])}" + (f" of {len(row['seeds']) + len(row['missing'])}" if row["missing"] else "")
+    if not row["seeds"]:
+        return [row["arm"], seeds, *["-"] * (len(COLUMNS) - 2)]
+    difference = row["difference"]
+    against = "" if difference is None else f"{100 * difference['value']:+.1f} ({_range(difference['over_questions'])})"
+    return [
+        row["arm"],
+        seeds,
+        f"{100 * row['before']:.1f}",
+        f"{100 * row['accuracy']:.1f}",
+        _range(row["over_questions"]),
+        "-" if row["over_seeds"] is None else _range(row["over_seeds"]),
+        against or "-",
+        *("-" if row[name] is None else f"{row[name]:.1f}" for name in ("length", "length_right", "length_wrong")),
+        f"{100 * row['truncated']:.1f}",
+        f"{row['entropy']:.3f}",
+        f"{row['seconds'] / 60:.1f}",
+    ]
+
+
+def _range(ends: Sequence[float]) -> str:
+    return f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}"
+
+
+def as_text(rows: Sequence[Row]) -> str:
+    """The table with aligned columns."""
+    table = [list(COLUMNS), *map(cells, rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
+    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in table]
+    return "\n".join(lines)
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """The table with pipes, and what its columns mean."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    questions = next((row["questions"] for row in rows if row["seeds"]), 0)
+    return f"{table}\n\n{NOTE.format(questions=questions)}\n"
+
+
+NOTE = (
+    "Percent right of {questions} held-out questions after the last step, the mean over seeds, and before the first. Intervals "
+    "are of 95 %: over questions by bootstrap (other questions, the same models), over seeds by Student's t (other runs, the "
+    "same questions). Against the first: the difference, question by question, over questions. Tokens: of held-out answers, of "
+    "all, of right and of wrong ones. Entropy: of the last training step. Minutes: of training steps."
+)
+
+
+def write(rows: Sequence[Row], runs: Sequence[PlannedRun], out: Path) -> list[Path]:
+    """The table as Markdown and JSON, and a page over the finished runs: at most as many as it can tell apart, seed by seed."""
+    paths = [out / "comparison.md", out / "comparison.json"]
+    replace_text(paths[0], as_markdown(rows))
+    replace_text(paths[1], json.dumps({"note": NOTE, "arms": rows}, indent=1))
+    finished = [run.directory for run in runs if is_finished(run)][:MAX_RUNS]
+    if finished:
+        paths.append(out / "report.html")
+        write_page(finished, paths[-1])
+    return paths

@@ -1,0 +1,53 @@
+"""Run configurations with several seeds, one after the other, and tell what differs in the end, with intervals.
+
+python scripts/compare.py configs/quickstart.yaml --seeds 0 1 --out runs/compare \
+    --variant drgrpo:algorithm.normalize_by_std=false,algorithm.aggregation=constant --variant token:algorithm.aggregation=token
+
+Started again with the same arguments, it goes on where it was. Exit code 1: a run has failed, and the table is without it.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from grpo.console import errors_for_users
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="YAML files, such as those in configs/")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], metavar="N", help="run.seed of the runs; default: 0"
+    )
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME:SECTION.SETTING=VALUE,...",
+        help="each configuration with these overrides too, under this name",
+    )
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="SECTION.SETTING=VALUE", help="override in all runs"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the runs and the table go")
+    parser.add_argument(
+        "--launch", default="", metavar="OPTIONS", help='options of accelerate launch, such as "--num_processes 2"'
+    )
+    arguments = parser.parse_args()
+    with errors_for_users():
+        from grpo import compare
+
+        arms = compare.arms_of(arguments.configs, arguments.variant, arguments.set)
+        runs = compare.plan(arms, arguments.seeds, arguments.out)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(arguments.launch)]
+    compare.carry_out(runs, [*launcher, str(Path(__file__).with_name("train_zero.py"))])
+    rows = compare.compare(runs)
+    print(f"\n{compare.as_text(rows)}\n")
+    for path in compare.write(rows, runs, arguments.out):
+        print(path)
+    raise SystemExit(int(any(row["missing"] for row in rows)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Write a recipe for the GPUs you own: the ratios stay, sizes and lengths become what fits into memory and time.
+
+python scripts/scale_down.py --gpus 1 --gpu-memory 80 --model Qwen/Qwen2.5-1.5B --out my.yaml
+python scripts/scale_down.py --config configs/recipes/dapo-32b.yaml --gpus 8 --model Qwen/Qwen2.5-7B --hours 48 --out dapo.yaml
+
+No weights are loaded. What comes out is an estimate; `train_zero.py --dry-run` measures it.
+"""
+
+import argparse
+from pathlib import Path
+
+from grpo.console import errors_for_users
+
+PAPER = Path(__file__).parents[1] / "configs" / "r1_zero_paper.yaml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=PAPER, help="the recipe; default: configs/r1_zero_paper.yaml")
+    parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="only its configuration is read")
+    parser.add_argument("--gpus", type=_positive, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of each; default: %(default)s")
+    parser.add_argument(
+        "--gpu", choices=("a100", "h100", "h200"), default="h100", help="for the time; default: %(default)s"
+    )
+    parser.add_argument("--hours", type=float, default=24, metavar="H", help="for the whole run; default: %(default)s")
+    parser.add_argument(
+        "--max-tokens", type=_positive, default=2048, metavar="N", help="of a completion; default: %(default)s"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the YAML file to write")
+    arguments = parser.parse_args()
+    with errors_for_users():
+        from grpo import Config, scale
+        from grpo.prompts import load_table
+
+        if arguments.out.exists():
+            raise SystemExit(f"error: --out is {arguments.out}; it is there already. Remove it, or name another file.")
+        recipe = Config.load(arguments.config)
+        hardware = scale.Hardware(arguments.gpus, arguments.gpu_memory, arguments.gpu)
+        shape = scale.shape_of(arguments.model)
+        scaled = scale.scale_down(recipe, shape, hardware, max_tokens=arguments.max_tokens, hours=arguments.hours)
+        local = recipe.data.name is not None and Path(recipe.data.name).is_file()
+        rows = len(load_table(str(recipe.data.name), None, "train", "data.name")) if local else None
+        text = scale.as_yaml(
+            scaled, arguments.config, run_dir=f"runs/{arguments.out.stem}", out=arguments.out, num_questions=rows
+        )
+    arguments.out.write_text(text)
+    Config.load(arguments.out)
+    print(text)
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    main()

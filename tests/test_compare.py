@@ -1,0 +1,135 @@
+"""Several configurations and seeds: what is run, what is not run again, and the numbers of the table."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import ROOT, TINY, read_json, tiny_config
+
+from grpo import Trainer
+from grpo.compare import Arm, PlannedRun, arms_of, as_markdown, as_text, carry_out, compare, is_finished, plan, write
+from grpo.statistics import mean_of_few
+
+COMMAND = [sys.executable, str(ROOT / "tests" / "worker_compare.py")]
+DRGRPO = "drgrpo:algorithm.normalize_by_std=false,algorithm.aggregation=constant"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "base.yaml"
+    path.write_text(
+        tiny_config(
+            tmp_path, data={"eval_name": str(TINY / "test.jsonl")}, evaluation={"num_questions": 8}, run={"steps": 3}
+        ).to_yaml()
+    )
+    return path
+
+
+def planned(config: Path, out: Path, *seeds: int, variants: tuple[str, ...] = (), settings: tuple[str, ...] = ()):
+    return plan(arms_of([config], variants, settings), seeds, out)
+
+
+def test_a_mean_of_few_has_students_interval():
+    found = mean_of_few([0.4, 0.6])  # s = 0.1414; 12.706 * 0.1414 / sqrt(2) = 1.2706
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5 - 1.2706, 0.5 + 1.2706))
+    assert mean_of_few([1.0, 2.0, 3.0]).high == pytest.approx(2 + 4.303 / 3**0.5)  # s = 1
+    assert mean_of_few([0.5] * 40).low == 0.5
+
+
+def test_variants_are_arms_beside_each_configuration_and_commas_within_values_stay():
+    variant = "v:lora.rank=4,lora.target_modules=[q_proj, k_proj],rollout.stop=[a,b]"
+    one = arms_of([Path("x/a.yaml")], [variant], ["run.steps=3"])
+    settings = ("run.steps=3", "lora.rank=4", "lora.target_modules=[q_proj, k_proj]", "rollout.stop=[a,b]")
+    assert one == [Arm("a", Path("x/a.yaml"), ("run.steps=3",)), Arm("v", Path("x/a.yaml"), settings)]
+    two = arms_of([Path("a.yaml"), Path("b.yaml")], [variant], [])
+    assert [arm.name for arm in two] == ["a", "a-v", "b", "b-v"]
+
+
+@pytest.mark.parametrize(
+    ("variants", "settings", "seeds", "message"),
+    [
+        (["algorithm.kl_coef=0"], [], [0], "--variant is 'algorithm.kl_coef=0'; it reads NAME:section.setting=value"),
+        (["base:run.steps=3"], [], [0], "give the name 'base' twice"),
+        (["v:algorithm.nothing=3"], [], [0], "algorithm.nothing is not a setting"),
+        ([], ["run.seed=3"], [0], "run.seed=3 is set for base; a comparison sets run.dir, run.seed, run.resume itself"),
+        ([], ["evaluation.num_questions=0"], [0], "evaluation.num_questions is 0 in base"),
+        ([], [], [1, 1], "--seeds is [1, 1]"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_runs(
+    config: Path, tmp_path: Path, variants: list[str], settings: list[str], seeds: list[int], message: str
+):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan(arms_of([config], variants, settings), seeds, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_finished_runs_are_not_repeated_and_a_failed_one_does_not_end_the_others(config: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    runs = planned(config, out, 7, 0, variants=(DRGRPO,))
+    said: list[str] = []
+    carry_out(runs, COMMAND, say=said.append)
+    outcomes = [re.sub(r" after \d+ s", "", line) for line in said]
+    assert outcomes == [
+        f"1/4  base, seed 7: FAILED (1); see {out / 'base' / 'seed-7.log'}",
+        f"2/4  drgrpo, seed 7: FAILED (1); see {out / 'drgrpo' / 'seed-7.log'}",
+        "3/4  base, seed 0: finished",
+        "4/4  drgrpo, seed 0: finished",
+    ]
+    assert "seed 7 cannot be" in (out / "base" / "seed-7.log").read_text()
+    assert [row["missing"] for row in compare(runs)] == [[7], [7]]
+    again: list[str] = []
+    carry_out(runs[2:], ["false"], say=again.append)
+    assert again == ["1/2  base, seed 0: finished before", "2/2  drgrpo, seed 0: finished before"]
+    with pytest.raises(ValueError, match=r"the run there differs from the one asked for in algorithm.clip_high"):
+        planned(config, out, 0, settings=("algorithm.clip_high=0.3",))
+
+
+def test_the_table_has_the_numbers_of_the_answers(config: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    runs = planned(config, out, 0, 1, variants=(DRGRPO,))
+    carry_out(runs, COMMAND, say=lambda _: None)
+    base, variant = compare(runs)
+    assert base["by_seed"] == [2 / 8, 3 / 8]
+    assert base["accuracy"] == pytest.approx(5 / 16)
+    assert base["before"] == 1 / 8
+    assert base["over_seeds"] == [0.0, 1.0]  # 0.3125 -+ 12.706 * 0.0884 / sqrt(2) = 0.79, within what a share can be
+    assert 0 <= base["over_questions"][0] < 5 / 16 < base["over_questions"][1] < 0.7
+    assert base["length_right"] == 10
+    assert base["length_wrong"] == 30
+    assert base["length"] == (5 * 10 + 11 * 30) / 16
+    assert base["difference"] is None
+    assert variant["difference"]["value"] == pytest.approx((1 - 0.5 + 3) / 8)  # question 2 by a half, 3 to 5 by 1
+    assert variant["over_seeds"] == [0.75, 0.75]
+    assert (variant["seconds"], variant["entropy"]) == (30, 0.5)
+    text, markdown = as_text([base, variant]), as_markdown([base, variant])
+    assert text.splitlines()[2].split()[:4] == ["drgrpo", "2", "12.5", "75.0"]
+    assert "| drgrpo | 2 | 12.5 | 75.0 |" in markdown
+    assert "of 8 held-out questions" in markdown
+    paths = write([base, variant], runs, out)
+    assert read_json(out / "comparison.json")["arms"] == [base, variant]
+    assert [path.name for path in paths] == ["comparison.md", "comparison.json", "report.html"]
+
+
+def test_an_arm_without_a_finished_run_is_a_line_and_no_base_for_the_others(config: Path, tmp_path: Path):
+    runs = planned(config, tmp_path / "out", 0, variants=(DRGRPO,))
+    carry_out(runs[1:], COMMAND, say=lambda _: None)
+    rows = compare(runs)
+    assert rows[0] == {"arm": "base", "seeds": [], "missing": [0]}
+    assert rows[1]["difference"] is None
+    assert as_text(rows).splitlines()[1].split() == ["base", "0", "of", "1", *["-"] * 11]
+
+
+def test_a_run_of_the_trainer_is_finished_once_it_is_evaluated(config: Path, tmp_path: Path):
+    settings: dict[str, Any] = {"evaluation": {"num_questions": 2}, "run": {"steps": 1, "resume": "auto"}}
+    own = tiny_config(tmp_path / "run", data={"eval_name": str(TINY / "test.jsonl")}, **settings)
+    run = PlannedRun(Arm("own", config, ()), 0, tmp_path / "run", [], own)
+    assert not is_finished(run)
+    Trainer(own).train()
+    assert is_finished(run)
+    (row,) = compare([run])
+    assert row["questions"] == 2
+    assert row["by_seed"] == [row["accuracy"]]
+    assert row["over_seeds"] is None

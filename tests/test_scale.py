@@ -1,0 +1,186 @@
+"""A recipe for fewer GPUs: the ratios stay, the estimates are near what was measured, and what cannot work is refused."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import ROOT, TINY
+from transformers import Qwen2Config
+
+from grpo.config import Config
+from grpo.scale import (
+    GPUS,
+    Hardware,
+    Layout,
+    Shape,
+    Work,
+    as_yaml,
+    memory_gib,
+    memory_of,
+    phase_seconds,
+    scale_down,
+    shape_of,
+)
+
+PAPER = ROOT / "configs" / "r1_zero_paper.yaml"
+DAPO = ROOT / "configs" / "recipes" / "dapo-32b.yaml"
+HALF = Shape("0.5b", 494_032_768, 24, 896, 151_936, 24 * 2 * 2 * 64 * 2, 32_768)
+ONE_AND_A_HALF = Shape("1.5b", 1_543_714_304, 28, 1536, 151_936, 28 * 2 * 2 * 128 * 2, 32_768)
+THREE = Shape("3b", 3_085_938_688, 36, 2048, 151_936, 36 * 2 * 2 * 128 * 2, 32_768)
+SEVEN = Shape("7b", 7_615_616_512, 28, 3584, 152_064, 28 * 2 * 4 * 128 * 2, 32_768)
+
+
+def test_a_models_shape_is_read_from_its_configuration(tmp_path: Path):
+    """Qwen2.5-0.5B's; 494,032,768 weights, the embedding counted once."""
+    sizes = {"hidden_size": 896, "num_hidden_layers": 24, "intermediate_size": 4864, "vocab_size": 151_936}
+    heads = {"num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    Qwen2Config(**sizes, **heads, max_position_embeddings=32_768).save_pretrained(tmp_path)
+    shape = shape_of(str(tmp_path))
+    assert shape == Shape(str(tmp_path), *[getattr(HALF, name) for name in list(vars(HALF))[1:]])
+    assert shape_of(str(TINY / "model")).layers == 3
+    with pytest.raises(ValueError, match=r"--model is '.*nowhere'; there is no such directory"):
+        shape_of(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "gpus", "stage", "measured"),
+    [(HALF, 1, 2, 14.7), (ONE_AND_A_HALF, 1, 2, 41.3), (ONE_AND_A_HALF, 2, 2, 28.9), (ONE_AND_A_HALF, 2, 3, 29.5)],
+)
+def test_memory_is_within_a_tenth_of_what_docs_performance_measured(
+    shape: Shape, gpus: int, stage: int, measured: float
+):
+    """The fixed workload: 256 completions of 512 tokens after prompts of up to 199, passes of 32,768 tokens, a reference."""
+    layout = Layout(stage, offload=False, pass_tokens=32_768, sequences=256)
+    parts = memory_gib(shape, layout, gpus=gpus, reference=True, sequence_tokens=199 + 512, chunk_tokens=4096)
+    assert sum(parts.values()) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "prompts", "phases"),
+    [
+        (HALF, 32, {"rollout": 0.95, "logprobs": 0.34, "update": 1.36}),
+        (ONE_AND_A_HALF, 32, {"rollout": 1.66, "logprobs": 0.81, "update": 3.19}),
+        (HALF, 128, {"rollout": 128 * 8 * 512 / 252_000}),
+    ],
+)
+def test_time_is_within_a_fifth_of_what_docs_performance_measured(shape: Shape, prompts: int, phases: dict[str, float]):
+    lengths = {"prompt_tokens": 145, "mean_tokens": 512, "max_tokens": 512}
+    work = Work(prompts, prompts * 8, sequences=prompts * 8, num_forwards=1, **lengths)
+    found = phase_seconds(shape, GPUS["h200"], work)
+    assert sum(found[phase] for phase in phases) == pytest.approx(sum(phases.values()), rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "gpus", "memory"),
+    [(HALF, 1, 24), (HALF, 1, 80), (ONE_AND_A_HALF, 1, 80), (THREE, 1, 80), (SEVEN, 8, 80)],
+)
+def test_ratios_are_kept_and_it_fits_and_ends_in_time(shape: Shape, gpus: int, memory: float, tmp_path: Path):
+    paper = Config.load(PAPER)
+    scaled = scale_down(paper, shape, Hardware(gpus, memory, "h100"), max_tokens=2048, hours=24)
+    out = tmp_path / "my.yaml"
+    out.write_text(as_yaml(scaled, PAPER, run_dir="runs/my", out=out, num_questions=None))
+    config = Config.load(out)
+    algorithm = config.algorithm
+    assert algorithm == paper.algorithm  # 16 updates per rollout, a reference every 400 updates, which are 25 rollouts
+    assert config.rollout.group_size == 16
+    assert config.rollout.num_prompts == 16 * scaled.prompts_per_update
+    assert config.prompts_per_minibatch == scaled.prompts_per_update <= 32
+    assert config.run.steps % 25 == 0
+    assert 100 <= config.run.steps <= 650
+    assert config.rollout.max_completion_tokens == 2048
+    (changes,) = [each.points for each in config.schedules.values()]
+    assert list(changes.values()) == [1024, 2048]  # 32,768 : 65,536
+    assert max(changes) / config.optimizer_steps == pytest.approx(8200 / 10_400, abs=1e-3)
+    assert sum(memory_of(paper, shape, scaled.layout, gpus=gpus, max_tokens=2048).values()) <= 0.92 * memory
+    (hours,) = re.findall(r"^# Time    ([\d.]+) hours", out.read_text(), re.MULTILINE)
+    assert float(hours) <= 24
+
+
+def test_what_is_derived_has_its_reason_beside_it(tmp_path: Path):
+    scaled = scale_down(Config.load(PAPER), ONE_AND_A_HALF, Hardware(1, 80, "h100"), max_tokens=2048, hours=12)
+    text = as_yaml(scaled, PAPER, run_dir="runs/my", out=tmp_path / "my.yaml", num_questions=38_400)
+    before, after = yaml.safe_load(PAPER.read_text()), yaml.safe_load(text)
+    changed = [
+        name
+        for section, values in after.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+        if before.get(section, {}).get(name) != value
+    ]
+    for name in changed:
+        assert re.search(rf"^  {name}:(?: .*)? # \S", text, re.MULTILINE), name
+    questions = scaled.rollouts * 16 * scaled.prompts_per_update
+    assert f"{questions:,} questions, {16 * questions:,} completions; {questions / 38_400:.2f} epochs" in text
+
+
+def test_less_time_means_fewer_questions_per_update_and_then_fewer_rollouts():
+    found = [
+        scale_down(Config.load(PAPER), HALF, Hardware(1, 80, "h200"), max_tokens=1024, hours=hours)
+        for hours in (1000, 6, 1)
+    ]
+    assert (found[0].prompts_per_update, found[0].rollouts) == (32, 650)
+    sizes = [each.prompts_per_update for each in found]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(32 % size == 0 for size in sizes)
+    assert sizes[-1] < 32
+
+
+def test_another_recipe_scales_with_its_warm_up_and_its_overlong_buffer(tmp_path: Path):
+    recipe = Config.load(DAPO)
+    scaled = scale_down(recipe, ONE_AND_A_HALF, Hardware(1, 80, "h100"), max_tokens=2048, hours=24)
+    out = tmp_path / "dapo.yaml"
+    out.write_text(as_yaml(scaled, DAPO, run_dir="runs/dapo", out=out, num_questions=None))
+    config = Config.load(out)
+    assert "# overlong's buffer: the same share" in out.read_text()
+    assert config.rewards[1].args == {"buffer": 409}  # a fifth, as 4,096 of 20,480
+    assert config.optimizer.warmup_steps == round(160 * scaled.rollouts / 330)
+    assert config.algorithm == recipe.algorithm
+    assert scaled.rollouts >= 100
+
+
+@pytest.mark.parametrize(
+    ("shape", "hardware", "tokens", "hours", "parts"),
+    [
+        (
+            SEVEN,
+            Hardware(1, 80, "h100"),
+            2048,
+            24,
+            [
+                "--gpu-memory is 80; 7b with 7.62 billion weights needs",
+                "even with",
+                "offload_optimizer",
+                "Give more --gpus",
+            ],
+        ),
+        (
+            HALF,
+            Hardware(1, 80, "h100"),
+            32_000,
+            24,
+            ["--max-tokens is 32000", "knows 32768 positions", "Lower --max-tokens"],
+        ),
+        (
+            THREE,
+            Hardware(1, 80, "a100"),
+            2048,
+            0.5,
+            ["--hours is 0.5", "fewest rollouts", "100, take", "Give more --hours"],
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(shape: Shape, hardware: Hardware, tokens: int, hours: float, parts: list[str]):
+    with pytest.raises(ValueError, match=r".") as caught:
+        scale_down(Config.load(PAPER), shape, hardware, max_tokens=tokens, hours=hours)
+    for part in parts:
+        assert part in str(caught.value)
+    if "needs" in parts[0]:
+        (needed,) = re.findall(r"needs (\d+) GiB", str(caught.value))
+        assert int(needed) > hardware.memory_gib
+        assert math.isfinite(
+            scale_down(
+                Config.load(PAPER), shape, Hardware(1, int(needed) + 1, "h100"), max_tokens=tokens, hours=1000
+            ).rollouts
+        )

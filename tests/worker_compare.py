@@ -1,0 +1,30 @@
+"""Plays a training script: writes what a run leaves, with two right answers, or six without normalize_by_std; seed 7 fails."""
+
+import json
+import sys
+from pathlib import Path
+
+import yaml
+
+arguments = sys.argv[1:]
+settings = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text())
+for override in arguments[arguments.index("--set") + 1 :]:
+    name, _, value = override.partition("=")
+    section, setting = name.split(".")
+    settings[section][setting] = yaml.safe_load(value)
+run, steps = settings["run"], settings["run"]["steps"]
+if run["seed"] == 7:
+    raise SystemExit("seed 7 cannot be")
+directory = Path(run["dir"])
+(directory / "checkpoints" / f"step-{steps:08d}").mkdir(parents=True)
+(directory / "config.yaml").write_text(yaml.safe_dump(settings))
+num_right = 2 + run["seed"] if settings["algorithm"]["normalize_by_std"] else 6
+answers = [
+    {"step": step, "row": row, "sample": 0, "question": "?", "answer": "!", "completion": "", "finish_reason": "stop"}
+    | {"num_tokens": 10 if right else 30, "reward": float(right), "rewards": {"accuracy": float(right)}}
+    for step, count in ((0, 1), (steps, num_right))
+    for row, right in enumerate(row < count for row in range(8))
+]
+(directory / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+metrics = [{"step": steps, "eval/length_mean": 1.0, "time/step": 30.0, "policy/entropy": 0.5}]
+(directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
