@@ -1,4 +1,4 @@
-"""Several configurations, several seeds each: run them one after the other, and tell what differs in the end.
+"""Several configurations, several seeds each: run them, and tell what differs in the end.
 
     OUT/<arm>/seed-0/            the run;  seed-0.log beside it has what it printed
     OUT/comparison.md, .json     the table
@@ -13,16 +13,20 @@ from that of all runs there could be, on these questions?
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import fmean
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 from grpo.checkpoint import MAY_CHANGE, changed_setting, name_of
@@ -152,37 +156,68 @@ def is_finished(run: PlannedRun) -> bool:
     return any(row["step"] == steps and "eval/length_mean" in row for row in rows)
 
 
-def carry_out(runs: Sequence[PlannedRun], command: Sequence[str], *, say: Callable[[str], None] = print) -> None:
-    """Launch the runs that have not finished, one after the other; a failed one is told and does not end the others.
+def places(at_once: int) -> list[dict[str, str]]:
+    """What to add to the environment of each of so many runs at once: GPUs of its own. Those visible are dealt out evenly.
+
+    Raises:
+        ValueError: they cannot be.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    if at_once < 1 or len(gpus) % at_once:
+        raise ValueError(
+            f"--at-once is {at_once}; the {len(gpus)} GPUs cannot be dealt out evenly to so many runs. Set it to a divisor of "
+            f"{len(gpus)}, or CUDA_VISIBLE_DEVICES to a multiple of {at_once}."
+        )
+    each = len(gpus) // at_once
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each :][:each])} if gpus else {} for i in range(at_once)]
+
+
+def carry_out(
+    runs: Sequence[PlannedRun],
+    command: Sequence[str],
+    *,
+    at: Sequence[dict[str, str]] = ({},),
+    say: Callable[[str], None] = print,
+) -> None:
+    """Launch the runs that have not finished; a failed one is told and does not end the others.
+
+    A Ctrl-C goes to the runs under way too, which then save where they stand; no other is begun.
 
     Args:
         command: what starts a training script, up to its options.
+        at: what to add to the environment of a run; as many run at once.
     """
-    for number, run in enumerate(runs, 1):
+    free: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for place in at:
+        free.put(place)
+
+    def launch(number: int, run: PlannedRun) -> None:
         what = f"{number}/{len(runs)}  {run.arm.name}, seed {run.seed}"
         if is_finished(run):
-            say(f"{what}: finished before")
-            continue
-        began = time.monotonic()
-        code = _launch([*command, "--config", str(run.arm.config), "--set", *run.settings], run.log)
-        outcome = (
-            "finished" if is_finished(run) else f"stopped ({code})" if code == EXIT_STOPPED else f"FAILED ({code})"
-        )
-        say(
-            f"{what}: {outcome} after {time.monotonic() - began:.0f} s"
-            + ("" if is_finished(run) else f"; see {run.log}")
-        )
+            return say(f"{what}: finished before")
+        began, place = time.monotonic(), free.get()
+        code = _launch([*command, "--config", str(run.arm.config), "--set", *run.settings], run.log, place)
+        free.put(place)
+        stopped = f"stopped ({code})" if code == EXIT_STOPPED else f"FAILED ({code})"
+        outcome, hint = ("finished", "") if is_finished(run) else (stopped, f"; see {run.log}")
+        return say(f"{what}: {outcome} after {time.monotonic() - began:.0f} s{hint}")
 
-
-def _launch(command: list[str], log: Path) -> int:
-    """The exit code. A Ctrl-C goes to the run too, which then saves where it stands."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+    with ThreadPoolExecutor(len(at)) as pool:
+        under_way = [pool.submit(launch, number, run) for number, run in enumerate(runs, 1)]
         try:
-            return process.wait()
+            for each in under_way:
+                each.result()
         except KeyboardInterrupt:
-            process.wait()
+            pool.shutdown(cancel_futures=True)
             raise
+
+
+def _launch(command: list[str], log: Path, place: dict[str, str]) -> int:
+    """The exit code."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | place).returncode
 
 
 def compare(runs: Sequence[PlannedRun]) -> list[Row]:

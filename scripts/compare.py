@@ -1,4 +1,4 @@
-"""Run configurations with several seeds, one after the other, and tell what differs in the end, with intervals.
+"""Run configurations with several seeds, and tell what differs in the end, with intervals.
 
 python scripts/compare.py configs/quickstart.yaml --seeds 0 1 --out runs/compare \
     --variant drgrpo:algorithm.normalize_by_std=false,algorithm.aggregation=constant --variant token:algorithm.aggregation=token
@@ -34,14 +34,19 @@ def main() -> None:
     parser.add_argument(
         "--launch", default="", metavar="OPTIONS", help='options of accelerate launch, such as "--num_processes 2"'
     )
+    parser.add_argument(
+        "--at-once", type=int, default=1, metavar="N", help="runs at once, each on its share of the GPUs; default: 1"
+    )
     arguments = parser.parse_args()
     with errors_for_users():
         from grpo import compare
 
         arms = compare.arms_of(arguments.configs, arguments.variant, arguments.set)
         runs = compare.plan(arms, arguments.seeds, arguments.out)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(arguments.launch)]
-    compare.carry_out(runs, [*launcher, str(Path(__file__).with_name("train_zero.py"))])
+        at = compare.places(arguments.at_once)
+    options = ["--main_process_port", "0", *shlex.split(arguments.launch)]  # 0: one that is free
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *options]
+    compare.carry_out(runs, [*launcher, str(Path(__file__).with_name("train_zero.py"))], at=at)
     rows = compare.compare(runs)
     print(f"\n{compare.as_text(rows)}\n")
     for path in compare.write(rows, runs, arguments.out):

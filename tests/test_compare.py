@@ -9,7 +9,19 @@ import pytest
 from helpers import ROOT, TINY, read_json, tiny_config
 
 from grpo import Trainer
-from grpo.compare import Arm, PlannedRun, arms_of, as_markdown, as_text, carry_out, compare, is_finished, plan, write
+from grpo.compare import (
+    Arm,
+    PlannedRun,
+    arms_of,
+    as_markdown,
+    as_text,
+    carry_out,
+    compare,
+    is_finished,
+    places,
+    plan,
+    write,
+)
 from grpo.statistics import mean_of_few
 
 COMMAND = [sys.executable, str(ROOT / "tests" / "worker_compare.py")]
@@ -64,6 +76,21 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
     with pytest.raises(ValueError, match=re.escape(message)):
         plan(arms_of([config], variants, settings), seeds, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_at_once_have_gpus_of_their_own(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    at = places(2)
+    assert at == [{"CUDA_VISIBLE_DEVICES": "4,5"}, {"CUDA_VISIBLE_DEVICES": "6,7"}]
+    with pytest.raises(ValueError, match="--at-once is 3; the 4 GPUs cannot be dealt out evenly"):
+        places(3)
+    runs = planned(config, tmp_path / "out", 8, variants=(DRGRPO,))
+    carry_out(runs, COMMAND, at=at, say=lambda line: None)
+    assert all(is_finished(run) for run in runs)
+    assert sorted(run.log.read_text() for run in runs) == ["GPUs 4,5\n", "GPUs 6,7\n"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert places(2) == [{}, {}]
 
 
 def test_finished_runs_are_not_repeated_and_a_failed_one_does_not_end_the_others(config: Path, tmp_path: Path):
