@@ -1,7 +1,7 @@
 """Several configurations, several seeds each: run them, and tell what differs in the end.
 
     OUT/<arm>/seed-0/            the run;  seed-0.log beside it has what it printed
-    OUT/comparison.md, .json     the table
+    OUT/comparison.md, .json     the table;  comparison.png  curves, the mean over each arm's seeds
     OUT/report.html              the runs' curves
 
 An arm is a configuration with its overrides; the others are compared with the first one. Runs resume: what has finished is not
@@ -31,8 +31,8 @@ import yaml
 
 from grpo.checkpoint import MAY_CHANGE, changed_setting, name_of
 from grpo.config import Config, as_override
-from grpo.evaluate import by_question, columns_of, is_right
-from grpo.report import write_page
+from grpo.evaluate import by_question, columns_of, is_right, verdict_name
+from grpo.report import plot_arms, write_page
 from grpo.report.read import MAX_RUNS
 from grpo.sinks import read_jsonl
 from grpo.statistics import Estimate, Values, estimate, mean_of_few
@@ -286,9 +286,11 @@ def _ends(found: Estimate) -> list[float]:
 def _the_rest(runs: Sequence[PlannedRun]) -> Row:
     """Means over all final answers of all runs; entropy and time are means over runs."""
     answers = [row for run in runs for row in _final(run)]
+    verdict = verdict_name(answers[0]["rewards"])
     steps = [[row for row in read_jsonl(run.directory / "metrics.jsonl") if "time/step" in row] for run in runs]
     return {
         "before": fmean(_before(run) for run in runs),
+        "sampled": fmean(row[f"reward/{verdict}"] for rows in steps for row in rows if f"reward/{verdict}" in row),
         "length": _length(answers),
         "length_right": _length(row for row in answers if is_right(row) is True),
         "length_wrong": _length(row for row in answers if is_right(row) is False),
@@ -312,6 +314,7 @@ COLUMNS = (
     "arm",
     "seeds",
     "before",
+    "sampled",
     "accuracy",
     "over questions",
     "over seeds",
@@ -336,6 +339,7 @@ def cells(row: Row) -> list[str]:
         row["arm"],
         seeds,
         f"{100 * row['before']:.1f}",
+        f"{100 * row['sampled']:.1f}",
         f"{100 * row['accuracy']:.1f}",
         _range(row["over_questions"]),
         "-" if row["over_seeds"] is None else _range(row["over_seeds"]),
@@ -368,20 +372,24 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 NOTE = (
-    "Percent right of {questions} held-out questions after the last step, the mean over seeds, and before the first. Intervals "
-    "are of 95 %: over questions by bootstrap (other questions, the same models), over seeds by Student's t (other runs, the "
-    "same questions). Against the first: the difference, question by question, over questions. Tokens: of held-out answers, of "
-    "all, of right and of wrong ones. Entropy: of the last training step. Minutes: of training steps."
+    "Accuracy: percent right of {questions} held-out questions after the last step, the mean over seeds. Before: before the "
+    "first step. Sampled: of the completions sampled in all of training, so more is sooner. Intervals are of 95 %: over "
+    "questions by bootstrap (other questions, the same models), over seeds by Student's t (other runs, the same questions). "
+    "Against the first: the difference, question by question, over questions. Tokens: of held-out answers, of all, of right "
+    "and of wrong ones. Entropy: of the last training step. Minutes: of training steps."
 )
 
 
 def write(rows: Sequence[Row], runs: Sequence[PlannedRun], out: Path) -> list[Path]:
-    """The table as Markdown and JSON, and a page over the finished runs: at most as many as it can tell apart, seed by seed."""
+    """The table as Markdown and JSON, curves, and a page over the finished runs: as many as it can tell apart, seed by seed."""
     paths = [out / "comparison.md", out / "comparison.json"]
     replace_text(paths[0], as_markdown(rows))
     replace_text(paths[1], json.dumps({"note": NOTE, "arms": rows}, indent=1))
-    finished = [run.directory for run in runs if is_finished(run)][:MAX_RUNS]
+    finished = [run for run in runs if is_finished(run)]
     if finished:
-        paths.append(out / "report.html")
-        write_page(finished, paths[-1])
+        arms: dict[str, list[Path]] = {}
+        for run in finished:
+            arms.setdefault(run.arm.name, []).append(run.directory)
+        paths += [plot_arms(arms, out / "comparison.png"), out / "report.html"]
+        write_page([run.directory for run in finished][:MAX_RUNS], paths[-1])
     return paths

@@ -131,13 +131,15 @@ def test_the_table_has_the_numbers_of_the_answers(config: Path, tmp_path: Path):
     assert variant["difference"]["value"] == pytest.approx((1 - 0.5 + 3) / 8)  # question 2 by a half, 3 to 5 by 1
     assert variant["over_seeds"] == [0.75, 0.75]
     assert (variant["seconds"], variant["entropy"]) == (30, 0.5)
+    assert variant["sampled"] == pytest.approx(0.2)  # over steps 1 to 3
     text, markdown = as_text([base, variant]), as_markdown([base, variant])
-    assert text.splitlines()[2].split()[:4] == ["drgrpo", "2", "12.5", "75.0"]
-    assert "| drgrpo | 2 | 12.5 | 75.0 |" in markdown
+    assert text.splitlines()[2].split()[:5] == ["drgrpo", "2", "12.5", "20.0", "75.0"]
+    assert "| drgrpo | 2 | 12.5 | 20.0 | 75.0 |" in markdown
     assert "of 8 held-out questions" in markdown
     paths = write([base, variant], runs, out)
     assert read_json(out / "comparison.json")["arms"] == [base, variant]
-    assert [path.name for path in paths] == ["comparison.md", "comparison.json", "report.html"]
+    assert [path.name for path in paths] == ["comparison.md", "comparison.json", "comparison.png", "report.html"]
+    assert (out / "comparison.png").stat().st_size > 10_000
 
 
 def test_an_arm_without_a_finished_run_is_a_line_and_no_base_for_the_others(config: Path, tmp_path: Path):
@@ -146,7 +148,7 @@ def test_an_arm_without_a_finished_run_is_a_line_and_no_base_for_the_others(conf
     rows = compare(runs)
     assert rows[0] == {"arm": "base", "seeds": [], "missing": [0]}
     assert rows[1]["difference"] is None
-    assert as_text(rows).splitlines()[1].split() == ["base", "0", "of", "1", *["-"] * 11]
+    assert as_text(rows).splitlines()[1].split() == ["base", "0", "of", "1", *["-"] * 12]
 
 
 def test_a_run_of_the_trainer_is_finished_once_it_is_evaluated(config: Path, tmp_path: Path):

@@ -38,5 +38,9 @@ answers = [
     for row, right in enumerate(row < count for row in range(8))
 ]
 (directory / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
-metrics = [{"step": steps, "eval/length_mean": 1.0, "time/step": 30.0, "policy/entropy": 0.5}]
+metrics = [
+    {"step": step, "reward/accuracy": step / 10, "time/step": 10.0, "policy/entropy": 0.5}
+    for step in range(1, steps + 1)
+]
+metrics[-1]["eval/length_mean"] = 1.0
 (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))

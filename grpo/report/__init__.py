@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from grpo.report.figures import plot_curves, save_figures
+from grpo.report.figures import plot_arms, plot_curves, save_figures
 from grpo.report.page import write_page
 
-__all__ = ["at_the_end", "check_places", "plot_curves", "save_figures", "write_page"]
+__all__ = ["at_the_end", "check_places", "plot_arms", "plot_curves", "save_figures", "write_page"]
 
 COMPLETIONS_AT_THE_END = 4_000
 """Of each kind, so that a run does not wait for its page; scripts/report.py writes one with more."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
+from itertools import chain, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +93,50 @@ def save_figures(run_dirs: list[Path], directory: Path, *, suffix: str) -> list[
             plt.close(figure)
             paths.append(path)
     return paths
+
+
+def plot_arms(arms: Mapping[str, Sequence[Path]], path: Path) -> Path:
+    """Draw over training what tells algorithms apart: the mean over each arm's runs, and the runs pale beneath it."""
+    plt = _pyplot()
+    runs = {arm: [*chain(*(read_runs([each], max_completions=0) for each in own))] for arm, own in arms.items()}
+    verdict = next(iter(runs.values()))[0].verdict
+    names = {f"reward/{verdict}": f"{verdict}, sampled", **OF_ARMS}
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 3, figsize=(10, 5), layout="constrained")
+        for axis, (name, title) in zip(axes.flat, names.items(), strict=True):
+            for (arm, own), color in zip(runs.items(), cycle(COLORS)):
+                series = [_series(run, name) for run in own]
+                for steps, values in series if len(own) > 1 else []:
+                    axis.plot(steps, values, color=color, alpha=0.15, linewidth=0.6)
+                steps, values = _mean(series)
+                axis.plot(steps, smooth(steps, values, sigma=max(1.0, len(steps) / 50)), color=color, label=arm)
+            axis.set_title(title)
+            axis.set_xlabel("step")
+            axis.margins(x=0.01)
+            axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
+        figure.savefig(path, dpi=140)
+        plt.close(figure)
+    return path
+
+
+OF_ARMS = {
+    "completion/length_right": "Tokens of right completions",
+    "completion/length_wrong": "Tokens of wrong completions",
+    "policy/entropy": "Entropy (nats)",
+    "group/with_signal": "Groups with signal",
+    "time/step": "Seconds per step",
+}
+"""What is drawn beside the verdict, and its title."""
+
+
+def _mean(series: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and the mean of the values, over those runs that have one."""
+    values: dict[float, list[float]] = {}
+    for steps, each in series:
+        for step, value in zip(steps, each, strict=True):
+            values.setdefault(step, []).append(value)
+    return np.array(sorted(values)), np.array([np.mean(values[step]) for step in sorted(values)])
 
 
 def _pyplot() -> Any:

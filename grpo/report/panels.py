@@ -63,7 +63,8 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
                 for name in names
                 if re.fullmatch(r"eval/(pass|cons)@\d+", name)
             ),
-            Panel("Groups with signal", ["group/with_signal"]),
+            Panel("Groups with signal", ["group/with_signal", "batch/with_signal"]),
+            Panel("Reward of the batch", ["batch/reward_mean"]),
             Panel("Spread of rewards", ["reward/std"]),
         ],
         "How does it write?": [
@@ -87,6 +88,8 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
             Panel("Learning rate", ["optimizer/learning_rate"]),
             Panel("Mean ratio", ["policy/ratio_mean"]),
             Panel("Largest ratio", ["policy/ratio_max"]),
+            Panel("Importance weights", ["policy/importance_mean"]),
+            Panel("Bounded weights", ["policy/importance_bounded"]),
             Panel("Unknown rewards", ["reward/unknown"]),
             Panel("Updates left out", ["optimizer/skipped"]),
             Panel("Alarms", ["watchdog/alarms"]),
@@ -108,6 +111,7 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
                 "GiB",
                 alone=["memory/rollout", "memory/scoring", "memory/logprobs", "memory/update"],
             ),
+            Panel("Groups sampled", ["group/sampled", "group/replaced", "group/surplus"]),
             Panel("Places in use", ["rollout/occupancy"]),
         ],
     }
