@@ -35,7 +35,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -93,8 +93,8 @@ class RolloutConfig(Section):
     this multiple of num_prompts questions was sampled in the step; see grpo/dynamic_sampling.py. 1: num_prompts questions,
     whatever their rewards. Raising it fills more batches with signal and costs rollout time."""
     signal_from: str | None = None
-    """Name of the reward whose values must differ in a group that dynamic sampling takes. null: `accuracy` if there is one, else
-    the first. Choosing by a reward for length or form fills batches with groups that teach only that."""
+    """Name of the reward whose values must differ in a group that dynamic sampling takes. null: `accuracy`, or else the first, of
+    those with a weight. Choosing by a reward for length or form fills batches with groups that teach only that."""
     max_completion_tokens: PositiveInt = 1024
     """Where sampling is cut off; such a completion has finish_reason "length"."""
     temperature: PositiveFloat = 1.0
@@ -194,7 +194,7 @@ class AlgorithmConfig(Section):
     """Per-token KL estimator; see grpo/loss.py. The paper's is k3."""
     kl_in: Literal["loss", "reward"] = "loss"
     """loss: a term of its own for every token. reward: each completion's sum of k1 is subtracted from its reward, before the
-    advantage. With normalize_by_std it is all the signal of a group whose other rewards are equal, and counts as much."""
+    advantage."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of a bonus for the entropy of the next-token distribution, of every token. Raising it keeps the policy exploring;
     too much of it makes noise of the completions."""
@@ -441,10 +441,10 @@ class Config(Section):
             raise ValueError("\n".join(_explain(detail) for detail in error.errors())) from None
         _check_schedules(self)
         _check_combinations(self)
-        for setting, schedule in self.schedules.items():
-            for step in schedule.points:
-                if self.rollout.engine == "vllm" and setting == "rollout.temperature":
-                    _check_vllm_sampling(self.at(step))
+        for stage in self._stages():
+            _check_rewards(stage)
+            if self.rollout.engine == "vllm":
+                _check_vllm_sampling(stage)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -470,6 +470,15 @@ class Config(Section):
             value = schedule.at(optimizer_step)
             setattr(section, name, round(value) if is_whole else value)
         return config
+
+    def _stages(self) -> list[Config]:
+        """The settings where a schedule changes; without any, those of the whole run."""
+        return [self.at(step) for step in sorted({0}.union(*(schedule.points for schedule in self.schedules.values())))]
+
+    @property
+    def completion_limits(self) -> list[int]:
+        """Every rollout.max_completion_tokens of the run, or both ends where it changes gradually."""
+        return [stage.rollout.max_completion_tokens for stage in self._stages()]
 
     def scheduled_values(self) -> dict[str, float]:
         """Of the settings that follow a schedule, what they are in this configuration."""
@@ -584,20 +593,42 @@ class Config(Section):
                 f"{self.prompts_per_minibatch * rollout.group_size} completions each)",
                 *refreshes,
                 *self._without_ratio(),
+                *self._without_restraint(),
+                *self._never_reached(),
                 *low_rate,
                 *(dynamic if most > questions else []),
                 f"questions in all       {questions:,} = {questions / num_rows:.2f} epochs of {num_rows:,}",
             ]
         )
 
+    def _never_reached(self) -> list[str]:
+        """Of schedules, what lies beyond the end of the run, as it does in a trial of a few steps."""
+        last = self.optimizer_steps - 1
+        late = {name: max(each.points) for name, each in self.schedules.items() if max(each.points) > last}
+        return [
+            f"schedule               {name} changes at optimizer step {step}, after the end of this run"
+            for name, step in late.items()
+        ]
+
     def _without_ratio(self) -> list[str]:
         """That the ratio is 1 in every update, for whoever has set what becomes of it."""
         default = AlgorithmConfig.model_fields
-        names = [name for name in OF_THE_RATIO if getattr(self.algorithm, name) != default[name].default]
+        names = [
+            name
+            for name in OF_THE_RATIO
+            if getattr(self.algorithm, name) != default[name].default or f"algorithm.{name}" in self.schedules
+        ]
         if self.updates_per_rollout > 1 or not names:
             return []
         settings = ", ".join(f"algorithm.{name}" for name in names)
         return [f"strictly on-policy     the ratio is 1 in the only update of a rollout; no effect: {settings}"]
+
+    def _without_restraint(self) -> list[str]:
+        if not self.kl_in_loss or self.algorithm.kl_estimator != "k1":
+            return []
+        return [
+            "k1 in the loss         measures the KL and restrains nothing: its expected gradient is 0; see algorithm.kl_in"
+        ]
 
     def check_world_size(self, world_size: int) -> None:
         if self.rollout.num_prompts < world_size:
@@ -634,11 +665,6 @@ def _check_schedules(config: Config) -> None:
             raise ValueError(
                 f"schedules.{setting}.points is {schedule.points}; it says what holds from step 0 on and where it changes. "
                 "Give a value for 0 and at least one more."
-            )
-        if steps[-1] >= config.optimizer_steps:
-            raise ValueError(
-                f"schedules.{setting}.points has step {steps[-1]}; the run has {config.optimizer_steps} optimizer steps "
-                "(run.steps * algorithm.num_minibatches * num_epochs) and would never come there. Remove it, or raise run.steps."
             )
         for step, value in schedule.points.items():
             try:
@@ -693,10 +719,6 @@ def _check_combinations(config: Config) -> None:
             f"evaluation.num_samples is {config.evaluation.num_samples}; it has no effect while evaluation.num_questions is 0. "
             "Remove it, or set evaluation.num_questions."
         )
-    if any(reward.function == VOTE and reward.weight for reward in config.rewards):
-        raise ValueError(
-            f"rewards has {VOTE!r} with a weight; its values are names of answers and no rewards. Give it weight 0."
-        )
     if config.evaluation.temperature == 0 and config.evaluation.num_samples > 1:
         raise ValueError(
             f"evaluation.num_samples is {config.evaluation.num_samples}; at evaluation.temperature 0 all answers to a "
@@ -722,14 +744,7 @@ def _check_combinations(config: Config) -> None:
             f"data.system_prompt is {config.data.system_prompt!r}; only the chat template has a system message, and "
             f"data.template is {config.data.template!r}. Remove data.system_prompt or set data.template to chat."
         )
-    if not any(reward.weight for reward in config.rewards):
-        raise ValueError(
-            f"rewards is {[reward.function for reward in config.rewards]} without any weight; at least one reward must "
-            "count for something. Give one of them a weight other than 0."
-        )
     _check_engine_settings(config)
-    if rollout.engine == "vllm":
-        _check_vllm_sampling(config)
 
 
 TASK_PREFIX = "reasoning_gym:"
@@ -762,6 +777,18 @@ def _check_question_template(data: DataConfig) -> None:
         raise ValueError(
             f"data.question_column is {data.question_column!r}; it has no effect beside data.question_template, which names its "
             f"columns itself. Write {{{data.question_column}}} there, and remove data.question_column."
+        )
+
+
+def _check_rewards(config: Config) -> None:
+    if any(reward.function == VOTE and reward.weight for reward in config.rewards):
+        raise ValueError(
+            f"rewards has {VOTE!r} with a weight; its values are names of answers and no rewards. Give it weight 0."
+        )
+    if not any(reward.weight for reward in config.rewards):
+        raise ValueError(
+            f"rewards is {[reward.function for reward in config.rewards]} without any weight; at least one reward must "
+            "count for something, throughout the run. Give one of them a weight other than 0."
         )
 
 
@@ -822,6 +849,11 @@ def _check_objective(algorithm: AlgorithmConfig) -> None:
                 f"algorithm.{name} is {getattr(algorithm, name)!r}; there is no KL, because algorithm.kl_coef is 0. Remove it, "
                 "or set algorithm.kl_coef > 0."
             )
+    if algorithm.kl_in == "reward" and algorithm.normalize_by_std:
+        raise ValueError(
+            "algorithm.kl_in is 'reward'; divided by the standard deviation the KL would be as large as any reward in every "
+            "group that is all right or all wrong, however small kl_coef is. Set algorithm.normalize_by_std to false."
+        )
     if algorithm.kl_in == "reward" and algorithm.kl_estimator != "k1":
         raise ValueError(
             f"algorithm.kl_estimator is {algorithm.kl_estimator!r}; in the reward only k1 has the gradient of the KL. Set "
@@ -834,10 +866,11 @@ def _check_objective(algorithm: AlgorithmConfig) -> None:
                 "that to truncate or mask, or remove it."
             )
     low, high = algorithm.importance_low or 0.0, algorithm.importance_high
-    if algorithm.importance != "none" and (high is None or high <= low):
+    if algorithm.importance != "none" and (high is None or not low < 1 < high):
         raise ValueError(
-            f"algorithm.importance_high is {high}; with algorithm.importance {algorithm.importance} weights need an upper bound, "
-            f"above importance_low ({low:g}). Set it, such as to 2 (TIS) or 5 (IcePop)."
+            f"algorithm.importance_high is {high} and importance_low {low:g}; with algorithm.importance {algorithm.importance} "
+            "they are bounds of a weight that is 1 where nothing is wrong, so 1 must lie between them. Set them, such as to 2 "
+            "and null (TIS), or 5 and 0.5 (IcePop)."
         )
 
 

@@ -95,11 +95,14 @@ def training_rows(
     step: int, groups: list[Group], scores: Scores, advantages: Tensor, *, in_batch: Tensor
 ) -> list[dict[str, Any]]:
     """The same of a training step, with the step, the advantages (P, G), of which that of an unknown reward is 0, and whether the
-    group is in the batch (P,) or dynamic sampling left it out."""
+    group is in the batch (P,); of one that dynamic sampling left out, the advantage is None."""
     known = advantages.nan_to_num().flatten().tolist()
     used = in_batch.repeat_interleave(advantages.shape[1]).tolist()
     rows = zip(completion_rows(groups, scores), known, used, strict=True)
-    return [{"step": step, **row, "advantage": advantage, "in_batch": each} for row, advantage, each in rows]
+    return [
+        {"step": step, **row, "advantage": advantage if each else None, "in_batch": each}
+        for row, advantage, each in rows
+    ]
 
 
 def verdict_name(names: Iterable[str]) -> str:

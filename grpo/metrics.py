@@ -25,9 +25,9 @@ METRICS = {
     "reward/std": "standard deviation of the same rewards over the step",
     "reward/<function>": "mean of that function's unweighted value over the sampled completions it gave a verdict on",
     "reward/unknown": 'share of completions whose reward is unknown ("can\'t tell"); they are not trained on',
-    "group/with_signal": "share of the sampled groups whose known rewards are not all equal; only they move the policy",
+    "group/with_signal": "share of the sampled groups whose known rewards are not all equal; others do nothing in the surrogate",
     "group/sampled": "groups that were sampled; this and the next six only with rollout.max_oversampling above 1",
-    "group/replaced": "of them, those with no signal in rollout.signal_from that other groups took the place of",
+    "group/replaced": "of them, those with no signal in rollout.signal_from that are not in the batch",
     "group/surplus": "of them, those with that signal that the batch had no room for",
     "completion/dropped_tokens": "completion tokens of the replaced and the surplus groups, which nothing is trained on",
     "rollout/draws": "times that the step sampled before its batch was full, or rollout.max_oversampling was reached",
@@ -45,7 +45,7 @@ METRICS = {
     "aha/<list>_per_1k_<kind>": "that rate of `right` or `wrong` completions that ended by themselves, and of `truncated` ones",
     "aha/<list>_share_<kind>": "that share of the same",
     "policy/entropy": "mean over trained tokens of the entropy of the policy's next-token distribution, in nats",
-    "policy/kl": "mean over trained tokens of the KL estimator between policy and reference, in nats",
+    "policy/kl": "mean over trained tokens of the KL estimator between policy and reference; in the reward, before the update",
     "policy/ratio_mean": "mean over trained tokens of pi / pi_old, or of their completion's; 1 when every update is on-policy",
     "policy/ratio_max": "largest of these ratios",
     "policy/clip_fraction": "share of trained tokens whose surrogate (or, with algorithm.clip weight, ratio) is at a bound",
@@ -55,18 +55,18 @@ METRICS = {
     "policy/importance_max": "largest of these weights",
     "policy/importance_bounded": "share of trained tokens whose weight was beyond a bound, and was truncated or masked",
     "policy/selected": "share of trained tokens whose surrogate counts, because their entropy is among the highest",
-    "policy/kl_penalty": "mean over completions of what the KL takes from their reward, with algorithm.kl_in reward",
+    "policy/kl_penalty": "mean over the batch's completions of what the KL takes from their reward, with algorithm.kl_in reward",
     "policy/sampling_gap": "mean over trained tokens of |log-probability in the trainer - when sampled|, before an update",
     "policy/sampling_gap_max": "largest of these gaps",
-    "optimizer/loss": "mean over the step's optimizer steps of the loss (surrogate and KL term, over all processes)",
+    "optimizer/loss": "mean over the step's optimizer steps of the loss, with what it has of KL and entropy, over all processes",
     "optimizer/grad_norm": "mean over the step's optimizer steps of the gradient's global L2 norm before clipping",
     "optimizer/learning_rate": "learning rate of the step's last optimizer step",
     "optimizer/steps": "optimizer steps since the start of the run",
     "optimizer/skipped": "optimizer steps left out because loss or gradient was not finite; they count in no loss and no norm",
-    "rollout/slots": "most completions that a process of the native engine sampled at once; mean over processes",
-    "rollout/kv_gib": "GiB that a process of the native engine holds for keys and values; mean over processes",
+    "rollout/slots": "most completions that a process of the native engine sampled at once; mean over processes and draws",
+    "rollout/kv_gib": "GiB that a process of the native engine holds for keys and values; mean over processes and draws",
     "rollout/occupancy": "share of the native engine's decoded places (slots x decoding steps) that gave a token of a completion",
-    "rollout/preempted": "completions that the native engine set aside for want of memory and took up again; mean over processes",
+    "rollout/preempted": "completions that the native engine set aside for want of memory; mean over processes and draws",
     "batch/padding": "share of forward passes that a process ran without work, to keep in step with the others",
     "batch/shared": "share of the tokens of prompts and completions that need no pass, because completions share their prompt",
     "batch/imbalance": "share of the update's passes that the processes would wait for the fullest, if time were tokens",
@@ -101,8 +101,9 @@ METRICS = {
 }
 """Formula of each metric. `<function>` stands for the name of a reward function; `<list>` for that of a word list: `reflection`,
 `verification`, `backtracking`, `subgoals`, or one of logging.reflection_words. Right is a verdict of 1, of the reward `accuracy`
-if there is one, else the first. Trained tokens are those of completions with a known reward in groups of the batch; where the
-others make no gradient and no pass reads them (Config.every_token_counts), only of those whose advantage is not 0, if any."""
+if there is one, else the first. Trained tokens are those of completions with a known reward in groups of the batch, less
+what algorithm.filter_truncated leaves out; where the others make no gradient and no pass reads them
+(Config.every_token_counts), only of those whose advantage is not 0, if any."""
 
 
 @dataclass

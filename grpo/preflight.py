@@ -441,7 +441,7 @@ def examine(trainer: Trainer, *, num_questions: int, templates: Sequence[str] | 
         templates: the others to try; None: all there are, if the configured one is refused.
     """
     started = time.perf_counter()
-    config, prompts = trainer.config, trainer.prompts.prompts
+    config, prompts = trainer.config.at(0), trainer.prompts.prompts
     num_questions = min(num_questions, len(prompts))
     order = PromptOrder(prompts, seed=config.run.seed, rank=0, world_size=1)
     questions = order.draw(num_questions)  # the first that training will see
@@ -474,7 +474,7 @@ def rebuilt(trainer: Trainer, prompts: list[Prompt], template: str) -> list[Prom
 
 def try_template(trainer: Trainer, prompts: list[Prompt], template: str, *, num_too_long: int = 0) -> Trial:
     """Answer and score prompts, shared out over the processes."""
-    config, processes, scorer = trainer.config, trainer.processes, trainer.scorer
+    config, processes, scorer = trainer.config.at(0), trainer.processes, trainer.scorer
     mine = prompts[processes.rank :: processes.world_size]
     scorer.conversational, configured = template == "chat", scorer.conversational
 

@@ -145,6 +145,17 @@ class Scorer:
         num = len(self._checkers)
         return [next((r for r in reasons[i * num : (i + 1) * num] if r is not None), None) for i in range(len(rows))]
 
+    def check_limits(self, limits: Iterable[int]) -> None:
+        """See that every function can work with these limits of a completion, in tokens.
+
+        Raises:
+            ValueError: what a function's `check_limit` attribute raises; it is given a limit and the reward's `args`.
+        """
+        for reward in self.rewards:
+            check = getattr(reward.function, "check_limit", lambda limit, **args: None)
+            for limit in limits:
+                check(limit, **reward.args)
+
     def notices(self) -> list[str]:
         """What the functions want said before they are used: the texts that their `notice` attributes return."""
         texts = [reward.function.notice() for reward in self.rewards if hasattr(reward.function, "notice")]

@@ -106,6 +106,7 @@ class Trainer:
         )
         self.signal_from = _signal_from(config, functions)
         self.audits: list[preflight.Audit] = []
+        self.scorer.check_limits(config.completion_limits)
         for notice in self.scorer.notices():
             self.say(notice)
         prompts = self._gradable_prompts(rows, tokenizer, "training questions")
@@ -151,6 +152,7 @@ class Trainer:
         """
         with self.stopping:
             try:
+                self._follow_schedules()
                 if self.state == RunState() and self.under_way.rollout is None:  # not on resume
                     preflight.before_training(self)
                 self._evaluate_if_due()
@@ -267,10 +269,10 @@ class Trainer:
         """The advantages, and this process's passes over each minibatch of each epoch, with what stays fixed in the updates."""
         algorithm, meter = self.now.algorithm, self.under_way.meter
         if algorithm.kl_in == "reward":
-            trained = (minibatch >= 0).nonzero().flatten().tolist()
-            penalties = algorithm.kl_coef * self._divergences([groups[place] for place in trained])
+            trained = (minibatch >= 0).nonzero().flatten()
+            penalties = algorithm.kl_coef * self._divergences([groups[place] for place in trained.tolist()])
             meter.mean("policy/kl_penalty", penalties)
-            rewards = rewards.index_add(0, torch.tensor(trained), penalties, alpha=-1)
+            rewards = rewards.index_add(0, trained, penalties, alpha=-1)
         advantages = group_advantages(rewards, normalize_by_std=algorithm.normalize_by_std, baseline=algorithm.baseline)
         parts = [
             (minibatch == number).nonzero().flatten().tolist()
@@ -287,7 +289,7 @@ class Trainer:
         return advantages, algorithm.num_epochs * minibatches
 
     def _divergences(self, groups: list[Group]) -> Tensor:
-        """(P, G) sums over each completion's tokens of log pi - log pi_ref, of this process's groups before the update."""
+        """(P, G) sums over each completion's tokens of log pi - log pi_ref, before the update; a process may have no groups."""
         rows = pack(groups, torch.zeros(len(groups), self.config.rollout.group_size))
         plan = plan_passes(rows, token_budget=self.config.memory.micro_batch_tokens, num_processes=1)[0]
         sums = torch.zeros(rows.num_sequences)
@@ -297,7 +299,7 @@ class Trainer:
             if sequences:
                 sums[sequences] = torch.stack([part.sum() for part in kl.split(micro.completion_lens.tolist())])
                 self.under_way.meter.mean("policy/kl", kl)
-        return sums.view(len(groups), -1)
+        return sums.view(len(groups), self.config.rollout.group_size)
 
     def _sample(self, prompts: list[Prompt], seed: int) -> tuple[list[Group], Scores]:
         """Groups are scored while others are still being sampled."""
@@ -530,6 +532,7 @@ class Trainer:
         due = step == 0 or self._is_last() or _due(step, self.config.evaluation.every_steps)
         if not self.eval_prompts or not due or self.processes.on_main(lambda: bool(self.log.evaluation(step))):
             return
+        self._follow_schedules()
         mine = self.stopping.abortable(lambda: self.making_do(self._answer_held_out))
         self.agree_to_go_on()
         self.log.log_evaluation(step, in_order(self.processes.gather(mine), self.eval_prompts))
@@ -692,12 +695,12 @@ def _reward_functions(config: Config, rewards: Sequence[Callable[..., Any] | Rew
 
 def _signal_from(config: Config, rewards: list[Reward]) -> str:
     """Name of the reward by which dynamic sampling chooses groups."""
-    names, wanted = [reward.name for reward in rewards], config.rollout.signal_from
+    wanted, names = config.rollout.signal_from, [reward.name for reward in rewards]
     if wanted is not None and wanted not in names:
         raise ValueError(
             f"rollout.signal_from is {wanted!r}; the rewards of this run are {', '.join(names)}. Name one of them."
         )
-    return wanted or verdict_name(names)
+    return wanted or verdict_name(reward.name for reward in rewards if reward.weight)
 
 
 def _rows(config: Config, given: Rows | None, *, evaluation: bool) -> list[dict[str, Any]]:

@@ -212,6 +212,8 @@ class Watchdog:
 
     def __init__(self, config: Config, rows: list[dict[str, Any]]) -> None:
         self.config = config
+        schedules = config.schedules.items()
+        self._jumps = [f"schedule/{name}" for name, each in schedules if each.interpolation == "step"]
         self.steps: list[int] = []
         self.history: list[Metrics] = []
         self._streaks = dict.fromkeys(
@@ -227,23 +229,30 @@ class Watchdog:
         A rule that goes on being broken says so again after every watchdog.patience steps.
         """
         self.steps.append(step)
-        self.history.append({name: metrics[name] for name in WATCHED if name in metrics})
+        self.history.append({name: metrics[name] for name in (*WATCHED, *self._jumps) if name in metrics})
+        comparable = self._since_the_last_jump()
         alarms = []
         settings = self.config.watchdog
         for name, rule in _rules():
             action = getattr(settings, name)
             patience = settings.max_skipped if name == "not_finite" else settings.patience
-            text = self._ask(rule, patience)
+            text = self._ask(rule, patience, comparable)
             self._streaks[name, rule] = streak = 0 if text is None else self._streaks[name, rule] + 1
             if text is not None and (streak - 1) % settings.patience == 0:
                 began = self.steps[-(patience + streak - 1)]
                 alarms.append(Alarm(name, action, step, began, text))
         return alarms
 
-    def _ask(self, rule: Rule, patience: int) -> str | None:
-        if len(self.history) < patience:
+    def _since_the_last_jump(self) -> list[Metrics]:
+        """What was measured since a schedule changed something at a stroke: what that does is no trouble."""
+        values = [[row.get(name) for name in self._jumps] for row in self.history]
+        before = (place + 1 for place in reversed(range(len(values))) if values[place] != values[-1])
+        return self.history[next(before, 0) :]
+
+    def _ask(self, rule: Rule, patience: int, history: list[Metrics]) -> str | None:
+        if len(history) < patience:
             return None
-        recent, earlier = self.history[-patience:], self.history[-patience - TRAILING : -patience]
+        recent, earlier = history[-patience:], history[-patience - TRAILING : -patience]
         return rule(Window(recent, earlier, self.config.rollout.max_completion_tokens))
 
     def median(self, name: str) -> float | None:

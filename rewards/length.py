@@ -15,10 +15,17 @@ def overlong(num_tokens: int, max_completion_tokens: int, *, buffer: int) -> flo
     Raises:
         ValueError: buffer is not between 1 and max_completion_tokens.
     """
+    _check_limit(max_completion_tokens, buffer=buffer)
+    room = max_completion_tokens - buffer - num_tokens
+    return max(min(room / buffer, 0.0), -1.0)
+
+
+def _check_limit(max_completion_tokens: int, *, buffer: int) -> None:
     if not 1 <= buffer <= max_completion_tokens:
         raise ValueError(
             f"overlong's buffer is {buffer}; it must be between 1 and max_completion_tokens ({max_completion_tokens}). "
             f"Set rewards.*.args.buffer to, say, {max(max_completion_tokens // 5, 1)}."
         )
-    room = max_completion_tokens - buffer - num_tokens
-    return max(min(room / buffer, 0.0), -1.0)
+
+
+overlong.check_limit = _check_limit  # type: ignore[attr-defined]

@@ -136,15 +136,23 @@ def test_a_missing_setting_is_named(tmp_path: Path):
         ({"algorithm": {"kl_in": "reward"}}, ["algorithm.kl_in is 'reward'", "kl_coef is 0", "kl_coef > 0"]),
         ({"algorithm": {"kl_estimator": "k2"}}, ["algorithm.kl_estimator is 'k2'", "kl_coef is 0", "kl_coef > 0"]),
         (
-            {"algorithm": {"kl_in": "reward", "kl_coef": 0.1}},
+            {"algorithm": {"kl_in": "reward", "kl_coef": 0.1, "kl_estimator": "k1"}},
+            ["algorithm.kl_in is 'reward'", "as large as any reward", "Set algorithm.normalize_by_std to false"],
+        ),
+        (
+            {"algorithm": {"kl_in": "reward", "kl_coef": 0.1, "normalize_by_std": False}},
             ["algorithm.kl_estimator is 'k3'", "only k1", "Set algorithm.kl_estimator to k1"],
         ),
         ({"algorithm": {"importance_high": 2}}, ["importance_high is 2", "no effect", "truncate or mask"]),
         ({"algorithm": {"importance_level": "sequence"}}, ["importance_level is 'sequence'", "no effect"]),
-        ({"algorithm": {"importance": "mask"}}, ["importance_high is None", "upper bound", "2 (TIS)"]),
+        ({"algorithm": {"importance": "mask"}}, ["importance_high is None", "between them", "2 and null (TIS)"]),
         (
             {"algorithm": {"importance": "mask", "importance_low": 3, "importance_high": 2}},
-            ["importance_high is 2", "above importance_low (3)"],
+            ["importance_high is 2", "importance_low 3", "between them"],
+        ),
+        (
+            {"algorithm": {"importance": "truncate", "importance_high": 0.28}},
+            ["importance_high is 0.28", "weight that is 1"],
         ),
         ({"algorithm": {"top_entropy": 0}}, ["algorithm.top_entropy is 0", "greater than 0"]),
         ({"algorithm": {"reference_refresh_steps": 4}}, ["reference_refresh_steps is 4", "algorithm.kl_coef > 0"]),

@@ -11,6 +11,7 @@ from helpers import FixedGenerator, launch, number_in_text, number_or_nothing, t
 from test_trainer import short_above, steps_of
 
 from grpo import Trainer
+from grpo.advantage import group_advantages
 from grpo.dynamic_sampling import Draws
 from grpo.scoring import Reward
 from grpo.sinks import read_jsonl
@@ -205,11 +206,31 @@ def test_a_run_stopped_in_the_middle_of_a_draw_goes_on_as_if_it_had_not_been(tmp
     assert read_jsonl(tmp_path / "stopped/completions.jsonl") == read_jsonl(tmp_path / "whole/completions.jsonl")
 
 
-def test_two_processes_fill_the_same_batch_as_one(tmp_path: Path):
+def alternating(run: Path) -> Trainer:
+    """Every second question has signal, so of two processes one has no group in the batch; and there is a KL in the reward."""
+    kl = {"kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1", "normalize_by_std": False, "max_sampling_gap": 100}
+    config = tiny_config(run, algorithm=kl, rollout=DYNAMIC, optimizer={"learning_rate": 1e-30})
+    trainer = Trainer(config, rewards=[number_or_nothing])
+    trainer.generator = FixedGenerator()
+    for weight in trainer.policy.reference.parameters():
+        weight.data.mul_(1.1)
+    silent, heard = (
+        [
+            prompt
+            for prompt in trainer.prompts.prompts
+            if bool(number_or_nothing("1", prompt.columns["question"])) == each
+        ]
+        for each in (False, True)
+    )
+    dealt = [prompt for pair in zip(heard, silent, strict=False) for prompt in pair]
+    trainer.prompts._at = lambda place: dealt[place]
+    return trainer
+
+
+def test_two_processes_fill_the_same_batch_as_one_also_if_it_is_all_with_one_of_them(tmp_path: Path):
     launch("worker_dynamic.py", str(tmp_path / "two"), processes=2)
     two = json.loads((tmp_path / "two/metrics.json").read_text())
-    trainer = Trainer(tiny_config(tmp_path / "one", **FIXED, rollout=DYNAMIC), rewards=[number_or_nothing])
-    trainer.generator = FixedGenerator()
+    trainer = alternating(tmp_path / "one")
     one = trainer.train_step()
     trainer.close()
 
@@ -220,8 +241,43 @@ def test_two_processes_fill_the_same_batch_as_one(tmp_path: Path):
     assert batch(tmp_path / "two/run") == batch(tmp_path / "one")
     assert two["optimizer/grad_norm"] == pytest.approx(one["optimizer/grad_norm"], rel=1e-5)
     assert two["batch/reward_mean"] == pytest.approx(one["batch/reward_mean"])
+    assert two["policy/kl_penalty"] == pytest.approx(one["policy/kl_penalty"], rel=1e-5)
+    assert abs(one["policy/kl_penalty"]) > 0.01
     assert two["group/sampled"] % 2 == 0
     assert two["group/sampled"] - two["group/replaced"] - two["group/surplus"] == 4
+
+
+def test_a_kl_in_the_reward_is_that_of_the_completions_own_group(tmp_path: Path):
+    trainer = alternating(tmp_path / "run")
+    trainer.train_step()
+    rows = read_jsonl(tmp_path / "run/completions.jsonl")
+    prompts = [trainer.prompts._at(place) for place in range(len(rows) // 4)]
+    groups = trainer.generator.sample(prompts, trainer.config.sampling, num_completions=4, seed=0)
+    rewards = torch.tensor([row["reward"] for row in rows]).view(-1, 4)
+    used = torch.tensor([row["in_batch"] for row in rows[::4]])
+    assert used.tolist()[:7] == [True, False, True, False, True, False, True]
+    plain = group_advantages(rewards, normalize_by_std=False)[used]
+    penalized = group_advantages(rewards - 0.1 * trainer._divergences(groups), normalize_by_std=False)[used]
+    trainer.close()
+    found = [row["advantage"] for row in rows if row["in_batch"]]
+    torch.testing.assert_close(torch.tensor(found), penalized.flatten(), rtol=0, atol=1e-5)
+    assert (penalized - plain).abs().max() > 0.01
+    assert all(row["advantage"] is None for row in rows if not row["in_batch"])
+
+
+@pytest.mark.parametrize("setting", [{"entropy_coef": 0.1}, {"top_entropy": 0.2}])
+def test_completions_without_an_advantage_are_read_where_their_entropy_counts(
+    tmp_path: Path, setting: dict[str, float]
+):
+    metrics = []
+    for name, kl_coef in (("without", 0.0), ("with", 1e-30)):
+        algorithm = {"kl_coef": kl_coef, "max_sampling_gap": 100, **setting}
+        trainer = Trainer(tiny_config(tmp_path / name, algorithm=algorithm), rewards=[number_or_nothing])
+        trainer.generator = FixedGenerator()
+        metrics.append(trainer.train_step())
+        trainer.close()
+    for name in ("optimizer/grad_norm", "optimizer/loss", "policy/entropy"):
+        assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-5)
 
 
 def test_completions_without_a_gradient_count_but_cost_no_pass(tmp_path: Path):

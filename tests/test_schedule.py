@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import tiny_settings
+from helpers import FixedGenerator, number_in_text, read_json, tiny_settings
 from test_trainer import steps_of
 
 from grpo import Trainer
@@ -91,7 +91,10 @@ def test_the_setting_itself_is_the_largest_value_and_what_is_planned_for(tmp_pat
         ),
         ({"rewards.2.weight": {"points": {0: 2, 1: 4}}}, r"rewards.2.weight'.*rewards.0.weight, rewards.1.weight"),
         ({"algorithm.clip_low": {"points": {1: 0.1}}}, r"Give a value for 0 and at least one more"),
-        ({"algorithm.clip_low": {"points": {0: 0.1, 8: 0.2}}}, r"has step 8; the run has 8 optimizer steps"),
+        (
+            {"rewards.0.weight": {"points": {0: 0, 2: 1}}, "rewards.1.weight": {"points": {0: 0, 2: 1}}},
+            r"without any weight",
+        ),
         (
             {"rollout.temperature": {"points": {0: 1, 4: 0}}},
             r"points.4 is 0; of rollout.temperature, .* greater than 0",
@@ -102,9 +105,36 @@ def test_the_setting_itself_is_the_largest_value_and_what_is_planned_for(tmp_pat
 )
 def test_what_cannot_be_scheduled_is_refused(tmp_path: Path, schedules: dict[str, Any], message: str):
     settings = tiny_settings(tmp_path, algorithm={"num_minibatches": 2}, run={"steps": 4}, schedules=schedules)
-    settings["rollout"].pop("max_completion_tokens")
+    if "rollout.max_completion_tokens" in schedules:
+        settings["rollout"].pop("max_completion_tokens")
     with pytest.raises(ValueError, match=message):
         Config(**settings)
+
+
+def test_what_lies_beyond_the_end_of_a_short_run_is_said(tmp_path: Path):
+    settings = scheduled(tmp_path).model_dump()
+    settings["run"]["steps"] = 2
+    text = Config(**settings).summary(num_rows=10, world_size=1)
+    late = [line for line in text.splitlines() if "after the end of this run" in line]
+    assert [line.split()[1] for line in late] == [
+        "rollout.max_completion_tokens",
+        "rollout.temperature",
+        "algorithm.clip_high",
+    ]
+
+
+def test_a_reward_that_cannot_work_with_a_later_limit_is_refused_at_the_start(tmp_path: Path):
+    overlong = {"function": "overlong", "weight": 1.0, "args": {"buffer": 10}}
+    settings = scheduled(tmp_path).model_dump() | {"rewards": [{"function": "accuracy"}, overlong]}
+    with pytest.raises(
+        ValueError, match=r"overlong's buffer is 10; it must be between 1 and max_completion_tokens \(8\)"
+    ):
+        Trainer(Config(**settings))
+
+
+def test_preflight_looks_at_what_the_first_step_will_sample(tmp_path: Path):
+    Trainer(scheduled(tmp_path, preflight={"num_questions": 4, "on_failure": "warn"})).train()
+    assert 0 < read_json(tmp_path / "preflight.json")["templates"][0]["length_mean"] <= 8
 
 
 def test_a_setting_that_contradicts_its_schedule_is_refused(tmp_path: Path):
@@ -138,3 +168,35 @@ def test_a_run_follows_its_schedules_and_goes_on_with_them_after_a_resume_in_the
     assert (resumed.state.step, resumed.state.optimizer_steps) == (2, 5)
     resumed.train()
     assert steps_of(tmp_path / "stopped") == rows
+
+
+@pytest.mark.parametrize("kl", [{}, {"kl_in": "reward", "kl_estimator": "k1", "normalize_by_std": False}])
+def test_a_scheduled_step_is_that_of_a_run_with_its_values(tmp_path: Path, kl: dict[str, Any]):
+    """The second step, at a learning rate that moves nothing, beside a run that has its values from the start."""
+    values = {"rollout.max_completion_tokens": 21, "rollout.temperature": 0.8, "algorithm.kl_coef": 0.2}
+    first = {"rollout.max_completion_tokens": 24, "rollout.temperature": 1.2, "algorithm.kl_coef": 0.5}
+    schedules = {name: {"points": {0: first[name], 1: values[name]}} for name in values}
+    metrics = []
+    for name, own in (("scheduled", schedules), ("fixed", {})):
+        settings = tiny_settings(
+            tmp_path / name,
+            algorithm={"aggregation": "constant", "max_sampling_gap": 100, **kl},
+            optimizer={"learning_rate": 1e-30},
+            run={"steps": 2},
+            schedules=own,
+        )
+        for setting, value in values.items():
+            section, last = setting.split(".")
+            settings[section].pop(last, None)
+            if not own:
+                settings[section][last] = value
+        trainer = Trainer(Config(**settings), rewards=[number_in_text])
+        trainer.generator = FixedGenerator()
+        for weight in trainer.policy.reference.parameters():
+            weight.data.mul_(1.1)
+        metrics.append([trainer.train_step(), trainer.train_step()])
+        trainer.close()
+    (one, two), (other, expected) = metrics
+    for name in ("optimizer/loss", "optimizer/grad_norm", "policy/kl", "policy/kl_penalty", "policy/entropy"):
+        assert two.get(name, 0) == pytest.approx(expected.get(name, 0), rel=1e-5), name
+    assert one["optimizer/loss"] != pytest.approx(other["optimizer/loss"], rel=0.01)

@@ -86,6 +86,19 @@ def test_three_bad_steps_and_a_recovery_give_no_alarm(tmp_path: Path, case: str)
     assert alarms_of(tmp_path, [*after(30, *bad), *after(30)]) == []
 
 
+def test_what_a_schedule_changes_at_a_stroke_is_no_trouble_and_what_comes_after_it_is(tmp_path: Path):
+    config = tiny_config(tmp_path, run={"steps": 60}, schedules={"rewards.1.weight": {"points": {0: 1, 30: 0}}})
+    rows = [row | {"schedule/rewards.1.weight": float(step < 30)} for step, row in enumerate(after(60))]
+    for step in range(30, 60):
+        rows[step]["reward/mean"] = rows[step]["reward/mean"] / 4 if step < 50 else 0.0
+    dog = Watchdog(config, [])
+    steps = [(step, alarm.rule) for step, row in enumerate(rows, 1) for alarm in dog.observe(step, row)]
+    assert steps
+    assert min(steps) > (50, "")
+    unscheduled = Watchdog(tiny_config(tmp_path), [])
+    assert min(step for step, row in enumerate(rows, 1) if unscheduled.observe(step, row)) < 50
+
+
 def test_slow_growth_is_no_alarm_and_neither_is_learning(tmp_path: Path):
     rows = [
         noisy(

@@ -1,4 +1,4 @@
-"""Started by test_dynamic_sampling: a step of fixed completions, of which some groups have no signal."""
+"""Started by test_dynamic_sampling: a step of fixed completions, in which the batch's groups are all with one process."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import sys
 from pathlib import Path
 
 import torch
-from helpers import FixedGenerator, number_or_nothing, tiny_config
-from test_dynamic_sampling import DYNAMIC, FIXED
+from test_dynamic_sampling import alternating
 
-from grpo import Trainer, distributed
+from grpo import distributed
 
 out = Path(sys.argv[1])
-trainer = Trainer(tiny_config(out / "run", **FIXED, rollout=DYNAMIC), rewards=[number_or_nothing])
-trainer.generator = FixedGenerator()
+trainer = alternating(out / "run")
 metrics = trainer.train_step()
 if trainer.processes.is_main:
     (out / "metrics.json").write_text(json.dumps(metrics))

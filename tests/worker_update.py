@@ -34,6 +34,7 @@ FAMILY = {
     "entropy_coef": 0.01,
     "kl_in": "reward",
     "kl_estimator": "k1",
+    "normalize_by_std": False,
 }
 shard_even_small_weights()
 config = tiny_config(

@@ -30,6 +30,7 @@ def check(config: Config, *, templates: Sequence[str] = tuple(TEMPLATES), num_qu
     Raises:
         ValueError: as Trainer, if no template has prompts.
     """
+    config = config.at(0)
     num_questions = (
         num_questions or config.preflight.num_questions or PreflightConfig.model_fields["num_questions"].default
     )

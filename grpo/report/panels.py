@@ -94,6 +94,9 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
             Panel("Updates left out", ["optimizer/skipped"]),
             Panel("Alarms", ["watchdog/alarms"]),
         ],
+        "What was scheduled?": [
+            Panel(name.removeprefix("schedule/"), [name]) for name in names if name.startswith("schedule/")
+        ],
         "What does it cost?": [
             Panel(
                 "Step time by phase",
@@ -112,6 +115,8 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
                 alone=["memory/rollout", "memory/scoring", "memory/logprobs", "memory/update"],
             ),
             Panel("Groups sampled", ["group/sampled", "group/replaced", "group/surplus"]),
+            Panel("Draws", ["rollout/draws"]),
+            Panel("Tokens of dropped groups", ["completion/dropped_tokens"], "tokens"),
             Panel("Places in use", ["rollout/occupancy"]),
         ],
     }
