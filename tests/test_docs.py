@@ -70,7 +70,7 @@ def test_the_readmes_library_example_runs(tmp_path: Path):
 def test_the_readmes_own_reward_works_by_the_name_in_its_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Path("my_rewards.py").write_text(blocks("python")[1])
-    (block,) = blocks("yaml")
+    (block,) = [block for block in blocks("yaml") if block.startswith("rewards:")]
     rewards = [RewardConfig(**item) for item in yaml.safe_load(block)["rewards"]]
     function = resolve_function(rewards[1].function)
     assert function("so <answer>7.005</answer>", "7", **rewards[1].args) == 1.0
@@ -84,6 +84,17 @@ def test_every_file_of_the_readmes_tree_exists_and_every_module_is_in_it():
         assert list(ROOT.glob(f"*/{name}")) + list(ROOT.glob(f"*/*/{name}")), name
     for path in (ROOT / "grpo").glob("*.py"):
         assert path.name == "__init__.py" or path.name in tree, f"{path.name} is not in the README's tree"
+
+
+def test_the_readmes_schedules_are_valid():
+    (block,) = [block for block in blocks("yaml") if block.startswith("schedules:")]
+    settings = yaml.safe_load((ROOT / "configs/qwen1.5b.yaml").read_text()) | yaml.safe_load(block)
+    for section, setting in (("rollout", "max_completion_tokens"), ("algorithm", "kl_coef")):
+        settings[section].pop(setting, None)
+    settings["memory"]["micro_batch_tokens"] = 70_000
+    config = Config(**settings)
+    assert config.at(10_000).rollout.max_completion_tokens == 65_536
+    assert config.at(500).algorithm.kl_coef == pytest.approx(0.0005)
 
 
 def test_the_readmes_links_lead_somewhere():
