@@ -214,13 +214,20 @@ def test_gradients_through_flash_attention_equal_those_in_float32(fused: bool):
         assert (ours.float() - exact).norm() < 0.03 * exact.norm()
 
 
+WHERE_KERNELS_RUN = (
+    pytest.param("cuda", marks=pytest.mark.gpu) if torch.cuda.is_available() else "cpu"
+)  # there through Triton's interpreter
+
+
+@pytest.mark.parametrize("device", [WHERE_KERNELS_RUN])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("size", "with_entropy"), [(50, True), (4096, False), (151_936, True)])
-def test_the_kernels_over_logits_equal_the_plain_formulas(dtype: torch.dtype, size: int, with_entropy: bool):
+def test_the_kernels_over_logits_equal_the_plain_formulas(
+    device: str, dtype: torch.dtype, size: int, with_entropy: bool
+):
     from grpo import logprob_kernels, logprobs
 
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # there through Triton's interpreter
     logits = (4 * torch.randn(33, size, device=device)).to(dtype)
     logits[:, 7] = float("-inf")
     logits[3] += 500
