@@ -112,6 +112,7 @@ def plot_arms(arms: Mapping[str, Sequence[Path]], path: Path) -> Path:
                 axis.plot(steps, smooth(steps, values, sigma=max(1.0, len(steps) / 50)), color=color, label=arm)
             axis.set_title(title)
             axis.set_xlabel("step")
+            axis.locator_params(axis="x", integer=True)
             axis.margins(x=0.01)
             axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8)

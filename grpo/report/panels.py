@@ -63,7 +63,8 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
                 for name in names
                 if re.fullmatch(r"eval/(pass|cons)@\d+", name)
             ),
-            Panel("Groups with signal", ["group/with_signal", "batch/with_signal"]),
+            Panel("Groups with signal", ["group/with_signal"]),
+            Panel("Signal in the batch", ["batch/with_signal"]),
             Panel("Reward of the batch", ["batch/reward_mean"]),
             Panel("Spread of rewards", ["reward/std"]),
         ],
