@@ -51,7 +51,7 @@ class DataConfig(Section):
     name: str | None = None
     """Training questions: a hub data set id, or a local .json, .jsonl, .jsonl.gz or .parquet file (taken whole). May be
     left out only where rows are handed to `Trainer(train_dataset=...)`. Or `reasoning_gym:<task>`, such as
-    `reasoning_gym:chain_sum`, an optional extra; held-out questions are then the same task with the next seed."""
+    `reasoning_gym:chain_sum`, an optional extra; held-out questions are then those of the task that would come next."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Of a reasoning_gym task: size, seed, and its own settings, such as {size: 5000, seed: 0, max_terms: 3}."""
     subset: str | None = None
@@ -762,9 +762,24 @@ def _check_task(data: DataConfig) -> None:
         )
     if (data.eval_name or "").startswith(TASK_PREFIX):
         raise ValueError(
-            f"data.eval_name is {data.eval_name!r}; a task's held-out questions are those of the next seed. Remove "
+            f"data.eval_name is {data.eval_name!r}; a task's held-out questions are those that would come next. Remove "
             "data.eval_name and name the task as data.name."
         )
+    if (data.name or "").startswith(TASK_PREFIX):
+        _check_task_settings(data)
+
+
+def _check_task_settings(data: DataConfig) -> None:
+    ignored = ["subset", "split"] + ["eval_split"] * (data.eval_name is None)
+    for name in ignored:
+        if getattr(data, name) != DataConfig.model_fields[name].default:
+            raise ValueError(
+                f"data.{name} is {getattr(data, name)!r}; it has no effect on {data.name}, whose questions are made. Remove it."
+            )
+    for name, least in (("size", 1), ("seed", 0)):
+        value = data.args.get(name, least)
+        if type(value) is not int or value < least:
+            raise ValueError(f"data.args.{name} is {value!r}; it is a whole number of at least {least}. Correct it.")
 
 
 def _check_question_template(data: DataConfig) -> None:

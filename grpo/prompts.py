@@ -71,8 +71,7 @@ def load_rows(config: DataConfig, *, evaluation: bool = False) -> list[dict[str,
             "of their own. Set data.eval_name, pass eval_dataset to Trainer, or set evaluation.num_questions to 0."
         )
     if name is not None and name.startswith(TASK_PREFIX):
-        args = {"seed": 0, **config.args}
-        rows = make_rows(name, {**args, "seed": args["seed"] + evaluation})
+        rows = make_rows(name, config.args, held_out=evaluation)
         return prepare_rows(rows, config, answer_regex=config.answer_regex, setting=setting)
     if name is None:
         raise ValueError(

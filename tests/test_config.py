@@ -116,6 +116,18 @@ def test_a_missing_setting_is_named(tmp_path: Path):
         ({"rollout": {"num_prompts": "many"}}, ["rollout.num_prompts is 'many'", "valid integer"]),
         ({"rollout": {"temperature": 0}}, ["rollout.temperature is 0", "greater than 0"]),
         ({"rollout": {"stop": ["a", ""]}}, ['rollout.stop holds ""', "Remove it"]),
+        (
+            {"data": {"name": "reasoning_gym:chain_sum", "split": "test"}},
+            ["data.split is 'test'", "no effect on reasoning_gym:chain_sum", "Remove it"],
+        ),
+        (
+            {"data": {"name": "reasoning_gym:chain_sum", "eval_split": "validation"}},
+            ["data.eval_split is 'validation'", "no effect"],
+        ),
+        (
+            {"data": {"name": "reasoning_gym:chain_sum", "args": {"seed": None}}},
+            ["data.args.seed is None", "a whole number of at least 0", "Correct it"],
+        ),
         ({"rollout": {"top_p": 0}}, ["rollout.top_p is 0", "greater than 0"]),
         ({"evaluation": {"top_p": 0.95}}, ["evaluation.top_p is 0.95", "no effect", "set evaluation.temperature"]),
         ({"rollout": {"engine": "vlm"}}, ["rollout.engine is 'vlm'", "'auto', 'native', 'hf' or 'vllm'"]),
