@@ -9,7 +9,7 @@ No weights are loaded. What comes out is an estimate; `train_zero.py --dry-run` 
 import argparse
 from pathlib import Path
 
-from grpo.console import errors_for_users
+from grpo.console import errors_for_users, positive
 
 PAPER = Path(__file__).parents[1] / "configs" / "r1_zero_paper.yaml"
 
@@ -18,14 +18,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=PAPER, help="the recipe; default: configs/r1_zero_paper.yaml")
     parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="only its configuration is read")
-    parser.add_argument("--gpus", type=_positive, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of each; default: %(default)s")
     parser.add_argument(
         "--gpu", choices=("a100", "h100", "h200"), default="h100", help="for the time; default: %(default)s"
     )
     parser.add_argument("--hours", type=float, default=24, metavar="H", help="for the whole run; default: %(default)s")
     parser.add_argument(
-        "--max-tokens", type=_positive, default=2048, metavar="N", help="of a completion; default: %(default)s"
+        "--max-tokens", type=positive, default=2048, metavar="N", help="of a completion; default: %(default)s"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the YAML file to write")
     arguments = parser.parse_args()
@@ -47,12 +47,6 @@ def main() -> None:
     arguments.out.write_text(text)
     Config.load(arguments.out)
     print(text)
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
 
 
 if __name__ == "__main__":
