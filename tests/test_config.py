@@ -175,6 +175,11 @@ def test_a_missing_setting_is_named(tmp_path: Path):
             {"data": {"question_template": "always the same"}},
             ["data.question_template is 'always", "no column", "Name one"],
         ),
+        ({"data": {"eval_answer_column": "a"}}, ["data.eval_answer_column is 'a'", "belongs to data.eval_name"]),
+        (
+            {"data": {"eval_name": "x", "eval_question_template": "always the same"}},
+            ["data.eval_question_template is 'always", "no column", "Name one"],
+        ),
         (
             {"data": {"question_template": "{nums}?", "question_column": "problem"}},
             ["data.question_column is 'problem'", "no effect", "Write {problem} there"],
@@ -239,7 +244,7 @@ def test_overrides_are_read_as_yaml_and_reach_into_lists(tmp_path: Path):
         ("model.name=[", "'[' is not valid YAML"),
         ("data.answer_regex=(", "data.answer_regex is '('; it is not a regular expression"),
         ("data.answer_regex=x", "data.answer_regex is 'x'; its first group is the answer, and it has none"),
-        ("data.eval_subset=main", "data.eval_name is missing"),
+        ("data.eval_subset=main", "it belongs to data.eval_name, which is missing"),
     ],
 )
 def test_a_bad_override_is_refused(tmp_path: Path, override: str, message: str):
