@@ -12,17 +12,21 @@ from that of all runs there could be, on these questions?
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import fmean
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -36,12 +40,18 @@ from grpo.report import plot_arms, write_page
 from grpo.report.read import MAX_RUNS
 from grpo.sinks import read_jsonl
 from grpo.statistics import Estimate, Values, estimate, mean_of_few
-from grpo.stopping import EXIT_STOPPED
+from grpo.stopping import EXIT_STOPPED, SIGNALS
 from grpo.writer import replace_text
 
 Row = dict[str, Any]
+Accuracy = dict[tuple[int, str], float]
+"""Row and text of a question -> share of its samples that are right; without questions of unknown verdict."""
 OWN = ("run.dir", "run.seed", "run.resume")
 """Settings that a comparison sets itself."""
+MAY_DIFFER = MAY_CHANGE - {"run.steps", "rollout.max_completion_tokens", "evaluation", "scoring", "watchdog"} | {
+    "scoring.num_workers"
+}
+"""Settings that may differ between a run that is there and the one asked for; any other changes what is learned or measured."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ def arms_of(configs: Sequence[Path], variants: Sequence[str], overrides: Sequenc
 def _variant(text: str) -> tuple[str, list[str]]:
     name, colon, settings = text.partition(":")
     found = re.split(r",(?=\w+(?:\.\w+)+=)", settings)  # a comma within a value, as in [a, b], is part of it
-    if not colon or not re.fullmatch(r"[\w.-]+", name) or not all("=" in each for each in found):
+    if not colon or not re.fullmatch(r"\w[\w.-]*", name) or not all("=" in each for each in found):
         raise ValueError(
             f"--variant is {text!r}; it reads NAME:section.setting=value, such as drgrpo:algorithm.normalize_by_std=false, with "
             "commas between settings. Correct it."
@@ -109,6 +119,8 @@ def plan(arms: Sequence[Arm], seeds: Sequence[int], out: Path) -> list[PlannedRu
     """
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds is {list(seeds)}; each seed is one run, so none may be there twice. Remove one.")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out is {str(out)!r}; it is a file, and the runs go into a directory. Name a directory.")
     runs = [_planned(arm, seed, out / arm.name / f"seed-{seed}") for seed in seeds for arm in arms]
     for run in runs:
         _check_comparable(run)
@@ -140,7 +152,7 @@ def _check_comparable(run: PlannedRun) -> None:
     saved = run.directory / "config.yaml"
     if saved.exists():
         before = yaml.safe_load(saved.read_text())
-        name = changed_setting(before, run.config.model_dump(), may_change=MAY_CHANGE - {"evaluation"})
+        name = changed_setting(before, run.config.model_dump(), may_change=MAY_DIFFER)
         if name is not None:
             raise ValueError(
                 f"--out has {run.directory}; the run there differs from the one asked for in {name}. Choose another --out, or "
@@ -179,64 +191,127 @@ def carry_out(
     *,
     at: Sequence[dict[str, str]] = ({},),
     say: Callable[[str], None] = print,
-) -> None:
+) -> int:
     """Launch the runs that have not finished; a failed one is told and does not end the others.
 
-    A Ctrl-C goes to the runs under way too, which then save where they stand; no other is begun.
+    A signal that asks to stop goes on to the runs under way, which then save where they stand; no other is begun.
 
     Args:
         command: what starts a training script, up to its options.
         at: what to add to the environment of a run; as many run at once.
+
+    Returns:
+        What to exit with: 0 if all have finished, EXIT_STOPPED if some have stopped, 1 if some have failed, and as a shell counts
+        a signal if there was one.
     """
     free: SimpleQueue[dict[str, str]] = SimpleQueue()
     for place in at:
         free.put(place)
 
-    def launch(number: int, run: PlannedRun) -> None:
+    def launch(number: int, run: PlannedRun) -> int:
         what = f"{number}/{len(runs)}  {run.arm.name}, seed {run.seed}"
         if is_finished(run):
-            return say(f"{what}: finished before")
-        began, place = time.monotonic(), free.get()
-        code = _launch([*command, "--config", str(run.arm.config), "--set", *run.settings], run.log, place)
+            say(f"{what}: finished before")
+            return 0
+        place, began = free.get(), time.monotonic()
+        said_before = run.log.stat().st_size if run.log.exists() else 0
+        code = processes.run([*command, "--config", str(run.arm.config), "--set", *run.settings], run.log, place)
         free.put(place)
-        stopped = f"stopped ({code})" if code == EXIT_STOPPED else f"FAILED ({code})"
-        outcome, hint = ("finished", "") if is_finished(run) else (stopped, f"; see {run.log}")
-        return say(f"{what}: {outcome} after {time.monotonic() - began:.0f} s{hint}")
+        if code is None:
+            return EXIT_STOPPED
+        seconds = f"after {time.monotonic() - began:.0f} s"
+        if is_finished(run):
+            say(f"{what}: finished {seconds}")
+            return 0
+        if _has_stopped(run.log.read_bytes()[said_before:].decode(errors="replace")):
+            say(f"{what}: stopped {seconds}; started again, it goes on")
+            return EXIT_STOPPED
+        failed = "FAILED" if processes.asked is None else "ended without saving"
+        say(f"{what}: {failed} ({code}) {seconds}; see {run.log}")
+        return 1
 
-    with ThreadPoolExecutor(len(at)) as pool:
-        under_way = [pool.submit(launch, number, run) for number, run in enumerate(runs, 1)]
-        try:
-            for each in under_way:
-                each.result()
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with _Processes() as processes, ThreadPoolExecutor(len(at)) as pool:
+        exit_codes = set(pool.map(launch, range(1, len(runs) + 1), runs))
+    if processes.asked is not None:
+        return 128 + processes.asked
+    return 1 if 1 in exit_codes else max(exit_codes)
 
 
-def _launch(command: list[str], log: Path, place: dict[str, str]) -> int:
-    """The exit code."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
-        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | place).returncode
+def _has_stopped(log: str) -> bool:
+    """By the trainer's last words, because launchers have exit codes of their own."""
+    last = f"Exit code {EXIT_STOPPED}."
+    return any(line.startswith("stopped: ") and line.endswith(last) for line in log.splitlines())
+
+
+class _Processes:
+    """The runs' processes. As a context it passes signals on to all of them, and each is waited for, with all that it started."""
+
+    def __init__(self) -> None:
+        self.asked: int | None = None  # the last signal
+        self._groups: set[int] = set()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Processes:
+        ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1)
+        heard = [number for number in (*SIGNALS, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+        self._before = {number: signal.signal(number, self._pass_on) for number in heard}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 0)
+
+    def run(self, command: list[str], log: Path, place: dict[str, str]) -> int | None:
+        """The exit code, once all processes of it have ended; None if it was not begun because a signal came before."""
+        if self.asked is not None:
+            return None
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | place, start_new_session=True
+            )
+        self._groups.add(process.pid)
+        if self.asked is not None:  # since
+            _signal(process.pid, self.asked)
+        code = process.wait()
+        with suppress(ChildProcessError):  # there are no more
+            while True:  # accelerate's launcher dies of a signal and leaves a child, which is saving
+                os.waitpid(-process.pid, 0)
+        self._groups.discard(process.pid)
+        return code
+
+    def _pass_on(self, number: int, _: FrameType | None) -> None:
+        self.asked = number
+        for group in list(self._groups):
+            _signal(group, number)
+
+
+_SET_CHILD_SUBREAPER = 36
+"""Of prctl(2): what a run leaves behind becomes a child of this process, which can wait for it."""
+
+
+def _signal(group: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, number)
 
 
 def compare(runs: Sequence[PlannedRun]) -> list[Row]:
     """A row for each arm, in order, from its finished runs; of an arm without any, its name and the seeds that are missing."""
     rows: list[Row] = []
-    base: dict[int, float] = {}
+    base: dict[int, Accuracy] = {}
     for number, arm in enumerate(dict.fromkeys(run.arm for run in runs)):
         own = [run for run in runs if run.arm == arm]
-        done = [run for run in own if is_finished(run)]
+        by_seed = {run.seed: known for run in own if is_finished(run) and (known := _accuracy_by_question(run))}
+        done = [run for run in own if run.seed in by_seed]
         row: Row = {
             "arm": arm.name,
-            "seeds": [run.seed for run in done],
+            "seeds": list(by_seed),
             "missing": [run.seed for run in own if run not in done],
         }
         if done:
-            accuracies = [_accuracy_by_question(run) for run in done]
-            means = _mean_by_question(accuracies)
-            base = means if number == 0 else base
-            row |= _accuracy(accuracies, means) | {"difference": _difference(means, base)} | _the_rest(done)
+            row |= _accuracy(list(by_seed.values())) | {"difference": _difference(by_seed, base)} | _the_rest(done)
+        base = by_seed if number == 0 else base
         rows.append(row)
     return rows
 
@@ -245,21 +320,25 @@ def _final(run: PlannedRun) -> list[Row]:
     return [row for row in read_jsonl(run.directory / "evaluations.jsonl") if row["step"] == run.config.run.steps]
 
 
-def _accuracy_by_question(run: PlannedRun) -> dict[int, float]:
-    """question -> share of its samples that are right; without questions of unknown verdict."""
+def _accuracy_by_question(run: PlannedRun) -> Accuracy:
     questions = by_question(_final(run))
     shares = columns_of(questions)["pass@1"]
-    return {rows[0]["row"]: float(share) for rows, share in zip(questions, shares, strict=True) if not np.isnan(share)}
+    return {
+        (rows[0]["row"], rows[0]["question"]): float(share)
+        for rows, share in zip(questions, shares, strict=True)
+        if not np.isnan(share)
+    }
 
 
-def _mean_by_question(accuracies: Sequence[dict[int, float]]) -> dict[int, float]:
-    """Over the runs that know it."""
-    questions = dict.fromkeys(question for each in accuracies for question in each)
-    return {question: fmean(each[question] for each in accuracies if question in each) for question in questions}
+def _mean_by_question(each: Sequence[Accuracy]) -> Accuracy:
+    """Over those that know it."""
+    questions = dict.fromkeys(question for accuracy in each for question in accuracy)
+    return {question: fmean(accuracy[question] for accuracy in each if question in accuracy) for question in questions}
 
 
-def _accuracy(accuracies: Sequence[dict[int, float]], means: dict[int, float]) -> Row:
+def _accuracy(accuracies: Sequence[Accuracy]) -> Row:
     each = [fmean(accuracy.values()) for accuracy in accuracies]
+    means = _mean_by_question(accuracies)
     over_questions = estimate({"accuracy": np.array(list(means.values()))})["accuracy"]
     return {
         "accuracy": fmean(each),
@@ -270,13 +349,21 @@ def _accuracy(accuracies: Sequence[dict[int, float]], means: dict[int, float]) -
     }
 
 
-def _difference(means: dict[int, float], base: dict[int, float]) -> Row | None:
-    """To the first arm, question by question, with the interval over questions; None for itself, or if the questions differ."""
-    if means is base or means.keys() != base.keys():
+def _difference(by_seed: dict[int, Accuracy], base: dict[int, Accuracy]) -> Row | None:
+    """To the first arm, with the interval over questions; None if not one question with one seed is known of both.
+
+    It is that of each seed and question which both know, then the mean over seeds.
+    """
+    seeds = [seed for seed in by_seed if seed in base]
+    differences = [
+        {question: own - base[seed][question] for question, own in by_seed[seed].items() if question in base[seed]}
+        for seed in seeds
+    ]
+    paired: Values = np.array(list(_mean_by_question(differences).values()))
+    if not len(paired):
         return None
-    paired: Values = np.array([means[question] - base[question] for question in base])
     found = estimate({"difference": paired})["difference"]
-    return {"value": found.value, "over_questions": _ends(found)}
+    return {"value": found.value, "over_questions": _ends(found), "questions": len(paired), "seeds": seeds}
 
 
 def _ends(found: Estimate) -> list[float]:
@@ -289,8 +376,8 @@ def _the_rest(runs: Sequence[PlannedRun]) -> Row:
     verdict = verdict_name(answers[0]["rewards"])
     steps = [[row for row in read_jsonl(run.directory / "metrics.jsonl") if "time/step" in row] for run in runs]
     return {
-        "before": fmean(_before(run) for run in runs),
-        "sampled": fmean(row[f"reward/{verdict}"] for rows in steps for row in rows if f"reward/{verdict}" in row),
+        "before": _mean(share for run in runs for share in _before(run)),
+        "sampled": _mean(row[f"reward/{verdict}"] for rows in steps for row in rows if f"reward/{verdict}" in row),
         "length": _length(answers),
         "length_right": _length(row for row in answers if is_right(row) is True),
         "length_wrong": _length(row for row in answers if is_right(row) is False),
@@ -300,14 +387,20 @@ def _the_rest(runs: Sequence[PlannedRun]) -> Row:
     }
 
 
-def _before(run: PlannedRun) -> float:
+def _before(run: PlannedRun) -> list[float]:
+    """A share for each question of known verdict."""
     rows = [row for row in read_jsonl(run.directory / "evaluations.jsonl") if row["step"] == 0]
-    return float(np.nanmean(columns_of(by_question(rows))["pass@1"]))
+    shares = columns_of(by_question(rows))["pass@1"]
+    return [float(share) for share in shares if not np.isnan(share)]
 
 
 def _length(rows: Iterable[Row]) -> float | None:
-    lengths = [row["num_tokens"] for row in rows]
-    return fmean(lengths) if lengths else None
+    return _mean(row["num_tokens"] for row in rows)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return fmean(known) if known else None
 
 
 COLUMNS = (
@@ -334,16 +427,18 @@ def cells(row: Row) -> list[str]:
     if not row["seeds"]:
         return [row["arm"], seeds, *["-"] * (len(COLUMNS) - 2)]
     difference = row["difference"]
-    against = "" if difference is None else f"{100 * difference['value']:+.1f} ({_range(difference['over_questions'])})"
+    against = "-"
+    if difference is not None:
+        against = f"{100 * difference['value']:+.1f} ({_range(difference['over_questions'])})"
+        against += f" of {difference['questions']}" * (difference["questions"] < row["questions"])
     return [
         row["arm"],
         seeds,
-        f"{100 * row['before']:.1f}",
-        f"{100 * row['sampled']:.1f}",
+        *("-" if row[name] is None else f"{100 * row[name]:.1f}" for name in ("before", "sampled")),
         f"{100 * row['accuracy']:.1f}",
         _range(row["over_questions"]),
         "-" if row["over_seeds"] is None else _range(row["over_seeds"]),
-        against or "-",
+        against,
         *("-" if row[name] is None else f"{row[name]:.1f}" for name in ("length", "length_right", "length_wrong")),
         f"{100 * row['truncated']:.1f}",
         f"{row['entropy']:.3f}",
@@ -367,16 +462,19 @@ def as_markdown(rows: Sequence[Row]) -> str:
     """The table with pipes, and what its columns mean."""
     lines = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    questions = next((row["questions"] for row in rows if row["seeds"]), 0)
-    return f"{table}\n\n{NOTE.format(questions=questions)}\n"
+    return f"{table}\n\n{_note(rows)}\n"
+
+
+def _note(rows: Sequence[Row]) -> str:
+    return NOTE.format(questions=next((row["questions"] for row in rows if row["seeds"]), 0))
 
 
 NOTE = (
     "Accuracy: percent right of {questions} held-out questions after the last step, the mean over seeds. Before: before the "
     "first step. Sampled: of the completions sampled in all of training, so more is sooner. Intervals are of 95 %: over "
     "questions by bootstrap (other questions, the same models), over seeds by Student's t (other runs, the same questions). "
-    "Against the first: the difference, question by question, over questions. Tokens: of held-out answers, of all, of right "
-    "and of wrong ones. Entropy: of the last training step. Minutes: of training steps."
+    "Against the first: the difference, question by question and seed by seed where both are known, over questions. Tokens: "
+    "of held-out answers, of all, of right and of wrong ones. Entropy: of the last training step. Minutes: of training steps."
 )
 
 
@@ -384,7 +482,7 @@ def write(rows: Sequence[Row], runs: Sequence[PlannedRun], out: Path) -> list[Pa
     """The table as Markdown and JSON, curves, and a page over the finished runs: as many as it can tell apart, seed by seed."""
     paths = [out / "comparison.md", out / "comparison.json"]
     replace_text(paths[0], as_markdown(rows))
-    replace_text(paths[1], json.dumps({"note": NOTE, "arms": rows}, indent=1))
+    replace_text(paths[1], json.dumps({"note": _note(rows), "arms": rows}, indent=1))
     finished = [run for run in runs if is_finished(run)]
     if finished:
         arms: dict[str, list[Path]] = {}

@@ -51,7 +51,7 @@ class DataConfig(Section):
     name: str | None = None
     """Training questions: a hub data set id, or a local .json, .jsonl, .jsonl.gz or .parquet file (taken whole). May be
     left out only where rows are handed to `Trainer(train_dataset=...)`. Or `reasoning_gym:<task>`, such as
-    `reasoning_gym:chain_sum`, an optional extra; held-out questions are then the same task with the next seed."""
+    `reasoning_gym:chain_sum`, an optional extra; held-out questions are then those of the task that would come next."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Of a reasoning_gym task: size, seed, and its own settings, such as {size: 5000, seed: 0, max_terms: 3}."""
     subset: str | None = None
@@ -69,8 +69,12 @@ class DataConfig(Section):
     question_template: str | None = None
     """The question made of columns, each named in braces: `Using the numbers {nums}, make {target}.` Other text stays as it is.
     null: the question is `question_column`. Of `eval_name` too."""
+    eval_question_template: str | None = None
+    """The same for `eval_name`, where its columns have other names. null: as for `name`."""
     answer_column: str = "answer"
     """Column that holds the gold answer."""
+    eval_answer_column: str | None = None
+    """The same for `eval_name`. null: as for `name`."""
     answer_regex: str | None = None
     """Where the answer column holds more than the answer: a regular expression whose first group is the answer."""
     eval_answer_regex: str | None = None
@@ -731,14 +735,16 @@ def _check_combinations(config: Config) -> None:
     check_lists("logging.reflection_words", config.logging.reflection_words)
     for name in ("answer_regex", "eval_answer_regex"):
         _check_regex(f"data.{name}", getattr(config.data, name))
-    if config.data.eval_name is None and (config.data.eval_subset or config.data.eval_answer_regex):
+    without_name = [name for name in OF_EVAL_NAME if config.data.eval_name is None and getattr(config.data, name)]
+    if without_name:
         raise ValueError(
-            "data.eval_name is missing; data.eval_subset and data.eval_answer_regex belong to it and have no effect without. "
-            "Set data.eval_name, or remove them."
+            f"data.{without_name[0]} is {getattr(config.data, without_name[0])!r}; it belongs to data.eval_name, which is "
+            "missing, and has no effect without. Set data.eval_name, or remove it."
         )
     _check_task(config.data)
-    if config.data.question_template is not None:
-        _check_question_template(config.data)
+    for name in ("question_template", "eval_question_template"):
+        if getattr(config.data, name) is not None:
+            _check_question_template(config.data, name)
     if config.data.system_prompt is not None and config.data.template != "chat":
         raise ValueError(
             f"data.system_prompt is {config.data.system_prompt!r}; only the chat template has a system message, and "
@@ -749,6 +755,8 @@ def _check_combinations(config: Config) -> None:
 
 TASK_PREFIX = "reasoning_gym:"
 """How the name of a reasoning-gym task begins."""
+
+OF_EVAL_NAME = ("eval_subset", "eval_question_template", "eval_answer_column", "eval_answer_regex")
 
 COLUMN_IN_BRACES = re.compile(r"\{([^{}]+)\}")
 """A column's place in data.question_template; braces without anything between them, as in \\boxed{}, are text."""
@@ -762,18 +770,34 @@ def _check_task(data: DataConfig) -> None:
         )
     if (data.eval_name or "").startswith(TASK_PREFIX):
         raise ValueError(
-            f"data.eval_name is {data.eval_name!r}; a task's held-out questions are those of the next seed. Remove "
+            f"data.eval_name is {data.eval_name!r}; a task's held-out questions are those that would come next. Remove "
             "data.eval_name and name the task as data.name."
         )
+    if (data.name or "").startswith(TASK_PREFIX):
+        _check_task_settings(data)
 
 
-def _check_question_template(data: DataConfig) -> None:
-    if not COLUMN_IN_BRACES.search(data.question_template or ""):
+def _check_task_settings(data: DataConfig) -> None:
+    ignored = ["subset", "split"] + ["eval_split"] * (data.eval_name is None)
+    for name in ignored:
+        if getattr(data, name) != DataConfig.model_fields[name].default:
+            raise ValueError(
+                f"data.{name} is {getattr(data, name)!r}; it has no effect on {data.name}, whose questions are made. Remove it."
+            )
+    for name, least in (("size", 1), ("seed", 0)):
+        value = data.args.get(name, least)
+        if type(value) is not int or value < least:
+            raise ValueError(f"data.args.{name} is {value!r}; it is a whole number of at least {least}. Correct it.")
+
+
+def _check_question_template(data: DataConfig, name: str) -> None:
+    template = getattr(data, name)
+    if not COLUMN_IN_BRACES.search(template):
         raise ValueError(
-            f"data.question_template is {data.question_template!r}; it names no column in braces, so all questions would be the "
+            f"data.{name} is {template!r}; it names no column in braces, so all questions would be the "
             "same. Name one, such as {question}."
         )
-    if data.question_column != DataConfig.model_fields["question_column"].default:
+    if name == "question_template" and data.question_column != DataConfig.model_fields["question_column"].default:
         raise ValueError(
             f"data.question_column is {data.question_column!r}; it has no effect beside data.question_template, which names its "
             f"columns itself. Write {{{data.question_column}}} there, and remove data.question_column."

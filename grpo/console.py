@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +110,13 @@ def show_samples(before: list[dict[str, Any]], after: list[dict[str, Any]], num_
         for label, row in (("before", old), ("after", new)):
             verdicts = ", ".join(f"{name} {value}" for name, value in row["rewards"].items())
             console.print(printable(f"  {label} ({verdicts}): {row['completion'].strip()}"))
+
+
+def positive(text: str) -> int:
+    """The value of a script's option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 @contextmanager

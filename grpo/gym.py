@@ -5,8 +5,11 @@ A row has the question and the answer, and what the reward `reasoning_gym` needs
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
+from collections.abc import Callable
+from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,15 +21,22 @@ RUNS_IT = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\((?!entry)")
 """In the source of a verifier. In version 0.1.25 it finds seven more: integrals, polynomials, matrices, n_queens, ..."""
 
 
-def make_rows(name: str, args: dict[str, Any]) -> list[dict[str, Any]]:
+NONSENSE = ("0", "nan", "x")
+"""Answers that a sound verifier takes where they are right and nowhere else."""
+NUM_PROBED = 8
+
+
+def make_rows(name: str, args: dict[str, Any], *, held_out: bool = False) -> list[dict[str, Any]]:
     """The rows of a task.
+
+    Row i is made from seed + i. So held-out rows are those that would come next: of the seed that is as many further on.
 
     Args:
         name: `reasoning_gym:<task>`.
-        args: size, seed, and the settings of the task.
+        args: size, seed (0 if it is not there), and the settings of the task.
 
     Raises:
-        ValueError: reasoning-gym is not installed, there is no such task or setting, or its verifier would run answers.
+        ValueError: reasoning-gym is not installed, has no such task or setting, or its verifier runs answers or takes nonsense.
     """
     task = name.removeprefix(TASK_PREFIX)
     if find_spec("reasoning_gym") is None:
@@ -38,19 +48,55 @@ def make_rows(name: str, args: dict[str, Any]) -> list[dict[str, Any]]:
     from reasoning_gym.factory import DATASETS
 
     if task not in DATASETS:
+        near = [f"Did you mean {each}?" for each in difflib.get_close_matches(task, DATASETS, n=1)]
         raise ValueError(
-            f"data.name is {name!r}; reasoning-gym has no such task. It has {', '.join(sorted(DATASETS))}."
+            " ".join(
+                [
+                    f"data.name is {name!r}; reasoning-gym has no such task.",
+                    *near,
+                    f"It has {', '.join(sorted(DATASETS))}.",
+                ]
+            )
         )
     if task not in FILTERED and RUNS_IT.search(inspect.getsource(DATASETS[task][0].score_answer)):
         raise ValueError(
             f"data.name is {name!r}; this task's verifier runs the answer as Python code, and answers are what a model wrote. "
             "Take another task."
         )
+    args = {"seed": 0, **args}
+    known = [field.name for field in fields(DATASETS[task][1])]
+    for setting in args:
+        if setting not in known:
+            raise ValueError(
+                f"data.args.{setting} is {args[setting]!r}; the task {task} has no such setting. It has {', '.join(known)}."
+            )
     try:
-        entries = list(reasoning_gym.create_dataset(task, **args))
-    except (TypeError, AssertionError, ValueError) as error:
+        data_set = reasoning_gym.create_dataset(task, **args)
+        if held_out:
+            data_set = reasoning_gym.create_dataset(task, **{**args, "seed": args["seed"] + len(data_set)})
+        entries = list(data_set)
+    except Exception as error:  # whatever the package makes of settings that it cannot use
         raise ValueError(
             f"data.args is {args}; the task {task} does not take it: {error}. Correct data.args."
         ) from error
+    for nonsense in NONSENSE:
+        if _is_taken(nonsense, data_set.score_answer, entries[:NUM_PROBED]):
+            raise ValueError(
+                f"data.name is {name!r}; this task's verifier gives the answer {nonsense!r} full marks where it is wrong, and a "
+                "policy would learn to say nothing else. Take another task."
+            )
     common = {"task": task, "task_args": args}
     return [{"question": entry["question"], "answer": entry["answer"], "entry": entry, **common} for entry in entries]
+
+
+def _is_taken(nonsense: str, verify: Callable[[str, dict[str, Any]], float], entries: list[dict[str, Any]]) -> bool:
+    """Whether most of the entries whose answer it is not take it; that some do may be right, as 0 is for 0.0."""
+    others = [entry for entry in entries if entry["answer"] != nonsense]
+    return 2 * sum(_passes(nonsense, verify, entry) for entry in others) > len(others)
+
+
+def _passes(answer: str, verify: Callable[[str, dict[str, Any]], float], entry: dict[str, Any]) -> bool:
+    try:
+        return verify(answer, entry) >= 1.0
+    except Exception:  # then it does not pass in training either
+        return False

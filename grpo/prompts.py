@@ -71,8 +71,7 @@ def load_rows(config: DataConfig, *, evaluation: bool = False) -> list[dict[str,
             "of their own. Set data.eval_name, pass eval_dataset to Trainer, or set evaluation.num_questions to 0."
         )
     if name is not None and name.startswith(TASK_PREFIX):
-        args = {"seed": 0, **config.args}
-        rows = make_rows(name, {**args, "seed": args["seed"] + evaluation})
+        rows = make_rows(name, config.args, held_out=evaluation)
         return prepare_rows(rows, config, answer_regex=config.answer_regex, setting=setting)
     if name is None:
         raise ValueError(
@@ -82,7 +81,8 @@ def load_rows(config: DataConfig, *, evaluation: bool = False) -> list[dict[str,
     own = evaluation and config.eval_name is not None
     subset = config.eval_subset if own else config.subset
     regex = config.eval_answer_regex if own else config.answer_regex
-    return prepare_rows(load_table(name, subset, split, setting), config, answer_regex=regex, setting=setting)
+    table = load_table(name, subset, split, setting)
+    return prepare_rows(table, config, answer_regex=regex, setting=setting, held_out=own)
 
 
 FORMATS = {".json": "json", ".jsonl": "json", ".gz": "json", ".parquet": "parquet"}
@@ -118,17 +118,30 @@ def load_table(name: str, subset: str | None, split: str, setting: str) -> Any:
 
 
 def prepare_rows(
-    rows: Iterable[Mapping[str, Any]], config: DataConfig, *, answer_regex: str | None, setting: str
+    rows: Iterable[Mapping[str, Any]],
+    config: DataConfig,
+    *,
+    answer_regex: str | None,
+    setting: str,
+    held_out: bool = False,
 ) -> list[dict[str, Any]]:
-    """Give each row its `question` and `answer`; the row's other columns stay."""
+    """Give each row its `question` and `answer`; the row's other columns stay.
+
+    Args:
+        held_out: the rows are those of `data.eval_name`, which may have settings of its own.
+    """
     prepared = []
     pattern = re.compile(answer_regex) if answer_regex is not None else None
+    question_option = "question_column" if config.question_template is None else "question_template"
+    answer_option = "answer_column"
+    if held_out and config.eval_question_template is not None:
+        question_option = "eval_question_template"
+    if held_out and config.eval_answer_column is not None:
+        answer_option = "eval_answer_column"
     for number, row in enumerate(rows):
         where = f"row {number} of {setting}"
-        question, given = (
-            _question(row, config, where),
-            _cell(row, config.answer_column, config, "answer_column", where),
-        )
+        question = _question(row, config, question_option, where)
+        given = _cell(row, getattr(config, answer_option), config, answer_option, where)
         answer = "" if given is None or given != given else str(given)  # a missing answer: no reward can grade it
         if pattern is not None and answer:
             found = pattern.search(answer)
@@ -144,9 +157,8 @@ def prepare_rows(
     return prepared
 
 
-def _question(row: Mapping[str, Any], config: DataConfig, where: str) -> str:
+def _question(row: Mapping[str, Any], config: DataConfig, option: str, where: str) -> str:
     """The row's columns in their places of the template, which is the one column if there is none."""
-    option = "question_column" if config.question_template is None else "question_template"
 
     def text(found: re.Match[str]) -> str:
         cell = _cell(row, found[1], config, option, where)
@@ -154,7 +166,8 @@ def _question(row: Mapping[str, Any], config: DataConfig, where: str) -> str:
             raise ValueError(f"data.{option} is {getattr(config, option)!r}; {where} has no {found[1]}. Drop the row.")
         return str(cell)
 
-    return COLUMN_IN_BRACES.sub(text, config.question_template or f"{{{config.question_column}}}")
+    template = f"{{{config.question_column}}}" if option == "question_column" else getattr(config, option)
+    return COLUMN_IN_BRACES.sub(text, template)
 
 
 def _cell(row: Mapping[str, Any], column: str, config: DataConfig, option: str, where: str) -> Any:

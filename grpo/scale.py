@@ -16,7 +16,7 @@ layer that is), one chunk of logits, and keys and values of the completions that
 Time: a decoding step reads the weights, keys, values and logits at the memory's speed, multiplies at the arithmetic's, and
 launches 36 microseconds of small kernels a layer; passes multiply at the rates measured on an H200. Other GPUs are scaled by
 their data sheets and were not measured. tests/test_scale.py holds both to what docs/performance.md measured: memory within a
-tenth, time within a fifth.
+tenth, time within a fifth. Dynamic sampling is taken to find signal in half of the groups, and so to sample twice as many.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ LEAST_REFERENCES = 4
 """A run should see its reference replaced so often; the paper's has 26."""
 LEAST_ROLLOUTS = 100
 """Of a recipe that never replaces it."""
+USUAL_TOKENS = 2048
+"""Of a completion, where nothing else is asked for and the recipe has no fewer."""
 
 
 @dataclass(frozen=True)
@@ -119,16 +121,17 @@ def shape_of(name: str) -> Shape:
     """Of a hub id or directory, from its configuration alone.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is none, or not of a causal language model.
     """
     try:
         config = AutoConfig.from_pretrained(name)
-    except OSError as error:
+        with torch.device("meta"):
+            weights = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"--model is {name!r}; there is no such directory, and the hub gave no such model: {error}. Correct the name."
+            f"--model is {name!r}; neither a directory nor the hub gave the configuration of a causal language model: "
+            f"{str(error).splitlines()[0]} Correct the name, or the directory's config.json."
         ) from error
-    with torch.device("meta"):
-        weights = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
     text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -205,7 +208,11 @@ def seconds(scaled: Scaled, *, mean_share: float) -> float:
         num_forwards=(scaled.recipe.updates_per_rollout > 1) + (algorithm.kl_coef > 0),
     )
     phases = phase_seconds(scaled.shape, GPUS[scaled.hardware.gpu], work)
-    return phases["rollout"] + phases["logprobs"] + algorithm.num_epochs * phases["update"]
+    return (
+        min(scaled.recipe.rollout.max_oversampling, 1 / SIGNAL) * phases["rollout"]
+        + phases["logprobs"]
+        + algorithm.num_epochs * phases["update"]
+    )
 
 
 def _mean_limit(recipe: Config) -> float:
@@ -219,14 +226,17 @@ PROMPT_TOKENS = 200
 """Of a usual question under the paper's template."""
 EXPECTED, SHORT, LONG = 0.5, 0.25, 1.0
 """Mean length of a completion as a share of the most; a policy's grows while it learns."""
+SIGNAL = 0.5
+"""Share of the groups that dynamic sampling takes; it is smaller where nearly all answers are wrong, or nearly all right."""
 
 
 def scale_down(recipe: Config, shape: Shape, hardware: Hardware, *, max_tokens: int, hours: float) -> Scaled:
     """The recipe with as many questions per update, up to its own, as leave time for enough rollouts.
 
     Raises:
-        ValueError: the model does not fit, has too few positions, or the time is too short.
+        ValueError: the model does not fit, has too few positions, the time is too short, or this is no scaling down.
     """
+    _check_scope(recipe, hardware, max_tokens)
     _check_positions(recipe, shape, max_tokens)
     every = _rollouts_per_reference(recipe)
     least = min(LEAST_REFERENCES * every if every else LEAST_ROLLOUTS, recipe.run.steps)
@@ -237,11 +247,36 @@ def scale_down(recipe: Config, shape: Shape, hardware: Hardware, *, max_tokens: 
         each = seconds(scaled, mean_share=EXPECTED) / 3600
         if least * each <= hours:
             affordable = min(int(hours / each), recipe.run.steps)
-            return replace(scaled, rollouts=affordable - affordable % every if every else affordable)
+            cut = affordable % every if every and affordable < recipe.run.steps else 0
+            return replace(scaled, rollouts=affordable - cut)
     raise ValueError(
         f"--hours is {hours:g}; the fewest rollouts that show what the recipe does, {least}, take {least * each:.1f} hours with "
         f"{prompts} per update (questions) and --max-tokens {max_tokens}. Give more --hours or --gpus, or lower --max-tokens."
     )
+
+
+def _check_scope(recipe: Config, hardware: Hardware, max_tokens: int) -> None:
+    rollout = recipe.rollout
+    if max_tokens > rollout.max_completion_tokens:
+        raise ValueError(
+            f"--max-tokens is {max_tokens}; the recipe has {rollout.max_completion_tokens} (rollout.max_completion_tokens), and "
+            "is scaled down only. Lower --max-tokens."
+        )
+    if hardware.gpus > rollout.num_prompts:
+        raise ValueError(
+            f"--gpus is {hardware.gpus}; each needs a question of every rollout, and the recipe has {rollout.num_prompts} "
+            "(rollout.num_prompts). Lower --gpus."
+        )
+    if recipe.lora.rank:
+        raise ValueError(
+            f"lora.rank is {recipe.lora.rank}; what is known of memory and time is of training all weights. Remove it "
+            "from --config."
+        )
+    if rollout.engine in ("hf", "vllm"):
+        raise ValueError(
+            f"rollout.engine is {rollout.engine!r}; what is known of memory and time is of the native engine. Remove it from "
+            "--config."
+        )
 
 
 def _halved(recipe: Config, gpus: int) -> Iterator[int]:
@@ -345,10 +380,16 @@ def changes(scaled: Scaled, run_dir: str) -> dict[str, tuple[Any, str]]:
             f"for {scaled.hardware.gpus} GPU(s), what fits with the least traffic",
         ),
         "run.steps": (scaled.rollouts, _why_steps(scaled)),
+        "distributed.offload_optimizer": (
+            layout.offload,
+            "it does not fit otherwise; each update waits for the CPU" if layout.offload else "it fits without",
+        ),
         "run.dir": (run_dir, "of its own"),
     }
-    if layout.offload:
-        found["distributed.offload_optimizer"] = (True, "it does not fit otherwise; each update waits for the CPU")
+    if recipe.distributed.offload_parameters:
+        found["distributed.offload_parameters"] = (False, "it fits without")
+    if recipe.memory.kv_cache_gib is not None:
+        found["memory.kv_cache_gib"] = (None, "what memory.max_sequences completions need")
     if recipe.optimizer.warmup_steps:
         warmup = _share_of_updates(recipe.optimizer.warmup_steps, scaled)
         found["optimizer.warmup_steps"] = (
@@ -361,19 +402,29 @@ def changes(scaled: Scaled, run_dir: str) -> dict[str, tuple[Any, str]]:
 def _lengths(scaled: Scaled) -> dict[str, tuple[Any, str]]:
     """The limit of a completion, and the schedules, of which one may be for it."""
     recipe, limit = scaled.recipe, "rollout.max_completion_tokens"
-    found: dict[str, tuple[Any, str]] = {}
-    if limit not in recipe.schedules:
-        found[limit] = (scaled.max_tokens, f"--max-tokens; the recipe has {recipe.rollout.max_completion_tokens:,}")
+    own = recipe.rollout.max_completion_tokens
+    reason = "as the recipe" if scaled.max_tokens == own else f"--max-tokens; the recipe has {own:,}"
+    found: dict[str, tuple[Any, str]] = {limit: (scaled.max_tokens, reason)}
     for setting, schedule in recipe.schedules.items():
-        points = {
-            _share_of_updates(step, scaled): _share_of_length(int(value), scaled) if setting == limit else value
-            for step, value in schedule.points.items()
-        }
+        values = [schedule.points[step] for step in sorted(schedule.points)]
+        if setting == limit:
+            values = [_share_of_length(int(value), scaled) for value in values]
+        points = dict(zip(_shares_of_updates(sorted(schedule.points), scaled), values, strict=True))
         lengths = "; --max-tokens at most, and the same ratios" if setting == limit else ""
         found[f"schedules.{setting}"] = (
             schedule.model_dump() | {"points": points},
             f"after the same shares of the updates as the recipe's{lengths}",
         )
+    return found
+
+
+def _shares_of_updates(steps: list[int], scaled: Scaled) -> list[int]:
+    """The same of each; no two fall together, nor one beyond the end."""
+    num_updates = scaled.rollouts * scaled.recipe.updates_per_rollout
+    found: list[int] = []
+    for number, step in enumerate(steps):
+        earliest, latest = found[-1] + 1 if found else 0, num_updates - len(steps) + number
+        found.append(min(max(_share_of_updates(step, scaled), earliest), latest))
     return found
 
 
@@ -394,6 +445,9 @@ def as_yaml(scaled: Scaled, source: Path, *, run_dir: str, out: Path, num_questi
 
     Args:
         num_questions: in the training data; None if that is not known.
+
+    Raises:
+        ValueError: what comes out would be refused.
     """
     settings, why = yaml.safe_load(source.read_text()), changes(scaled, run_dir)
     comments: dict[str, list[str]] = {}
@@ -401,7 +455,7 @@ def as_yaml(scaled: Scaled, source: Path, *, run_dir: str, out: Path, num_questi
         section, setting = name.split(".", 1)
         settings.setdefault(section, {})[setting] = value
     for reward in settings.get("rewards", []):
-        if reward["function"] == "overlong":
+        if reward["function"] == "overlong" and "buffer" in reward.get("args", {}):
             reward["args"]["buffer"] = _share_of_length(reward["args"]["buffer"], scaled)
             comments["rewards"] = ["# overlong's buffer: the same share of the most tokens as the recipe's"]
     lines = [f"# {line}".rstrip() for line in _header(scaled, source, out, num_questions)]
@@ -414,7 +468,9 @@ def as_yaml(scaled: Scaled, source: Path, *, run_dir: str, out: Path, num_questi
             reason = why.get(f"{section}.{setting}", (None, ""))[1]
             first, *rest = _dumped({setting: value})
             lines += [f"  {first}" + (f" # {reason}" if reason else ""), *(f"  {line}" for line in rest)]
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    Config(**yaml.safe_load(text))
+    return text
 
 
 def _share_of_length(tokens: int, scaled: Scaled) -> int:
@@ -438,26 +494,28 @@ def _header(scaled: Scaled, source: Path, out: Path, num_questions: int | None) 
     launch = f"accelerate launch --num_processes {hardware.gpus} scripts/train_zero.py --config {out}"
     short = f"{hours[1]:.1f} with a quarter, {hours[2]:.1f} if all are cut off"
     every = _rollouts_per_reference(recipe)
+    has_fewer = scaled.prompts_per_update < recipe.prompts_per_minibatch
     return [
         f"{source.name} for {scaled.shape.name}, by scripts/scale_down.py, for {hardware.gpus} x {hardware.gpu} with "
         f"{hardware.memory_gib:g} GiB. The estimates are those of grpo/scale.py;",
-        "the first command measures them, the second trains:",
+        "the first command measures them, the second trains. What has no reason beside it is the recipe's:",
         f"  {launch} --dry-run",
         f"  {launch}",
         "",
         f"Time    {hours[0]:.1f} hours if completions have half of the most tokens on average; {short}. Each of these",
-        "        within a fifth of what was measured (0.5B, 1.5B, H200), within a factor of two elsewhere. Not in it:",
-        "        evaluations, checkpoints, rewards slower than sampling"
+        "        within a fifth of what was measured (0.5B, 1.5B, H200); others were not. Not in it: evaluations, checkpoints,",
+        "        rewards slower than sampling"
         + ", the optimizer on the CPU" * scaled.layout.offload
-        + ", what dynamic sampling replaces" * (recipe.rollout.max_oversampling > 1)
+        + f", what dynamic sampling replaces beyond {1 - SIGNAL:.0%} of the groups"
+        * (recipe.rollout.max_oversampling > 1)
         + ".",
         f"Memory  {sum(memory.values()):.1f} GiB: "
         + ", ".join(f"{name} {size:.1f}" for name, size in memory.items() if size)
         + ".",
-        "        Within a tenth of what was measured; 8 % of the GPU are left free.",
+        "        Within a tenth of what was measured (0.5B, 1.5B, 512 tokens); 8 % of the GPU are left free.",
         f"Data    {questions:,} questions, {questions * recipe.rollout.group_size:,} completions; {epochs}.",
-        f"Kept    {recipe.updates_per_rollout} updates per rollout, {recipe.rollout.group_size} completions per question"
+        f"Kept    {recipe.updates_per_rollout} update(s) per rollout, {recipe.rollout.group_size} completions per question"
         + (f", a new reference every {every} rollouts" if every else "")
-        + ". So is the learning rate;",
-        "        updates of fewer completions are noisier and may want a lower one.",
+        + ", the learning rate.",
+        *["        Updates of fewer completions are noisier and may want a lower one."] * has_fewer,
     ]

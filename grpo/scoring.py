@@ -152,7 +152,7 @@ class Scorer:
             ValueError: what a function's `check_limit` attribute raises; it is given a limit and the reward's `args`.
         """
         for reward in self.rewards:
-            check = getattr(reward.function, "check_limit", lambda limit, **args: None)
+            check = getattr(reward.function, "check_limit", lambda limit, /, **args: None)
             for limit in limits:
                 check(limit, **reward.args)
 

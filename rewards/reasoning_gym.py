@@ -27,7 +27,10 @@ def reasoning_gym(completion: str, task: str, task_args: dict[str, Any], entry: 
     if not answer or not _may_be_verified(answer, task):
         return 0.0
     verifier = _data_set(task, json.dumps(task_args, sort_keys=True))
-    return float(verifier.score_answer(answer, entry) >= 1.0)
+    try:
+        return float(verifier.score_answer(answer, entry) >= 1.0)
+    except Exception:  # some trip over what is badly written; on the row's own answer they work, as check_entry saw
+        return 0.0
 
 
 def check_entry(task: str, task_args: dict[str, Any], entry: dict[str, Any]) -> str | None:

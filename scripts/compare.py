@@ -3,7 +3,8 @@
 python scripts/compare.py configs/quickstart.yaml --seeds 0 1 --out runs/compare \
     --variant drgrpo:algorithm.normalize_by_std=false,algorithm.aggregation=constant --variant token:algorithm.aggregation=token
 
-Started again with the same arguments, it goes on where it was. Exit code 1: a run has failed, and the table is without it.
+Started again with the same arguments, it goes on where it was. Asked to stop (Ctrl-C, SIGTERM), it lets the runs save and prints
+the table of what there is. Exit code 1: a run has failed, and the table is without it; 75: none has, but one has stopped.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from grpo.console import errors_for_users
+from grpo.console import errors_for_users, positive
 
 
 def main() -> None:
@@ -32,10 +33,18 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the runs and the table go")
     parser.add_argument(
-        "--launch", default="", metavar="OPTIONS", help='options of accelerate launch, such as "--num_processes 2"'
+        "--launch",
+        type=_options,
+        default=[],
+        metavar="OPTIONS",
+        help='options of accelerate launch, such as "--num_processes 2"',
     )
     parser.add_argument(
-        "--at-once", type=int, default=1, metavar="N", help="runs at once, each on its share of the GPUs; default: 1"
+        "--at-once",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="runs at once, each on its share of the GPUs; default: 1",
     )
     arguments = parser.parse_args()
     with errors_for_users():
@@ -44,14 +53,21 @@ def main() -> None:
         arms = compare.arms_of(arguments.configs, arguments.variant, arguments.set)
         runs = compare.plan(arms, arguments.seeds, arguments.out)
         at = compare.places(arguments.at_once)
-    options = ["--main_process_port", "0", *shlex.split(arguments.launch)]  # 0: one that is free
+    options = ["--main_process_port", "0", *arguments.launch]  # 0: one that is free
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *options]
-    compare.carry_out(runs, [*launcher, str(Path(__file__).with_name("train_zero.py"))], at=at)
+    exit_code = compare.carry_out(runs, [*launcher, str(Path(__file__).with_name("train_zero.py"))], at=at)
     rows = compare.compare(runs)
     print(f"\n{compare.as_text(rows)}\n")
     for path in compare.write(rows, runs, arguments.out):
         print(path)
-    raise SystemExit(int(any(row["missing"] for row in rows)))
+    raise SystemExit(exit_code)
+
+
+def _options(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 if __name__ == "__main__":

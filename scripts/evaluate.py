@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from grpo import benchmarks, exam
-from grpo.console import errors_for_users
+from grpo.console import errors_for_users, positive
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--system-prompt", metavar="TEXT", help="of the chat templates; default: the tokenizer's own")
     parser.add_argument(
-        "--samples", type=_positive, metavar="N", help="per question; default: 64 for aime2024 and amc2023, else 16"
+        "--samples", type=positive, metavar="N", help="per question; default: 64 for aime2024 and amc2023, else 16"
     )
     parser.add_argument(
         "--temperature",
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=_share, help=f"default: {exam.Settings.top_p}, or 1 at temperature 0")
     parser.add_argument(
         "--max-tokens",
-        type=_positive,
+        type=positive,
         default=exam.Settings.max_completion_tokens,
         metavar="N",
         help="of a completion; the paper: 32768; default: %(default)s",
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--stop", nargs="+", default=[], metavar="TEXT", help="ends a completion, such as </answer>; see rollout.stop"
     )
-    parser.add_argument("--questions", type=_positive, metavar="N", help="only the first N of each benchmark")
+    parser.add_argument("--questions", type=positive, metavar="N", help="only the first N of each benchmark")
     parser.add_argument("--seed", type=int, default=exam.Settings.seed)
     parser.add_argument("--out", metavar="DIR", help="default: RUN/evaluation/STEP of a run, else evaluations/MODEL")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default=exam.Settings.dtype)
@@ -98,21 +98,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-sequences",
-        type=_positive,
+        type=positive,
         default=exam.Means.max_sequences,
         metavar="N",
         help="sampled at once on a GPU",
     )
     parser.add_argument("--kv-cache-gib", type=float, metavar="GIB", help="default: up to half of the free memory")
     workers = max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
-    parser.add_argument("--workers", type=_positive, default=workers, metavar="N", help="processes that grade answers")
+    parser.add_argument("--workers", type=positive, default=workers, metavar="N", help="processes that grade answers")
     return parser
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
 
 
 def _not_negative(text: str) -> float:

@@ -9,7 +9,7 @@ No weights are loaded. What comes out is an estimate; `train_zero.py --dry-run` 
 import argparse
 from pathlib import Path
 
-from grpo.console import errors_for_users
+from grpo.console import errors_for_users, positive
 
 PAPER = Path(__file__).parents[1] / "configs" / "r1_zero_paper.yaml"
 
@@ -18,14 +18,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=PAPER, help="the recipe; default: configs/r1_zero_paper.yaml")
     parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="only its configuration is read")
-    parser.add_argument("--gpus", type=_positive, default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of each; default: %(default)s")
+    parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--gpu-memory", type=_above_zero, default=80, metavar="GIB", help="of each; default: %(default)s"
+    )
     parser.add_argument(
         "--gpu", choices=("a100", "h100", "h200"), default="h100", help="for the time; default: %(default)s"
     )
-    parser.add_argument("--hours", type=float, default=24, metavar="H", help="for the whole run; default: %(default)s")
     parser.add_argument(
-        "--max-tokens", type=_positive, default=2048, metavar="N", help="of a completion; default: %(default)s"
+        "--hours", type=_above_zero, default=24, metavar="H", help="for the whole run; default: %(default)s"
+    )
+    parser.add_argument(
+        "--max-tokens", type=positive, metavar="N", help="of a completion; default: the recipe's, 2048 at most"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the YAML file to write")
     arguments = parser.parse_args()
@@ -35,24 +39,28 @@ def main() -> None:
 
         if arguments.out.exists():
             raise SystemExit(f"error: --out is {arguments.out}; it is there already. Remove it, or name another file.")
+        if not arguments.out.parent.is_dir():
+            raise SystemExit(
+                f"error: --out is {arguments.out}; there is no directory {arguments.out.parent}. Make it first."
+            )
         recipe = Config.load(arguments.config)
+        max_tokens = arguments.max_tokens or min(scale.USUAL_TOKENS, recipe.rollout.max_completion_tokens)
         hardware = scale.Hardware(arguments.gpus, arguments.gpu_memory, arguments.gpu)
         shape = scale.shape_of(arguments.model)
-        scaled = scale.scale_down(recipe, shape, hardware, max_tokens=arguments.max_tokens, hours=arguments.hours)
+        scaled = scale.scale_down(recipe, shape, hardware, max_tokens=max_tokens, hours=arguments.hours)
         local = recipe.data.name is not None and Path(recipe.data.name).is_file()
         rows = len(load_table(str(recipe.data.name), None, "train", "data.name")) if local else None
         text = scale.as_yaml(
             scaled, arguments.config, run_dir=f"runs/{arguments.out.stem}", out=arguments.out, num_questions=rows
         )
     arguments.out.write_text(text)
-    Config.load(arguments.out)
     print(text)
 
 
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
+def _above_zero(text: str) -> float:
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return float(text)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,14 @@
 """Several configurations and seeds: what is run, what is not run again, and the numbers of the table."""
 
+import json
+import os
 import re
+import signal
 import sys
+import threading
+import time
+from argparse import ArgumentTypeError
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +29,7 @@ from grpo.compare import (
     plan,
     write,
 )
+from grpo.console import positive
 from grpo.statistics import mean_of_few
 
 COMMAND = [sys.executable, str(ROOT / "tests" / "worker_compare.py")]
@@ -68,6 +76,7 @@ def test_variants_are_arms_beside_each_configuration_and_commas_within_values_st
         ([], ["run.seed=3"], [0], "run.seed=3 is set for base; a comparison sets run.dir, run.seed, run.resume itself"),
         ([], ["evaluation.num_questions=0"], [0], "evaluation.num_questions is 0 in base"),
         ([], [], [1, 1], "--seeds is [1, 1]"),
+        (["..:run.steps=3"], [], [0], "--variant is '..:run.steps=3'; it reads NAME:"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_runs(
@@ -76,6 +85,18 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
     with pytest.raises(ValueError, match=re.escape(message)):
         plan(arms_of([config], variants, settings), seeds, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_do_not_go_into_a_file(config: Path):
+    with pytest.raises(ValueError, match=r"--out is '.*base.yaml'; it is a file"):
+        planned(config, config, 0)
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "x", "1.5"])
+def test_an_option_that_counts_is_a_whole_number_of_at_least_one(text: str):
+    assert positive("3") == 3
+    with pytest.raises(ArgumentTypeError, match=f"'{text}' is not a whole number of at least 1"):
+        positive(text)
 
 
 def test_runs_at_once_have_gpus_of_their_own(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -110,8 +131,52 @@ def test_finished_runs_are_not_repeated_and_a_failed_one_does_not_end_the_others
     again: list[str] = []
     carry_out(runs[2:], ["false"], say=again.append)
     assert again == ["1/2  base, seed 0: finished before", "2/2  drgrpo, seed 0: finished before"]
-    with pytest.raises(ValueError, match=r"the run there differs from the one asked for in algorithm.clip_high"):
-        planned(config, out, 0, settings=("algorithm.clip_high=0.3",))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "algorithm.clip_high=0.3",
+        "rollout.max_completion_tokens=32",
+        "scoring.timeout_seconds=1",
+        "watchdog.patience=20",
+        "evaluation.num_questions=4",
+        "run.steps=4",
+    ],
+)
+def test_a_run_of_any_other_setting_is_not_taken_for_the_one_asked_for(config: Path, tmp_path: Path, setting: str):
+    out = tmp_path / "out"
+    carry_out(planned(config, out, 0), COMMAND, say=lambda _: None)
+    planned(config, out, 0, settings=("scoring.num_workers=2", "checkpoint.every_steps=1"))
+    with pytest.raises(ValueError, match=f"the run there differs from the one asked for in {setting.split('=')[0]}"):
+        planned(config, out, 0, settings=(setting,))
+
+
+def test_a_run_has_stopped_if_it_says_so_whatever_the_exit_code_of_its_launcher(config: Path, tmp_path: Path):
+    said: list[str] = []
+    runs = planned(config, tmp_path / "out", 5, 0)
+    assert carry_out(runs, COMMAND, say=said.append) == 75
+    assert re.fullmatch(r"1/2  base, seed 5: stopped after \d+ s; started again, it goes on", said[0])
+    assert carry_out(runs[1:], COMMAND, say=said.append) == 0
+    failing = planned(config, tmp_path / "out", 5, 7)
+    assert carry_out(failing, COMMAND, say=said.append) == 1
+
+
+def test_a_signal_has_the_runs_save_and_is_waited_for_and_no_other_run_is_begun(config: Path, tmp_path: Path):
+    runs = planned(config, tmp_path / "out", 6, 0)
+
+    def signal_once_it_runs() -> None:
+        while not runs[0].directory.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=signal_once_it_runs, daemon=True).start()
+    said: list[str] = []
+    assert carry_out(runs, COMMAND, say=said.append) == 128 + signal.SIGTERM
+    (line,) = said
+    assert re.fullmatch(r"1/2  base, seed 6: stopped after \d+ s; started again, it goes on", line)
+    assert not runs[1].directory.exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_the_table_has_the_numbers_of_the_answers(config: Path, tmp_path: Path):
@@ -140,6 +205,45 @@ def test_the_table_has_the_numbers_of_the_answers(config: Path, tmp_path: Path):
     assert read_json(out / "comparison.json")["arms"] == [base, variant]
     assert [path.name for path in paths] == ["comparison.md", "comparison.json", "comparison.png", "report.html"]
     assert (out / "comparison.png").stat().st_size > 10_000
+
+
+def altered(run: PlannedRun, change: Callable[[dict[str, Any]], None]) -> None:
+    """Its answers with something changed in each."""
+    path = run.directory / "evaluations.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        change(row)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_only_answers_to_the_same_question_with_the_same_seed_are_told_apart(config: Path, tmp_path: Path):
+    """Of 8 questions the first has 2 right with seed 0, the other 6: the first 6."""
+    runs = planned(config, tmp_path / "out", 0, 1, variants=(DRGRPO,))
+    base, other, _, other_1 = runs
+    carry_out(runs[:3], COMMAND, say=lambda _: None)
+    assert not is_finished(other_1)
+    assert compare(runs)[1]["difference"]["value"] == (6 - 2) / 8
+    altered(other, lambda row: row["rewards"].update(accuracy=None) if row["row"] == 7 else None)
+    rows = compare(runs)
+    assert rows[1]["difference"]["value"] == 4 / 7
+    assert rows[1]["difference"]["questions"] == 7
+    altered(base, lambda row: row.update(question="another") if row["row"] == 0 else None)
+    difference = compare(runs)[1]["difference"]
+    assert (difference["value"], difference["questions"], difference["seeds"]) == (4 / 6, 6, [0])
+    assert "of 6" in as_text(compare(runs))
+    altered(base, lambda row: row.update(question="another"))
+    assert compare(runs)[1]["difference"] is None
+
+
+def test_what_no_verdict_is_known_of_is_left_out(config: Path, tmp_path: Path):
+    (run,) = runs = planned(config, tmp_path / "out", 0)
+    carry_out(runs, COMMAND, say=lambda _: None)
+    altered(run, lambda row: row["rewards"].update(accuracy=None) if row["step"] == 0 else None)
+    (row,) = compare(runs)
+    assert row["before"] is None
+    assert as_text([row]).splitlines()[1].split()[2] == "-"
+    altered(run, lambda row: row["rewards"].update(accuracy=None))
+    assert compare(runs) == [{"arm": "base", "seeds": [], "missing": [0]}]
 
 
 def test_an_arm_without_a_finished_run_is_a_line_and_no_base_for_the_others(config: Path, tmp_path: Path):

@@ -116,6 +116,18 @@ def test_a_missing_setting_is_named(tmp_path: Path):
         ({"rollout": {"num_prompts": "many"}}, ["rollout.num_prompts is 'many'", "valid integer"]),
         ({"rollout": {"temperature": 0}}, ["rollout.temperature is 0", "greater than 0"]),
         ({"rollout": {"stop": ["a", ""]}}, ['rollout.stop holds ""', "Remove it"]),
+        (
+            {"data": {"name": "reasoning_gym:chain_sum", "split": "test"}},
+            ["data.split is 'test'", "no effect on reasoning_gym:chain_sum", "Remove it"],
+        ),
+        (
+            {"data": {"name": "reasoning_gym:chain_sum", "eval_split": "validation"}},
+            ["data.eval_split is 'validation'", "no effect"],
+        ),
+        (
+            {"data": {"name": "reasoning_gym:chain_sum", "args": {"seed": None}}},
+            ["data.args.seed is None", "a whole number of at least 0", "Correct it"],
+        ),
         ({"rollout": {"top_p": 0}}, ["rollout.top_p is 0", "greater than 0"]),
         ({"evaluation": {"top_p": 0.95}}, ["evaluation.top_p is 0.95", "no effect", "set evaluation.temperature"]),
         ({"rollout": {"engine": "vlm"}}, ["rollout.engine is 'vlm'", "'auto', 'native', 'hf' or 'vllm'"]),
@@ -162,6 +174,11 @@ def test_a_missing_setting_is_named(tmp_path: Path):
         (
             {"data": {"question_template": "always the same"}},
             ["data.question_template is 'always", "no column", "Name one"],
+        ),
+        ({"data": {"eval_answer_column": "a"}}, ["data.eval_answer_column is 'a'", "belongs to data.eval_name"]),
+        (
+            {"data": {"eval_name": "x", "eval_question_template": "always the same"}},
+            ["data.eval_question_template is 'always", "no column", "Name one"],
         ),
         (
             {"data": {"question_template": "{nums}?", "question_column": "problem"}},
@@ -227,7 +244,7 @@ def test_overrides_are_read_as_yaml_and_reach_into_lists(tmp_path: Path):
         ("model.name=[", "'[' is not valid YAML"),
         ("data.answer_regex=(", "data.answer_regex is '('; it is not a regular expression"),
         ("data.answer_regex=x", "data.answer_regex is 'x'; its first group is the answer, and it has none"),
-        ("data.eval_subset=main", "data.eval_name is missing"),
+        ("data.eval_subset=main", "it belongs to data.eval_name, which is missing"),
     ],
 )
 def test_a_bad_override_is_refused(tmp_path: Path, override: str, message: str):

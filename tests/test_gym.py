@@ -29,18 +29,24 @@ def test_without_the_package_a_task_is_refused(monkeypatch: pytest.MonkeyPatch):
 
 
 @installed
-def test_rows_are_the_same_for_a_seed_and_held_out_ones_come_from_the_next():
+def test_rows_are_the_same_for_a_seed_and_held_out_ones_are_those_that_come_next():
     config = DataConfig(name="reasoning_gym:chain_sum", args=SUM)
     rows = load_rows(config)
     assert [row["question"] for row in rows] == [row["question"] for row in load_rows(config)]
     held_out = load_rows(config, evaluation=True)
-    assert [row["question"] for row in held_out] == [
-        row["question"] for row in make_rows("reasoning_gym:chain_sum", {**SUM, "seed": 4})
-    ]
+    twice_as_many = make_rows("reasoning_gym:chain_sum", {**SUM, "size": 12})
+    assert [row["question"] for row in rows + held_out] == [row["question"] for row in twice_as_many]
     assert len(rows) == len(held_out) == 6
     assert all(verdict(row, row["answer"]) == 1.0 for row in rows)
     assert all(verdict(row, str(int(row["answer"]) + 1)) == 0.0 for row in rows)
     assert reasoning_gym(rows[0]["answer"], rows[0]["task"], SUM, rows[0]["entry"]) == 0.0  # without a tag
+
+
+@installed
+def test_an_answer_that_the_verifier_trips_over_is_wrong():
+    (row,) = make_rows("reasoning_gym:prime_factorization", {"size": 1})
+    assert verdict(row, row["answer"]) == 1.0
+    assert verdict(row, "two") == 0.0  # a ValueError there
 
 
 @installed
@@ -60,15 +66,18 @@ def test_an_arithmetic_answer_is_verified_and_code_never_reaches_the_verifier(ta
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("reasoning_gym:chain_sun", {}, "data.name is 'reasoning_gym:chain_sun'; reasoning-gym has no such task"),
+        ("reasoning_gym:chain_sun", {}, "reasoning-gym has no such task. Did you mean chain_sum? It has "),
         (
             "reasoning_gym:chain_sum",
             {"nonsense": 3},
-            "data.args is {'nonsense': 3}; the task chain_sum does not take it",
+            "data.args.nonsense is 3; the task chain_sum has no such setting. It has min_terms, max_terms, ",
         ),
         ("reasoning_gym:chain_sum", {"min_terms": 9, "max_terms": 3}, "max_terms must be >= min_terms"),
         ("reasoning_gym:n_queens", {}, "runs the answer as Python code"),
         ("reasoning_gym:polynomial_multiplication", {}, "runs the answer as Python code"),
+        ("reasoning_gym:game_of_life_halting", {"size": 8}, "gives the answer '0' full marks where it is wrong"),
+        ("reasoning_gym:complex_arithmetic", {"size": 8}, "gives the answer 'nan' full marks where it is wrong"),
+        ("reasoning_gym:coin_flip", {"size": 8}, "gives the answer '0' full marks where it is wrong"),
     ],
 )
 def test_what_is_no_task_or_would_run_answers_is_refused(name: str, args: dict[str, Any], message: str):

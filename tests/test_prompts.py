@@ -194,3 +194,11 @@ def test_the_processes_together_deal_the_same_prompts_as_one(world_size: int):
     alone, shared = order(), [order(rank, world_size) for rank in range(world_size)]
     for _ in range(6):
         assert sorted(rows_of(alone.draw(4))) == sorted(r for s in shared for r in rows_of(s.draw(4)))
+
+
+def test_held_out_questions_may_have_columns_of_their_own(tmp_path: Path):
+    (tmp_path / "held_out.jsonl").write_text('{"problem": "1+1?", "solution": 2}\n')
+    own = {"eval_question_template": "Say {problem}", "eval_answer_column": "solution"}
+    config = DataConfig(name="unused", eval_name=str(tmp_path / "held_out.jsonl"), **own)
+    (row,) = load_rows(config, evaluation=True)
+    assert (row["question"], row["answer"]) == ("Say 1+1?", "2")

@@ -75,6 +75,40 @@ def test_a_published_recipe_has_the_published_batches(name: str, completions: in
     assert "# What differs here\n" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "beta2", "weight_decay"),
+    [
+        ("simplerl-zoo-0.5b", 0.999, 0.01),
+        ("simplerl-zoo-1.5b", 0.999, 0.01),
+        ("oat-zero-1.5b", 0.95, 0.0),
+        ("countdown-3b", 0.999, 0.0),
+        ("dapo-32b", 0.999, 0.1),
+    ],
+)
+def test_a_published_recipe_has_the_published_optimizer(name: str, beta2: float, weight_decay: float):
+    optimizer = Config.load(RECIPES / f"{name}.yaml").optimizer
+    assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, beta2, weight_decay)
+
+
+@pytest.mark.parametrize(
+    "name", ["countdown-3b", "dapo-32b", "oat-zero-1.5b", "simplerl-zoo-0.5b", "simplerl-zoo-1.5b"]
+)
+def test_a_published_recipe_evaluates_so_that_scripts_compare_takes_it(name: str):
+    assert Config.load(RECIPES / f"{name}.yaml").evaluation.num_questions > 0
+
+
+def test_dapos_held_out_questions_are_read_by_their_own_columns():
+    data = Config.load(RECIPES / "dapo-32b.yaml").data
+    row = {"problem": "What is 1+1?", "answer": "2", "solution": "It is two."}  # as HuggingFaceH4/aime_2024 has it
+    (prepared,) = prepare_rows([row], data, answer_regex=None, setting="data.eval_name", held_out=True)
+    assert prepared["question"].startswith("What is 1+1?\nPlease reason")
+    assert prepared["answer"] == "2"
+    with pytest.raises(
+        ValueError, match=r"data.eval_answer_column is 'answer'; row 0 of data.eval_name has the columns"
+    ):
+        prepare_rows([{"problem": "?"}], data, answer_regex=None, setting="data.eval_name", held_out=True)
+
+
 def test_there_is_no_recipe_without_a_test():
     assert {path.stem for path in RECIPES.glob("*.yaml")} == set(ROWS)
 

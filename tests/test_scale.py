@@ -2,14 +2,18 @@
 
 import math
 import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from helpers import ROOT, TINY
 from transformers import Qwen2Config
 
-from grpo.config import Config
+from grpo.config import Config, DistributedConfig
 from grpo.scale import (
     GPUS,
     Hardware,
@@ -26,6 +30,7 @@ from grpo.scale import (
 
 PAPER = ROOT / "configs" / "r1_zero_paper.yaml"
 DAPO = ROOT / "configs" / "recipes" / "dapo-32b.yaml"
+SIMPLE = ROOT / "configs" / "recipes" / "simplerl-zoo-0.5b.yaml"
 HALF = Shape("0.5b", 494_032_768, 24, 896, 151_936, 24 * 2 * 2 * 64 * 2, 32_768)
 ONE_AND_A_HALF = Shape("1.5b", 1_543_714_304, 28, 1536, 151_936, 28 * 2 * 2 * 128 * 2, 32_768)
 THREE = Shape("3b", 3_085_938_688, 36, 2048, 151_936, 36 * 2 * 2 * 128 * 2, 32_768)
@@ -40,8 +45,16 @@ def test_a_models_shape_is_read_from_its_configuration(tmp_path: Path):
     shape = shape_of(str(tmp_path))
     assert shape == Shape(str(tmp_path), *[getattr(HALF, name) for name in list(vars(HALF))[1:]])
     assert shape_of(str(TINY / "model")).layers == 3
-    with pytest.raises(ValueError, match=r"--model is '.*nowhere'; there is no such directory"):
+    with pytest.raises(ValueError, match=r"--model is '.*nowhere'; neither a directory nor the hub gave the config"):
         shape_of(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("text", ["{}", '{"model_type": "unheard-of"}', '{"model_type": "t5"}', "no JSON"])
+def test_what_is_no_causal_language_model_is_refused_by_name(tmp_path: Path, text: str):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"^--model is '{tmp_path}'; neither .*\. Correct the name") as caught:
+        shape_of(str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +151,90 @@ def test_another_recipe_scales_with_its_warm_up_and_its_overlong_buffer(tmp_path
     assert config.optimizer.warmup_steps == round(160 * scaled.rollouts / 330)
     assert config.algorithm == recipe.algorithm
     assert scaled.rollouts >= 100
+    assert not scaled.layout.offload
+    assert not config.distributed.offload_optimizer  # the recipe's 32B has it
+
+
+def yaml_of(path: Path, *, gpus: int = 1, max_tokens: int = 1024) -> str:
+    scaled = scale_down(Config.load(path), HALF, Hardware(gpus, 80, "h100"), max_tokens=max_tokens, hours=1000)
+    return as_yaml(scaled, path, run_dir="runs/my", out=path, num_questions=None)
+
+
+def changed_recipe(tmp_path: Path, **sections: Any) -> Path:
+    settings = yaml.safe_load(SIMPLE.read_text())
+    for section, values in sections.items():
+        settings[section] = {**settings.get(section, {}), **values} if isinstance(values, dict) else values
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path / "recipe.yaml"
+
+
+def test_what_the_layout_decides_is_written_over_the_recipes_own(tmp_path: Path):
+    own = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
+    recipe = changed_recipe(tmp_path, distributed=own, memory={"kv_cache_gib": 40})
+    config = Config(**yaml.safe_load(yaml_of(recipe)))
+    assert config.distributed == DistributedConfig(zero_stage=2)
+    assert config.memory.kv_cache_gib is None
+
+
+def test_points_of_a_schedule_do_not_fall_together_or_beyond_the_end(tmp_path: Path):
+    """100 rollouts of 4 updates become 50 of 4."""
+    points = {0: 0.001, 1: 0.0008, 2: 0.0005, 200: 0.0001, 399: 0.0}
+    schedules = {"algorithm.kl_coef": {"points": points}}
+    recipe = changed_recipe(tmp_path, algorithm={"kl_coef": 0.001}, schedules=schedules)
+    scaled = scale_down(Config.load(recipe), HALF, Hardware(1, 80, "h100"), max_tokens=1024, hours=1000)
+    text = as_yaml(replace(scaled, rollouts=50), recipe, run_dir="runs/my", out=recipe, num_questions=None)
+    config = Config(**yaml.safe_load(text))
+    assert config.schedules["algorithm.kl_coef"].points == {0: 0.001, 1: 0.0008, 2: 0.0005, 100: 0.0001, 199: 0.0}
+
+
+def test_a_recipe_that_sets_the_largest_limit_of_its_schedule_scales_with_it(tmp_path: Path):
+    schedules = {"rollout.max_completion_tokens": {"points": {0: 4096, 200: 8192}}}
+    recipe = changed_recipe(tmp_path, rollout={"max_completion_tokens": 8192}, schedules=schedules)
+    assert Config(**yaml.safe_load(yaml_of(recipe))).rollout.max_completion_tokens == 1024
+
+
+def test_an_overlong_reward_without_a_buffer_is_left_as_it_is(tmp_path: Path):
+    recipe = changed_recipe(tmp_path, rewards=[{"function": "accuracy"}, {"function": "overlong"}])
+    assert Config(**yaml.safe_load(yaml_of(recipe))).rewards[1].args == {}
+
+
+def test_dynamic_sampling_is_taken_to_sample_twice_as_much(tmp_path: Path):
+    hours = []
+    for most in (1, 30):
+        recipe = changed_recipe(tmp_path, rollout={"max_oversampling": most})
+        hours.append(re.findall(r"^# Time    ([\d.]+) hours", yaml_of(recipe), re.MULTILINE)[0])
+    assert 1.2 < float(hours[1]) / float(hours[0]) < 2
+
+
+@pytest.mark.parametrize(
+    ("sections", "gpus", "tokens", "message"),
+    [
+        ({}, 1, 8193, "--max-tokens is 8193; the recipe has 8192"),
+        ({"rollout": {"num_prompts": 16}}, 32, 1024, "--gpus is 32; each needs a question of every rollout"),
+        ({"lora": {"rank": 16}}, 1, 1024, "lora.rank is 16; what is known"),
+        ({"rollout": {"engine": "vllm"}}, 1, 1024, "rollout.engine is 'vllm'; what is known"),
+    ],
+)
+def test_what_is_no_scaling_down_of_what_was_measured_is_refused(
+    tmp_path: Path, sections: dict, gpus: int, tokens: int, message: str
+):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        yaml_of(changed_recipe(tmp_path, **sections), gpus=gpus, max_tokens=tokens)
+
+
+def test_the_script_scales_no_length_up_and_leaves_no_file_where_it_fails(tmp_path: Path):
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        script = [sys.executable, str(ROOT / "scripts" / "scale_down.py"), "--model", str(TINY / "model")]
+        return subprocess.run([*script, *arguments], capture_output=True, text=True, cwd=ROOT)
+
+    lengths = {"rollout": {"max_completion_tokens": 256}, "data": {"max_prompt_tokens": 512}}
+    recipe, out = changed_recipe(tmp_path, **lengths), tmp_path / "my.yaml"
+    done = run("--config", str(recipe), "--out", str(out), "--hours", "1000")
+    assert "  max_completion_tokens: 256 # as the recipe" in done.stdout.splitlines(), done.stderr
+    assert Config.load(out).rollout.max_completion_tokens == 256
+    done = run("--config", str(recipe), "--out", str(tmp_path / "nowhere" / "my.yaml"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --out is "), done.stderr
 
 
 @pytest.mark.parametrize(

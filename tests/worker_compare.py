@@ -1,10 +1,13 @@
 """Plays a training script: writes what a run leaves, with two right answers, or six without normalize_by_std.
 
-Seed 7 fails; seed 8 waits until two runs are under way.
+Seed 5 stops, behind a launcher with an exit code of its own. Seed 6 waits for a signal, of which its launcher dies and which it
+takes a second to follow itself. Seed 7 fails; seed 8 waits until two runs are under way.
 """
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +24,18 @@ run, steps = settings["run"], settings["run"]["steps"]
 if run["seed"] == 7:
     raise SystemExit("seed 7 cannot be")
 directory = Path(run["dir"])
+if run["seed"] == 5:
+    print("stopped: run.max_hours (1) are over. Saved to here; this goes on from there. Exit code 75.")
+    raise SystemExit(1)
+if run["seed"] == 6:
+    if "launched" not in os.environ:
+        subprocess.run([sys.executable, *sys.argv], env=os.environ | {"launched": "1"})
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    directory.mkdir(parents=True)
+    signal.sigwait([signal.SIGTERM])
+    time.sleep(1)
+    print("stopped: SIGTERM. Saved to here; this goes on from there. Exit code 75.")
+    raise SystemExit(75)
 if run["seed"] == 8:
     directory.mkdir(parents=True)
     began = time.monotonic()
@@ -32,7 +47,15 @@ print("GPUs", os.environ.get("CUDA_VISIBLE_DEVICES"))
 (directory / "config.yaml").write_text(yaml.safe_dump(settings))
 num_right = 2 + run["seed"] if settings["algorithm"]["normalize_by_std"] else 6
 answers = [
-    {"step": step, "row": row, "sample": 0, "question": "?", "answer": "!", "completion": "", "finish_reason": "stop"}
+    {
+        "step": step,
+        "row": row,
+        "sample": 0,
+        "question": f"{row}?",
+        "answer": "!",
+        "completion": "",
+        "finish_reason": "stop",
+    }
     | {"num_tokens": 10 if right else 30, "reward": float(right), "rewards": {"accuracy": float(right)}}
     for step, count in ((0, 1), (steps, num_right))
     for row, right in enumerate(row < count for row in range(8))
