@@ -503,7 +503,7 @@ def _header(scaled: Scaled, source: Path, out: Path, num_questions: int | None) 
         f"  {launch}",
         "",
         f"Time    {hours[0]:.1f} hours if completions have half of the most tokens on average; {short}. Each of these",
-        "        within a fifth of what was measured (0.5B, 1.5B, H200); others were not. Not in it: evaluations, checkpoints,",
+        "        within a fifth of what was measured, which is 0.5B and 1.5B on an H200. Not in it: evaluations, checkpoints,",
         "        rewards slower than sampling"
         + ", the optimizer on the CPU" * scaled.layout.offload
         + f", what dynamic sampling replaces beyond {1 - SIGNAL:.0%} of the groups"
