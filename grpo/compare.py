@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -215,8 +216,13 @@ def carry_out(
             return 0
         place, began = free.get(), time.monotonic()
         said_before = run.log.stat().st_size if run.log.exists() else 0
-        code = processes.run([*command, "--config", str(run.arm.config), "--set", *run.settings], run.log, place)
-        free.put(place)
+        try:
+            code = processes.run([*command, "--config", str(run.arm.config), "--set", *run.settings], run.log, place)
+        except OSError as error:
+            say(f"{what}: FAILED, it could not be begun: {error}")
+            return 1
+        finally:
+            free.put(place)
         if code is None:
             return EXIT_STOPPED
         seconds = f"after {time.monotonic() - began:.0f} s"
@@ -253,14 +259,16 @@ class _Processes:
 
     def __enter__(self) -> _Processes:
         ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1)
-        heard = [number for number in (*SIGNALS, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]  # nohup
-        self._before = {number: signal.signal(number, self._pass_on) for number in heard}
+        if threading.current_thread() is threading.main_thread():  # another cannot handle signals
+            heard = [
+                number for number in (*SIGNALS, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN
+            ]  # nohup
+            self._before = {number: signal.signal(number, self._pass_on) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 0)
 
     def run(self, command: list[str], log: Path, place: dict[str, str]) -> int | None:
         """The exit code, once all processes of it have ended; None if it was not begun because a signal came before."""
@@ -273,27 +281,28 @@ class _Processes:
             )
         self._groups.add(process.pid)
         if self.asked is not None:  # since
-            _signal(process.pid, self.asked)
+            _ask_to_stop(process.pid, self.asked)
         code = process.wait()
         with suppress(ChildProcessError):  # there are no more
             while True:  # accelerate's launcher dies of a signal and leaves a child, which is saving
-                os.waitpid(-process.pid, 0)
+                if os.waitpid(-process.pid, os.WNOHANG) == (0, 0):  # without waiting: it may leave the group meanwhile
+                    time.sleep(0.1)
         self._groups.discard(process.pid)
         return code
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
         self.asked = number
         for group in list(self._groups):
-            _signal(group, number)
+            _ask_to_stop(group, number)
 
 
 _SET_CHILD_SUBREAPER = 36
 """Of prctl(2): what a run leaves behind becomes a child of this process, which can wait for it."""
 
 
-def _signal(group: int, number: int) -> None:
+def _ask_to_stop(group: int, number: int) -> None:
     with suppress(ProcessLookupError):
-        os.killpg(group, number)
+        os.killpg(group, number if number in SIGNALS else signal.SIGTERM)  # of a closed terminal a run would die
 
 
 def compare(runs: Sequence[PlannedRun]) -> list[Row]:

@@ -310,7 +310,8 @@ Action = Literal["warn", "stop", "roll_back"]
 class WatchdogConfig(Section):
     """What to do when a rule of grpo/watchdog.py, where their formulas are, has something to say. warn: print it. stop: end the
     run. roll_back: go on from the last checkpoint before the trouble, at a lower learning rate. The latter two leave a
-    post-mortem. A run that nobody watches may want more than warnings."""
+    post-mortem. A run that nobody watches may want more than warnings. Where a schedule changes a setting by more than a quarter
+    from one step to the next, what came before is no longer compared with."""
 
     not_finite: Action = "stop"
     """The loss or the gradient was not finite in max_skipped steps in a row. The updates themselves are always left out."""
@@ -606,12 +607,13 @@ class Config(Section):
         )
 
     def _never_reached(self) -> list[str]:
-        """Of schedules, what lies beyond the end of the run, as it does in a trial of a few steps."""
-        last = self.optimizer_steps - 1
-        late = {name: max(each.points) for name, each in self.schedules.items() if max(each.points) > last}
+        """Of schedules, what comes after the last rollout, as it does in a trial of a few steps."""
+        last = self.optimizer_steps - self.updates_per_rollout
+        late = {name: [step for step in each.points if step > last] for name, each in self.schedules.items()}
         return [
-            f"schedule               {name} changes at optimizer step {step}, after the end of this run"
-            for name, step in late.items()
+            f"schedule               {name}: optimizer step {min(steps)} comes after the last rollout, which begins at {last}"
+            for name, steps in late.items()
+            if steps
         ]
 
     def _without_ratio(self) -> list[str]:

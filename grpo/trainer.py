@@ -690,7 +690,13 @@ def _reward_functions(config: Config, rewards: Sequence[Callable[..., Any] | Rew
                 f"schedules holds {setting!r}; the rewards of this run are those given to Trainer, not those of `rewards`. List "
                 "them there, or remove the schedule."
             )
-    return [reward if isinstance(reward, Reward) else Reward(reward) for reward in rewards]
+    given = [reward if isinstance(reward, Reward) else Reward(reward) for reward in rewards]
+    if not any(reward.weight for reward in given):
+        raise ValueError(
+            f"rewards is {[reward.name for reward in given]} without any weight; at least one reward must count for something. "
+            "Give one of them a weight other than 0."
+        )
+    return given
 
 
 def _signal_from(config: Config, rewards: list[Reward]) -> str:

@@ -212,8 +212,8 @@ class Watchdog:
 
     def __init__(self, config: Config, rows: list[dict[str, Any]]) -> None:
         self.config = config
-        schedules = config.schedules.items()
-        self._jumps = [f"schedule/{name}" for name, each in schedules if each.interpolation == "step"]
+        self._scheduled = [f"schedule/{name}" for name in config.schedules]
+        self._comparable = 0  # place of the first step since a schedule last jumped
         self.steps: list[int] = []
         self.history: list[Metrics] = []
         self._streaks = dict.fromkeys(
@@ -229,30 +229,31 @@ class Watchdog:
         A rule that goes on being broken says so again after every watchdog.patience steps.
         """
         self.steps.append(step)
-        self.history.append({name: metrics[name] for name in (*WATCHED, *self._jumps) if name in metrics})
-        comparable = self._since_the_last_jump()
+        self.history.append({name: metrics[name] for name in (*WATCHED, *self._scheduled) if name in metrics})
+        if any(
+            _is_jump(row.get(name, 0.0), metrics.get(name, 0.0))
+            for row in self.history[-2:-1]
+            for name in self._scheduled
+        ):
+            self._comparable = len(self.history) - 1
         alarms = []
         settings = self.config.watchdog
         for name, rule in _rules():
             action = getattr(settings, name)
             patience = settings.max_skipped if name == "not_finite" else settings.patience
-            text = self._ask(rule, patience, comparable)
+            text = self._ask(rule, patience)
             self._streaks[name, rule] = streak = 0 if text is None else self._streaks[name, rule] + 1
             if text is not None and (streak - 1) % settings.patience == 0:
                 began = self.steps[-(patience + streak - 1)]
                 alarms.append(Alarm(name, action, step, began, text))
         return alarms
 
-    def _since_the_last_jump(self) -> list[Metrics]:
-        """What was measured since a schedule changed something at a stroke: what that does is no trouble."""
-        values = [[row.get(name) for name in self._jumps] for row in self.history]
-        before = (place + 1 for place in reversed(range(len(values))) if values[place] != values[-1])
-        return self.history[next(before, 0) :]
-
-    def _ask(self, rule: Rule, patience: int, history: list[Metrics]) -> str | None:
-        if len(history) < patience:
+    def _ask(self, rule: Rule, patience: int) -> str | None:
+        if len(self.history) < patience:
             return None
-        recent, earlier = history[-patience:], history[-patience - TRAILING : -patience]
+        recent = self.history[-patience:]
+        end = len(self.history) - patience
+        earlier = self.history[max(end - TRAILING, self._comparable, 0) : max(end, self._comparable)]
         return rule(Window(recent, earlier, self.config.rollout.max_completion_tokens))
 
     def median(self, name: str) -> float | None:
@@ -263,9 +264,14 @@ class Watchdog:
     def rewind(self, step: int) -> None:
         """Forget the steps after `step`."""
         kept = [(each, row) for each, row in zip(self.steps, self.history, strict=True) if each <= step]
-        self.steps, self.history, self._streaks = [], [], dict.fromkeys(self._streaks, 0)
+        self.steps, self.history, self._streaks, self._comparable = [], [], dict.fromkeys(self._streaks, 0), 0
         for each, row in kept:
             self.observe(each, row)
+
+
+def _is_jump(before: float, now: float) -> bool:
+    """Whether a scheduled value changed by more than a quarter: what that does to the metrics is no trouble."""
+    return abs(now - before) > max(abs(now), abs(before)) / 4
 
 
 def _rules() -> list[tuple[str, Rule]]:

@@ -9,6 +9,7 @@ import threading
 import time
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +267,24 @@ def test_a_run_of_the_trainer_is_finished_once_it_is_evaluated(config: Path, tmp
     assert row["questions"] == 2
     assert row["by_seed"] == [row["accuracy"]]
     assert row["over_seeds"] is None
+
+
+def test_a_run_that_cannot_be_begun_has_failed_and_the_others_are_still_tried(config: Path, tmp_path: Path):
+    said: list[str] = []
+    runs = planned(config, tmp_path / "out", 0, 1)
+    assert carry_out(runs, [str(tmp_path / "nothing")], say=said.append) == 1
+    assert len(said) == 2
+    assert all("FAILED, it could not be begun: " in line for line in said)
+
+
+def test_what_leaves_the_group_of_its_run_is_not_waited_for(config: Path, tmp_path: Path):
+    script = "setsid sleep 20 & exit 1"
+    began = time.monotonic()
+    assert carry_out(planned(config, tmp_path / "out", 0), ["sh", "-c", script], say=lambda _: None) == 1
+    assert time.monotonic() - began < 15
+
+
+def test_a_comparison_can_be_made_in_another_thread(config: Path, tmp_path: Path):
+    with ThreadPoolExecutor(1) as pool:
+        runs = planned(config, tmp_path / "out", 0)
+        assert pool.submit(carry_out, runs, COMMAND, say=lambda _: None).result() == 0

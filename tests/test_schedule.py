@@ -115,11 +115,11 @@ def test_what_lies_beyond_the_end_of_a_short_run_is_said(tmp_path: Path):
     settings = scheduled(tmp_path).model_dump()
     settings["run"]["steps"] = 2
     text = Config(**settings).summary(num_rows=10, world_size=1)
-    late = [line for line in text.splitlines() if "after the end of this run" in line]
+    late = [line for line in text.splitlines() if "comes after the last rollout" in line]
     assert [line.split()[1] for line in late] == [
-        "rollout.max_completion_tokens",
-        "rollout.temperature",
-        "algorithm.clip_high",
+        "rollout.max_completion_tokens:",
+        "rollout.temperature:",
+        "algorithm.clip_high:",
     ]
 
 

@@ -99,6 +99,15 @@ def test_what_a_schedule_changes_at_a_stroke_is_no_trouble_and_what_comes_after_
     assert min(step for step, row in enumerate(rows, 1) if unscheduled.observe(step, row)) < 50
 
 
+def test_what_needs_no_comparison_is_told_however_often_a_schedule_jumps(tmp_path: Path):
+    points = {step: 1.0 + step % 2 for step in range(30)}
+    config = tiny_config(tmp_path, run={"steps": 30}, schedules={"rewards.1.weight": {"points": points}})
+    dog = Watchdog(config, [])
+    rows = [noisy(step, group__with_signal=0.0) | {"schedule/rewards.1.weight": points[step]} for step in range(30)]
+    told = {alarm.rule for step, row in enumerate(rows, 1) for alarm in dog.observe(step, row)}
+    assert told == {"signal"}
+
+
 def test_slow_growth_is_no_alarm_and_neither_is_learning(tmp_path: Path):
     rows = [
         noisy(
