@@ -250,7 +250,7 @@ def _has_stopped(log: str) -> bool:
 
 
 class _Processes:
-    """The runs' processes. As a context it passes signals on to all of them, and each is waited for, with all that it started."""
+    """The runs' processes. As a context it passes signals on to all; each is waited for, with what it left in its group."""
 
     def __init__(self) -> None:
         self.asked: int | None = None  # the last signal

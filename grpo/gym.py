@@ -25,6 +25,8 @@ NONSENSE = ("0", "nan", "x")
 """Answers that a sound verifier takes where they are right and nowhere else."""
 NUM_PROBED = 8
 
+Verify = Callable[[str, dict[str, Any]], float]
+
 
 def make_rows(name: str, args: dict[str, Any], *, held_out: bool = False) -> list[dict[str, Any]]:
     """The rows of a task.
@@ -45,31 +47,9 @@ def make_rows(name: str, args: dict[str, Any], *, held_out: bool = False) -> lis
             "pip install 'grpo[reasoning-gym]', or name other data."
         )
     import reasoning_gym
-    from reasoning_gym.factory import DATASETS
 
-    if task not in DATASETS:
-        near = [f"Did you mean {each}?" for each in difflib.get_close_matches(task, DATASETS, n=1)]
-        raise ValueError(
-            " ".join(
-                [
-                    f"data.name is {name!r}; reasoning-gym has no such task.",
-                    *near,
-                    f"It has {', '.join(sorted(DATASETS))}.",
-                ]
-            )
-        )
-    if task not in FILTERED and RUNS_IT.search(inspect.getsource(DATASETS[task][0].score_answer)):
-        raise ValueError(
-            f"data.name is {name!r}; this task's verifier runs the answer as Python code, and answers are what a model wrote. "
-            "Take another task."
-        )
     args = {"seed": 0, **args}
-    known = [field.name for field in fields(DATASETS[task][1])]
-    for setting in args:
-        if setting not in known:
-            raise ValueError(
-                f"data.args.{setting} is {args[setting]!r}; the task {task} has no such setting. It has {', '.join(known)}."
-            )
+    _check_task(name, task, args)
     try:
         data_set = reasoning_gym.create_dataset(task, **args)
         if held_out:
@@ -79,23 +59,49 @@ def make_rows(name: str, args: dict[str, Any], *, held_out: bool = False) -> lis
         raise ValueError(
             f"data.args is {args}; the task {task} does not take it: {error}. Correct data.args."
         ) from error
-    for nonsense in NONSENSE:
-        if _is_taken(nonsense, data_set.score_answer, entries[:NUM_PROBED]):
-            raise ValueError(
-                f"data.name is {name!r}; this task's verifier gives the answer {nonsense!r} full marks where it is wrong, and a "
-                "policy would learn to say nothing else. Take another task."
-            )
+    _check_verifier(name, data_set.score_answer, entries[:NUM_PROBED])
     common = {"task": task, "task_args": args}
     return [{"question": entry["question"], "answer": entry["answer"], "entry": entry, **common} for entry in entries]
 
 
-def _is_taken(nonsense: str, verify: Callable[[str, dict[str, Any]], float], entries: list[dict[str, Any]]) -> bool:
+def _check_task(name: str, task: str, args: dict[str, Any]) -> None:
+    """There is such a task with such settings, and its verifier runs no answers."""
+    from reasoning_gym.factory import DATASETS
+
+    if task not in DATASETS:
+        near = "".join(f" Did you mean {each}?" for each in difflib.get_close_matches(task, DATASETS, n=1))
+        raise ValueError(
+            f"data.name is {name!r}; reasoning-gym has no such task.{near} It has {', '.join(sorted(DATASETS))}."
+        )
+    if task not in FILTERED and RUNS_IT.search(inspect.getsource(DATASETS[task][0].score_answer)):
+        raise ValueError(
+            f"data.name is {name!r}; this task's verifier runs the answer as Python code, and answers are what a model wrote. "
+            "Take another task."
+        )
+    known = [field.name for field in fields(DATASETS[task][1])]
+    for setting in args:
+        if setting not in known:
+            raise ValueError(
+                f"data.args.{setting} is {args[setting]!r}; the task {task} has no such setting. It has {', '.join(known)}."
+            )
+
+
+def _check_verifier(name: str, verify: Verify, entries: list[dict[str, Any]]) -> None:
+    for nonsense in NONSENSE:
+        if _is_taken(nonsense, verify, entries):
+            raise ValueError(
+                f"data.name is {name!r}; this task's verifier gives the answer {nonsense!r} full marks where it is wrong, and a "
+                "policy would learn to say nothing else. Take another task."
+            )
+
+
+def _is_taken(nonsense: str, verify: Verify, entries: list[dict[str, Any]]) -> bool:
     """Whether most of the entries whose answer it is not take it; that some do may be right, as 0 is for 0.0."""
     others = [entry for entry in entries if entry["answer"] != nonsense]
     return 2 * sum(_passes(nonsense, verify, entry) for entry in others) > len(others)
 
 
-def _passes(answer: str, verify: Callable[[str, dict[str, Any]], float], entry: dict[str, Any]) -> bool:
+def _passes(answer: str, verify: Verify, entry: dict[str, Any]) -> bool:
     try:
         return verify(answer, entry) >= 1.0
     except Exception:  # then it does not pass in training either

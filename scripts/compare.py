@@ -4,7 +4,8 @@ python scripts/compare.py configs/quickstart.yaml --seeds 0 1 --out runs/compare
     --variant drgrpo:algorithm.normalize_by_std=false,algorithm.aggregation=constant --variant token:algorithm.aggregation=token
 
 Started again with the same arguments, it goes on where it was. Asked to stop (Ctrl-C, SIGTERM), it lets the runs save and prints
-the table of what there is. Exit code 1: a run has failed, and the table is without it; 75: none has, but one has stopped.
+the table of what there is. Exit code 1: a run has failed, and the table is without it; 75: none has, but one has
+stopped; 130 or 143: after Ctrl-C or SIGTERM.
 """
 
 import argparse

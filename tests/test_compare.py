@@ -163,21 +163,24 @@ def test_a_run_has_stopped_if_it_says_so_whatever_the_exit_code_of_its_launcher(
     assert carry_out(failing, COMMAND, say=said.append) == 1
 
 
-def test_a_signal_has_the_runs_save_and_is_waited_for_and_no_other_run_is_begun(config: Path, tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_has_the_runs_save_and_is_waited_for_and_no_other_run_is_begun(
+    config: Path, tmp_path: Path, number: int
+):
     runs = planned(config, tmp_path / "out", 6, 0)
 
     def signal_once_it_runs() -> None:
         while not runs[0].directory.exists():
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=signal_once_it_runs, daemon=True).start()
     said: list[str] = []
-    assert carry_out(runs, COMMAND, say=said.append) == 128 + signal.SIGTERM
+    assert carry_out(runs, COMMAND, say=said.append) == 128 + number
     (line,) = said
     assert re.fullmatch(r"1/2  base, seed 6: stopped after \d+ s; started again, it goes on", line)
     assert not runs[1].directory.exists()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_the_table_has_the_numbers_of_the_answers(config: Path, tmp_path: Path):

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import FixedGenerator, number_in_text, read_json, tiny_settings
+from helpers import TINY, FixedGenerator, number_in_text, read_json, tiny_settings
 from test_trainer import steps_of
 
 from grpo import Trainer
 from grpo.config import Config, OptimizerConfig
 from grpo.schedule import learning_rate
+from grpo.sinks import read_jsonl
 from grpo.stopping import Stopped
 
 
@@ -200,3 +201,16 @@ def test_a_scheduled_step_is_that_of_a_run_with_its_values(tmp_path: Path, kl: d
     for name in ("optimizer/loss", "optimizer/grad_norm", "policy/kl", "policy/kl_penalty", "policy/entropy"):
         assert two.get(name, 0) == pytest.approx(expected.get(name, 0), rel=1e-5), name
     assert one["optimizer/loss"] != pytest.approx(other["optimizer/loss"], rel=0.01)
+
+
+def test_an_evaluation_weighs_rewards_as_the_step_that_comes_next(tmp_path: Path):
+    """Also right after a resume, before any step has set the weights."""
+    held_out = {"eval_name": str(TINY / "test.jsonl")}
+    trainer = Trainer(scheduled(tmp_path, data=held_out, evaluation={"num_questions": 8}))
+    trainer.state.optimizer_steps = 4
+    trainer._evaluate_if_due()
+    trainer.close()
+    rows = read_jsonl(tmp_path / "evaluations.jsonl")
+    assert any(row["rewards"]["format"] for row in rows)
+    for row in rows:
+        assert row["reward"] == pytest.approx(row["rewards"]["accuracy"] + 0.25 * row["rewards"]["format"])
