@@ -150,23 +150,47 @@ class PackedLM(nn.Module):
         super().__init__()
         self.lm = lm
         self.temperature = temperature
-        self.chunk_tokens = chunk_tokens
+        self.logprobs_of = LogprobHead(lm, chunk_tokens=chunk_tokens)
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy (nats) of each completion token at the sampling temperature; (T,) and (T,)."""
         hidden = self.lm.base_model(**packed_inputs(micro)).last_hidden_state.squeeze(0)
-        return token_logprobs(
-            hidden[micro.source_index],
-            micro.targets,
-            output_head(self.lm),
-            temperature=self.temperature,
-            chunk_tokens=self.chunk_tokens,
-        )
+        return self.logprobs_of(hidden[micro.source_index], micro.targets, self.temperature)
 
 
-def output_head(lm: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """(N, H) -> (N, V) logits, as the model's own forward computes them from its last hidden state."""
-    head, config = lm.get_output_embeddings(), lm.config.get_text_config()
+class LogprobHead(nn.Module):
+    """A model's output layer with the log-softmax behind it, over as many chunks of tokens as there are.
+
+    It shares the output layer's parameters and never calls that module. ZeRO-3 gathers weights whenever a module is called, so
+    the number of gathers of a pass would follow from the number of its chunks: processes with different numbers of completion
+    tokens would wait for each other for ever. This module is called once in every pass.
+    """
+
+    def __init__(self, lm: PreTrainedModel, *, chunk_tokens: int) -> None:
+        super().__init__()
+        layer = lm.get_output_embeddings()
+        self.weight, self.chunk_tokens = layer.weight, chunk_tokens
+        self.register_parameter("bias", layer.bias)
+        self._logits = output_head(lm, lambda hidden: nn.functional.linear(hidden, self.weight, self.bias))
+
+    def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """See token_logprobs."""
+        return token_logprobs(hidden, targets, self._logits, temperature=temperature, chunk_tokens=self.chunk_tokens)
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        """The parameters are saved as the model's."""
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        """The parameters are loaded as the model's."""
+
+
+def output_head(lm: PreTrainedModel, layer: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
+    """(N, H) -> (N, V) logits, as the model's own forward computes them from its last hidden state.
+
+    Args:
+        layer: what to compute the output layer with instead of its module.
+    """
+    head, config = layer or lm.get_output_embeddings(), lm.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
     if softcap:
         return lambda hidden: softcap * torch.tanh(head(hidden) / softcap)
@@ -501,9 +525,19 @@ class Policy(SampledModel):
         with lora.reference_active(self.adapters) if self.adapters else nullcontext():
             return self.reference(micro)[0]
 
+    def _settle(self) -> None:
+        """Let ZeRO-3 take back every weight that a pass has gathered, or that it fetches ahead for the pass it expects next.
+
+        Without it, whoever gathers weights after a forward pass alone finds some of them empty, still on their way.
+        """
+        for engine in (self.engine, self.reference) if self._sharded else ():
+            if engine is not None:
+                engine.optimizer.empty_partition_cache()
+
     def _reference_pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name of each weight of the reference, the policy's of that name, and the reference's."""
         assert self.reference is not None, "no reference was loaded, because kl_coef is 0"
+        self._settle()
         if self.adapters:
             yield from lora.adapter_pairs(self.adapters)
             return
@@ -576,6 +610,7 @@ class Policy(SampledModel):
         """Bring the sampling weights up to date after an update; a collective. Without a replica there is nothing to do."""
         if self._replica is None:
             return
+        self._settle()
         if self.adapters:
             return lora.merge_into(self._replica, self.adapters)
         with torch.no_grad():
@@ -602,6 +637,7 @@ class Policy(SampledModel):
     def export_adapter(self, directory: Path, write: Write = write_now) -> None:
         """Write what was trained in peft's format, if that is adapters. Every process calls it."""
         if self.adapters:
+            self._settle()
             stored = lora.peft_config(self.lm, self._config)
             weights = lora.adapter_weights(self.adapters, is_main=self.processes.is_main)
             if self.processes.is_main:

@@ -164,13 +164,21 @@ def launch_script(*overrides: str, launcher: tuple[str, ...] = ()) -> subprocess
 
 
 def shard_even_small_weights(*, whole_below: int = 0) -> None:
-    """ZeRO-3 leaves weights below 100k elements whole, and the tiny model has no others: nothing would be tested."""
+    """ZeRO-3 leaves weights below 100k elements whole, and the tiny model has no others: nothing would be tested.
+
+    It also keeps what it needs again within 1e9 elements, which is all of the tiny model. Here it lets go of every weight after
+    its use and fetches a few ahead, as with a model of 7B: after a forward pass alone, some are still on their way.
+    """
     original = distributed.deepspeed_config
 
     def settings(*args: object, **kwargs: object) -> dict:
         values = original(*args, **kwargs)
         if values["zero_optimization"]["stage"] == 3:
-            values["zero_optimization"]["stage3_param_persistence_threshold"] = whole_below
+            values["zero_optimization"] |= {
+                "stage3_param_persistence_threshold": whole_below,
+                "stage3_max_reuse_distance": 0,
+                "stage3_prefetch_bucket_size": 20_000,
+            }
         return values
 
     distributed.deepspeed_config = settings

@@ -182,6 +182,19 @@ def test_all_processes_stop_together_before_a_checkpoint(tmp_path: Path):
     assert torch.equal(*both)  # dealt anew, but the same tokens
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--fault", "another temperature", "--offload", "optimizer", "parameters"],
+        ["--fault", "another temperature", "--lora", "4"],
+    ],
+)
+def test_the_cause_is_found_with_shards_adapters_and_offload(tmp_path: Path, options: list[str]):
+    """The diagnosis gathers weights after forward passes, when ZeRO-3 has begun to fetch what it expects to be next."""
+    output = launch("worker_tripwire.py", str(tmp_path), *options, processes=2)
+    assert len(re.findall(r"rank \d stopped in step 1: another temperature", output)) == 2
+
+
 def test_the_post_mortem_holds_the_batch_and_what_the_policy_says_of_it(tmp_path: Path):
     trainer = Trainer(tiny_config(tmp_path / "run"))
     trainer.generator = Hotter(trainer.generator)

@@ -48,7 +48,8 @@ config = tiny_config(
         "max_sampling_gap": 100,
         **(FAMILY if arguments.family else {}),
     },
-    memory={"activation_checkpointing": 0.5 if arguments.zero == 3 else 0},
+    # the output layer runs in more chunks on one process than on the other
+    memory={"activation_checkpointing": 0.5 if arguments.zero == 3 else 0, "logprob_chunk_tokens": 16},
     # on random completions a larger step makes ratios explode, and noise with them; adapters start where B is zero
     optimizer={"learning_rate": 1e-4 if arguments.lora else 1e-5},
     lora={"rank": arguments.lora},
