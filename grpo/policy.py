@@ -34,7 +34,7 @@ from grpo.attention import packed_inputs
 from grpo.batch import micro_batch
 from grpo.config import Config, ModelConfig, OptimizerConfig
 from grpo.distributed import Processes, TrainingProcesses, deterministic, whole
-from grpo.logprobs import token_logprobs
+from grpo.logprobs import Float32Linear, token_logprobs
 from grpo.types import Batch, MicroBatch
 from grpo.writer import Write, save_tensors, write_now
 
@@ -143,6 +143,38 @@ def _generation_eos(config: ModelConfig) -> int | list[int] | None:
         return None  # a model need not have a generation_config.json
 
 
+@contextmanager
+def in_float32(lm: nn.Module) -> Iterator[None]:
+    """Within it, a model computes in float32: each module on a copy of its own weights, made for the call alone.
+
+    The weights stay where they are: what was captured in a CUDA graph, or lies in an optimizer's flat tensor, remains valid.
+    """
+    narrow: dict[nn.Parameter, Tensor] = {}
+
+    def widen(module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            narrow[parameter] = parameter.data
+            parameter.data = parameter.data.float()
+
+    def restore(module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = narrow.pop(parameter)
+
+    hooks = [
+        hook
+        for module in lm.modules()
+        for hook in (
+            module.register_forward_pre_hook(widen),
+            module.register_forward_hook(restore, always_call=True),
+        )
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class PackedLM(nn.Module):
     """A causal language model that reads packed sequences and answers with the log-probabilities of given tokens."""
 
@@ -171,7 +203,7 @@ class LogprobHead(nn.Module):
         layer = lm.get_output_embeddings()
         self.weight, self.chunk_tokens = layer.weight, chunk_tokens
         self.register_parameter("bias", layer.bias)
-        self._logits = output_head(lm, lambda hidden: nn.functional.linear(hidden, self.weight, self.bias))
+        self._logits = output_head(lm, lambda hidden: type(layer).forward(self, hidden))
 
     def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """See token_logprobs."""
@@ -204,7 +236,10 @@ def load_lm(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
         for name, value in vars(part).items():
             if "drop" in name and isinstance(value, float):
                 setattr(part, name, 0.0)
-    return AutoModelForCausalLM.from_pretrained(config.name, config=settings, revision=config.revision, dtype=dtype)
+    lm = AutoModelForCausalLM.from_pretrained(config.name, config=settings, revision=config.revision, dtype=dtype)
+    if config.float32_logits:
+        lm.get_output_embeddings().__class__ = Float32Linear
+    return lm
 
 
 def decoder_layers(lm: PreTrainedModel) -> list[GradientCheckpointingLayer]:
@@ -441,10 +476,14 @@ class Policy(SampledModel):
             )
 
     @torch.no_grad()
-    def unpacked_logprobs(self, batch: Batch) -> Tensor:
-        """What `old_logprobs` says, from the model that is sampled from and its own forward pass of each sequence alone; (T,)."""
+    def unpacked_logprobs(self, batch: Batch, *, float32: bool = False) -> Tensor:
+        """What `old_logprobs` says, from the model that is sampled from and its own forward pass of each sequence alone; (T,).
+
+        Args:
+            float32: compute with the same weights in float32.
+        """
         found = []
-        with self.sampling_model() as lm:
+        with self.sampling_model() as lm, in_float32(lm) if float32 else nullcontext():
             for ids, prompt_len in zip(
                 batch.tokens.split(batch.sequence_lens.tolist()), batch.prompt_lens, strict=True
             ):

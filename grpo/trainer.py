@@ -135,6 +135,7 @@ class Trainer:
         self.log.open(resumed_step=None if found is None else self.state.step)
         self.watchdog = Watchdog(config, self.processes.on_main(self.log.metrics))
         self.roll_backs = RollBacks(self.processes.on_main(self.log.roll_backs))
+        self.rounding: float | None = None  # nats, see tripwire.measure_rounding
         self.phase = ""  # of the step: the last one that began
 
     def _load_policy(self, tokenizer: PreTrainedTokenizerBase) -> Policy:
@@ -568,22 +569,34 @@ class Trainer:
 
     def _check_sampling_gap(self, loss: float, gaps: float, num_tokens: float) -> None:
         """Before an update; a loss that is not finite is another fault."""
-        limit = tripwire.gap_limit(self.now, self.policy.dtype)
-        if gaps <= limit * num_tokens or not math.isfinite(loss):
+        if not math.isfinite(loss) or gaps <= self._gap_limit() * num_tokens:
+            return
+        limit = self._gap_limit(anew=True)  # logits have grown since it was measured, and their rounding with them
+        if gaps <= limit * num_tokens:
             return
         rollout = self.under_way.rollout
         assert rollout is not None, "a step is sampled before it is trained on"
+        assert self.rounding is not None, "the limit was made of it"
         causes = tripwire.diagnose(
             self.policy,
             self.generator,
             rollout.groups,
             self.now,
             earlier_gap=self.watchdog.median("policy/sampling_gap"),
+            rounding=self.rounding,
         )
         step = self.state.step + 1
         text = tripwire.explanation(gaps / num_tokens, limit, step, causes)
         self._try(self.checkpoints.finish)
         raise tripwire.SamplingGapError(f"{text}\n{self._post_mortem(step, text)}")
+
+    def _gap_limit(self, *, anew: bool = False) -> float:
+        """The largest sampling gap; what it follows from is measured on the first rollout of a process, and anew if wanted."""
+        rollout = self.under_way.rollout
+        assert rollout is not None, "a step is sampled before it is trained on"
+        if self.rounding is None or anew:
+            self.rounding = tripwire.measure_rounding(self.policy, rollout.groups)
+        return tripwire.gap_limit(self.now, self.policy.dtype, self.rounding)
 
     def _act_on(self, alarms: list[Alarm]) -> None:
         """Warn, and stop or roll back if one of them asks for it."""

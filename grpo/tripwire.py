@@ -1,8 +1,10 @@
 """Stops a run whose tokens were sampled with other log-probabilities than the policy's own, and finds out why.
 
-The gap is the mean over completion tokens of |log-probability in the trainer - when sampled|, before the update. Rounding alone
-makes 0.009 to 0.022 nats of it in bfloat16 (0.5B and 1.5B models) and less than 0.00001 in float32. A rotary embedding that was
-off by 0.4 % in bfloat16 made 0.073, under a healthy-looking curve.
+The gap is the mean over completion tokens of |log-probability in the trainer - when sampled|, before the update. In float32
+rounding makes less than 0.00001 nats of it. In bfloat16 it depends on the model, 0.009 (0.5B) to 0.022 nats (1.5B) and more,
+since logits are rounded in proportion to their size. So it is measured on the first rollout, as the difference that bfloat16
+makes to the model's own log-probabilities. A rotary embedding that was off by 0.4 % made 0.073 instead of 0.022, under a
+healthy-looking curve.
 
 A cause is not guessed but tried, on a few of the step's sequences: what would the gap be if they had been sampled at another
 temperature, from another template, with the weights that the engine holds, after handing it the weights once more? Causes are
@@ -26,21 +28,39 @@ from grpo.prompts import TEMPLATES, build_prompts
 from grpo.rollout import Generator
 from grpo.types import Batch, Completion, Group, Prompt
 
-GAP_LIMITS = {torch.float32: 0.001, torch.bfloat16: 0.04}
-"""Twice what was seen in bfloat16, and a hundred times in float32, whose sums some engines round to fewer bits."""
+FLOAT32_ROUNDING = 1e-5
+"""The part of a gap that rounding explains in float32, in nats."""
 
-ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.02}
-"""The part of a gap that rounding explains, in nats."""
+GAP_FACTORS = {torch.float32: 100, torch.bfloat16: 3}
+"""How many times the rounding a gap may be. In bfloat16 sampling and training both round, each in its own way, so the gap is up
+to 1.4 times what one of them makes. In float32 some engines round sums to fewer bits."""
 
 
 class SamplingGapError(RuntimeError):
     """Tokens were not sampled from the policy that is trained on them."""
 
 
-def gap_limit(config: Config, dtype: torch.dtype) -> float:
-    """Nats. Dividing logits by a temperature below 1 multiplies their rounding too."""
+def gap_limit(config: Config, dtype: torch.dtype, rounding: float) -> float:
+    """Nats. Dividing logits by a temperature below 1 multiplies their rounding too.
+
+    Args:
+        rounding: at temperature 1, see `measure_rounding`.
+    """
     own = config.algorithm.max_sampling_gap
-    return GAP_LIMITS[dtype] / min(config.rollout.temperature, 1) if own is None else own
+    return GAP_FACTORS[dtype] * rounding / min(config.rollout.temperature, 1) if own is None else own
+
+
+def measure_rounding(policy: Policy, groups: list[Group]) -> float:
+    """What the model's precision does to its log-probabilities at temperature 1: mean difference to float32, in nats.
+
+    Both are of the model that is sampled from, by its own forward pass of each sequence alone, so nothing that makes a sampling
+    gap is in it but rounding. Every process calls it with what it sampled; a few sequences of each are looked at.
+    """
+    if policy.dtype == torch.float32:
+        return FLOAT32_ROUNDING
+    batch = _batch(_probed(policy, groups))
+    apart = policy.unpacked_logprobs(batch) - policy.unpacked_logprobs(batch, float32=True)
+    return policy.temperature * _mean(policy, apart.abs())
 
 
 def tally(loss: Tensor, meter: Meter, *more: float) -> Tensor:
@@ -98,9 +118,7 @@ class Probe:
         return self.policy.old_logprobs(micro.to(self.policy.processes.device))
 
     def mean(self, values: Tensor) -> float:
-        """Over the values of all processes; 0 if there is none."""
-        total, number = self.policy.processes.sum(float(values.sum()), values.numel())
-        return total / number if number else 0.0
+        return _mean(self.policy, values)
 
     def gap_of(self, logprobs: Tensor) -> float:
         return self.mean((logprobs - self.sampled).abs())
@@ -108,6 +126,18 @@ class Probe:
     def explained_by(self, gap: float) -> float:
         """Share of the gap that is gone if `gap` is what would be left."""
         return 1 - gap / self.gap if self.gap else 0.0
+
+
+def _mean(policy: Policy, values: Tensor) -> float:
+    """Over the values of all processes; 0 if there is none."""
+    total, number = policy.processes.sum(float(values.sum()), values.numel())
+    return total / number if number else 0.0
+
+
+def _probed(policy: Policy, groups: list[Group]) -> list[tuple[Prompt, Completion]]:
+    """A few sequences, equally many on all processes, of as many prompts as possible."""
+    pairs = _spread(groups)
+    return pairs[: min(PROBED, *policy.processes.gather(len(pairs)))]
 
 
 def _batch(pairs: list[tuple[Prompt, Completion]]) -> Batch:
@@ -119,24 +149,30 @@ PROBED = 16
 
 
 def diagnose(
-    policy: Policy, generator: Generator, groups: list[Group], config: Config, *, earlier_gap: float | None
+    policy: Policy,
+    generator: Generator,
+    groups: list[Group],
+    config: Config,
+    *,
+    earlier_gap: float | None,
+    rounding: float,
 ) -> list[Cause]:
     """Try the causes. Every process calls it before the update, with what it sampled; it takes some forward passes.
 
     Args:
         earlier_gap: median of the steps before; None in the first.
+        rounding: see `measure_rounding`.
     """
-    pairs = _spread(groups)
-    num = min(PROBED, *policy.processes.gather(len(pairs)))
-    probe = Probe(policy, pairs[:num], config.memory.micro_batch_tokens // config.max_sequence_tokens)
+    pairs = _probed(policy, groups)
+    probe = Probe(policy, pairs, max(config.memory.micro_batch_tokens // config.max_sequence_tokens, 1))
     return [
         _temperature(probe, config),
         _template(probe, config),
         *_weights(probe, generator, config, earlier_gap),
         _left_out(probe),
         Cause(
-            min(ROUNDING[policy.dtype] / max(probe.gap, 1e-9), 1.0),
-            f"rounding, which makes {ROUNDING[policy.dtype]:g} nats in this precision",
+            min(rounding / max(probe.gap, 1e-9), 1.0),
+            f"rounding, which moves the model's own log-probabilities by {rounding:.3g} nats in this precision",
         ),
     ]
 

@@ -17,7 +17,7 @@ from grpo import Trainer, checkpoint, post_mortem
 from grpo.prompts import TEMPLATES, build_prompts
 from grpo.rollout.hf import HFGenerator
 from grpo.sinks import read_jsonl
-from grpo.tripwire import SamplingGapError, gap_limit
+from grpo.tripwire import SamplingGapError, gap_limit, measure_rounding
 from grpo.types import Group, Prompt, Sampling
 
 
@@ -250,9 +250,27 @@ def test_a_full_disk_does_not_hide_the_alarm(
 
 def test_the_limit_follows_precision_and_temperature(tmp_path: Path):
     config = tiny_config(tmp_path)
-    assert gap_limit(config, torch.float32) == 0.001
-    assert gap_limit(config, torch.bfloat16) == 0.04
+    assert gap_limit(config, torch.float32, 1e-5) == pytest.approx(0.001)
+    assert gap_limit(config, torch.bfloat16, 0.02) == pytest.approx(0.06)
     cold = tiny_config(tmp_path, rollout={"temperature": 0.5})
-    assert gap_limit(cold, torch.bfloat16) == 0.08
+    assert gap_limit(cold, torch.bfloat16, 0.02) == pytest.approx(0.12)
     own = tiny_config(tmp_path, rollout={"temperature": 0.5}, algorithm={"max_sampling_gap": 0.01})
-    assert gap_limit(own, torch.bfloat16) == 0.01
+    assert gap_limit(own, torch.bfloat16, 0.02) == 0.01
+
+
+def test_the_limit_in_bfloat16_is_what_bfloat16_does_to_the_model(tmp_path: Path):
+    """Weights of the output layer ten times as large make logits, and their rounding, ten times as large."""
+    measured = []
+    for factor in (1, 10):
+        trainer = Trainer(tiny_config(tmp_path / f"run {factor}", model={"dtype": "bfloat16"}))
+        with torch.no_grad():
+            trainer.policy.lm.model.norm.weight.mul_(factor)
+        groups, _ = trainer._sample(trainer.prompts.draw(4), seed=0)
+        weights = {name: weight.data_ptr() for name, weight in trainer.policy.lm.named_parameters()}
+        measured.append(measure_rounding(trainer.policy, groups))
+        after = {name: weight.data_ptr() for name, weight in trainer.policy.lm.named_parameters()}
+        assert after == weights  # captured graphs and flat tensors still point at them
+        assert {weight.dtype for weight in trainer.policy.lm.parameters()} == {torch.bfloat16}
+        trainer.close()
+    assert 0.001 < measured[0] < 0.1
+    assert 2 < measured[1] / measured[0] < 50
