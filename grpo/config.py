@@ -45,9 +45,6 @@ class ModelConfig(Section):
     """Branch, tag or commit of a hub model. Pin it for a run that others should repeat."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights in the forward pass; the optimizer keeps float32 masters. auto: bfloat16 on CUDA, float32 on CPU."""
-    float32_logits: bool = False
-    """Leave logits in float32 where the weights are bfloat16, in sampling and in training: the two then agree more closely
-    (`policy/sampling_gap`), for twice the memory of a chunk of logits and a little time."""
 
 
 class DataConfig(Section):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
@@ -114,34 +114,3 @@ def plain_replace_by_gradient(
         slope = torch.where(probabilities > 0, probabilities * (all_logprobs + entropy.unsqueeze(-1)), 0)
         result -= (by_entropy / temperature).unsqueeze(-1) * slope
     logits.data.copy_(result)
-
-
-class Float32Linear(nn.Linear):
-    """A linear layer whose outputs are left in float32, in which matrix products add up anyway.
-
-    In bfloat16 a logit is rounded to 1/256 of its size, which is most of what sampling and training disagree by. The weights stay
-    as they are (`cast_lm_head_to_fp32` of TRL makes them float32 too, for a product that takes some ten times as long on a GPU).
-    """
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        product = _Float32Product.apply(hidden.flatten(0, -2), self.weight)
-        product = product.unflatten(0, hidden.shape[:-1])
-        return product if self.bias is None else product + self.bias.float()
-
-
-class _Float32Product(torch.autograd.Function):
-    """hidden (N, H), weight (V, H) -> hidden weight^T (N, V) in float32. Its gradient is rounded to the inputs' precision."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        if hidden.is_cuda and hidden.dtype != torch.float32:
-            return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-        return hidden.float() @ weight.float().t()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        hidden, weight = ctx.saved_tensors
-        gradient = gradient.to(hidden.dtype)
-        of_hidden, of_weight = ctx.needs_input_grad
-        return gradient @ weight if of_hidden else None, gradient.t() @ hidden if of_weight else None

@@ -34,7 +34,7 @@ from grpo.attention import packed_inputs
 from grpo.batch import micro_batch
 from grpo.config import Config, ModelConfig, OptimizerConfig
 from grpo.distributed import Processes, TrainingProcesses, deterministic, whole
-from grpo.logprobs import Float32Linear, token_logprobs
+from grpo.logprobs import token_logprobs
 from grpo.types import Batch, MicroBatch
 from grpo.writer import Write, save_tensors, write_now
 
@@ -236,10 +236,7 @@ def load_lm(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
         for name, value in vars(part).items():
             if "drop" in name and isinstance(value, float):
                 setattr(part, name, 0.0)
-    lm = AutoModelForCausalLM.from_pretrained(config.name, config=settings, revision=config.revision, dtype=dtype)
-    if config.float32_logits:
-        lm.get_output_embeddings().__class__ = Float32Linear
-    return lm
+    return AutoModelForCausalLM.from_pretrained(config.name, config=settings, revision=config.revision, dtype=dtype)
 
 
 def decoder_layers(lm: PreTrainedModel) -> list[GradientCheckpointingLayer]:

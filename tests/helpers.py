@@ -163,22 +163,21 @@ def launch_script(*overrides: str, launcher: tuple[str, ...] = ()) -> subprocess
     )
 
 
-def shard_even_small_weights(*, whole_below: int = 0) -> None:
+def shard_even_small_weights(*, whole_below: int = 0, fetch_ahead: bool = False) -> None:
     """ZeRO-3 leaves weights below 100k elements whole, and the tiny model has no others: nothing would be tested.
 
-    It also keeps what it needs again within 1e9 elements, which is all of the tiny model. Here it lets go of every weight after
-    its use and fetches a few ahead, as with a model of 7B: after a forward pass alone, some are still on their way.
+    Args:
+        fetch_ahead: let go of every weight after its use, and fetch the next few, as with a model of 7B. Otherwise ZeRO-3 keeps
+            what it needs again within 1e9 elements, which is all of the tiny model.
     """
     original = distributed.deepspeed_config
 
     def settings(*args: object, **kwargs: object) -> dict:
         values = original(*args, **kwargs)
         if values["zero_optimization"]["stage"] == 3:
-            values["zero_optimization"] |= {
-                "stage3_param_persistence_threshold": whole_below,
-                "stage3_max_reuse_distance": 0,
-                "stage3_prefetch_bucket_size": 20_000,
-            }
+            values["zero_optimization"]["stage3_param_persistence_threshold"] = whole_below
+            if fetch_ahead:
+                values["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 20_000}
         return values
 
     distributed.deepspeed_config = settings

@@ -40,7 +40,7 @@ parser.add_argument("--lora", type=int, default=0, help="rank")
 parser.add_argument("--offload", nargs="*", default=[], choices=["optimizer", "parameters"])
 arguments = parser.parse_args()
 
-shard_even_small_weights()
+shard_even_small_weights(fetch_ahead=True)
 config = tiny_config(
     arguments.out / "run",
     distributed={"zero_stage": arguments.zero, **{f"offload_{what}": True for what in arguments.offload}},

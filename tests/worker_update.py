@@ -36,7 +36,7 @@ FAMILY = {
     "kl_estimator": "k1",
     "normalize_by_std": False,
 }
-shard_even_small_weights()
+shard_even_small_weights(fetch_ahead=True)
 config = tiny_config(
     arguments.out / "run",
     model={"dtype": arguments.dtype},
