@@ -122,7 +122,7 @@ class Call:
 
     seconds: float
     completions: list[Completion]
-    launches: list[float]  # seconds after the start of the call
+    launches: list[tuple[float, int]]  # of each chunk of steps: seconds after the start of the call, rows of its graph
     metrics: dict[str, float]
 
     @property
@@ -135,8 +135,11 @@ def native(sampler: Sampler, prompts: list[Prompt], sampling: Sampling, args: ar
     calls = [timed_call(sampler, prompts, sampling, args.completions, seed) for seed in range(args.repeats + 1)]
     middle = sorted(calls[1:], key=lambda call: call.seconds)[(args.repeats - 1) // 2]
     mean_length = middle.num_tokens / len(middle.completions)
-    before, after = middle.launches[0], middle.seconds - middle.launches[-1]
-    print(f"native: the first call took {calls[0].seconds:.1f} s, with compiling and capturing")
+    before, after = middle.launches[0][0], middle.seconds - middle.launches[-1][0]
+    num_sizes = len({size for _, size in calls[0].launches})
+    print(
+        f"native: the first call took {calls[0].seconds:.1f} s, with compiling and capturing steps of {num_sizes} sizes"
+    )
     record = report("native", middle.num_tokens, middle.seconds)
     print(
         f"  first step launched after {before * 1e3:.0f} ms, the last {after * 1e3:.0f} ms before the end; "
@@ -162,7 +165,7 @@ def timed_call(sampler: Sampler, prompts: list[Prompt], sampling: Sampling, num_
         synchronize()
         seconds = time.perf_counter() - start
     completions = [completion for group in groups for completion in group.completions]
-    return Call(seconds, completions, [at - start for at in launches], sampler.generator.metrics())
+    return Call(seconds, completions, [(at - start, size) for at, size in launches], sampler.generator.metrics())
 
 
 # ---- the peers -------------------------------------------------------------------------------------------------------
@@ -238,14 +241,16 @@ def decoder_of(sampler: Sampler) -> Decoder:
 
 
 @contextmanager
-def launches_of(decoder: Decoder) -> Iterator[list[float]]:
-    """When each chunk of steps is launched meanwhile."""
-    launches: list[float] = []
+def launches_of(decoder: Decoder) -> Iterator[list[tuple[float, int]]]:
+    """When each chunk of steps is launched meanwhile, and the rows of its graph."""
+    launches: list[tuple[float, int]] = []
     decode = decoder.decode
 
     def watched(rows: list[Sequence]) -> Any:
-        launches.append(time.perf_counter())
-        return decode(rows)
+        at = time.perf_counter()
+        chunk = decode(rows)
+        launches.append((at, chunk.num_places // CHUNK))
+        return chunk
 
     decoder.decode = watched
     try:
