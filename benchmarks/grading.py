@@ -53,7 +53,7 @@ def throughput(
     """Completions per second of one worker, in groups of 8 under one gold answer."""
     rng = random.Random(0)
     groups = []
-    for row in range(num // 8):
+    for row in range(max(num // 8, 1)):
         drawn = [make(rng) for _ in range(8)]
         completions = [Completion([0], [0.0], f"{THOUGHT}<answer>{text}</answer>", "stop") for text, _ in drawn]
         groups.append(Group(Prompt(row, [0], "", "", {column: drawn[0][1]}), completions))

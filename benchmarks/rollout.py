@@ -7,45 +7,62 @@ The fixed workload: random weights in the shape of Qwen2.5, prompts of 90 to 199
 A real length distribution, where answers end by themselves:
 
     python benchmarks/rollout.py --model DIR --questions test.jsonl --prompts 128 --completions 8 --new-tokens 1024
+
+Without a GPU, to see that it runs:
+
+    python benchmarks/rollout.py --size tiny --prompts 2 --completions 2 --new-tokens 8 --peers generate continuous
+
+The engine is called as a run calls it, through `sample`. Only its launches are watched from within, and a decoding step is timed
+alone, on sequences that are made up (see the end of this file).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from workload import SHAPES, prompt_ids, random_lm
+from torch.profiler import profile
+from transformers import GenerationConfig
+from workload import SHAPES, costliest, device_activities, device_name, on_gpu, prompt_ids, saved_model, synchronize
 
+from grpo import distributed
 from grpo.config import DataConfig, ModelConfig
-from grpo.policy import end_token_ids, lay_out
+from grpo.console import positive
+from grpo.inference import Sampler, load, sampling_config
+from grpo.policy import SampledModel, load_tokenizer
 from grpo.prompts import TEMPLATES, build_prompts, load_rows
-from grpo.rollout.decoder import CHUNK, LENGTH, REMAINING, Decoder
+from grpo.rollout.decoder import CHUNK, Decoder
 from grpo.rollout.ending import Ending
-from grpo.rollout.engine import Call, make_decoder
-from grpo.rollout.layers import can_fuse
-from grpo.rollout.paged import num_pages_for
-from grpo.types import Prompt, Sampling
-
-QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart" / "model"
+from grpo.rollout.paged import PAGE, num_pages_for
+from grpo.rollout.slots import Sequence
+from grpo.types import Completion, Prompt, Sampling
 
 
 def main() -> None:
     args = parse_args()
-    lm, ending = load(args)
-    prompts = questions(args, ending) if args.questions else random_prompts(args.prompts)
+    model, prompts = model_and_prompts(args)
     sampling = Sampling(max_tokens=args.new_tokens, temperature=args.temperature)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {args}", flush=True)
-    native(lm, ending, prompts, sampling, args)
-    if "generate" in args.peers:
-        peer(f"generate, {args.peer_batch} at once", lambda s: generate(lm, ending, prompts, s, args), sampling)
-    if "continuous" in args.peers:
-        peer("continuous batching", lambda s: continuous_batching(lm, ending, prompts, s, args), sampling)
+    print(f"{device_name()}, torch {torch.__version__}; {shlex.join(sys.argv)}", flush=True)
+    sampler, seconds = make_sampler(model, prompts, args)
+    records = [native(sampler, prompts, sampling, args) | {"start_seconds": seconds}]
+    model = sampler.model
+    del sampler  # the engine's keys and values are not to lie beside the peers' own
+    records += [peer(name, model, prompts, sampling, args) for name in args.peers]
+    distributed.stop()
+    if args.out:
+        with args.out.open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records if record is not None)
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,155 +73,143 @@ def parse_args() -> argparse.Namespace:
         "--questions", type=Path, help="its questions: .jsonl or .jsonl.gz with a `question` in each row"
     )
     parser.add_argument("--template", default="r1_zero", choices=TEMPLATES)
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--completions", type=int, default=8, help="per prompt")
-    parser.add_argument("--new-tokens", type=int, default=512, help="per completion; at most, with --questions")
+    parser.add_argument("--prompts", type=positive, default=32)
+    parser.add_argument("--completions", type=positive, default=8, help="per prompt")
+    parser.add_argument("--new-tokens", type=positive, default=512, help="per completion; at most, with --questions")
     parser.add_argument("--slots", type=int, default=0, help="completions at once; 0: all")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--plain-layers", action="store_true", help="the model's own layers instead of the fused ones")
-    parser.add_argument("--repeats", type=int, default=3, help="calls after the first, at least 1")
+    parser.add_argument("--repeats", type=positive, default=3, help="calls after the first")
     parser.add_argument("--profile", action="store_true", help="kernels of a decoding step")
-    parser.add_argument("--peers", nargs="*", default=[], choices=["generate", "continuous"])
-    parser.add_argument("--peer-batch", type=int, default=256, help="completions that `generate` runs at once")
+    parser.add_argument("--peers", nargs="*", default=[], choices=PEERS)
+    parser.add_argument("--peer-batch", type=positive, default=256, help="completions that `generate` runs at once")
+    parser.add_argument("--out", type=Path, help="append the results to this file, a line of JSON each")
+    parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks"), help="where the random models are kept")
     return parser.parse_args()
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Ending]:
-    torch.manual_seed(0)
-    if args.model:
-        lm = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        ends = end_token_ids(ModelConfig(name=args.model), tokenizer)
-    else:
-        lm = random_lm(args.size)
-        tokenizer, ends = AutoTokenizer.from_pretrained(QUICKSTART), []
-    lay_out(lm.eval(), torch.device("cuda"))
-    return lm, Ending(tokenizer, ends)
-
-
-def random_prompts(number: int) -> list[Prompt]:
-    return [Prompt(i, tokens, "", "", {}) for i, tokens in enumerate(prompt_ids(number))]
-
-
-def questions(args: argparse.Namespace, ending: Ending) -> list[Prompt]:
+def model_and_prompts(args: argparse.Namespace) -> tuple[str, list[Prompt]]:
+    model = args.model or str(saved_model(args.size, args.cache))
+    if args.questions is None:
+        return model, [Prompt(i, tokens, "", "", {}) for i, tokens in enumerate(prompt_ids(args.prompts))]
     data = DataConfig(name=str(args.questions), template=args.template)
-    return build_prompts(load_rows(data)[: args.prompts], ending.tokenizer, data)[0]
+    tokenizer = load_tokenizer(ModelConfig(name=model))
+    return model, build_prompts(load_rows(data)[: args.prompts], tokenizer, data)[0]
 
 
-def native(lm: Any, ending: Ending, prompts: list[Prompt], sampling: Sampling, args: argparse.Namespace) -> None:
-    lm.set_attn_implementation("paged")
-    longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_tokens
-    decoder = make_decoder(
-        lm,
-        ending.end_token_ids,
-        num_slots=args.slots or len(prompts) * args.completions,
-        pages_each=num_pages_for(longest),
-        gib=None,
-        fused=can_fuse(lm) and not args.plain_layers,
-    )
-    decoder.check_weights()
-    seconds, calls, starts = [], [], []
-    with torch.no_grad():
-        for repeat in range(args.repeats + 1):
-            call = Call(decoder, ending, prompts, sampling, num_completions=args.completions, seed=repeat)
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            call.run()
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-            calls.append(call)
-            starts.append(start)
-    print(f"native: first call {seconds[0]:.1f} s, with compiling and capturing {len(decoder._graphs)} graphs")
-    middle = sorted(range(1, len(seconds)), key=seconds.__getitem__)[(len(seconds) - 1) // 2]
-    call, took, start = calls[middle], seconds[middle], starts[middle]
-    num_tokens = sum(len(completion.token_ids) for completion in call.completions if completion is not None)
-    report("native", num_tokens, took)
-    launches = [at - start for at, _ in call.timeline]
-    print(
-        f"  first step launched after {launches[0] * 1e3:.0f} ms, the last {(took - launches[-1]) * 1e3:.0f} ms before the end; "
-        f"mean length {num_tokens / len(call.completions):.0f}\n  {call.metrics()}"
-    )
-    lens = [
-        len(prompt.token_ids) + len(c.token_ids) // 2 for prompt, c in zip(call.prompts, call.completions, strict=True)
-    ]
-    rate = step_rate(decoder, sum(lens) // len(lens), args)
-    print(f"  with all slots busy from first to last it would take {1 - num_tokens / rate / took:.0%} less", flush=True)
-
-
-def step_rate(decoder: Decoder, middle: int, args: argparse.Namespace) -> float:
-    """Tokens per second of a captured step with all slots busy and `middle` tokens each, without host or prefill."""
-    size = decoder.state.shape[1]
-    graph = decoder._graph(size)
-
-    def reset() -> None:
-        decoder.state[LENGTH] = middle
-        decoder.state[REMAINING] = 10_000
-        pages = torch.arange(decoder.table.numel(), dtype=torch.int32, device="cuda") % (
-            decoder.cache.keys.shape[1] - 1
-        )
-        decoder.table.copy_(1 + pages.view_as(decoder.table))
-        decoder.step_number.zero_()
-
-    reset()
-    for _ in range(CHUNK):
-        graph.replay()
-    reset()
-    torch.cuda.synchronize()
+def make_sampler(model: str, prompts: list[Prompt], args: argparse.Namespace) -> tuple[Sampler, float]:
+    """The model with the native engine, and the seconds until it is ready to sample."""
     start = time.perf_counter()
-    for _ in range(CHUNK):
-        graph.replay()
-    torch.cuda.synchronize()
-    milliseconds = (time.perf_counter() - start) / CHUNK * 1e3
-    print(
-        f"  decoding step, {size} rows of {middle} tokens: {milliseconds:.2f} ms = {size / milliseconds * 1e3:,.0f} tokens/s"
+    config = sampling_config(
+        model,
+        max_prompt_tokens=max(len(prompt.token_ids) for prompt in prompts),
+        max_completion_tokens=args.new_tokens,
+        engine="native",
+        max_sequences=args.slots or len(prompts) * args.completions,
     )
-    if args.profile:
-        from torch.profiler import ProfilerActivity, profile
-
-        reset()
-        with torch.no_grad(), profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            for _ in range(CHUNK):
-                graph.replay()
-            torch.cuda.synchronize()
-        table = profiler.key_averages().table(sort_by="cuda_time_total", row_limit=24, max_name_column_width=64)
-        print(table, flush=True)
-    return size / milliseconds * 1e3
+    config.rollout.fused_layers = not args.plain_layers
+    sampler = load(config, load_tokenizer(config.model))
+    synchronize()
+    return sampler, time.perf_counter() - start
 
 
-def peer(name: str, run: Callable[[Sampling], int], sampling: Sampling) -> None:
+# ---- the native engine -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Call:
+    """One call of `sample`, as it looks from outside, and when its steps were launched."""
+
+    seconds: float
+    completions: list[Completion]
+    launches: list[tuple[float, int]]  # of each chunk of steps: seconds after the start of the call, rows of its graph
+    metrics: dict[str, float]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(completion.token_ids) for completion in self.completions)
+
+
+def native(sampler: Sampler, prompts: list[Prompt], sampling: Sampling, args: argparse.Namespace) -> dict[str, Any]:
+    """What the median of the calls after the first has measured, which is printed as well."""
+    calls = [timed_call(sampler, prompts, sampling, args.completions, seed) for seed in range(args.repeats + 1)]
+    middle = sorted(calls[1:], key=lambda call: call.seconds)[(args.repeats - 1) // 2]
+    mean_length = middle.num_tokens / len(middle.completions)
+    before, after = middle.launches[0][0], middle.seconds - middle.launches[-1][0]
+    num_sizes = len({size for _, size in calls[0].launches})
+    print(
+        f"native: the first call took {calls[0].seconds:.1f} s, with compiling and capturing steps of {num_sizes} sizes"
+    )
+    record = report("native", middle.num_tokens, middle.seconds)
+    print(
+        f"  first step launched after {before * 1e3:.0f} ms, the last {after * 1e3:.0f} ms before the end; "
+        f"mean length {mean_length:.0f}\n  {middle.metrics}"
+    )
+    at = round(fmean(len(prompt.token_ids) for prompt in prompts) + mean_length / 2)
+    with sampler.model.sampling_model("paged"):
+        num_slots, step = time_a_step(decoder_of(sampler), at, sampling, with_kernels=args.profile)
+    saved = 1 - middle.num_tokens * step / num_slots / middle.seconds
+    print(f"  decoding step, {num_slots} rows of {at} tokens: {step * 1e3:.2f} ms = {num_slots / step:,.0f} tokens/s")
+    print(f"  with all slots busy from first to last it would take {saved:.0%} less", flush=True)
+    return record | {
+        "first_call_seconds": calls[0].seconds, "calls": [call.seconds for call in calls], "step_seconds": step, "step_at": at,
+        "mean_length": mean_length, "metrics": middle.metrics, "command": shlex.join(sys.argv), "device": device_name(),
+    }  # fmt: skip
+
+
+def timed_call(sampler: Sampler, prompts: list[Prompt], sampling: Sampling, num_completions: int, seed: int) -> Call:
+    with launches_of(decoder_of(sampler)) as launches:
+        synchronize()
+        start = time.perf_counter()
+        groups = sampler.generator.sample(prompts, sampling, num_completions=num_completions, seed=seed)
+        synchronize()
+        seconds = time.perf_counter() - start
+    completions = [completion for group in groups for completion in group.completions]
+    return Call(seconds, completions, [(at - start, size) for at, size in launches], sampler.generator.metrics())
+
+
+# ---- the peers -------------------------------------------------------------------------------------------------------
+
+
+def peer(
+    name: str, model: SampledModel, prompts: list[Prompt], sampling: Sampling, args: argparse.Namespace
+) -> dict[str, Any] | None:
     """After a short warm-up. A peer that fails is reported and does not take the others' numbers with it."""
     try:
-        with torch.no_grad():
-            run(replace(sampling, max_tokens=8))
-            torch.cuda.synchronize()
+        with torch.no_grad(), model.sampling_model("sdpa") as lm:
+            ending = Ending(model.tokenizer, model.end_token_ids)
+            PEERS[name](lm, ending, prompts, replace(sampling, max_tokens=min(8, sampling.max_tokens)), args)
+            synchronize()
             start = time.perf_counter()
-            num_tokens = run(sampling)
-            torch.cuda.synchronize()
-        report(name, num_tokens, time.perf_counter() - start)
+            num_tokens = PEERS[name](lm, ending, prompts, sampling, args)
+            synchronize()
+            return report(name, num_tokens, time.perf_counter() - start)
     except Exception as error:
         print(f"{name}: failed with {type(error).__name__}: {str(error)[:300]}", flush=True)
+        return None
 
 
-def report(name: str, num_tokens: int, seconds: float) -> None:
+def report(name: str, num_tokens: int, seconds: float) -> dict[str, Any]:
     print(f"{name}: {num_tokens:,} tokens in {seconds:.2f} s = {num_tokens / seconds:,.0f} tokens/s", flush=True)
+    return {"name": name, "num_tokens": num_tokens, "seconds": seconds, "tokens_per_second": num_tokens / seconds}
 
 
 def generation_config(ending: Ending, sampling: Sampling) -> GenerationConfig:
     return GenerationConfig(
         do_sample=True, temperature=sampling.temperature, top_k=0, top_p=1.0, max_new_tokens=sampling.max_tokens,
-        eos_token_id=ending.end_token_ids or -1, pad_token_id=0,
+        eos_token_id=ending.end_token_ids, pad_token_id=0,
     )  # fmt: skip
 
 
 def generate(lm: Any, ending: Ending, prompts: list[Prompt], sampling: Sampling, args: argparse.Namespace) -> int:
-    lm.set_attn_implementation("sdpa")
+    """transformers' own, --peer-batch completions at once; the number of tokens."""
     wanted = [prompt.token_ids for prompt in prompts for _ in range(args.completions)]
     total = 0
     for start in range(0, len(wanted), args.peer_batch):
         part = wanted[start : start + args.peer_batch]
         longest = max(map(len, part))
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in part], device="cuda")
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in part], device="cuda")
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in part], device=lm.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in part], device=lm.device)
         output = lm.generate(ids, attention_mask=mask, generation_config=generation_config(ending, sampling))
         total += sum(ending.find(row, ())[0] for row in output[:, longest:].tolist())
     return total
@@ -213,16 +218,87 @@ def generate(lm: Any, ending: Ending, prompts: list[Prompt], sampling: Sampling,
 def continuous_batching(
     lm: Any, ending: Ending, prompts: list[Prompt], sampling: Sampling, args: argparse.Namespace
 ) -> int:
+    """transformers' own; the number of tokens."""
     from transformers import ContinuousBatchingConfig
 
-    lm.set_attn_implementation("sdpa")
-    settings = ContinuousBatchingConfig(return_logprobs=True, max_memory_percent=0.5)
+    memory = {"max_memory_percent": 0.5} if on_gpu() else {"num_blocks": 64, "max_batch_tokens": 1024}
     output = lm.generate_batch(
         [prompt.token_ids for prompt in prompts for _ in range(args.completions)],
         generation_config=generation_config(ending, sampling),
-        continuous_batching_config=settings,
+        continuous_batching_config=ContinuousBatchingConfig(return_logprobs=True, **memory),
     )
     return sum(len(each.generated_tokens) for each in output.values())
+
+
+PEERS = {"generate": generate, "continuous": continuous_batching}
+
+
+# ---- what is looked at inside the engine: its decoder, and there `begin` and `decode` ----------------------------------
+
+
+def decoder_of(sampler: Sampler) -> Decoder:
+    return sampler.generator._decoder
+
+
+@contextmanager
+def launches_of(decoder: Decoder) -> Iterator[list[tuple[float, int]]]:
+    """When each chunk of steps is launched meanwhile, and the rows of its graph."""
+    launches: list[tuple[float, int]] = []
+    decode = decoder.decode
+
+    def watched(rows: list[Sequence]) -> Any:
+        at = time.perf_counter()
+        chunk = decode(rows)
+        launches.append((at, chunk.num_places // CHUNK))
+        return chunk
+
+    decoder.decode = watched
+    try:
+        yield launches
+    finally:
+        del decoder.decode  # the method of its class again
+
+
+@torch.no_grad()
+def time_a_step(decoder: Decoder, at: int, sampling: Sampling, *, with_kernels: bool) -> tuple[int, float]:
+    """Rows of a step with all slots busy and about `at` tokens in each, and its seconds, without prompts and results.
+
+    On a GPU it is a captured graph. With kernels, the costliest of them are printed.
+    """
+    num_steps = TIMED_CHUNKS * CHUNK
+    rows = made_up(decoder, at, num_steps=2 * num_steps + CHUNK)
+    decoder.begin(sampling)
+    decoder.decode(rows)  # compiles and captures, if that has not been done yet
+    synchronize()
+    start = time.perf_counter()
+    launch(decoder, rows)
+    seconds = (time.perf_counter() - start) / num_steps
+    if with_kernels:
+        with profile(activities=device_activities()) as profiler:
+            launch(decoder, rows)
+        print(f"  {num_steps} decoding steps:\n{costliest(profiler)}", flush=True)
+    return len(rows), seconds
+
+
+TIMED_CHUNKS = 4
+
+
+def launch(decoder: Decoder, rows: list[Sequence]) -> None:
+    for _ in range(TIMED_CHUNKS):
+        decoder.decode(rows)
+    synchronize()
+
+
+def made_up(decoder: Decoder, at: int, *, num_steps: int) -> list[Sequence]:
+    """A sequence for each slot, of `at` tokens or as many as leave room for the steps; where pages run out, they share some."""
+    num_slots, pages_each = decoder.table.shape
+    length = max(min(at, pages_each * PAGE - num_steps), 1)
+    pages = cycle(range(1, decoder.cache.keys.shape[1]))  # page 0 is nobody's
+    own = num_pages_for(length + num_steps)
+    return [
+        Sequence(slot, [0] * (length + 1), num_steps + 1, seed=slot, own=list(islice(pages, own)))
+        for slot in range(num_slots)
+    ]
 
 
 if __name__ == "__main__":

@@ -50,11 +50,24 @@ from typing import Any
 
 import torch
 import yaml
+from card import matrix_rate
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer, Qwen2Config
 from trl_step import measure_trl
-from workload import LONGEST_PROMPT, SHAPES, model_config, prompt_ids, random_reward, saved_model, synchronize
+from workload import (
+    LONGEST_PROMPT,
+    SHAPES,
+    costliest,
+    device_name,
+    kernels_of,
+    model_config,
+    on_gpu,
+    prompt_ids,
+    random_reward,
+    saved_model,
+    synchronize,
+)
 
 from grpo import Config, Trainer, distributed
 from grpo.rollout.grouping import all_at_once
@@ -281,7 +294,7 @@ def make_record(args: argparse.Namespace, trainer: Trainer, steps: list[dict[str
     return {
         "name": "grpo",
         "command": shlex.join(sys.argv),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": device_name(),
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "deepspeed")},
         "size": args.size,
         "processes": world,
@@ -324,21 +337,6 @@ def update_flops(config: Qwen2Config, passes: list[MicroBatch]) -> float:
             head = config.vocab_size * hidden * len(micro.targets)
             flops += 6 * (weights * len(micro.tokens) + head) + 12 * hidden * num_layers * pairs
     return flops
-
-
-def matrix_rate() -> float:
-    """Operations per second of a large matrix product in bfloat16, as this device reaches them."""
-    on_gpu = torch.cuda.is_available()
-    size, repeats = (8192, 50) if on_gpu else (512, 5)
-    a, b = torch.randn(2, size, size, dtype=torch.bfloat16, device="cuda" if on_gpu else "cpu")
-    for _ in range(repeats):
-        a @ b
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        a @ b
-    synchronize()
-    return 2 * size**3 * repeats / (time.perf_counter() - start)
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -420,32 +418,30 @@ def timed(parts: dict[str, float], part: str) -> Iterator[None]:
     parts[part] = parts.get(part, 0.0) + time.perf_counter() - start
 
 
-def kernels(profiler: profile, vocab_size: int, rows: int = 30) -> str:
+def kernels(profiler: profile, vocab_size: int) -> str:
     """The costliest kernels (operators, without a GPU), and what some kinds of them take together.
 
     Operators over the vocabulary are those with an argument of that size: the output head, forward, recomputed and backward, what
     comes after its logits, and the embedding. Kernels that no torch operator launches, such as Triton's own, are not among them.
     """
-    on_gpu = torch.cuda.is_available()
-    kind, time_of = (DeviceType.CUDA, "self_device_time_total") if on_gpu else (DeviceType.CPU, "self_cpu_time_total")
-    every = [each for each in profiler.key_averages() if each.device_type == kind and not each.is_user_annotation]
+    by_kernel = kernels_of(profiler)
     by_shape = [each for each in profiler.key_averages(group_by_input_shape=True) if each.device_type == DeviceType.CPU]
-    whole = sum(getattr(each, time_of) for each in every)
+    time_of = "self_device_time_total" if on_gpu() else "self_cpu_time_total"
+    whole = sum(seconds for _, seconds, _ in by_kernel)
 
-    def share(title: str, events: list[Any]) -> str:
-        microseconds = sum(getattr(each, time_of) for each in events)
-        return f"{title} {microseconds / 1e6:.3f} s ({microseconds / whole:.0%})"
+    def named(*parts: str) -> float:
+        return sum(seconds for name, seconds, _ in by_kernel if any(part in name for part in parts))
 
-    named = {
-        "communication": [each for each in every if "nccl" in each.key],
-        "attention": [each for each in every if any(name in each.key for name in ("flash", "fmha", "attention"))],
-        "over the vocabulary": [each for each in by_shape if vocab_size in _flat(each.input_shapes)],
+    kinds = {
+        "kernels": whole,
+        "communication": named("nccl"),
+        "attention": named("flash", "fmha", "attention"),
+        "over the vocabulary": sum(
+            getattr(each, time_of) / 1e6 for each in by_shape if vocab_size in _flat(each.input_shapes)
+        ),
     }
-    lines = [share("\nkernels", every) + ": " + ", ".join(share(title, events) for title, events in named.items())]
-    for each in sorted(every, key=lambda each: -getattr(each, time_of))[:rows]:
-        taken = getattr(each, time_of)
-        lines.append(f"{taken / 1e3:10.2f} ms{taken / whole:6.1%}{each.count:8}  {each.key[:70]}")
-    return "\n".join(lines)
+    shares = [f"{title} {seconds:.3f} s ({seconds / whole:.0%})" for title, seconds in kinds.items()]
+    return f"\n{', '.join(shares)}\n{costliest(profiler)}"
 
 
 def _flat(shape: Any) -> list[int]:

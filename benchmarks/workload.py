@@ -1,4 +1,4 @@
-"""What the benchmarks share: random weights in the shape of Qwen2.5, and prompts of 90 to 199 random tokens."""
+"""What the benchmarks share: random weights in the shape of Qwen2.5, prompts of 90 to 199 random tokens, the device's times."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from string import ascii_lowercase
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2Tokenizer
 
 LONGEST_PROMPT = 199
@@ -27,6 +29,24 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Qwen2.5's, where they differ from `model_config`; tiny is for trying a benchmark out on a CPU."""
 
 
+def on_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def device_type() -> str:
+    return "cuda" if on_gpu() else "cpu"
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if on_gpu() else "CPU"
+
+
+def synchronize() -> None:
+    """Wait for the device, if there is one."""
+    if on_gpu():
+        torch.cuda.synchronize()
+
+
 def model_config(size: str) -> Qwen2Config:
     smaller = {"vocab_size": 151936, "num_key_value_heads": 2, "tie_word_embeddings": True}
     return Qwen2Config(max_position_embeddings=32768, **{**smaller, **SHAPES[size]})
@@ -35,7 +55,7 @@ def model_config(size: str) -> Qwen2Config:
 def random_lm(size: str) -> PreTrainedModel:
     """In bfloat16, on the GPU if there is one."""
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.device(device_type()):
         return AutoModelForCausalLM.from_config(model_config(size), dtype=torch.bfloat16)
 
 
@@ -82,7 +102,24 @@ def saved_model(size: str, cache: Path) -> Path:
     return directory
 
 
-def synchronize() -> None:
-    """Wait for the device, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def device_activities() -> list[ProfilerActivity]:
+    """What a profiler watches to see kernels; the operators, without a GPU."""
+    return [ProfilerActivity.CUDA if on_gpu() else ProfilerActivity.CPU]
+
+
+def kernels_of(profiler: profile) -> list[tuple[str, float, int]]:
+    """Name, seconds and calls of each kernel (operator, without a GPU), the costliest first."""
+    kind, time_of = (DeviceType.CUDA, "self_device_time_total") if on_gpu() else (DeviceType.CPU, "self_cpu_time_total")
+    every = [each for each in profiler.key_averages() if each.device_type == kind and not each.is_user_annotation]
+    return sorted(((each.key, getattr(each, time_of) / 1e6, each.count) for each in every), key=lambda each: -each[1])
+
+
+def costliest(profiler: profile, rows: int = 30) -> str:
+    """A table of the first of them: time, share, calls, time of a call."""
+    kernels = kernels_of(profiler)
+    whole = sum(seconds for _, seconds, _ in kernels)
+    lines = [
+        f"{seconds * 1e3:10.2f} ms{seconds / whole:6.1%}{count:8}{seconds / count * 1e6:10.1f} us  {name[:70]}"
+        for name, seconds, count in kernels[:rows]
+    ]
+    return "\n".join(lines)

@@ -1,18 +1,24 @@
 """benchmarks/ runs, and counts operations as torch does. Its numbers are for a GPU; here it has to work."""
 
+import importlib
 import json
+import re
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import fake_trl
 import pytest
 import torch
-from helpers import ROOT, clean_environment
+from helpers import ROOT, TINY, clean_environment, launch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from grpo import distributed
 from grpo.batch import join, micro_batch, pack, spare
 from grpo.policy import PackedLM
 from grpo.types import Completion, Group, MicroBatch, Prompt
@@ -75,18 +81,60 @@ def test_a_text_of_words_reads_back_as_its_tokens_and_none_of_them_ends_it():
     assert tokenizer.pad_token_id < 151936
 
 
+@dataclass(frozen=True)
+class Done:
+    """A benchmark that has run: what it printed and what it appended to --out."""
+
+    printed: str
+    records: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the random model of all these tests is kept."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Run a benchmark in this process, as it is started from the command line."""
+
+    def run(script: str, arguments: str, *more: object) -> Done:
+        out = tmp_path / "out.jsonl"
+        monkeypatch.setattr(distributed, "stop", lambda: None)  # DeepSpeed does not start a second time in a process
+        monkeypatch.setattr(sys, "argv", [script, *shlex.split(arguments), *map(str, more), "--out", str(out)])
+        importlib.import_module(script.removesuffix(".py")).main()
+        return Done(capsys.readouterr().out, [json.loads(line) for line in out.read_text().splitlines()])
+
+    return run
+
+
+# ---- step.py ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole_step(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """step.py with a peer that is not installed, in processes of their own."""
+    scratch = tmp_path_factory.mktemp("step")
+    (scratch / "trl.py").write_text("raise ImportError('TRL is not installed')")
+    environment = clean_environment()
+    environment["PYTHONPATH"] = f"{scratch}:{ROOT}:{environment.get('PYTHONPATH', '')}"
+    arguments = shlex.split("--size tiny --prompts 2 --completions 2 --new-tokens 8 --steps 1 --warmup 0")
+    done = subprocess.run(
+        [sys.executable, "benchmarks/step.py", *arguments, "--peers", "trl",
+         "--cache", str(cache), "--out", str(scratch / "out")],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Done(done.stdout, [json.loads(line) for line in (scratch / "out").read_text().splitlines()])
+
+
 @pytest.mark.slow
-def test_a_step_is_measured_and_has_exactly_the_tokens_it_says(tmp_path: Path):
+def test_a_step_is_measured_and_has_exactly_the_tokens_it_says(whole_step: Done):
     import step
     import workload
 
-    arguments = shlex.split("--size tiny --prompts 2 --completions 2 --new-tokens 8 --steps 1 --warmup 0 --profile")
-    done = subprocess.run(
-        [sys.executable, "benchmarks/step.py", *arguments, "--cache", str(tmp_path), "--out", str(tmp_path / "out")],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, env=clean_environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    record = json.loads((tmp_path / "out").read_text())
+    (record,) = whole_step.records
     middle = record["medians"]
     assert middle["completion/length_mean"] == middle["completion/length_max"] == 8
     phases = [value for name, value in middle.items() if name.startswith("time/") and name != "time/step"]
@@ -97,6 +145,169 @@ def test_a_step_is_measured_and_has_exactly_the_tokens_it_says(tmp_path: Path):
     assert middle["update/tflop"] == pytest.approx(step.update_flops(workload.model_config("tiny"), [micro]) / 1e12)
     assert record["tflops_update"] == pytest.approx(middle["update/tflop"] / middle["time/update"])
     read = f"{middle['throughput/update'] * (1 - middle['batch/shared']):,.0f} of them read"
-    assert read in done.stdout
-    assert f"batch/shared {middle['batch/shared']:.3f}, batch/imbalance 0.000" in done.stdout
-    assert "over the vocabulary" in done.stdout
+    assert read in whole_step.printed
+    assert f"batch/shared {middle['batch/shared']:.3f}, batch/imbalance 0.000" in whole_step.printed
+
+
+@pytest.mark.slow
+def test_a_peer_that_is_not_installed_is_reported_and_takes_no_numbers_with_it(whole_step: Done):
+    assert "trl: failed with ImportError: TRL is not installed" in whole_step.printed
+    assert [record["name"] for record in whole_step.records] == ["grpo"]
+
+
+def test_an_update_alone_is_measured_beside_an_earlier_run(run, cache: Path, tmp_path: Path):
+    earlier = {"step": 1.0, "generation": 0.25, "rest": 0.75, "peak_gib": None}
+    (tmp_path / "earlier.jsonl").write_text(json.dumps(earlier))
+    shape = "--size tiny --prompts 2 --completions 2 --new-tokens 8 --steps 1 --warmup 0 --update-only --profile"
+    done = run(
+        "step.py", shape, "--compare", tmp_path / "earlier.jsonl", "--cache", cache,
+        "--set", "memory.micro_batch_tokens=512", "memory.activation_checkpointing=0.5",
+    )  # fmt: skip
+    (record,) = done.records
+    assert record["update_only"]
+    assert record["generation"] is None
+    assert record["settings"]["memory"]["micro_batch_tokens"] == 512
+    assert record["medians"]["completion/length_mean"] == 8
+    table = done.printed[done.printed.index("before") :]
+    assert f"{record['step']:.2f} (1.00x)" in table
+    assert f"1.00 ({1 / record['step']:.2f}x)" in table
+    for part in ("forward", "backward", "optimizer"):
+        assert re.search(rf"{part} \d+\.\d+ s", done.printed)
+    assert "over the vocabulary" in done.printed
+    assert "aten::mm" in done.printed
+
+
+@pytest.mark.parametrize("tokens_missing", [0, 1])
+def test_trls_steps_are_timed_if_they_have_the_tokens_they_should(
+    tokens_missing: int, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    import step
+
+    shape = "--size tiny --prompts 2 --completions 4 --new-tokens 8 --steps 3 --warmup 1 --peer-micro-batch 4"
+    monkeypatch.setattr(sys, "argv", ["step.py", *shlex.split(shape), "--peers", "trl-liger", "--cache", str(cache)])
+    monkeypatch.setattr(step, "in_a_process", lambda run, *arguments: run(*arguments))
+    monkeypatch.setattr(fake_trl, "tokens_missing", tokens_missing)
+    monkeypatch.setattr("trl_step.time", fake_trl.clock)
+    monkeypatch.setitem(sys.modules, "trl", fake_trl)
+    args = step.parse_args()
+    args.checkpointing = True
+    record = step.measure_peer("trl-liger", args)
+    if tokens_missing:
+        assert record is None
+        assert "trl-liger: failed with AssertionError: 63 tokens were sampled instead of 64" in capsys.readouterr().out
+        return
+    assert record["steps"] == [14, 4, 4, 4]  # by the double's clock; the first one is the warm-up
+    assert (record["step"], record["generation"], record["rest"]) == (4, 1, 3)
+    own = {"name": "grpo", "step": 0.5, "generation": None, "rest": 0.5, "peak_gib": None}
+    assert "4.00 (8.00x)" in step.side_by_side([own, record])
+
+
+# ---- rollout.py ------------------------------------------------------------------------------------------------------
+
+
+def test_rollouts_are_measured_beside_transformers_with_exactly_the_tokens_they_say(run, cache: Path):
+    shape = "--size tiny --prompts 2 --completions 2 --new-tokens 8 --repeats 1 --profile --plain-layers"
+    done = run("rollout.py", shape, "--peers", "generate", "continuous", "--peer-batch", 3, "--cache", cache)
+    native, generate, continuous = done.records
+    for record in (native, generate, continuous):
+        assert record["num_tokens"] == 2 * 2 * 8
+        assert record["tokens_per_second"] == pytest.approx(32 / record["seconds"])
+        assert f"{record['name']}: 32 tokens in {record['seconds']:.2f} s" in done.printed
+    assert native["metrics"]["rollout/slots"] == 4
+    assert native["seconds"] == native["calls"][1]
+    assert f"decoding step, 4 rows of {native['step_at']} tokens: {native['step_seconds'] * 1e3:.2f} ms" in done.printed
+    assert "16 decoding steps:" in done.printed
+    assert "aten::mm" in done.printed
+
+
+def test_rollouts_of_a_real_model_end_by_themselves(run):
+    shape = "--template chat --prompts 3 --completions 4 --new-tokens 40 --slots 5 --repeats 2 --temperature 0.5"
+    done = run("rollout.py", shape, "--model", TINY / "model", "--questions", TINY / "test.jsonl")
+    (native,) = done.records
+    assert native["num_tokens"] < 3 * 4 * 40
+    assert native["mean_length"] == native["num_tokens"] / 12
+    assert native["metrics"]["rollout/slots"] == 5
+    assert "5 rows of" in done.printed
+
+
+def test_a_peer_of_rollouts_that_fails_is_reported_and_does_not_take_the_others_with_it(
+    run, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import rollout
+
+    def broken(*_: object) -> int:
+        raise AttributeError("no such thing")
+
+    monkeypatch.setitem(rollout.PEERS, "generate", broken)
+    monkeypatch.setitem(rollout.PEERS, "continuous", lambda *_: 4)
+    shape = "--size tiny --prompts 1 --completions 2 --new-tokens 2 --repeats 1 --peers generate continuous"
+    done = run("rollout.py", shape, "--cache", cache)
+    assert "generate: failed with AttributeError: no such thing" in done.printed
+    assert [record["name"] for record in done.records] == ["native", "continuous"]
+
+
+def test_a_step_timed_alone_leaves_the_engine_as_it_was(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    import rollout
+
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [*shlex.split("rollout.py --size tiny --prompts 2 --completions 2 --new-tokens 6 --cache"), str(cache)],
+    )
+    args = rollout.parse_args()
+    model, prompts = rollout.model_and_prompts(args)
+    sampler, _ = rollout.make_sampler(model, prompts, args)
+    sampling = rollout.Sampling(6)
+    before = rollout.timed_call(sampler, prompts, sampling, 2, seed=3)
+    with sampler.model.sampling_model("paged"):
+        num_slots, _ = rollout.time_a_step(rollout.decoder_of(sampler), 150, sampling, with_kernels=False)
+    after = rollout.timed_call(sampler, prompts, sampling, 2, seed=3)
+    assert num_slots == 4
+    assert after.completions == before.completions
+    assert (
+        [size for _, size in after.launches] == [size for _, size in before.launches] == [4, 4]
+    )  # rows, in 2 x 4 steps
+
+
+# ---- grading.py, card.py ---------------------------------------------------------------------------------------------
+
+
+def test_grading_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    import grading
+
+    monkeypatch.setattr(sys, "argv", ["grading.py", "--scale", "0.01"])
+    grading.main()
+    printed = capsys.readouterr().out
+    for line in ("whole numbers", "LaTeX through math-verify", "programs, 5 tests each"):
+        (rate,) = [float(row.split(line)[1].split()[0].replace(",", "")) for row in printed.splitlines() if line in row]
+        assert rate > 0
+
+
+def test_the_machines_own_rates_are_measured(run):
+    done = run("card.py", "")
+    (record,) = done.records
+    assert record["processes"] == 1
+    assert min(record[name] for name in ("matrix_tflops", "copy_gbs", "launches_per_s")) > 0
+    assert record["all_reduce_gbs"] is None
+    assert record["all_gather_gbs"] is None
+    assert f"{record['copy_gbs']:,.4g} GB/s copied" in done.printed
+
+
+def test_a_rates_numerator_is_what_it_says(monkeypatch: pytest.MonkeyPatch):
+    import card
+
+    monkeypatch.setattr(card, "seconds_each", lambda act, repeats: 0.5)
+    assert card.matrix_rate() == 2 * 512**3 / 0.5
+    assert card.copy_rate() == 2 * 16 * 2**20 / 0.5  # each byte is read and written
+    assert card.launch_rate() == 2
+    assert card.all_reduce_rate(4) == 2 * 3 / 4 * 2**20 / 0.5
+    assert card.all_gather_rate(4) == 3 / 4 * 2**20 / 0.5
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_is_between_them(tmp_path: Path):
+    printed = launch("../benchmarks/card.py", "--out", str(tmp_path / "out"), processes=2)
+    (record,) = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert record["processes"] == 2
+    assert min(record["all_reduce_gbs"], record["all_gather_gbs"]) > 0
+    assert f"all-reduce {record['all_reduce_gbs']:,.4g} GB/s" in printed

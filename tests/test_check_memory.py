@@ -1,6 +1,7 @@
 """The dry run: are its steps the longest there can be, does it leave nothing behind, what does it say when memory runs out?"""
 
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers import ROOT, clean_environment, launch_script, tiny_config
 
+from grpo import distributed
 from grpo.batch import micro_batch, pack, plan_passes, take
 from grpo.check import memory
 from grpo.check.advice import LADDERS, advice
@@ -328,3 +330,26 @@ def test_a_shortage_on_one_process_of_two_ends_both(tmp_path: Path):
     assert done.returncode == 1, done.stderr[-4000:]
     assert "on rank 1 of 2: It does not fit: out of memory in forward and backward passes" in done.stderr
     assert "It fits" not in done.stdout
+
+
+@pytest.mark.parametrize(("exit_code", "arguments"), [(1, ["memory"]), (0, ["invariance", "--processes", "1", "2"])])
+def test_the_module_checks_the_configuration_with_its_overrides_and_exits_as_the_check_says(
+    exit_code: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    checked = []
+
+    def check(config: Config, **options: object) -> int:
+        checked.append((config, options))
+        return exit_code
+
+    command, *more = arguments
+    monkeypatch.setattr(f"grpo.check.{command}.check", check)
+    monkeypatch.setattr(distributed, "stop", lambda: None)
+    given = ["--config", str(ROOT / "configs/quickstart.yaml"), "--set", "run.seed=7"]
+    monkeypatch.setattr(sys, "argv", ["grpo.check", command, *given, *more])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("grpo.check", run_name="__main__")
+    assert ended.value.code == exit_code
+    ((config, options),) = checked
+    assert config.run.seed == 7
+    assert options == ({"processes": [1, 2]} if more else {})

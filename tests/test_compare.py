@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import sys
 import threading
@@ -50,6 +51,32 @@ def config(tmp_path: Path) -> Path:
 
 def planned(config: Path, out: Path, *seeds: int, variants: tuple[str, ...] = (), settings: tuple[str, ...] = ()):
     return plan(arms_of([config], variants, settings), seeds, out)
+
+
+def test_the_script_runs_every_arm_and_prints_the_table_and_where_it_is(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    launched: list[list[str]] = []
+
+    def carry_out_without_training(runs: list[PlannedRun], command: list[str], *, at: list[dict[str, str]]) -> int:
+        launched.append(command)
+        return carry_out(runs, COMMAND, at=at, say=lambda line: None)
+
+    monkeypatch.setattr("grpo.compare.carry_out", carry_out_without_training)
+    out = tmp_path / "out"
+    options = ["--variant", DRGRPO, "--set", "run.steps=2", "--launch", "--num_processes 2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(config), *options])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / "compare.py"), run_name="__main__")
+    assert ended.value.code == 0
+    ((*_, two, processes, script),) = launched
+    assert (two, processes, script) == ("--num_processes", "2", str(ROOT / "scripts" / "train_zero.py"))
+    printed = capsys.readouterr().out
+    table = next(out.glob("*.md")).read_text()
+    for arm in ("base", "drgrpo"):
+        assert re.search(rf"^\s*{arm} ", printed, re.MULTILINE)
+        assert f"| {arm} |" in table
+    assert str(out) in printed
 
 
 def test_a_mean_of_few_has_students_interval():

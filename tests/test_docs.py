@@ -1,17 +1,24 @@
-"""The README's commands and code run, docs/metrics.md is what the code says, and the wheel is whole."""
+"""The documents' commands and the README's code run, docs/metrics.md is what the code says, and the wheel is whole."""
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+import tempfile
 import zipfile
+from argparse import ArgumentParser, Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from helpers import ROOT, clean_environment
+from torch.distributed.run import get_args_parser
 
+from grpo.compare import arms_of
 from grpo.config import Config, RewardConfig
 from grpo.metrics import METRICS
 from grpo.scoring import resolve_function
@@ -23,38 +30,131 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-COMMANDS = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LAUNCHERS = ("python", "accelerate", "torchrun", "deepspeed")
 
 
-def test_the_readme_has_commands_and_code():
-    assert len(COMMANDS) >= 6
+def commands(document: Path) -> list[str]:
+    """Lines and `inline code` that start one of our programs, or make."""
+    text = document.read_text().replace("\\\n", " ")
+    codes = [line.strip() for line in text.splitlines()] + re.findall(r"`([^`\n]+)`", text)
+    starts = rf"({'|'.join(LAUNCHERS)}) .*(\.py\b|-m grpo)|make [a-z]+( |$)"
+    return [re.sub(" +", " ", code) for code in codes if re.match(starts, code)]
+
+
+COMMANDS = [(document, command) for document in DOCUMENTS for command in commands(document)]
+
+
+def program_and_arguments(words: list[str]) -> tuple[str, list[str]]:
+    """What a command line runs, a file or "-m module", and what it is given; the launcher's own options are checked."""
+    if words[:2] == ["accelerate", "launch"]:
+        launched = launch_command_parser().parse_args(words[2:])
+        return launched.training_script, launched.training_script_args
+    if words[0] == "torchrun":
+        launched = get_args_parser().parse_args(words[1:])
+        return launched.training_script, launched.training_script_args
+    if words[:2] == ["python", "-m"]:
+        return f"-m {words[2]}", words[3:]
+    place = next(place for place, word in enumerate(words) if word.endswith(".py"))
+    assert words[0] == "deepspeed" or place == 1, "a command for python begins with its script"
+    return words[place], words[place + 1 :]
+
+
+class Parsed(Exception):
+    """A program has read its arguments."""
+
+
+@pytest.fixture
+def arguments_of(monkeypatch: pytest.MonkeyPatch):
+    """Start a program, and end it once it has read its arguments; fails if they are not what it takes."""
+    parse = ArgumentParser.parse_args
+
+    def parse_and_end(parser: ArgumentParser, *args: object) -> None:
+        raise Parsed(parse(parser, *args))
+
+    def arguments_of(program: str, arguments: list[str]) -> Namespace:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.syspath_prepend(str((ROOT / program).parent))
+        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        monkeypatch.setattr(ArgumentParser, "parse_args", parse_and_end)
+        is_module = program.startswith("-m ")
+        start = (
+            partial(runpy.run_module, program.removeprefix("-m ")) if is_module else partial(runpy.run_path, program)
+        )
+        with pytest.raises(Parsed) as parsed:
+            start(run_name="__main__")
+        monkeypatch.setattr(ArgumentParser, "parse_args", parse)
+        return parsed.value.args[0]
+
+    return arguments_of
+
+
+def load_settings(program: str, options: Namespace) -> list[Config]:
+    """Every configuration that a program would load with these options; a wrong key or value raises."""
+    if program == "benchmarks/step.py":
+        import step
+
+        with tempfile.TemporaryDirectory() as scratch:
+            return [step.make_config(options, Path("model"), Path(scratch))]
+    settings = list(getattr(options, "set", []))
+    if hasattr(options, "variant"):
+        return [Config.load(arm.config, arm.overrides) for arm in arms_of(options.configs, options.variant, settings)]
+    if getattr(options, "config", None) is not None:
+        return [Config.load(options.config, settings)]
+    assert not settings, f"how {program} reads --set is not known here"
+    return []
+
+
+def test_the_readme_has_commands_and_code_and_so_have_the_documents():
+    assert sum(document.name == "README.md" for document, _ in COMMANDS) >= 20
+    assert sum(document.name == "performance.md" for document, _ in COMMANDS) >= 10
     assert len(blocks("python")) >= 2
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_of_the_readme_is_valid(command: str):
-    words = shlex.split(command)
+@pytest.mark.parametrize(("document", "command"), COMMANDS, ids=[f"{d.name}: {c[:70]}" for d, c in COMMANDS])
+def test_every_command_of_the_documents_is_one_that_its_program_takes(document: Path, command: str, arguments_of):
+    words = shlex.split(command, comments=True)
     if words[0] == "make":
-        makefile = (ROOT / "Makefile").read_text()
-        assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE)
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
-    if words[:3] == ["python", "-m", "grpo.check"]:
-        assert words[3] in ("memory", "invariance")
+    program, arguments = program_and_arguments(words)
+    if "..." in arguments:  # some are left out
+        assert (ROOT / program).is_file()
     else:
-        assert words[0] == "python" or words[:2] in (["accelerate", "launch"], ["deepspeed", "--no_local_rank"])
-        script = next(word for word in words if word.endswith(".py"))
-        assert (ROOT / script).is_file()
-        if "--config" not in words:
-            known = subprocess.run(
-                [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-            )
-            assert set(re.findall(r"--[a-z-]+", command.split(script)[1])) <= set(
-                re.findall(r"--[a-z-]+", known.stdout)
-            )
-            return
-    config = words[words.index("--config") + 1]
-    overrides = words[words.index("--set") + 1 :] if "--set" in words else []
-    Config.load(ROOT / config, overrides)
+        load_settings(program, arguments_of(program, arguments))
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("benchmarks/step.py", "--size 0.6b"),
+        ("benchmarks/rollout.py", "--peer generate2"),
+        ("benchmarks/step.py", "--set memory.micro_batch_token=1"),
+        ("scripts/train_zero.py", "--config configs/quickstart.yaml --set algorithm.clip=wei"),
+        ("scripts/compare.py", "configs/quickstart.yaml --out x --variant a:algorithm.clip_hi=2"),
+        ("-m grpo.check", "momory --config configs/quickstart.yaml"),
+    ],
+)
+def test_a_command_with_a_wrong_option_or_setting_is_found(program: str, arguments: str, arguments_of):
+    with pytest.raises((SystemExit, ValueError)):
+        load_settings(program, arguments_of(program, shlex.split(arguments)))
+
+
+def test_every_program_of_the_documents_is_run_by_a_test():
+    """By its file's name, as each of them is started; a module of benchmarks/ also by importing it."""
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py") if path != Path(__file__))
+    named = [shlex.split(command, comments=True) for _, command in COMMANDS if not command.startswith("make")]
+    programs = {program_and_arguments(words)[0] for words in named}
+    assert {"benchmarks/rollout.py", "scripts/train_zero.py", "-m grpo.check"} <= programs
+    assert [program for program in sorted(programs) if not is_run(program, tests)] == []
+
+
+def is_run(program: str, tests: str) -> bool:
+    module = program.removeprefix("-m ")
+    name = re.escape(Path(program).name)
+    return bool(
+        re.search(rf"""run_module\("{re.escape(module)}"|["/]{name}"|^ +import {name[:-4]}$""", tests, re.MULTILINE)
+    )
 
 
 def test_the_readmes_library_example_runs(tmp_path: Path):
