@@ -1,31 +1,53 @@
-"""Started by test_tripwire: two processes under ZeRO-3, whose copies to sample from are never brought up to date."""
+"""Started by test_tripwire: processes that do not sample from the policy they train; all must stop in the same step.
+
+python tests/worker_tripwire.py OUT --fault stale [--zero 3] [--lora 8] [--offload optimizer parameters]
+
+stale        The copies to sample from are never brought up to date: found in step 2.
+temperature  Completions are sampled at 1.4 instead of 1: found in step 1.
+"""
 
 from __future__ import annotations
 
-import sys
+import argparse
+import re
 from pathlib import Path
 
 import torch
 from helpers import shard_even_small_weights, tiny_config
+from test_tripwire import Hotter
 
 from grpo import Trainer, distributed
 from grpo.tripwire import SamplingGapError
 
+CAUSES = {"stale": "old weights", "temperature": "another temperature"}
+
+parser = argparse.ArgumentParser()
+parser.add_argument("out", type=Path)
+parser.add_argument("--fault", choices=CAUSES, default="stale")
+parser.add_argument("--zero", type=int, default=3)
+parser.add_argument("--lora", type=int, default=0, help="rank")
+parser.add_argument("--offload", nargs="*", default=[], choices=["optimizer", "parameters"])
+arguments = parser.parse_args()
 shard_even_small_weights()
-config = tiny_config(
-    Path(sys.argv[1]) / "run",
-    distributed={"zero_stage": 3},
-    optimizer={"learning_rate": 3e-3},
-    checkpoint={"every_steps": 2},
-    run={"steps": 4},
+trainer = Trainer(
+    tiny_config(
+        arguments.out / "run",
+        distributed={"zero_stage": arguments.zero, **{f"offload_{what}": True for what in arguments.offload}},
+        lora={"rank": arguments.lora},
+        optimizer={"learning_rate": 3e-3},
+        checkpoint={"every_steps": 2},
+        run={"steps": 4},
+    )
 )
-trainer = Trainer(config)
-trainer.generator.sync = lambda: None
+if arguments.fault == "stale":
+    trainer.generator.sync = lambda: None
+else:
+    trainer.generator = Hotter(trainer.generator)
 try:
     trainer.train()
 except SamplingGapError as error:
     first = str(error).splitlines()[1]
-    cause = "old weights" if "sampled with old weights" in first else first
+    cause = next((cause for cause in CAUSES.values() if re.match(rf" *\d+%  sampled (with|at) {cause}", first)), first)
     print(f"rank {trainer.processes.rank} stopped in step {trainer.state.step + 1}: {cause}", flush=True)
 trainer.close()
 torch.distributed.barrier()
