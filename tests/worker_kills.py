@@ -52,6 +52,7 @@ def train(run: Path, arguments: argparse.Namespace) -> None:
         tiny_config(
             run,
             data={"eval_name": str(TINY / "test.jsonl")},
+            rollout={"num_prompts": max(4, 2 * arguments.processes)},
             evaluation={"num_questions": 5, "every_steps": 3},
             algorithm={"kl_coef": 0.05, "num_minibatches": 2, "reference_refresh_steps": 4},
             optimizer={"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 3},

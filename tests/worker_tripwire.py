@@ -9,6 +9,7 @@ temperature  Completions are sampled at 1.4 instead of 1: found in step 1.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 
@@ -32,6 +33,7 @@ shard_even_small_weights()
 trainer = Trainer(
     tiny_config(
         arguments.out / "run",
+        rollout={"num_prompts": max(4, int(os.environ["WORLD_SIZE"]))},
         distributed={"zero_stage": arguments.zero, **{f"offload_{what}": True for what in arguments.offload}},
         lora={"rank": arguments.lora},
         optimizer={"learning_rate": 3e-3},

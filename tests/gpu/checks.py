@@ -18,8 +18,6 @@ from typing import Any
 from gpu.figures import Figure
 from gpu.jobs import ROOT, Job, Result
 
-from grpo.sinks import read_jsonl
-
 QUICKSTART = ROOT / "configs/quickstart"
 Results = Mapping[str, Result]
 
@@ -107,7 +105,8 @@ def lora(rank: int = 16) -> tuple[str, ...]:
 
 def rows_of(result: Result) -> list[dict[str, float]]:
     """Its training steps."""
-    return [row for row in read_jsonl(result.directory / "run/metrics.jsonl") if "optimizer/loss" in row]
+    rows = [json.loads(line) for line in (result.directory / "run/metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "optimizer/loss" in row]
 
 
 def require(condition: bool, what: str) -> None:
@@ -238,7 +237,8 @@ def learns_judge(results: Results) -> list[Figure]:
 
 
 def invariance_jobs(machine: Machine) -> list[Job]:
-    settings = ("rollout.num_prompts=6", "rollout.group_size=4", "memory.micro_batch_tokens=512")
+    questions = f"rollout.num_prompts={max(6, machine.num_gpus)}"
+    settings = (questions, "rollout.group_size=4", "memory.micro_batch_tokens=512")
     command = python("-m", "grpo.check", "invariance", "--config", "configs/quickstart.yaml", "--set", *settings)
     return [Job("invariance", command, processes=machine.num_gpus, seconds=400)]
 
@@ -381,7 +381,7 @@ def evaluate_jobs(machine: Machine) -> list[Job]:
 def evaluate_judge(results: Results) -> list[Figure]:
     found = json.loads((results["evaluate"].directory / "evaluation/results.json").read_text())["results"]
     (mine,) = (each for each in found if each["benchmark"] == "mine")
-    return [Figure("evaluation, pass@1", 100 * mine["pass@1"], "%")]
+    return [Figure("evaluation, pass@1", 100 * mine["metrics"]["pass@1"]["value"], "%")]
 
 
 def sample_jobs(machine: Machine) -> list[Job]:
@@ -571,9 +571,9 @@ def scaling_judge(results: Results) -> list[Figure]:
 
 
 def large_jobs(machine: Machine) -> list[Job]:
-    """7.6 billion weights take 16 bytes each with gradients, optimizer and reference; the sampler has a whole copy beside them."""
+    """7.6 billion weights take 18 bytes each with gradients, optimizer and reference; the sampler has a whole copy, too."""
     n, few = machine.num_gpus, "needs two GPUs" if machine.num_gpus < 2 else ""
-    tight = 16 * 7.6e9 / max(1, n) / 2**30 + 35 > machine.gib
+    tight = 18 * 7.6e9 / max(1, n) / 2**30 + 35 > machine.gib
     offload = ("distributed.offload_optimizer=true",) if tight and not machine.on_cpu else ()
     shape = ("--prompts", "8", "--new-tokens", "256", "--steps", "1")
     settings = ("distributed.zero_stage=3", "memory.micro_batch_tokens=16384", *offload)
