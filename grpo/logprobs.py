@@ -19,7 +19,13 @@ from torch.utils.checkpoint import checkpoint
 
 
 def token_logprobs(
-    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], *, temperature: float, chunk_tokens: int
+    hidden: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Tensor],
+    *,
+    temperature: float,
+    chunk_tokens: int,
+    least_chunks: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, and entropy of the distribution it was drawn from.
 
@@ -30,12 +36,14 @@ def token_logprobs(
         hidden: (T, H), the state that predicts each target, i.e. of the token before it.
         targets: (T,) token ids.
         head: (N, H) -> (N, V) logits, a new tensor that nothing else needs.
+        least_chunks: how often to call `head` at least, at last without a token.
 
     Returns:
         logprobs (T,) and entropy (T,) in nats, both float32.
     """
     parts = []
-    for h, y in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+    chunks = list(zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True))
+    for h, y in [*chunks, *[(hidden[:0], targets[:0])] * (least_chunks - len(chunks))]:
         if torch.is_grad_enabled():
             parts.append(checkpoint(_chunk, h, y, head, temperature, use_reentrant=False, preserve_rng_state=False))
         else:

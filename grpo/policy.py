@@ -146,11 +146,12 @@ def _generation_eos(config: ModelConfig) -> int | list[int] | None:
 class PackedLM(nn.Module):
     """A causal language model that reads packed sequences and answers with the log-probabilities of given tokens."""
 
-    def __init__(self, lm: PreTrainedModel, *, temperature: float, chunk_tokens: int) -> None:
+    def __init__(self, lm: PreTrainedModel, *, temperature: float, chunk_tokens: int, least_chunks: int = 1) -> None:
         super().__init__()
         self.lm = lm
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
+        self.least_chunks = least_chunks
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy (nats) of each completion token at the sampling temperature; (T,) and (T,)."""
@@ -161,6 +162,7 @@ class PackedLM(nn.Module):
             output_head(self.lm),
             temperature=self.temperature,
             chunk_tokens=self.chunk_tokens,
+            least_chunks=self.least_chunks,
         )
 
 
@@ -387,7 +389,16 @@ class Policy(SampledModel):
             )
         if self._sharded and not self.adapters:
             gather_by_layer(lm)
-        return PackedLM(lm, temperature=self.temperature, chunk_tokens=self._config.memory.logprob_chunk_tokens)
+        memory = self._config.memory
+        # ZeRO-3 gathers the output layer whenever it is called: all processes must call it equally often, however full
+        # their passes are
+        most = math.ceil(memory.micro_batch_tokens / memory.logprob_chunk_tokens)
+        return PackedLM(
+            lm,
+            temperature=self.temperature,
+            chunk_tokens=memory.logprob_chunk_tokens,
+            least_chunks=most if self._sharded else 1,
+        )
 
     def _check_forward(self, tokens: Tensor, alone: Tensor) -> None:
         """Packed sequences must have the log-probabilities `alone` that the model itself gives to each of the `tokens`.

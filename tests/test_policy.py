@@ -243,6 +243,23 @@ def test_the_kernels_over_logits_equal_the_plain_formulas(
     torch.testing.assert_close(logits, other, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("device", [WHERE_KERNELS_RUN])
+def test_a_chunk_without_a_token_changes_no_number_and_no_gradient(device: str):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(7, 8, device=device, requires_grad=True), torch.nn.Linear(8, 50, bias=False).to(device)
+    targets = torch.randint(50, (7,), device=device)
+    found = []
+    for least in (1, 5):
+        calls: list[int] = []
+        counted = head.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        values = token_logprobs(hidden, targets, head, temperature=0.7, chunk_tokens=4, least_chunks=least)
+        counted.remove()
+        assert len(calls) == max(2, least)
+        found.append([*values, *torch.autograd.grad(sum(each.sum() for each in values), [hidden, head.weight])])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_chunked_logprobs_and_entropy_equal_the_plain_formula(chunk_tokens: int, temperature: float):
