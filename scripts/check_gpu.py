@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,10 +47,18 @@ def main() -> int:
     machine, devices, title = look(parser, options)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is killed on the way out
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
     outcomes = carry_out(checks, machine, devices, out, title, minutes=options.minutes)
     print(f"\n{table(outcomes, title)}\n\ntable      {out / 'table.md'}")
     return int(any(each.verdict == "failed" for each in outcomes))
+
+
+def leave(number: int, _: object) -> None:
+    """What runs is killed on the way out, which nothing interrupts: launchers pass a signal on that their group has had."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -144,18 +153,21 @@ def carry_out(
     owner = {job.name: name for name, own in jobs.items() for job in own}
     outcomes = {check.name: judged(check, results[check.name]) for check in checks if not unskipped(jobs[check.name])}
     write(list(outcomes.values()), title, out)
-    everything = [job for own in jobs.values() for job in own]
+    patience = 4 if machine.on_cpu else 1
+    everything = [replace(job, seconds=patience * job.seconds) for own in jobs.values() for job in own]
     threads = max(1, (os.cpu_count() or 1) // (PLACES * len(devices)))
     places, deadline = 1 if machine.on_cpu else PLACES, time.monotonic() + 60 * minutes
-    for result in run(everything, devices=devices, places=places, out=out, deadline=deadline, threads=threads):
-        name = owner[result.job.name]
-        results[name].append(result)
-        print(f"{result.seconds:6.0f} s  {result.job.name:32} {result.problem or 'ended'}", flush=True)
-        if len(results[name]) == len(jobs[name]):
-            check = next(check for check in checks if check.name == name)
-            outcomes[name] = judged(check, results[name])
-            print(f"{'':10}{name}: {outcomes[name].verdict}  {outcomes[name].why}", flush=True)
-            write(in_order(outcomes, checks), title, out)
+    under_way = run(everything, devices=devices, places=places, out=out, deadline=deadline, threads=threads)
+    with closing(under_way):
+        for result in under_way:
+            name = owner[result.job.name]
+            results[name].append(result)
+            print(f"{result.seconds:6.0f} s  {result.job.name:32} {result.problem or 'ended'}", flush=True)
+            if len(results[name]) == len(jobs[name]):
+                check = next(check for check in checks if check.name == name)
+                outcomes[name] = judged(check, results[name])
+                print(f"{'':10}{name}: {outcomes[name].verdict}  {outcomes[name].why}", flush=True)
+                write(in_order(outcomes, checks), title, out)
     return in_order(outcomes, checks)
 
 

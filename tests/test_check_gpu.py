@@ -156,6 +156,19 @@ def test_what_runs_is_killed_when_the_caller_leaves(tmp_path: Path):
     assert not psutil.pid_exists(pid)
 
 
+def test_a_signal_that_comes_twice_leaves_nothing_behind(tmp_path: Path):
+    """As `timeout` sends it: to the program, and to its group."""
+    command = [sys.executable, "scripts/check_gpu.py", "--cpu", "--only", "sample", "chat", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=clean_environment())
+    while len(family := psutil.Process(process.pid).children(recursive=True)) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    process.terminate()
+    assert process.wait(60) == 143
+    assert not [child for child in family if child.is_running()]
+
+
 def test_nothing_begins_after_the_deadline_and_it_is_said(tmp_path: Path):
     jobs = [Job("late", (sys.executable, "-c", ""))]
     (result,) = run(jobs, devices=[""], places=1, out=tmp_path, deadline=time.monotonic() - 1)

@@ -1,4 +1,4 @@
-"""Started by test_distributed: two steps under ZeRO-3, whose processes have different numbers of chunks of logits in each pass."""
+"""Started by test_distributed: two steps under ZeRO-3; in a pass, processes have different numbers of chunks of logits."""
 
 from __future__ import annotations
 

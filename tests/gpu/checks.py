@@ -68,16 +68,8 @@ def launched(machine: Machine, processes: int, *words: str) -> tuple[str, ...]:
     if machine.on_cpu:
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "{port}"]
     else:
-        launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1"]
-        launcher += [
-            "--multi_gpu",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            "{port}",
-        ]
+        launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--multi_gpu"]
+        launcher += ["--main_process_port", "{port}"]
     return python(*launcher, *words)
 
 
