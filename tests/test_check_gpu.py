@@ -61,6 +61,13 @@ def test_no_two_jobs_are_told_the_same_port_or_directory(tmp_path: Path):
     assert len({line.split()[0] for line in said}) == len({line.split()[1] for line in said}) == 4
 
 
+def test_nothing_of_an_earlier_run_is_taken_for_this_ones(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/metrics.jsonl").write_text("old")
+    (result,) = run([Job("a", (sys.executable, "-c", ""))], devices=[""], places=1, out=tmp_path)
+    assert sorted(path.name for path in result.directory.iterdir()) == ["output.txt", "typed.txt"]
+
+
 def test_the_list_needs_no_gpu():
     done = check_gpu("--list")
     assert done.returncode == 0, done.stderr

@@ -243,7 +243,9 @@ def invariance_judge(results: Results) -> list[Figure]:
 
 def gradients_jobs(machine: Machine) -> list[Job]:
     there = (ROOT / "grpo/check/gradients.py").exists()
-    command = python("-m", "grpo.check", "gradients", "--config", "configs/quickstart.yaml")
+    command = python(
+        "-m", "grpo.check", "gradients", "--config", "configs/quickstart.yaml", "--out", "{out}/gradients.json"
+    )
     return [Job("gradients", command, skip="" if there else "there is no grpo/check/gradients.py")]
 
 

@@ -7,6 +7,7 @@ themselves.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -142,8 +143,9 @@ def run(
 
 
 def start(job: Job, gpus: list[int], devices: Sequence[str], directory: Path, threads: int) -> Running:
-    """In a session of its own, with a free port."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """In a session of its own, with a free port; nothing is left of an earlier one in its directory."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
     port = str(free_port())
     command = [word.replace("{out}", str(directory)).replace("{port}", port) for word in job.command]
     typed = directory / "typed.txt"
