@@ -583,7 +583,7 @@ def large_judge(results: Results) -> list[Figure]:
 
 
 def grading_jobs(machine: Machine) -> list[Job]:
-    scale = "0.02" if machine.on_cpu else "0.5"
+    scale = "0.1" if machine.on_cpu else "0.5"
     return [Job("grading", python("benchmarks/grading.py", "--scale", scale), alone=True, seconds=120)]
 
 
