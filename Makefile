@@ -1,4 +1,4 @@
-.PHONY: setup quickstart test check
+.PHONY: setup quickstart test check gpu
 
 setup: .venv/installed
 
@@ -18,3 +18,7 @@ check: setup
 # All tests that need neither a GPU nor a network.
 test: check
 	.venv/bin/python -m pytest
+
+# What CI cannot see, on all GPUs of this machine: make gpu ARGS="--only zero learns". Without .venv, in the environment's Python.
+gpu:
+	$(or $(wildcard .venv/bin/python),python) scripts/check_gpu.py $(ARGS)

@@ -1,6 +1,7 @@
 """The update must not depend on how it was split: micro-batches, processes, ZeRO stages. On CPUs with gloo."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -241,3 +242,17 @@ def test_nothing_is_compiled_at_the_start_on_a_cpu(tmp_path: Path):
 
     distributed.start(tiny_config(tmp_path), dtype=torch.float32)
     assert ops.__compatible_ops__["deepspeed_shm_comm"] is False
+
+
+def test_processes_with_different_numbers_of_chunks_of_logits_stay_in_step_under_zero_3(tmp_path: Path):
+    """ZeRO-3 gathers the output layer at each call: a process with a chunk more would wait for it for ever."""
+    counts, rows = {}, {}
+    for chunk in (10, 1000):
+        output = launch("worker_chunks.py", str(tmp_path), str(chunk), processes=2, timeout=200)
+        counts[chunk] = re.findall(r"(\d+) passes with different numbers of chunks", output)
+        rows[chunk] = read_jsonl(tmp_path / f"chunks-of-{chunk}" / "metrics.jsonl")
+    assert int(counts[10][0]) > 0
+    assert counts[1000] == ["0"]
+    for many, one in zip(rows[10], rows[1000], strict=True):
+        for name in COMPARED:
+            assert many[name] == pytest.approx(one[name], rel=2e-5, abs=1e-6), name

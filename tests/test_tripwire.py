@@ -185,8 +185,8 @@ def test_all_processes_stop_together_before_a_checkpoint(tmp_path: Path):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--fault", "another temperature", "--offload", "optimizer", "parameters"],
-        ["--fault", "another temperature", "--lora", "4"],
+        ["--fault", "temperature", "--offload", "optimizer", "parameters"],
+        ["--fault", "temperature", "--lora", "4"],
     ],
 )
 def test_the_cause_is_found_with_shards_adapters_and_offload(tmp_path: Path, options: list[str]):

@@ -4,7 +4,8 @@ python tests/worker_kills.py OUT --kills 300 [--processes 2 --zero 3] [--lora 4]
 
 Prints a JSON object: kills, where they struck, and the differences between each run and the one that was left alone (none).
 A third of the kills are SIGTERM, after which a process must save and end with 75 by itself; the others are SIGKILL. Each attempt
-is a fork of this process, which has imported everything, so that hundreds take minutes.
+is a fork of this process, which has imported everything, so that hundreds take minutes. On a GPU, whose driver does not survive
+a fork, each is a process of its own, and is struck once it has made a step.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+
+import torch
+
+os.environ.update({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})
 
 import deepspeed  # noqa: F401  before the forks
-import torch
 from helpers import TINY, shard_even_small_weights, tiny_config
 from safetensors.torch import load_file
 
@@ -33,7 +37,10 @@ from grpo.heartbeat import PEER_LOST
 from grpo.sinks import read_jsonl
 from grpo.stopping import EXIT_STOPPED
 
+ON_GPU = torch.cuda.is_available()
 STEPS = 8
+MOMENTS = (0.0, 0.1) if ON_GPU else (0.1, 0.8)
+"""When a blow falls, as shares of the seconds that a whole run takes; on a GPU most of them are the start."""
 CLOCKS = ("time/", "throughput/", "memory/")
 torch.set_num_threads(1)
 
@@ -45,6 +52,7 @@ def train(run: Path, arguments: argparse.Namespace) -> None:
         tiny_config(
             run,
             data={"eval_name": str(TINY / "test.jsonl")},
+            rollout={"num_prompts": max(4, 2 * arguments.processes)},
             evaluation={"num_questions": 5, "every_steps": 3},
             algorithm={"kl_coef": 0.05, "num_minibatches": 2, "reference_refresh_steps": 4},
             optimizer={"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 3},
@@ -57,21 +65,40 @@ def train(run: Path, arguments: argparse.Namespace) -> None:
 
 
 def start(run: Path, arguments: argparse.Namespace) -> list[int]:
-    """A process group in forks; their process ids."""
-    port = str(_free_port())
-    pids = []
-    for rank in range(arguments.processes):
-        pid = os.fork()
-        if pid == 0:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(arguments.processes))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            _as_a_process_of_its_own(run, rank, arguments)
-        pids.append(pid)
-    return pids
+    """A process group; their process ids."""
+    group = {"WORLD_SIZE": str(arguments.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    begin = spawned if ON_GPU else forked
+    return [
+        begin(run, rank, {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}, arguments)
+        for rank in range(arguments.processes)
+    ]
+
+
+APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+
+
+def log_of(run: Path, rank: int) -> Path:
+    return run.with_name(f"{run.name}-{rank}.log")
+
+
+def spawned(run: Path, rank: int, group: dict[str, str], arguments: argparse.Namespace) -> int:
+    command = [sys.executable, *sys.argv, "--run", run.name]
+    log = (os.POSIX_SPAWN_OPEN, 1, str(log_of(run, rank)), APPEND, 0o644)
+    return os.posix_spawn(
+        sys.executable, command, {**os.environ, **group}, file_actions=[log, (os.POSIX_SPAWN_DUP2, 1, 2)]
+    )
+
+
+def forked(run: Path, rank: int, group: dict[str, str], arguments: argparse.Namespace) -> int:
+    pid = os.fork()
+    if pid == 0:
+        os.environ.update(group)
+        _as_a_process_of_its_own(run, rank, arguments)
+    return pid
 
 
 def _as_a_process_of_its_own(run: Path, rank: int, arguments: argparse.Namespace) -> None:
-    log = os.open(run.with_name(f"{run.name}-{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(log_of(run, rank), APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     code = 1
@@ -97,6 +124,17 @@ def ended(pids: list[int], codes: dict[int, int], *, within: float) -> list[int]
                 codes[pid] = os.waitstatus_to_exitcode(status)
         time.sleep(0.005)
     return [codes[pid] for pid in pids] if len(codes) == len(pids) else None
+
+
+def newest_checkpoint(run: Path) -> str:
+    return max((path.name for path in (run / "checkpoints").glob("step-" + 8 * "[0-9]")), default="")
+
+
+def has_made_a_step(run: Path, pids: list[int], codes: dict[int, int]) -> None:
+    """Wait until the attempt has saved a step of its own, or has ended."""
+    first = newest_checkpoint(run)
+    while newest_checkpoint(run) <= first and ended(pids, codes, within=0.02) is None:
+        pass
 
 
 def strike(pids: list[int], codes: dict[int, int], number: signal.Signals) -> None:
@@ -137,7 +175,11 @@ def main() -> None:
     parser.add_argument("--lora", type=int, default=0, help="rank")
     parser.add_argument("--background", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run", help="be one process of an attempt at the run of this name")
     arguments = parser.parse_args()
+    if arguments.run:
+        train(arguments.out / arguments.run, arguments)
+        return
     arguments.out.mkdir(parents=True, exist_ok=True)
     reference = arguments.out / "whole"
     began = time.monotonic()
@@ -153,7 +195,9 @@ def main() -> None:
         codes = None
         while codes is None:
             pids, ends = start(run, arguments), dict[int, int]()
-            patience = dice.uniform(0.1, 0.8) * seconds if kills < arguments.kills else 300
+            patience = dice.uniform(*MOMENTS) * seconds if kills < arguments.kills else 300
+            if ON_GPU:
+                has_made_a_step(run, pids, ends)
             codes = ended(pids, ends, within=patience)
             if codes is None:
                 assert kills < arguments.kills, "a run that was left alone at last did not end"

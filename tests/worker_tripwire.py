@@ -1,66 +1,56 @@
-"""Started by test_tripwire and on GPUs: processes that sample from another policy than they train; each says what it takes for
-the cause."""
+"""Started by test_tripwire: processes that do not sample from the policy they train; all must stop in the same step.
+
+python tests/worker_tripwire.py OUT --fault stale [--zero 3] [--lora 8] [--offload optimizer parameters]
+
+stale        The copies to sample from are never brought up to date: found in step 2.
+temperature  Completions are sampled at 1.4 instead of 1: found in step 1.
+"""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import os
+import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from helpers import shard_even_small_weights, tiny_config
+from test_tripwire import Hotter
 
 from grpo import Trainer, distributed
 from grpo.tripwire import SamplingGapError
 
-
-def stale(generator: Any) -> None:
-    """What is sampled from is never brought up to date; without a replica, that is the weights as they were at the start."""
-    policy = generator.policy
-    if policy._replica is None:
-        policy._replica = policy._load_replica()
-    generator.sync = lambda: None
-
-
-def hotter(generator: Any) -> None:
-    sample = generator.sample
-    generator.sample = lambda prompts, sampling, **options: sample(
-        prompts, replace(sampling, temperature=1.4), **options
-    )
-
-
-FAULTS = {"old weights": stale, "another temperature": hotter}
+CAUSES = {"stale": "old weights", "temperature": "another temperature"}
 
 parser = argparse.ArgumentParser()
 parser.add_argument("out", type=Path)
-parser.add_argument("--fault", choices=FAULTS, default="old weights")
+parser.add_argument("--fault", choices=CAUSES, default="stale")
 parser.add_argument("--zero", type=int, default=3)
 parser.add_argument("--lora", type=int, default=0, help="rank")
 parser.add_argument("--offload", nargs="*", default=[], choices=["optimizer", "parameters"])
 arguments = parser.parse_args()
-
 shard_even_small_weights(fetch_ahead=True)
-config = tiny_config(
-    arguments.out / "run",
-    distributed={"zero_stage": arguments.zero, **{f"offload_{what}": True for what in arguments.offload}},
-    lora={"rank": arguments.lora},
-    memory={"micro_batch_tokens": 120},  # several passes, so that ZeRO-3 knows what comes next and fetches it ahead
-    optimizer={"learning_rate": 1e-2 if arguments.lora else 3e-3},
-    checkpoint={"every_steps": 6},
-    run={"steps": 6},
+trainer = Trainer(
+    tiny_config(
+        arguments.out / "run",
+        rollout={"num_prompts": max(4, int(os.environ["WORLD_SIZE"]))},
+        distributed={"zero_stage": arguments.zero, **{f"offload_{what}": True for what in arguments.offload}},
+        lora={"rank": arguments.lora},
+        memory={"micro_batch_tokens": 120},  # several passes, so that ZeRO-3 knows what comes next and fetches it ahead
+        optimizer={"learning_rate": 1e-2 if arguments.lora else 3e-3},
+        checkpoint={"every_steps": 2},
+        run={"steps": 4},
+    )
 )
-trainer = Trainer(config)
-FAULTS[arguments.fault](trainer.generator)
+if arguments.fault == "stale":
+    trainer.generator.sync = lambda: None
+else:
+    trainer.generator = Hotter(trainer.generator)
 try:
     trainer.train()
 except SamplingGapError as error:
     first = str(error).splitlines()[1]
-    cause = (
-        arguments.fault
-        if f"sampled with {arguments.fault}" in first or f"sampled at {arguments.fault}" in first
-        else first
-    )
+    cause = next((cause for cause in CAUSES.values() if re.match(rf" *\d+%  sampled (with|at) {cause}", first)), first)
     print(f"rank {trainer.processes.rank} stopped in step {trainer.state.step + 1}: {cause}", flush=True)
 trainer.close()
 torch.distributed.barrier()
