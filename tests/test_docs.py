@@ -39,7 +39,7 @@ def test_every_command_of_the_readme_is_valid(command: str):
         assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE)
         return
     if words[:3] == ["python", "-m", "grpo.check"]:
-        assert words[3] in ("memory", "invariance")
+        assert words[3] in ("memory", "invariance", "gradients", "steps")
     else:
         assert words[0] == "python" or words[:2] in (["accelerate", "launch"], ["deepspeed", "--no_local_rank"])
         script = next(word for word in words if word.endswith(".py"))

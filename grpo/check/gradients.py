@@ -10,11 +10,11 @@ The weights are cut into groups, by kind (q_proj, q_proj.bias, norm, ...) and by
 
     1 - cos(g, g_ref)      |g| / |g_ref|      slope = (g . g_ref) / |g_ref|^2
 
-are compared: the cosine says how far the direction is off; noise makes g longer, but leaves the slope at 1. Passes are added up in
-float32, so that a row shows its own part only. DeepSpeed adds them in the model's precision, and so do the rows through it.
+are compared: the cosine says how far the direction is off; noise makes g longer, but leaves the slope at 1. Passes are added
+up in float32, so that a row shows its own part only. DeepSpeed adds them in the model's precision, and so do the rows through it.
 
-Two things differ from a run's step. The reference of the KL term are the log-probabilities of the rollout: with those of the starting
-model its gradient would be zero. And the surrogate counts every token (algorithm.top_entropy 1).
+Two things differ from a run's step. The reference of the KL term are the log-probabilities of the rollout: with those of the
+starting model its gradient would be zero. And the surrogate counts every token (algorithm.top_entropy 1).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from grpo import distributed
 from grpo.advantage import group_advantages
@@ -38,7 +38,7 @@ from grpo.batch import micro_batch, pack, plan_passes, take
 from grpo.check.plain import PlainLM, real_trainer, unshared, use_own_rotary
 from grpo.check.rehearsal import changed
 from grpo.config import Config
-from grpo.distributed import Processes, deterministic
+from grpo.distributed import deterministic
 from grpo.loss import grpo_loss, token_weights
 from grpo.policy import PackedLM, Policy, checkpoint_activations, fuse_kernels, load_lm, resolve_dtype
 from grpo.trainer import Trainer
@@ -102,7 +102,7 @@ class Work:
     config: Config
     batch: Batch
     made_up: bool  # the advantages
-    processes: Processes
+    device: torch.device
     tokenizer: PreTrainedTokenizerBase
 
     def passes(self, variant: Variant) -> list[MicroBatch]:
@@ -114,7 +114,7 @@ class Work:
         plan = [[i] for i in range(batch.num_sequences)]
         if variant.packed:
             plan = plan_passes(batch, token_budget=budget, num_processes=1)[0]
-        return [self._pass(batch, sequences).to(self.processes.device) for sequences in plan]
+        return [self._pass(batch, sequences).to(self.device) for sequences in plan]
 
     def _pass(self, batch: Batch, sequences: list[int]) -> MicroBatch:
         part = take(batch, sequences)
@@ -156,7 +156,7 @@ def sample(config: Config, num_sequences: int) -> Work:
             scores.rewards, normalize_by_std=algorithm.normalize_by_std, baseline=algorithm.baseline
         )
         batch, made_up = choose(groups, advantages, num_sequences)
-        return Work(config, batch, made_up, trainer.processes, trainer.policy.tokenizer)
+        return Work(config, batch, made_up, trainer.processes.device, trainer.policy.tokenizer)
 
 
 NO_OFFLOAD = {"offload_optimizer": False, "offload_parameters": False}
@@ -199,17 +199,18 @@ def gradient(work: Work, variant: Variant) -> dict[str, Tensor]:
 def _model(work: Work, variant: Variant) -> PackedLM:
     """As Policy makes it, with the parts of the variant."""
     config = work.config
-    lm: PreTrainedModel = load_lm(config.model, dtype=resolve_dtype(config.model.dtype))
-    lm = (lm.float() if variant.exact else lm).to(work.processes.device).train()
+    lm = load_lm(config.model, dtype=resolve_dtype(config.model.dtype)).train()
+    nn.Module.to(lm, work.device, torch.float32 if variant.exact else None)
     checkpoint_activations(lm, float(variant.checkpointed))
     use_own_rotary(lm)
-    if variant.fused and work.processes.device.type == "cuda":
+    if variant.fused and work.device.type == "cuda":
         fuse_kernels(lm)
     lm.set_attn_implementation("packed" if variant.packed else "eager" if variant.exact else "sdpa")
-    kind = PackedLM if variant.kernels else PlainLM
-    model = kind(lm, temperature=config.rollout.temperature, chunk_tokens=config.memory.logprob_chunk_tokens)
-    model.alone = not variant.packed
-    return model
+    options: dict[str, Any] = {
+        "temperature": config.rollout.temperature,
+        "chunk_tokens": config.memory.logprob_chunk_tokens,
+    }
+    return PackedLM(lm, **options) if variant.kernels else PlainLM(lm, **options, alone=not variant.packed)
 
 
 def _through_deepspeed(work: Work, variant: Variant) -> dict[str, Tensor]:
@@ -353,7 +354,7 @@ def check(config: Config, *, num_sequences: int = NUM_SEQUENCES, out: Path | Non
     print(_preface(work, dtype), flush=True)
     reference = gradient(work, REFERENCE)
     results: list[Result] = []
-    for variant in plan(config, on_cuda=work.processes.device.type == "cuda"):
+    for variant in plan(config, on_cuda=work.device.type == "cuda"):
         _free()
         results.append(_measure(work, variant, reference, results, TOLERANCE[dtype]))
         print(row(results[-1], letter(len(results) - 1)), flush=True)
@@ -384,7 +385,7 @@ def _measure(
 def _preface(work: Work, dtype: torch.dtype) -> str:
     batch, tolerance = work.batch, TOLERANCE[dtype]
     prompts = len(batch.prompt_index.unique())
-    name = torch.cuda.get_device_name() if work.processes.device.type == "cuda" else "CPU"
+    name = torch.cuda.get_device_name() if work.device.type == "cuda" else "CPU"
     lines = [
         f"{batch.num_sequences} completions of {prompts} prompts, {len(batch.tokens):,} tokens, "
         f"{str(dtype).removeprefix('torch.')} on {name}, torch {torch.__version__}.",
@@ -450,7 +451,7 @@ def conclusion(results: list[Result]) -> str:
 def _report(work: Work, dtype: torch.dtype, results: list[Result]) -> dict[str, Any]:
     return {
         "dtype": str(dtype),
-        "device": torch.cuda.get_device_name() if work.processes.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if work.device.type == "cuda" else "cpu",
         "num_sequences": work.batch.num_sequences,
         "made_up_advantages": work.made_up,
         "variants": [

@@ -32,10 +32,13 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 class PlainLM(PackedLM):
     """A PackedLM whose log-probabilities are autograd's of float32 logits.
 
-    With `alone` a pass holds one sequence, which the model reads through its own attention.
+    Args:
+        alone: a pass holds one sequence, which the model reads through its own attention.
     """
 
-    alone = False
+    def __init__(self, lm: PreTrainedModel, *, alone: bool = False, **options: Any) -> None:
+        super().__init__(lm, **options)
+        self.alone = alone
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """See PackedLM."""
@@ -97,7 +100,8 @@ def real_trainer(config: Config, trainer_class: type[AnyTrainer], **changes: dic
     quiet |= {"evaluation": {"num_questions": 0}}
     with TemporaryDirectory(prefix="grpo-check-") as directory:
         run = {**changes.pop("run", {}), "dir": str(Path(directory) / "run"), "resume": "never"}
-        trainer = trainer_class(changed(config, **quiet, **changes, run=run))
+        wanted = changed(config, **quiet, **changes, run=run).model_copy(update={"schedules": config.schedules})
+        trainer = trainer_class(wanted)
         try:
             yield trainer
         finally:

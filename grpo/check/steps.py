@@ -1,8 +1,8 @@
 """Does the fast update learn as the plain one does? The first steps of a run, with each of the two, side by side.
 
-Both sample with the run's own engine, from the same questions and the same random numbers. One update is that of a run, the other is
-plain (grpo/check/plain.py). Once the weights differ by a rounding the completions differ too, so one pair of runs says little: several
-seeds say how far two runs of the same kind are apart.
+Both sample with the run's own engine, from the same questions and the same random numbers. One update is that of a run, the other
+is plain (grpo/check/plain.py). Once the weights differ by a rounding the completions differ too, so one pair of runs says little:
+several seeds say how far two runs of the same kind are apart.
 """
 
 from __future__ import annotations
