@@ -2,15 +2,21 @@
 
 python -m grpo.check memory --config configs/qwen1.5b.yaml
 python -m grpo.check invariance --config configs/qwen1.5b.yaml --processes 1 2
+python -m grpo.check gradients --config configs/qwen1.5b.yaml --out gradients.json
+python -m grpo.check steps --config configs/qwen1.5b.yaml --steps 15 --seeds 0 1 2
 
 memory      Steps of the longest possible prompts and completions: memory and seconds of each phase, and what to lower if they do
             not fit. One process; scripts/train_zero.py --dry-run does the same with all that a launcher starts.
 invariance  One update on the same completions with other token budgets, ZeRO stages and numbers of processes, compared.
+gradients   The gradient of the fast update, part by part, against that of the plain model in float32.
+steps       The first steps of the run with the fast update and with the plain one, side by side.
 
-Exit code 0: all is well; 1: it does not fit, or an update differs; 2: a setting is refused.
+Exit code 0: all is well; 1: it does not fit, or an update or a gradient differs; 2: a setting is refused.
 """
 
 import argparse
+from collections.abc import Callable
+from pathlib import Path
 
 from grpo import Config
 from grpo.console import errors_for_users
@@ -20,8 +26,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m grpo.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="memory | invariance")
-    for name in ("memory", "invariance"):
+    commands = parser.add_subparsers(dest="command", required=True, metavar="memory | invariance | gradients | steps")
+    for name in ("memory", "invariance", "gradients", "steps"):
         command = commands.add_parser(name)
         command.add_argument("--config", required=True, help="a YAML file, such as those in configs/")
         command.add_argument(
@@ -31,17 +37,37 @@ def main() -> None:
             command.add_argument(
                 "--processes", nargs="+", type=int, metavar="N", help="numbers of processes; default: 1, 2 and all GPUs"
             )
+        if name == "gradients":
+            command.add_argument(
+                "--sequences", type=_positive, default=32, metavar="N", help="completions in the minibatch; default: 32"
+            )
+            command.add_argument("--out", type=Path, metavar="FILE", help="write all numbers there, as JSON")
+        if name == "steps":
+            command.add_argument("--steps", type=_positive, default=15, metavar="N", help="of each run; default: 15")
+            command.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: run.seed")
     arguments = parser.parse_args()
     with errors_for_users():
         config = Config.load(arguments.config, arguments.set)
         from grpo import distributed
-        from grpo.check import invariance, memory
+        from grpo.check import gradients, invariance, memory, steps
 
-        if arguments.command == "memory":
-            exit_code = memory.check(config)
-            distributed.stop()
-            raise SystemExit(exit_code)
-        raise SystemExit(invariance.check(config, processes=arguments.processes))
+        if arguments.command == "invariance":
+            raise SystemExit(invariance.check(config, processes=arguments.processes))
+        checks: dict[str, Callable[[], int]] = {
+            "memory": lambda: memory.check(config),
+            "gradients": lambda: gradients.check(config, num_sequences=arguments.sequences, out=arguments.out),
+            "steps": lambda: steps.check(config, num_steps=arguments.steps, seeds=arguments.seeds),
+        }
+        exit_code = checks[arguments.command]()
+        distributed.stop()
+        raise SystemExit(exit_code)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 if __name__ == "__main__":
