@@ -11,7 +11,7 @@ from helpers import ROOT, clean_environment, read_json
 
 from grpo.heartbeat import PEER_LOST
 
-LIMIT = 4.0  # seconds of silence, in worker_heartbeat.py
+LIMIT = 4.0  # seconds of silence, in worker_heartbeat.py; without progress 1.5 times, and after a signal half of it
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("scenarios")
     environment = {**clean_environment(), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/worker_heartbeat.py"), str(out)], env=environment, cwd=ROOT, timeout=120
+        [sys.executable, str(ROOT / "tests/worker_heartbeat.py"), str(out)], env=environment, cwd=ROOT, timeout=240
     )
     assert done.returncode == 0
     return out
@@ -42,7 +42,7 @@ def output(ended: Path, name: str, rank: int) -> str:
         (
             "store killed",
             0,
-            "the store at 127.0.0.1:[0-9]+, in rank 0 or its launcher, (is gone|has not answered)",
+            "the store at 127.0.0.1:[0-9]+, in rank 0, (is gone|has not answered)",
         ),  # rarely so
         ("store frozen", 0, "has not answered for 4 s: rank 0 on .* is frozen"),
     ],
@@ -81,4 +81,41 @@ def test_who_is_slow_or_has_left_or_is_frozen_with_all_others_is_not_taken_for_d
     assert [end["code"] for end in ends(ended, name)] == [0, 0, 0]
     assert max(end["seconds"] for end in ends(ended, name)) > 1.5 * LIMIT
     for rank in range(3):  # torch says by itself that its store is gone
+        assert not re.search("error: |Traceback", output(ended, name, rank))
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("never joined", 1.5), ("never joined, and asked to stop", 0.5)])
+def test_processes_that_wait_for_each_other_end_and_say_where_each_of_them_is(ended: Path, name: str, seconds: float):
+    why = f"all processes wait for each other: none has made progress for {seconds * LIMIT:g} s"
+    places = [
+        r"update, at grpo/distributed\.py:\d+ \(sum\), in torch/.*\(all_reduce\), waiting in: work\.wait\(\)",
+        r"update, at grpo/distributed\.py:\d+ \(sum\), in torch/.*\(all_reduce\), waiting in: work\.wait\(\)",
+        r"saving, at grpo/stopping\.py:\d+ \(abortable\), in torch/.*\(barrier\), waiting in: work\.wait\(\)",
+    ]
+    tables = 0
+    for rank in range(3):
+        assert ends(ended, name)[rank]["code"] == PEER_LOST
+        assert ends(ended, name)[rank]["seconds"] < (seconds + 2) * LIMIT
+        said = output(ended, name, rank)
+        assert len(re.findall("^error: ", said, re.MULTILINE)) == 1
+        assert re.search(
+            f"error: rank {rank} ends, because {why}.*; it is in phase {places[rank]}; no checkpoint was", said
+        )
+        assert ("so the stop that a signal asked for cannot be carried out" in said) == ("asked" in name)
+        assert re.search(
+            rf"\[rank{rank}\] thread MainThread:\n(\[rank{rank}\] .*\n)*\[rank{rank}\] +work\.wait\(\)", said
+        )
+        table = re.search(r"^where each of them is:\n((?:  rank .*\n)+)", said, re.MULTILINE)
+        if table is not None:
+            tables += 1
+            for line, other, place in zip(table[1].splitlines(), range(3), places, strict=True):
+                assert re.fullmatch(f"  rank {other} on .*: {place}", line)
+    assert tables == 1
+
+
+@pytest.mark.parametrize("name", ["one draws tokens", "one writes a file", "one is in its own code"])
+def test_who_works_is_waited_for_however_long(ended: Path, name: str):
+    assert [end["code"] for end in ends(ended, name)] == [0, 0, 0]
+    assert max(end["seconds"] for end in ends(ended, name)) > 2.5 * LIMIT  # 1.5 without progress would have ended them
+    for rank in range(3):
         assert not re.search("error: |Traceback", output(ended, name, rank))
