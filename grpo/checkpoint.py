@@ -167,7 +167,8 @@ class Checkpoints:
         if self.processes.is_main:
             for path in complete_checkpoints(self.directory):
                 if path.name > checkpoint.name:
-                    shutil.rmtree(path.rename(_partial(path)))
+                    with progress.busy("removing checkpoints"):
+                        shutil.rmtree(path.rename(_partial(path)))
         self.processes.barrier()
         progress.last_checkpoint = checkpoint
 
@@ -290,8 +291,9 @@ def find(directory: Path, config: Config, processes: Processes) -> Path | None:
 
 def _tidy(directory: Path) -> list[Path]:
     """Remove what a kill left half written or half removed; the complete checkpoints."""
-    for partial in directory.glob("step-*.partial"):
-        shutil.rmtree(partial)
+    with progress.busy("removing what a kill left of checkpoints"):
+        for partial in directory.glob("step-*.partial"):
+            shutil.rmtree(partial)
     return complete_checkpoints(directory)
 
 

@@ -36,6 +36,9 @@ BUSY_SECONDS = 3600.0
 STALLED = "all processes wait for each other"
 """How the reason that `stalled` gives begins."""
 
+WATCHERS = ("heartbeat", "signals")
+"""Names of threads that only watch."""
+
 PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
 last_checkpoint: Path | None = None
@@ -170,8 +173,10 @@ def stacks() -> str:
     """Where this process's threads are, the one that works first; the last lines are the innermost calls."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     threads = sorted(sys._current_frames().items(), key=lambda item: item[0] != _worker)
-    shown = [(names.get(ident, "of torch"), frame) for ident, frame in threads if ident != threading.get_ident()]
-    return "".join(f"thread {name}:\n{''.join(traceback.format_stack(frame))}" for name, frame in shown)
+    shown = [(names.get(ident, "of a library, as torch's for backward passes"), frame) for ident, frame in threads]
+    return "".join(
+        f"thread {name}:\n{''.join(traceback.format_stack(frame))}" for name, frame in shown if name not in WATCHERS
+    )
 
 
 def _frames() -> Iterator[FrameType]:

@@ -1,4 +1,7 @@
-"""A process dies, fails or freezes while others wait for it: they end, and say why. Each scenario has three processes."""
+"""A process dies, fails or freezes while others wait for it, or all wait for each other: they end, and say why.
+
+Each scenario has three processes.
+"""
 
 import os
 import re
@@ -7,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT, clean_environment, read_json
 
+from grpo.checkpoint import complete_checkpoints, read_state
 from grpo.heartbeat import PEER_LOST
+from grpo.writer import problem_with
 
 LIMIT = 4.0  # seconds of silence, in worker_heartbeat.py; without progress 1.5 times, and after a signal half of it
 
@@ -119,3 +125,48 @@ def test_who_works_is_waited_for_however_long(ended: Path, name: str):
     assert max(end["seconds"] for end in ends(ended, name)) > 2.5 * LIMIT  # 1.5 without progress would have ended them
     for rank in range(3):
         assert not re.search("error: |Traceback", output(ended, name, rank))
+
+
+def run_stall(*arguments: str) -> str:
+    """What two processes of worker_stall.py say before they end; no process is left behind."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests/worker_stall.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**clean_environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"},
+        cwd=ROOT,
+    )
+    assert re.search(rf"exitcode *: {PEER_LOST}", done.stderr), done.stderr[-5000:]
+    return done.stderr
+
+
+def test_a_run_whose_processes_wait_for_each_other_ends_and_leaves_its_checkpoint_whole(tmp_path: Path):
+    said = run_stall(str(tmp_path / "run"))
+    (checkpoint,) = complete_checkpoints(tmp_path / "run/checkpoints")
+    assert checkpoint.name == "step-00000001"
+    assert problem_with(checkpoint, read_state(checkpoint)["files"]) is None
+    for rank in (0, 1):
+        ends = f"error: rank {rank} ends, because all processes wait for each other: none has made progress for 10 s"
+        assert re.search(f"{ends}; it is in phase update, .*; the last checkpoint is {checkpoint}", said), said[-5000:]
+    assert re.search(r"  rank 0 on .*: update, at grpo/(trainer|policy|distributed)\.py:.*, waiting in: ", said)
+    assert re.search(
+        r"  rank 1 on .*: update, at grpo/trainer\.py:\d+ \(train_step\), in torch/.*\(barrier\), waiting", said
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="two processes that wait for each other over NCCL need two GPUs"
+)
+def test_processes_that_wait_for_each_other_over_nccl_end_too():
+    said = run_stall()
+    places = (
+        r"update, at grpo/distributed\.py:\d+ \(sum\), waiting in: .*tolist",
+        r"saving, at grpo/distributed\.py:\d+ \(synchronize\)",
+    )
+    for rank, place in enumerate(places):
+        ends = f"error: rank {rank} ends, because all processes wait for each other: none has made progress for 10 s"
+        assert re.search(f"{ends}; it is in phase {place}", said), said[-5000:]
+        assert re.search(f"  rank {rank} on .*: {place}", said), said[-5000:]
