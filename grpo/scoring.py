@@ -282,7 +282,8 @@ class Scoring:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._errand.__exit__(*exception)
+        with progress.busy("ending reward calls"):
+            self._errand.__exit__(*exception)
 
 
 @contextmanager
