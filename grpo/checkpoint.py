@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import xxhash
 
-from grpo import reshard
+from grpo import progress, reshard
 from grpo.config import Config
 from grpo.distributed import Processes
 from grpo.policy import Policy
@@ -72,6 +72,7 @@ class Checkpoints:
         self.config = config
         self.processes = processes
         self._pending: _Pending | None = None
+        progress.last_checkpoint = None
 
     def save(
         self, state: RunState, *, policy: Policy, under_way: StepUnderWay | None = None, updates: int | None = None
@@ -122,19 +123,21 @@ class Checkpoints:
         self._check([error for _, error in parts], pending.final)
         files = {name: known for part, _ in parts for name, known in part.items()}
         self._check([self.processes.on_main(lambda: self._complete(pending, files))], pending.final)
+        progress.last_checkpoint = pending.final
 
     def _complete(self, pending: _Pending, files: dict[str, Any]) -> str | None:
         partial = _partial(pending.final)
-        try:
-            _write_state(partial, {**pending.record, "files": files})
-            for path in [path for path in partial.rglob("*") if path.is_dir()]:
-                flush(path)
-            flush(partial)
-            os.replace(partial, pending.final)
-            flush(self.directory)
-        except OSError as error:
-            return str(error)
-        self._prune()
+        with progress.busy("completing a checkpoint"):
+            try:
+                _write_state(partial, {**pending.record, "files": files})
+                for path in [path for path in partial.rglob("*") if path.is_dir()]:
+                    flush(path)
+                flush(partial)
+                os.replace(partial, pending.final)
+                flush(self.directory)
+            except OSError as error:
+                return str(error)
+            self._prune()
         return None
 
     def _prune(self) -> None:
@@ -164,8 +167,10 @@ class Checkpoints:
         if self.processes.is_main:
             for path in complete_checkpoints(self.directory):
                 if path.name > checkpoint.name:
-                    shutil.rmtree(path.rename(_partial(path)))
+                    with progress.busy("removing checkpoints"):
+                        shutil.rmtree(path.rename(_partial(path)))
         self.processes.barrier()
+        progress.last_checkpoint = checkpoint
 
     def _check(self, errors: list[str | None], final: Path) -> None:
         for rank, error in enumerate(errors):
@@ -183,7 +188,8 @@ class Checkpoints:
 
 def _prepare(partial: Path) -> str | None:
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        with progress.busy("removing what a kill left of a checkpoint"):
+            shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
         return str(error)
@@ -269,6 +275,7 @@ def find(directory: Path, config: Config, processes: Processes) -> Path | None:
             _check_resumable(checkpoint, config)
             if processes.is_main:
                 print(_longer(checkpoint, config), end="", flush=True)
+            progress.last_checkpoint = checkpoint
             return checkpoint
         if processes.is_main:
             names = (checkpoint.with_suffix(f".corrupt{f'-{n}' * (n > 1)}") for n in count(1))
@@ -284,8 +291,9 @@ def find(directory: Path, config: Config, processes: Processes) -> Path | None:
 
 def _tidy(directory: Path) -> list[Path]:
     """Remove what a kill left half written or half removed; the complete checkpoints."""
-    for partial in directory.glob("step-*.partial"):
-        shutil.rmtree(partial)
+    with progress.busy("removing what a kill left of checkpoints"):
+        for partial in directory.glob("step-*.partial"):
+            shutil.rmtree(partial)
     return complete_checkpoints(directory)
 
 
@@ -297,7 +305,8 @@ def _problem(checkpoint: Path, processes: Processes) -> str | None:
         own: str | None = str(error)
     else:
         mine = sorted(files)[processes.rank :: processes.world_size]
-        own = problem_with(checkpoint, {name: files[name] for name in mine})
+        with progress.busy("checking a checkpoint"):
+            own = problem_with(checkpoint, {name: files[name] for name in mine})
     return next((problem for problem in processes.gather(own) if problem is not None), None)
 
 
@@ -381,6 +390,7 @@ def _under_way(directory: Path, num_parts: int, processes: Processes) -> StepUnd
         return StepUnderWay()
 
     def part(rank: int) -> StepUnderWay:
+        progress.tick()
         return torch.load(directory / f"rank-{rank}.pt", map_location="cpu", weights_only=False)
 
     if num_parts == processes.world_size:

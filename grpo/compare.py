@@ -260,9 +260,7 @@ class _Processes:
     def __enter__(self) -> _Processes:
         ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1)
         if threading.current_thread() is threading.main_thread():  # another cannot handle signals
-            heard = [
-                number for number in (*SIGNALS, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN
-            ]  # nohup
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup
             self._before = {number: signal.signal(number, self._pass_on) for number in heard}
         return self
 
@@ -302,7 +300,7 @@ _SET_CHILD_SUBREAPER = 36
 
 def _ask_to_stop(group: int, number: int) -> None:
     with suppress(ProcessLookupError):
-        os.killpg(group, number if number in SIGNALS else signal.SIGTERM)  # of a closed terminal a run would die
+        os.killpg(group, number if number == signal.SIGINT else signal.SIGTERM)  # which every launcher passes on
 
 
 def compare(runs: Sequence[PlannedRun]) -> list[Row]:

@@ -40,7 +40,7 @@ GIB = 2**30
 
 COLLECTIVE_TIMEOUT = timedelta(hours=12)
 """Processes wait for the longest rollout among them, and for rank 0's files: hours, where the default of NCCL ends the run after
-ten minutes. Whoever waits for a process that has died learns of it from `heartbeat`."""
+ten minutes. `heartbeat` ends who waits for a process that has died, or for one that waits too."""
 
 
 BUCKET_ELEMENTS = 100_000_000

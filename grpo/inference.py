@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from grpo import distributed
+from grpo import distributed, progress
 from grpo.checkpoint import complete_checkpoints
 from grpo.config import Config
 from grpo.distributed import Processes
@@ -75,7 +75,8 @@ def fingerprint(model: str, revision: str) -> str:
     if not Path(model).is_dir():
         return str(AutoConfig.from_pretrained(model, revision=revision)._commit_hash)
     files = sorted(path for path in Path(model).iterdir() if path.is_file())
-    return xxhash.xxh3_128(repr([(path.name, checksum(path)) for path in files]).encode()).hexdigest()
+    with progress.busy("reading the model's files"):
+        return xxhash.xxh3_128(repr([(path.name, checksum(path)) for path in files]).encode()).hexdigest()
 
 
 def sampling_config(

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grpo import distributed, lora
+from grpo import distributed, lora, progress
 from grpo.attention import packed_inputs
 from grpo.batch import micro_batch
 from grpo.config import Config, ModelConfig, OptimizerConfig
@@ -60,7 +60,8 @@ def resolve_dtype(name: str) -> torch.dtype:
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Raises ValueError if neither a directory nor the hub has it."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision)
+        with progress.busy("loading the tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.name is {config.name!r}; it is neither a directory with a model in Hugging Face format nor a model "
@@ -236,7 +237,8 @@ def load_lm(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
         for name, value in vars(part).items():
             if "drop" in name and isinstance(value, float):
                 setattr(part, name, 0.0)
-    return AutoModelForCausalLM.from_pretrained(config.name, config=settings, revision=config.revision, dtype=dtype)
+    with progress.busy("loading the model"):
+        return AutoModelForCausalLM.from_pretrained(config.name, config=settings, revision=config.revision, dtype=dtype)
 
 
 def decoder_layers(lm: PreTrainedModel) -> list[GradientCheckpointingLayer]:
@@ -419,9 +421,10 @@ class Policy(SampledModel):
         if not self._sharded:
             lay_out(self.lm, processes.device)
         own = None if self._sharded else self.plain_logprobs()  # before its kernels are others
-        self.engine, self.optimizer = processes.accelerator.prepare(
-            self._packed(self.lm), _adamw(self.lm, config.optimizer, processes.device)
-        )
+        with progress.busy("setting up DeepSpeed"):  # which may compile
+            self.engine, self.optimizer = processes.accelerator.prepare(
+                self._packed(self.lm), _adamw(self.lm, config.optimizer, processes.device)
+            )
         _count_from_zero(self.engine.basic_optimizer)
         self.lm.set_attn_implementation("packed")
         # a PackedLM, or DeepSpeed's engine around one
@@ -507,7 +510,8 @@ class Policy(SampledModel):
             import deepspeed
 
             settings = distributed.deepspeed_config(self._config, dtype=self.dtype)
-            packed = deepspeed.initialize(model=packed, config=settings)[0]
+            with progress.busy("setting up DeepSpeed"):
+                packed = deepspeed.initialize(model=packed, config=settings)[0]
         else:
             packed.to(self.processes.device)
         lm.set_attn_implementation("packed")
@@ -525,12 +529,14 @@ class Policy(SampledModel):
 
     def logprobs(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of the completion tokens of a micro-batch on this device, with gradient; (T,)."""
+        progress.tick()
         self.engine.train()
         return self.engine(micro)
 
     @torch.no_grad()
     def before_update(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """What `logprobs` says, without gradient."""
+        progress.tick()
         return self.engine(micro)
 
     def old_logprobs(self, micro: MicroBatch) -> Tensor:
@@ -558,6 +564,7 @@ class Policy(SampledModel):
     def ref_logprobs(self, micro: MicroBatch) -> Tensor:
         """The reference's log-probabilities of a micro-batch; (T,)."""
         assert self.reference is not None, "no reference was loaded, because kl_coef is 0"
+        progress.tick()
         with lora.reference_active(self.adapters) if self.adapters else nullcontext():
             return self.reference(micro)[0]
 
@@ -584,6 +591,7 @@ class Policy(SampledModel):
     def refresh_reference(self) -> None:
         """Make the current policy the reference. Every process calls it; no more than one weight is gathered at a time."""
         for _, source, target in self._reference_pairs():
+            progress.tick()
             with whole(source), whole(target, written=True):
                 target.copy_(source)
         self.reference_moved = True
@@ -603,8 +611,10 @@ class Policy(SampledModel):
         """Read what `save_reference` wrote. Every process calls it."""
         with safe_open(path, framework="pt") as weights:
             for name, _, target in self._reference_pairs():
+                with progress.busy("reading a checkpoint"):
+                    weight = weights.get_tensor(name)
                 with whole(target, written=True):
-                    target.copy_(weights.get_tensor(name))
+                    target.copy_(weight)
         self.reference_moved = True
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -612,6 +622,7 @@ class Policy(SampledModel):
 
         DeepSpeed averages gradients over the processes. Our loss is a sum over all of them, so it is scaled back.
         """
+        progress.tick()
         self.engine.set_gradient_accumulation_boundary(last)
         with deterministic(self._config.run.deterministic):
             self.engine.backward(loss * self.processes.world_size)
@@ -622,6 +633,7 @@ class Policy(SampledModel):
         If it is not finite, on whichever process that began, there is no update: weights, moments and their count of steps stay
         as they are on all processes, and the gradient is dropped. DeepSpeed sees to that in every stage but one.
         """
+        progress.tick()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._dense_grad_norm()
@@ -651,6 +663,7 @@ class Policy(SampledModel):
             return lora.merge_into(self._replica, self.adapters)
         with torch.no_grad():
             for source, target in zip(self.lm.parameters(), self._replica.parameters(), strict=True):
+                progress.tick()
                 with whole(source):
                     target.copy_(source)
 
@@ -693,7 +706,10 @@ class Policy(SampledModel):
 
     def load_training_state(self, directory: Path) -> None:
         """Read what `save_training_state` wrote. Every process calls it."""
-        loaded, _ = self.engine.load_checkpoint(str(directory), tag="training", load_module_strict=not self.adapters)
+        with progress.busy("reading a checkpoint"):
+            loaded, _ = self.engine.load_checkpoint(
+                str(directory), tag="training", load_module_strict=not self.adapters
+            )
         assert loaded is not None, f"DeepSpeed found no training state in {directory}"
 
 

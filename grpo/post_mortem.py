@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from grpo import progress
 from grpo.batch import pack
 from grpo.distributed import Processes
 from grpo.evaluate import training_rows
@@ -66,7 +67,8 @@ def write(run_dir: Path, step: int, text: str, evidence: Evidence, processes: Pr
 
 def _attempt(write: Any) -> Any:
     try:
-        return write()
+        with progress.busy("writing the post-mortem"):
+            return write()
     except Exception as error:  # of a disk, or of a library on top of it
         print(f"warning: the post-mortem could not be written: {error}", flush=True)
         return None

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from grpo import progress
 from grpo.advantage import has_signal
 from grpo.contamination import normalized
 from grpo.prompts import TEMPLATES, PromptOrder, build_prompts
@@ -414,6 +415,7 @@ class Result:
         )
 
 
+@progress.phase("preflight")
 def before_training(trainer: Trainer) -> None:
     """Look before the first step, if configured; every process calls it, and all come to the same verdict.
 

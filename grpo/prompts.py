@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from grpo import progress
 from grpo.config import COLUMN_IN_BRACES, TASK_PREFIX, DataConfig
 from grpo.gym import make_rows
 from grpo.types import Prompt
@@ -101,7 +102,8 @@ def load_table(name: str, subset: str | None, split: str, setting: str) -> Any:
         if path.suffix not in FORMATS:
             raise ValueError(f"{setting} is {name!r}; a local file ends in {', '.join(FORMATS)}. Convert the file.")
         try:
-            return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+            with progress.busy("reading data"):
+                return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
         except Exception as error:
             raise ValueError(
                 f"{setting} is {name!r}; it cannot be read as {FORMATS[path.suffix]}: {error}. Correct the file."
@@ -109,7 +111,8 @@ def load_table(name: str, subset: str | None, split: str, setting: str) -> Any:
     if path.suffix in FORMATS or name.startswith((".", "/", "~")):
         raise ValueError(f"{setting} is {name!r}; there is no such file. Correct the path, or name a hub data set.")
     try:
-        return datasets.load_dataset(name, subset, split=split)
+        with progress.busy("loading data from the hub"):
+            return datasets.load_dataset(name, subset, split=split)
     except Exception as error:
         raise ValueError(
             f"{setting} is {name!r} (subset {subset!r}, split {split!r}); there is no such local file and the hub gave no "

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo import progress
 from grpo.policy import Policy, trained_parameters
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
@@ -84,7 +85,8 @@ def load(directory: Path, policy: Policy, *, saved: Layout) -> None:
     """
     sizes, now = _sizes(policy), layout_of(policy)
     num_files = saved.num_processes if saved.zero_stage else 1
-    files = [_read(directory / "training", sizes, saved, rank) for rank in range(num_files)]
+    with progress.busy("reading a checkpoint"):
+        files = [_read(directory / "training", sizes, saved, rank) for rank in range(num_files)]
     stored: dict[str, list[tuple[Span, Flat]]] = defaultdict(list)
     for rank, part in enumerate(files):
         for flat, spans in zip(part.flats, cut(sizes, saved, rank=rank, lengths=part.lengths), strict=True):
@@ -93,6 +95,7 @@ def load(directory: Path, policy: Policy, *, saved: Layout) -> None:
     own = _own(policy, num_steps=files[0].num_steps)
     for flat, spans in zip(own.flats, cut(sizes, now, rank=policy.processes.rank, lengths=own.lengths), strict=True):
         for span in spans:
+            progress.tick()  # the files are mapped into memory, so this is what reads them
             copied = sum(_copy_common(span, flat, *piece) for piece in stored[span.name])
             assert copied == span.length, f"{directory} holds {copied} of {span.length} elements of {span.name}"
     _refresh_weights(policy)

@@ -31,6 +31,7 @@ import cloudpickle
 import torch
 from torch import Tensor
 
+from grpo import progress
 from grpo.config import RewardConfig
 from grpo.reward_worker import Call, Errand, FunctionBug, Outcome, SourceFile, WorkerPool
 from grpo.types import Completion, Group, Scores
@@ -99,12 +100,13 @@ class Scorer:
         self.timeout_seconds = timeout_seconds
         self._scorers = [_bind(reward, list(columns)) for reward in rewards]
         self._checkers = [check for reward in rewards if (check := _bind_check(reward, list(columns))) is not None]
-        self._pool = WorkerPool(
-            [bound.pickled() for bound in [*self._scorers, *self._checkers]],
-            files=[_files[name] for name in _modules(rewards) if name in _files],
-            num_workers=num_workers,
-            memory_gib=memory_gib,
-        )
+        with progress.busy("starting the reward workers"):
+            self._pool = WorkerPool(
+                [bound.pickled() for bound in [*self._scorers, *self._checkers]],
+                files=[_files[name] for name in _modules(rewards) if name in _files],
+                num_workers=num_workers,
+                memory_gib=memory_gib,
+            )
 
     def score(self, groups: list[Group]) -> Scores:
         """What every function says of every completion, and the weighted sum; see `weighted_sum` for "can't tell".
@@ -139,7 +141,7 @@ class Scorer:
             for row in rows
             for c, checker in enumerate(self._checkers)
         ]
-        with _shown_with_its_sample(tasks):
+        with _shown_with_its_sample(tasks), progress.busy("checking rows", math.inf):  # each has its time limit
             outcomes = self._pool.run([task.call for task in tasks])
         reasons = [task.reason(outcome) for task, outcome in zip(tasks, outcomes, strict=True)]
         num = len(self._checkers)
@@ -247,7 +249,7 @@ class Scoring:
     def result(self) -> Scores:
         """Wait for what is not scored yet; see `Scorer.score`."""
         assert None not in self._sizes, "a group never came"
-        with _shown_with_its_sample(self._tasks):
+        with _shown_with_its_sample(self._tasks), progress.busy("calling rewards", math.inf):  # each has its time limit
             outcomes = self._errand.result()
         return self._scores(range(len(self._sizes)), self._tasks, outcomes)
 
@@ -280,7 +282,8 @@ class Scoring:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._errand.__exit__(*exception)
+        with progress.busy("ending reward calls"):
+            self._errand.__exit__(*exception)
 
 
 @contextmanager

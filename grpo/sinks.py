@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from grpo import aha
+from grpo import aha, progress
 from grpo.config import Config
 from grpo.evaluate import is_right
 from grpo.writer import replace_text
@@ -218,11 +218,12 @@ class WandbSink:
             "id": _wandb_id(directory),
             "resume": "allow",
         }
-        try:
-            self._run = wandb.init(mode=mode, **options)  # type: ignore[arg-type]
-        except Exception as error:  # whatever goes wrong with a logging service must not cost a run
-            print(f"wandb: {error}; this run is logged offline.", flush=True)
-            self._run = wandb.init(mode="offline", **options)
+        with progress.busy("starting wandb"):
+            try:
+                self._run = wandb.init(mode=mode, **options)  # type: ignore[arg-type]
+            except Exception as error:  # whatever goes wrong with a logging service must not cost a run
+                print(f"wandb: {error}; this run is logged offline.", flush=True)
+                self._run = wandb.init(mode="offline", **options)
         self._overview = {
             "reward/mean": "reward",
             f"reward/{verdict}": verdict,
@@ -315,7 +316,8 @@ class WandbSink:
         if self._history:
             self._send_charts()
         try:
-            self._run.finish()
+            with progress.busy("finishing the upload to wandb"):
+                self._run.finish()
         except Exception as error:
             print(f"wandb: {error}", flush=True)
 

@@ -11,6 +11,7 @@ own stays behind.)
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import re
 import sys
@@ -112,7 +113,8 @@ _shown: list[Region] = []
 def wipe() -> None:
     """Take away what is shown, past all locks: for a process that is about to end without cleaning up."""
     if _shown:
-        os.write(_shown[0].console.file.fileno(), _ERASE.encode())
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            os.write(_shown[0].console.file.fileno(), _ERASE.encode())
 
 
 _ERASE = "\r\x1b[J"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo import checkpoint, distributed, post_mortem, preflight, report, rundir, tripwire
+from grpo import checkpoint, distributed, post_mortem, preflight, progress, report, rundir, tripwire
 from grpo.advantage import group_advantages, has_signal
 from grpo.batch import join, micro_batch, pack, plan_passes, spare, split, take
 from grpo.checkpoint import CheckpointError, Checkpoints, RunState, numbers_of
@@ -151,7 +151,7 @@ class Trainer:
             Stopped: SIGTERM, SIGINT or the end of `run.max_hours` came, or a single process was short of memory in an update;
                 where the run stands is saved. After a shortage, `settings` are what to go on with.
         """
-        with self.stopping:
+        with self.stopping, progress.phase("training"):
             try:
                 self._follow_schedules()
                 if self.state == RunState() and self.under_way.rollout is None:  # not on resume
@@ -447,6 +447,7 @@ class Trainer:
             self.policy.refresh_reference()
             self.say(f"the reference is the policy after optimizer step {steps} from here on")
 
+    @progress.phase("saving")
     def save(self, *, wait: bool = False) -> Path:
         """Write a checkpoint of the current state; every process calls it.
 
@@ -527,6 +528,7 @@ class Trainer:
             most = max(self.processes.gather(len(smaller)))
             minibatches[number] = [*smaller, *(spare() for _ in range(most - len(smaller)))]
 
+    @progress.phase("evaluation")
     def _evaluate_if_due(self) -> None:
         """Before the first step, after the last, and as configured between; not again for a step that a run resumes at."""
         step = self.state.step
@@ -666,8 +668,9 @@ class Trainer:
         self.phase, seconds = name, self.under_way.seconds
         self.processes.reset_peak_memory()
         started = time.perf_counter()
-        yield
-        self.processes.synchronize()
+        with progress.phase(name):
+            yield
+            self.processes.synchronize()
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
         peak = self.processes.peak_memory_gib()
         if peak is not None:

@@ -19,6 +19,8 @@ import xxhash
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from grpo import progress
+
 Files = dict[str, tuple[int, str]]
 """Path of each file within its directory, its size in bytes, and its checksum."""
 
@@ -29,7 +31,8 @@ Write = Callable[[Path, Any, Callable[[Any, Path], Any]], None]
 def write_now(path: Path, data: Any, save: Callable[[Any, Path], Any]) -> None:
     """The plainest Write."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(data, path)
+    with progress.busy(f"writing {path.name}"):
+        save(data, path)
 
 
 class Writer:
@@ -61,18 +64,20 @@ class Writer:
 
     def wait(self) -> None:
         """Until `files` and `error` are final."""
-        self._thread.join()
+        with progress.busy("writing a checkpoint"):
+            self._thread.join()
 
     def _work(self) -> None:
         while self._jobs:
             self._jobs.pop(0)()  # and let go of its copy
 
     def _save(self, path: Path, data: Any, save: Callable[[Any, Path], Any]) -> None:
-        write_now(path, data, save)
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                flush(file)
-                self.files[str(file.relative_to(self.directory))] = file.stat().st_size, checksum(file)
+        with progress.busy(f"writing {path.name}"):
+            write_now(path, data, save)
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if file.is_file():
+                    flush(file)
+                    self.files[str(file.relative_to(self.directory))] = file.stat().st_size, checksum(file)
 
     def _attempt(self, work: Callable[..., None], *arguments: Any) -> None:
         if self.error is None:
@@ -96,7 +101,7 @@ def copied(data: Any) -> Any:
 
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # other threads copy than the one that computed
-    with ThreadPoolExecutor(COPY_THREADS) as threads:
+    with ThreadPoolExecutor(COPY_THREADS) as threads, progress.busy("copying what is to be written"):
         return tree_map(copy, data)
 
 
@@ -119,6 +124,7 @@ def checksum(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(2**24):
             digest.update(block)
+            progress.tick()
     return digest.hexdigest()
 
 

@@ -1,4 +1,7 @@
-"""A process dies, fails or freezes while others wait for it: they end, and say why. Each scenario has three processes."""
+"""A process dies, fails or freezes while others wait for it, or all wait for each other: they end, and say why.
+
+Each scenario has three processes.
+"""
 
 import os
 import re
@@ -7,11 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT, clean_environment, read_json
 
+from grpo.checkpoint import complete_checkpoints, read_state
 from grpo.heartbeat import PEER_LOST
+from grpo.writer import problem_with
 
-LIMIT = 4.0  # seconds of silence, in worker_heartbeat.py
+LIMIT = 4.0  # seconds of silence, in worker_heartbeat.py; without progress 1.5 times, and after a signal half of it
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +25,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("scenarios")
     environment = {**clean_environment(), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/worker_heartbeat.py"), str(out)], env=environment, cwd=ROOT, timeout=120
+        [sys.executable, str(ROOT / "tests/worker_heartbeat.py"), str(out)], env=environment, cwd=ROOT, timeout=240
     )
     assert done.returncode == 0
     return out
@@ -42,7 +48,7 @@ def output(ended: Path, name: str, rank: int) -> str:
         (
             "store killed",
             0,
-            "the store at 127.0.0.1:[0-9]+, in rank 0 or its launcher, (is gone|has not answered)",
+            "the store at 127.0.0.1:[0-9]+, in rank 0, (is gone|has not answered)",
         ),  # rarely so
         ("store frozen", 0, "has not answered for 4 s: rank 0 on .* is frozen"),
     ],
@@ -82,3 +88,85 @@ def test_who_is_slow_or_has_left_or_is_frozen_with_all_others_is_not_taken_for_d
     assert max(end["seconds"] for end in ends(ended, name)) > 1.5 * LIMIT
     for rank in range(3):  # torch says by itself that its store is gone
         assert not re.search("error: |Traceback", output(ended, name, rank))
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("never joined", 1.5), ("never joined, and asked to stop", 0.5)])
+def test_processes_that_wait_for_each_other_end_and_say_where_each_of_them_is(ended: Path, name: str, seconds: float):
+    why = f"all processes wait for each other: none has made progress for {seconds * LIMIT:g} s"
+    places = [
+        r"update, at grpo/distributed\.py:\d+ \(sum\), in torch/.*\(all_reduce\), waiting in: work\.wait\(\)",
+        r"update, at grpo/distributed\.py:\d+ \(sum\), in torch/.*\(all_reduce\), waiting in: work\.wait\(\)",
+        r"saving, at grpo/stopping\.py:\d+ \(abortable\), in torch/.*\(barrier\), waiting in: work\.wait\(\)",
+    ]
+    tables = 0
+    for rank in range(3):
+        assert ends(ended, name)[rank]["code"] == PEER_LOST
+        assert ends(ended, name)[rank]["seconds"] < (seconds + 2) * LIMIT
+        said = output(ended, name, rank)
+        assert len(re.findall("^error: ", said, re.MULTILINE)) == 1
+        assert re.search(
+            f"error: rank {rank} ends, because {why}.*; it is in phase {places[rank]}; no checkpoint was", said
+        )
+        assert ("so the stop that a signal asked for cannot be carried out" in said) == ("asked" in name)
+        assert re.search(
+            rf"\[rank{rank}\] thread MainThread:\n(\[rank{rank}\] .*\n)*\[rank{rank}\] +work\.wait\(\)", said
+        )
+        table = re.search(r"^where each of them is:\n((?:  rank .*\n)+)", said, re.MULTILINE)
+        if table is not None:
+            tables += 1
+            for line, other, place in zip(table[1].splitlines(), range(3), places, strict=True):
+                assert re.fullmatch(f"  rank {other} on .*: {place}", line)
+    assert tables == 1
+
+
+@pytest.mark.parametrize("name", ["one draws tokens", "one writes a file", "one is in its own code"])
+def test_who_works_is_waited_for_however_long(ended: Path, name: str):
+    assert [end["code"] for end in ends(ended, name)] == [0, 0, 0]
+    assert max(end["seconds"] for end in ends(ended, name)) > 2.5 * LIMIT  # 1.5 without progress would have ended them
+    for rank in range(3):
+        assert not re.search("error: |Traceback", output(ended, name, rank))
+
+
+def run_stall(*arguments: str) -> str:
+    """What two processes of worker_stall.py say before they end; no process is left behind."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests/worker_stall.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**clean_environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"},
+        cwd=ROOT,
+    )
+    assert re.search(rf"exitcode *: {PEER_LOST}", done.stderr), done.stderr[-5000:]
+    return done.stderr
+
+
+def test_a_run_whose_processes_wait_for_each_other_ends_and_leaves_its_checkpoint_whole(tmp_path: Path):
+    said = run_stall(str(tmp_path / "run"))
+    (checkpoint,) = complete_checkpoints(tmp_path / "run/checkpoints")
+    assert checkpoint.name == "step-00000001"
+    assert problem_with(checkpoint, read_state(checkpoint)["files"]) is None
+    for rank in (0, 1):
+        ends = f"error: rank {rank} ends, because all processes wait for each other: none has made progress for 10 s"
+        assert re.search(f"{ends}; it is in phase update, .*; the last checkpoint is {checkpoint}", said), said[-5000:]
+    assert re.search(r"  rank 0 on .*: update, at grpo/(trainer|policy|distributed)\.py:.*, waiting in: ", said)
+    assert re.search(
+        r"  rank 1 on .*: update, at grpo/trainer\.py:\d+ \(train_step\), in torch/.*\(barrier\), waiting", said
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="two processes that wait for each other over NCCL need two GPUs"
+)
+def test_processes_that_wait_for_each_other_over_nccl_end_too():
+    said = run_stall()
+    places = (
+        r"update, at grpo/distributed\.py:\d+ \(sum\), waiting in: .*tolist",
+        r"saving, at grpo/distributed\.py:\d+ \(synchronize\)",
+    )
+    for rank, place in enumerate(places):
+        ends = f"error: rank {rank} ends, because all processes wait for each other: none has made progress for 10 s"
+        assert re.search(f"{ends}; it is in phase {place}", said), said[-5000:]
+        assert re.search(f"  rank {rank} on .*: {place}", said), said[-5000:]

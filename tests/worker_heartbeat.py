@@ -20,9 +20,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from grpo import heartbeat
+from grpo import heartbeat, progress
+from grpo.distributed import Processes
+from grpo.stopping import StopRequest
 
 LIMIT = 4.0  # seconds
+LIMITS = heartbeat.Limits(beat=LIMIT / 10, silence=LIMIT, stall=1.5 * LIMIT, stop=0.5 * LIMIT)
+LONG = 3 * LIMIT  # twice what a stall takes
 NUM_PROCESSES = 3
 OUT = Path(sys.argv[1])
 
@@ -55,25 +59,71 @@ def store_fails_in_finally(rank: int) -> None:
 
 def one_is_slow(rank: int) -> None:
     if rank == 1:
-        ctypes.CDLL(None).sleep(int(1.5 * LIMIT))
+        ctypes.CDLL(None).sleep(int(2 * LIMIT))
     wait_for_all(rank)
 
 
 def one_stays(rank: int) -> None:
     """All leave and meet again; then rank 2 goes on for longer than the limit without the others, at last without the store."""
     heartbeat.stop()
-    heartbeat.start(rank=rank, world_size=NUM_PROCESSES, beat_seconds=LIMIT / 10, limit_seconds=LIMIT)
+    heartbeat.start(rank=rank, world_size=NUM_PROCESSES, limits=LIMITS)
     if rank == 2:
-        time.sleep(2.5 * LIMIT)
+        time.sleep(3.5 * LIMIT)
     heartbeat.stop()
     if rank == 0:
         time.sleep(0.5 * LIMIT)
-        os._exit(0)  # Python takes seconds to take itself down
 
 
 def sleep_and_meet(rank: int) -> None:
     time.sleep(1)
     wait_for_all(rank)
+
+
+def gather_once_less(rank: int) -> None:
+    """As a trainer whose processes differ in the number of passes: one is in the next phase, and in another collective."""
+    others = dist.new_group([0, 1, 2])
+    with StopRequest(None) as stopping:
+        if rank == 2:
+            with progress.phase("saving"):
+                stopping.abortable(lambda: dist.barrier(group=others))
+        with progress.phase("update"):
+            everyone(rank).sum(1.0)
+
+
+def work_before_they_meet(work: Callable[[], None]) -> Callable[[int], None]:
+    """Of rank 1 alone, within the package, while the others wait in a collective of the package's."""
+
+    def body(rank: int) -> None:
+        if rank == 1:
+            StopRequest(None).abortable(work)
+        everyone(rank).sum(1.0)
+
+    return body
+
+
+def draw_tokens() -> None:
+    """A rollout that takes long: it is always found at the same place, but counts its tokens."""
+    until = time.monotonic() + LONG
+    while time.monotonic() < until:
+        ctypes.CDLL(None).usleep(100_000)
+        progress.tick()
+
+
+def write_a_file() -> None:
+    """A single call that takes long."""
+    with progress.busy("writing model.safetensors"):
+        ctypes.CDLL(None).sleep(int(LONG))
+
+
+def own_code(rank: int) -> None:
+    """A script that steps a trainer by hand, and does something else between two steps."""
+    if rank == 1:
+        ctypes.CDLL(None).sleep(int(LONG))
+    everyone(rank).sum(1.0)
+
+
+def everyone(rank: int) -> Processes:
+    return Processes(rank, NUM_PROCESSES, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -83,6 +133,8 @@ class Scenario:
     body: Callable[[int], None]
     victim: int | None = None
     blow: signal.Signals | None = None
+    asked: int | None = None  # to stop, by SIGTERM
+    at_once: bool = False  # Python takes many seconds to take itself down; not here
 
 
 def waiting_for(victim: int) -> Callable[[int], None]:
@@ -98,9 +150,14 @@ SCENARIOS = {
     "fails": Scenario(fails),
     "store fails in finally": Scenario(store_fails_in_finally),
     "all fail": Scenario(all_fail),
-    "one is slow": Scenario(one_is_slow),
-    "one stays": Scenario(one_stays),
-    "all frozen for a while": Scenario(sleep_and_meet, None, signal.SIGSTOP),
+    "one is slow": Scenario(one_is_slow, at_once=True),
+    "one stays": Scenario(one_stays, at_once=True),
+    "all frozen for a while": Scenario(sleep_and_meet, None, signal.SIGSTOP, at_once=True),
+    "never joined": Scenario(gather_once_less),
+    "never joined, and asked to stop": Scenario(gather_once_less, asked=1),
+    "one draws tokens": Scenario(work_before_they_meet(draw_tokens), at_once=True),
+    "one writes a file": Scenario(work_before_they_meet(write_a_file), at_once=True),
+    "one is in its own code": Scenario(own_code, at_once=True),
 }
 
 
@@ -111,11 +168,13 @@ def be(rank: int, name: str, port: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     dist.init_process_group("gloo")
-    heartbeat.start(rank=rank, world_size=NUM_PROCESSES, beat_seconds=LIMIT / 10, limit_seconds=LIMIT)
+    heartbeat.start(rank=rank, world_size=NUM_PROCESSES, limits=LIMITS)
     dist.barrier()
     (OUT / f"{name}-{rank}.ready").touch()
     SCENARIOS[name].body(rank)
     heartbeat.stop()
+    if SCENARIOS[name].at_once:
+        os._exit(0)
 
 
 def free_port() -> int:
@@ -158,6 +217,8 @@ def watch(name: str, pids: list[int]) -> list[dict[str, float]]:
 
 
 def strike(scenario: Scenario, pids: list[int]) -> None:
+    if scenario.asked is not None:
+        os.kill(pids[scenario.asked], signal.SIGTERM)
     if scenario.blow is None:
         return
     for pid in pids if scenario.victim is None else [pids[scenario.victim]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from grpo import progress
 from grpo.types import Group, OnGroup, Prompt, Sampling
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def make_generator(config: Config, policy: SampledModel) -> Generator:
     if engine == "native" or (engine == "auto" and policy.processes.device.type == "cuda"):
         from grpo.rollout.engine import NativeGenerator, unsupported
 
-        reason = unsupported(policy, fused=config.rollout.fused_layers)
+        with progress.busy("compiling the kernels of the native engine"):
+            reason = unsupported(policy, fused=config.rollout.fused_layers)
         if reason is None:
             return NativeGenerator(policy, config)
         if engine == "native":

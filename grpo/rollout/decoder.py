@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo import progress
 from grpo.policy import output_head
 from grpo.rollout.drawing import KNOBS, draw, knobs_of
 from grpo.rollout.layers import FusedLayers, model_layers
@@ -231,7 +232,7 @@ class Decoder:
             self.step_number.zero_()
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            with torch.cuda.stream(side), progress.busy("compiling a step"):
                 self._step(size)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()

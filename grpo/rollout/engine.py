@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo import progress
 from grpo.config import Config
 from grpo.distributed import GIB
 from grpo.policy import CHANGING_ROPE, FORWARD_TOLERANCE, SampledModel, rope_types
@@ -192,11 +193,13 @@ class Call:
             if before is not None:
                 self._take_in(before)
             before = chunk
+            progress.tick()
 
     def _launch(self, before: Chunk | None) -> Chunk | None:
         """The next steps of all that run and do not come to their limits in the chunk before; None if there are none."""
         while prefixes := self.slots.read_ahead(READ_TOKENS):
             self.decoder.read(prefixes)
+            progress.tick()
         self.decoder.copy(self.slots.start(CHUNK))
         self.slots.grow(2 * CHUNK)  # the steps of the chunk before are not counted yet
         under_way = set() if before is None else set(before.rows)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from grpo import progress
 from grpo.policy import SampledModel
 from grpo.rollout.ending import Ending, token_limit
 from grpo.rollout.grouping import Grouping
@@ -144,6 +145,7 @@ class LogprobRecorder(LogitsProcessor):
         self._pending: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        progress.tick()
         if self._pending is not None:
             self._columns.append(self._pick(input_ids[:, -1]))
         self._pending = scores / self.temperature

@@ -7,12 +7,14 @@ survive; with level 1, which keeps a copy of them, a library that forgot to load
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grpo import progress
 from grpo.rollout.vllm import OnAnswer, Request, Sampled
 
 if TYPE_CHECKING:
@@ -29,7 +31,12 @@ class ColocatedEngine:
         self.policy = policy
         self.parameters = SamplingParams
         _return_cached_memory()
-        self.llm = LLM(
+        with progress.busy("starting vLLM"):
+            self.llm = self._start(LLM, policy, config)
+        self.llm.sleep(level=2)
+
+    def _start(self, LLM: Any, policy: Policy, config: Config) -> Any:
+        return LLM(
             model=config.model.name,
             revision=config.model.revision,
             tokenizer_revision=config.model.revision,
@@ -43,14 +50,13 @@ class ColocatedEngine:
             generation_config="vllm",  # not the model's own: a repetition penalty there would change the samples
             enable_sleep_mode=True,
         )
-        self.llm.sleep(level=2)
 
     def take_weights(self) -> None:
         """Nothing to do: the engine sleeps, and waking loads the policy's weights."""
 
     def generate(self, requests: list[Request], on_answer: OnAnswer) -> None:
         """See Engine. The answers come in all at once, because `LLM.generate` returns when it has the last."""
-        with self._awake():
+        with self._awake(), progress.busy("sampling with vLLM", math.inf):  # for itself, in one call
             outputs = self.llm.generate(
                 [{"prompt_token_ids": request.token_ids} for request in requests],
                 [self.parameters(**request.parameters) for request in requests],

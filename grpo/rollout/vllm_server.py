@@ -13,6 +13,7 @@ import json
 import shutil
 import uuid
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
 from http.client import HTTPException
 from itertools import count
 from pathlib import Path
@@ -23,6 +24,7 @@ from urllib.error import HTTPError
 import torch
 from torch import Tensor
 
+from grpo import progress
 from grpo.policy import FORWARD_TOLERANCE, PLAIN_SENTENCES, Policy, resolve_dtype
 from grpo.rollout.vllm import OnAnswer, Request, Sampled
 
@@ -51,10 +53,14 @@ class Server:
     def post(self, path: str, body: dict[str, Any]) -> Any:
         return self._call(path, json.dumps(body).encode())
 
+    def waiting(self) -> AbstractContextManager[None]:
+        """Within it, this process may wait for an answer; `timeout` holds for each piece of it."""
+        return progress.busy("waiting for the vLLM server", 2 * self.timeout)
+
     def _call(self, path: str, data: bytes | None) -> Any:
         request = http.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
-            with self._opener.open(request, timeout=self.timeout) as answer:
+            with self.waiting(), self._opener.open(request, timeout=self.timeout) as answer:
                 return json.loads(answer.read() or b"null")
         except HTTPError as error:
             reason = f"answered {error.code} to {path}: {error.read().decode(errors='replace')[:1000]}"
@@ -80,10 +86,11 @@ class ServedEngine:
     def generate(self, requests: list[Request], on_answer: OnAnswer) -> None:
         """See Engine."""
         self._check_current()
-        with ThreadPoolExecutor(min(len(requests), self.config.memory.max_sequences)) as pool:
+        with ThreadPoolExecutor(min(len(requests), self.config.memory.max_sequences)) as pool, self.server.waiting():
             places = {pool.submit(self._complete, request): place for place, request in enumerate(requests)}
             try:
                 for answer in as_completed(places):
+                    progress.tick()
                     on_answer(places[answer], answer.result())
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # after an error: nobody wants the rest
