@@ -44,7 +44,8 @@ class PlainLM(PackedLM):
         """See PackedLM."""
         inputs = {"input_ids": micro.tokens[None], "use_cache": False} if self.alone else packed_inputs(micro)
         hidden = self.lm.base_model(**inputs).last_hidden_state.squeeze(0)[micro.source_index]
-        chunks = zip(hidden.split(self.chunk_tokens), micro.targets.split(self.chunk_tokens), strict=True)
+        size = self.logprobs_of.chunk_tokens
+        chunks = zip(hidden.split(size), micro.targets.split(size), strict=True)
         parts = [checkpoint(self._logprobs, *chunk, use_reentrant=False) for chunk in chunks]
         logprobs, entropies = zip(*parts, strict=True)
         return torch.cat(logprobs), torch.cat(entropies)
