@@ -155,6 +155,7 @@ def test_a_peer_that_is_not_installed_is_reported_and_takes_no_numbers_with_it(w
     assert [record["name"] for record in whole_step.records] == ["grpo"]
 
 
+@pytest.mark.slow
 def test_an_update_alone_is_measured_beside_an_earlier_run(run, cache: Path, tmp_path: Path):
     earlier = {"step": 1.0, "generation": 0.25, "rest": 0.75, "peak_gib": None}
     (tmp_path / "earlier.jsonl").write_text(json.dumps(earlier))
