@@ -24,12 +24,13 @@ from workload import SHAPES, prompt_ids, random_lm
 
 from grpo.config import DataConfig, ModelConfig
 from grpo.policy import end_token_ids, lay_out
-from grpo.prompts import TEMPLATES, build_prompts, load_rows
+from grpo.prompts import TEMPLATES, build_prompts
 from grpo.rollout.decoder import CHUNK, LENGTH, REMAINING, Decoder
 from grpo.rollout.ending import Ending
 from grpo.rollout.engine import Call, make_decoder
 from grpo.rollout.layers import can_fuse
 from grpo.rollout.paged import num_pages_for
+from grpo.rows import load_rows
 from grpo.types import Prompt, Sampling
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart" / "model"
