@@ -206,7 +206,7 @@ def _shortened(feature: Any) -> Callable[[Any], Any] | None:
 
     kinds = {"float16": numpy.float16, "float32": numpy.float32}
     kind = kinds.get(getattr(feature, "dtype", ""))
-    return None if kind is None else lambda cell: None if cell is None else Written(str(kind(cell)))
+    return None if kind is None else lambda cell: None if cell is None else Written(str(kind(cell)).removesuffix(".0"))
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -245,22 +245,19 @@ def json_rows(path: Path) -> Iterator[Row]:
         Unreadable: it is neither.
     """
     with closing(_lines(path)) as lines:
-        for number, line in lines:
-            if not line.strip():
-                continue
-            rest = partial(_rest, lines)
-            if line.lstrip().startswith("[") or (number == 1 and not _ends_within(line)):
-                yield from _document_rows(path, line + rest(), number)
-            else:
-                yield _object(_decoded(path, line, number), path, f"line {number}")
+        filled = ((number, line) for number, line in lines if not line.isspace())
+        number, line = next(filled, (1, ""))
+        if not _is_row(line):
+            yield from _document_rows(path, "".join([line, *(more for _, more in lines)]), number)
+            return
+        for place, text in chain([(number, line)], filled):
+            yield _object(_decoded(path, text, place), path, f"line {place}")
 
 
-def _rest(lines: Iterator[tuple[int, str]]) -> str:
-    return "".join(line for _, line in lines)
-
-
-def _ends_within(line: str) -> bool:
-    """Whether the line is a JSON value, or wrong before its end; False: more must follow."""
+def _is_row(line: str) -> bool:
+    """Whether a file's first line is to be read by itself: an object that ends with it, or one that is wrong before its end."""
+    if line.lstrip().startswith("["):
+        return False
     try:
         _DECODER.decode(line.rstrip())
     except json.JSONDecodeError as error:

@@ -225,9 +225,8 @@ def _prepared(rows: Iterable[Mapping[str, Any]], fields: Fields, setting: str) -
 
 def _question(row: Mapping[str, Any], fields: Fields, where: str) -> Row:
     """The row's columns in their places of the template; or the turns of a conversation, and the last of them as the question."""
-    column = fields.question[1:-1]
-    if fields.question == f"{{{column}}}":
-        cell = _cell(row, column, fields.question_setting, where)
+    if (column := COLUMN_IN_BRACES.fullmatch(fields.question)) is not None:
+        cell = _cell(row, column[1], fields.question_setting, where)
         if is_conversation(cell):
             turns = _turns(cell, fields, where)
             return {"question": turns[-1]["content"], MESSAGES: turns}

@@ -40,7 +40,7 @@ from grpo.types import Completion, Group, Scores
 
 _files: dict[str, SourceFile] = {}  # modules that resolve_function loaded from a path; workers load the same text
 
-ROWS_PER_CHECK = 256  # between two looks at the clock
+ROWS_PER_CHECK = 256  # at first, between two looks at the clock
 SECONDS_BETWEEN_LINES = 3.0
 
 SINGLE = ("completion", "prompt", "finish_reason", "num_tokens", "max_completion_tokens", "completion_ids")
@@ -156,13 +156,18 @@ class Scorer:
         kept = None if key is None else verdict_cache.load(key, len(rows))
         if kept is not None:
             return kept
-        reasons, all_decided, told = list[str | None](), True, time.monotonic()
-        for start in range(0, len(rows), ROWS_PER_CHECK):
-            part, decided = self._check(rows[start : start + ROWS_PER_CHECK])
-            reasons, all_decided = reasons + part, all_decided and decided
+        reasons, all_decided, size = list[str | None](), True, ROWS_PER_CHECK
+        told = time.monotonic()
+        while len(reasons) < len(rows):
+            began = time.monotonic()
+            part, decided = self._check(rows[len(reasons) : len(reasons) + size])
+            reasons += part
+            all_decided = all_decided and decided
             if time.monotonic() - told > SECONDS_BETWEEN_LINES and len(reasons) < len(rows):
                 say(f"checking that the answers can be graded: {len(reasons):,} of {len(rows):,}")
                 told = time.monotonic()
+            if time.monotonic() - began < SECONDS_BETWEEN_LINES / 4:  # quick ones wait for the workers less often
+                size *= 2
         if key is not None and all_decided:
             verdict_cache.save(key, reasons)
         return reasons
