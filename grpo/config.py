@@ -60,11 +60,11 @@ class SourceConfig(Section):
     name: Location
     """As a single `data.name`, but no reasoning-gym task."""
     subset: str | None = None
-    """Configuration name of a hub data set. This and what follows: null: as in `data`."""
+    """Configuration name of a hub data set. null here and below: as in `data` (held-out: its `eval_` settings)."""
     split: str | None = None
     """Split of a hub data set or a folder."""
     revision: str | None = None
-    """Branch, tag or commit of a hub data set."""
+    """Branch, tag or commit of a hub data set. null: its newest."""
     weight: PositiveFloat | None = None
     """Share of the training questions that come from this source, relative to the weights of the others. All sources have one, or
     none. null: every row of every source once per epoch."""
@@ -830,6 +830,10 @@ COLUMN_IN_BRACES = re.compile(r"\{([^{}]+)\}")
 
 def _check_sources(data: DataConfig) -> None:
     """Lists of sources in data.name and data.eval_name."""
+    if isinstance(data.name, list) and data.revision is not None:
+        raise ValueError(
+            f"data.revision is {data.revision!r}; data.name lists several sources. Give each its own, and remove it."
+        )
     for setting, listed in (("data.name", data.name), ("data.eval_name", data.eval_name)):
         if not isinstance(listed, list):
             continue

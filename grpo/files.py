@@ -56,7 +56,15 @@ def is_split(name: str) -> bool:
     return not path.is_file() and not (glob.has_magic(name) and not path.exists())
 
 
-def load_table(name: str, subset: str | None, split: str, setting: str, revision: str | None = None) -> Iterator[Row]:
+def load_table(
+    name: str,
+    subset: str | None,
+    split: str,
+    setting: str,
+    revision: str | None = None,
+    *,
+    split_setting: str = "the split",
+) -> Iterator[Row]:
     """The rows of local files, a local folder or a data set of the hub, read as they are asked for.
 
     Args:
@@ -66,16 +74,21 @@ def load_table(name: str, subset: str | None, split: str, setting: str, revision
         split: of a folder or hub data set. Of files only a slice counts: `train[:100]`.
         setting: what errors blame.
         revision: branch, tag or commit of a hub data set.
+        split_setting: what errors blame for the split.
 
     Raises:
         ValueError: there is no such thing, or it cannot be read; also while the rows are read.
     """
     path = Path(name).expanduser()
+    if revision is not None and (path.exists() or not is_split(name)):
+        raise ValueError(
+            f"{setting} is {name!r}; it lies on this machine and has no revision {revision!r}. Remove the revision."
+        )
     if path.is_file() or not is_split(name):
         files = [path] if path.is_file() else _matches(name, setting)
-        rows = _sliced(chain.from_iterable(map(_file_rows(name, files, setting), files)), split, setting)
+        rows = _sliced(chain.from_iterable(map(_file_rows(name, files, setting), files)), split, split_setting)
     elif path.is_dir():
-        rows = _folder_rows(path, subset, split, setting)
+        rows = _folder_rows(path, subset, split, setting, split_setting)
     elif path.suffix in FORMATS or name.startswith((".", "/", "~")):
         raise ValueError(f"{setting} is {name!r}; there is no such file. Correct the path, or name a hub data set.")
     else:
@@ -110,7 +123,7 @@ def _file_rows(name: str, files: Iterable[Path], setting: str) -> Callable[[Path
     return lambda path: cast(Reader, _format(path))(path)
 
 
-def _sliced(rows: Iterable[Row], split: str, setting: str) -> Iterable[Row]:
+def _sliced(rows: Iterable[Row], split: str, split_setting: str) -> Iterable[Row]:
     """The part of files' rows that `split` says; without brackets all of them, whatever its name."""
     if "[" not in split and "+" not in split:
         return rows
@@ -122,7 +135,7 @@ def _sliced(rows: Iterable[Row], split: str, setting: str) -> Iterable[Row]:
         parts = ReadInstruction.from_spec(split).to_absolute({base: len(whole)})
     except (ValueError, AssertionError) as error:
         raise ValueError(
-            f"{setting.replace('name', 'split')} is {split!r}; it is no part of {len(whole):,} rows: {error}. Correct it."
+            f"{split_setting} is {split!r}; it is no part of {len(whole):,} rows: {error}. Correct it."
         ) from error
     return [row for part in parts for row in whole[part.from_ : part.to]]
 
@@ -130,14 +143,14 @@ def _sliced(rows: Iterable[Row], split: str, setting: str) -> Iterable[Row]:
 # ---- folders and the hub ---------------------------------------------------------------------------------------------
 
 
-def _folder_rows(path: Path, subset: str | None, split: str, setting: str) -> Iterable[Row]:
+def _folder_rows(path: Path, subset: str | None, split: str, setting: str, split_setting: str) -> Iterable[Row]:
     import datasets
 
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = datasets.load_from_disk(str(path))
         if isinstance(saved, datasets.DatasetDict):
-            return data_set_rows(saved[_known_split(split, saved, path, setting)])
-        return _sliced(data_set_rows(saved), split, setting)
+            return data_set_rows(saved[_known_split(split, saved, path, split_setting)])
+        return _sliced(data_set_rows(saved), split, split_setting)
     try:
         found = datasets.load_dataset_builder(str(path), subset).config.data_files or {}
     except Exception as error:
@@ -146,7 +159,7 @@ def _folder_rows(path: Path, subset: str | None, split: str, setting: str) -> It
             "(train.jsonl, test.parquet, ...), or the files themselves with a pattern."
         ) from error
     files = {str(name): [Path(file) for file in listed] for name, listed in found.items()}
-    name = _known_split(split, files, path, setting)
+    name = _known_split(split, files, path, split_setting)
     if all(_format(file) for file in files[name]):
         return _sliced(
             chain.from_iterable(map(_file_rows(str(path), files[name], setting), files[name])), split, setting
@@ -154,13 +167,12 @@ def _folder_rows(path: Path, subset: str | None, split: str, setting: str) -> It
     return data_set_rows(datasets.load_dataset(str(path), subset, split=split))
 
 
-def _known_split(split: str, known: Mapping[str, Any], path: Path, setting: str) -> str:
+def _known_split(split: str, known: Mapping[str, Any], path: Path, split_setting: str) -> str:
     """The name of a split without its slice."""
     name = split.partition("[")[0]
     if name not in known:
         raise ValueError(
-            f"{setting} is {str(path)!r}; it has no split {name!r}, only {', '.join(map(str, known))}. Set "
-            f"{setting.replace('name', 'split')} to one of them."
+            f"{split_setting} is {split!r}; {path} has only {', '.join(map(str, known))}. Set {split_setting} to one of them."
         )
     return name
 
@@ -247,6 +259,8 @@ def json_rows(path: Path) -> Iterator[Row]:
     with closing(_lines(path)) as lines:
         filled = ((number, line) for number, line in lines if not line.isspace())
         number, line = next(filled, (1, ""))
+        if not line:
+            return
         if not _is_row(line):
             yield from _document_rows(path, "".join([line, *(more for _, more in lines)]), number)
             return
@@ -337,12 +351,11 @@ def csv_rows(path: Path, *, delimiter: str = ",") -> Iterator[Row]:
     with closing(_lines(path)) as lines:
         reader = csv.reader((line for _, line in lines), delimiter=delimiter, strict=True)
         try:
-            names: list[str] = next(reader, [])
+            names: list[str] = next(filter(None, reader), [])
             _check_header(path, names)
-            for cells in reader:
-                if cells:
-                    _check_cells(path, reader.line_num, names, cells)
-                    yield {name: cell or None for name, cell in zip(names, cells, strict=True)}
+            for cells in filter(None, reader):  # an empty line has none
+                _check_cells(path, reader.line_num, names, cells)
+                yield {name: cell or None for name, cell in zip(names, cells, strict=True)}
         except csv.Error as error:
             raise Unreadable(f"{path}, line {reader.line_num}: not CSV: {error}. Correct the line.") from error
 

@@ -97,7 +97,8 @@ def _source_rows(
     subset = source.subset or (config.eval_subset if own else config.subset)
     split = source.split or (config.eval_split if evaluation else config.split)
     revision = source.revision or (None if own else config.revision)
-    table = load_table(source.name, subset, split, setting, revision)
+    option = f"{setting.removesuffix('name')}split" if source.split else f"data.{'eval_' * evaluation}split"
+    table = load_table(source.name, subset, split, setting, revision, split_setting=option)
     fields = _own_fields(source, _fields(config, own, reads_answer), setting.removesuffix("name"))
     return _prepared(table, fields, setting)
 

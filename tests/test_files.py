@@ -164,6 +164,13 @@ def questions(**settings: Any) -> list[str]:
     return [row["question"] for row in load_rows(DataConfig(**settings), evaluation=evaluation)]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+@pytest.mark.parametrize("content", [b"", b"\n\n"])
+def test_an_empty_file_holds_no_rows(tmp_path: Path, name: str, content: bytes):
+    with pytest.raises(ValueError, match=r"^data.name holds no rows"):
+        load_rows(written(tmp_path / name, content))
+
+
 def test_a_pattern_names_files_in_the_order_of_their_names(tmp_path: Path):
     jsonl(tmp_path / "part-2.jsonl", "c")
     jsonl(tmp_path / "part-1.jsonl", "a", "b")
@@ -183,7 +190,7 @@ def test_a_folder_has_splits_and_its_text_files_are_read_as_they_are_written(tmp
     assert questions(name=name, evaluation=True) == ["c"]
     assert questions(name=name, split="train[:1]") == ["a"]
     assert load_rows(DataConfig(name=name))[0]["answer"] == "2024-01-01"
-    with pytest.raises(ValueError, match=r"has no split 'validation', only train, test. Set data.split"):
+    with pytest.raises(ValueError, match=r"data.split is 'validation'; .* has only train, test. Set data.split"):
         questions(name=name, split="validation")
 
 
@@ -200,6 +207,14 @@ def test_a_path_may_begin_with_the_home_directory(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("HOME", str(tmp_path))
     jsonl(tmp_path / "a.jsonl", "a")
     assert questions(name="~/a.jsonl") == questions(name="~/*.jsonl") == ["a"]
+
+
+def test_a_slice_that_is_none_and_a_revision_of_a_file_are_refused(tmp_path: Path):
+    jsonl(tmp_path / "a.jsonl", "a")
+    with pytest.raises(ValueError, match=r"data.split is 'train\[:x\]'; it is no part of 1 rows"):
+        questions(name=f"{tmp_path}/a.jsonl", split="train[:x]")
+    with pytest.raises(ValueError, match=r"has no revision 'v1'. Remove the revision."):
+        questions(name=f"{tmp_path}/a.jsonl", revision="v1")
 
 
 def test_a_hub_data_set_may_be_pinned(monkeypatch: pytest.MonkeyPatch):

@@ -216,6 +216,7 @@ def test_a_source_is_blamed_by_its_number(sources: list[dict[str, Any]]):
         ({"name": []}, "data.name is []"),
         ({"name": ["a", "a"]}, "Name 'a' once"),
         ({"name": [{"name": "a", "weight": 1}, "b"]}, "data.name has a weight for 1 of its 2 sources"),
+        ({"name": ["a"], "revision": "v1"}, "data.revision is 'v1'; data.name lists several sources"),
         ({"name": "a", "eval_name": [{"name": "a", "weight": 1}]}, "data.eval_name has a weight"),
         (
             {"name": ["a", {"name": "b", "wieght": 1}]},
