@@ -298,12 +298,12 @@ WITHOUT = {"question": "1+2?", "answer": "3"}
 def test_a_row_without_a_column_that_a_reward_asks_for_is_said_and_given_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: list[dict[str, Any]]
 ):
-    metrics = trainer(tmp_path, rows)
+    run = trainer(tmp_path, rows)
     gap = rows.index(WITHOUT)
     said = f"reward by_level asks for 'level'; 1 of 2 training questions have none (the first: row {gap})"
     assert said in capsys.readouterr().out
-    assert {metrics.train_step()["reward/by_level"] for _ in range(2)} == {0.0, 3.0}
-    metrics.close()
+    assert {run.train_step()["reward/by_level"] for _ in range(2)} == {0.0, 3.0}
+    run.close()
 
 
 @pytest.mark.parametrize(
@@ -320,3 +320,11 @@ def test_a_column_that_is_nowhere_or_only_in_a_part_is_refused_before_the_model_
     monkeypatch.setattr("grpo.trainer.Policy", None)
     with pytest.raises(ValueError, match=re.escape(message)):
         trainer(tmp_path, rows, held_out)
+
+
+def test_a_run_draws_from_its_sources_by_their_weights(tmp_path: Path, sources: list[dict[str, Any]]):
+    data = {"name": [{**sources[0], "weight": 1}, {**sources[1], "weight": 3}], "answer_regex": "#### (.*)"}
+    run = Trainer(tiny_config(tmp_path / "run", data=data))
+    drawn = Counter(prompt.columns["data_name"] for prompt in run.prompts.draw(7))
+    assert drawn == {sources[0]["name"]: 2, sources[1]["name"] + ":train[:1]": 5}
+    run.close()
