@@ -41,11 +41,12 @@ from grpo.config import DataConfig, ModelConfig
 from grpo.console import positive
 from grpo.inference import Sampler, load, sampling_config
 from grpo.policy import SampledModel, load_tokenizer
-from grpo.prompts import TEMPLATES, build_prompts, load_rows
+from grpo.prompts import TEMPLATES, build_prompts
 from grpo.rollout.decoder import CHUNK, Decoder
 from grpo.rollout.ending import Ending
 from grpo.rollout.paged import PAGE, num_pages_for
 from grpo.rollout.slots import Sequence
+from grpo.rows import load_rows
 from grpo.types import Completion, Prompt, Sampling
 
 

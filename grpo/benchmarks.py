@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from grpo.config import DataConfig
+from grpo.files import load_table
 from grpo.probes import PROBES
-from grpo.prompts import load_table, prepare_rows
+from grpo.rows import MESSAGES, prepare_rows, text_of
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def named(arguments: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
         name, equals, path = text.partition("=")
         if not (equals and name and path):
             raise ValueError(f"--data has {text!r}; it reads NAME=FILE, such as math500=math500.jsonl. Correct it.")
-        data[name] = path
+        data[name] = os.path.expanduser(path)
     check_names(names, data)
     return names, data
 
@@ -139,7 +141,7 @@ def _read(benchmark: Benchmark, table: Any, setting: str) -> list[dict[str, Any]
     rows = prepare_rows(renamed, columns, answer_regex=benchmark.answer_regex, setting=setting)
     names = {"level": benchmark.level, "subject": benchmark.subject}
     return [
-        {"question": row["question"], "answer": row["answer"]}
+        {name: row[name] for name in ("question", "answer", MESSAGES) if row.get(name) is not None}
         | {name: row[column] for name, column in names.items() if column and row.get(column) is not None}
         for row in rows
     ]
@@ -159,5 +161,7 @@ def _plain(number: int, row: Mapping[str, Any], benchmark: Benchmark, setting: s
     question = f"{context}\n\n{row[benchmark.question]}" if context else row[benchmark.question]
     answer = row[benchmark.answer]
     if isinstance(answer, list):
-        answer = ", ".join(str(each).strip("$ ") for each in answer)
+        parts = [text_of(each) for each in answer]
+        known = [part.strip("$ ") for part in parts if part is not None]
+        answer = ", ".join(known) if len(known) == len(parts) else answer
     return {**row, "question": question, benchmark.answer: answer}

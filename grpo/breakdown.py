@@ -14,8 +14,8 @@ from grpo.config import DataConfig, ScoringConfig
 from grpo.console import number
 from grpo.display import styled_completion
 from grpo.evaluate import completion_rows, is_right
-from grpo.prompts import load_rows
 from grpo.rollout import Generator
+from grpo.rows import load_rows
 from grpo.scoring import LISTED, SINGLE, Reward, Scorer
 from grpo.terminal import printable
 from grpo.types import Prompt, Sampling
@@ -48,7 +48,7 @@ def chosen_rows(data: DataConfig, numbers: Sequence[int], *, held_out: bool) -> 
         raise ValueError(
             f"--row is {numbers[0]}; there are no questions to take it from. Name them with --data, or a run as --model."
         )
-    rows = load_rows(data, evaluation=held_out)
+    rows = load_rows(data, evaluation=held_out, reads_answer=False)
     for n in numbers:
         if not 0 <= n < len(rows):
             raise ValueError(

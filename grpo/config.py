@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Hashable, Iterable
 from dataclasses import fields
@@ -16,14 +17,18 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
+    field_validator,
 )
 from pydantic_core import ErrorDetails
 
@@ -32,6 +37,8 @@ from grpo.loss import Objective
 from grpo.types import VOTE, Sampling
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Location = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A hub id or a local path, which may begin with `~`."""
 
 
 class Section(BaseModel):
@@ -39,7 +46,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    name: str
+    name: Location
     """Hub id or local directory of a causal language model in Hugging Face format; the policy starts from it."""
     revision: str = "main"
     """Branch, tag or commit of a hub model. Pin it for a run that others should repeat."""
@@ -47,32 +54,74 @@ class ModelConfig(Section):
     """Weights in the forward pass; the optimizer keeps float32 masters. auto: bfloat16 on CUDA, float32 on CPU."""
 
 
+class SourceConfig(Section):
+    """One of several sources of questions in `data.name` or `data.eval_name`."""
+
+    name: Location
+    """As a single `data.name`, but no reasoning-gym task."""
+    subset: str | None = None
+    """Configuration name of a hub data set. null here and below: as in `data` (held-out: its `eval_` settings)."""
+    split: str | None = None
+    """Split of a hub data set or a folder."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set. null: its newest."""
+    weight: PositiveFloat | None = None
+    """Share of the training questions that come from this source, relative to the weights of the others. All sources have one, or
+    none. null: every row of every source once per epoch."""
+    question_column: str | None = None
+    """Column that holds the question."""
+    question_template: str | None = None
+    """The question made of columns."""
+    answer_column: str | None = None
+    """Column that holds the gold answer."""
+    answer_regex: str | None = None
+    """A regular expression whose first group is the answer."""
+
+    @property
+    def label(self) -> str:
+        """What tells it from the others; rows have it as their column `data_name`."""
+        return ":".join(each for each in (self.name, self.subset, self.split) if each is not None)
+
+
+SHAPES_OF_SOURCES = ("one name", "a list")
+Sources = Annotated[
+    Annotated[Location, Tag(SHAPES_OF_SOURCES[0])] | Annotated[list[SourceConfig], Tag(SHAPES_OF_SOURCES[1])],
+    Discriminator(lambda value: SHAPES_OF_SOURCES[isinstance(value, list)]),
+]
+"""Decided by its shape, so that an error is one of that shape alone."""
+
+
 class DataConfig(Section):
-    name: str | None = None
-    """Training questions: a hub data set id, or a local .json, .jsonl, .jsonl.gz or .parquet file (taken whole). May be
-    left out only where rows are handed to `Trainer(train_dataset=...)`. Or `reasoning_gym:<task>`, such as
-    `reasoning_gym:chain_sum`, an optional extra; held-out questions are then those of the task that would come next."""
+    name: Sources | None = None
+    """Training questions: a hub data set id; a local file (.json, .jsonl, .csv, .tsv, also with .gz; .parquet); several as a
+    pattern, `data/*.jsonl`; a folder of such files with the splits that `datasets` finds, or one that `save_to_disk` wrote. Or a
+    list of these, where an entry may be a mapping with settings of its own, SourceConfig: `[a.jsonl, {name: b.json, weight: 2}]`.
+    Or `reasoning_gym:<task>`, such as `reasoning_gym:chain_sum`, an optional extra; held-out questions are then those of the task
+    that would come next. May be left out only where rows are handed to `Trainer(train_dataset=...)`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Of a reasoning_gym task: size, seed, and its own settings, such as {size: 5000, seed: 0, max_terms: 3}."""
     subset: str | None = None
     """Configuration name of a hub data set, such as `main` of openai/gsm8k."""
     split: str = "train"
-    """Split of a hub data set to train on."""
-    eval_name: str | None = None
-    """Held-out questions, named like `name`. null: the hub data set of `name` itself, with `eval_split`."""
+    """Split of a hub data set or a folder to train on. It may be a slice, `train[:1000]`, also of files."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub data set `name`. Pin it for a run that others should repeat. null: its newest."""
+    eval_name: Sources | None = None
+    """Held-out questions, named like `name`, without weights. null: `eval_split` of the hub data set or folder `name`."""
     eval_subset: str | None = None
     """Configuration name of the hub data set `eval_name`; without `eval_name` that of `name` holds."""
     eval_split: str = "test"
     """Split of a hub data set to evaluate on."""
     question_column: str = "question"
-    """Column that holds the question."""
+    """Column that holds the question: a text, or a list of chat messages, which data.template `chat` renders. What lies deeper is
+    named with dots: `extra_info.question`, `messages.0.content`. grpo/rows.py has the text of each kind of cell."""
     question_template: str | None = None
     """The question made of columns, each named in braces: `Using the numbers {nums}, make {target}.` Other text stays as it is.
     null: the question is `question_column`. Of `eval_name` too."""
     eval_question_template: str | None = None
     """The same for `eval_name`, where its columns have other names. null: as for `name`."""
     answer_column: str = "answer"
-    """Column that holds the gold answer."""
+    """Column that holds the gold answer, named like `question_column`: `reward_model.ground_truth`."""
     eval_answer_column: str | None = None
     """The same for `eval_name`. null: as for `name`."""
     answer_regex: str | None = None
@@ -85,6 +134,20 @@ class DataConfig(Section):
     """System message of the `chat` template."""
     max_prompt_tokens: PositiveInt = 512
     """Rows whose prompt is longer are dropped, and counted."""
+
+    @field_validator("name", "eval_name", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """An entry of a list may be a bare name."""
+        return (
+            [{"name": each} if isinstance(each, str) else each for each in value] if isinstance(value, list) else value
+        )
+
+    @property
+    def weights(self) -> dict[str, float] | None:
+        """The weight of each source of `name` by its label; None: there are no weights."""
+        sources = self.name if isinstance(self.name, list) else []
+        return {each.label: each.weight for each in sources if each.weight is not None} or None
 
 
 class RolloutConfig(Section):
@@ -744,6 +807,7 @@ def _check_combinations(config: Config) -> None:
             "missing, and has no effect without. Set data.eval_name, or remove it."
         )
     _check_task(config.data)
+    _check_sources(config.data)
     for name in ("question_template", "eval_question_template"):
         if getattr(config.data, name) is not None:
             _check_question_template(config.data, name)
@@ -764,23 +828,73 @@ COLUMN_IN_BRACES = re.compile(r"\{([^{}]+)\}")
 """A column's place in data.question_template; braces without anything between them, as in \\boxed{}, are text."""
 
 
+def _check_sources(data: DataConfig) -> None:
+    """Lists of sources in data.name and data.eval_name."""
+    if isinstance(data.name, list) and data.revision is not None:
+        raise ValueError(
+            f"data.revision is {data.revision!r}; data.name lists several sources. Give each its own, and remove it."
+        )
+    for setting, listed in (("data.name", data.name), ("data.eval_name", data.eval_name)):
+        if not isinstance(listed, list):
+            continue
+        labels = [source.label for source in listed]
+        twice = [label for label in labels if labels.count(label) > 1]
+        weights = [source.weight for source in listed if source.weight is not None]
+        if not listed or twice:
+            raise ValueError(
+                f"{setting} is {labels}; it lists sources, each once. "
+                + (f"Name {twice[0]!r} once, with a weight." if twice else "Name at least one.")
+            )
+        if weights and (setting == "data.eval_name" or len(weights) < len(listed)):
+            raise ValueError(
+                f"{setting} has a weight for {len(weights)} of its {len(listed)} sources; weights share out training questions; "
+                "all sources of data.name have one, or none. "
+                + ("Remove them." if setting == "data.eval_name" else "Give the others one, or remove it.")
+            )
+        for number, source in enumerate(listed):
+            _check_source(f"{setting}.{number}", source)
+
+
+def _check_source(setting: str, source: SourceConfig) -> None:
+    if source.name.startswith(TASK_PREFIX):
+        raise ValueError(
+            f"{setting}.name is {source.name!r}; a task's questions stand alone. Set data.name to it, without a list."
+        )
+    _check_regex(f"{setting}.answer_regex", source.answer_regex)
+    if source.question_template is not None:
+        if source.question_column is not None:
+            raise ValueError(
+                f"{setting}.question_column is {source.question_column!r}; it has no effect beside question_template. "
+                "Remove one of the two."
+            )
+        if not COLUMN_IN_BRACES.search(source.question_template):
+            raise ValueError(
+                f"{setting}.question_template is {source.question_template!r}; it names no column in braces. Name "
+                "one, such as {question}."
+            )
+
+
+def _is_task(name: str | list[SourceConfig] | None) -> bool:
+    return isinstance(name, str) and name.startswith(TASK_PREFIX)
+
+
 def _check_task(data: DataConfig) -> None:
-    if data.args and not (data.name or "").startswith(TASK_PREFIX):
+    if data.args and not _is_task(data.name):
         raise ValueError(
             f"data.args is {data.args}; only tasks of reasoning-gym take any, and data.name is {data.name!r}. Remove it, or "
             f"name a task: {TASK_PREFIX}chain_sum."
         )
-    if (data.eval_name or "").startswith(TASK_PREFIX):
+    if _is_task(data.eval_name):
         raise ValueError(
             f"data.eval_name is {data.eval_name!r}; a task's held-out questions are those that would come next. Remove "
             "data.eval_name and name the task as data.name."
         )
-    if (data.name or "").startswith(TASK_PREFIX):
+    if _is_task(data.name):
         _check_task_settings(data)
 
 
 def _check_task_settings(data: DataConfig) -> None:
-    ignored = ["subset", "split"] + ["eval_split"] * (data.eval_name is None)
+    ignored = ["subset", "split", "revision"] + ["eval_split"] * (data.eval_name is None)
     for name in ignored:
         if getattr(data, name) != DataConfig.model_fields[name].default:
             raise ValueError(
@@ -1054,6 +1168,14 @@ def _child_key(node: Any, name: str, path: str) -> str | int:
     raise ValueError(f"--set {path}: there is no {name!r} to set in {node!r}.")
 
 
+LISTED_SECTIONS: dict[str, type[BaseModel]] = {
+    "rewards": RewardConfig,
+    "data.name": SourceConfig,
+    "data.eval_name": SourceConfig,
+}
+"""What an entry of a list is, where the entries of the list have settings."""
+
+
 def _refuse_unknown_keys(settings: dict[str, Any], section: type[BaseModel], prefix: str = "") -> None:
     for key, value in settings.items():
         if key not in section.model_fields:
@@ -1061,10 +1183,11 @@ def _refuse_unknown_keys(settings: dict[str, Any], section: type[BaseModel], pre
         inner = section.model_fields[key].annotation
         if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, BaseModel):
             _refuse_unknown_keys(value, inner, f"{prefix}{key}.")
-        if key == "rewards" and isinstance(value, list):
+        listed = LISTED_SECTIONS.get(f"{prefix}{key}")
+        if listed is not None and isinstance(value, list):
             for i, item in enumerate(value):
                 if isinstance(item, dict):
-                    _refuse_unknown_keys(item, RewardConfig, f"rewards.{i}.")
+                    _refuse_unknown_keys(item, listed, f"{prefix}{key}.{i}.")
 
 
 def _unknown_key(spelled: str, key: str, section: type[BaseModel], prefix: str) -> str:
@@ -1093,7 +1216,7 @@ def setting_names() -> list[str]:
 
 
 def _explain(detail: ErrorDetails) -> str:
-    spelled = ".".join(str(part) for part in detail["loc"])
+    spelled = ".".join(str(part) for part in detail["loc"] if part not in SHAPES_OF_SOURCES)
     if detail["type"] == "missing":
         return f"{spelled} is missing; it has no default. Set {spelled}."
     rule = detail["msg"][0].lower() + detail["msg"][1:]

@@ -1,20 +1,17 @@
-"""Data set rows -> Prompts: load, fill the template, filter, and serve in a resumable order."""
+"""Rows -> Prompts: fill the template, filter, and serve in a resumable order."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from grpo import progress
-from grpo.config import COLUMN_IN_BRACES, TASK_PREFIX, DataConfig
-from grpo.gym import make_rows
+from grpo.config import DataConfig
+from grpo.rows import DATA_NAME, MESSAGES
 from grpo.types import Prompt
 
 R1_ZERO = (
@@ -35,15 +32,16 @@ class Template:
     adds_special_tokens: bool = True  # False where the filled text has the tokenizer's special tokens already
 
 
-def _chat(question: str, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> str:
+def _chat(question: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> str:
     if not tokenizer.chat_template:
         raise ValueError(
             "data.template is 'chat'; the tokenizer of this model has no chat template. Set data.template to r1_zero."
         )
-    return chat_text([{"role": "user", "content": question}], tokenizer, system_prompt)
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    return chat_text(messages, tokenizer, system_prompt)
 
 
-def chat_text(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> str:
+def chat_text(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> str:
     """A conversation in the tokenizer's own chat template, up to where the assistant is to speak."""
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     return str(tokenizer.apply_chat_template([*system, *messages], tokenize=False, add_generation_prompt=True))
@@ -57,130 +55,6 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-def load_rows(config: DataConfig, *, evaluation: bool = False) -> list[dict[str, Any]]:
-    """Rows of the training or the evaluation set, each with `question` and `answer` among its columns.
-
-    Raises:
-        ValueError: no such data set, a column is missing, or `answer_regex` does not match an answer.
-    """
-    setting, name = "data.name", config.name
-    if evaluation and config.eval_name is not None:
-        setting, name = "data.eval_name", config.eval_name
-    elif evaluation and (name is None or Path(name).is_file()):
-        raise ValueError(
-            f"data.eval_name is missing; the training questions ({name or 'given as train_dataset'}) have no held-out split "
-            "of their own. Set data.eval_name, pass eval_dataset to Trainer, or set evaluation.num_questions to 0."
-        )
-    if name is not None and name.startswith(TASK_PREFIX):
-        rows = make_rows(name, config.args, held_out=evaluation)
-        return prepare_rows(rows, config, answer_regex=config.answer_regex, setting=setting)
-    if name is None:
-        raise ValueError(
-            "data.name is missing; a run needs questions. Set data.name, or pass train_dataset to Trainer."
-        )
-    split = config.eval_split if evaluation else config.split
-    own = evaluation and config.eval_name is not None
-    subset = config.eval_subset if own else config.subset
-    regex = config.eval_answer_regex if own else config.answer_regex
-    table = load_table(name, subset, split, setting)
-    return prepare_rows(table, config, answer_regex=regex, setting=setting, held_out=own)
-
-
-FORMATS = {".json": "json", ".jsonl": "json", ".gz": "json", ".parquet": "parquet"}
-
-
-def load_table(name: str, subset: str | None, split: str, setting: str) -> Any:
-    """The rows of a local file or of a data set of the hub; `setting` is what errors blame.
-
-    Raises:
-        ValueError: there is no such thing.
-    """
-    import datasets
-
-    path = Path(name)
-    if path.is_file():
-        if path.suffix not in FORMATS:
-            raise ValueError(f"{setting} is {name!r}; a local file ends in {', '.join(FORMATS)}. Convert the file.")
-        try:
-            with progress.busy("reading data"):
-                return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
-        except Exception as error:
-            raise ValueError(
-                f"{setting} is {name!r}; it cannot be read as {FORMATS[path.suffix]}: {error}. Correct the file."
-            ) from error
-    if path.suffix in FORMATS or name.startswith((".", "/", "~")):
-        raise ValueError(f"{setting} is {name!r}; there is no such file. Correct the path, or name a hub data set.")
-    try:
-        with progress.busy("loading data from the hub"):
-            return datasets.load_dataset(name, subset, split=split)
-    except Exception as error:
-        raise ValueError(
-            f"{setting} is {name!r} (subset {subset!r}, split {split!r}); there is no such local file and the hub gave no "
-            f"such data set: {error}. Correct the name, or set {setting} to a .jsonl or .parquet file."
-        ) from error
-
-
-def prepare_rows(
-    rows: Iterable[Mapping[str, Any]],
-    config: DataConfig,
-    *,
-    answer_regex: str | None,
-    setting: str,
-    held_out: bool = False,
-) -> list[dict[str, Any]]:
-    """Give each row its `question` and `answer`; the row's other columns stay.
-
-    Args:
-        held_out: the rows are those of `data.eval_name`, which may have settings of its own.
-    """
-    prepared = []
-    pattern = re.compile(answer_regex) if answer_regex is not None else None
-    question_option = "question_column" if config.question_template is None else "question_template"
-    answer_option = "answer_column"
-    if held_out and config.eval_question_template is not None:
-        question_option = "eval_question_template"
-    if held_out and config.eval_answer_column is not None:
-        answer_option = "eval_answer_column"
-    for number, row in enumerate(rows):
-        where = f"row {number} of {setting}"
-        question = _question(row, config, question_option, where)
-        given = _cell(row, getattr(config, answer_option), config, answer_option, where)
-        answer = "" if given is None or given != given else str(given)  # a missing answer: no reward can grade it
-        if pattern is not None and answer:
-            found = pattern.search(answer)
-            if found is None or found.group(1) is None:
-                raise ValueError(
-                    f"data.answer_regex is {answer_regex!r}; it finds no group in the answer of row {number} of "
-                    f"{setting}: {answer[-200:]!r}. Correct it, or set it to null if the column is the bare answer."
-                )
-            answer = found.group(1).strip()
-        prepared.append({**row, "question": question, "answer": answer})
-    if not prepared:
-        raise ValueError(f"{setting} holds no rows. Name a data set with at least one.")
-    return prepared
-
-
-def _question(row: Mapping[str, Any], config: DataConfig, option: str, where: str) -> str:
-    """The row's columns in their places of the template, which is the one column if there is none."""
-
-    def text(found: re.Match[str]) -> str:
-        cell = _cell(row, found[1], config, option, where)
-        if cell is None:
-            raise ValueError(f"data.{option} is {getattr(config, option)!r}; {where} has no {found[1]}. Drop the row.")
-        return str(cell)
-
-    template = f"{{{config.question_column}}}" if option == "question_column" else getattr(config, option)
-    return COLUMN_IN_BRACES.sub(text, template)
-
-
-def _cell(row: Mapping[str, Any], column: str, config: DataConfig, option: str, where: str) -> Any:
-    if column not in row:
-        raise ValueError(
-            f"data.{option} is {getattr(config, option)!r}; {where} has the columns {', '.join(row)}. Name one of them."
-        )
-    return row[column]
-
-
 def build_prompts(
     rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> tuple[list[Prompt], Counter[str]]:
@@ -190,7 +64,7 @@ def build_prompts(
         ValueError: no row is left, or a prompt has no tokens.
     """
     template = TEMPLATES[config.template]
-    texts = [template.fill(row["question"], tokenizer, config.system_prompt) + template.prefill for row in rows]
+    texts = [_filled(row, tokenizer, config) + template.prefill for row in rows]
     ids = tokenizer(texts, add_special_tokens=template.adds_special_tokens)["input_ids"]
     prompts, dropped = [], Counter[str]()
     for number, (row, text, token_ids) in enumerate(zip(rows, texts, ids, strict=True)):
@@ -212,19 +86,63 @@ def build_prompts(
     return prompts, dropped
 
 
+def _filled(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
+    """The template with the row's question in it, which may be a conversation; only chat templates have one of several turns.
+
+    Raises:
+        ValueError: the conversation does not fit into the template, or has a system message beside data.system_prompt.
+    """
+    turns = row.get(MESSAGES)
+    if not turns or (len(turns) == 1 and config.template != "chat"):
+        return TEMPLATES[config.template].fill(row["question"], tokenizer, config.system_prompt)
+    asked = repr(row["question"][:80])
+    if config.template != "chat":
+        raise ValueError(
+            f"data.template is {config.template!r}; the question {asked} is a conversation of {len(turns)} messages, and "
+            "this template has room for one. Set data.template to chat, or data.question_column to one message: "
+            "messages.0.content."
+        )
+    if turns[0]["role"] == "system" and config.system_prompt is not None:
+        raise ValueError(
+            f"data.system_prompt is {config.system_prompt!r}; the conversation that ends with {asked} has a system message "
+            "of its own. Remove data.system_prompt, or the message."
+        )
+    return _chat(turns, tokenizer, config.system_prompt)
+
+
 class PromptOrder:
     """Deals prompts to the processes, epoch after epoch, in an order that depends only on seed and position.
 
     `position` counts the prompts dealt so far over all processes; it is all there is to save and restore.
+
+    An epoch has as many places as there are prompts. Without weights each prompt has one. With weights each source has its share
+    of them, rounded to whole places: its prompts in an order of their own, begun anew when all were dealt; the next epoch goes on
+    where this one ended.
     """
 
-    def __init__(self, prompts: list[Prompt], *, seed: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        prompts: list[Prompt],
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """
+        Args:
+            weights: of each source, as the prompts have it in their column `data_name`.
+
+        Raises:
+            ValueError: a source has no prompts, or too small a share for one place in an epoch.
+        """
         self.prompts = prompts
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.position = 0
         self._epoch: tuple[int, list[int]] = (-1, [])
+        self._sources = [] if weights is None else _shared_out(prompts, weights)
 
     def draw(self, num_prompts: int) -> list[Prompt]:
         """This process's share of the next `num_prompts` prompts: every world_size-th, starting at its rank."""
@@ -235,6 +153,46 @@ class PromptOrder:
     def _at(self, place: int) -> Prompt:
         epoch, offset = divmod(place, len(self.prompts))
         if self._epoch[0] != epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch = (epoch, torch.randperm(len(self.prompts), generator=generator).tolist())
+            pool = [number for source in self._sources for number in self._of_source(*source, epoch)]
+            order = self._permutation(len(self.prompts), epoch)
+            self._epoch = (epoch, [pool[place] for place in order] if pool else order)
         return self.prompts[self._epoch[1][offset]]
+
+    def _of_source(self, members: list[int], num_places: int, epoch: int) -> list[int]:
+        """The prompts of a source that an epoch deals."""
+        first, last = epoch * num_places, (epoch + 1) * num_places - 1
+        rounds = range(first // len(members), last // len(members) + 1)
+        dealt = [members[n] for each in rounds for n in self._permutation(len(members), each)]
+        start = first - rounds[0] * len(members)
+        return dealt[start : start + num_places]
+
+    def _permutation(self, length: int, number: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        return torch.randperm(length, generator=generator).tolist()
+
+
+def _shared_out(prompts: list[Prompt], weights: Mapping[str, float]) -> list[tuple[list[int], int]]:
+    """The numbers of each source's prompts, and how many places of an epoch it has: largest remainders are rounded up.
+
+    Raises:
+        ValueError: see PromptOrder.
+    """
+    members: dict[str, list[int]] = {label: [] for label in weights}
+    for number, prompt in enumerate(prompts):
+        members[prompt.columns[DATA_NAME]].append(number)
+    exact = {label: len(prompts) * weight / sum(weights.values()) for label, weight in weights.items()}
+    places = {label: int(share) for label, share in exact.items()}
+    spare = len(prompts) - sum(places.values())
+    for label in sorted(exact, key=lambda label: places[label] - exact[label])[:spare]:
+        places[label] += 1
+    for label, weight in weights.items():
+        if not members[label] or not places[label]:
+            what = (
+                "not one question of it is left"
+                if not members[label]
+                else f"that is not one of {len(prompts):,} questions"
+            )
+            raise ValueError(
+                f"data.name has the weight {weight:g} for {label}; {what}. Raise the weight, or remove the source."
+            )
+    return [(members[label], places[label]) for label in weights]

@@ -19,8 +19,9 @@ import inspect
 import math
 import numbers
 import sys
+import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,12 +32,16 @@ import cloudpickle
 import torch
 from torch import Tensor
 
-from grpo import progress
+from grpo import progress, verdict_cache
 from grpo.config import RewardConfig
 from grpo.reward_worker import Call, Errand, FunctionBug, Outcome, SourceFile, WorkerPool
+from grpo.rows import MESSAGES, canonical
 from grpo.types import Completion, Group, Scores
 
 _files: dict[str, SourceFile] = {}  # modules that resolve_function loaded from a path; workers load the same text
+
+ROWS_PER_CHECK = 256  # at first, between two looks at the clock
+SECONDS_BETWEEN_LINES = 3.0
 
 SINGLE = ("completion", "prompt", "finish_reason", "num_tokens", "max_completion_tokens", "completion_ids")
 LISTED = ("completions", "prompts", "finish_reason", "num_tokens", "max_completion_tokens", "completion_ids")
@@ -68,6 +73,7 @@ class Scorer:
         rewards: Sequence[Reward],
         *,
         columns: Iterable[str],
+        elsewhere: Mapping[str, str] | None = None,
         max_completion_tokens: int,
         conversational: bool,
         num_workers: int,
@@ -79,6 +85,7 @@ class Scorer:
         Args:
             rewards: the functions, with weights and arguments.
             columns: the names of the data columns.
+            elsewhere: columns that only a part of the questions has, and which part: for error messages.
             max_completion_tokens: handed to the functions that ask for it.
             conversational: functions with a `completions` parameter get lists of messages instead of strings.
             num_workers: processes.
@@ -98,8 +105,9 @@ class Scorer:
         self.max_completion_tokens = max_completion_tokens
         self.conversational = conversational
         self.timeout_seconds = timeout_seconds
-        self._scorers = [_bind(reward, list(columns)) for reward in rewards]
-        self._checkers = [check for reward in rewards if (check := _bind_check(reward, list(columns))) is not None]
+        columns, elsewhere = list(columns), elsewhere or {}
+        self._scorers = [_bind(reward, columns, elsewhere) for reward in rewards]
+        self._checkers = [check for reward in rewards if (check := _bind_check(reward, columns, elsewhere)) is not None]
         with progress.busy("starting the reward workers"):
             self._pool = WorkerPool(
                 [bound.pickled() for bound in [*self._scorers, *self._checkers]],
@@ -128,14 +136,45 @@ class Scorer:
         """
         return Scoring(self, self._pool.begin(), num_groups)
 
-    def check_rows(self, rows: list[dict[str, Any]]) -> list[str | None]:
+    def check_rows(
+        self, rows: Sequence[dict[str, Any]], *, say: Callable[[str], None] = lambda text: None
+    ) -> list[str | None]:
         """Why a data row cannot be graded, or None if it can: what the functions' `check_row` attributes say of it.
 
-        A `check_row` takes columns of the data by name, and of the reward's `args` those that it knows.
+        A `check_row` takes columns of the data by name, and of the reward's `args` those that it knows. What those of `rewards/`
+        found is kept for the next start; see grpo/verdict_cache.py.
+
+        Args:
+            say: told how far it is, every few seconds.
 
         Raises:
             RewardError: a `check_row` raised an exception or returned something else than text or None.
         """
+        if not self._checkers:
+            return [None] * len(rows)
+        calls = (canonical(checker.arguments(row)) for row in rows for checker in self._checkers)
+        key = verdict_cache.key(calls, [checker.function for checker in self._checkers])
+        kept = None if key is None else verdict_cache.load(key, len(rows))
+        if kept is not None:
+            return kept
+        reasons, all_decided, size = list[str | None](), True, ROWS_PER_CHECK
+        told = time.monotonic()
+        while len(reasons) < len(rows):
+            began = time.monotonic()
+            part, decided = self._check(rows[len(reasons) : len(reasons) + size])
+            reasons += part
+            all_decided = all_decided and decided
+            if time.monotonic() - told > SECONDS_BETWEEN_LINES and len(reasons) < len(rows):
+                say(f"checking that the answers can be graded: {len(reasons):,} of {len(rows):,}")
+                told = time.monotonic()
+            if time.monotonic() - began < SECONDS_BETWEEN_LINES / 4:  # quick ones wait for the workers less often
+                size *= 2
+        if key is not None and all_decided:
+            verdict_cache.save(key, reasons)
+        return reasons
+
+    def _check(self, rows: Sequence[dict[str, Any]]) -> tuple[list[str | None], bool]:
+        """The first reason against each row, and whether all calls came to an end: another time a slow one may."""
         tasks = [
             _Task(checker, len(self._scorers) + c, row, checker.arguments(row), self.timeout_seconds)
             for row in rows
@@ -145,7 +184,14 @@ class Scorer:
             outcomes = self._pool.run([task.call for task in tasks])
         reasons = [task.reason(outcome) for task, outcome in zip(tasks, outcomes, strict=True)]
         num = len(self._checkers)
-        return [next((r for r in reasons[i * num : (i + 1) * num] if r is not None), None) for i in range(len(rows))]
+        first = [next((r for r in reasons[i * num : (i + 1) * num] if r is not None), None) for i in range(len(rows))]
+        return first, all(outcome.kind == "value" for outcome in outcomes)
+
+    def named_columns(self) -> dict[str, list[str]]:
+        """The columns that each function names among its parameters, by its reward."""
+        return {
+            bound.reward.name: [name for name in bound.names if _names(bound.function, name)] for bound in self._scorers
+        }
 
     def check_limits(self, limits: Iterable[int]) -> None:
         """See that every function can work with these limits of a completion, in tokens.
@@ -208,7 +254,8 @@ class Scorer:
         prompts: list[Any] = [group.prompt.text] * num
         if self.conversational:
             completions = [[{"role": "assistant", "content": text}] for text in texts]
-            prompts = [[{"role": "user", "content": group.prompt.columns["question"]}] for _ in texts]
+            turn = {"role": "user", "content": group.prompt.columns["question"]}
+            prompts = [group.prompt.columns.get(MESSAGES) or [turn] for _ in texts]
         return {name: [value] * num for name, value in group.prompt.columns.items()} | {
             "completions": completions,
             "prompts": prompts,
@@ -397,7 +444,7 @@ class _Bound:
                 cloudpickle.unregister_pickle_by_value(module)
 
 
-def _bind(reward: Reward, columns: list[str]) -> _Bound:
+def _bind(reward: Reward, columns: list[str], elsewhere: Mapping[str, str]) -> _Bound:
     """Check a reward function's parameters against what there is."""
     parameters = inspect.signature(reward.function).parameters
     is_listed = "completions" in parameters
@@ -419,21 +466,27 @@ def _bind(reward: Reward, columns: list[str]) -> _Bound:
                 f"rewards.*.args of {reward.name} sets {name!r}; the function has no such parameter: "
                 f"{_nearest(name, list(parameters))}. Remove it or correct the name."
             )
-    return _bound(reward, reward.function, [*built_in, *columns], reward.args, is_listed)
+    return _bound(reward, reward.function, [*built_in, *columns], reward.args, elsewhere, is_listed=is_listed)
 
 
-def _bind_check(reward: Reward, columns: list[str]) -> _Bound | None:
+def _bind_check(reward: Reward, columns: list[str], elsewhere: Mapping[str, str]) -> _Bound | None:
     """The same for the function's `check_row`; None if it has none."""
     check = getattr(reward.function, "check_row", None)
     if check is None:
         return None
     parameters = inspect.signature(check).parameters
     args = {name: value for name, value in reward.args.items() if name in parameters or _takes_everything(check)}
-    return _bound(reward, check, columns, args, is_listed=False)
+    return _bound(reward, check, columns, args, elsewhere, is_listed=False)
 
 
 def _bound(
-    reward: Reward, function: Callable[..., Any], available: list[str], args: dict[str, Any], is_listed: bool
+    reward: Reward,
+    function: Callable[..., Any],
+    available: list[str],
+    args: dict[str, Any],
+    elsewhere: Mapping[str, str],
+    *,
+    is_listed: bool,
 ) -> _Bound:
     parameters = inspect.signature(function).parameters
     for name, parameter in parameters.items():
@@ -441,6 +494,11 @@ def _bound(
             parameter.VAR_POSITIONAL,
             parameter.VAR_KEYWORD,
         )
+        if name not in available and name not in args and not optional and name in elsewhere:
+            raise ValueError(
+                f"reward {reward.name} asks for {name!r}; only the {elsewhere[name]} have a column of that name. Add the "
+                f"column to the others, give the parameter a default, or set rewards.*.args.{name} to replace it."
+            )
         if name not in available and name not in args and not optional:
             raise ValueError(
                 f"reward {reward.name} asks for {name!r}; {_nearest(name, available)}. "
@@ -449,6 +507,16 @@ def _bound(
     takes_everything = _takes_everything(function)
     names = [name for name in dict.fromkeys(available) if takes_everything or name in parameters]
     return _Bound(reward, function, names, args, is_listed)
+
+
+def _names(function: Callable[..., Any], parameter: str) -> bool:
+    return parameter in inspect.signature(function).parameters
+
+
+def reads_answer(rewards: Iterable[Reward]) -> bool:
+    """Whether a function, or the check of its rows, asks for `answer` by name."""
+    functions = [f for reward in rewards for f in (reward.function, getattr(reward.function, "check_row", None))]
+    return any(f is not None and _names(f, "answer") for f in functions)
 
 
 def _takes_everything(function: Callable[..., Any]) -> bool:

@@ -34,11 +34,12 @@ from grpo.metrics import (
 )
 from grpo.policy import Policy, check_attention, check_context, load_tokenizer, resolve_dtype
 from grpo.post_mortem import Evidence
-from grpo.prompts import PromptOrder, build_prompts, load_rows, prepare_rows
+from grpo.prompts import PromptOrder, build_prompts
 from grpo.rollout import check_engine, make_generator
+from grpo.rows import load_rows, missing, prepare_rows
 from grpo.rundir import RunLog
 from grpo.schedule import learning_rate
-from grpo.scoring import Reward, Scorer, join_scores, resolve_rewards
+from grpo.scoring import Reward, Scorer, join_scores, reads_answer, resolve_rewards
 from grpo.shortage import free, is_out_of_memory, or_fewer_at_once
 from grpo.sinks import check_sinks
 from grpo.stopping import EXIT_STOPPED, Stopped, StopRequest
@@ -65,7 +66,8 @@ class Trainer:
     Args:
         config: see grpo/config.py.
         rewards: reward functions (or `Reward`s, which add a weight, a name and arguments) instead of `config.rewards`.
-        train_dataset: rows instead of those of `config.data.name`: a `datasets.Dataset` or a list of dictionaries.
+        train_dataset: rows instead of those of `config.data.name`: a `datasets.Dataset`, a `pandas.DataFrame` or a list of
+            dictionaries.
         eval_dataset: rows instead of those of `config.data.eval_name`.
 
     Raises:
@@ -93,11 +95,13 @@ class Trainer:
         check_engine(config)
         check_sinks(config)
         with self.processes.accelerator.main_process_first():
-            rows = _rows(config, train_dataset, evaluation=False)
-            eval_rows = _rows(config, eval_dataset, evaluation=True) if config.evaluation.num_questions else []
+            rows = _rows(config, train_dataset, functions, evaluation=False)
+            eval_rows = (
+                _rows(config, eval_dataset, functions, evaluation=True) if config.evaluation.num_questions else []
+            )
         self.scorer = Scorer(
             functions,
-            columns=[name for name in rows[0] if not eval_rows or name in eval_rows[0]],
+            **_columns(rows, eval_rows),
             max_completion_tokens=config.rollout.max_completion_tokens,
             conversational=config.data.template == "chat",
             num_workers=config.scoring.num_workers,
@@ -107,7 +111,7 @@ class Trainer:
         self.signal_from = _signal_from(config, functions)
         self.audits: list[preflight.Audit] = []
         self.scorer.check_limits(config.completion_limits)
-        for notice in self.scorer.notices():
+        for notice in [*self.scorer.notices(), *_gaps(self.scorer.named_columns(), rows, "training questions")]:
             self.say(notice)
         prompts = self._gradable_prompts(rows, tokenizer, "training questions")
         wanted = eval_rows[: config.evaluation.num_questions]
@@ -117,6 +121,7 @@ class Trainer:
             seed=config.run.seed,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
+            weights=config.data.weights if train_dataset is None else None,
         )
         self.directory = Path(self.processes.on_main(lambda: str(rundir.claim(config.run))))
         self.scorer.log_to(self.directory / "rewards.log")
@@ -682,7 +687,7 @@ class Trainer:
     ) -> list[Prompt]:
         """Prompts of the rows that fit and whose answer every reward function can grade; says what was dropped."""
         # asked once: a time limit that strikes on one process only would leave them with different questions
-        reasons = self.processes.on_main(lambda: self.scorer.check_rows(rows))
+        reasons = self.processes.on_main(lambda: self.scorer.check_rows(rows, say=self.say))
         gradable = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
         if not gradable:
             raise ValueError(
@@ -725,11 +730,36 @@ def _signal_from(config: Config, rewards: list[Reward]) -> str:
     return wanted or verdict_name(reward.name for reward in rewards if reward.weight)
 
 
-def _rows(config: Config, given: Rows | None, *, evaluation: bool) -> list[dict[str, Any]]:
+def _rows(config: Config, given: Rows | None, rewards: list[Reward], *, evaluation: bool) -> list[dict[str, Any]]:
     if given is None:
-        return load_rows(config.data, evaluation=evaluation)
-    setting = "eval_dataset" if evaluation else "train_dataset"
-    return prepare_rows(given, config.data, answer_regex=config.data.answer_regex, setting=setting)
+        return load_rows(config.data, evaluation=evaluation, reads_answer=reads_answer(rewards))
+    return prepare_rows(
+        given,
+        config.data,
+        answer_regex=config.data.answer_regex,
+        setting="eval_dataset" if evaluation else "train_dataset",
+        reads_answer=reads_answer(rewards),
+    )
+
+
+def _columns(rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The columns of all questions, and of those that only some have, which have it: what Scorer wants to know."""
+    training, held_out = list(rows[0]), list(eval_rows[0]) if eval_rows else list(rows[0])
+    elsewhere = {name: "training questions" for name in training if name not in held_out}
+    elsewhere |= {name: "held-out questions" for name in held_out if name not in training}
+    return {"columns": [name for name in training if name in held_out], "elsewhere": elsewhere}
+
+
+def _gaps(named: dict[str, list[str]], rows: list[dict[str, Any]], what: str) -> Iterator[str]:
+    """Which rewards ask for a column that some rows have nothing in."""
+    for reward, names in named.items():
+        for name in names:
+            gaps = missing(rows, name) if name in rows[0] else []
+            if gaps:
+                yield (
+                    f"reward {reward} asks for {name!r}; {len(gaps):,} of {len(rows):,} {what} have none (the first: "
+                    f"row {gaps[0]}), and it is given None for them"
+                )
 
 
 def _due(step: int, every: int) -> bool:

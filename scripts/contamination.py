@@ -17,7 +17,7 @@ from grpo import benchmarks
 from grpo.config import DataConfig
 from grpo.console import errors_for_users
 from grpo.contamination import NUM_WORDS, overlaps
-from grpo.prompts import load_rows
+from grpo.rows import load_rows
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
         names, data = benchmarks.named(arguments)
         columns = {"question_column": arguments.question_column, "answer_column": arguments.answer_column}
         source = {"name": arguments.train, "subset": arguments.train_subset, "split": arguments.train_split}
-        train = [row["question"] for row in load_rows(DataConfig(**source, **columns))]
+        train = [row["question"] for row in load_rows(DataConfig(**source, **columns), reads_answer=False)]
         for name in names:
             test = [row["question"] for row in benchmarks.load(name, data.get(name))]
             found = overlaps(train, test, num_words=arguments.words)

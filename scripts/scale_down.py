@@ -35,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with errors_for_users():
         from grpo import Config, scale
-        from grpo.prompts import load_table
+        from grpo.files import load_table
 
         if arguments.out.exists():
             raise SystemExit(f"error: --out is {arguments.out}; it is there already. Remove it, or name another file.")
@@ -48,8 +48,9 @@ def main() -> None:
         hardware = scale.Hardware(arguments.gpus, arguments.gpu_memory, arguments.gpu)
         shape = scale.shape_of(arguments.model)
         scaled = scale.scale_down(recipe, shape, hardware, max_tokens=max_tokens, hours=arguments.hours)
-        local = recipe.data.name is not None and Path(recipe.data.name).is_file()
-        rows = len(load_table(str(recipe.data.name), None, "train", "data.name")) if local else None
+        name = recipe.data.name if isinstance(recipe.data.name, str) else None
+        local = name is not None and Path(name).is_file()
+        rows = sum(1 for _ in load_table(str(name), None, recipe.data.split, "data.name")) if local else None
         text = scale.as_yaml(
             scaled, arguments.config, run_dir=f"runs/{arguments.out.stem}", out=arguments.out, num_questions=rows
         )

@@ -86,7 +86,7 @@ def test_a_file_that_cannot_be_read_is_refused_by_its_name(tmp_path: Path):
         load("mine", "/nowhere.jsonl")
     path = tmp_path / "a.jsonl"
     path.write_text('{"question": "a"\n')
-    with pytest.raises(ValueError, match=r"^--data mine is '.*'; it cannot be read as json: .* Correct the file"):
+    with pytest.raises(ValueError, match=r"^--data mine is '.*'; .*a\.jsonl, line 1, column 17: not JSON: .* Correct"):
         load("mine", str(path))
     path.write_text('{"problem": "a", "answer": "1"}\n')
     with pytest.raises(

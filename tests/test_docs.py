@@ -197,6 +197,12 @@ def test_the_readmes_schedules_are_valid():
     assert config.at(500).algorithm.kl_coef == pytest.approx(0.0005)
 
 
+def test_the_readmes_list_of_sources_is_valid():
+    (block,) = [block for block in blocks("yaml") if block.startswith("data:")]
+    config = Config(**yaml.safe_load(block), model={"name": "m"}, run={"dir": "d", "steps": 1})
+    assert list((config.data.weights or {}).values()) == [3, 1]
+
+
 def test_the_readmes_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

@@ -428,7 +428,8 @@ def test_generate_hands_groups_on_after_each_batch(policy: Policy, monkeypatch: 
 
 
 def test_stop_texts_end_completions_where_generate_ends_them(policy: Policy):
-    from grpo.prompts import build_prompts, load_rows
+    from grpo.prompts import build_prompts
+    from grpo.rows import load_rows
 
     prompts, _ = build_prompts(load_rows(policy._config.data)[:8], policy.tokenizer, policy._config.data)
     sampling = Sampling(60, temperature=0.0, stop=("<answer>", "guess 1"))

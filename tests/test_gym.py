@@ -11,7 +11,7 @@ from helpers import tiny_config
 from grpo import Trainer
 from grpo.config import DataConfig
 from grpo.gym import make_rows
-from grpo.prompts import load_rows
+from grpo.rows import load_rows
 from rewards import reasoning_gym
 
 installed = pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed")

@@ -16,7 +16,8 @@ from grpo import Trainer, checkpoint, distributed, lora
 from grpo.batch import micro_batch, pack
 from grpo.config import Config
 from grpo.policy import Policy, load_tokenizer
-from grpo.prompts import build_prompts, load_rows
+from grpo.prompts import build_prompts
+from grpo.rows import load_rows
 from grpo.sinks import read_jsonl
 from grpo.types import MicroBatch
 

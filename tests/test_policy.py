@@ -41,8 +41,9 @@ from grpo.policy import (
     load_tokenizer,
     output_head,
 )
-from grpo.prompts import build_prompts, load_rows
+from grpo.prompts import build_prompts
 from grpo.rollout.hf import HFGenerator
+from grpo.rows import load_rows
 from grpo.types import Batch, Group, MicroBatch, Sampling
 
 SIZES = {

@@ -8,7 +8,8 @@ from helpers import TINY
 from transformers import AutoTokenizer
 
 from grpo.config import DataConfig
-from grpo.prompts import TEMPLATES, PromptOrder, build_prompts, load_rows, prepare_rows
+from grpo.prompts import TEMPLATES, PromptOrder, build_prompts
+from grpo.rows import load_rows, prepare_rows
 from grpo.types import Prompt
 
 ROWS = [{"question": f"What is {i}+1?", "answer": str(i + 1), "level": i} for i in range(6)]

@@ -9,7 +9,7 @@ from helpers import ROOT, tiny_config
 
 from grpo import Trainer
 from grpo.config import Config, RewardConfig
-from grpo.prompts import load_rows, prepare_rows
+from grpo.rows import load_rows, prepare_rows
 from grpo.scoring import resolve_function
 from grpo.types import Group
 

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from grpo import verdict_cache
+from grpo.reward_worker import Call, Outcome
 from grpo.scoring import Reward, RewardError, Scorer, resolve_function, weighted_sum
 from grpo.types import Completion, Group, Prompt
 from rewards import accuracy, format, overlong
@@ -668,3 +670,116 @@ def test_a_worker_that_cannot_load_the_functions_says_why(tmp_path: Path) -> Non
     )
     with pytest.raises(RuntimeError, match=r"could not load the reward functions:[\s\S]*needs a GPU"):
         make_scorer(resolve_function(f"{path}:f"))
+
+
+# ---- the check of gold answers, kept ---------------------------------------------------------------------------------
+
+
+def checked(
+    answers: list[str], monkeypatch: pytest.MonkeyPatch, reward: Reward | None = None
+) -> tuple[list[str | None], int]:
+    """What `check_rows` says, and how many calls it made."""
+    made = 0
+    with make_scorer(reward or accuracy) as scorer:
+        run = scorer._pool.run
+
+        def counted(calls: list[Call]) -> list[Outcome]:
+            nonlocal made
+            made += len(calls)
+            return run(calls)
+
+        monkeypatch.setattr(scorer._pool, "run", counted)
+        reasons = scorer.check_rows([{"question": "?", "answer": answer} for answer in answers])
+    return reasons, made
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "grpo" / "graded-rows"
+
+
+def test_a_second_start_on_the_same_answers_asks_nobody(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = checked(["7", ""], monkeypatch)
+    assert first[1] == 2
+    assert first[0][0] is None
+    assert first[0][1] is not None
+    assert checked(["7", ""], monkeypatch) == (first[0], 0)
+
+
+def test_what_a_verdict_depends_on_is_in_its_key(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked(["7"], monkeypatch)
+    assert checked(["8"], monkeypatch)[1] == 1  # another answer
+    other = Reward(accuracy, args={"source": "boxed"})
+    assert checked(["7"], monkeypatch, other)[1] == 1  # other arguments
+    monkeypatch.setattr(verdict_cache, "_environment", lambda: b"another version, another source")
+    assert checked(["7"], monkeypatch)[1] == 1
+
+
+def test_the_source_of_the_rewards_and_the_versions_make_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = set()
+    monkeypatch.setattr(verdict_cache, "_package_folder", lambda: tmp_path)
+    for text in ("a = 1", "a = 2"):
+        (tmp_path / "accuracy.py").write_text(text)
+        found.add(verdict_cache._environment.__wrapped__())
+    monkeypatch.setattr(verdict_cache, "distributions", lambda: [])
+    found.add(verdict_cache._environment.__wrapped__())
+    assert len(found) == 3
+
+
+def test_a_check_from_elsewhere_is_asked_every_time(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def own(completion: str, answer: str) -> float:
+        return 1.0
+
+    own.check_row = lambda answer: None  # type: ignore[attr-defined]
+    assert [checked(["7"], monkeypatch, Reward(own))[1] for _ in range(2)] == [1, 1]
+    assert not cache.exists()
+
+
+def test_verdicts_of_calls_that_did_not_end_are_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with make_scorer(accuracy) as scorer:
+        monkeypatch.setattr(scorer._pool, "run", lambda calls: [Outcome("timeout") for _ in calls])
+        assert "timeout" in str(scorer.check_rows([{"question": "?", "answer": "7"}]))
+    assert checked(["7"], monkeypatch) == ([None], 1)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"num_rows": 2, "reasons": {}}', '{"num_rows": 1, "reasons": {"0": 5}}']
+)
+def test_a_damaged_file_is_as_good_as_none(cache: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    assert checked(["7"], monkeypatch) == ([None], 1)
+    (file,) = cache.iterdir()
+    file.write_text(content)
+    assert checked(["7"], monkeypatch) == ([None], 1)
+
+
+def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert checked(["7"], monkeypatch) == ([None], 1)
+
+
+def test_a_long_check_says_how_far_it_is(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo.scoring.ROWS_PER_CHECK", 2)
+    monkeypatch.setattr("grpo.scoring.SECONDS_BETWEEN_LINES", 0.0)
+    lines: list[str] = []
+    with make_scorer(accuracy) as scorer:
+        rows = [{"question": "?", "answer": answer} for answer in ("1", "2", "3", "", "5")]
+        reasons = scorer.check_rows(rows, say=lines.append)
+    assert lines == [f"checking that the answers can be graded: {n} of 5" for n in (2, 4)]
+    assert [reason is None for reason in reasons] == [True, True, True, False, True]
+
+
+def test_the_prompts_of_a_conversational_function_are_its_turns() -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+
+    def listed(completions: list, prompts: list, **_: Any) -> list[float]:
+        return [float(prompt == turns) for prompt in prompts]
+
+    prompt = Prompt(0, [1], "...", "", {"question": "1+1?", "answer": "2", "question_messages": turns})
+    group = Group(prompt, [Completion([1], [0.0], "2", "stop")])
+    columns = ["question", "answer", "question_messages"]
+    with make_scorer(listed, columns=columns, conversational=True) as scorer:
+        assert scorer.score([group]).rewards.tolist() == [[1.0]]

@@ -19,11 +19,12 @@ from torch import Tensor
 from grpo import distributed
 from grpo.config import Config, Section, VLLMConfig
 from grpo.policy import Policy, load_tokenizer
-from grpo.prompts import build_prompts, load_rows
+from grpo.prompts import build_prompts
 from grpo.rollout import make_generator
 from grpo.rollout.hf import HFGenerator
 from grpo.rollout.vllm import Request, Sampled, VLLMGenerator, check_available
 from grpo.rollout.vllm_server import ServerError
+from grpo.rows import load_rows
 from grpo.trainer import Trainer
 from grpo.types import Completion, Group, Prompt, Sampling
 

@@ -14,7 +14,8 @@ from grpo.check.rehearsal import changed
 from grpo.config import Config, PreflightConfig, RewardConfig
 from grpo.policy import load_tokenizer
 from grpo.preflight import Result, Skipped
-from grpo.prompts import TEMPLATES, build_prompts, load_rows
+from grpo.prompts import TEMPLATES, build_prompts
+from grpo.rows import load_rows
 from grpo.trainer import Trainer
 
 
@@ -35,7 +36,7 @@ def check(config: Config, *, templates: Sequence[str] = tuple(TEMPLATES), num_qu
         num_questions or config.preflight.num_questions or PreflightConfig.model_fields["num_questions"].default
     )
     wanted = list(dict.fromkeys([config.data.template, *templates]))
-    rows, tokenizer = load_rows(config.data), load_tokenizer(config.model)
+    rows, tokenizer = load_rows(config.data, reads_answer=False), load_tokenizer(config.model)
     skipped: list[Skipped] = []
     while len(wanted) > 1 and (reason := _unfit(config, wanted[0], rows, tokenizer)) is not None:
         skipped.append(Skipped(wanted.pop(0), reason))

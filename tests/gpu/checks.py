@@ -333,7 +333,9 @@ def faults_jobs(machine: Machine) -> list[Job]:
 def faults_judge(results: Results) -> list[Figure]:
     for name, result in results.items():
         expected = "step 2: old weights" if "stale" in name else "step 1: another temperature"
-        found = re.findall(r"rank \d+ stopped in (step \d+: [a-z ]+?)(?=rank|\n)", result.output)  # two may share a line
+        found = re.findall(
+            r"rank \d+ stopped in (step \d+: [a-z ]+?)(?=rank|\n)", result.output
+        )  # two may share a line
         require(found == [expected] * result.job.processes, f"{name}: {found or 'the run was not stopped'}")
     return [Figure("planted faults found and named", len(results), "faults")]
 
