@@ -18,9 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from grpo.rewards import accuracy, code, sandbox
+
 from grpo.scoring import Reward, Scorer
 from grpo.types import Completion, Group, Prompt
-from rewards import accuracy, code, sandbox
 
 THOUGHT = "<think> " + "so we add the next one and carry on, " * 30 + "</think> "  # about 1,200 characters
 

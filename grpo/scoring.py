@@ -332,14 +332,15 @@ def resolve_function(spec: str) -> Callable[..., Any]:
     """The reward function that a YAML names.
 
     Args:
-        spec: a name in the package `rewards` ("accuracy"), "module:function", or "path/to/file.py:function".
+        spec: a name in rewards/ ("accuracy"), "module:function", or "path/to/file.py:function".
 
     Raises:
         ValueError: there is no such function.
     """
     place, colon, name = spec.rpartition(":")
     if not colon:
-        module, known = importlib.import_module("rewards"), importlib.import_module("rewards").__all__
+        module = importlib.import_module("grpo.rewards")  # a user's own `rewards` is another module
+        known = module.__all__
         if spec not in known:
             raise ValueError(
                 f"rewards.*.function is {spec!r}; {_nearest(spec, known)}. Name one of these, "

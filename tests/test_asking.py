@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from grpo.rewards import accuracy, format
 from helpers import ROOT, TINY, tiny_config
 from rich.console import Console
 
@@ -27,7 +28,6 @@ from grpo.prompts import build_prompts
 from grpo.rollout.grouping import all_at_once
 from grpo.scoring import resolve_rewards
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
-from rewards import accuracy, format
 
 MODEL = TINY / "model"
 QUESTION = "What is 12+8+5-5+9?"

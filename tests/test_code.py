@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grpo.rewards import code, sandbox
+from grpo.rewards.code import last_fence
 
 from grpo.scoring import Reward, Scorer
 from grpo.types import Completion, Group, Prompt
-from rewards import code, sandbox
-from rewards.code import last_fence
 
 ADD = [{"input": "1 2\n", "output": "3\n"}, {"input": "10 -4\n", "output": "6"}]
 RIGHT = "a, b = map(int, input().split())\nprint(a + b)"

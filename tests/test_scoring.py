@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+from grpo.rewards import accuracy, format, overlong
 
 from grpo.scoring import Reward, RewardError, Scorer, resolve_function, weighted_sum
 from grpo.types import Completion, Group, Prompt
-from rewards import accuracy, format, overlong
 
 nan = math.nan
 
@@ -194,7 +194,7 @@ def test_numpy_and_torch_numbers_are_numbers() -> None:
 
 def test_functions_are_found_by_name_by_module_and_by_file(tmp_path: Path) -> None:
     assert resolve_function("accuracy") is accuracy
-    assert resolve_function("rewards:overlong") is overlong
+    assert resolve_function("grpo.rewards:overlong") is overlong
     path = tmp_path / "my rewards.v2.py"
     path.write_text(
         textwrap.dedent(
@@ -231,7 +231,7 @@ def test_functions_are_found_by_name_by_module_and_by_file(tmp_path: Path) -> No
         ),
         ("check_answer", "there is accuracy"),
         ("no_such_module:f", "the module 'no_such_module' cannot be imported"),
-        ("rewards:acuracy", "did you mean accuracy?"),
+        ("grpo.rewards:acuracy", "did you mean accuracy?"),
         ("no/such/file.py:f", "there is no file .*no/such/file.py"),
         ("accuracy.py", "there is accuracy"),
         (":f", "the module '' cannot be imported"),
