@@ -49,7 +49,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import yaml
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer, Qwen2Config
@@ -57,6 +56,7 @@ from trl_step import measure_trl
 from workload import LONGEST_PROMPT, SHAPES, model_config, prompt_ids, random_reward, saved_model, synchronize
 
 from grpo import Config, Trainer, distributed
+from grpo.config import write_yaml
 from grpo.rollout.grouping import all_at_once
 from grpo.types import Completion, Group, MicroBatch, OnGroup, Prompt, Sampling
 
@@ -163,7 +163,7 @@ def make_config(args: argparse.Namespace, model: Path, scratch: Path) -> Config:
         settings["rollout"]["engine"] = "hf"  # it takes no memory before it samples, which it never does
         settings["algorithm"]["max_sampling_gap"] = 1e6
     file = scratch / "settings.yaml"
-    file.write_text(yaml.safe_dump(settings))
+    file.write_text(write_yaml(settings))
     return Config.load(file, args.set)
 
 
