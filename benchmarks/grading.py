@@ -62,7 +62,6 @@ def throughput(
         [Reward(reward)],
         columns=[column],
         max_completion_tokens=1,
-        conversational=False,
         num_workers=1,
         timeout_seconds=30.0,
         memory_gib=4.0,

@@ -162,7 +162,6 @@ def asked(answers: list[str]) -> list[dict[str, Any]]:
         columns=columns_of(rows),
         sampling=Sampling(64),
         scoring=ScoringConfig(num_workers=1),
-        conversational=False,
     )
     prompts = [Prompt(0, [5], "", "", rows[0])]
     with scorer:

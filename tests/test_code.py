@@ -265,7 +265,6 @@ def test_it_runs_in_the_workers_of_a_run_and_a_killed_worker_takes_its_program_a
     group = Group(prompt, [Completion([1], [0.0], text, "stop") for text in texts])
     options: dict[str, Any] = {
         "max_completion_tokens": 10,
-        "conversational": False,
         "num_workers": 1,
         "memory_gib": 1.0,
     }
