@@ -18,7 +18,7 @@ from grpo.chosen import check_number, said
 from grpo.config import DataConfig
 from grpo.display import STYLES
 from grpo.policy import SampledModel
-from grpo.prompts import chat_text, conversation, fill, prefill_of, tokenize
+from grpo.prompts import chat_text, conversation, fill, prefill_of, time_limit, tokenize
 from grpo.rollout.hf import drawing_options, without_defaults
 from grpo.terminal import is_text, printable
 from grpo.thinking import Kind, Reader
@@ -123,7 +123,8 @@ class Conversation:
             return fill([question], self.model.tokenizer, self.data)[0]
         first, *rest = conversation(question, self.data)
         messages = [first, *self.messages, *rest] if rest else [*self.messages, first]
-        return chat_text(messages, self.model.tokenizer, self.data)
+        with time_limit(1):
+            return chat_text(messages, self.model.tokenizer, self.data)
 
     def ask(self, question: str) -> Answer:
         """

@@ -186,6 +186,10 @@ OPTIONS = {
     "data.max_prompt_tokens": "the longest prompt",
     "Lower one of the two": "Lower --max-tokens",
     ", or raise distributed.zero_stage on more GPUs": "",
+    ", or set model.resize_embeddings to true to add untrained rows": "",
+    "ame a file with another chat template (data.chat_template)": "ame other --templates",
+    " and say it in data.question_template": "",
+    "data.system_prompt": "--system-prompt",
 }
 """What a setting of a run's configuration is called here."""
 

@@ -204,13 +204,13 @@ class _TooLong(BaseException):
 
 
 @contextmanager
-def _at_most(seconds: float, what: str) -> Iterator[None]:
-    """Break off Python code in this thread, such as a template's endless loop.
+def time_limit(num_prompts: int) -> Iterator[None]:
+    """Break off a chat template whose loops do not end, in this thread, whichever it is.
 
     Raises:
-        ValueError: it took longer.
+        ValueError: it took too long for so many prompts.
     """
-    thread = threading.get_ident()
+    thread, seconds = threading.get_ident(), TEMPLATE_SECONDS + PROMPT_SECONDS * num_prompts
 
     def interrupt() -> None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_TooLong))
@@ -223,7 +223,10 @@ def _at_most(seconds: float, what: str) -> Iterator[None]:
         timer.cancel()
         timer.join()  # if it is interrupting, that comes to be before this ends
     except _TooLong:
-        raise ValueError(f"{what} It has not ended within {seconds:g} seconds.") from None
+        raise ValueError(
+            f"data.template is 'chat'; the tokenizer's chat template has not ended within {seconds:g} seconds. Name a file with "
+            "another chat template (data.chat_template)."
+        ) from None
     finally:
         timer.cancel()
 
@@ -406,8 +409,7 @@ def fill(questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: D
     template = TEMPLATES[config.template]
     if template.is_chat:
         _check_chat(tokenizer, config)
-    what = "data.template is 'chat'; the tokenizer's chat template takes too long. Name another (data.chat_template)."
-    with _at_most(TEMPLATE_SECONDS + PROMPT_SECONDS * len(questions), what):
+    with time_limit(len(questions)):
         return [template.fill(question, tokenizer, config) for question in questions]
 
 
