@@ -135,7 +135,7 @@ class Conversation:
             raise ValueError(f"the question is {question!r}; it has bytes that are no UTF-8. Type it again.")
         text = self.prompt(question)
         (tokens,) = tokenize([text], self.model.tokenizer, self.data)
-        if max(tokens) >= self.model.lm.get_input_embeddings().weight.shape[0]:
+        if max(tokens) >= self.model.lm.config.get_text_config().vocab_size:
             raise ValueError("the question has tokens for which the model has no embedding. Ask it in other words.")
         limit = getattr(self.model.lm.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and len(tokens) + self.sampling.max_tokens > limit:

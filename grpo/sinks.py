@@ -285,7 +285,7 @@ class WandbSink:
     def _log_tables(self, step: int, rows: list[dict[str, Any]]) -> None:
         shown = rows[: self.TABLE_ROWS]
         columns = list(dict.fromkeys(name for row in shown for name in row))  # `extra` is not in all
-        table = self._wandb.Table(columns=columns)
+        table = self._wandb.Table(columns=[*columns])
         for row in shown:
             cells = [row.get(name) for name in columns]
             table.add_data(*(json.dumps(cell) if isinstance(cell, dict) else cell for cell in cells))
