@@ -18,9 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from grpo.rewards import accuracy, code, sandbox
+
 from grpo.scoring import Reward, Scorer
 from grpo.types import Completion, Group, Prompt
-from rewards import accuracy, code, sandbox
 
 THOUGHT = "<think> " + "so we add the next one and carry on, " * 30 + "</think> "  # about 1,200 characters
 
@@ -61,7 +62,6 @@ def throughput(
         [Reward(reward)],
         columns=[column],
         max_completion_tokens=1,
-        conversational=False,
         num_workers=1,
         timeout_seconds=30.0,
         memory_gib=4.0,

@@ -49,7 +49,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import yaml
 from card import matrix_rate
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -70,6 +69,7 @@ from workload import (
 )
 
 from grpo import Config, Trainer, distributed
+from grpo.config import write_yaml
 from grpo.rollout.grouping import all_at_once
 from grpo.types import Completion, Group, MicroBatch, OnGroup, Prompt, Sampling
 
@@ -176,7 +176,7 @@ def make_config(args: argparse.Namespace, model: Path, scratch: Path) -> Config:
         settings["rollout"]["engine"] = "hf"  # it takes no memory before it samples, which it never does
         settings["algorithm"]["max_sampling_gap"] = 1e6
     file = scratch / "settings.yaml"
-    file.write_text(yaml.safe_dump(settings))
+    file.write_text(write_yaml(settings))
     return Config.load(file, args.set)
 
 

@@ -1,5 +1,6 @@
 """GRPO with verifiable rewards: `from grpo import Trainer, Config, Reward`."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +11,11 @@ if TYPE_CHECKING:
 __all__ = ["Config", "Reward", "Trainer"]
 
 _HOMES = {"Config": "grpo.config", "Reward": "grpo.scoring", "Trainer": "grpo.trainer"}
+
+
+# grpo.rewards is a subpackage in a wheel. In a checkout its folder, rewards/, lies beside this one.
+if not Path(__file__).with_name("rewards").is_dir():
+    __path__.append(str(Path(__file__).resolve().parents[1]))
 
 
 def __getattr__(name: str) -> Any:

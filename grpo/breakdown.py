@@ -81,16 +81,15 @@ def make_scorer(
     columns: Sequence[str],
     sampling: Sampling,
     scoring: ScoringConfig,
-    conversational: bool,
 ) -> Scorer:
     return Scorer(
         rewards,
         columns=columns,
         max_completion_tokens=sampling.max_tokens,
-        conversational=conversational,
         num_workers=scoring.num_workers,
         timeout_seconds=scoring.timeout_seconds,
         memory_gib=scoring.memory_gib,
+        environment=scoring.environment,
     )
 
 

@@ -18,7 +18,7 @@ from grpo.chosen import check_number, said
 from grpo.config import DataConfig
 from grpo.display import STYLES
 from grpo.policy import SampledModel
-from grpo.prompts import TEMPLATES, chat_text
+from grpo.prompts import chat_text, conversation, fill, prefill_of, time_limit, tokenize
 from grpo.rollout.hf import drawing_options, without_defaults
 from grpo.terminal import is_text, printable
 from grpo.thinking import Kind, Reader
@@ -120,10 +120,11 @@ class Conversation:
 
     def prompt(self, question: str) -> str:
         if not self.remembers:
-            template = TEMPLATES[self.data.template]
-            return template.fill(question, self.model.tokenizer, None) + template.prefill
-        messages = [*self.messages, {"role": "user", "content": question}]
-        return chat_text(messages, self.model.tokenizer, self.data.system_prompt)
+            return fill([question], self.model.tokenizer, self.data)[0]
+        first, *rest = conversation(question, self.data)
+        messages = [first, *self.messages, *rest] if rest else [*self.messages, first]
+        with time_limit(1):
+            return chat_text(messages, self.model.tokenizer, self.data)
 
     def ask(self, question: str) -> Answer:
         """
@@ -133,9 +134,9 @@ class Conversation:
         if not is_text(question):
             raise ValueError(f"the question is {question!r}; it has bytes that are no UTF-8. Type it again.")
         text = self.prompt(question)
-        tokens = self.model.tokenizer(text, add_special_tokens=TEMPLATES[self.data.template].adds_special_tokens)[
-            "input_ids"
-        ]
+        (tokens,) = tokenize([text], self.model.tokenizer, self.data)
+        if max(tokens) >= self.model.lm.config.get_text_config().vocab_size:
+            raise ValueError("the question has tokens for which the model has no embedding. Ask it in other words.")
         limit = getattr(self.model.lm.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and len(tokens) + self.sampling.max_tokens > limit:
             raise ValueError(
@@ -150,7 +151,7 @@ class Conversation:
         Of an answer that ended within its thoughts that is nothing.
         """
         if self.remembers:
-            thinks = "<think>" in answer or self.prompt(question).rstrip().endswith("<think>")
+            thinks = "<think>" in answer or _opens_thought(self.prompt(question))
             said_ = "" if thinks and "</think>" not in answer else answer.rpartition("</think>")[2].strip()
             self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": said_}]
 
@@ -204,7 +205,7 @@ def show(conversation: Conversation, question: str, terminal: Console) -> None:
         ValueError: see Conversation.ask.
     """
     answer, note = conversation.ask(question), ""
-    starts_in_thought = conversation.prompt(question).rstrip().endswith("<think>")
+    starts_in_thought = _opens_thought(conversation.prompt(question))
     try:
         with closing(iter(answer)) as pieces:
             write(pieces, terminal, starts_in_thought=starts_in_thought)
@@ -214,6 +215,10 @@ def show(conversation: Conversation, question: str, terminal: Console) -> None:
         note = f" (cut off at {conversation.sampling.max_tokens} tokens)"
     terminal.print(Text.assemble((note, "yellow")))
     conversation.remember(question, answer.text)
+
+
+def _opens_thought(prompt: str) -> bool:
+    return prefill_of(prompt).rstrip().endswith("<think>")
 
 
 def write(pieces: Iterable[str], terminal: Console, *, starts_in_thought: bool) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from grpo.checkpoint import complete_checkpoints, numbers_of
 from grpo.config import Config, DataConfig, ModelConfig
 from grpo.inference import Sampler, load, model_directory, sampling_config
+from grpo.prompts import use_chat_template
 from grpo.types import Sampling
 
 TEMPLATES = get_args(DataConfig.model_fields["template"].annotation)
@@ -39,6 +40,7 @@ class Chosen:
             ValueError: the model has no chat template, or another one no system message.
         """
         data = self.settings.data
+        use_chat_template(tokenizer, data)
         usual = data.template if self.is_known or not tokenizer.chat_template else "chat"
         template, system = template or usual, system or data.system_prompt
         if system is not None and template != "chat":
@@ -127,6 +129,8 @@ def choose(options: Namespace) -> Chosen:
         name = model_directory(options.model) if options.step is None else _of_step(directory, options.step)
         model = ModelConfig(name=name)
     settings = usual_settings(model) if path is None else Config.load(path)
+    if not options.config and not options.base:  # a checkpoint's tokenizer has its chat template
+        settings = settings.model_copy(update={"data": settings.data.model_copy(update={"chat_template": None})})
     return Chosen(model, settings, path is not None, sampling_of(options, settings.sampling))
 
 

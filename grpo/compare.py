@@ -13,7 +13,6 @@ from that of all runs there could be, on these questions?
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import re
 import signal
@@ -32,17 +31,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from grpo.checkpoint import MAY_CHANGE, changed_setting, name_of
-from grpo.config import Config, as_override
+from grpo.config import Config, as_override, read_yaml
 from grpo.evaluate import by_question, columns_of, is_right, verdict_name
 from grpo.report import plot_arms, write_page
 from grpo.report.read import MAX_RUNS
-from grpo.sinks import read_jsonl
+from grpo.sinks import read_jsonl, read_metrics
 from grpo.statistics import Estimate, Values, estimate, mean_of_few
 from grpo.stopping import EXIT_STOPPED, SIGNALS
-from grpo.writer import replace_text
+from grpo.writer import replace_text, to_json
 
 Row = dict[str, Any]
 Accuracy = dict[tuple[int, str], float]
@@ -152,7 +150,7 @@ def _check_comparable(run: PlannedRun) -> None:
         )
     saved = run.directory / "config.yaml"
     if saved.exists():
-        before = yaml.safe_load(saved.read_text())
+        before = read_yaml(saved.read_text())
         name = changed_setting(before, run.config.model_dump(), may_change=MAY_DIFFER)
         if name is not None:
             raise ValueError(
@@ -165,7 +163,7 @@ def is_finished(run: PlannedRun) -> bool:
     """Whether its last step has been made, saved and evaluated."""
     steps = run.config.run.steps
     saved = run.directory / "checkpoints" / name_of(steps)
-    rows = read_jsonl(run.directory / "metrics.jsonl") if saved.exists() else []
+    rows = read_metrics(run.directory / "metrics.jsonl") if saved.exists() else []
     return any(row["step"] == steps and "eval/length_mean" in row for row in rows)
 
 
@@ -381,7 +379,7 @@ def _the_rest(runs: Sequence[PlannedRun]) -> Row:
     """Means over all final answers of all runs; entropy and time are means over runs."""
     answers = [row for run in runs for row in _final(run)]
     verdict = verdict_name(answers[0]["rewards"])
-    steps = [[row for row in read_jsonl(run.directory / "metrics.jsonl") if "time/step" in row] for run in runs]
+    steps = [[row for row in read_metrics(run.directory / "metrics.jsonl") if "time/step" in row] for run in runs]
     return {
         "before": _mean(share for run in runs for share in _before(run)),
         "sampled": _mean(row[f"reward/{verdict}"] for rows in steps for row in rows if f"reward/{verdict}" in row),
@@ -489,7 +487,7 @@ def write(rows: Sequence[Row], runs: Sequence[PlannedRun], out: Path) -> list[Pa
     """The table as Markdown and JSON, curves, and a page over the finished runs: as many as it can tell apart, seed by seed."""
     paths = [out / "comparison.md", out / "comparison.json"]
     replace_text(paths[0], as_markdown(rows))
-    replace_text(paths[1], json.dumps({"note": _note(rows), "arms": rows}, indent=1))
+    replace_text(paths[1], to_json({"note": _note(rows), "arms": rows}, indent=1))
     finished = [run for run in runs if is_finished(run)]
     if finished:
         arms: dict[str, list[Path]] = {}

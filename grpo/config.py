@@ -52,6 +52,9 @@ class ModelConfig(Section):
     """Branch, tag or commit of a hub model. Pin it for a run that others should repeat."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights in the forward pass; the optimizer keeps float32 masters. auto: bfloat16 on CUDA, float32 on CPU."""
+    resize_embeddings: bool = False
+    """Where the tokenizer has tokens beyond the model's embedding matrix, give it rows for them, near the mean of the others.
+    false: prompts with such tokens are refused."""
 
 
 class SourceConfig(Section):
@@ -132,6 +135,10 @@ class DataConfig(Section):
     """How a question becomes a prompt; see grpo/prompts.py. `chat` is the tokenizer's own chat template."""
     system_prompt: str | None = None
     """System message of the `chat` template."""
+    chat_template: str | None = None
+    """File with the Jinja text of a chat template that takes the place of the tokenizer's; checkpoints hold it. `chat` only."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What the chat template is given besides messages, such as {enable_thinking: false}. `chat` only."""
     max_prompt_tokens: PositiveInt = 512
     """Rows whose prompt is longer are dropped, and counted."""
 
@@ -205,13 +212,18 @@ VLLM_SETTINGS = {"colocated": {"gpu_memory_utilization"}, "server": {"url", "syn
 
 class RewardConfig(Section):
     function: str
-    """A name in rewards/, `module:function`, or `path/to/file.py:function`."""
+    """A name in rewards/, `module:function`, or `path/to/file.py:function`; or a class whose objects can be called. What lies
+    beside a file can be imported there."""
     weight: float = 1.0
     """Factor in the sum. 0: only logged."""
     name: str | None = None
-    """Name in the metrics; null: the function's own."""
+    """Name in the metrics, reward/<name> and eval/<name>, which are not those of another metric; null: the function's own."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments handed to the function."""
+    """Keyword arguments handed to the function; of a class, those that it is made with, and those that its objects are called
+    with."""
+    form: Literal["completion", "texts", "messages"] | None = None
+    """How it is called. completion: once for each, as text. texts, messages: once for a group, with lists of texts, or of
+    messages as TRL has them in conversations. null: as its parameters and their annotations say; see grpo/scoring.py."""
 
 
 class ScoringConfig(Section):
@@ -221,6 +233,9 @@ class ScoringConfig(Section):
     """Wall-clock limit for one completion and one function; then the worker is killed and the verdict is "can't tell"."""
     memory_gib: PositiveFloat = 4.0
     """Address space that reward calls may take in a worker, on top of what importing the functions took."""
+    environment: list[str] = Field(default_factory=list)
+    """Names of environment variables that rewards need, such as [JUDGE_API_KEY]. Workers are given these, and paths, languages
+    and caches (INHERITED in grpo/reward_worker.py), and nothing else of the environment."""
 
 
 class AlgorithmConfig(Section):
@@ -528,7 +543,7 @@ class Config(Section):
         return cls(**settings)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+        return write_yaml(self.model_dump())
 
     def at(self, optimizer_step: int) -> Config:
         """The settings of the training step whose first update is this one."""
@@ -811,13 +826,21 @@ def _check_combinations(config: Config) -> None:
     for name in ("question_template", "eval_question_template"):
         if getattr(config.data, name) is not None:
             _check_question_template(config.data, name)
-    if config.data.system_prompt is not None and config.data.template != "chat":
-        raise ValueError(
-            f"data.system_prompt is {config.data.system_prompt!r}; only the chat template has a system message, and "
-            f"data.template is {config.data.template!r}. Remove data.system_prompt or set data.template to chat."
-        )
+    for name, what in OF_CHAT.items():
+        if getattr(config.data, name) and config.data.template != "chat":
+            raise ValueError(
+                f"data.{name} is {getattr(config.data, name)!r}; only the chat template {what}, and data.template is "
+                f"{config.data.template!r}. Remove data.{name} or set data.template to chat."
+            )
     _check_engine_settings(config)
 
+
+OF_CHAT = {
+    "system_prompt": "has a system message",
+    "chat_template": "is read from a file",
+    "chat_template_kwargs": "takes arguments",
+}
+"""Settings of the data that only data.template chat reads, and what for."""
 
 TASK_PREFIX = "reasoning_gym:"
 """How the name of a reasoning-gym task begins."""
@@ -1058,6 +1081,11 @@ def _check_watchdog(config: Config) -> None:
 
 def _check_engine_settings(config: Config) -> None:
     """What the chosen engine needs is there, and nothing that it does not read."""
+    if config.model.resize_embeddings and config.rollout.engine == "vllm":
+        raise ValueError(
+            "model.resize_embeddings is true with rollout.engine vllm, which loads the model's files as they are. Set "
+            "rollout.engine to auto, or save a model with the larger matrix and name that."
+        )
     vllm, used = config.vllm, config.rollout.engine == "vllm"
     where = f"vllm.mode {vllm.mode}" if used else f"rollout.engine {config.rollout.engine}"
     for name, field in VLLMConfig.model_fields.items():
@@ -1116,8 +1144,25 @@ def _check_regex(setting: str, pattern: str | None) -> None:
         raise ValueError(f"{setting} is {pattern!r}; its first group is the answer, and it has none. Add parentheses.")
 
 
+FLOAT = re.compile(
+    r"[-+]?(\.[0-9][0-9_]*|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
+INT = re.compile(r"[-+]?([0-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+)")
+FIRST_OF_NUMBER = list("-+.0123456789")
+_NUMBERS = {"tag:yaml.org,2002:int": INT, "tag:yaml.org,2002:float": FLOAT}
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys in silence; this one refuses them."""
+    """PyYAML keeps the last of two equal keys in silence; this one refuses them.
+
+    And PyYAML reads numbers as YAML 1.1 does: 1e-3 is a text, 010 is 8, and 1:30 is 90. Here they are what YAML 1.2 says, and
+    what one means by them: a thousandth, ten, and a text.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as in PyYAML)
+        first: [each for each in found if each[0] not in _NUMBERS]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -1127,9 +1172,34 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+def _construct_int(loader: _StrictLoader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node)).replace("_", "")
+    return int(text, 10 if text.lstrip("+-").isdecimal() else 0)
+
+
+class _StrictDumper(yaml.SafeDumper):
+    """Quotes texts that the loader would take for numbers."""
+
+
+for _tag, _pattern in _NUMBERS.items():
+    for _class in (_StrictLoader, _StrictDumper):
+        _class.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern.pattern})$"), FIRST_OF_NUMBER)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def read_yaml(text: str) -> Any:
+    """As a configuration is read. Raises ValueError for a key that is given twice, and yaml.YAMLError."""
+    return yaml.load(text, _StrictLoader)
+
+
+def write_yaml(value: Any, **options: Any) -> str:
+    """So that `read_yaml` gives the value again."""
+    return str(yaml.dump(value, Dumper=_StrictDumper, sort_keys=False, **options))
+
+
 def _load_yaml(text: str, where: str) -> dict[str, Any]:
     try:
-        settings = yaml.load(text, _StrictLoader)
+        settings = read_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not valid YAML: {error}") from None
     if not isinstance(settings, dict):
@@ -1155,7 +1225,7 @@ def _read_value(text: str, override: str) -> Any:
     if text.lstrip().startswith("#"):
         return text
     try:
-        return yaml.load(text, _StrictLoader)
+        return read_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"--set {override!r}: {text!r} is not valid YAML: {error}. Quote it.") from None
 

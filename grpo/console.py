@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from grpo import heartbeat
 from grpo.terminal import printable
@@ -58,12 +59,11 @@ class LineSink:
         if self._lines == 0:  # not every engine has slots
             self.columns = {t: n for t, n in self.columns.items() if n in metrics or not n.startswith("rollout/")}
         if self._lines % self.HEADER_EVERY == 0:
-            self.console.print(
-                "[dim]" + " ".join(f"{t[:WIDE]:>{WIDE}}" for t in ("step", *self.columns, "time left")) + "[/]"
-            )
+            titles = " ".join(f"{t[:WIDE]:>{WIDE}}" for t in ("step", *self.columns, "time left"))
+            self.console.print(titles, style="dim", markup=False)
         cells = [f"{step}/{self.num_steps}", *(number(metrics.get(name)) for name in self.columns.values())]
         left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
-        self.console.print(" ".join(f"{cell:>{WIDE}}" for cell in (*cells, left)))
+        self.console.print(" ".join(f"{cell:>{WIDE}}" for cell in (*cells, left)), markup=False)
         self._lines += 1
 
     def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
@@ -86,7 +86,7 @@ def show_evaluation(console: Console, step: int, metrics: Mapping[str, float]) -
     evaluated = {n: v for n, v in metrics.items() if n.startswith("eval/") and not n.endswith(("_low", "_high"))}
     if evaluated:
         shown = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in evaluated.items())
-        console.print(f"[bold]held-out, step {step}:[/]  {shown}")
+        console.print(Text.assemble((f"held-out, step {step}:", "bold"), f"  {shown}"))
 
 
 def number(value: float | None) -> str:

@@ -58,10 +58,11 @@ def in_order(parts: list[list[dict[str, Any]]], prompts: list[Prompt]) -> list[d
 
 
 def completion_rows(groups: list[Group], scores: Scores) -> list[dict[str, Any]]:
-    """One JSON-ready row per completion; an unknown reward is null."""
+    """One JSON-ready row per completion; an unknown reward is null. `extra` has, by reward, what they gave to log_extra."""
     rows = []
     for p, group in enumerate(groups):
         for g, completion in enumerate(group.completions):
+            extra = scores.extras[p][g] if scores.extras else {}
             rows.append(
                 {
                     "row": group.prompt.row,
@@ -72,6 +73,7 @@ def completion_rows(groups: list[Group], scores: Scores) -> list[dict[str, Any]]
                     "num_tokens": len(completion.token_ids),
                     "reward": _null_if_nan(float(scores.rewards[p, g])),
                     "rewards": {name: _null_if_nan(float(values[p, g])) for name, values in scores.values.items()},
+                    **({"extra": extra} if extra else {}),
                 }
             )
     return rows

@@ -30,14 +30,14 @@ from grpo import benchmarks, distributed, inference
 from grpo.config import DataConfig, ModelConfig
 from grpo.distributed import Processes
 from grpo.evaluate import OF_THE_QUESTION, answer, by_question, columns_of, is_right
-from grpo.policy import load_tokenizer
+from grpo.policy import check_vocabulary, load_tokenizer
 from grpo.prompts import build_prompts
 from grpo.scoring import Reward, Scorer, resolve_function
 from grpo.shortage import or_fewer_at_once
 from grpo.sinks import append_jsonl
 from grpo.statistics import estimate
 from grpo.types import VOTE, Prompt, Sampling
-from grpo.writer import replace_text
+from grpo.writer import replace_text, to_json
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -186,6 +186,10 @@ OPTIONS = {
     "data.max_prompt_tokens": "the longest prompt",
     "Lower one of the two": "Lower --max-tokens",
     ", or raise distributed.zero_stage on more GPUs": "",
+    ", or set model.resize_embeddings to true to add untrained rows": "",
+    "ame a file with another chat template (data.chat_template)": "ame other --templates",
+    " and say it in data.question_template": "",
+    "data.system_prompt": "--system-prompt",
 }
 """What a setting of a run's configuration is called here."""
 
@@ -211,7 +215,8 @@ def take(settings: Settings, out: Path, means: Means) -> dict[str, Any]:
     Raises:
         ValueError: whatever is wrong with settings, data or model, before the model is loaded.
     """
-    tokenizer = load_tokenizer(ModelConfig(name=settings.model, revision=settings.revision))
+    model = ModelConfig(name=settings.model, revision=settings.revision)
+    tokenizer = load_tokenizer(model)
     processes = distributed.join()
     rows = processes.on_main(lambda: {name: _rows(settings, name) for name in settings.benchmarks})
     with _scorers(settings, means) as scorers, ExitStack() as held:
@@ -220,7 +225,9 @@ def take(settings: Settings, out: Path, means: Means) -> dict[str, Any]:
             for name in settings.benchmarks
             for template in settings.templates
         ]
-        longest = max(len(prompt.token_ids) for paper in papers for prompt in paper.prompts)
+        asked = [prompt.token_ids for paper in papers for prompt in paper.prompts]
+        check_vocabulary(model, tokenizer, asked)
+        longest = max(map(len, asked))
         config = inference.sampling_config(
             settings.model,
             revision=settings.revision,
@@ -276,7 +283,6 @@ def _scorer(source: str, settings: Settings, means: Means) -> Scorer:
         rewards,
         columns=["question", "answer"],
         max_completion_tokens=settings.max_completion_tokens,
-        conversational=False,
         num_workers=means.num_workers,
         timeout_seconds=means.timeout_seconds,
         memory_gib=4.0,
@@ -300,10 +306,12 @@ def _paper(
     reasons = processes.on_main(lambda: scorer.check_rows(rows))
     own = [
         replace(
-            prompt, columns=row, seed=random.Random(f"{settings.seed} {name} {template} {prompt.row}").getrandbits(62)
+            prompt,
+            columns=rows[prompt.row],
+            seed=random.Random(f"{settings.seed} {name} {template} {prompt.row}").getrandbits(62),
         )
-        for prompt, row, reason in zip(prompts, rows, reasons, strict=True)
-        if reason is None
+        for prompt in prompts
+        if reasons[prompt.row] is None
     ]
     if not own:
         raise ValueError(
@@ -477,7 +485,7 @@ def _conclude(
     """All results so far, with that of a paper whose samples are all there."""
     found = _result(paper, settings, out, seconds=seconds)
     results = [*(each for each in results if not _is_of(each, paper)), found]
-    replace_text(out / "results.json", json.dumps(_as_json(settings, results), indent=1))
+    replace_text(out / "results.json", to_json(_as_json(settings, results), indent=1))
     print(f"{paper.benchmark}, {paper.template}: {_in_words(found)}", flush=True)
     return results
 

@@ -5,6 +5,7 @@ docs/metrics.md shows METRICS as a table; a test keeps the two the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ METRICS = {
     "reward/std": "standard deviation of the same rewards over the step",
     "reward/<function>": "mean of that function's unweighted value over the sampled completions it gave a verdict on",
     "reward/unknown": 'share of completions whose reward is unknown ("can\'t tell"); they are not trained on',
+    "logged/<name>": "mean of the numbers that reward functions gave to log_metric under that name in the step",
     "group/with_signal": "share of the sampled groups whose known rewards are not all equal; others do nothing in the surrogate",
     "group/sampled": "groups that were sampled; this and the next six only with rollout.max_oversampling above 1",
     "group/replaced": "of them, those with no signal in rollout.signal_from that are not in the batch",
@@ -104,6 +106,29 @@ METRICS = {
 if there is one, else the first. Trained tokens are those of completions with a known reward in groups of the batch, less
 what algorithm.filter_truncated leaves out; where the others make no gradient and no pass reads them
 (Config.every_token_counts), only of those whose advantage is not 0, if any."""
+
+
+def check_reward_names(names: Iterable[str]) -> None:
+    """Raises ValueError if the metric of a reward would be another metric, or could not be told from one."""
+    for name in names:
+        others = [f"{prefix}/{name}" for prefix in ("reward", "eval") if _is_own(f"{prefix}/{name}")]
+        if others:
+            raise ValueError(
+                f"rewards.*.name is {name!r}; {others[0]} is another metric of the run (docs/metrics.md). Set another name."
+            )
+        if not name.isprintable() or name != name.strip():
+            raise ValueError(
+                f"rewards.*.name is {name!r}; it cannot be shown. Set a name of letters and other visible signs."
+            )
+
+
+def _is_own(metric: str) -> bool:
+    """Whether a metric in whose name no reward stands has this name."""
+    own = (name for name in METRICS if "<function>" not in name or name.endswith("_stderr"))
+    patterns = (
+        re.escape(name).replace("<function>", ".+").replace("<k>", r"\d+").replace("<n>", r"\d+") for name in own
+    )
+    return any(re.fullmatch(pattern, metric) for pattern in patterns)
 
 
 @dataclass
@@ -195,6 +220,8 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores) -> None:
         if name != VOTE:
             meter.mean_of_known(f"reward/{name}", values)
     meter.mean("reward/unknown", scores.rewards.isnan().double())
+    for name, logged in scores.metrics.items():
+        meter.mean(f"logged/{name}", torch.tensor(logged, dtype=torch.float64))
     meter.mean("group/with_signal", has_signal(scores.rewards).double())
     completions = [completion for group in groups for completion in group.completions]
     lens = torch.tensor([float(len(completion.token_ids)) for completion in completions])

@@ -7,7 +7,7 @@ import inspect
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from pathlib import Path
@@ -92,6 +92,32 @@ def check_context(config: Config) -> None:
             f"({config.data.max_prompt_tokens}) a sequence may have {config.max_sequence_tokens} tokens, and model.name "
             f"{config.model.name!r} knows {limit} positions. Lower one of the two."
         )
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[list[int]]) -> None:
+    """Raises ValueError if a prompt has tokens for which the model has no embedding; a GPU would fail without saying why."""
+    rows = getattr(
+        AutoConfig.from_pretrained(config.name, revision=config.revision).get_text_config(), "vocab_size", None
+    )
+    if rows is None:
+        return
+    if config.resize_embeddings and vocabulary_size(tokenizer) <= rows:
+        raise ValueError(
+            f"model.resize_embeddings is true; the {vocabulary_size(tokenizer)} tokens of the tokenizer of {config.name!r} have "
+            f"room in its embedding matrix of {rows} rows, so it has no effect. Remove it."
+        )
+    largest = max((max(ids, default=0) for ids in prompts), default=0)
+    if largest >= rows and not config.resize_embeddings:
+        raise ValueError(
+            f"model.name is {config.name!r}; a prompt has its tokenizer's token {largest} "
+            f"({tokenizer.convert_ids_to_tokens(largest)!r}), and its embedding matrix has {rows} rows. Use the tokenizer that "
+            "the model was trained with, or set model.resize_embeddings to true to add untrained rows."
+        )
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest token id, and one."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def check_attention(config: ModelConfig) -> None:
@@ -238,7 +264,12 @@ def load_lm(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
             if "drop" in name and isinstance(value, float):
                 setattr(part, name, 0.0)
     with progress.busy("loading the model"):
-        return AutoModelForCausalLM.from_pretrained(config.name, config=settings, revision=config.revision, dtype=dtype)
+        lm = AutoModelForCausalLM.from_pretrained(config.name, config=settings, revision=config.revision, dtype=dtype)
+    if config.resize_embeddings:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the same new rows in every process, and in the reference
+            lm.resize_token_embeddings(vocabulary_size(load_tokenizer(config)))
+    return lm
 
 
 def decoder_layers(lm: PreTrainedModel) -> list[GradientCheckpointingLayer]:

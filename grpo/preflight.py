@@ -9,7 +9,6 @@ Nothing of the run changes by it: it draws from random numbers of its own, and d
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
@@ -26,6 +25,7 @@ from grpo.advantage import has_signal
 from grpo.contamination import normalized
 from grpo.prompts import TEMPLATES, PromptOrder, build_prompts
 from grpo.types import Completion, Group, Prompt, Scores
+from grpo.writer import to_json
 
 if TYPE_CHECKING:
     from grpo.trainer import Trainer
@@ -400,7 +400,7 @@ class Result:
 
     def to_json(self) -> str:
         best = self.better
-        return json.dumps(
+        return to_json(
             {
                 "verdict": self.verdict,
                 "problems": [asdict(problem) for problem in self.problems],
@@ -478,7 +478,6 @@ def try_template(trainer: Trainer, prompts: list[Prompt], template: str, *, num_
     """Answer and score prompts, shared out over the processes."""
     config, processes, scorer = trainer.config.at(0), trainer.processes, trainer.scorer
     mine = prompts[processes.rank :: processes.world_size]
-    scorer.conversational, configured = template == "chat", scorer.conversational
 
     def sample() -> tuple[list[Group], Scores]:
         with scorer.begin(len(mine)) as scoring:
@@ -495,7 +494,6 @@ def try_template(trainer: Trainer, prompts: list[Prompt], template: str, *, num_
     trainer.agree_to_go_on()
     assert sampled is not None, "only a request to stop breaks off the sampling"
     groups, scores = sampled
-    scorer.conversational = configured
     seen = [see(group, scores, p, end_token_ids=trainer.policy.end_token_ids) for p, group in enumerate(groups)]
     dealt = zip_longest(
         *processes.gather(seen)

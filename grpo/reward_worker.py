@@ -5,14 +5,15 @@ limit holds for every single call. A worker that exceeds it is killed and replac
 script; it imports the standard library and what the functions import, and nothing else (no torch), and sees no GPU.
 
     parent -> worker    once: import path, source files, functions, memory limit; then (output file, calls)
-    worker -> parent    ("ready", None) or ("broken", traceback); then per call ("value", pickled result),
+    worker -> parent    ("ready", None) or ("broken", traceback); then per call ("value", pickled result and what it logged),
                         ("bug", traceback), ("exhausted", None) or ("exit", None)
 
 What a call starts ends with it. Each worker has a keeper, the process that the parent starts and that forks the worker: as a
 "child subreaper" (man 2 prctl) it inherits whatever the worker's children leave behind, even if they made themselves a session
 of their own, and ends it. What a call prints goes to a file, and what it changes in its process (folder, environment, signal
 handlers, recursion limit) is put back. A call that finds no memory left, or whose worker dies, is made once more in a fresh
-worker, so that a leak is not blamed on the call that happens to come last.
+worker, so that a leak is not blamed on the call that happens to come last. Of the environment a worker is given what INHERITED
+names and no more: an access key that it does not have cannot end up in what a call prints.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import errno
 import math
 import os
 import pickle
+import re
 import resource
 import secrets
 import select
@@ -37,10 +39,10 @@ import traceback
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_end
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
@@ -51,6 +53,8 @@ MAX_PROCESSES = 64  # that a call may have started at a time; more is a fork bom
 MAX_OUTPUT_BYTES = 64 * 2**20  # of what the functions print; then the file starts anew
 WATCH_SECONDS = 0.2  # how often a keeper looks
 END_SECONDS = 10.0  # for a keeper to end what a call left behind
+MAX_FAILED_STARTS = 5  # in a row, of a worker that has run before; the machine may be short of memory for a while
+PAUSE_SECONDS = 0.5  # before a start that follows a failed one, times how many failed
 
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -59,6 +63,25 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "PYTHONHASHSEED": "0",  # a reward that iterates over a set gives the same value after a resume
 }
+
+
+INHERITED = re.compile(
+    "PATH|HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|LC_.*|TZ|TERM|TMPDIR|TEMP|TMP|HOSTNAME|VIRTUAL_ENV|LD_LIBRARY_PATH"
+    "|PYTHON(PATH|HOME|UTF8|WARNINGS|IOENCODING|DONTWRITEBYTECODE|PYCACHEPREFIX|NOUSERSITE|USERBASE)"
+    "|CONDA_(PREFIX|DEFAULT_ENV)|XDG_(CACHE|CONFIG|DATA|RUNTIME)_(HOME|DIR)|SSL_CERT_(FILE|DIR)|NLTK_DATA"
+    "|HF_(HOME|HUB_CACHE|DATASETS_CACHE|HUB_OFFLINE|DATASETS_OFFLINE)|TRANSFORMERS_(CACHE|OFFLINE)"
+)
+"""Variables that a worker is given: where programs, libraries and caches lie, and the language. No keys, no addresses."""
+
+
+def inherited(environment: Mapping[str, str], also: Iterable[str]) -> dict[str, str]:
+    """What workers are given of an environment.
+
+    Args:
+        also: names of further variables.
+    """
+    names = set(also)
+    return {name: value for name, value in environment.items() if name in names or INHERITED.fullmatch(name)}
 
 
 # ---- the pipe ---------------------------------------------------------------------------------------------------------
@@ -131,6 +154,25 @@ class Call:
     function: int
     arguments: dict[str, Any]
     seconds: float
+    logs: tuple[str, ...] = ()  # methods of Logged that the function is handed under their names
+
+
+@dataclass
+class Logged:
+    """What a call has logged. Its methods are what TRL hands to a reward function under these names."""
+
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+    def log_metric(self, name: str, value: float) -> None:
+        """A number; a metric of the step is the mean of those of its name."""
+        if not math.isfinite(value):
+            raise ValueError(f"log_metric({name!r}, {value!r}): it must be a finite number.")
+        self.metrics.setdefault(name, []).append(float(value))
+
+    def log_extra(self, column: str, values: Iterable[Any]) -> None:
+        """A value for each completion of the call."""
+        self.columns.setdefault(column, []).extend(values)
 
 
 @dataclass(frozen=True)
@@ -143,6 +185,8 @@ class Outcome:
     kind: Literal["value", "timeout", "crash"]
     value: Any = None
     seconds: float = 0.0  # until it ended
+    metrics: dict[str, list[float]] = field(default_factory=dict)  # what it logged
+    columns: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,6 +196,11 @@ class SourceFile:
     module: str
     path: str
     text: str
+
+    @property
+    def folder(self) -> str:
+        """What lies beside the file is imported from here, as for a script."""
+        return os.path.dirname(self.path)
 
     def load(self) -> types.ModuleType:
         """Run the text as a module of that name."""
@@ -174,7 +223,15 @@ class FunctionBug(Exception):
 class WorkerPool:
     """Worker processes that all know the same functions."""
 
-    def __init__(self, functions: list[bytes], *, files: list[SourceFile], num_workers: int, memory_gib: float) -> None:
+    def __init__(
+        self,
+        functions: list[bytes],
+        *,
+        files: list[SourceFile],
+        num_workers: int,
+        memory_gib: float,
+        environment: Iterable[str] = (),
+    ) -> None:
         """Start the workers and wait until each has loaded the functions.
 
         Args:
@@ -182,6 +239,7 @@ class WorkerPool:
             files: modules to load first, because functions come from them.
             num_workers: how many processes.
             memory_gib: address space that calls may add, per worker, to what loading the functions took.
+            environment: names of variables that workers are given besides INHERITED.
 
         Raises:
             RuntimeError: a worker could not load them.
@@ -189,7 +247,8 @@ class WorkerPool:
         fields = [(file.module, file.path, file.text) for file in files]
         setup = (sys.path, fields, functions, int(memory_gib * 2**30))
         self.output = Path(os.devnull)  # what the functions print is appended to this file
-        self._workers = [_Worker(setup) for _ in range(num_workers)]
+        variables = {**inherited(os.environ, environment), **_ENVIRONMENT}
+        self._workers = [_Worker(setup, variables) for _ in range(num_workers)]
         # One thread for as long as the pool lives: a worker dies with the thread that started it (PR_SET_PDEATHSIG).
         self._errands: SimpleQueue[tuple[Callable[[Errand], list[Outcome]], Errand] | None] = SimpleQueue()
         threading.Thread(target=_run_errands, args=(self._errands,), daemon=True, name="reward-workers").start()
@@ -338,14 +397,17 @@ class _Worker:
     it had made others is the `suspect`: it alone is sent to the new process, and if that dies too, it is the call's fault.
     """
 
-    def __init__(self, setup: tuple[Any, ...]) -> None:
+    def __init__(self, setup: tuple[Any, ...], environment: dict[str, str]) -> None:
         self.setup = setup
+        self.environment = environment
         self.process: subprocess.Popen[bytes] | None = None
         self.assigned: deque[tuple[int, Call]] = deque()
         self.suspect: tuple[int, Call] | None = None
         self.output = Path(os.devnull)
         self.num_answers = 0  # of this process
         self.ready = False
+        self.has_loaded = False  # the functions, in this process or one before it
+        self.num_failed_starts = 0  # in a row
         self.started = 0.0  # when the running call did
         self.deadline = 0.0
 
@@ -361,16 +423,8 @@ class _Worker:
     def start(self) -> None:
         """Start the process; `collect` will find it ready."""
         ours, theirs = socket.socketpair()
-        self.process = subprocess.Popen(
-            # By path, not "-m": importing the package first would import torch. -P: its folder has a types.py.
-            [sys.executable, "-P", __file__, str(theirs.fileno()), str(os.getpid())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # its errors are shown until the functions are loaded
-            process_group=0,
-            env={**os.environ, **_ENVIRONMENT},
-        )
-        theirs.close()
+        with theirs:
+            self.process = self._open(theirs.fileno())
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(END_SECONDS), 0))
         key = secrets.token_bytes(16)
         self.pipe = Pipe(ours, key)
@@ -378,6 +432,32 @@ class _Worker:
         with contextlib.suppress(OSError):  # then `collect` finds it dead
             ours.sendall(key)
             self.pipe.send(self.setup)
+
+    def _open(self, descriptor: int) -> subprocess.Popen[bytes]:
+        while True:
+            try:
+                return subprocess.Popen(
+                    # By path, not "-m": importing the package first would import torch. -P: its folder has a types.py.
+                    [sys.executable, "-P", __file__, str(descriptor), str(os.getpid())],
+                    pass_fds=[descriptor],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,  # its errors are shown until the functions are loaded
+                    process_group=0,
+                    env=self.environment,
+                )
+            except OSError as error:  # no memory, or no process
+                self._bear_failed_start(f"could not be started: {error}")
+
+    def _bear_failed_start(self, what: str) -> None:
+        """Pause before the next; raise RuntimeError if it is not to be hoped for."""
+        self.num_failed_starts += 1
+        if not self.has_loaded:
+            raise RuntimeError(f"A reward worker {what}")
+        if self.num_failed_starts == MAX_FAILED_STARTS:
+            raise RuntimeError(
+                f"A reward worker that had to be replaced {what} That was {MAX_FAILED_STARTS} times in a row."
+            )
+        time.sleep(PAUSE_SECONDS * self.num_failed_starts)
 
     def kill(self) -> None:
         """End the process and whatever it started."""
@@ -395,7 +475,7 @@ class _Worker:
     def send(self, calls: list[tuple[int, Call]], output: Path) -> bool:
         """Let it make these calls; False if its process turns out to be dead."""
         try:
-            self.pipe.send((str(output), [(call.function, call.arguments) for _, call in calls]))
+            self.pipe.send((str(output), [(call.function, call.arguments, call.logs) for _, call in calls]))
         except OSError:
             self.kill()
             return False
@@ -429,14 +509,15 @@ class _Worker:
 
     def _read(self, kind: str, value: Any) -> list[tuple[int, Outcome]]:
         if kind == "ready":
-            self.ready = True
+            self.ready = self.has_loaded = True
+            self.num_failed_starts = 0
             if self.suspect is not None:
                 suspect, self.suspect = self.suspect, None
                 if not self.send([suspect], self.output):
                     raise EOFError
             return []
         if kind == "broken":
-            raise RuntimeError(f"A reward worker could not load the reward functions:\n{value}")
+            return self._start_again(f"could not load the reward functions:\n{value}")
         if kind == "exhausted":  # whatever the call left behind may hurt the next
             return self._replace_after_crash()
         if kind == "exit":
@@ -445,13 +526,13 @@ class _Worker:
         if kind == "bug":
             raise FunctionBug(number, value)
         try:
-            result = pickle.loads(value)
+            result, metrics, columns = pickle.loads(value)
         except Exception:
             raise FunctionBug(number, f"What it returned cannot be read:\n{traceback.format_exc()}") from None
         self.num_answers += 1
         seconds = self._seconds()
         self._restart_clock()
-        return [(number, Outcome("value", result, seconds))]
+        return [(number, Outcome("value", result, seconds, metrics, columns))]
 
     def _replace_after_crash(self) -> list[tuple[int, Outcome]]:
         """Start a new process; the running call is tried again in it, unless the old one was new as well."""
@@ -463,14 +544,21 @@ class _Worker:
         return self._replace("crash")
 
     def _replace(self, kind: Literal["timeout", "crash"]) -> list[tuple[int, Outcome]]:
-        """Blame the running call and start a new process."""
-        self.kill()
+        """Blame the running call, if there is one, and start a new process."""
         if not self.ready:
-            raise RuntimeError(f"A reward worker ended in a {kind} while it loaded the reward functions.")
+            return self._start_again(f"ended in a {kind} while it loaded the reward functions.")
+        self.kill()
         number, _ = self.assigned.popleft()
         seconds = self._seconds()
         self.start()
         return [(number, Outcome(kind, seconds=seconds))]
+
+    def _start_again(self, what: str) -> list[tuple[int, Outcome]]:
+        """After a start that failed; no call is to blame."""
+        self.kill()
+        self._bear_failed_start(what)
+        self.start()
+        return []
 
     def _restart_clock(self) -> None:
         self.started = time.monotonic()
@@ -606,8 +694,8 @@ def work(end: socket.socket) -> None:
         while True:
             output, calls = pipe.receive()
             surroundings.print_to(output)
-            for function, arguments in calls:
-                answer = _answer(functions[function], arguments)
+            for function, arguments, logs in calls:
+                answer = _answer(functions[function], arguments, logs)
                 surroundings.restore()
                 pipe.send(answer)
 
@@ -658,10 +746,11 @@ class _Surroundings:
 
 
 def _load(setup: tuple[list[str], list[tuple[str, str, str]], list[bytes], int]) -> list[Callable[..., Any]]:
-    path, files, functions, memory = setup
-    sys.path[:] = path
-    for fields in files:
-        SourceFile(*fields).load()
+    path, fields, functions, memory = setup
+    files = [SourceFile(*each) for each in fields]
+    sys.path[:] = [*dict.fromkeys(file.folder for file in files), *path]
+    for file in files:
+        file.load()
     loaded = [pickle.loads(function) for function in functions]
     _limit_memory(memory)
     return loaded
@@ -677,10 +766,14 @@ def _limit_memory(allowance: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, most))
 
 
-def _answer(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, Any]:
+def _answer(function: Callable[..., Any], arguments: dict[str, Any], logs: tuple[str, ...]) -> tuple[str, Any]:
     """Make the call; what to tell the parent."""
+    logged = Logged()
     try:
-        return "value", pickle.dumps(function(**arguments))
+        value = function(**arguments, **{name: getattr(logged, name) for name in logs})
+        if hasattr(value, "__await__"):
+            value = _awaited(value)
+        return "value", pickle.dumps((value, logged.metrics, logged.columns))
     except MemoryError:
         return "exhausted", None
     except Exception as error:
@@ -690,6 +783,16 @@ def _answer(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[st
         return "bug", "".join(traceback.format_exception(type(error), error, frames))
     except BaseException:  # SystemExit and KeyboardInterrupt ask for the end of the process
         return "exit", None
+
+
+def _awaited(value: Awaitable[Any]) -> Any:
+    """What an `async` function returns."""
+    import asyncio  # few need it, and every worker would wait for it
+
+    async def wait() -> Any:
+        return await value
+
+    return asyncio.run(wait())
 
 
 if __name__ == "__main__":

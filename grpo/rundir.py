@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import platform
 import sys
 from collections.abc import Callable
@@ -20,8 +19,8 @@ from grpo.console import LineSink
 from grpo.display import DisplaySink, console_sink
 from grpo.distributed import Processes
 from grpo.evaluate import is_right, summarize, verdict_name
-from grpo.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink, append_jsonl, read_jsonl, rewind_jsonl
-from grpo.writer import replace_text
+from grpo.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink, append_jsonl, read_jsonl, read_metrics, rewind_jsonl
+from grpo.writer import replace_text, to_json
 
 ROLL_BACKS = "roll_backs.jsonl"
 RECORDED = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "math-verify")
@@ -80,7 +79,7 @@ def record(directory: Path, config: Config, processes: Processes) -> None:
         "python": platform.python_version(),
         **{name: version(name) for name in RECORDED},
     }
-    replace_text(directory / "environment.json", json.dumps(environment, indent=1))
+    replace_text(directory / "environment.json", to_json(environment, indent=1))
 
 
 class RunLog:
@@ -170,7 +169,8 @@ class RunLog:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows so far. For the main process."""
-        return _rows(self.directory / "metrics.jsonl")
+        path = self.directory / "metrics.jsonl"
+        return read_metrics(path) if path.exists() else []
 
     def log_roll_back(self, row: dict[str, Any]) -> None:
         if self.processes.is_main:

@@ -30,10 +30,9 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo.config import Config
+from grpo.config import Config, read_yaml, write_yaml
 from grpo.distributed import GIB
 
 USABLE = 0.92
@@ -449,7 +448,7 @@ def as_yaml(scaled: Scaled, source: Path, *, run_dir: str, out: Path, num_questi
     Raises:
         ValueError: what comes out would be refused.
     """
-    settings, why = yaml.safe_load(source.read_text()), changes(scaled, run_dir)
+    settings, why = read_yaml(source.read_text()), changes(scaled, run_dir)
     comments: dict[str, list[str]] = {}
     for name, (value, _) in why.items():
         section, setting = name.split(".", 1)
@@ -469,7 +468,7 @@ def as_yaml(scaled: Scaled, source: Path, *, run_dir: str, out: Path, num_questi
             first, *rest = _dumped({setting: value})
             lines += [f"  {first}" + (f" # {reason}" if reason else ""), *(f"  {line}" for line in rest)]
     text = "\n".join(lines) + "\n"
-    Config(**yaml.safe_load(text))
+    Config(**read_yaml(text))
     return text
 
 
@@ -478,7 +477,7 @@ def _share_of_length(tokens: int, scaled: Scaled) -> int:
 
 
 def _dumped(value: Any) -> list[str]:
-    return yaml.safe_dump(value, sort_keys=False, width=10_000).splitlines()
+    return write_yaml(value, width=10_000).splitlines()
 
 
 def _header(scaled: Scaled, source: Path, out: Path, num_questions: int | None) -> list[str]:

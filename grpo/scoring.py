@@ -7,26 +7,39 @@ A reward function is a plain function; the names of its parameters say what it i
                                                            is a list with one item per completion
 
 It can ask for `completion`, `prompt`, `finish_reason`, `num_tokens`, `max_completion_tokens`, `completion_ids`, any
-column of the data, and the keys of its `args`; `**kwargs` is given everything. Three endings are kept apart: a value,
-"can't tell" (None, a timeout, a crash), and a bug in the function, which stops the run and shows the sample.
+column of the data, and the keys of its `args`; as in TRL also for `trainer_state`, `log_metric` and `log_extra`. `**kwargs`
+is given everything. It may be `async`. Three endings are kept apart: a value, "can't tell" (None, a timeout, a crash), and a
+bug in the function, which stops the run and shows the sample.
+
+Which of the two it is, and whether completions come as texts or as messages, is its form. `Reward.form` says it, or else the
+parameters do: one named `completions` or `prompts`, or annotated with a list of lists, makes it a function of a group, and
+`completions: list[str]` and `list[list[...]]` mean texts and messages. Where nothing says it, a group's completions are
+messages if the prompts are conversations, as in TRL.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
+import functools
 import importlib
 import inspect
+import io
+import json
 import math
 import numbers
+import os
+import re
 import sys
 import time
 import zlib
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import CodeType, MappingProxyType, ModuleType, SimpleNamespace
+from typing import Any, ClassVar, Literal
 
 import cloudpickle
 import torch
@@ -35,7 +48,7 @@ from torch import Tensor
 from grpo import progress, verdict_cache
 from grpo.config import RewardConfig
 from grpo.reward_worker import Call, Errand, FunctionBug, Outcome, SourceFile, WorkerPool
-from grpo.rows import MESSAGES, canonical
+from grpo.rows import canonical
 from grpo.types import Completion, Group, Scores
 
 _files: dict[str, SourceFile] = {}  # modules that resolve_function loaded from a path; workers load the same text
@@ -43,8 +56,21 @@ _files: dict[str, SourceFile] = {}  # modules that resolve_function loaded from 
 ROWS_PER_CHECK = 256  # at first, between two looks at the clock
 SECONDS_BETWEEN_LINES = 3.0
 
-SINGLE = ("completion", "prompt", "finish_reason", "num_tokens", "max_completion_tokens", "completion_ids")
-LISTED = ("completions", "prompts", "finish_reason", "num_tokens", "max_completion_tokens", "completion_ids")
+LOGS = ("log_metric", "log_extra")  # methods of reward_worker.Logged
+SHARED = ("finish_reason", "num_tokens", "max_completion_tokens", "completion_ids", "trainer_state", *LOGS)
+SINGLE = ("completion", "prompt", *SHARED)
+LISTED = ("completions", "prompts", *SHARED)
+
+LARGEST = float(torch.finfo(torch.float32).max)
+"""Of a reward. Rewards are 64-bit numbers up to the advantage, which is a 32-bit one: a larger reward would become infinite."""
+
+Form = Literal["completion", "texts", "messages"]
+FORMS: dict[str, str] = {
+    "completion": "once for each completion, as text",
+    "texts": "once for a group, with its completions as texts",
+    "messages": "once for a group, with its completions as lists of messages",
+}
+"""How a function can be called."""
 
 
 class RewardError(RuntimeError):
@@ -59,10 +85,29 @@ class Reward:
     weight: float = 1.0  # 0: only logged
     name: str = ""  # in the metrics; empty: the function's own
     args: dict[str, Any] = field(default_factory=dict)  # further keyword arguments
+    form: Form | None = None  # how it is called; None: as its parameters say
 
     def __post_init__(self) -> None:
+        """Raises ValueError if the function is a class, or there is no such form."""
+        if inspect.isclass(self.function):
+            raise ValueError(
+                f"reward {self.function.__name__} is a class; a reward is a function, or an object that can be called. Hand over "
+                f"an object: {self.function.__name__}(...)."
+            )
         if not self.name:
-            object.__setattr__(self, "name", getattr(self.function, "__name__", type(self.function).__name__))
+            function = _unwrapped(self.function)
+            object.__setattr__(self, "name", getattr(function, "__name__", type(function).__name__))
+        if self.form is not None and self.form not in FORMS:
+            raise ValueError(
+                f"reward {self.name} has the form {self.form!r}; it is {', '.join(FORMS)} or None. Correct it."
+            )
+
+
+def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a `functools.partial` is of."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
 
 
 class Scorer:
@@ -75,10 +120,10 @@ class Scorer:
         columns: Iterable[str],
         elsewhere: Mapping[str, str] | None = None,
         max_completion_tokens: int,
-        conversational: bool,
         num_workers: int,
         timeout_seconds: float,
         memory_gib: float,
+        environment: Sequence[str] = (),
     ) -> None:
         """Check that every function can be given what it asks for, and start the workers.
 
@@ -87,10 +132,10 @@ class Scorer:
             columns: the names of the data columns.
             elsewhere: columns that only a part of the questions has, and which part: for error messages.
             max_completion_tokens: handed to the functions that ask for it.
-            conversational: functions with a `completions` parameter get lists of messages instead of strings.
             num_workers: processes.
             timeout_seconds: wall-clock limit of one completion in one function; a list gets it once per completion.
             memory_gib: address space that the calls of one worker may add to what importing the functions took.
+            environment: names of environment variables that the workers are given besides reward_worker.INHERITED.
 
         Raises:
             ValueError: a parameter nobody can fill, an argument nobody takes, two rewards of one name, or a function
@@ -101,9 +146,14 @@ class Scorer:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"rewards has {name} twice; metrics are told apart by name. Set a name for each.")
+        for variable in environment:
+            if variable not in os.environ:
+                raise ValueError(
+                    f"scoring.environment has {variable!r}; there is no such environment variable here. Export it, or remove it."
+                )
         self.rewards = list(rewards)
         self.max_completion_tokens = max_completion_tokens
-        self.conversational = conversational
+        self.trainer_state = SimpleNamespace(global_step=0, max_steps=0, epoch=0.0)  # as far as TRL's is known here
         self.timeout_seconds = timeout_seconds
         columns, elsewhere = list(columns), elsewhere or {}
         self._scorers = [_bind(reward, columns, elsewhere) for reward in rewards]
@@ -114,6 +164,7 @@ class Scorer:
                 files=[_files[name] for name in _modules(rewards) if name in _files],
                 num_workers=num_workers,
                 memory_gib=memory_gib,
+                environment=environment,
             )
 
     def score(self, groups: list[Group]) -> Scores:
@@ -226,11 +277,13 @@ class Scorer:
     def tasks(self, p: int, group: Group) -> Iterator[_Task]:
         """The calls for group number p, in all functions."""
         singles = [self._single(group, completion) for completion in group.completions]
-        listed = self._listed(group)
+        listed = {as_messages: self._listed(group, as_messages=as_messages) for as_messages in (False, True)}
+        usual: Form = "texts" if group.prompt.messages is None else "messages"
         for f, bound in enumerate(self._scorers):
             if bound.is_listed:
+                own = listed[(bound.form or usual) == "messages"]
                 seconds = self.timeout_seconds * len(singles)
-                yield _Task(bound, f, listed, bound.arguments(listed), seconds, p, 0, len(singles))
+                yield _Task(bound, f, own, bound.arguments(own), seconds, p, 0, len(singles))
             else:
                 for g, single in enumerate(singles):
                     yield _Task(bound, f, single, bound.arguments(single), self.timeout_seconds, p, g)
@@ -244,18 +297,19 @@ class Scorer:
             "num_tokens": len(completion.token_ids),
             "max_completion_tokens": self.max_completion_tokens,
             "completion_ids": completion.token_ids,
+            "trainer_state": self.trainer_state,
         }
 
-    def _listed(self, group: Group) -> dict[str, Any]:
-        """Everything that a function of a list can ask for: a list with one item per completion under every name."""
+    def _listed(self, group: Group, *, as_messages: bool) -> dict[str, Any]:
+        """Everything that a function of a list can ask for: a list with one item per completion under every name, as TRL's."""
         num = len(group.completions)
-        texts = [completion.text for completion in group.completions]
-        completions: list[Any] = texts
+        completions: list[Any] = [completion.text for completion in group.completions]
         prompts: list[Any] = [group.prompt.text] * num
-        if self.conversational:
-            completions = [[{"role": "assistant", "content": text}] for text in texts]
-            turn = {"role": "user", "content": group.prompt.columns["question"]}
-            prompts = [group.prompt.columns.get(MESSAGES) or [turn] for _ in texts]
+        if as_messages:
+            completions = [[{"role": "assistant", "content": text}] for text in completions]
+            prompts = [
+                group.prompt.messages or [{"role": "user", "content": group.prompt.columns.get("question")}]
+            ] * num
         return {name: [value] * num for name, value in group.prompt.columns.items()} | {
             "completions": completions,
             "prompts": prompts,
@@ -263,6 +317,7 @@ class Scorer:
             "num_tokens": [len(completion.token_ids) for completion in group.completions],
             "max_completion_tokens": [self.max_completion_tokens] * num,
             "completion_ids": [completion.token_ids for completion in group.completions],
+            "trainer_state": self.trainer_state,  # not a list, nor in TRL
         }
 
 
@@ -312,18 +367,44 @@ class Scoring:
         rewards = self._scorer.rewards
         row = {p: number for number, p in enumerate(places)}
         group_size = next((self._sizes[p] for p in places), 0) or 0
-        values = torch.full((len(rewards), len(places), group_size), math.nan)
+        values = torch.full((len(rewards), len(places), group_size), math.nan, dtype=torch.float64)
+        extras: list[list[dict[str, Any]]] = [[{} for _ in range(group_size)] for _ in places]
+        metrics: dict[str, list[float]] = {}
         for task, outcome in zip(tasks, outcomes, strict=True):
             if outcome.kind == "value":
-                verdicts = torch.tensor(task.verdicts(outcome.value))
-                values[task.function, row[task.p], task.g : task.g + task.num_values] = verdicts
+                place = slice(task.g, task.g + task.num_values)
+                values[task.function, row[task.p], place] = torch.tensor(
+                    task.verdicts(outcome.value), dtype=torch.float64
+                )
+                for own, cells in zip(extras[row[task.p]][place], task.extras(outcome.columns), strict=True):
+                    own |= {task.bound.reward.name: cells} if cells else {}
+            for name, logged in outcome.metrics.items():
+                metrics[name] = metrics.get(name, []) + logged
+        sums = weighted_sum(values, torch.tensor([reward.weight for reward in rewards], dtype=torch.float64))
+        self._refuse_too_large(sums, values, tasks)
         return Scores(
-            rewards=weighted_sum(values, torch.tensor([reward.weight for reward in rewards])),
+            rewards=sums,
             values={reward.name: values[f] for f, reward in enumerate(rewards)},
             num_timeouts=sum(outcome.kind == "timeout" for outcome in outcomes),
             num_crashes=sum(outcome.kind == "crash" for outcome in outcomes),
             seconds=sum(outcome.seconds for outcome in outcomes),
+            metrics=metrics,
+            extras=extras,
         )
+
+    def _refuse_too_large(self, sums: Tensor, values: Tensor, tasks: list[_Task]) -> None:
+        """Raises RewardError if weights make more of rewards than fits."""
+        for p, g in (sums.abs() > LARGEST).nonzero().tolist():
+            parts = [
+                abs(reward.weight) * abs(float(v))
+                for reward, v in zip(self._scorer.rewards, values[:, p, g], strict=True)
+            ]
+            largest = max((part, f) for f, part in enumerate(parts) if not math.isnan(part))[1]
+            task = next(task for task in tasks if task.function == largest)
+            raise task.error(
+                f"times its weight ({self._scorer.rewards[largest].weight:g}) makes the sum of a completion's rewards "
+                f"{float(sums[p, g]):g}; it must lie within {LARGEST:.3g}"
+            )
 
     def __enter__(self) -> Scoring:
         return self
@@ -339,7 +420,8 @@ def _shown_with_its_sample(tasks: list[_Task]) -> Iterator[None]:
     try:
         yield
     except FunctionBug as bug:
-        raise tasks[bug.call].error("raised an exception", bug.worker_traceback) from None
+        task = tasks[bug.call]
+        raise task.error("raised an exception", f"{task.how_called}\n{bug.worker_traceback}") from None
 
 
 def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
@@ -370,26 +452,57 @@ def join_scores(parts: Sequence[Scores]) -> Scores:
         num_timeouts=sum(each.num_timeouts for each in parts),
         num_crashes=sum(each.num_crashes for each in parts),
         seconds=sum(each.seconds for each in parts),
+        metrics={
+            name: [value for each in parts for value in each.metrics.get(name, [])]
+            for name in dict.fromkeys(name for each in parts for name in each.metrics)
+        },
+        extras=[group for each in parts for group in each.extras],
     )
 
 
 def resolve_rewards(configured: Iterable[RewardConfig]) -> list[Reward]:
-    """The rewards that a YAML lists. Raises ValueError as `resolve_function` does."""
-    return [Reward(resolve_function(r.function), weight=r.weight, name=r.name or "", args=r.args) for r in configured]
+    """The rewards that a YAML lists. Raises ValueError as `resolve_function` does, or if a class makes no reward."""
+    return [_configured(each) for each in configured]
+
+
+def _configured(config: RewardConfig) -> Reward:
+    function, args = resolve_function(config.function), config.args
+    if inspect.isclass(function):
+        named = inspect.signature(function).parameters
+        own = {name: value for name, value in args.items() if name in named}
+        function, args = _instance(config.function, function, own), {n: v for n, v in args.items() if n not in own}
+    return Reward(function, weight=config.weight, name=config.name or "", args=args, form=config.form)
+
+
+def _instance(spec: str, kind: type, args: dict[str, Any]) -> Callable[..., Any]:
+    """An object of a class that a YAML names, made with those of its args that the class takes."""
+    try:
+        made = kind(**args)
+    except TypeError as error:
+        raise ValueError(
+            f"rewards.*.function is {spec!r}, a class; it cannot be made from its args {args}: {error}. Set rewards.*.args."
+        ) from error
+    if not callable(made):
+        raise ValueError(
+            f"rewards.*.function is {spec!r}, a class; its objects cannot be called. Give it a method __call__, or name "
+            "a function."
+        )
+    return made
 
 
 def resolve_function(spec: str) -> Callable[..., Any]:
-    """The reward function that a YAML names.
+    """The reward function that a YAML names, or the class of such functions.
 
     Args:
-        spec: a name in the package `rewards` ("accuracy"), "module:function", or "path/to/file.py:function".
+        spec: a name in rewards/ ("accuracy"), "module:function", or "path/to/file.py:function".
 
     Raises:
         ValueError: there is no such function.
     """
     place, colon, name = spec.rpartition(":")
     if not colon:
-        module, known = importlib.import_module("rewards"), importlib.import_module("rewards").__all__
+        module = importlib.import_module("grpo.rewards")  # a user's own `rewards` is another module
+        known = module.__all__
         if spec not in known:
             raise ValueError(
                 f"rewards.*.function is {spec!r}; {_nearest(spec, known)}. Name one of these, "
@@ -419,11 +532,19 @@ class _Bound:
     function: Callable[..., Any]
     names: list[str]
     args: dict[str, Any]
-    is_listed: bool
+    form: Form | None = "completion"  # None: texts or messages, as the prompts are
+
+    @property
+    def is_listed(self) -> bool:
+        return self.form != "completion"
+
+    @property
+    def logs(self) -> tuple[str, ...]:
+        return tuple(name for name in self.names if name in LOGS)
 
     def arguments(self, known: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a call."""
-        return {name: known[name] for name in self.names} | self.args
+        return {name: known[name] for name in self.names if name not in LOGS} | self.args
 
     def pickled(self) -> bytes:
         """The function as bytes: by value where a worker could not, or should not have to, import its module."""
@@ -433,7 +554,9 @@ class _Bound:
         try:
             if by_value:
                 cloudpickle.register_pickle_by_value(module)
-            return cloudpickle.dumps(self.function)
+            file = io.BytesIO()
+            _Pickler(file).dump(self.function)
+            return file.getvalue()
         except Exception as error:
             raise ValueError(
                 f"reward {self.reward.name} is {self.function!r}; it runs in another process and cannot be sent there: "
@@ -444,11 +567,22 @@ class _Bound:
                 cloudpickle.unregister_pickle_by_value(module)
 
 
+def _code_of_a_file(code: CodeType) -> tuple[Any, ...]:
+    make, arguments = cloudpickle.Pickler.dispatch_table[CodeType](code)
+    return make, tuple(code.co_filename if each == "<dynamic-code>" else each for each in arguments)
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Lets code know its file, which cloudpickle 3.1.3 conceals: a traceback of a bug shows the line."""
+
+    dispatch_table: ClassVar = ChainMap({CodeType: _code_of_a_file}, cloudpickle.Pickler.dispatch_table)
+
+
 def _bind(reward: Reward, columns: list[str], elsewhere: Mapping[str, str]) -> _Bound:
     """Check a reward function's parameters against what there is."""
     parameters = inspect.signature(reward.function).parameters
-    is_listed = "completions" in parameters
-    built_in = LISTED if is_listed else SINGLE
+    form = reward.form or _form_by_parameters(parameters)
+    built_in = SINGLE if form == "completion" else LISTED
     for name in parameters:
         if name in built_in and name in columns:
             raise ValueError(
@@ -466,7 +600,24 @@ def _bind(reward: Reward, columns: list[str], elsewhere: Mapping[str, str]) -> _
                 f"rewards.*.args of {reward.name} sets {name!r}; the function has no such parameter: "
                 f"{_nearest(name, list(parameters))}. Remove it or correct the name."
             )
-    return _bound(reward, reward.function, [*built_in, *columns], reward.args, elsewhere, is_listed=is_listed)
+    return _bound(reward, reward.function, [*built_in, *columns], reward.args, form, elsewhere)
+
+
+def _form_by_parameters(parameters: Mapping[str, inspect.Parameter]) -> Form | None:
+    """None: a function of a group whose completions come as the prompts do."""
+    annotations = {name: _annotation(parameter) for name, parameter in parameters.items()}
+    completions = annotations.get("completions", "")
+    if re.match(r"(list|sequence)\[(list|sequence)\[", completions):
+        return "messages"
+    if re.match(r"(list|sequence)\[str\]", completions):
+        return "texts"
+    of_lists = re.match(r"(list|sequence)\[(list|sequence)\[", annotations.get("completion_ids", ""))
+    return None if "completions" in parameters or "prompts" in parameters or of_lists else "completion"
+
+
+def _annotation(parameter: inspect.Parameter) -> str:
+    """As text, whether it was evaluated or not, without the names of modules."""
+    return re.sub(r"\b(\w+\.)+", "", str(parameter.annotation)).lower()
 
 
 def _bind_check(reward: Reward, columns: list[str], elsewhere: Mapping[str, str]) -> _Bound | None:
@@ -476,7 +627,7 @@ def _bind_check(reward: Reward, columns: list[str], elsewhere: Mapping[str, str]
         return None
     parameters = inspect.signature(check).parameters
     args = {name: value for name, value in reward.args.items() if name in parameters or _takes_everything(check)}
-    return _bound(reward, check, columns, args, elsewhere, is_listed=False)
+    return _bound(reward, check, columns, args, "completion", elsewhere)
 
 
 def _bound(
@@ -484,9 +635,8 @@ def _bound(
     function: Callable[..., Any],
     available: list[str],
     args: dict[str, Any],
+    form: Form | None,
     elsewhere: Mapping[str, str],
-    *,
-    is_listed: bool,
 ) -> _Bound:
     parameters = inspect.signature(function).parameters
     for name, parameter in parameters.items():
@@ -506,7 +656,7 @@ def _bound(
             )
     takes_everything = _takes_everything(function)
     names = [name for name in dict.fromkeys(available) if takes_everything or name in parameters]
-    return _Bound(reward, function, names, args, is_listed)
+    return _Bound(reward, function, names, args, form)
 
 
 def _names(function: Callable[..., Any], parameter: str) -> bool:
@@ -548,7 +698,24 @@ class _Task:
 
     @property
     def call(self) -> Call:
-        return Call(self.function, self.arguments, self.seconds)
+        return Call(self.function, self.arguments, self.seconds, self.bound.logs)
+
+    @property
+    def how_called(self) -> str:
+        if self.bound.function is not self.bound.reward.function:  # its check_row
+            return ""
+        form = self.bound.form or ("messages" if isinstance(self.sample["completions"][0], list) else "texts")
+        others = " or ".join(f"`{name}` ({how})" for name, how in FORMS.items() if name != form)
+        return f"It was called {FORMS[form]}. If it wants another form, set rewards.*.form to {others}."
+
+    def extras(self, columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
+        """What `log_extra` was given, by completion."""
+        for name, cells in columns.items():
+            if len(cells) != self.num_values:
+                raise self.error(
+                    f"logged {len(cells)} values of {name!r} (log_extra) for {self.num_values} completions"
+                )
+        return [{name: _plain(cells[i]) for name, cells in columns.items()} for i in range(self.num_values)]
 
     def verdicts(self, value: Any) -> list[float]:
         """The returned value or values as floats, NaN for None."""
@@ -556,14 +723,20 @@ class _Task:
         values = value if self.bound.is_listed else [value]
         if not isinstance(values, (list, tuple)) or len(values) != self.num_values:
             what = f"{len(values)} values" if isinstance(values, (list, tuple)) else _shorten(values)
-            raise self.error(f"returned {what} for {self.num_values} completions; it must return a list of as many")
+            raise self.error(
+                f"returned {what} for {self.num_values} completions; it must return a list of as many", self.how_called
+            )
         return [self._verdict(item.tolist() if hasattr(item, "tolist") else item) for item in values]
 
     def _verdict(self, value: Any) -> float:
         if value is None:
             return math.nan
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise self.error(f'returned {_shorten(value)}; it must return a finite number, or None for "can\'t tell"')
+        if not isinstance(value, numbers.Real) or not abs(value) <= LARGEST:  # type: ignore[operator] # nor if it is NaN
+            made = "a function; if it makes a reward from its args, name what it returns, in a module of yours"
+            what = made if callable(value) else _shorten(value)
+            raise self.error(
+                f'returned {what}; it must return a finite number within {LARGEST:.3g}, or None for "can\'t tell"'
+            )
         return float(value)
 
     def reason(self, outcome: Outcome) -> str | None:
@@ -583,6 +756,14 @@ class _Task:
             f"Reward {self.bound.reward.name} {what}. This is a bug in the reward: what the model writes badly must "
             f"score 0 inside of it. The sample:\n{shown}\n{worker_traceback}".rstrip()
         )
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, or its text."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError):
+        return str(value)
 
 
 def _shorten(value: Any, limit: int = 200) -> str:
@@ -605,7 +786,7 @@ def _import_module(spec: str, name: str) -> ModuleType:
 
 def _modules(rewards: Sequence[Reward]) -> list[str]:
     """Where the functions and their `check_row`s were defined, each once."""
-    functions = [f for reward in rewards for f in (reward.function, getattr(reward.function, "check_row", None))]
+    functions = [_unwrapped(f) for r in rewards for f in (r.function, getattr(r.function, "check_row", None)) if f]
     return list(dict.fromkeys(getattr(f, "__module__", type(f).__module__) for f in functions))
 
 
@@ -618,6 +799,53 @@ def _load_file(spec: str, path: Path) -> ModuleType:
     path = path.resolve()
     name = f"reward_file_{zlib.crc32(str(path).encode()):08x}"  # of two files with one name, and never with a dot
     if name not in _files:
-        _files[name] = SourceFile(name, str(path), path.read_text(encoding="utf-8"))
-        _files[name].load()
+        source = SourceFile(name, str(path), path.read_text(encoding="utf-8"))
+        try:
+            compile(source.text, source.path, "exec")
+        except SyntaxError as error:
+            raise ValueError(
+                f"rewards.*.function is {spec!r}; the file is not valid Python: {error}. Correct it."
+            ) from error
+        _check_neighbours(spec, source)
+        with _importing_from(source.folder):
+            source.load()
+        _files[name] = source
     return sys.modules[name]
+
+
+@contextmanager
+def _importing_from(folder: str) -> Iterator[None]:
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def _check_neighbours(spec: str, source: SourceFile) -> None:
+    """Raises ValueError if the file imports a module beside it whose name another module has by now: it would be given that."""
+    for name, path in _neighbours(Path(source.folder), source.text).items():
+        loaded = getattr(sys.modules.get(name), "__file__", None)
+        if name in sys.modules and (loaded is None or Path(loaded).resolve() != path.resolve()):
+            raise ValueError(
+                f"rewards.*.function is {spec!r}; it imports {name}, and {path} is not the only module of that name: "
+                f"{loaded or 'one of Python itself'} has been imported as it. Rename one of the two."
+            )
+
+
+def _neighbours(folder: Path, text: str, known: Mapping[str, Path] = MappingProxyType({})) -> dict[str, Path]:
+    """The modules of a folder that a source in it imports, and what those import there."""
+    found = dict(known)
+    for name in _imports(text) - set(known):
+        for path in (folder / f"{name}.py", folder / name / "__init__.py"):
+            if path.is_file():
+                found |= _neighbours(folder, path.read_text(encoding="utf-8"), {**found, name: path})
+    return found
+
+
+def _imports(text: str) -> set[str]:
+    """Names of the modules that a source imports, up to their first dot."""
+    nodes = list(ast.walk(ast.parse(text)))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    others = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
+    return {name.partition(".")[0] for name in plain | others}

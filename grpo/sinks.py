@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from grpo import aha, progress
 from grpo.config import Config
 from grpo.evaluate import is_right
-from grpo.writer import replace_text
+from grpo.writer import replace_text, to_json
 
 Row = Mapping[str, Any]
 
@@ -32,7 +32,7 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """metrics.jsonl, completions.jsonl: one JSON object a line, written through at once.
+    """metrics.jsonl, completions.jsonl: one JSON object a line, written through at once. What is no finite number is null.
 
     Rows that cannot be written are kept, and tried again with the next.
     """
@@ -79,7 +79,7 @@ def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(to_json(row, ensure_ascii=False) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
     except OSError:
@@ -90,6 +90,11 @@ def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _lines(path)]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; NaN where a metric was no finite number."""
+    return [{name: math.nan if v is None else v for name, v in row.items()} for row in read_jsonl(path)]
 
 
 def _lines(path: Path) -> list[str]:
@@ -279,9 +284,12 @@ class WandbSink:
             self._log_tables(step, rows)
 
     def _log_tables(self, step: int, rows: list[dict[str, Any]]) -> None:
-        table = self._wandb.Table(columns=list(rows[0]))
-        for row in rows[: self.TABLE_ROWS]:
-            table.add_data(*(json.dumps(v) if isinstance(v, dict) else v for v in row.values()))
+        shown = rows[: self.TABLE_ROWS]
+        columns = list(dict.fromkeys(name for row in shown for name in row))  # `extra` is not in all
+        table = self._wandb.Table(columns=[*columns])
+        for row in shown:
+            cells = [row.get(name) for name in columns]
+            table.add_data(*(json.dumps(cell) if isinstance(cell, dict) else cell for cell in cells))
         self._run.log({"step": step, "samples/completions": table})
         if picked := self._samples.pick(step, rows):
             self._run.log({"step": step, "samples/reflective": self._reflective_table(picked)})

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from grpo.dynamic_sampling import Draws
 from grpo.evaluate import answer, completion_rows, in_order, training_rows, verdict_name
 from grpo.loss import entropy_threshold, grpo_loss, token_weights
 from grpo.metrics import (
+    check_reward_names,
     measure_batch,
     measure_micro_batch,
     measure_passes,
@@ -32,9 +34,9 @@ from grpo.metrics import (
     measure_texts,
     step_metrics,
 )
-from grpo.policy import Policy, check_attention, check_context, load_tokenizer, resolve_dtype
+from grpo.policy import Policy, check_attention, check_context, check_vocabulary, load_tokenizer, resolve_dtype
 from grpo.post_mortem import Evidence
-from grpo.prompts import PromptOrder, build_prompts
+from grpo.prompts import PromptOrder, build_prompts, use_chat_template
 from grpo.rollout import check_engine, make_generator
 from grpo.rows import load_rows, missing, prepare_rows
 from grpo.rundir import RunLog
@@ -87,9 +89,11 @@ class Trainer:
         self.stopping = StopRequest(config.run.max_hours)
         self.interruption = ""  # why all processes are about to stop, once they agree
         functions = _reward_functions(config, rewards)
+        check_reward_names(reward.name for reward in functions)
         self.processes = distributed.start(config, dtype=resolve_dtype(config.model.dtype))
         config.check_world_size(self.processes.world_size)
         tokenizer = load_tokenizer(config.model)
+        use_chat_template(tokenizer, config.data)
         check_context(config)
         check_attention(config.model)
         check_engine(config)
@@ -103,10 +107,10 @@ class Trainer:
             functions,
             **_columns(rows, eval_rows),
             max_completion_tokens=config.rollout.max_completion_tokens,
-            conversational=config.data.template == "chat",
             num_workers=config.scoring.num_workers,
             timeout_seconds=config.scoring.timeout_seconds,
             memory_gib=config.scoring.memory_gib,
+            environment=config.scoring.environment,
         )
         self.signal_from = _signal_from(config, functions)
         self.audits: list[preflight.Audit] = []
@@ -116,6 +120,7 @@ class Trainer:
         prompts = self._gradable_prompts(rows, tokenizer, "training questions")
         wanted = eval_rows[: config.evaluation.num_questions]
         self.eval_prompts = self._gradable_prompts(wanted, tokenizer, "held-out questions") if wanted else []
+        check_vocabulary(config.model, tokenizer, [prompt.token_ids for prompt in [*prompts, *self.eval_prompts]])
         self.prompts = PromptOrder(
             prompts,
             seed=config.run.seed,
@@ -215,6 +220,11 @@ class Trainer:
         now = self.now
         self.policy.use_temperature(now.rollout.temperature)
         self.scorer.max_completion_tokens = now.rollout.max_completion_tokens
+        self.scorer.trainer_state = SimpleNamespace(
+            global_step=self.state.optimizer_steps,
+            max_steps=self.config.optimizer_steps,
+            epoch=self.state.position / len(self.prompts.prompts),
+        )
         for setting, value in now.scheduled_values().items():
             if setting.startswith("rewards."):
                 number = int(setting.split(".")[1])
@@ -278,8 +288,10 @@ class Trainer:
             trained = (minibatch >= 0).nonzero().flatten()
             penalties = algorithm.kl_coef * self._divergences([groups[place] for place in trained.tolist()])
             meter.mean("policy/kl_penalty", penalties)
-            rewards = rewards.index_add(0, trained, penalties, alpha=-1)
-        advantages = group_advantages(rewards, normalize_by_std=algorithm.normalize_by_std, baseline=algorithm.baseline)
+            rewards = rewards.index_add(0, trained, penalties.to(rewards.dtype), alpha=-1)
+        advantages = group_advantages(
+            rewards, normalize_by_std=algorithm.normalize_by_std, baseline=algorithm.baseline
+        ).float()
         parts = [
             (minibatch == number).nonzero().flatten().tolist()
             for number in range(self.config.algorithm.num_minibatches)

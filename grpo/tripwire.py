@@ -235,7 +235,11 @@ def _other_prompts(probe: Probe, config: Config) -> Iterator[tuple[str, list[tup
         if name == config.data.template or (name == "chat" and not tokenizer.chat_template):
             continue
         data = config.data.model_copy(update={"template": name, "max_prompt_tokens": sys.maxsize})
-        yield f"data.template {name}", [(build_prompts([p.columns], tokenizer, data)[0][0], c) for p, c in probe.pairs]
+        try:
+            others = [(build_prompts([p.columns], tokenizer, data)[0][0], c) for p, c in probe.pairs]
+        except ValueError:  # the tokenizer has no such prompts
+            continue
+        yield f"data.template {name}", others
 
 
 def _weights(probe: Probe, generator: Generator, config: Config, earlier_gap: float | None) -> list[Cause]:

@@ -10,7 +10,7 @@ Shapes use one legend everywhere:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -32,6 +32,7 @@ class Prompt:
     seed: int | None = (
         None  # of its completions' random numbers, where they are not to follow from the call and its other prompts
     )
+    messages: list[dict[str, str]] | None = None  # what the chat template was given; None: another template
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,15 @@ class Scores:
     NaN stands for "can't tell": the completion is neither rewarded nor counted as wrong.
     """
 
-    rewards: Tensor  # (P, G) weighted sum over the functions
-    values: dict[str, Tensor]  # function name -> (P, G), unweighted
+    rewards: Tensor  # (P, G) float64, weighted sum over the functions
+    values: dict[str, Tensor]  # function name -> (P, G) float64, unweighted
     num_timeouts: int  # calls that were killed for exceeding the time limit
     num_crashes: int  # calls whose worker process died or ran out of memory
     seconds: float = 0.0  # that the calls took in the worker processes, added up
+    metrics: dict[str, list[float]] = field(default_factory=dict)  # what the functions logged with log_metric
+    extras: list[list[dict[str, Any]]] = field(
+        default_factory=list
+    )  # P lists of G: of each completion, by reward, what log_extra had
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
 Reading 3,000 LaTeX answers takes some twenty seconds, and the next run on the same data would get the same verdicts. They are
 kept under a key of everything that they can depend on: the rows' contents, the functions with their arguments, the source of the
-whole package `rewards`, Python's version and that of every installed package. Functions from elsewhere are asked at every start:
-nobody can say what else they read. The files lie in $XDG_CACHE_HOME/grpo or ~/.cache/grpo and may be removed at any time.
+whole package `grpo.rewards`, Python's version and that of every installed package. Functions from elsewhere are asked at every
+start: nobody can say what else they read. The files lie in $XDG_CACHE_HOME/grpo or ~/.cache/grpo and may be removed at any time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import xxhash
 
-KEPT_PACKAGE = "rewards"
+KEPT_PACKAGE = "grpo.rewards"
 Reasons = list[str | None]
 
 
@@ -45,7 +45,9 @@ def key(calls: Iterable[bytes], functions: Sequence[Callable[..., Any]]) -> str 
 
 def _is_ours(function: Callable[..., Any]) -> bool:
     """Whether its source is that of the package, as it lies there: nothing that was patched or defined in a session."""
-    if getattr(function, "__module__", "").partition(".")[0] != KEPT_PACKAGE or not hasattr(function, "__code__"):
+    if not f"{getattr(function, '__module__', '')}.".startswith(f"{KEPT_PACKAGE}.") or not hasattr(
+        function, "__code__"
+    ):
         return False
     return Path(function.__code__.co_filename).resolve().parent == _package_folder()
 

@@ -6,6 +6,8 @@ lists first. Nothing here raises: a full disk on one process must not leave the 
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +28,19 @@ Files = dict[str, tuple[int, str]]
 
 Write = Callable[[Path, Any, Callable[[Any, Path], Any]], None]
 """`write(path, data, save)` lets `save(data, path)` make a file or a directory of files, now or later, but of `data` as it is."""
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """As JSON proper: of numbers, NaN and the infinities become null, for which JSON has no other word."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def write_now(path: Path, data: Any, save: Callable[[Any, Path], Any]) -> None:

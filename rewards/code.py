@@ -21,8 +21,8 @@ from functools import lru_cache
 from types import CodeType
 from typing import Any, Literal
 
-from rewards.extraction import last_answer_tag
-from rewards.sandbox import Run, SandboxError, run_python, unprotected
+from .extraction import last_answer_tag
+from .sandbox import Run, SandboxError, run_python, unprotected
 
 Source = Literal["answer_tag", "fence"]
 MAX_PROGRAM_CHARS = 100_000

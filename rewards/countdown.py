@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from rewards.extraction import last_answer_tag, last_box, last_math
+from .extraction import last_answer_tag, last_box, last_math
 
 MAX_CHARS = 200  # of an expression; six numbers with every bracket take fewer
 

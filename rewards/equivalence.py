@@ -36,7 +36,7 @@ from sympy import (
 from sympy.functions.elementary.hyperbolic import HyperbolicFunction
 from sympy.functions.elementary.trigonometric import TrigonometricFunction
 
-from rewards.extraction import has_disguise, is_prose, last_box
+from .extraction import has_disguise, is_prose, last_box
 
 MAX_CHARS = 256  # the longest gold answer of MATH, OlympiadBench and Minerva has 210
 MAX_DEPTH = 6  # of nested brackets; those golds have 5, and math-verify takes seconds from 9

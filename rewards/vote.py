@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rewards.accuracy import Source, candidate_answer
-from rewards.equivalence import MAX_CHARS, Gold, is_equivalent, normalise, read_gold
+from .accuracy import Source, candidate_answer
+from .equivalence import MAX_CHARS, Gold, is_equivalent, normalise, read_gold
 
 NO_ANSWER = -1.0
 RIGHT_ANSWER = 0.0

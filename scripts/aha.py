@@ -10,9 +10,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from grpo import aha
+from grpo.config import read_yaml
 from grpo.evaluate import is_right
 from grpo.sinks import read_jsonl
 
@@ -42,7 +41,7 @@ def words_of(run: Path) -> aha.Words:
         raise SystemExit(
             f"error: {run} is not the directory of a run; there is no {path.name} in it. Name one, such as runs/quickstart."
         )
-    logging = yaml.safe_load(path.read_text())["logging"]
+    logging = read_yaml(path.read_text())["logging"]
     return aha.with_own(logging.get("reflection_words", {}))  # runs before there was such a setting have none
 
 

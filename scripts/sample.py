@@ -7,7 +7,6 @@ python scripts/sample.py --model Qwen/Qwen2.5-0.5B --config configs/qwen1.5b.yam
 
 import argparse
 import contextlib
-import json
 import sys
 from dataclasses import replace
 from typing import Any
@@ -24,10 +23,11 @@ from grpo.breakdown import (
 from grpo.chosen import add_options, choose, said
 from grpo.console import console, errors_for_users
 from grpo.distributed import stop
-from grpo.policy import load_tokenizer
+from grpo.policy import check_vocabulary, load_tokenizer
 from grpo.prompts import build_prompts
 from grpo.scoring import resolve_rewards
 from grpo.terminal import is_text
+from grpo.writer import to_json
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
         rows = sample(options)
     stop()
     for row in rows if options.json else []:
-        print(json.dumps(row, ensure_ascii=False))
+        print(to_json(row, ensure_ascii=False))
     for start in range(0, 0 if options.json else len(rows), options.group):
         show_group(console(), rows[start : start + options.group])
 
@@ -86,9 +86,9 @@ def sample(options: argparse.Namespace) -> list[dict[str, Any]]:
     asked = own_rows(options.question, options.answer)
     rows = asked or chosen_rows(data, options.row, held_out=options.held_out)
     numbers = options.row or range(len(rows))
-    prompts = [
-        replace(prompt, row=n) for prompt, n in zip(build_prompts(rows, tokenizer, data)[0], numbers, strict=True)
-    ]
+    prompts, dropped = build_prompts(rows, tokenizer, data)
+    prompts = [replace(prompt, row=numbers[prompt.row]) for prompt in prompts]
+    check_vocabulary(chosen.model, tokenizer, [prompt.token_ids for prompt in prompts])
     columns = columns_of(rows)
     rewards = resolve_rewards(chosen.settings.rewards)
     lacking = without(rewards, columns)
@@ -97,10 +97,11 @@ def sample(options: argparse.Namespace) -> list[dict[str, Any]]:
         columns=columns,
         sampling=chosen.sampling,
         scoring=chosen.settings.scoring,
-        conversational=data.template == "chat",
     )
     with scorer:
         print(f"model {chosen.model.name}, template {data.template}, {said(chosen.sampling)}, seed {options.seed}")
+        for reason, num in dropped.items():
+            print(f"without {num} of the questions: {reason}")
         for name, needed in lacking.items():
             print(f"without the reward {name}, which needs {', '.join(needed)}")
         sampler = chosen.load(tokenizer, longest_prompt=max(len(prompt.token_ids) for prompt in prompts))

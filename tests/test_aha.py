@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grpo.rewards import language
 from helpers import ROOT, TINY, clean_environment, tiny_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2 as wandb_records
@@ -20,7 +21,6 @@ from grpo import Trainer, aha
 from grpo.evaluate import is_right
 from grpo.metrics import METRICS, Meter, measure_texts
 from grpo.sinks import TensorBoardSink, _thinned, read_jsonl
-from rewards import language
 
 WORDS = aha.Words(aha.WORD_LISTS)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from grpo.rewards import accuracy, format
 from helpers import ROOT, TINY, tiny_config
 from rich.console import Console
 
@@ -27,7 +28,6 @@ from grpo.prompts import build_prompts
 from grpo.rollout.grouping import all_at_once
 from grpo.scoring import resolve_rewards
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
-from rewards import accuracy, format
 
 MODEL = TINY / "model"
 QUESTION = "What is 12+8+5-5+9?"
@@ -162,7 +162,6 @@ def asked(answers: list[str]) -> list[dict[str, Any]]:
         columns=columns_of(rows),
         sampling=Sampling(64),
         scoring=ScoringConfig(num_workers=1),
-        conversational=False,
     )
     prompts = [Prompt(0, [5], "", "", rows[0])]
     with scorer:

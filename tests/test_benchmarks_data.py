@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grpo.rewards import accuracy
 from helpers import ROOT, TINY, clean_environment
 
 from grpo import benchmarks
 from grpo.benchmarks import BENCHMARKS, load
 from grpo.contamination import Overlap, overlaps
 from grpo.probes import PROBES
-from rewards import accuracy
 
 AS_ON_THE_HUB = {
     "gsm8k": (

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grpo.rewards import code, sandbox
+from grpo.rewards.code import last_fence
 
 from grpo.scoring import Reward, Scorer
 from grpo.types import Completion, Group, Prompt
-from rewards import code, sandbox
-from rewards.code import last_fence
 
 ADD = [{"input": "1 2\n", "output": "3\n"}, {"input": "10 -4\n", "output": "6"}]
 RIGHT = "a, b = map(int, input().split())\nprint(a + b)"
@@ -265,7 +265,6 @@ def test_it_runs_in_the_workers_of_a_run_and_a_killed_worker_takes_its_program_a
     group = Group(prompt, [Completion([1], [0.0], text, "stop") for text in texts])
     options: dict[str, Any] = {
         "max_completion_tokens": 10,
-        "conversational": False,
         "num_workers": 1,
         "memory_gib": 1.0,
     }

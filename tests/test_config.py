@@ -2,10 +2,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT, tiny_config, tiny_settings, troubled
 
 from grpo import Trainer
-from grpo.config import Config, RewardConfig, ScheduleConfig, Section, setting_names
+from grpo.config import Config, RewardConfig, ScheduleConfig, Section, read_yaml, setting_names
 from grpo.types import Sampling
 
 SECTIONS = {name: getattr(field.annotation, "__name__", "") for name, field in Config.model_fields.items()}
@@ -185,6 +186,15 @@ def test_a_missing_setting_is_named(tmp_path: Path):
             ["data.question_column is 'problem'", "no effect", "Write {problem} there"],
         ),
         ({"data": {"template": "none", "system_prompt": "x"}}, ["data.system_prompt is 'x'", "template is 'none'"]),
+        ({"data": {"template": "none", "chat_template": "x"}}, ["data.chat_template is 'x'", "template is 'none'"]),
+        (
+            {"data": {"template": "none", "chat_template_kwargs": {"a": 1}}},
+            ["data.chat_template_kwargs is {'a': 1}", "template is 'none'"],
+        ),
+        (
+            {"model": {"resize_embeddings": True}, "rollout": {"engine": "vllm"}},
+            ["model.resize_embeddings is true", "Set rollout.engine to auto"],
+        ),
         ({"distributed": {"zero_stage": 4}}, ["distributed.zero_stage is 4", "0, 1, 2 or 3"]),
         (
             {"distributed": {"offload_optimizer": True}},
@@ -313,3 +323,34 @@ def test_a_learning_rate_that_is_too_low_for_adapters_is_said_at_the_start(
     summary = tiny_config(tmp_path, lora={"rank": rank}, optimizer=optimizer).summary(num_rows=100, world_size=1)
     assert (f"{optimizer['learning_rate']:g}, low for adapters (lora.rank {rank}): in bfloat16 most" in summary) == said
     assert ("set optimizer.learning_rate >= 1e-05" in summary) == said
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("1e-3", 0.001),
+        ("5E+2", 500.0),
+        ("-.5", -0.5),
+        ("2.", 2.0),
+        ("1_000", 1000),
+        ("010", 10),
+        ("0x10", 16),
+        ("+7", 7),
+        ("1:30", "1:30"),
+        ("1e-3x", "1e-3x"),
+        ("'1e-3'", "1e-3"),
+        ("1.2.3", "1.2.3"),
+    ],
+)
+def test_numbers_of_a_yaml_are_what_one_means_by_them(tmp_path: Path, written: str, meant: object):
+    path = tmp_path / "own.yaml"
+    settings = tiny_settings(tmp_path, rewards=[{"function": "accuracy", "args": {"x": 0}}])
+    text = yaml.safe_dump(settings).replace("x: 0", f"x: {written}")
+    path.write_text(text)
+    config = Config.load(path)
+    assert config.rewards[0].args["x"] == meant
+    assert type(config.rewards[0].args["x"]) is type(meant)
+    assert Config(**read_yaml(config.to_yaml())) == config
+    if isinstance(meant, (int, float)):
+        path.write_text(yaml.safe_dump(settings))
+        assert Config.load(path, [f"rewards.0.args.x={written}"]).rewards[0].args["x"] == meant

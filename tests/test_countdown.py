@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from rewards import countdown
+from grpo.rewards import countdown
 
 DATA = Path(__file__).parents[1] / "configs" / "countdown"
 

@@ -214,7 +214,7 @@ def test_metrics_are_documented_with_their_formulas():
     assert rows == {name: formula.replace("|", "\\|") for name, formula in METRICS.items()}
 
 
-def test_the_wheel_holds_both_packages_and_nothing_of_the_tests(tmp_path: Path):
+def test_the_wheel_holds_the_rewards_within_the_library_and_nothing_of_the_tests(tmp_path: Path):
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
     source = tmp_path / "source"
     source.mkdir()
@@ -223,12 +223,12 @@ def test_the_wheel_holds_both_packages_and_nothing_of_the_tests(tmp_path: Path):
     subprocess.run([*command, str(source)], check=True, env={**os.environ}, timeout=200)
     (wheel,) = tmp_path.glob("grpo-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    for package in ("grpo", "rewards"):
-        for path in (ROOT / package).rglob("*.py"):
-            assert str(path.relative_to(ROOT)) in names
+    for folder, package in (("grpo", "grpo"), ("rewards", "grpo/rewards")):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert f"{package}/{path.relative_to(ROOT / folder)}" in names
     for path in (ROOT / "grpo" / "report").glob("*"):
         assert path.is_dir() or str(path.relative_to(ROOT)) in names
-    assert not any(name.startswith("tests/") for name in names)
+    assert not any(name.startswith(("tests/", "rewards/")) for name in names)
 
 
 def test_every_test_that_the_reliability_table_names_exists():

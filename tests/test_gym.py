@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grpo.rewards import reasoning_gym
 from helpers import tiny_config
 
 from grpo import Trainer
 from grpo.config import DataConfig
 from grpo.gym import make_rows
 from grpo.rows import load_rows
-from rewards import reasoning_gym
 
 installed = pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed")
 SUM = {"size": 6, "seed": 3, "min_terms": 2, "max_terms": 2, "max_digits": 1}

@@ -1,5 +1,8 @@
 """Metrics over processes, by hand."""
 
+import json
+import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +11,8 @@ import torch
 
 from grpo.attention import packed_inputs
 from grpo.batch import micro_batch, pack, spare
-from grpo.metrics import Meter, measure_passes, measure_rollout, step_metrics
+from grpo.metrics import Meter, check_reward_names, measure_passes, measure_rollout, step_metrics
+from grpo.sinks import JsonlSink, read_metrics
 from grpo.types import Completion, Group, MicroBatch, Prompt, Scores
 
 
@@ -65,3 +69,32 @@ def test_names_of_answers_are_no_reward_to_average():
     measure_rollout(meter, [group], Scores(right, {"accuracy": right, "vote": votes}, 0, 0))
     assert "reward/accuracy" in meter.sums
     assert "reward/vote" not in meter.sums
+
+
+@pytest.mark.parametrize(
+    "name", ["mean", "std", "unknown", "length_mean", "pass@4", "pass@8_low", "cons@16", "accuracy_stderr", " a", "a\n"]
+)
+def test_a_reward_may_not_have_the_name_of_another_metric(name: str):
+    with pytest.raises(ValueError, match=r"rewards.\*.name is"):
+        check_reward_names(["accuracy", name])
+
+
+def test_other_names_are_a_users_to_choose():
+    check_reward_names(["accuracy", "format", "a[/b]", "mean length", "my/own", "<lambda>", "pass@"])
+
+
+def test_what_is_no_finite_number_is_null_in_every_file(tmp_path: Path):
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    row = {"step": 1, "a": math.inf, "b": -math.inf, "c": math.nan, "d": 1e300, "e": {"f": [math.inf, 2, (math.nan,)]}}
+    sink = JsonlSink(tmp_path)
+    sink.log(1, row)
+    sink.log_completions(1, [row])
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        (line,) = (tmp_path / name).read_text().splitlines()
+        read = json.loads(line, parse_constant=refuse)
+        assert read == {"step": 1, "a": None, "b": None, "c": None, "d": 1e300, "e": {"f": [None, 2, [None]]}}
+    (read,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert math.isnan(read["a"])
+    assert read["d"] == 1e300

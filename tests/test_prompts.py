@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+from grpo.rewards import format
 from helpers import TINY
-from transformers import AutoTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from grpo.config import DataConfig
-from grpo.prompts import TEMPLATES, PromptOrder, build_prompts
+from grpo.prompts import TEMPLATES, PromptOrder, build_prompts, use_chat_template
 from grpo.rows import load_rows, prepare_rows
 from grpo.types import Prompt
 
@@ -121,7 +123,7 @@ def test_evaluation_on_another_hub_data_set_uses_its_own_subset_and_pattern(monk
 
 
 def test_r1_zero_is_the_papers_text_with_the_question_in_it(tokenizer):
-    text = TEMPLATES["r1_zero"].fill("What is {x}?", tokenizer, None)
+    text = TEMPLATES["r1_zero"].fill("What is {x}?", tokenizer, DataConfig())
     assert text.startswith("A conversation between User and Assistant. The user asks a question, and the Assistant")
     assert text.endswith("<answer> answer here </answer>. User: What is {x}? Assistant:")
 
@@ -145,6 +147,121 @@ def test_the_token_ids_are_those_of_the_text(tokenizer, template: str):
     for prompt in prompts:
         assert prompt.token_ids
         assert tokenizer.decode(prompt.token_ids) == prompt.text
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def with_template(template: str, **changes: object) -> PreTrainedTokenizerBase:
+    """The tiny tokenizer with a chat template, and other settings of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model", **changes)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, **settings: object) -> Prompt:
+    (prompt,), _ = build_prompts(ROWS[:1], tokenizer, DataConfig(template="chat", max_prompt_tokens=10_000, **settings))
+    return prompt
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_a_tokenizer_appends_to_a_text_is_no_part_of_a_prompt(tokenizer, template: str):
+    appending = AutoTokenizer.from_pretrained(TINY / "model")
+    end = appending.eos_token
+    appending.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, appending.eos_token_id)]
+    )
+    assert appending("a")["input_ids"][-1] == appending.eos_token_id
+    config = DataConfig(template=template, max_prompt_tokens=1000)
+    (expected, _), (prompts, dropped) = (build_prompts(ROWS, each, config) for each in (tokenizer, appending))
+    assert not dropped
+    assert [prompt.token_ids for prompt in prompts] == [prompt.token_ids for prompt in expected]
+
+
+def test_a_chat_template_that_does_not_open_the_answer_is_given_the_opening_of_its_own_answers():
+    ignoring = CHATML.split("{% if add")[0]
+    assert chat_prompt(with_template(ignoring)).text == chat_prompt(with_template(CHATML)).text
+    without_opening = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    assert chat_prompt(with_template(without_opening.replace("]", "] "))).text == "[What is 0+1?] ["
+    plain = (
+        "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else m.content }}{% endfor %}"
+    )
+    assert chat_prompt(with_template(plain)).text == "[INST] What is 0+1? [/INST]"
+
+
+def test_prompts_that_end_the_text_are_refused_or_dropped(tokenizer):
+    end = tokenizer.eos_token
+    for template in (f"{{{{ messages[-1].content }}}}{end}", f"{{{{ messages[-1].content }}}}{end}\n"):
+        with pytest.raises(
+            ValueError, match=r"1 of 1 prompts end with an end-of-sequence token.*\(data.chat_template\)"
+        ):
+            chat_prompt(with_template(template))
+    rows = [ROWS[0], {"question": f"over{end}", "answer": ""}]
+    prompts, dropped = build_prompts(rows, tokenizer, DataConfig(template="none"))
+    assert [prompt.row for prompt in prompts] == [0]
+    assert dropped == {"prompt ends with an end-of-sequence token": 1}
+
+
+@pytest.mark.parametrize("ending", ["<think>", "<think>\n", "<think>\n\n</think>\n\n", ""])
+def test_the_prefill_is_what_the_prompt_ends_with_whatever_template_wrote_it(ending: str):
+    prompt = chat_prompt(with_template(CHATML.replace("assistant\n", f"assistant\n{ending}")))
+    assert prompt.text.endswith(f"assistant\n{ending}")
+    assert prompt.prefill == ending
+    if ending:
+        answer = " 1" if "</think>" in ending else " a thought </think> <answer> 1 </answer>"
+        assert format(prompt.prefill + answer) == float("</think>" not in ending)
+
+
+def test_a_chat_template_comes_from_a_file_and_takes_arguments(tmp_path: Path, tokenizer):
+    file = tmp_path / "own.jinja"
+    file.write_text(CHATML.replace("assistant\n", "assistant\n{{ '' if enable_thinking else '<think></think>' }}"))
+    own = AutoTokenizer.from_pretrained(TINY / "model")
+    use_chat_template(own, DataConfig(template="chat", chat_template=str(file)))
+    assert chat_prompt(own, chat_template_kwargs={"enable_thinking": True}).text.endswith("assistant\n")
+    assert chat_prompt(own, chat_template_kwargs={"enable_thinking": False}).prefill == "<think></think>"
+    own.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == file.read_text()
+    with pytest.raises(ValueError, match=r"chat_template_kwargs.enable_thought is True; .* It reads enable_thinking\."):
+        chat_prompt(own, chat_template_kwargs={"enable_thought": True})
+    with pytest.raises(ValueError, match=r"data.chat_template is 'no.jinja'; there is no file"):
+        use_chat_template(own, DataConfig(template="chat", chat_template="no.jinja"))
+
+
+def test_prompts_of_conversations_keep_their_messages(tokenizer):
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 0+1?"}]
+    assert chat_prompt(with_template(CHATML), system_prompt="Be brief.").messages == talk
+    (raw,), _ = build_prompts(ROWS[:1], tokenizer, DataConfig())
+    assert raw.messages is None
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+            + CHATML,
+            "refuses a conversation of the roles system, user: TemplateError: System role not supported. Remove "
+            "data.system_prompt",
+        ),
+        (
+            CHATML.replace("%}<|im_start|>", " if m.role != 'system' %}<|im_start|>", 1),
+            "the tokenizer's chat template leaves it out",
+        ),
+        ("{{ messages[0].content | nonsense }}", "No filter named 'nonsense'"),
+        (
+            "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+            "the tokenizer's chat template has not ended within 0.3 seconds. Name a file with another chat template",
+        ),
+    ],
+    ids=["refuses the system role", "leaves it out", "broken", "endless"],
+)
+def test_a_chat_template_that_fails_says_why(template: str, message: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("grpo.prompts.TEMPLATE_SECONDS", 0.25)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        chat_prompt(with_template(template), system_prompt="Be brief.")
 
 
 def test_too_long_prompts_are_dropped_and_counted(tokenizer):

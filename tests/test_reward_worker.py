@@ -296,3 +296,42 @@ def test_a_worker_that_stops_reading_does_not_block_the_parent() -> None:
 
 def test_messages_are_read_whole_whatever_their_size() -> None:
     assert run(lambda x: x * 2, [b"a" * 2**23, b"b"]) == [b"a" * 2**24, b"bb"]
+
+
+class Loaded:
+    """Loading it for the first time works; then as often as `failures` says it kills its process or fails."""
+
+    def __init__(self, tries: Path, failures: list[str]) -> None:
+        self.tries, self.failures = tries, failures
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        with open(self.tries, "a") as file:
+            file.write("x")
+        number = len(self.tries.read_text()) - 2
+        if 0 <= number < len(self.failures):
+            if self.failures[number] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("no memory today")
+
+    def __call__(self, x: int) -> int:
+        if x == 0:
+            os._exit(1)
+        return x
+
+
+def test_a_replacement_that_is_killed_while_it_loads_is_replaced_too(tmp_path: Path) -> None:
+    outcomes = run(Loaded(tmp_path / "tries", ["kill", "fail", "kill"]), [1, 0, 2])
+    assert outcomes == [1, "crash", 2]
+    # once at the start, thrice in vain, then for the call that is tried alone, and again after it
+    assert len((tmp_path / "tries").read_text()) == 6
+
+
+def test_a_worker_that_can_no_longer_be_replaced_ends_the_run_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grpo.reward_worker.PAUSE_SECONDS", 0.01)
+    with pytest.raises(
+        RuntimeError, match=r"had to be replaced could not load[\s\S]*no memory today[\s\S]*5 times in a row"
+    ):
+        run(Loaded(tmp_path / "tries", ["fail"] * 9), [1, 0, 2])

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grpo.rewards import accuracy, exact_match, format, language, overlong, repetition
+from grpo.rewards.extraction import last_box, last_number
 
 from grpo.reward_worker import Outcome
-from rewards import accuracy, exact_match, format, language, overlong, repetition
-from rewards.extraction import last_box, last_number
 
 N = 50_000
 
@@ -462,6 +462,9 @@ def test_repetition_is_the_share_of_repeated_ngrams() -> None:
         repetition("a", ngram=0)
 
 
-def test_rewards_import_neither_grpo_nor_torch() -> None:
-    code = "import rewards, sys; print({'grpo', 'torch', 'transformers'} & set(sys.modules))"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+def test_rewards_import_neither_torch_nor_another_part_of_grpo() -> None:
+    code = "import grpo.rewards, sys; print(*sys.modules)"
+    loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    assert "grpo.rewards.accuracy" in loaded
+    assert not {"torch", "transformers"} & loaded
+    assert all(name.startswith("grpo.rewards") for name in loaded if name.startswith("grpo."))

@@ -17,19 +17,23 @@ from typing import Any
 
 import pytest
 import torch
+from grpo.rewards import accuracy, format, overlong
 
 from grpo import verdict_cache
+from grpo.config import RewardConfig
 from grpo.reward_worker import Call, Outcome
-from grpo.scoring import Reward, RewardError, Scorer, resolve_function, weighted_sum
+from grpo.scoring import Reward, RewardError, Scorer, resolve_function, resolve_rewards, weighted_sum
 from grpo.types import Completion, Group, Prompt
-from rewards import accuracy, format, overlong
 
 nan = math.nan
 
 
-def make_group(texts: list[str], *, row: int = 0, answer: str = "18", **columns: Any) -> Group:
+def make_group(
+    texts: list[str], *, row: int = 0, answer: str = "18", messages: list[dict[str, str]] | None = None, **columns: Any
+) -> Group:
     """Completion i has i + 1 tokens; the last one of a group was cut off."""
-    prompt = Prompt(row, [1, 2], f"Q{row}? A:", "", {"question": f"Q{row}?", "answer": answer} | columns)
+    cells = {"question": f"Q{row}?", "answer": answer} | columns
+    prompt = Prompt(row, [1, 2], f"Q{row}? A:", "", cells, messages=messages)
     completions = [
         Completion(list(range(i + 1)), [0.0] * (i + 1), text, "length" if i + 1 == len(texts) else "stop")
         for i, text in enumerate(texts)
@@ -41,7 +45,6 @@ def make_scorer(*rewards: Reward | Callable[..., Any], **options: Any) -> Scorer
     settings: dict[str, Any] = {
         "columns": ["question", "answer"],
         "max_completion_tokens": 10,
-        "conversational": False,
         "num_workers": 1,
         "timeout_seconds": 20.0,
         "memory_gib": 1.0,
@@ -49,14 +52,18 @@ def make_scorer(*rewards: Reward | Callable[..., Any], **options: Any) -> Scorer
     return Scorer([r if isinstance(r, Reward) else Reward(r) for r in rewards], **(settings | options))
 
 
-def score_one(function: Callable[..., Any], texts: list[str], **options: Any) -> list[float]:
+def score_one(
+    function: Callable[..., Any], texts: list[str], *, messages: list[dict[str, str]] | None = None, **options: Any
+) -> list[float]:
     """What a function says of the completions of one group."""
     with make_scorer(Reward(function, name="it"), **options) as scorer:
-        return scorer.score([make_group(texts)]).values["it"][0].tolist()
+        return scorer.score([make_group(texts, messages=messages)]).values["it"][0].tolist()
 
 
 def assert_equal(actual: torch.Tensor, expected: list[list[float]]) -> None:
-    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        actual.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=0, equal_nan=True
+    )
 
 
 # ---- the sum ---------------------------------------------------------------------------------------------------------
@@ -70,7 +77,7 @@ def test_reward_is_the_weighted_sum() -> None:
     assert_equal(scores.values["accuracy"], [[1, 0, 0], [1, 0, 0]])
     assert_equal(scores.values["format"], [[1, 1, 0], [0, 0, 1]])
     assert_equal(scores.rewards, [[1.5, 0.5, 0], [1, 0, 0.5]])
-    assert scores.rewards.dtype == torch.float32
+    assert scores.rewards.dtype == torch.float64
     assert (scores.num_timeouts, scores.num_crashes) == (0, 0)
 
 
@@ -130,7 +137,8 @@ def test_kwargs_receive_everything() -> None:
     with make_scorer(Reward(lambda **kw: len(kw["completion"]) + kw["x"], name="f", args={"x": 10})) as scorer:
         assert_equal(scorer.score([make_group(["a", "bb"])]).rewards, [[11, 12]])
     names = {"completion", "prompt", "finish_reason", "num_tokens", "max_completion_tokens", "completion_ids"}
-    assert score_one(lambda **kw: set(kw) == names | {"question", "answer"}, ["a"]) == [1.0]
+    as_in_trl = {"trainer_state", "log_metric", "log_extra"}
+    assert score_one(lambda **kw: set(kw) == names | as_in_trl | {"question", "answer"}, ["a"]) == [1.0]
 
 
 # As a TRL user writes them, see the GRPO trainer's documentation, "Using a custom reward function".
@@ -155,17 +163,20 @@ def test_a_list_function_written_for_trl_runs_unchanged() -> None:
     assert_equal(scores.values["length_func"], [[1, nan, 3], [1, nan, 3]])
 
 
+TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q0?"}]
+
+
 def test_a_conversational_function_written_for_trl_runs_unchanged() -> None:
     def format_reward_func(completions, **kwargs):  # type: ignore[no-untyped-def]
         import re
 
         contents = [completion[0]["content"] for completion in completions]
-        assert all(prompt == [{"role": "user", "content": "Q0?"}] for prompt in kwargs["prompts"])
+        assert kwargs["prompts"] == [TALK] * 2
         assert [completion[0]["role"] for completion in completions] == ["assistant"] * 2
         assert kwargs["answer"] == ["18", "18"]
         return [1.0 if re.match(r"^<think>.*?</think>", content) else 0.0 for content in contents]
 
-    assert score_one(format_reward_func, ["<think>a</think> b", "b"], conversational=True) == [1.0, 0.0]
+    assert score_one(format_reward_func, ["<think>a</think> b", "b"], messages=TALK) == [1.0, 0.0]
 
 
 def test_lambdas_closures_callable_objects_and_partials_travel() -> None:
@@ -191,12 +202,144 @@ def test_numpy_and_torch_numbers_are_numbers() -> None:
     assert score_one(lambda completions: np.array([0.5, 1.0]), ["a", "b"]) == [0.5, 1.0]
 
 
+TRL_REWARDS = """
+# As in trl.rewards 1.16, cut to what a caller sees.
+import functools
+from collections.abc import Callable
+
+def accuracy_reward(completions: list[list[dict[str, str]]], solution: list[str],
+                    log_extra: Callable[[str, list], None] | None = None, **kwargs) -> list[float | None]:
+    rewards = [float(gold in completion[0]["content"]) for completion, gold in zip(completions, solution, strict=True)]
+    log_extra("gold_parsed", [f"parsed {gold}" for gold in solution])
+    return rewards
+
+def think_format_reward(completions: list[list[dict[str, str]]], **kwargs) -> list[float]:
+    return [float(completion[0]["content"].startswith("<think>")) for completion in completions]
+
+class _Penalty:
+    __name__ = "repetition_penalty_reward"
+    def __init__(self, ngram_size): self.ngram_size = ngram_size
+    def __call__(self, completion_ids: list[list[int]], **kwargs) -> list[float]:
+        return [-float(len(ids) >= self.ngram_size) for ids in completion_ids]
+
+repetition_penalty = _Penalty(2)
+overlong = functools.partial(_Penalty.__call__, _Penalty(3))
+"""
+
+
+@pytest.mark.parametrize("messages", [None, [{"role": "user", "content": "Q0?"}]], ids=["raw text", "conversation"])
+def test_trls_own_rewards_run_under_every_template(tmp_path: Path, messages: Any) -> None:
+    path = tmp_path / "trl_rewards.py"
+    path.write_text(TRL_REWARDS)
+    names = ["accuracy_reward", "think_format_reward", "repetition_penalty", "overlong"]
+    rewards = [Reward(resolve_function(f"{path}:{name}")) for name in names]
+    assert [reward.name for reward in rewards][2:] == ["repetition_penalty_reward", "__call__"]
+    group = make_group(["<think> 4", "5", "44"], messages=messages, solution="4")
+    with make_scorer(*rewards, columns=["question", "answer", "solution"]) as scorer:
+        scores = scorer.score([group])
+    assert [values[0].tolist() for values in scores.values.values()] == [[1, 0, 1], [1, 0, 0], [0, -1, -1], [0, 0, -1]]
+    assert scores.extras == [[{"accuracy_reward": {"gold_parsed": "parsed 4"}}] * 3]
+
+
+def test_a_reward_says_which_form_it_wants_and_an_error_says_how_it_was_called() -> None:
+    def wants_messages(completions, **kwargs):  # type: ignore[no-untyped-def]
+        return [len(completion[0]["content"]) for completion in completions]
+
+    def ids_of_a_group(completion_ids, **kwargs):  # type: ignore[no-untyped-def]
+        return [len(ids) for ids in completion_ids]
+
+    with make_scorer(Reward(wants_messages, form="messages"), Reward(ids_of_a_group, form="texts")) as scorer:
+        scores = scorer.score([make_group(["a", "bb"])])
+    assert [values[0].tolist() for values in scores.values.values()] == [[1, 2], [1, 2]]
+    with make_scorer(wants_messages) as scorer, pytest.raises(RewardError) as error:
+        scorer.score([make_group(["a", "bb"])])
+    assert "once for a group, with its completions as texts. If it wants another form, set rewards.*.form" in str(
+        error.value
+    )
+    assert "`messages` (once for a group, with its completions as lists of messages)" in str(error.value)
+    with pytest.raises(ValueError, match="wants_messages asks for 'completions'"):
+        make_scorer(Reward(wants_messages, form="completion"))
+
+
+def test_async_rewards_are_awaited() -> None:
+    async def one(completion: str) -> float:
+        import asyncio
+
+        await asyncio.sleep(0)
+        return len(completion)
+
+    async def listed(completions: list[str], **kwargs: Any) -> list[float]:
+        return [await one(completion) for completion in completions]
+
+    assert score_one(one, ["a", "bb"]) == score_one(listed, ["a", "bb"]) == [1, 2]
+
+
+def test_what_functions_log_comes_back_with_the_scores_and_the_state_of_training_goes_to_them() -> None:
+    def single(completion, trainer_state, log_metric, log_extra):  # type: ignore[no-untyped-def]
+        log_metric("length", len(completion))
+        log_extra("upper", [completion.upper()])
+        return trainer_state.global_step / trainer_state.max_steps
+
+    def listed(completions, log_extra, **kwargs):  # type: ignore[no-untyped-def]
+        kwargs["log_metric"]("groups", 1)
+        log_extra("odd", [object] * len(completions))
+        return [0.0 for _ in completions]
+
+    with make_scorer(single, listed) as scorer:
+        scorer.trainer_state.global_step, scorer.trainer_state.max_steps = 3, 4
+        scores = scorer.score([make_group(["a", "bb"]), make_group(["c", "d"])])
+    assert_equal(scores.values["single"], [[0.75, 0.75], [0.75, 0.75]])
+    assert scores.metrics == {"length": [1, 2, 1, 1], "groups": [1, 1]}
+    assert scores.extras[0][1] == {"single": {"upper": "BB"}, "listed": {"odd": "<class 'object'>"}}
+    too_many = make_scorer(lambda completion, log_extra: log_extra("x", [1, 2]))
+    with (
+        too_many as scorer,
+        pytest.raises(RewardError, match=r"logged 2 values of 'x' \(log_extra\) for 1 completions"),
+    ):
+        scorer.score([make_group(["a"])])
+
+
+def test_a_reward_beyond_32_bits_is_refused_and_one_within_keeps_its_advantage() -> None:
+    from grpo.advantage import group_advantages
+
+    def penalty(completion: str) -> float:
+        return {"a": 0.0, "b": -1.0, "c": -4.0, "d": -1e20, "e": -1e39}[completion]
+
+    def huge(completion: str) -> int:
+        return 10**400
+
+    with make_scorer(penalty) as scorer:
+        scores = scorer.score([make_group(["a", "b", "c", "d"])])
+        # mean -2.5e19, deviation 4.33e19: (2.5 / 4.33, ..., -7.5 / 4.33)
+        expected = torch.tensor([[3**-0.5] * 3 + [-(3**0.5)]], dtype=torch.float64)
+        torch.testing.assert_close(group_advantages(scores.rewards, normalize_by_std=True), expected)
+        with pytest.raises(
+            RewardError, match=r"penalty returned -1e\+39; it must return a finite number within 3.4e\+38[\s\S]*'e'"
+        ):
+            scorer.score([make_group(["e"])])
+    with make_scorer(huge) as scorer, pytest.raises(RewardError, match="huge returned 1000"):
+        scorer.score([make_group(["e"])])
+    with (
+        make_scorer(Reward(penalty, weight=1e30)) as scorer,
+        pytest.raises(RewardError, match=r"penalty times its weight \(1e\+30\)"),
+    ):
+        scorer.score([make_group(["d"])])
+
+
+def test_a_function_that_makes_a_reward_is_told_from_one() -> None:
+    with (
+        make_scorer(lambda completion: len) as scorer,
+        pytest.raises(RewardError, match="returned a function; if it makes a reward"),
+    ):
+        scorer.score([make_group(["a"])])
+
+
 # ---- finding functions -----------------------------------------------------------------------------------------------
 
 
 def test_functions_are_found_by_name_by_module_and_by_file(tmp_path: Path) -> None:
     assert resolve_function("accuracy") is accuracy
-    assert resolve_function("rewards:overlong") is overlong
+    assert resolve_function("grpo.rewards:overlong") is overlong
     path = tmp_path / "my rewards.v2.py"
     path.write_text(
         textwrap.dedent(
@@ -224,6 +367,114 @@ def test_functions_are_found_by_name_by_module_and_by_file(tmp_path: Path) -> No
     assert score_one(shout, ["a", "bb"]) == [1.5, 2.5]
 
 
+BESIDE_ITS_OWN_REWARDS = """
+import torch
+import rewards
+from grpo.scoring import Reward, Scorer, resolve_function
+from grpo.types import Completion, Group, Prompt
+
+names = ["accuracy", "rewards:accuracy"]
+listed = [Reward(resolve_function(name), name=name) for name in names]
+group = Group(Prompt(0, [], "", "", {"answer": "18"}), [Completion([], [], "<answer>18</answer>", "stop")])
+with Scorer(listed, columns=["answer"], max_completion_tokens=1, num_workers=1, timeout_seconds=60, memory_gib=1) as scorer:
+    print({name: values.item() for name, values in scorer.score([group]).values.items()})
+"""
+
+
+@pytest.mark.parametrize("own", ["rewards.py", "rewards/__init__.py"])
+def test_built_in_rewards_are_the_librarys_beside_a_users_module_rewards(tmp_path: Path, own: str) -> None:
+    (tmp_path / own).parent.mkdir(exist_ok=True)
+    (tmp_path / own).write_text("def accuracy(completion): return -7")
+    (tmp_path / "train.py").write_text(BESIDE_ITS_OWN_REWARDS)
+    path = f"{tmp_path}:{Path(__file__).parents[1]}"
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "train.py")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "{'accuracy': 1.0, 'rewards:accuracy': -7.0}\n", done.stderr
+
+
+def test_a_file_imports_what_lies_beside_it_at_once_and_later(tmp_path: Path) -> None:
+    (tmp_path / "beside_at_once.py").write_text("ONE = 1")
+    (tmp_path / "beside_later.py").write_text("TWO = 2")
+    (tmp_path / "own.py").write_text(
+        "from beside_at_once import ONE\ndef f(completion):\n    from beside_later import TWO\n    return ONE + TWO"
+    )
+    before = list(sys.path)
+    assert score_one(resolve_function(f"{tmp_path}/own.py:f"), ["a"]) == [3]
+    assert sys.path == before
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "beside_at_once.py").write_text("ONE = 100")
+    (other / "own.py").write_text("from beside_at_once import ONE\ndef f(completion): return ONE")
+    with pytest.raises(ValueError, match=r"it imports beside_at_once, and .* is not the only module of that name"):
+        resolve_function(f"{other}/own.py:f")
+    (other / "between.py").write_text("from beside_at_once import ONE")
+    (other / "farther.py").write_text("import between\ndef f(completion): return between.ONE")
+    with pytest.raises(ValueError, match=r"it imports beside_at_once, and .* is not the only module of that name"):
+        resolve_function(f"{other}/farther.py:f")
+    (other / "broken.py").write_text("def f(:")
+    with pytest.raises(ValueError, match="the file is not valid Python: invalid syntax"):
+        resolve_function(f"{other}/broken.py:f")
+
+
+def test_a_partial_from_a_file_travels(tmp_path: Path) -> None:
+    path = tmp_path / "partial.py"
+    path.write_text(
+        "import functools\ndef f(completion, by): return by * len(completion)\nthrice = functools.partial(f, by=3)"
+    )
+    reward = Reward(resolve_function(f"{path}:thrice"))
+    with make_scorer(reward) as scorer:
+        assert scorer.score([make_group(["a", "bb"])]).values["f"].tolist() == [[3, 6]]
+    with pytest.raises(ValueError, match="reward f has the form 'text'; it is completion, texts, messages or None"):
+        Reward(reward.function, form="text")
+
+
+CLASSES = """
+class Longer:
+    def __init__(self, than): self.than = than
+    def __call__(self, completion, by=1): return float(len(completion) >= self.than + by)
+
+class Nothing: pass
+"""
+
+
+def test_a_class_in_a_yaml_is_made_with_its_args_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "classes.py"
+    path.write_text(CLASSES)
+    (reward,) = resolve_rewards([RewardConfig(function=f"{path}:Longer", args={"than": 1, "by": 2})])
+    assert (reward.name, reward.args) == ("Longer", {"by": 2})
+    with make_scorer(reward) as scorer:
+        assert_equal(scorer.score([make_group(["aa", "aaa"])]).rewards, [[0, 1]])
+    for name, args, message in (
+        ("Longer", {}, "cannot be made from its args {}: .*than"),
+        ("Nothing", {}, "its objects cannot be called"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resolve_rewards([RewardConfig(function=f"{path}:{name}", args=args)])
+    with pytest.raises(ValueError, match=r"reward dict is a class; .* Hand over an object: dict\(...\)"):
+        Reward(dict)
+
+
+def test_workers_see_no_secrets_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    def variables(completion: str) -> float:
+        return sum(
+            10**i for i, name in enumerate(("PATH", "MY_API_KEY", "HF_TOKEN", "JUDGE_KEY")) if os.environ.get(name)
+        )
+
+    for name in ("MY_API_KEY", "HF_TOKEN", "JUDGE_KEY"):
+        monkeypatch.setenv(name, "secret")
+    assert score_one(variables, ["a"]) == [1]
+    assert score_one(variables, ["a"], environment=["JUDGE_KEY"]) == [1001]
+    monkeypatch.delenv("JUDGE_KEY")
+    with pytest.raises(ValueError, match=r"scoring.environment has 'JUDGE_KEY'; there is no such environment variable"):
+        make_scorer(variables, environment=["JUDGE_KEY"])
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -233,7 +484,7 @@ def test_functions_are_found_by_name_by_module_and_by_file(tmp_path: Path) -> No
         ),
         ("check_answer", "there is accuracy"),
         ("no_such_module:f", "the module 'no_such_module' cannot be imported"),
-        ("rewards:acuracy", "did you mean accuracy?"),
+        ("grpo.rewards:acuracy", "did you mean accuracy?"),
         ("no/such/file.py:f", "there is no file .*no/such/file.py"),
         ("accuracy.py", "there is accuracy"),
         (":f", "the module '' cannot be imported"),
@@ -630,7 +881,7 @@ def worker(completion):
         while True: pass
     return os.getpid() + HALF * 0
 
-scorer = Scorer([Reward(worker)], columns=["question"], max_completion_tokens=1, conversational=False, num_workers=1,
+scorer = Scorer([Reward(worker)], columns=["question"], max_completion_tokens=1, num_workers=1,
                 timeout_seconds=60, memory_gib=1)
 group = lambda text: Group(Prompt(0, [], "", "", {"question": ""}), [Completion([], [], text, "stop")])
 print(int(scorer.score([group("")]).rewards.item()), flush=True)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -11,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import ROOT, TINY, FixedGenerator, clean_environment, launch_script, number_in_text, tiny_config
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grpo import Reward, Trainer, checkpoint
 from grpo.console import LineSink
 from grpo.distributed import Processes
 from grpo.rundir import claim
+from grpo.scoring import resolve_function
 from grpo.sinks import append_jsonl, read_jsonl, rewind_jsonl
 from grpo.types import Group, OnGroup, Prompt
 
@@ -482,6 +484,66 @@ def test_the_console_shows_slots_only_of_an_engine_that_has_them(
     )
     assert shown["tok/s"] == "108234"
     assert (shown.get("slots"), shown.get("KV_GiB")) == ((None, None) if slots is None else ("256", "2.850"))
+
+
+def test_the_console_shows_names_of_rewards_as_they_are(capsys: pytest.CaptureFixture[str]):
+    sink = LineSink(num_steps=2, reward_names=["a[/b]", "[red]c"])
+    sink.log(
+        1, {"time/step": 3.2, "throughput/rollout": 1.0, "reward/a[/b]": 0.5, "eval/a[/b]": 0.25, "eval/[red]c": 1.0}
+    )
+    shown = capsys.readouterr().out
+    assert "a[/b]" in shown.splitlines()[0]
+    assert "[red]c" in shown.splitlines()[0]
+    assert "a[/b] 0.250  [red]c 1.000" in shown
+
+
+def test_what_a_reward_logs_is_in_the_runs_files_and_it_knows_how_far_the_run_is(tmp_path: Path):
+    def logging(completions, answer, trainer_state, log_metric, log_extra, **kwargs):  # type: ignore[no-untyped-def]
+        log_metric("progress", trainer_state.global_step / trainer_state.max_steps)
+        log_extra("gold", answer)
+        return [float(i) for i in range(len(completions))]
+
+    trainer = Trainer(tiny_config(tmp_path / "run"), rewards=[logging])
+    trainer.train()
+    rows = [json.loads(line) for line in (trainer.directory / "metrics.jsonl").read_text().splitlines()]
+    assert [row["logged/progress"] for row in rows if "logged/progress" in row] == [0.0, 0.5]
+    completions = [json.loads(line) for line in (trainer.directory / "completions.jsonl").read_text().splitlines()]
+    assert all(row["extra"] == {"logging": {"gold": row["answer"]}} for row in completions)
+
+
+def test_the_vote_of_a_conversation_is_taken_of_texts(tmp_path: Path):
+    rewards = [Reward(lambda completion: 1.0, name="accuracy"), Reward(resolve_function("vote"), weight=0)]
+    trainer = Trainer(tiny_config(tmp_path / "run", run={"steps": 1}), rewards=rewards)
+    assert trainer.prompts.prompts[0].messages is not None
+    trainer.train_step()
+    trainer.close()
+
+
+@pytest.mark.parametrize("resize", [False, True])
+def test_tokens_without_an_embedding_are_refused_or_given_one(tmp_path: Path, resize: bool):
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    rows = AutoConfig.from_pretrained(TINY / "model").vocab_size
+    tokenizer.add_tokens([f"<new {i}>" for i in range(rows - len(tokenizer) + 1)])
+    shutil.copytree(TINY / "model", tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    new = tokenizer.convert_ids_to_tokens(rows)
+    data = [{"question": f"{new} What is {i}+1?", "answer": str(i + 1)} for i in range(4)]
+    model = {"name": str(tmp_path / "model"), "resize_embeddings": resize}
+    config = tiny_config(tmp_path / "run", model=model, algorithm={"kl_coef": 0.01}, run={"steps": 1})
+    if not resize:
+        with pytest.raises(
+            ValueError, match=rf"has its tokenizer's token {rows} \('{new}'\), and its embedding matrix has {rows} rows"
+        ):
+            Trainer(config, train_dataset=data)
+        return
+    trainer = Trainer(config, train_dataset=data)
+    assert trainer.train_step()["policy/kl"] == pytest.approx(0, abs=1e-9)  # the reference has the same new row
+    trainer.train()
+    saved = AutoConfig.from_pretrained(trainer.directory / "checkpoints/step-00000001/hf")
+    assert saved.vocab_size == rows + 1
+    plain = tiny_config(tmp_path / "other", model={"resize_embeddings": True})
+    with pytest.raises(ValueError, match=r"model.resize_embeddings is true; .* it has no effect"):
+        Trainer(plain)
 
 
 class PatientGenerator(FixedGenerator):

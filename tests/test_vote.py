@@ -1,7 +1,7 @@
 """Which completions vote together, and where an answer is looked for when no form was asked for."""
 
-from rewards.accuracy import accuracy
-from rewards.vote import vote
+from grpo.rewards.accuracy import accuracy
+from grpo.rewards.vote import vote
 
 
 def tagged(*answers: str) -> list[str]:

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo import preflight
 from grpo.check.rehearsal import changed
-from grpo.config import Config, PreflightConfig, RewardConfig
+from grpo.config import OF_CHAT, Config, DataConfig, PreflightConfig, RewardConfig
 from grpo.policy import load_tokenizer
 from grpo.preflight import Result, Skipped
-from grpo.prompts import TEMPLATES, build_prompts
+from grpo.prompts import TEMPLATES, build_prompts, use_chat_template
 from grpo.rows import load_rows
 from grpo.trainer import Trainer
 
@@ -37,6 +37,7 @@ def check(config: Config, *, templates: Sequence[str] = tuple(TEMPLATES), num_qu
     )
     wanted = list(dict.fromkeys([config.data.template, *templates]))
     rows, tokenizer = load_rows(config.data, reads_answer=False), load_tokenizer(config.model)
+    use_chat_template(tokenizer, config.data)
     skipped: list[Skipped] = []
     while len(wanted) > 1 and (reason := _unfit(config, wanted[0], rows, tokenizer)) is not None:
         skipped.append(Skipped(wanted.pop(0), reason))
@@ -59,8 +60,8 @@ def _unfit(config: Config, template: str, rows: list[dict[str, Any]], tokenizer:
 
 
 def _with_template(config: Config, template: str) -> Config:
-    system_prompt = config.data.system_prompt if template == "chat" else None
-    return changed(config, data={"template": template, "system_prompt": system_prompt})
+    names = OF_CHAT if template != "chat" else ()
+    return changed(config, data={"template": template, **{name: DataConfig().model_dump()[name] for name in names}})
 
 
 def _quiet(config: Config, template: str, directory: str) -> Config:

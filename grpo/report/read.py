@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from grpo.config import read_yaml
 from grpo.evaluate import verdict_name
 
 Row = dict[str, Any]
@@ -144,7 +145,8 @@ def _by_step(rows: list[Row]) -> list[Row]:
     """Training and evaluation write rows of their own for a step."""
     steps: dict[int, Row] = {}
     for row in rows:
-        steps.setdefault(row["step"], {}).update(row)
+        known = {name: value for name, value in row.items() if value is not None}  # null: no finite number
+        steps.setdefault(row["step"], {}).update(known)
     return [steps[step] for step in sorted(steps)]
 
 
@@ -154,7 +156,7 @@ def _document(path: Path, notes: list[str], keys: AbstractSet[str] = frozenset()
         return {}
     try:
         text = path.read_text(encoding="utf-8")
-        value = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        value = read_yaml(text) if path.suffix == ".yaml" else json.loads(text)
     except (OSError, ValueError, yaml.YAMLError):
         value = None
     if isinstance(value, dict) and keys <= value.keys():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from statistics import fmean
@@ -14,6 +13,7 @@ from grpo.config import Config
 from grpo.evaluate import is_right
 from grpo.report.read import Row, Run, Source, wilson
 from grpo.types import VOTE
+from grpo.writer import to_json
 
 Interval = tuple[float, float, float]
 """A value and the two ends of its 95 % interval."""
@@ -162,7 +162,7 @@ def _reward(item: dict[str, Any]) -> str:
 
 
 def _written(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else to_json(value, ensure_ascii=False)
 
 
 def defaults() -> dict[str, str]:
