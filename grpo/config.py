@@ -40,11 +40,14 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     name: str
-    """Hub id or local directory of a causal language model in Hugging Face format; the policy starts from it."""
+    """Hub id or local directory of a causal language model in Hugging Face format; the policy starts from it. Or a run's
+    directory (its newest checkpoint), a checkpoint, or a LoRA adapter of peft, which is trained further."""
     revision: str = "main"
     """Branch, tag or commit of a hub model. Pin it for a run that others should repeat."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights in the forward pass; the optimizer keeps float32 masters. auto: bfloat16 on CUDA, float32 on CPU."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a model whose family transformers does not know. Read it first: it can do anything."""
 
 
 class DataConfig(Section):

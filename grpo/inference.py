@@ -18,10 +18,12 @@ import xxhash
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from grpo import distributed
-from grpo.checkpoint import complete_checkpoints
 from grpo.config import Config
 from grpo.distributed import Processes
-from grpo.policy import SampledModel, check_attention, check_context, lay_out, load_lm, resolve_dtype
+from grpo.families import check_family
+from grpo.model_source import model_config as model_config
+from grpo.model_source import model_directory as model_directory
+from grpo.policy import SampledModel, check_context, lay_out, load_lm, resolve_dtype
 from grpo.rollout import Generator, make_generator
 from grpo.writer import checksum
 
@@ -40,34 +42,6 @@ class Sampler:
     @property
     def processes(self) -> Processes:
         return self.model.processes
-
-
-def model_directory(name: str) -> str:
-    """The model that a user means: a run's directory is its newest checkpoint, a checkpoint its `hf`; else the name itself,
-    which is a directory with a model or an id of the hub.
-
-    Raises:
-        ValueError: there is no such directory, or no model in it.
-    """
-    path = Path(name)
-    if not path.exists():
-        if name.startswith(("/", "./", "../", "~")):
-            raise ValueError(
-                f"--model is {name!r}; there is no such directory. Correct the path, or name a model of the hub."
-            )
-        return name
-    found = [
-        path,
-        path / "hf",
-        *(checkpoint / "hf" for checkpoint in reversed(complete_checkpoints(path / "checkpoints"))),
-    ]
-    for directory in found:
-        if (directory / "config.json").is_file():
-            return str(directory)
-    raise ValueError(
-        f"--model is {name!r}; it is neither a model in Hugging Face format (there is no config.json) nor a checkpoint (no "
-        "hf/config.json) nor a run with a checkpoint (no checkpoints/step-*/hf). Name one of these, or a model of the hub."
-    )
 
 
 def fingerprint(model: str, revision: str) -> str:
@@ -112,7 +86,7 @@ def sampling_config(
         run={"dir": "", "steps": 1},
     )
     check_context(config)
-    check_attention(config.model)
+    check_family(config.model)
     return config
 
 
