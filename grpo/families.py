@@ -92,11 +92,12 @@ def unfit(settings: PretrainedConfig, *, trust_remote_code: bool = False) -> str
     has_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(settings, "auto_map", None) or {})
     if settings.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not has_code:
         return f"transformers has no causal language model of the type {settings.model_type}"
-    lm, reason = _without_weights(settings, trust_remote_code=trust_remote_code)
+    lm, reason = without_weights(settings, trust_remote_code=trust_remote_code)
     return reason if lm is None else unfit_layers(lm)
 
 
-def _without_weights(settings: PretrainedConfig, *, trust_remote_code: bool) -> tuple[PreTrainedModel | None, str]:
+def without_weights(settings: PretrainedConfig, *, trust_remote_code: bool) -> tuple[PreTrainedModel | None, str]:
+    """A model of this configuration on the meta device; None, and why it cannot be made."""
     settings = copy.deepcopy(settings)
     try:
         with torch.device("meta"):

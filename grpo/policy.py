@@ -295,7 +295,8 @@ class SampledModel:
         self, lm: PreTrainedModel, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, processes: Processes
     ) -> None:
         self.lm = lm
-        self.own_attention = lm.config._attn_implementation
+        capped = attribute(lm.config.get_text_config(), "attn_logit_softcapping")
+        self.own_attention = "eager" if capped else lm.config._attn_implementation  # sdpa would leave the cap out
         self.tokenizer = tokenizer
         self.processor_files = processor_files(config)
         self.end_token_ids = end_token_ids(config, tokenizer)

@@ -165,7 +165,10 @@ def test_accelerates_own_configuration_file_may_set_the_number_of_processes(tmp_
 def test_a_zero_stage_that_accelerates_file_contradicts_is_refused(tmp_path: Path):
     done = launch_with_config_file(tmp_path, zero=3)
     assert done.returncode != 0
-    assert "error: distributed.zero_stage is 2; accelerate's own configuration file says zero_stage 3" in done.stderr
+    assert (
+        "error: distributed.zero_stage is 2; accelerate's own configuration file or option says zero_stage 3"
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from helpers import TINY, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo import Trainer, inference
-from grpo.inference import Sampler, model_directory, sampling_config
+from grpo.inference import Sampler, sampling_config
+from grpo.model_source import model_directory
 from grpo.policy import load_tokenizer
 from grpo.rollout.engine import NativeGenerator
 from grpo.rollout.hf import HFGenerator

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grpo.model_source import source_of
 from grpo.rollout.vllm import OnAnswer, Request, Sampled
 
 if TYPE_CHECKING:
@@ -26,13 +27,14 @@ class ColocatedEngine:
     def __init__(self, policy: Policy, config: Config) -> None:
         from vllm import LLM, SamplingParams
 
-        self.policy = policy
+        self.policy, source = policy, source_of(config.model)
         self.parameters = SamplingParams
         _return_cached_memory()
         self.llm = LLM(
-            model=config.model.name,
-            revision=config.model.revision,
-            tokenizer_revision=config.model.revision,
+            model=source.base,
+            revision=source.revision,
+            tokenizer_revision=source.revision,
+            trust_remote_code=config.model.trust_remote_code,
             dtype=str(policy.dtype).removeprefix("torch."),
             tensor_parallel_size=1,
             distributed_executor_backend="external_launcher",  # in this process, on its GPU and in its process group

@@ -23,6 +23,7 @@ from urllib.error import HTTPError
 import torch
 from torch import Tensor
 
+from grpo.model_source import source_of
 from grpo.policy import FORWARD_TOLERANCE, PLAIN_SENTENCES, Policy, resolve_dtype
 from grpo.rollout.vllm import OnAnswer, Request, Sampled
 
@@ -199,7 +200,7 @@ def check_server(config: Config) -> None:
 
 def _find_model(server: Server, config: Config) -> dict[str, Any]:
     """The server's entry for the model that the policy starts from."""
-    name, served = config.model.name, server.get("/v1/models")["data"]
+    name, served = source_of(config.model).base, server.get("/v1/models")["data"]
     found = next((model for model in served if name in (model["id"], model["root"])), None)
     if found is None:
         raise ValueError(
