@@ -372,6 +372,8 @@ class Policy(SampledModel):
             copy_buffers(self._replica, self.lm)
             if self.reference is not None:
                 copy_buffers(self._replica, self.reference.lm)
+        if self.adapters:
+            self.sync()  # they may not start at nothing
         self._check_forward(*(own or self.plain_logprobs()))
 
     def _packed(self, lm: PreTrainedModel) -> PackedLM:

@@ -1,17 +1,21 @@
 """What each family of models does, and what is refused before or after its weights are loaded."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import TINY, save_family, tiny_config
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     FalconH1Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     GptOssConfig,
     GraniteConfig,
@@ -26,12 +30,12 @@ from transformers import (
     StableLmConfig,
 )
 
-from grpo import Trainer, distributed
-from grpo.config import Config, ModelConfig
+from grpo import distributed
+from grpo.config import ModelConfig
 from grpo.families import LogitTransform, attention_calls, check_family, logit_transform
 from grpo.inference import load, sampling_config
 from grpo.model_source import model_config, source_of, with_resolved_name
-from grpo.policy import Policy, load_lm, load_tokenizer, output_head
+from grpo.policy import Policy, load_tokenizer, output_head
 from grpo.rollout.engine import unsupported
 
 SIZES: dict[str, Any] = {
@@ -210,10 +214,11 @@ def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(own_code: Path
 
 def test_a_model_with_code_of_its_own_is_trained_and_exported(own_code: Path, tmp_path: Path):
     model = {"name": str(own_code), "dtype": "float32", "trust_remote_code": True}
-    trainer = Trainer(tiny_config(tmp_path / "run", model=model, run={"steps": 1, "dir": str(tmp_path / "run")}))
-    exported = trainer.train() / "hf"
-    trainer.close()
-    loaded = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
+    config = tiny_config(tmp_path / "run", model=model)
+    check_family(config.model)
+    policy = Policy(config, load_tokenizer(config.model), distributed.start(config, dtype=torch.float32))
+    policy.export(tmp_path / "hf")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     assert type(loaded).__name__ == "OddForCausalLM"
 
 
@@ -230,3 +235,145 @@ def test_an_export_has_the_dropouts_of_the_model_that_was_trained(tmp_path: Path
     saved = json.loads((tmp_path / "hf/config.json").read_text())
     assert [saved[name] for name in ("resid_pdrop", "attn_pdrop", "embd_pdrop")] == [0.1, 0.2, 0.3]
     assert policy.lm.config.attn_pdrop == 0
+
+
+def tiny_gemma3() -> Gemma3Config:
+    text = Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=8)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Gemma3Config(
+        text_config=text.to_dict(),
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=5,
+        boi_token_index=6,
+        eoi_token_index=7,
+    )
+
+
+def test_an_export_of_a_multimodal_model_has_its_processor_files(tmp_path: Path):
+    """Without them, programs that know the model as multimodal refuse to load it."""
+    directory = save_family(tmp_path / "model", tiny_gemma3())
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (directory / name).write_text(json.dumps({"processor_class": "Gemma3Processor", "from": name}))
+    policy = policy_of(directory, tmp_path)
+    for path in directory.glob("*processor_config.json"):
+        path.unlink()  # an export does not need the starting model
+    policy.export(tmp_path / "hf")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        assert json.loads((tmp_path / "hf" / name).read_text())["from"] == name
+    assert not (tmp_path / "hf/video_preprocessor_config.json").exists()
+
+
+def test_a_model_whose_layers_have_keys_of_different_sizes_is_sampled_with_generate(tmp_path: Path):
+    """Its configuration answers the question for the size of a head by an error."""
+    config = Gemma4TextConfig(
+        **{**SIZES, "num_hidden_layers": 6},
+        head_dim=8,
+        global_head_dim=16,
+        vocab_size_per_layer_input=512,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0,
+    )
+    policy = policy_of(save_family(tmp_path / "model", config), tmp_path)
+    assert "keys and values are of different sizes" in str(unsupported(policy, fused=False))
+
+
+# --- what model.name may be -----------------------------------------------------------------------------------------------
+
+
+def make_run(directory: Path, *, steps: tuple[int, ...] = (1, 12)) -> Path:
+    """As much of a run's directory as tells which checkpoint is the newest."""
+    for step in steps:
+        shutil.copytree(TINY / "model", directory / f"checkpoints/step-{step:08d}/hf")
+    (directory / "checkpoints/step-00000099.partial/hf").mkdir(parents=True)
+    return directory
+
+
+def test_a_runs_directory_as_model_name_is_its_newest_checkpoint_and_stays_it(tmp_path: Path):
+    run = make_run(tmp_path / "earlier")
+    newest = str(run / "checkpoints/step-00000012/hf")
+    for name in (run, run / "checkpoints/step-00000012", newest):
+        resolved = with_resolved_name(tiny_config(tmp_path / "run", model={"name": str(name)}))
+        assert resolved.model.name == newest
+        assert load_tokenizer(ModelConfig(name=str(name))).eos_token_id == 0
+    hub = tiny_config(tmp_path / "run", model={"name": "Qwen/Qwen2.5-0.5B"})
+    assert with_resolved_name(hub).model.name == "Qwen/Qwen2.5-0.5B"
+
+
+LORA = {"rank": 4, "alpha": 8}
+
+
+def make_adapter(directory: Path, **settings: Any) -> Path:
+    base = AutoModelForCausalLM.from_pretrained(TINY / "model", dtype=torch.float32)
+    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": kinds, **settings})
+    model = get_peft_model(base, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.05)
+    model.save_pretrained(str(directory))
+    return directory
+
+
+def logits_of(adapter: Path) -> torch.Tensor:
+    base = AutoModelForCausalLM.from_pretrained(TINY / "model", dtype=torch.float32)
+    with torch.no_grad():
+        return PeftModel.from_pretrained(base, str(adapter)).eval()(input_ids=torch.arange(20).unsqueeze(0)).logits
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_an_adapter_is_trained_further_and_is_its_own_reference(zero_stage: int, tmp_path: Path):
+    adapter = make_adapter(tmp_path / "adapter")
+    policy = policy_of(adapter, tmp_path, lora=LORA, algorithm={"kl_coef": 0.1}, distributed={"zero_stage": zero_stage})
+    policy.sync()
+    with torch.no_grad(), policy.sampling_model() as lm:
+        ours = lm(input_ids=torch.arange(20, device=lm.device).unsqueeze(0)).logits.cpu()
+    torch.testing.assert_close(ours, logits_of(adapter), rtol=1e-4, atol=1e-4)
+    for _, source, target in policy._reference_pairs():
+        assert torch.equal(source, target)
+    policy.export_adapter(tmp_path / "again")
+    stored = json.loads((tmp_path / "again/adapter_config.json").read_text())
+    assert stored["base_model_name_or_path"] == str(TINY / "model")
+
+
+def test_an_adapter_is_sampled_merged_into_its_model(tmp_path: Path):
+    adapter = make_adapter(tmp_path / "adapter")
+    config = sampling_config(str(adapter), dtype="float32", max_prompt_tokens=96, max_completion_tokens=24, engine="hf")
+    sampler = load(config, load_tokenizer(config.model))
+    with torch.no_grad(), sampler.model.sampling_model() as lm:
+        ours = lm(input_ids=torch.arange(20, device=lm.device).unsqueeze(0)).logits.cpu()
+    torch.testing.assert_close(ours, logits_of(adapter), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "lora", "said"),
+    [
+        ({}, {}, r"lora\.rank is 0; .* Set lora\.rank=4 lora\.alpha=8"),
+        ({}, {"rank": 4, "alpha": 16}, r"lora\.alpha is 16.*; .* Set lora\.rank=4 lora\.alpha=8"),
+        ({"use_dora": True}, LORA, "an adapter with use_dora; only plain LoRA can be trained further"),
+    ],
+)
+def test_an_adapter_that_the_settings_do_not_continue_is_refused(
+    settings: dict[str, Any], lora: dict[str, Any], said: str, tmp_path: Path
+):
+    config = tiny_config(tmp_path / "run", model={"name": str(make_adapter(tmp_path / "a", **settings))}, lora=lora)
+    with pytest.raises(ValueError, match=said):
+        with_resolved_name(config)
+
+
+def test_an_adapter_of_other_layers_is_refused(tmp_path: Path):
+    adapter = make_adapter(tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    with pytest.raises(ValueError, match=r"Set lora\.target_modules=\[q_proj,v_proj\]"):
+        policy_of(adapter, tmp_path, lora=LORA)
+
+
+def test_the_base_of_an_adapter_is_what_its_configuration_says(tmp_path: Path):
+    adapter = make_adapter(tmp_path / "adapter")
+    assert source_of(ModelConfig(name=str(adapter))).base == str(TINY / "model")
+    assert model_config(ModelConfig(name=str(adapter))).model_type == "qwen2"
+    stored = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(stored | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="does not say which model it belongs to"):
+        source_of(ModelConfig(name=str(adapter)))
