@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
@@ -100,12 +101,23 @@ def without_weights(settings: PretrainedConfig, *, trust_remote_code: bool) -> t
     """A model of this configuration on the meta device; None, and why it cannot be made."""
     settings = copy.deepcopy(settings)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _unsharded():
             # in bfloat16, without which torch's grouped product of experts does not run
             options = {"trust_remote_code": trust_remote_code, "dtype": torch.bfloat16}
             return AutoModelForCausalLM.from_config(settings, **options), ""
     except Exception as error:  # of any family's code
         return None, f"its model cannot be made: {_first_line(error)}"
+
+
+@contextmanager
+def _unsharded() -> Iterator[None]:
+    """A model made within it is whole, though DeepSpeed may be set up to shard what this process loads."""
+    shards = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = shards
 
 
 def unfit_layers(lm: PreTrainedModel) -> str | None:
