@@ -255,7 +255,7 @@ def rows(tokenizer: Path, families: list[Family] = FAMILIES) -> dict[str, list[s
 
 HEAD = """# Families of models
 
-`python scripts/make_family_table.py` made this table with transformers {version}, and a test compares each row with what it finds.
+`python scripts/make_family_table.py` made this table with transformers {version}, and tests check each row.
 
 For each family the script makes a tiny random model and runs the checks that every run makes of its model:
 
@@ -264,14 +264,14 @@ For each family the script makes a tiny random model and runs the checks that ev
 - An update has a gradient.
 - The native engine has the log-probabilities of the model's own forward pass.
 
-A family that is not in the table goes through the same checks when a run starts. If it does not fit, the run stops and says why, in
-most cases before weights are loaded.
+A family that is not in the table goes through the same checks when a run starts. If it does not fit, the run stops and says
+why, in most cases before weights are loaded.
 
 `trains`: a policy can be trained. `native`: grpo's own engine can sample from it; a family that trains and has a `no` here is
 sampled with transformers' `generate`.
 
-Quantised checkpoints (GPTQ, AWQ, bitsandbytes, FP8, GGUF) are refused. So are models of images or sound that transformers does not
-load as causal language models. Only the text of a Gemma 3 is trained; its exports keep the processor files.
+Quantised checkpoints (GPTQ, AWQ, bitsandbytes, FP8, GGUF) are refused. So are models of images or sound that transformers does
+not load as causal language models. Only the text of a Gemma 3 is trained; its exports keep the processor files.
 
 | models | `model_type` | trains | native | why not |
 |---|---|---|---|---|
