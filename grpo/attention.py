@@ -35,11 +35,10 @@ def packed_attention(
     packing: Packing,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence; query `(1, heads, S, D)`, key and value `(1, kv_heads, S, D)`."""
-    assert softcap is None, "capped attention logits are refused before the model is loaded"
+    check_arguments(module, others)
     q, k, v = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
     out = varlen_attention(
         q,
@@ -53,6 +52,25 @@ def packed_attention(
         window=sliding_window,
     )
     return out.unsqueeze(0), None
+
+
+def unknown_arguments(module: nn.Module, others: dict[str, Any]) -> str:
+    """What an attention module asks for that changes its result and that ours do not compute; "" if there is nothing."""
+    if not others.get("is_causal", getattr(module, "is_causal", True)):
+        return "no causal mask"
+    for name, value in others.items():
+        if name == "softcap" and value:
+            return "capped logits (softcap)"
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return f"a term of its own ({name})"  # such as the sinks of gpt-oss, or a bias by distance
+    return ""
+
+
+def check_arguments(module: nn.Module, others: dict[str, Any]) -> None:
+    """Raises ValueError if an attention module asks for what ours do not compute."""
+    unknown = unknown_arguments(module, others)
+    if unknown:
+        raise ValueError(f"its attention has {unknown}, which the attention over packed sequences leaves out")
 
 
 AttentionInterface.register("packed", packed_attention)

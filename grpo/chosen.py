@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from grpo.checkpoint import complete_checkpoints, numbers_of
 from grpo.config import Config, DataConfig, ModelConfig
-from grpo.inference import Sampler, load, model_directory, sampling_config
+from grpo.families import attribute
+from grpo.inference import Sampler, load, sampling_config
+from grpo.model_source import model_config, model_directory
 from grpo.prompts import use_chat_template
 from grpo.types import Sampling
 
@@ -70,6 +72,7 @@ class Chosen:
             self.model.name,
             revision=self.model.revision,
             dtype=self.model.dtype,
+            trust_remote_code=self.model.trust_remote_code,
             max_prompt_tokens=longest_prompt,
             max_completion_tokens=self.sampling.max_tokens,
             engine=engine,
@@ -84,6 +87,9 @@ def add_options(parser: ArgumentParser) -> None:
         required=True,
         metavar="M",
         help="a run's directory, a checkpoint, a directory with a model, or a hub id",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that comes with the model"
     )
     parser.add_argument(
         "--step", type=int, metavar="N", help="of a run: the checkpoint of step N instead of the newest"
@@ -127,7 +133,9 @@ def choose(options: Namespace) -> Chosen:
         model = Config.load(directory / "config.yaml").model
     else:
         name = model_directory(options.model) if options.step is None else _of_step(directory, options.step)
-        model = ModelConfig(name=name)
+        own = None if directory is None else Config.load(directory / "config.yaml").model
+        trusted = options.trust_remote_code or (own is not None and own.trust_remote_code)
+        model = ModelConfig(name=name, trust_remote_code=trusted)
     settings = usual_settings(model) if path is None else Config.load(path)
     if not options.config and not options.base:  # a checkpoint's tokenizer has its chat template
         settings = settings.model_copy(update={"data": settings.data.model_copy(update={"chat_template": None})})
@@ -144,13 +152,10 @@ def usual_settings(model: ModelConfig) -> Config:
 def num_positions(model: ModelConfig) -> int | None:
     """Most tokens of a sequence; None if the model does not say."""
     try:
-        config = AutoConfig.from_pretrained(model.name, revision=model.revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--model is {model.name!r}; it is neither a directory with a model in Hugging Face format nor a model that the hub "
-            f"gave: {error}. Correct the path, or check the id and the network."
-        ) from error
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+        config = model_config(model)
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.name", "--model")) from error
+    return attribute(config.get_text_config(), "max_position_embeddings")
 
 
 def run_directory(model: str) -> Path | None:

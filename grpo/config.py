@@ -47,7 +47,8 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     name: Location
-    """Hub id or local directory of a causal language model in Hugging Face format; the policy starts from it."""
+    """Hub id or local directory of a causal language model in Hugging Face format; the policy starts from it. Or a run's
+    directory (its newest checkpoint), a checkpoint, or a LoRA adapter of peft, which is trained further."""
     revision: str = "main"
     """Branch, tag or commit of a hub model. Pin it for a run that others should repeat."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -55,6 +56,8 @@ class ModelConfig(Section):
     resize_embeddings: bool = False
     """Where the tokenizer has tokens beyond the model's embedding matrix, give it rows for them, near the mean of the others.
     false: prompts with such tokens are refused."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a model whose family transformers does not know. Read it first: it can do anything."""
 
 
 class SourceConfig(Section):

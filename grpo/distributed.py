@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -117,7 +119,7 @@ def start(config: Config, *, dtype: torch.dtype) -> TrainingProcesses:
     Raises:
         ValueError: the launcher's own accelerate configuration asks for another ZeRO stage than the YAML.
     """
-    _check_launcher(config)
+    _check_launcher(config, dtype=dtype)
     _prepare_environment()
     os.environ.pop("ACCELERATE_USE_CPU", None)
     if config.run.deterministic:
@@ -189,8 +191,14 @@ def deepspeed_config(config: Config, *, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _check_launcher(config: Config) -> None:
-    """accelerate's own configuration file may hold DeepSpeed settings too; one that differs from ours would be ignored."""
+def _check_launcher(config: Config, *, dtype: torch.dtype) -> None:
+    """accelerate's options and its configuration file have settings of ours too; one that differs would be ignored.
+
+    Raises:
+        ValueError: one does.
+    """
+    _check_strategy()
+    _check_precision(dtype)
     ours = {
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("distributed.zero_stage", config.distributed.zero_stage),
         "ACCELERATE_GRADIENT_CLIPPING": ("optimizer.max_grad_norm", config.optimizer.max_grad_norm),
@@ -205,15 +213,59 @@ def _check_launcher(config: Config) -> None:
         ),
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("DeepSpeed's configuration file", "none"),
     }
+    options = _launcher_options()
     for variable, (setting, value) in ours.items():
-        theirs = os.environ.get(variable, "none")
+        name = variable.removeprefix("ACCELERATE_").removeprefix("DEEPSPEED_").lower()
+        option = "deepspeed_config_file" if name == "config_file" else name  # which is accelerate's own
+        theirs = os.environ.get(variable) or options.get(option, "none")
         if theirs not in ("none", "auto") and not _same(theirs, value):
-            name = variable.removeprefix("ACCELERATE_").removeprefix("DEEPSPEED_").lower()
             raise ValueError(
-                f"{setting} is {value}; accelerate's own configuration file says {name} {theirs}, and the two must agree. "
-                f"Make them equal, or launch without --config_file."
+                f"{setting} is {value}; accelerate's own configuration file or option says {name} {theirs}, and the two must "
+                "agree. Make them equal, or launch without it."
             )
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # what agrees needs no warning that only one of the two is read
+
+
+STRATEGIES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+"""Ways of accelerate to share out a model other than DeepSpeed's, by the variable that asks for each."""
+
+
+def _check_strategy() -> None:
+    for variable, name in STRATEGIES.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
+            raise ValueError(
+                f"accelerate's own configuration file or options ask for {name}; weights, gradients and optimizer are shared out "
+                "by DeepSpeed here. Set distributed.zero_stage (0 to 3) and launch without it."
+            )
+
+
+def _check_precision(dtype: torch.dtype) -> None:
+    """`no` is also what accelerate says when nobody asked."""
+    ours = "bf16" if dtype == torch.bfloat16 else "no"
+    theirs = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if theirs not in ("no", ours):
+        remedy = "Set model.dtype to bfloat16, or launch" if theirs == "bf16" else "Launch"
+        raise ValueError(
+            f"accelerate's mixed_precision is {theirs}; model.dtype, which decides it, is {str(dtype).removeprefix('torch.')} "
+            f"here. {remedy} without --mixed_precision."
+        )
+
+
+def _launcher_options() -> dict[str, str]:
+    """Options that the process which started this one was given, `--name value` or `--name=value`: accelerate hands some on to
+    nobody unless it is told to use DeepSpeed."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except OSError:
+        return {}
+    if not any("accelerate" in word for word in words[:4]):
+        return {}
+    pairs = [word.split("=", 1) if "=" in word else [word, after] for word, after in pairwise(words)]
+    return {name.removeprefix("--").replace("-", "_"): value for name, value in pairs if name.startswith("--")}
 
 
 def _same(text: str, value: float | str) -> bool:

@@ -142,6 +142,7 @@ class Means:
     kv_cache_gib: float | None = None
     num_workers: int = 2
     timeout_seconds: float = 10.0
+    trust_remote_code: bool = False  # run the Python code that comes with the model
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def take(settings: Settings, out: Path, means: Means) -> dict[str, Any]:
     Raises:
         ValueError: whatever is wrong with settings, data or model, before the model is loaded.
     """
-    model = ModelConfig(name=settings.model, revision=settings.revision)
+    model = ModelConfig(name=settings.model, revision=settings.revision, trust_remote_code=means.trust_remote_code)
     tokenizer = load_tokenizer(model)
     processes = distributed.join()
     rows = processes.on_main(lambda: {name: _rows(settings, name) for name in settings.benchmarks})
@@ -237,6 +238,7 @@ def take(settings: Settings, out: Path, means: Means) -> dict[str, Any]:
             engine=means.engine,
             max_sequences=means.max_sequences,
             kv_cache_gib=means.kv_cache_gib,
+            trust_remote_code=means.trust_remote_code,
         )
         processes.on_main(lambda: held.enter_context(_claimed(out, settings, rows)))
         done = processes.on_main(lambda: _finished(out / "samples.jsonl", papers))

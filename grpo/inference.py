@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo import distributed, progress
-from grpo.checkpoint import complete_checkpoints
-from grpo.config import Config
+from grpo.config import Config, ModelConfig
 from grpo.distributed import Processes
-from grpo.policy import SampledModel, check_attention, check_context, lay_out, load_lm, resolve_dtype
+from grpo.model_source import source_of
+from grpo.policy import SampledModel, check_context, lay_out, load_lm, resolve_dtype
 from grpo.rollout import Generator, make_generator
 from grpo.writer import checksum
 
@@ -42,38 +43,11 @@ class Sampler:
         return self.model.processes
 
 
-def model_directory(name: str) -> str:
-    """The model that a user means: a run's directory is its newest checkpoint, a checkpoint its `hf`; else the name itself,
-    which is a directory with a model or an id of the hub.
-
-    Raises:
-        ValueError: there is no such directory, or no model in it.
-    """
-    path = Path(name)
-    if not path.exists():
-        if name.startswith(("/", "./", "../", "~")):
-            raise ValueError(
-                f"--model is {name!r}; there is no such directory. Correct the path, or name a model of the hub."
-            )
-        return name
-    found = [
-        path,
-        path / "hf",
-        *(checkpoint / "hf" for checkpoint in reversed(complete_checkpoints(path / "checkpoints"))),
-    ]
-    for directory in found:
-        if (directory / "config.json").is_file():
-            return str(directory)
-    raise ValueError(
-        f"--model is {name!r}; it is neither a model in Hugging Face format (there is no config.json) nor a checkpoint (no "
-        "hf/config.json) nor a run with a checkpoint (no checkpoints/step-*/hf). Name one of these, or a model of the hub."
-    )
-
-
 def fingerprint(model: str, revision: str) -> str:
     """What tells a model's files from others of the same name: the commit of the hub, or the checksum of a directory's files."""
     if not Path(model).is_dir():
-        return str(AutoConfig.from_pretrained(model, revision=revision)._commit_hash)
+        settings, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+        return str(settings["_commit_hash"])
     files = sorted(path for path in Path(model).iterdir() if path.is_file())
     with progress.busy("reading the model's files"):
         return xxhash.xxh3_128(repr([(path.name, checksum(path)) for path in files]).encode()).hexdigest()
@@ -89,12 +63,12 @@ def sampling_config(
     engine: str = "auto",
     max_sequences: int | None = None,
     kv_cache_gib: float | None = None,
+    trust_remote_code: bool = False,
 ) -> Config:
     """The settings of a run as far as a sampler reads them: see `model`, `rollout` and `memory` in grpo/config.py.
 
     Raises:
-        ValueError: see Config; the engine is vLLM; or the model knows fewer positions than a sequence may have, or has an
-            attention that packed sequences do not.
+        ValueError: see Config; the engine is vLLM; or the model knows fewer positions than a sequence may have.
     """
     if engine == "vllm":
         raise ValueError(
@@ -106,14 +80,13 @@ def sampling_config(
     if max_sequences is not None:
         memory["max_sequences"] = max_sequences
     config = Config(
-        model={"name": model, "revision": revision, "dtype": dtype},
+        model={"name": model, "revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code},
         data={"max_prompt_tokens": max_prompt_tokens},
         rollout=rollout,
         memory=memory,
         run={"dir": "", "steps": 1},
     )
     check_context(config)
-    check_attention(config.model)
     return config
 
 
@@ -124,7 +97,16 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sampler:
         ValueError: the model is not there, or the engine cannot run it here.
     """
     processes = distributed.join()
-    lm = load_lm(config.model, dtype=resolve_dtype(config.model.dtype)).requires_grad_(False).eval()
+    lm = _merged(load_lm(config.model, dtype=resolve_dtype(config.model.dtype)), config.model)
+    lm.requires_grad_(False).eval()
     lay_out(lm, processes.device)
     model = SampledModel(lm, config.model, tokenizer, processes)
     return Sampler(model, make_generator(config, model))
+
+
+def _merged(lm: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    """With the adapter, if `model.name` is one, in its weights."""
+    adapter = source_of(config).adapter
+    if adapter is not None:
+        PeftModel.from_pretrained(lm, str(adapter)).merge_and_unload()
+    return lm

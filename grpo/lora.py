@@ -26,15 +26,20 @@ from typing import cast
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo.config import Config
 from grpo.distributed import whole
+from grpo.model_source import source_of
 
 POLICY, REFERENCE = "default", "reference"
 """Names of a layer's adapters."""
+
+
+PREFIX = "base_model.model."
+"""What peft writes before the name of each matrix."""
 
 
 Adapters = dict[str, LoraLayer]
@@ -55,18 +60,42 @@ def add_adapters(lm: PreTrainedModel, config: Config) -> Adapters:
     adapters = {name: module for name, module in lm.named_modules() if isinstance(module, LoraLayer)}
     for layer in adapters.values():
         layer.set_adapter(POLICY)  # which freezes the other
+    stored = source_of(config.model).adapter
+    if stored is not None:
+        _go_on_with(stored, adapters, config)
     return adapters
+
+
+@torch.no_grad()
+def _go_on_with(directory: Path, adapters: Adapters, config: Config) -> None:
+    """Give the policy's adapters and the reference's the values of one that peft stored.
+
+    Raises:
+        ValueError: it adapts other layers.
+    """
+    weights = load_file(directory / "adapter_model.safetensors")
+    ours = {f"{PREFIX}{name}": (source, target) for name, source, target in adapter_pairs(adapters)}
+    if ours.keys() != weights.keys():
+        kinds = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in weights})
+        raise ValueError(
+            f"lora.target_modules is {config.lora.target_modules!r}; model.name {config.model.name!r} is an adapter of other "
+            f"layers, which is trained further as it is. Set lora.target_modules=[{','.join(kinds)}]."
+        )
+    for name, pair in ours.items():
+        for matrix in pair:
+            matrix.copy_(weights[name])
 
 
 def peft_config(lm: PreTrainedModel, config: Config) -> LoraConfig:
     """The adapters' configuration as peft spells and stores it."""
+    source = source_of(config.model)
     return LoraConfig(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,  # type: ignore[arg-type] # peft divides it by r, whatever its type
         target_modules=_targets(lm, config),
         lora_dropout=0.0,
-        base_model_name_or_path=config.model.name,
-        revision=config.model.revision,
+        base_model_name_or_path=source.base,
+        revision=source.revision,
         task_type="CAUSAL_LM",
     )
 
@@ -143,7 +172,7 @@ def adapter_weights(adapters: Adapters, *, is_main: bool) -> dict[str, Tensor]:
     for name, source, _ in adapter_pairs(adapters):
         with whole(source):
             if is_main:
-                weights[f"base_model.model.{name}"] = source.detach().cpu().clone()
+                weights[f"{PREFIX}{name}"] = source.detach().cpu().clone()
     return weights
 
 

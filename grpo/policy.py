@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -34,7 +33,16 @@ from grpo.attention import packed_inputs
 from grpo.batch import micro_batch
 from grpo.config import Config, ModelConfig, OptimizerConfig
 from grpo.distributed import Processes, TrainingProcesses, deterministic, whole
+from grpo.families import (
+    LeakTest,
+    attribute,
+    logit_transform,
+    refusal,
+    restore_dropout,
+    switch_off_dropout,
+)
 from grpo.logprobs import token_logprobs
+from grpo.model_source import from_source, model_config, not_loaded, processor_files, source_of
 from grpo.types import Batch, MicroBatch
 from grpo.writer import Write, save_tensors, write_now
 
@@ -61,12 +69,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Raises ValueError if neither a directory nor the hub has it."""
     try:
         with progress.busy("loading the tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision)
+            tokenizer = from_source(AutoTokenizer, config)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.name is {config.name!r}; it is neither a directory with a model in Hugging Face format nor a model "
-            f"that the hub gave: {error}. Set model.name to a local directory, or check the id and the network."
-        ) from error
+        raise ValueError(not_loaded(config, error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -74,10 +79,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def check_context(config: Config) -> None:
     """Raises ValueError if a sequence may grow longer than the positions the model knows."""
-    model = AutoConfig.from_pretrained(config.model.name, revision=config.model.revision).get_text_config()
-    limit = getattr(model, "max_position_embeddings", None)
+    model = model_config(config.model).get_text_config()
+    limit = attribute(model, "max_position_embeddings")
     changing = sorted(rope_types(model) & set(CHANGING_ROPE))
-    original = getattr(model, "original_max_position_embeddings", None) or (
+    original = attribute(model, "original_max_position_embeddings") or (
         (model.rope_parameters or {}).get("original_max_position_embeddings", limit) if changing else limit
     )
     if changing and original is not None and config.max_sequence_tokens > original:
@@ -96,9 +101,7 @@ def check_context(config: Config) -> None:
 
 def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[list[int]]) -> None:
     """Raises ValueError if a prompt has tokens for which the model has no embedding; a GPU would fail without saying why."""
-    rows = getattr(
-        AutoConfig.from_pretrained(config.name, revision=config.revision).get_text_config(), "vocab_size", None
-    )
+    rows = attribute(model_config(config).get_text_config(), "vocab_size")
     if rows is None:
         return
     if config.resize_embeddings and vocabulary_size(tokenizer) <= rows:
@@ -120,24 +123,13 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def check_attention(config: ModelConfig) -> None:
-    """Raises ValueError if the model's attention is not what packed attention computes."""
-    model = AutoConfig.from_pretrained(config.name, revision=config.revision).get_text_config()
-    cap = getattr(model, "attn_logit_softcapping", None)
-    if cap:
-        raise ValueError(
-            f"model.name is {config.name!r}; it caps its attention logits at {cap} (attn_logit_softcapping), which the fast "
-            "attention kernels leave out, so neither sampling nor training would be the model's. Use another model."
-        )
-
-
 CHANGING_ROPE = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies transformers picks by the longest sequence of a forward pass, for all of it."""
 
 
 def rope_types(model: PretrainedConfig) -> set[str]:
     """The kinds of rotary embedding of a model's layers."""
-    parameters = getattr(model, "rope_parameters", None) or {}
+    parameters = attribute(model, "rope_parameters") or {}
     kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     return {kind["rope_type"] for kind in kinds if "rope_type" in kind}
 
@@ -148,7 +140,7 @@ def end_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> li
     Base models disagree with themselves: the tokenizer, the model's config and its generation config may each name another
     one. A completion that ends with any of them has ended; honouring only one makes most completions run to the limit.
     """
-    model = AutoConfig.from_pretrained(config.name, revision=config.revision)
+    model = model_config(config)
     ids: set[int] = set()
     for value in (tokenizer.eos_token_id, model.get_text_config().eos_token_id, _generation_eos(config)):
         ids.update([value] if isinstance(value, int) else value or [])
@@ -164,8 +156,9 @@ def end_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def _generation_eos(config: ModelConfig) -> int | list[int] | None:
+    source = source_of(config)
     try:
-        return GenerationConfig.from_pretrained(config.name, revision=config.revision).eos_token_id
+        return GenerationConfig.from_pretrained(source.base, revision=source.revision).eos_token_id
     except OSError:
         return None  # a model need not have a generation_config.json
 
@@ -249,22 +242,18 @@ def output_head(lm: PreTrainedModel, layer: Callable[[Tensor], Tensor] | None = 
     Args:
         layer: what to compute the output layer with instead of its module.
     """
-    head, config = layer or lm.get_output_embeddings(), lm.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    if softcap:
-        return lambda hidden: softcap * torch.tanh(head(hidden) / softcap)
-    return head
+    head, transform = layer or lm.get_output_embeddings(), logit_transform(lm)
+    return lambda hidden: transform(head(hidden))
 
 
 def load_lm(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
     """A model without dropout: with it, the ratio of an unchanged policy would not be 1."""
-    settings = AutoConfig.from_pretrained(config.name, revision=config.revision)
-    for part in (settings, settings.get_text_config()):
-        for name, value in vars(part).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(part, name, 0.0)
+    settings = model_config(config)
+    dropouts = switch_off_dropout(settings)
     with progress.busy("loading the model"):
-        lm = AutoModelForCausalLM.from_pretrained(config.name, config=settings, revision=config.revision, dtype=dtype)
+        lm: PreTrainedModel = from_source(AutoModelForCausalLM, config, config=settings, dtype=dtype)
+    lm.stored_dropouts = dropouts  # type: ignore[assignment] # for `_shell`
+    logit_transform(lm)  # measured now, while its layers are its own
     if config.resize_embeddings:
         with torch.random.fork_rng():
             torch.manual_seed(0)  # the same new rows in every process, and in the reference
@@ -307,7 +296,7 @@ def fuse_kernels(lm: PreTrainedModel) -> bool:
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
 
     config = lm.config.get_text_config()
-    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    activation = attribute(config, "hidden_activation") or attribute(config, "hidden_act")
     family = vars(sys.modules[type(lm).__module__])
     before = dict(family)
     _apply_liger_kernel_to_instance(
@@ -392,7 +381,10 @@ class SampledModel:
         self, lm: PreTrainedModel, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, processes: Processes
     ) -> None:
         self.lm = lm
+        capped = attribute(lm.config.get_text_config(), "attn_logit_softcapping")
+        self.own_attention = "eager" if capped else lm.config._attn_implementation  # sdpa would leave the cap out
         self.tokenizer = tokenizer
+        self.processor_files = processor_files(config)
         self.end_token_ids = end_token_ids(config, tokenizer)
         self.processes = processes
         self.dtype = resolve_dtype(config.dtype)
@@ -407,11 +399,11 @@ class SampledModel:
         """Bring the sampling weights up to date after an update; a collective. There is nothing to do."""
 
     @contextmanager
-    def sampling_model(self, attention: str = "sdpa") -> Iterator[PreTrainedModel]:
-        """The model with whole weights, in eval mode, with the attention of that name."""
+    def sampling_model(self, attention: str | None = None) -> Iterator[PreTrainedModel]:
+        """The model with whole weights, in eval mode, with the attention of that name; None: transformers' for its family."""
         lm = self.whole_lm
         own = lm.config._attn_implementation
-        lm.set_attn_implementation(attention)
+        lm.set_attn_implementation(attention or self.own_attention)
         with _eval_mode(lm):
             try:
                 yield lm
@@ -467,6 +459,8 @@ class Policy(SampledModel):
             copy_buffers(self._replica, self.lm)
             if self.reference is not None:
                 copy_buffers(self._replica, self.reference.lm)
+        if self.adapters:
+            self.sync()  # they may not start at nothing
         self._check_forward(*(own or self.plain_logprobs()))
 
     def _packed(self, lm: PreTrainedModel) -> PackedLM:
@@ -498,13 +492,26 @@ class Policy(SampledModel):
             sampling_logprobs=kept.cpu(),
         )
         micro = micro_batch(batch, weights=torch.zeros(len(kept))).to(self.processes.device)
-        gap = float((self.old_logprobs(micro) - kept).abs().mean())
-        if not gap < FORWARD_TOLERANCE[self.dtype]:
-            raise ValueError(
-                f"model.name is {self._config.model.name!r}; the log-probabilities of packed sequences differ by {gap:.3g} "
-                f"nats on average from {type(self.lm).__name__}'s own for each sequence alone. Packing does not work for "
-                "this model family; use another."
+        reason = self._misfit(micro, kept)
+        if reason is not None:
+            raise ValueError(refusal(self._config.model.name, reason))
+
+    def _misfit(self, micro: MicroBatch, alone: Tensor) -> str | None:
+        """What is wrong with the log-probabilities of a pack, whose sequences have those of `alone` (T,) each for itself."""
+        name, most = type(self.lm).__name__, FORWARD_TOLERANCE[self.dtype]
+        try:
+            gap = float((self.old_logprobs(micro) - alone).abs().mean())
+            moved = LeakTest(self.lm, self.old_logprobs).worst(micro)
+        except (TypeError, ValueError, AttributeError, IndexError) as error:  # of any family's code
+            return f"{name} does not run over packed sequences ({str(error).splitlines()[0]})"
+        if not moved < most:
+            return f"packed sequences of {name} see their neighbours (a convolution, a recurrence, or attention of its own)"
+        if not gap < most:
+            return (
+                f"the log-probabilities of packed sequences differ by {gap:.3g} nats on average from {name}'s own for each "
+                "sequence alone"
             )
+        return None
 
     @torch.no_grad()
     def unpacked_logprobs(self, batch: Batch, *, float32: bool = False) -> Tensor:
@@ -711,6 +718,8 @@ class Policy(SampledModel):
             def save(weights: dict[str, Tensor], path: Path) -> None:
                 shell.save_pretrained(path, state_dict=dict(weights))  # which it empties
                 self.tokenizer.save_pretrained(path)
+                for name, content in self.processor_files.items():
+                    (path / name).write_bytes(content)
 
             write(directory, lm.state_dict(), save)
 
@@ -746,8 +755,10 @@ class Policy(SampledModel):
 
 def _shell(lm: PreTrainedModel) -> PreTrainedModel:
     """A model of the same class and configuration without weights, to save some with while `lm` is in use."""
+    settings = copy.deepcopy(lm.config)
+    restore_dropout(settings, lm.stored_dropouts)  # type: ignore[arg-type]
     with torch.device("meta"):
-        return type(lm)(copy.deepcopy(lm.config))
+        return type(lm)(settings)
 
 
 @contextmanager

@@ -29,11 +29,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from grpo.config import Config, read_yaml, write_yaml
+from grpo.config import Config, ModelConfig, read_yaml, write_yaml
 from grpo.distributed import GIB
+from grpo.families import attention_calls, attribute, without_weights
+from grpo.model_source import model_config
 
 USABLE = 0.92
 """Share of a GPU's memory that is planned for; the rest is CUDA's own and what fragments."""
@@ -123,25 +122,26 @@ def shape_of(name: str) -> Shape:
         ValueError: there is none, or not of a causal language model.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
-        with torch.device("meta"):
-            weights = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
-    except (OSError, ValueError) as error:
+        config = model_config(ModelConfig(name=name))
+        lm, reason = without_weights(config, trust_remote_code=False)
+        if lm is None:
+            raise ValueError(reason)
+    except ValueError as error:
         raise ValueError(
             f"--model is {name!r}; neither a directory nor the hub gave the configuration of a causal language model: "
             f"{str(error).splitlines()[0]} Correct the name, or the directory's config.json."
         ) from error
     text = config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    calls, _ = attention_calls(lm)
+    per_layer = sum(call.num_kv_heads * (call.key_dim + call.value_dim) for call in calls) // max(len(calls), 1)
     return Shape(
         name,
-        weights,
+        sum(weight.numel() for weight in lm.parameters()),
         text.num_hidden_layers,
         text.hidden_size,
         text.vocab_size,
-        text.num_hidden_layers * 2 * kv_heads * head * 2,
-        getattr(text, "max_position_embeddings", None),
+        text.num_hidden_layers * per_layer * 2,
+        attribute(text, "max_position_embeddings"),
     )
 
 

@@ -24,6 +24,7 @@ from grpo.config import Config, as_override
 from grpo.console import show_samples
 from grpo.dynamic_sampling import Draws
 from grpo.evaluate import answer, completion_rows, in_order, training_rows, verdict_name
+from grpo.families import check_family
 from grpo.loss import entropy_threshold, grpo_loss, token_weights
 from grpo.metrics import (
     check_reward_names,
@@ -34,7 +35,8 @@ from grpo.metrics import (
     measure_texts,
     step_metrics,
 )
-from grpo.policy import Policy, check_attention, check_context, check_vocabulary, load_tokenizer, resolve_dtype
+from grpo.model_source import with_resolved_name
+from grpo.policy import Policy, check_context, check_vocabulary, load_tokenizer, resolve_dtype
 from grpo.post_mortem import Evidence
 from grpo.prompts import PromptOrder, build_prompts, use_chat_template
 from grpo.rollout import check_engine, make_generator
@@ -84,7 +86,7 @@ class Trainer:
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
     ) -> None:
-        self.config = config
+        self.config = config = with_resolved_name(config)
         self.makes_do = True  # with less memory than configured, if it has to
         self.stopping = StopRequest(config.run.max_hours)
         self.interruption = ""  # why all processes are about to stop, once they agree
@@ -95,7 +97,7 @@ class Trainer:
         tokenizer = load_tokenizer(config.model)
         use_chat_template(tokenizer, config.data)
         check_context(config)
-        check_attention(config.model)
+        check_family(config.model)
         check_engine(config)
         check_sinks(config)
         with self.processes.accelerator.main_process_first():

@@ -19,11 +19,12 @@ from grpo.console import errors_for_users, positive
 def main() -> None:
     arguments = _parser().parse_args()
     with errors_for_users():
-        from grpo import distributed, inference
+        from grpo import distributed
+        from grpo.model_source import model_directory
 
         names, data = benchmarks.named(arguments)
         settings = exam.Settings(
-            model=inference.model_directory(arguments.model),
+            model=model_directory(arguments.model),
             benchmarks=names,
             templates=arguments.templates.split(","),
             data=data,
@@ -45,6 +46,7 @@ def main() -> None:
             max_sequences=arguments.max_sequences,
             kv_cache_gib=arguments.kv_cache_gib,
             num_workers=arguments.workers,
+            trust_remote_code=arguments.trust_remote_code,
         )
         out = Path(arguments.out) if arguments.out else exam.default_out(settings.model)
         results = exam.take(settings, out, means)
@@ -60,6 +62,9 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that comes with the model"
+    )
     parser.add_argument("--revision", default=exam.Settings.revision, help="branch, tag or commit of a hub model")
     benchmarks.add_arguments(parser)
     parser.add_argument(

@@ -166,7 +166,10 @@ def test_accelerates_own_configuration_file_may_set_the_number_of_processes(tmp_
 def test_a_zero_stage_that_accelerates_file_contradicts_is_refused(tmp_path: Path):
     done = launch_with_config_file(tmp_path, zero=3)
     assert done.returncode != 0
-    assert "error: distributed.zero_stage is 2; accelerate's own configuration file says zero_stage 3" in done.stderr
+    assert (
+        "error: distributed.zero_stage is 2; accelerate's own configuration file or option says zero_stage 3"
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,6 +188,10 @@ def test_a_zero_stage_that_accelerates_file_contradicts_is_refused(tmp_path: Pat
         ),
         ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json", "says config_file ds.json"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "says gradient_accumulation_steps 4"),
+        ("ACCELERATE_USE_FSDP", "true", r"ask for FSDP; .* Set distributed\.zero_stage"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "ask for Megatron-LM"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", r"mixed_precision is bf16; .* float32 .* Set model\.dtype to bfloat16"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "mixed_precision is fp16; .* Launch without --mixed_precision"),
     ],
 )
 def test_nothing_in_accelerates_file_is_ignored_in_silence(
@@ -203,6 +210,13 @@ def test_accelerates_file_may_offload_what_the_configuration_offloads(tmp_path: 
         distributed.start(config, dtype=torch.float32)
     monkeypatch.setenv(variable, "cpu")
     distributed.start(config, dtype=torch.float32)
+
+
+def test_options_that_accelerate_hands_on_to_nobody_are_refused():
+    """Without --use_deepspeed, accelerate itself forgets how many gradients to accumulate."""
+    done = launch_script(launcher=("--gradient_accumulation_steps", "4"))
+    assert done.returncode != 0
+    assert "says gradient_accumulation_steps 4, and the two must agree" in done.stderr
 
 
 @pytest.mark.parametrize("offloaded", [set(), {"optimizer"}, {"param"}, {"optimizer", "param"}])

@@ -552,7 +552,10 @@ def test_auto_takes_generate_on_a_cpu_and_native_can_be_asked_for(policy: Policy
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (Gemma2Config(**SIZES, attn_logit_softcapping=1.0), "Gemma2ForCausalLM caps its attention logits"),
+        (
+            Gemma2Config(**SIZES, attn_logit_softcapping=1.0),
+            "Gemma2ForCausalLM's attention has capped logits (softcap)",
+        ),
         (
             Lfm2Config(**SIZES, layer_types=["conv", "full_attention", "conv"]),
             "Lfm2ForCausalLM has layers other than full and sliding-window attention: conv",

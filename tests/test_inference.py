@@ -10,7 +10,8 @@ from helpers import TINY, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo import Trainer, inference
-from grpo.inference import Sampler, model_directory, sampling_config
+from grpo.inference import Sampler, sampling_config
+from grpo.model_source import model_directory
 from grpo.policy import load_tokenizer
 from grpo.rollout.engine import NativeGenerator
 from grpo.rollout.hf import HFGenerator
@@ -84,9 +85,9 @@ def test_a_run_a_checkpoint_and_a_model_directory_are_all_models(run: Trainer, t
     for name in (run.directory, checkpoint, checkpoint / "hf"):
         assert model_directory(str(name)) == str(checkpoint / "hf")
     assert model_directory("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
-    for name in (tmp_path, checkpoint / "adapter"):
-        with pytest.raises(ValueError, match=r"^--model is .*; it is neither a model .* Name one of these"):
-            model_directory(str(name))
+    assert model_directory(str(checkpoint / "adapter")) == str(checkpoint / "adapter")
+    with pytest.raises(ValueError, match=r"^--model is .*; it is neither a model .* Name one of these"):
+        model_directory(str(tmp_path))
     with pytest.raises(ValueError, match=r"^--model is '/nowhere'; there is no such directory\. Correct"):
         model_directory("/nowhere")
 

@@ -502,5 +502,5 @@ def test_a_rotary_embedding_that_changes_with_its_neighbours_is_refused_where_it
 
 
 def test_a_model_that_is_not_there_is_refused_by_its_setting():
-    with pytest.raises(ValueError, match=re.escape("model.name is '/nowhere/model'; it is neither a directory")):
+    with pytest.raises(ValueError, match=re.escape("model.name is '/nowhere/model'; there is no such directory")):
         load_tokenizer(ModelConfig(name="/nowhere/model"))

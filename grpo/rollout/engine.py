@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from grpo import progress
 from grpo.config import Config
 from grpo.distributed import GIB
+from grpo.families import attention_calls, attribute
 from grpo.policy import CHANGING_ROPE, FORWARD_TOLERANCE, SampledModel, rope_types
 from grpo.rollout.decoder import CHUNK, LENGTH, TOKEN, Chunk, Decoder
 from grpo.rollout.drawing import sequence_seeds
@@ -298,12 +299,9 @@ LARGEST_SHARE = 0.9
 
 
 def _cache_shape(lm: PreTrainedModel) -> dict[str, int]:
-    config = lm.config.get_text_config()
-    return {
-        "num_layers": config.num_hidden_layers,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-    }
+    """As the layers hand keys and values to their attention, which `_unsupported_by_design` has found to be alike."""
+    calls, _ = attention_calls(lm)
+    return {"num_layers": len(calls), "num_kv_heads": calls[0].num_kv_heads, "head_dim": calls[0].key_dim}
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -325,7 +323,7 @@ def unsupported(policy: SampledModel, *, fused: bool) -> str | None:
         reason = _unsupported_by_design(lm)
     if reason is not None:
         return reason
-    positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or CHECKED_TOKENS
+    positions = attribute(lm.config.get_text_config(), "max_position_embeddings") or CHECKED_TOKENS
     tokens, own = policy.plain_logprobs(min(CHECKED_TOKENS, positions))
     with policy.sampling_model("paged") as lm:
         fused = fused and can_fuse(lm)
@@ -349,16 +347,25 @@ def _unsupported_by_design(lm: PreTrainedModel) -> str | None:
     name = type(lm).__name__
     if not getattr(lm, "_supports_attention_backend", False):
         return f"{name} does not take its attention from transformers' AttentionInterface"
-    others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    others = set(attribute(config, "layer_types") or []) - {"full_attention", "sliding_attention"}
     if others:
         return f"{name} has layers other than full and sliding-window attention: {', '.join(sorted(others))}"
-    if getattr(config, "attn_logit_softcapping", None):
-        return f"{name} caps its attention logits"
+    calls, _ = attention_calls(lm)
+    extra = next((call.extra for call in calls if call.extra), None)
+    if extra:
+        return f"{name}'s attention has {extra}"
     changing = sorted(rope_types(config) & set(CHANGING_ROPE))
     if changing:
         return f"{name} has a rotary embedding that changes with the longest sequence of a step ({changing[0]})"
-    if getattr(config, "kv_lora_rank", None):
+    if attribute(config, "kv_lora_rank"):
         return f"{name} keeps compressed keys and values (multi-head latent attention)"
+    if [call.layer for call in calls] != list(range(len(calls))):
+        return f"{name} does not call its attention once for each layer, one after the other"
+    if (
+        len({(call.num_kv_heads, call.key_dim, call.value_dim) for call in calls}) != 1
+        or calls[0].key_dim != calls[0].value_dim
+    ):
+        return f"{name} has layers whose keys and values are of different sizes"
     return None
 
 

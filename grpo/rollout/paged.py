@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from grpo.attention import varlen_attention
+from grpo.attention import check_arguments, varlen_attention
 
 PAGE = 64
 """Positions in a page. On average half a page per completion stays empty; smaller pages cost more lookups."""
@@ -94,11 +94,10 @@ def paged_attention(
     places: Places,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """query `(1, heads, N, D)`, key and value `(1, kv_heads, N, D)`; see `Places`."""
-    assert softcap is None, "capped attention logits are refused when the engine is made"
+    check_arguments(module, others)
     q, k, v = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
     layer: int = module.layer_idx  # type: ignore[assignment]
     places.cache.write(layer, places.write, k, v)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from grpo import progress
+from grpo.model_source import source_of
 from grpo.rollout.vllm import OnAnswer, Request, Sampled
 
 if TYPE_CHECKING:
@@ -36,10 +37,12 @@ class ColocatedEngine:
         self.llm.sleep(level=2)
 
     def _start(self, LLM: Any, policy: Policy, config: Config) -> Any:
+        source = source_of(config.model)
         return LLM(
-            model=config.model.name,
-            revision=config.model.revision,
-            tokenizer_revision=config.model.revision,
+            model=source.base,
+            revision=source.revision,
+            tokenizer_revision=source.revision,
+            trust_remote_code=config.model.trust_remote_code,
             dtype=str(policy.dtype).removeprefix("torch."),
             tensor_parallel_size=1,
             distributed_executor_backend="external_launcher",  # in this process, on its GPU and in its process group

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from grpo import progress
+from grpo.model_source import source_of
 from grpo.policy import FORWARD_TOLERANCE, PLAIN_SENTENCES, Policy, resolve_dtype
 from grpo.rollout.vllm import OnAnswer, Request, Sampled
 
@@ -206,7 +207,7 @@ def check_server(config: Config) -> None:
 
 def _find_model(server: Server, config: Config) -> dict[str, Any]:
     """The server's entry for the model that the policy starts from."""
-    name, served = config.model.name, server.get("/v1/models")["data"]
+    name, served = source_of(config.model).base, server.get("/v1/models")["data"]
     found = next((model for model in served if name in (model["id"], model["root"])), None)
     if found is None:
         raise ValueError(
