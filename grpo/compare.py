@@ -37,9 +37,9 @@ import yaml
 from grpo.checkpoint import MAY_CHANGE, changed_setting, name_of
 from grpo.config import Config, as_override
 from grpo.evaluate import by_question, columns_of, is_right, verdict_name
+from grpo.jsonl import read_jsonl
 from grpo.report import plot_arms, write_page
 from grpo.report.read import MAX_RUNS
-from grpo.sinks import read_jsonl
 from grpo.statistics import Estimate, Values, estimate, mean_of_few
 from grpo.stopping import EXIT_STOPPED, SIGNALS
 from grpo.writer import replace_text
@@ -165,7 +165,7 @@ def is_finished(run: PlannedRun) -> bool:
     """Whether its last step has been made, saved and evaluated."""
     steps = run.config.run.steps
     saved = run.directory / "checkpoints" / name_of(steps)
-    rows = read_jsonl(run.directory / "metrics.jsonl") if saved.exists() else []
+    rows = read_jsonl(run.directory / "metrics.jsonl", ["step"]) if saved.exists() else []
     return any(row["step"] == steps and "eval/length_mean" in row for row in rows)
 
 
@@ -326,7 +326,9 @@ def compare(runs: Sequence[PlannedRun]) -> list[Row]:
 
 
 def _final(run: PlannedRun) -> list[Row]:
-    return [row for row in read_jsonl(run.directory / "evaluations.jsonl") if row["step"] == run.config.run.steps]
+    return [
+        row for row in read_jsonl(run.directory / "evaluations.jsonl", ["step"]) if row["step"] == run.config.run.steps
+    ]
 
 
 def _accuracy_by_question(run: PlannedRun) -> Accuracy:
@@ -383,7 +385,9 @@ def _the_rest(runs: Sequence[PlannedRun]) -> Row:
     """Means over all final answers of all runs; entropy and time are means over runs."""
     answers = [row for run in runs for row in _final(run)]
     verdict = verdict_name(answers[0]["rewards"])
-    steps = [[row for row in read_jsonl(run.directory / "metrics.jsonl") if "time/step" in row] for run in runs]
+    steps = [
+        [row for row in read_jsonl(run.directory / "metrics.jsonl", ["step"]) if "time/step" in row] for run in runs
+    ]
     return {
         "before": _mean(share for run in runs for share in _before(run)),
         "sampled": _mean(row[f"reward/{verdict}"] for rows in steps for row in rows if f"reward/{verdict}" in row),
@@ -398,7 +402,7 @@ def _the_rest(runs: Sequence[PlannedRun]) -> Row:
 
 def _before(run: PlannedRun) -> list[float]:
     """A share for each question of known verdict."""
-    rows = [row for row in read_jsonl(run.directory / "evaluations.jsonl") if row["step"] == 0]
+    rows = [row for row in read_jsonl(run.directory / "evaluations.jsonl", ["step"]) if row["step"] == 0]
     shares = columns_of(by_question(rows))["pass@1"]
     return [float(share) for share in shares if not np.isnan(share)]
 

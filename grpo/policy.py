@@ -35,6 +35,7 @@ from grpo.batch import micro_batch
 from grpo.config import Config, ModelConfig, OptimizerConfig
 from grpo.distributed import Processes, TrainingProcesses, deterministic, whole
 from grpo.logprobs import token_logprobs
+from grpo.terminal import say
 from grpo.types import Batch, MicroBatch
 from grpo.writer import Write, save_tensors, write_now
 
@@ -382,9 +383,7 @@ class Policy(SampledModel):
     def _packed(self, lm: PreTrainedModel) -> PackedLM:
         fused = self.processes.device.type != "cuda" or fuse_kernels(lm)
         if not fused and self.processes.is_main:
-            print(
-                f"no fused kernels for {lm.config.model_type}: its update runs the layers of transformers", flush=True
-            )
+            say(f"no fused kernels for {lm.config.model_type}: its update runs the layers of transformers")
         if self._sharded and not self.adapters:
             gather_by_layer(lm)
         return PackedLM(lm, temperature=self.temperature, chunk_tokens=self._config.memory.logprob_chunk_tokens)

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 from grpo import aha
 from grpo.config import Config
 from grpo.evaluate import is_right
+from grpo.jsonl import append_jsonl
+from grpo.terminal import say
 from grpo.writer import replace_text
 
 Row = Mapping[str, Any]
@@ -29,6 +31,10 @@ class Sink(Protocol):
     def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None: ...
 
     def close(self) -> None: ...
+
+
+class RowsLost(OSError):
+    """Rows of a run could be written nowhere."""
 
 
 class JsonlSink:
@@ -54,71 +60,32 @@ class JsonlSink:
             append_jsonl(self.directory / name, rows)
         except OSError as error:
             self._waiting[name] = rows
-            print(f"warning: {name} cannot be written: {error}; {len(rows)} rows wait in memory.", flush=True)
+            say(f"warning: {name} cannot be written: {error}; {len(rows)} rows wait in memory.")
 
     def close(self) -> None:
         """What still cannot be written goes to the directory for temporary files.
 
         Raises:
-            OSError: nor there.
+            RowsLost: nor there.
         """
         for name in list(self._waiting):
             self.append(name, [])
-        for name, rows in self._waiting.items():
+        waiting, self._waiting = self._waiting, {}
+        lost = [problem for name, rows in waiting.items() if (problem := self._write_elsewhere(name, rows))]
+        if lost:
+            raise RowsLost(
+                f"the last {' and '.join(lost)} are lost: neither {self.directory} nor the directory for temporary files took "
+                "them."
+            )
+
+    def _write_elsewhere(self, name: str, rows: list[dict[str, Any]]) -> str | None:
+        try:
             elsewhere = Path(tempfile.mkdtemp(prefix=f"{self.directory.name}-")) / name
             append_jsonl(elsewhere, rows)
-            print(f"warning: the last {len(rows)} rows of {name} are in {elsewhere}.", flush=True)
-
-
-def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows through to the disk.
-
-    Raises:
-        OSError: not one of them was written.
-    """
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.truncate(path, size)
-        raise
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _lines(path)]
-
-
-def _lines(path: Path) -> list[str]:
-    """Split at line feeds only: a completion may hold other characters that `str.splitlines` takes for line ends."""
-    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n") if path.stat().st_size else []
-
-
-def rewind_jsonl(path: Path, step: int) -> None:
-    """Move rows after `step` to `<name>.superseded.jsonl`: a resumed run writes those steps anew, and loses nothing.
-
-    A last line that a kill cut short goes there too.
-    """
-    if not path.exists():
-        return
-    kept: list[str] = []
-    superseded: list[str] = []
-    for line in _lines(path):
-        (kept if _step_of(line) <= step else superseded).append(line + "\n")
-    if superseded:
-        with path.with_suffix(".superseded.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(superseded)
-    replace_text(path, "".join(kept))  # also to end a whole last line whose line feed is missing
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
-        return float("inf")
+        except OSError as error:
+            return f"{len(rows)} rows of {name} ({error})"
+        say(f"warning: the last {len(rows)} rows of {name} are in {elsewhere}.")
+        return None
 
 
 CHARTS = {
@@ -389,7 +356,7 @@ class TensorBoardSink:
             yield
         except OSError as error:
             self._failed = True
-            print(f"warning: tensorboard/ cannot be written: {error}; from step {step} on it has nothing.", flush=True)
+            say(f"warning: tensorboard/ cannot be written: {error}; from step {step} on it has nothing.")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

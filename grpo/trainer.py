@@ -42,6 +42,7 @@ from grpo.scoring import Reward, Scorer, join_scores, resolve_rewards
 from grpo.shortage import free, is_out_of_memory, or_fewer_at_once
 from grpo.sinks import check_sinks
 from grpo.stopping import EXIT_STOPPED, Stopped, StopRequest
+from grpo.terminal import say
 from grpo.types import Batch, Group, MicroBatch, Prompt, Scores
 from grpo.under_way import StepUnderWay
 from grpo.watchdog import Alarm, RollBacks, Watchdog, WatchdogError, unless_finite
@@ -645,7 +646,7 @@ class Trainer:
 
     def say(self, text: str) -> None:
         if self.processes.is_main:
-            print(text, flush=True)
+            say(text)
 
     @contextmanager
     def _clock(self, name: str) -> Iterator[None]:

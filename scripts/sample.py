@@ -7,7 +7,6 @@ python scripts/sample.py --model Qwen/Qwen2.5-0.5B --config configs/qwen1.5b.yam
 
 import argparse
 import contextlib
-import json
 import sys
 from dataclasses import replace
 from typing import Any
@@ -24,6 +23,7 @@ from grpo.breakdown import (
 from grpo.chosen import add_options, choose, said
 from grpo.console import console, errors_for_users
 from grpo.distributed import stop
+from grpo.jsonl import json_line
 from grpo.policy import load_tokenizer
 from grpo.prompts import build_prompts
 from grpo.scoring import resolve_rewards
@@ -52,7 +52,7 @@ def main() -> None:
         rows = sample(options)
     stop()
     for row in rows if options.json else []:
-        print(json.dumps(row, ensure_ascii=False))
+        print(json_line(row))
     for start in range(0, 0 if options.json else len(rows), options.group):
         show_group(console(), rows[start : start + options.group])
 

@@ -18,8 +18,9 @@ from wandb.proto import wandb_internal_pb2 as wandb_records
 
 from grpo import Trainer, aha
 from grpo.evaluate import is_right
+from grpo.jsonl import read_jsonl
 from grpo.metrics import METRICS, Meter, measure_texts
-from grpo.sinks import TensorBoardSink, _thinned, read_jsonl
+from grpo.sinks import TensorBoardSink, _thinned
 from rewards import language
 
 WORDS = aha.Words(aha.WORD_LISTS)

@@ -24,9 +24,9 @@ from grpo import Trainer, checkpoint
 from grpo.batch import micro_batch, pack, spare, take
 from grpo.checkpoint import CheckpointError, changed_setting, complete_checkpoints, name_of, numbers_of
 from grpo.config import Config, as_override
+from grpo.jsonl import read_jsonl
 from grpo.metrics import Meter
 from grpo.post_mortem import Evidence
-from grpo.sinks import read_jsonl
 from grpo.stopping import EXIT_STOPPED, Stopped
 from grpo.types import Completion, Group, MicroBatch, Prompt, Scores
 from grpo.under_way import StepUnderWay, dealt_anew

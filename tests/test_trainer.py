@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo import Reward, Trainer, checkpoint
 from grpo.console import LineSink
 from grpo.distributed import Processes
+from grpo.jsonl import append_jsonl, read_jsonl, rewind_jsonl
 from grpo.rundir import claim
-from grpo.sinks import append_jsonl, read_jsonl, rewind_jsonl
 from grpo.types import Group, OnGroup, Prompt
 
 CLOCKS = ("time/", "throughput/", "memory/")
