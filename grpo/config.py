@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Hashable, Iterable
 from dataclasses import fields
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -34,12 +36,16 @@ from grpo.types import VOTE, Sampling
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+"""May be a path, whose ~ is the user's home as in a shell."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
-    name: str
+    name: PathText
     """Hub id or local directory of a causal language model in Hugging Face format; the policy starts from it."""
     revision: str = "main"
     """Branch, tag or commit of a hub model. Pin it for a run that others should repeat."""
@@ -48,7 +54,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    name: str | None = None
+    name: PathText | None = None
     """Training questions: a hub data set id, or a local .json, .jsonl, .jsonl.gz or .parquet file (taken whole). May be
     left out only where rows are handed to `Trainer(train_dataset=...)`. Or `reasoning_gym:<task>`, such as
     `reasoning_gym:chain_sum`, an optional extra; held-out questions are then those of the task that would come next."""
@@ -58,7 +64,7 @@ class DataConfig(Section):
     """Configuration name of a hub data set, such as `main` of openai/gsm8k."""
     split: str = "train"
     """Split of a hub data set to train on."""
-    eval_name: str | None = None
+    eval_name: PathText | None = None
     """Held-out questions, named like `name`. null: the hub data set of `name` itself, with `eval_split`."""
     eval_subset: str | None = None
     """Configuration name of the hub data set `eval_name`; without `eval_name` that of `name` holds."""
@@ -141,7 +147,7 @@ VLLM_SETTINGS = {"colocated": {"gpu_memory_utilization"}, "server": {"url", "syn
 
 
 class RewardConfig(Section):
-    function: str
+    function: PathText
     """A name in rewards/, `module:function`, or `path/to/file.py:function`."""
     weight: float = 1.0
     """Factor in the sum. 0: only logged."""
@@ -356,7 +362,7 @@ class LoggingConfig(Section):
 
 
 class RunConfig(Section):
-    dir: str
+    dir: PathText
     """Where everything the run produces goes."""
     steps: PositiveInt
     """Training steps; one is a rollout of num_prompts questions and all its updates."""
@@ -369,6 +375,8 @@ class RunConfig(Section):
     resume: Literal["never", "auto"] = "never"
     """auto: go on from the newest complete checkpoint in `dir`, or start there. never: a used `dir` is left alone and
     the next free of dir-2, dir-3, ... is taken."""
+    accept_changes: bool = False
+    """Resume although the questions or the source of the rewards are not those that the checkpoint was written with."""
 
 
 class ScheduleConfig(Section):

@@ -189,6 +189,15 @@ def deepspeed_config(config: Config, *, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def deepspeed_classes() -> list[type]:
+    """The classes of DeepSpeed's own whose objects are in its training state; none of them does anything when it is loaded."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
 def _check_launcher(config: Config) -> None:
     """accelerate's own configuration file may hold DeepSpeed settings too; one that differs from ours would be ignored."""
     ours = {

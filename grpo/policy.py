@@ -37,7 +37,7 @@ from grpo.distributed import Processes, TrainingProcesses, deterministic, whole
 from grpo.logprobs import token_logprobs
 from grpo.terminal import say
 from grpo.types import Batch, MicroBatch
-from grpo.writer import Write, save_tensors, write_now
+from grpo.writer import Write, load_tensors, save_tensors, write_now
 
 END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<end_of_turn>", "</s>")
 """Special tokens by which model families end a text or a turn; whichever a tokenizer has ends a completion."""
@@ -620,6 +620,8 @@ class Policy(SampledModel):
 
     def load_training_state(self, directory: Path) -> None:
         """Read what `save_training_state` wrote. Every process calls it."""
+        classes = distributed.deepspeed_classes()
+        self.engine.checkpoint_engine.load = lambda path, map_location=None: load_tensors(Path(path), classes=classes)
         loaded, _ = self.engine.load_checkpoint(str(directory), tag="training", load_module_strict=not self.adapters)
         assert loaded is not None, f"DeepSpeed found no training state in {directory}"
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo import checkpoint, distributed, post_mortem, preflight, report, rundir, tripwire
+from grpo import checkpoint, distributed, inputs, post_mortem, preflight, report, rundir, tripwire
 from grpo.advantage import group_advantages, has_signal
 from grpo.batch import join, micro_batch, pack, plan_passes, spare, split, take
 from grpo.checkpoint import CheckpointError, Checkpoints, RunState, numbers_of
@@ -121,8 +121,9 @@ class Trainer:
         )
         self.directory = Path(self.processes.on_main(lambda: str(rundir.claim(config.run))))
         self.scorer.log_to(self.directory / "rewards.log")
-        self.checkpoints = Checkpoints(self.directory / "checkpoints", config, self.processes)
-        found = checkpoint.find(self.checkpoints.directory, config, self.processes)
+        given = self.processes.on_main(lambda: inputs.digests(prompts, self.eval_prompts, functions))
+        self.checkpoints = Checkpoints(self.directory / "checkpoints", config, self.processes, given=given)
+        found = checkpoint.find(self.checkpoints.directory, config, self.processes, given=given)
         self.say(config.summary(num_rows=len(prompts), world_size=self.processes.world_size))
         self.policy = self._load_policy(tokenizer)
         self.generator = make_generator(config, self.policy)
