@@ -348,8 +348,8 @@ class WatchdogConfig(Section):
 class LoggingConfig(Section):
     wandb: Literal["online", "offline", "disabled"] = "disabled"
     """Weights & Biases. Without a login `online` says so and goes on as `offline`."""
-    wandb_project: str = "grpo"
-    """Project of the W&B run."""
+    wandb_project: str | None = None
+    """Project of the W&B run. null: what WANDB_PROJECT says, else grpo. WANDB_ENTITY, WANDB_NAME and WANDB_RUN_ID hold too."""
     completions_every: NonNegativeInt = 1
     """Write all completions of every so many steps to completions.jsonl (and a sample to W&B). 0: never."""
     num_samples: NonNegativeInt = 2

@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
 from itertools import chain, count, takewhile
 from pathlib import Path
@@ -23,7 +24,7 @@ from grpo.display import DisplaySink, console_sink
 from grpo.distributed import Processes
 from grpo.evaluate import is_right, summarize, verdict_name
 from grpo.jsonl import append_jsonl, iterate_backwards, iterate_jsonl, read_jsonl, rewind_jsonl
-from grpo.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink
+from grpo.sinks import InBackground, JsonlSink, Sink, TensorBoardSink, WandbSink, end_wandb_service
 from grpo.writer import replace_text
 
 ROLL_BACKS = "roll_backs.jsonl"
@@ -132,17 +133,17 @@ class RunLog:
         self.files = JsonlSink(self.directory)
         self.sinks = [self.files]
         if logging.wandb != "disabled":
-            self.sinks.append(
-                WandbSink(
-                    logging.wandb,
-                    project=logging.wandb_project,
-                    directory=self.directory,
-                    config=self.config.model_dump(),
-                    verdict=verdict_name(self.reward_names),
-                    words=self.words,
-                    history=history,
-                )
+            make = partial(
+                WandbSink,
+                logging.wandb,
+                project=logging.wandb_project,
+                directory=self.directory,
+                config=self.config.model_dump(),
+                verdict=verdict_name(self.reward_names),
+                words=self.words,
+                history=history,
             )
+            self.sinks.append(InBackground("wandb", make, abandon=end_wandb_service))
         if logging.tensorboard:
             self.sinks.append(TensorBoardSink(self.directory, first_step=last + 1, words=self.words, history=history))
         self.console = console_sink(
