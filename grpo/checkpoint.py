@@ -300,12 +300,13 @@ def find(directory: Path, config: Config, processes: Processes, *, given: dict[s
     """
     if config.run.resume == "never":
         return None
+    accept = config.run.accept_changes
     there = processes.on_main(lambda: _tidy(directory))
     for checkpoint in reversed(there):
         problem = _problem(checkpoint, processes)
         if problem is None:
             _check_resumable(checkpoint, config)
-            notes = [_longer(checkpoint, config), *_compare_given(checkpoint, given, accept=config.run.accept_changes)]
+            notes = [_longer(checkpoint, config), *_compare_given(checkpoint, given, accept=accept)]
             for note in filter(None, notes if processes.is_main else []):
                 say(note)
             return checkpoint

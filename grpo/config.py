@@ -742,6 +742,10 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(
             "preflight.on_failure is 'warn'; it has no effect while preflight.num_questions is 0. Remove one of the two."
         )
+    if config.run.accept_changes and config.run.resume == "never":
+        raise ValueError(
+            "run.accept_changes is true; it has no effect while run.resume is 'never'. Set run.resume to auto, or remove it."
+        )
     check_lists("logging.reflection_words", config.logging.reflection_words)
     for name in ("answer_regex", "eval_answer_regex"):
         _check_regex(f"data.{name}", getattr(config.data, name))

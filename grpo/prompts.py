@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -103,6 +105,7 @@ def load_table(name: str, subset: str | None, split: str, setting: str) -> Any:
         try:
             return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
         except Exception as error:
+            _check_cache(error, path)
             raise ValueError(
                 f"{setting} is {name!r}; it cannot be read as {FORMATS[path.suffix]}: {error}. Correct the file."
             ) from error
@@ -111,10 +114,24 @@ def load_table(name: str, subset: str | None, split: str, setting: str) -> Any:
     try:
         return datasets.load_dataset(name, subset, split=split)
     except Exception as error:
+        _check_cache(error, path)
         raise ValueError(
             f"{setting} is {name!r} (subset {subset!r}, split {split!r}); there is no such local file and the hub gave no "
             f"such data set: {error}. Correct the name, or set {setting} to a .jsonl or .parquet file."
         ) from error
+
+
+def _check_cache(error: Exception, path: Path) -> None:
+    """Raise ValueError if not the data is at fault, but the folder for prepared data, by default in the user's home."""
+    place = getattr(error, "filename", None)
+    if getattr(error, "errno", None) in NOT_WRITABLE and place is not None and Path(place) != path:
+        raise ValueError(
+            f"HF_HOME is {os.environ.get('HF_HOME', '~/.cache/huggingface')!r}; data sets are prepared in a folder there, which "
+            f"cannot be written to: {error}. Make room, or set HF_HOME (or HF_DATASETS_CACHE) to a folder that can be."
+        ) from error
+
+
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def prepare_rows(

@@ -20,7 +20,7 @@ from grpo.breakdown import (
     show_group,
     without,
 )
-from grpo.chosen import add_options, choose, said
+from grpo.chosen import add_options, choose, said, trusted_rewards
 from grpo.console import console, errors_for_users
 from grpo.distributed import stop
 from grpo.jsonl import json_line
@@ -44,6 +44,9 @@ def main() -> None:
     parser.add_argument("--data", metavar="FILE", help="rows of this file or hub data set")
     parser.add_argument("--group", type=int, default=8, metavar="G", help="completions per question; default: 8")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling; default: 0")
+    parser.add_argument(
+        "--trust-rewards", action="store_true", help="run reward functions that the run's configuration names"
+    )
     parser.add_argument("--json", action="store_true", help="a JSON object per completion and nothing else")
     options = parser.parse_args()
     check(parser, options)
@@ -90,7 +93,7 @@ def sample(options: argparse.Namespace) -> list[dict[str, Any]]:
         replace(prompt, row=n) for prompt, n in zip(build_prompts(rows, tokenizer, data)[0], numbers, strict=True)
     ]
     columns = columns_of(rows)
-    rewards = resolve_rewards(chosen.settings.rewards)
+    rewards = resolve_rewards(trusted_rewards(chosen, options))
     lacking = without(rewards, columns)
     scorer = make_scorer(
         [reward for reward in rewards if reward.name not in lacking],
