@@ -106,13 +106,11 @@ class SilencedConsole(Console):
 
     @property
     def file(self) -> Any:
-        assert Console.file.fget is not None, "rich has it as a property"
-        return _Silenced(Console.file.fget(self))
+        return _Silenced(Console.file.fget(self))  # type: ignore[attr-defined]  a property, as here
 
     @file.setter
     def file(self, new: Any) -> None:
-        assert Console.file.fset is not None, "rich has it as a property"
-        Console.file.fset(self, new)
+        Console.file.fset(self, new)  # type: ignore[attr-defined]
 
 
 def is_text(typed: str) -> bool:
