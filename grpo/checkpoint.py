@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 from dataclasses import asdict, dataclass, fields
 from itertools import count
@@ -28,13 +29,17 @@ from typing import Any
 import torch
 import xxhash
 
-from grpo import progress, reshard
+from grpo import inputs, progress, reshard
 from grpo.config import Config
 from grpo.distributed import Processes
+from grpo.metrics import Meter
 from grpo.policy import Policy
+from grpo.post_mortem import Evidence
 from grpo.reshard import Layout
+from grpo.terminal import say
+from grpo.types import Completion, Group, MicroBatch, Packing, Prompt, Scores
 from grpo.under_way import StepUnderWay, dealt_anew
-from grpo.writer import Writer, flush, problem_with, save_tensors
+from grpo.writer import Writer, flush, load_tensors, problem_with, save_tensors
 
 REFERENCE = "reference.safetensors"
 
@@ -67,12 +72,15 @@ class _Pending:
 class Checkpoints:
     """Writes the checkpoints of a run. Every process has one, and all call the same methods at the same time."""
 
-    def __init__(self, directory: Path, config: Config, processes: Processes) -> None:
+    def __init__(self, directory: Path, config: Config, processes: Processes, *, given: dict[str, str]) -> None:
+        """Args: given: digests of what the run was given; see grpo/inputs.py."""
         self.directory = directory
         self.config = config
         self.processes = processes
+        self.given = given
         self._pending: _Pending | None = None
         progress.last_checkpoint = None
+        self._stuck: set[Path] = set()  # old checkpoints that cannot be removed, which was said
 
     def save(
         self, state: RunState, *, policy: Policy, under_way: StepUnderWay | None = None, updates: int | None = None
@@ -97,6 +105,7 @@ class Checkpoints:
             **asdict(state),
             "world_size": self.processes.world_size,
             "config": self.config.model_dump(mode="json"),
+            "given": self.given,
         }
         self._pending = _Pending(final, writer, record)
         writer.start()
@@ -145,7 +154,10 @@ class Checkpoints:
         for old in complete_checkpoints(self.directory)[: -settings.keep]:
             step, updates = numbers_of(old)
             if updates is not None or not settings.keep_every or step % settings.keep_every:
-                shutil.rmtree(old.rename(_partial(old)), ignore_errors=True)  # what is left goes when the run resumes
+                problem = _remove(old)
+                if problem is not None and old not in self._stuck:
+                    self._stuck.add(old)
+                    say(f"warning: the old checkpoint {old} cannot be removed: {problem}. Training goes on.")
 
     def last_before(self, began: int, policy: Policy) -> Path | None:
         """The newest checkpoint from before the trouble that showed in step `began`, on every process; None if there is none.
@@ -163,13 +175,20 @@ class Checkpoints:
         return None
 
     def remove_after(self, checkpoint: Path) -> None:
-        """Remove the later ones, which the run is not going to build on."""
-        if self.processes.is_main:
-            for path in complete_checkpoints(self.directory):
-                if path.name > checkpoint.name:
-                    with progress.busy("removing checkpoints"):
-                        shutil.rmtree(path.rename(_partial(path)))
-        self.processes.barrier()
+        """Remove the later ones, which the run is not going to build on.
+
+        Raises:
+            CheckpointError: on all processes, if one of them would stay.
+        """
+
+        def remove() -> str | None:
+            later = [path for path in complete_checkpoints(self.directory) if path.name > checkpoint.name]
+            return next((f"{path} cannot be removed: {problem}" for path in later if (problem := _remove(path))), None)
+
+        with progress.busy("removing checkpoints"):
+            problem = self.processes.on_main(remove)
+        if problem is not None:
+            raise CheckpointError(f"{problem}. The run must not build on it. Remove it, and resume.")
         progress.last_checkpoint = checkpoint
 
     def _check(self, errors: list[str | None], final: Path) -> None:
@@ -227,9 +246,25 @@ def _partial(final: Path) -> Path:
     return final.with_suffix(".partial")
 
 
+NAME = re.compile(r"step-[0-9]{8,}(-[0-9]{4,})?")
+"""What `name_of` gives, and a person who makes a copy does not."""
+
+
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(path for path in directory.glob("step-*") if not path.suffix)  # others are partial or corrupt
+    return sorted(path for path in directory.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir())
+
+
+def _remove(checkpoint: Path) -> str | None:
+    """Make it none at a stroke, then delete its files; what went wrong if it is still there. A link goes, its target stays."""
+    try:
+        if checkpoint.is_symlink():
+            checkpoint.unlink()
+        else:
+            shutil.rmtree(checkpoint.rename(_partial(checkpoint)), ignore_errors=True)  # a resume deletes what is left
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _write_state(directory: Path, record: dict[str, Any]) -> None:
@@ -258,29 +293,31 @@ def _checksum_of(record: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
 
 
-def find(directory: Path, config: Config, processes: Processes) -> Path | None:
+def find(directory: Path, config: Config, processes: Processes, *, given: dict[str, str]) -> Path | None:
     """The newest checkpoint to resume that is as it was written, or None to start anew. Every process calls it.
 
     Newer ones that are not are renamed to `.corrupt`, and a line says so.
 
+    Args:
+        given: digests of what the run is given; see grpo/inputs.py.
+
     Raises:
-        ValueError: it is of another experiment, or there are only corrupt ones.
+        ValueError: it is of another experiment, or was given other questions or rewards, or there are only corrupt ones.
     """
     if config.run.resume == "never":
         return None
+    accept = config.run.accept_changes
     there = processes.on_main(lambda: _tidy(directory))
     for checkpoint in reversed(there):
         problem = _problem(checkpoint, processes)
         if problem is None:
             _check_resumable(checkpoint, config)
-            if processes.is_main:
-                print(_longer(checkpoint, config), end="", flush=True)
+            notes = [_longer(checkpoint, config), *_compare_given(checkpoint, given, accept=accept)]
+            for note in filter(None, notes if processes.is_main else []):
+                say(note)
             progress.last_checkpoint = checkpoint
             return checkpoint
-        if processes.is_main:
-            names = (checkpoint.with_suffix(f".corrupt{f'-{n}' * (n > 1)}") for n in count(1))
-            aside = checkpoint.rename(next(path for path in names if not path.exists()))
-            print(f"checkpoint {checkpoint} is corrupt and was renamed to {aside.name}: {problem}", flush=True)
+        _set_aside(checkpoint, problem, processes)
     if there:
         raise ValueError(
             f"run.resume is 'auto'; not one of the {len(there)} checkpoints in {directory} is as it was written. Choose another "
@@ -289,11 +326,31 @@ def find(directory: Path, config: Config, processes: Processes) -> Path | None:
     return None
 
 
+def _set_aside(checkpoint: Path, problem: str, processes: Processes) -> None:
+    """Rename a corrupt checkpoint, or on all processes raise ValueError if it cannot be."""
+
+    def rename() -> str | None:
+        names = (checkpoint.with_suffix(f".corrupt{f'-{n}' * (n > 1)}") for n in count(1))
+        try:
+            aside = checkpoint.rename(next(path for path in names if not path.exists()))
+        except OSError as error:
+            return str(error)
+        say(f"checkpoint {checkpoint} is corrupt and was renamed to {aside.name}: {problem}")
+        return None
+
+    stuck = processes.on_main(rename)
+    if stuck is not None:
+        raise ValueError(
+            f"run.resume is 'auto'; checkpoint {checkpoint} is corrupt ({problem}) and cannot be renamed: {stuck}. Move it out "
+            "of the way."
+        )
+
+
 def _tidy(directory: Path) -> list[Path]:
     """Remove what a kill left half written or half removed; the complete checkpoints."""
     with progress.busy("removing what a kill left of checkpoints"):
         for partial in directory.glob("step-*.partial"):
-            shutil.rmtree(partial)
+            shutil.rmtree(partial, ignore_errors=True)  # what cannot be removed is in nobody's way
     return complete_checkpoints(directory)
 
 
@@ -315,6 +372,7 @@ MAY_CHANGE = {
     "run.resume",
     "run.dir",
     "run.max_hours",
+    "run.accept_changes",
     "checkpoint",
     "logging",
     "evaluation",
@@ -340,6 +398,29 @@ def _check_resumable(checkpoint: Path, config: Config) -> None:
         )
 
 
+def _compare_given(checkpoint: Path, now: dict[str, str], *, accept: bool) -> list[str]:
+    """What there is to say of questions and rewards that are not those of the checkpoint.
+
+    Raises:
+        ValueError: they changed, and the run does not accept it.
+    """
+    before = read_state(checkpoint).get("given")
+    if before is None:
+        return [
+            f"note: {checkpoint.name} does not say what questions and rewards it was written with; they are not compared."
+        ]
+    names = " and ".join(inputs.changed(before, now))
+    if names and not accept:
+        raise ValueError(
+            f"run.resume is 'auto'; {names} changed since {checkpoint} was written: the questions with their columns and "
+            "prompts, or the source or the arguments of the reward. Restore what they were, choose another run.dir, or set "
+            "run.accept_changes=true to go on with what is there now."
+        )
+    return (
+        [f"warning: from here on {names} are others than up to {checkpoint.name} (run.accept_changes)"] if names else []
+    )
+
+
 def changed_setting(before: dict[str, Any], now: dict[str, Any], *, may_change: set[str]) -> str | None:
     """The first setting in which two configurations differ, but for settings and sections that may; None if there is none."""
     flat_before, flat_now = _flat(before), _flat(now)
@@ -359,7 +440,7 @@ def _longer(checkpoint: Path, config: Config) -> str:
     return (
         ""
         if before == now
-        else f"rollout.max_completion_tokens is {now} from here on; it was {before} up to {checkpoint.name}\n"
+        else f"rollout.max_completion_tokens is {now} from here on; it was {before} up to {checkpoint.name}"
     )
 
 
@@ -376,11 +457,11 @@ def restore(checkpoint: Path, *, policy: Policy, processes: Processes) -> tuple[
     else:
         reshard.load(checkpoint, policy, saved=written)
         if processes.is_main:
-            print(reshard.what_changes(written, now), flush=True)
+            say(reshard.what_changes(written, now))
     if (checkpoint / REFERENCE).exists():
         policy.load_reference(checkpoint / REFERENCE)
     if processes.rank < written.num_processes:  # one more keeps the states it started with; sampling seeds its own
-        _restore_random_states(torch.load(checkpoint / "random" / f"rank-{processes.rank}.pt", weights_only=False))
+        _restore_random_states(load_tensors(checkpoint / "random" / f"rank-{processes.rank}.pt"))
     where = RunState(**{field.name: saved[field.name] for field in fields(RunState)})
     return where, _under_way(checkpoint / "under_way", written.num_processes, processes)
 
@@ -391,12 +472,16 @@ def _under_way(directory: Path, num_parts: int, processes: Processes) -> StepUnd
 
     def part(rank: int) -> StepUnderWay:
         progress.tick()
-        return torch.load(directory / f"rank-{rank}.pt", map_location="cpu", weights_only=False)
+        return load_tensors(directory / f"rank-{rank}.pt", classes=UNDER_WAY)
 
     if num_parts == processes.world_size:
         return part(processes.rank)
     parts = [part(rank) for rank in range(num_parts)]
     return dealt_anew(parts, rank=processes.rank, num_processes=processes.world_size)
+
+
+UNDER_WAY = (StepUnderWay, Evidence, Group, Prompt, Completion, Scores, MicroBatch, Packing, Meter)
+"""The classes of a step under way."""
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,11 +13,12 @@ from typing import get_args
 from transformers import PreTrainedTokenizerBase
 
 from grpo.checkpoint import complete_checkpoints, numbers_of
-from grpo.config import Config, DataConfig, ModelConfig
+from grpo.config import Config, DataConfig, ModelConfig, RewardConfig
 from grpo.families import attribute
 from grpo.inference import Sampler, load, sampling_config
 from grpo.model_source import model_config, model_directory
 from grpo.prompts import use_chat_template
+from grpo.terminal import say
 from grpo.types import Sampling
 
 TEMPLATES = get_args(DataConfig.model_fields["template"].annotation)
@@ -109,6 +111,30 @@ def add_options(parser: ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="of an answer; default: the run's, without a run 1024 or half of what the model knows",
+    )
+
+
+def trusted_rewards(chosen: Chosen, options: Namespace) -> list[RewardConfig]:
+    """The rewards that a run's configuration lists. Outside of the package `rewards` they are code of whoever made the run.
+
+    A configuration that a person names with --config is trusted. Otherwise a terminal asks.
+
+    Raises:
+        ValueError: there is such code, and nobody has said that it may run.
+    """
+    rewards = chosen.settings.rewards
+    foreign = [
+        reward.function for reward in rewards if not reward.function.startswith("rewards.") and ":" in reward.function
+    ]
+    if not foreign or options.config or options.trust_rewards:
+        return rewards
+    named = f"the configuration of {options.model!r} names reward functions that are run here: {', '.join(foreign)}"
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        say(f"{named}. Run them? [y/N]", file=sys.stderr)
+        if sys.stdin.readline().strip().lower() in ("y", "yes"):
+            return rewards
+    raise ValueError(
+        f"{named}. If you trust them, say so with --trust-rewards, or name a YAML of your own with --config."
     )
 
 

@@ -35,9 +35,9 @@ import torch
 from grpo.checkpoint import MAY_CHANGE, changed_setting, name_of
 from grpo.config import Config, as_override, read_yaml
 from grpo.evaluate import by_question, columns_of, is_right, verdict_name
+from grpo.jsonl import read_jsonl, read_metrics
 from grpo.report import plot_arms, write_page
 from grpo.report.read import MAX_RUNS
-from grpo.sinks import read_jsonl, read_metrics
 from grpo.statistics import Estimate, Values, estimate, mean_of_few
 from grpo.stopping import EXIT_STOPPED, SIGNALS
 from grpo.writer import replace_text, to_json
@@ -322,7 +322,9 @@ def compare(runs: Sequence[PlannedRun]) -> list[Row]:
 
 
 def _final(run: PlannedRun) -> list[Row]:
-    return [row for row in read_jsonl(run.directory / "evaluations.jsonl") if row["step"] == run.config.run.steps]
+    return [
+        row for row in read_jsonl(run.directory / "evaluations.jsonl", ["step"]) if row["step"] == run.config.run.steps
+    ]
 
 
 def _accuracy_by_question(run: PlannedRun) -> Accuracy:
@@ -394,7 +396,7 @@ def _the_rest(runs: Sequence[PlannedRun]) -> Row:
 
 def _before(run: PlannedRun) -> list[float]:
     """A share for each question of known verdict."""
-    rows = [row for row in read_jsonl(run.directory / "evaluations.jsonl") if row["step"] == 0]
+    rows = [row for row in read_jsonl(run.directory / "evaluations.jsonl", ["step"]) if row["step"] == 0]
     shares = columns_of(by_question(rows))["pass@1"]
     return [float(share) for share in shares if not np.isnan(share)]
 

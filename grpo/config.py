@@ -214,7 +214,7 @@ VLLM_SETTINGS = {"colocated": {"gpu_memory_utilization"}, "server": {"url", "syn
 
 
 class RewardConfig(Section):
-    function: str
+    function: Location
     """A name in rewards/, `module:function`, or `path/to/file.py:function`; or a class whose objects can be called. What lies
     beside a file can be imported there."""
     weight: float = 1.0
@@ -423,8 +423,8 @@ class WatchdogConfig(Section):
 class LoggingConfig(Section):
     wandb: Literal["online", "offline", "disabled"] = "disabled"
     """Weights & Biases. Without a login `online` says so and goes on as `offline`."""
-    wandb_project: str = "grpo"
-    """Project of the W&B run."""
+    wandb_project: str | None = None
+    """Project of the W&B run. null: what WANDB_PROJECT says, else grpo. WANDB_ENTITY, WANDB_NAME and WANDB_RUN_ID hold too."""
     completions_every: NonNegativeInt = 1
     """Write all completions of every so many steps to completions.jsonl (and a sample to W&B). 0: never."""
     num_samples: NonNegativeInt = 2
@@ -437,7 +437,7 @@ class LoggingConfig(Section):
 
 
 class RunConfig(Section):
-    dir: str
+    dir: Location
     """Where everything the run produces goes."""
     steps: PositiveInt
     """Training steps; one is a rollout of num_prompts questions and all its updates."""
@@ -450,6 +450,8 @@ class RunConfig(Section):
     resume: Literal["never", "auto"] = "never"
     """auto: go on from the newest complete checkpoint in `dir`, or start there. never: a used `dir` is left alone and
     the next free of dir-2, dir-3, ... is taken."""
+    accept_changes: bool = False
+    """Resume although the questions or the source of the rewards are not those that the checkpoint was written with."""
 
 
 class ScheduleConfig(Section):
@@ -814,6 +816,10 @@ def _check_combinations(config: Config) -> None:
     if config.preflight.num_questions == 0 and config.preflight.on_failure == "warn":
         raise ValueError(
             "preflight.on_failure is 'warn'; it has no effect while preflight.num_questions is 0. Remove one of the two."
+        )
+    if config.run.accept_changes and config.run.resume == "never":
+        raise ValueError(
+            "run.accept_changes is true; it has no effect while run.resume is 'never'. Set run.resume to auto, or remove it."
         )
     check_lists("logging.reflection_words", config.logging.reflection_words)
     for name in ("answer_regex", "eval_answer_regex"):

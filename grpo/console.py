@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from grpo import heartbeat
-from grpo.terminal import printable
+from grpo.terminal import SilencedConsole, printable, say
 
 WIDE = 9
 
@@ -76,9 +76,9 @@ class LineSink:
         """Every line is out."""
 
 
-def console() -> Console:
+def console(*, markup: bool = True) -> Console:
     """On stdout, whichever that is when something is printed; long lines are the terminal's to break."""
-    return Console(highlight=False, soft_wrap=True)
+    return SilencedConsole(highlight=False, markup=markup, soft_wrap=True)
 
 
 def show_evaluation(console: Console, step: int, metrics: Mapping[str, float]) -> None:
@@ -102,14 +102,14 @@ def number(value: float | None) -> str:
 
 def show_samples(before: list[dict[str, Any]], after: list[dict[str, Any]], num_samples: int) -> None:
     """The same held-out questions answered before and after training, the first ones of the set."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    terminal = console(markup=False)
     answered = {row["question"]: row for row in before if row["sample"] == 0}
     pairs = [(answered[row["question"]], row) for row in after if row["sample"] == 0 and row["question"] in answered]
     for old, new in pairs[:num_samples]:
-        console.print(printable(f"\nQuestion: {old['question']}\nGold answer: {old['answer']}"))
+        terminal.print(printable(f"\nQuestion: {old['question']}\nGold answer: {old['answer']}"))
         for label, row in (("before", old), ("after", new)):
             verdicts = ", ".join(f"{name} {value}" for name, value in row["rewards"].items())
-            console.print(printable(f"  {label} ({verdicts}): {row['completion'].strip()}"))
+            terminal.print(printable(f"  {label} ({verdicts}): {row['completion'].strip()}"))
 
 
 def positive(text: str) -> int:
@@ -143,4 +143,4 @@ def print_of_rank(on_main: str, elsewhere: str) -> None:
     if not is_main:
         time.sleep(5)
     if heartbeat.announce(on_main) is None:
-        print(on_main if is_main else elsewhere, file=sys.stderr, flush=True)
+        say(on_main if is_main else elsewhere, file=sys.stderr)

@@ -191,6 +191,15 @@ def deepspeed_config(config: Config, *, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def deepspeed_classes() -> list[type]:
+    """The classes of DeepSpeed's own whose objects are in its training state; none of them does anything when it is loaded."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
 def _check_launcher(config: Config, *, dtype: torch.dtype) -> None:
     """accelerate's options and its configuration file have settings of ours too; one that differs would be ignored.
 

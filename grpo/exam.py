@@ -30,12 +30,13 @@ from grpo import benchmarks, distributed, inference
 from grpo.config import DataConfig, ModelConfig
 from grpo.distributed import Processes
 from grpo.evaluate import OF_THE_QUESTION, answer, by_question, columns_of, is_right
+from grpo.jsonl import append_jsonl, iterate_jsonl, json_line, read_jsonl
 from grpo.policy import check_vocabulary, load_tokenizer
 from grpo.prompts import build_prompts
 from grpo.scoring import Reward, Scorer, resolve_function
 from grpo.shortage import or_fewer_at_once
-from grpo.sinks import append_jsonl
 from grpo.statistics import estimate
+from grpo.terminal import say
 from grpo.types import VOTE, Prompt, Sampling
 from grpo.writer import replace_text, to_json
 
@@ -346,10 +347,7 @@ def _answer(
         return
     if processes.is_main:
         again = f", {len(paper.prompts) - len(left):,} of them before" * (len(left) < len(paper.prompts))
-        print(
-            f"{paper.benchmark}, {paper.template}: {len(paper.prompts):,} questions x {paper.num_samples}{again}",
-            flush=True,
-        )
+        say(f"{paper.benchmark}, {paper.template}: {len(paper.prompts):,} questions x {paper.num_samples}{again}")
     book = _Book(out / "samples.jsonl", paper, total=len(mine), speaks=processes.is_main)
 
     def sample() -> None:
@@ -389,7 +387,7 @@ class _Book:
             self.flush()
         if self.speaks and now - self._last_word > self.SAY_EVERY:
             self._last_word = now
-            print(f"  {len(self.written):,} of {self.total:,} questions of this process are answered", flush=True)
+            say(f"  {len(self.written):,} of {self.total:,} questions of this process are answered")
 
     def flush(self) -> None:
         with self.path.with_suffix(".lock").open("w") as lock:
@@ -456,25 +454,21 @@ def _finished(path: Path, papers: list[Paper]) -> set[tuple[str, str, int]]:
     """The questions all of whose samples are in the file. Others, which a kill cut short, are taken out: they come again."""
     if not path.exists():
         return set()
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if _is_whole(line)]
-    keys = [(row["benchmark"], row["template"], row["row"]) for row in map(json.loads, lines)]
+    rows = read_jsonl(path, SAMPLE_KEYS)
+    keys = [(row["benchmark"], row["template"], row["row"]) for row in rows]
     wanted = {key: paper.num_samples for paper in papers for key in paper.keys}
     done = {key for key, count in Counter(keys).items() if count == wanted.get(key)}
-    replace_text(path, "".join(f"{line}\n" for line, key in zip(lines, keys, strict=True) if key in done))
+    replace_text(path, "".join(json_line(row) + "\n" for row, key in zip(rows, keys, strict=True) if key in done))
     return done
 
 
-def _is_whole(line: str) -> bool:
-    try:
-        return bool(line) and json.loads(line) is not None
-    except json.JSONDecodeError:
-        return False
+SAMPLE_KEYS = ("benchmark", "template", "row", "sample")
+"""What a row of samples.jsonl has at least."""
 
 
 def read_samples(path: Path, **key: str) -> list[dict[str, Any]]:
     """Rows of a samples.jsonl, such as those of a benchmark and a template, by question and sample."""
-    with path.open(encoding="utf-8") as lines:
-        rows = [row for row in map(json.loads, lines) if all(row[name] == value for name, value in key.items())]
+    rows = [row for row in iterate_jsonl(path, SAMPLE_KEYS) if all(row[name] == value for name, value in key.items())]
     return sorted(rows, key=lambda row: (row["row"], row["sample"]))
 
 
@@ -488,7 +482,7 @@ def _conclude(
     found = _result(paper, settings, out, seconds=seconds)
     results = [*(each for each in results if not _is_of(each, paper)), found]
     replace_text(out / "results.json", to_json(_as_json(settings, results), indent=1))
-    print(f"{paper.benchmark}, {paper.template}: {_in_words(found)}", flush=True)
+    say(f"{paper.benchmark}, {paper.template}: {_in_words(found)}")
     return results
 
 

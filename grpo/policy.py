@@ -43,8 +43,9 @@ from grpo.families import (
 )
 from grpo.logprobs import token_logprobs
 from grpo.model_source import from_source, model_config, not_loaded, processor_files, source_of
+from grpo.terminal import say
 from grpo.types import Batch, MicroBatch
-from grpo.writer import Write, save_tensors, write_now
+from grpo.writer import Write, load_tensors, save_tensors, write_now
 
 END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<end_of_turn>", "</s>")
 """Special tokens by which model families end a text or a turn; whichever a tokenizer has ends a completion."""
@@ -466,9 +467,7 @@ class Policy(SampledModel):
     def _packed(self, lm: PreTrainedModel) -> PackedLM:
         fused = self.processes.device.type != "cuda" or fuse_kernels(lm)
         if not fused and self.processes.is_main:
-            print(
-                f"no fused kernels for {lm.config.model_type}: its update runs the layers of transformers", flush=True
-            )
+            say(f"no fused kernels for {lm.config.model_type}: its update runs the layers of transformers")
         if self._sharded and not self.adapters:
             gather_by_layer(lm)
         return PackedLM(lm, temperature=self.temperature, chunk_tokens=self._config.memory.logprob_chunk_tokens)
@@ -746,6 +745,8 @@ class Policy(SampledModel):
 
     def load_training_state(self, directory: Path) -> None:
         """Read what `save_training_state` wrote. Every process calls it."""
+        classes = distributed.deepspeed_classes()
+        self.engine.checkpoint_engine.load = lambda path, map_location=None: load_tensors(Path(path), classes=classes)
         with progress.busy("reading a checkpoint"):
             loaded, _ = self.engine.load_checkpoint(
                 str(directory), tag="training", load_module_strict=not self.adapters

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ from grpo import progress
 from grpo.batch import pack
 from grpo.distributed import Processes
 from grpo.evaluate import training_rows
-from grpo.sinks import append_jsonl
+from grpo.jsonl import append_jsonl, iterate_backwards
+from grpo.terminal import say
 from grpo.types import Group, MicroBatch, Scores
 
 LAST_METRICS = 100
@@ -70,7 +71,7 @@ def _attempt(write: Any) -> Any:
         with progress.busy("writing the post-mortem"):
             return write()
     except Exception as error:  # of a disk, or of a library on top of it
-        print(f"warning: the post-mortem could not be written: {error}", flush=True)
+        say(f"warning: the post-mortem could not be written: {error}")
         return None
 
 
@@ -86,8 +87,7 @@ def _write_shared(run_dir: Path, step: int, text: str, rows: list[dict[str, Any]
     append_jsonl(directory / "completions.jsonl", rows)
     metrics = run_dir / "metrics.jsonl"
     if metrics.exists():  # it may stop in the first step
-        last = metrics.read_text(encoding="utf-8").splitlines(keepends=True)[-LAST_METRICS:]
-        (directory / "metrics.jsonl").write_text("".join(last), encoding="utf-8")
+        append_jsonl(directory / "metrics.jsonl", list(islice(iterate_backwards(metrics), LAST_METRICS))[::-1])
     shutil.copy(run_dir / "config.yaml", directory)
     return directory
 

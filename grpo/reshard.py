@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo import progress
+from grpo import distributed, progress
 from grpo.policy import Policy, trained_parameters
+from grpo.writer import load_tensors
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 
@@ -151,7 +152,7 @@ def _read(training: Path, sizes: dict[str, int], saved: Layout, rank: int) -> Pa
     """What process `rank` of the layout `saved` wrote."""
     pattern = f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" if saved.zero_stage else "mp_rank_00_model_states.pt"
     (path,) = training.glob(pattern)
-    content = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    content = load_tensors(path, classes=distributed.deepspeed_classes(), mmap=True)
     masters, state, padding = _contents(content, sizes, saved.zero_stage)
     flats = [
         {MASTER: master.detach().view(-1), **{name: state[i][name].view(-1) for name in MOMENTS if i in state}}

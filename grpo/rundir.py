@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
-from itertools import chain, count
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,10 +22,14 @@ from grpo.console import LineSink
 from grpo.display import DisplaySink, console_sink
 from grpo.distributed import Processes
 from grpo.evaluate import is_right, summarize, verdict_name
-from grpo.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink, append_jsonl, read_jsonl, read_metrics, rewind_jsonl
+from grpo.jsonl import append_jsonl, iterate_backwards, iterate_jsonl, read_jsonl, read_metrics, rewind_jsonl
+from grpo.sinks import InBackground, JsonlSink, Sink, TensorBoardSink, WandbSink, end_wandb_service
 from grpo.writer import replace_text, to_json
 
 ROLL_BACKS = "roll_backs.jsonl"
+STEP = ("step",)
+"""What a row has at least."""
+
 RECORDED = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "math-verify")
 
 
@@ -32,21 +39,36 @@ def claim(config: RunConfig) -> Path:
     Creating it is the claim, so two runs started together do not share one; nor do two that resume, for one of them has its lock.
 
     Raises:
-        ValueError: another process is at work in the directory to resume in.
+        ValueError: another process is at work in the directory to resume in, or it cannot be written to.
     """
     wanted = Path(config.dir)
-    if config.resume == "auto":
-        wanted.mkdir(parents=True, exist_ok=True)
-        _lock(wanted)
-        return wanted
+    with _writing(wanted):
+        directory = wanted if config.resume == "auto" else _new(wanted)
+        directory.mkdir(parents=True, exist_ok=True)
+        _lock(directory)
+    return directory
+
+
+def _new(wanted: Path) -> Path:
     for path in chain([wanted], (wanted.with_name(f"{wanted.name}-{n}") for n in count(2))):
         try:
             path.mkdir(parents=True)
         except FileExistsError:
             continue
-        _lock(path)
         return path
     raise AssertionError("count(2) does not end")
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Say what a user can do where the disk is full or read-only, or a directory belongs to another."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"run.dir is {str(directory)!r}; it cannot be written to: {error}. Make room there, correct its permissions, or "
+            "choose another run.dir."
+        ) from error
 
 
 _locks: dict[Path, IO[str]] = {}
@@ -103,42 +125,43 @@ class RunLog:
         if not self.processes.is_main:
             return
         last = -1 if resumed_step is None else resumed_step
-        for name in ("metrics", "completions"):
-            rewind_jsonl(self.directory / f"{name}.jsonl", last)
-        # an evaluation is complete once its metrics are written, after its answers; a kill may have come between
-        evaluated = last in self._evaluated_steps()
-        rewind_jsonl(self.directory / "evaluations.jsonl", last if evaluated else last - 1)
-        if resumed_step is None:
-            rewind_jsonl(self.directory / ROLL_BACKS, -1)
-            (self.directory / "wandb_id").unlink(missing_ok=True)
-        record(self.directory, self.config, self.processes)
-        logging = self.config.logging
+        with _writing(self.directory):
+            self._rewind(last)
+            record(self.directory, self.config, self.processes)
+        logging, history = self.config.logging, self.metrics()
         self.files = JsonlSink(self.directory)
         self.sinks = [self.files]
         if logging.wandb != "disabled":
-            self.sinks.append(
-                WandbSink(
-                    logging.wandb,
-                    project=logging.wandb_project,
-                    directory=self.directory,
-                    config=self.config.model_dump(),
-                    verdict=verdict_name(self.reward_names),
-                    words=self.words,
-                    history=self.metrics(),
-                )
+            make = partial(
+                WandbSink,
+                logging.wandb,
+                project=logging.wandb_project,
+                directory=self.directory,
+                config=self.config.model_dump(),
+                verdict=verdict_name(self.reward_names),
+                words=self.words,
+                history=history,
             )
+            self.sinks.append(InBackground("wandb", make, abandon=end_wandb_service))
         if logging.tensorboard:
-            self.sinks.append(
-                TensorBoardSink(self.directory, first_step=last + 1, words=self.words, history=self.metrics())
-            )
+            self.sinks.append(TensorBoardSink(self.directory, first_step=last + 1, words=self.words, history=history))
         self.console = console_sink(
             title=self.directory.name,
             num_steps=self.config.run.steps,
             first_step=resumed_step or 0,
             reward_names=self.reward_names,
-            rows=self.metrics(),
+            rows=history,
         )
         self.sinks.append(self.console)
+
+    def _rewind(self, last: int) -> None:
+        for name in ("metrics", "completions"):
+            rewind_jsonl(self.directory / f"{name}.jsonl", last)
+        rewind_jsonl(self.directory / "evaluations.jsonl", last if self._is_evaluated(last) else last - 1)
+        # whatever checkpoint a run goes on from, its roll-backs happened; but for one whose row a kill cut short
+        rewind_jsonl(self.directory / ROLL_BACKS, -1 if last < 0 else math.inf)
+        if last < 0:
+            (self.directory / "wandb_id").unlink(missing_ok=True)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._tell(lambda sink: sink.log(step, metrics))
@@ -147,11 +170,8 @@ class RunLog:
         self._tell(lambda sink: sink.log_completions(step, rows))
 
     def _tell(self, what: Callable[[Sink], None]) -> None:
-        for sink in list(self.sinks):
-            try:
-                what(sink)
-            except OSError:  # of a terminal that is gone; what writes files takes care of its own errors
-                self.sinks.remove(sink)
+        for sink in self.sinks:
+            what(sink)
 
     def log_alarm(self, rule: str, text: str) -> None:
         if self.console is not None:
@@ -164,13 +184,16 @@ class RunLog:
         self.log(step, summarize(rows) | aha.evaluation_metrics(rows, verdicts, self.words))
 
     def evaluation(self, step: int) -> list[dict[str, Any]]:
-        """The rows logged for `step`; empty if it has not been evaluated."""
-        return [row for row in _rows(self.directory / "evaluations.jsonl") if row["step"] == step]
+        """The rows logged for `step`; empty if it has not been evaluated. Mostly it is the last, or the first."""
+        path = self.directory / "evaluations.jsonl"
+        if step == 0:
+            return list(takewhile(lambda row: row["step"] <= step, iterate_jsonl(path, STEP)))
+        rows = takewhile(lambda row: row["step"] >= step, iterate_backwards(path))
+        return [row for row in rows if row["step"] == step][::-1]
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows so far. For the main process."""
-        path = self.directory / "metrics.jsonl"
-        return read_metrics(path) if path.exists() else []
+        return read_metrics(self.directory / "metrics.jsonl")
 
     def log_roll_back(self, row: dict[str, Any]) -> None:
         if self.processes.is_main:
@@ -178,18 +201,20 @@ class RunLog:
 
     def roll_backs(self) -> list[dict[str, Any]]:
         """All roll-backs so far: whatever checkpoint a run goes on from, they happened. For the main process."""
-        return _rows(self.directory / ROLL_BACKS)
+        return read_jsonl(self.directory / ROLL_BACKS, STEP)
 
-    def _evaluated_steps(self) -> set[int]:
-        path = self.directory / "metrics.jsonl"
-        rows = read_jsonl(path) if path.exists() else []
-        return {row["step"] for row in rows if "eval/length_mean" in row}
+    def _is_evaluated(self, step: int) -> bool:
+        """Whether an evaluation of it is complete: its metrics are written after its answers; a kill may have come between."""
+        rows = takewhile(lambda row: row["step"] >= step, iterate_backwards(self.directory / "metrics.jsonl"))
+        return any(row["step"] == step and "eval/length_mean" in row for row in rows)
 
     def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
-        self.sinks = []
+        """Close every sink.
 
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return read_jsonl(path) if path.exists() else []
+        Raises:
+            RowsLost: rows could be written nowhere.
+        """
+        with ExitStack() as stack:
+            for sink in reversed(self.sinks):
+                stack.callback(sink.close)
+            self.sinks = []

@@ -49,6 +49,7 @@ from grpo import progress, verdict_cache
 from grpo.config import RewardConfig
 from grpo.reward_worker import Call, Errand, FunctionBug, Outcome, SourceFile, WorkerPool
 from grpo.rows import canonical
+from grpo.terminal import printable
 from grpo.types import Completion, Group, Scores
 
 _files: dict[str, SourceFile] = {}  # modules that resolve_function loaded from a path; workers load the same text
@@ -754,7 +755,7 @@ class _Task:
         shown = "\n".join(f"  {name}: {_shorten(value, 2000)}" for name, value in self.sample.items())
         return RewardError(
             f"Reward {self.bound.reward.name} {what}. This is a bug in the reward: what the model writes badly must "
-            f"score 0 inside of it. The sample:\n{shown}\n{worker_traceback}".rstrip()
+            f"score 0 inside of it. The sample:\n{shown}\n{printable(worker_traceback)}".rstrip()
         )
 
 

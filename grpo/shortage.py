@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from grpo.terminal import say
+
 if TYPE_CHECKING:
     from grpo.rollout import Generator
 
@@ -41,4 +43,4 @@ def or_fewer_at_once(sample: Callable[[], T], generator: Generator, *, rank: int
                 raise
             shortage = str(error).splitlines()[0]
         free()
-        print(f"out of memory while sampling, process {rank}: {shortage}\n{changed}", flush=True)
+        say(f"out of memory while sampling, process {rank}: {shortage}\n{changed}")

@@ -7,16 +7,22 @@ import json
 import math
 import os
 import re
+import signal
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from queue import Full, Queue
+from threading import Thread
 from typing import Any, Protocol
 
-from grpo import aha, progress
+from grpo import aha
 from grpo.config import Config
 from grpo.evaluate import is_right
-from grpo.writer import replace_text, to_json
+from grpo.jsonl import append_jsonl
+from grpo.terminal import say
+from grpo.writer import replace_text
 
 Row = Mapping[str, Any]
 
@@ -29,6 +35,10 @@ class Sink(Protocol):
     def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None: ...
 
     def close(self) -> None: ...
+
+
+class RowsLost(OSError):
+    """Rows of a run could be written nowhere."""
 
 
 class JsonlSink:
@@ -54,76 +64,111 @@ class JsonlSink:
             append_jsonl(self.directory / name, rows)
         except OSError as error:
             self._waiting[name] = rows
-            print(f"warning: {name} cannot be written: {error}; {len(rows)} rows wait in memory.", flush=True)
+            say(f"warning: {name} cannot be written: {error}; {len(rows)} rows wait in memory.")
 
     def close(self) -> None:
         """What still cannot be written goes to the directory for temporary files.
 
         Raises:
-            OSError: nor there.
+            RowsLost: nor there.
         """
         for name in list(self._waiting):
             self.append(name, [])
-        for name, rows in self._waiting.items():
+        waiting, self._waiting = self._waiting, {}
+        lost = [problem for name, rows in waiting.items() if (problem := self._write_elsewhere(name, rows))]
+        if lost:
+            raise RowsLost(
+                f"the last {' and '.join(lost)} are lost: neither {self.directory} nor the directory for temporary files took "
+                "them."
+            )
+
+    def _write_elsewhere(self, name: str, rows: list[dict[str, Any]]) -> str | None:
+        try:
             elsewhere = Path(tempfile.mkdtemp(prefix=f"{self.directory.name}-")) / name
             append_jsonl(elsewhere, rows)
-            print(f"warning: the last {len(rows)} rows of {name} are in {elsewhere}.", flush=True)
+        except OSError as error:
+            return f"{len(rows)} rows of {name} ({error})"
+        say(f"warning: the last {len(rows)} rows of {name} are in {elsewhere}.")
+        return None
 
 
-def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows through to the disk.
+class InBackground:
+    """Another sink, whose calls are made in a thread, one after the other. It may fail or hang without harm to the run.
 
-    Raises:
-        OSError: not one of them was written.
+    What goes wrong is said once. A sink that cannot be made, or that takes longer for a call than LIMIT_SECONDS, is given up.
     """
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(to_json(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.truncate(path, size)
-        raise
 
+    LIMIT_SECONDS = 120.0
+    MAX_WAITING = 1000  # calls; their completions are in memory
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _lines(path)]
+    def __init__(self, name: str, make: Callable[[], Sink], *, abandon: Callable[[], None]) -> None:
+        """Args:
+        make: called in the thread; what it imports may be broken too.
+        abandon: called when the sink is given up, in whatever state it is.
+        """
+        self._name = name
+        self._abandon = abandon
+        self._calls: Queue[Callable[[Sink], None] | None] = Queue(self.MAX_WAITING)
+        self._began: float | None = None  # the call that is being made
+        self._is_over = False
+        self._said: set[str] = set()
+        self._thread = Thread(target=self._work, args=[make], name=name, daemon=True)
+        self._thread.start()
 
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        copy = dict(metrics)
+        self._put(lambda sink: sink.log(step, copy))
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; NaN where a metric was no finite number."""
-    return [{name: math.nan if v is None else v for name, v in row.items()} for row in read_jsonl(path)]
+    def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
+        self._put(lambda sink: sink.log_completions(step, rows))
 
+    def close(self) -> None:
+        """Wait until everything is logged, or the sink hangs."""
+        self._put(lambda sink: sink.close())
+        self._put(None)
+        while self._thread.is_alive() and not self._is_over:
+            self._thread.join(0.1)
+            self._give_up_if_it_hangs()
 
-def _lines(path: Path) -> list[str]:
-    """Split at line feeds only: a completion may hold other characters that `str.splitlines` takes for line ends."""
-    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n") if path.stat().st_size else []
+    def _put(self, call: Callable[[Sink], None] | None) -> None:
+        self._give_up_if_it_hangs()
+        if not self._is_over:
+            try:
+                self._calls.put_nowait(call)
+            except Full:
+                self._give_up(f"{self.MAX_WAITING} calls wait for it")
 
+    def _give_up_if_it_hangs(self) -> None:
+        began = self._began
+        if began is not None and time.monotonic() - began > self.LIMIT_SECONDS:
+            self._give_up(f"it has not answered for {self.LIMIT_SECONDS:g} s")
 
-def rewind_jsonl(path: Path, step: int) -> None:
-    """Move rows after `step` to `<name>.superseded.jsonl`: a resumed run writes those steps anew, and loses nothing.
+    def _give_up(self, why: str) -> None:
+        if not self._is_over:
+            self._is_over = True
+            say(f"{self._name}: {why}; from here on this run is in its own files only.")
+            self._abandon()
 
-    A last line that a kill cut short goes there too.
-    """
-    if not path.exists():
-        return
-    kept: list[str] = []
-    superseded: list[str] = []
-    for line in _lines(path):
-        (kept if _step_of(line) <= step else superseded).append(line + "\n")
-    if superseded:
-        with path.with_suffix(".superseded.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(superseded)
-    replace_text(path, "".join(kept))  # also to end a whole last line whose line feed is missing
+    def _work(self, make: Callable[[], Sink]) -> None:
+        self._began = time.monotonic()
+        try:
+            sink = make()
+        except BaseException as error:  # an import may even want to end the process
+            self._give_up(f"{type(error).__name__}: {error}")
+            return
+        self._began = None
+        while (call := self._calls.get()) is not None and not self._is_over:
+            self._began = time.monotonic()
+            self._make(call, sink)
+            self._began = None
 
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
-        return float("inf")
+    def _make(self, call: Callable[[Sink], None], sink: Sink) -> None:
+        try:
+            call(sink)
+        except Exception as error:
+            if not self._is_over and str(error) not in self._said:
+                self._said.add(str(error))
+                say(f"{self._name}: {error}; what it should have logged is in the run's own files.")
 
 
 CHARTS = {
@@ -188,7 +233,8 @@ class WandbSink:
     section that comes first. There go the few curves that matter, once more, and CHARTS; texts go to `samples`.
 
     Without a login, or when the service cannot be reached, the run is kept on disk (`wandb sync` uploads it later) and a
-    line says so; nothing here stops training.
+    line says so. Anything here may raise or hang: it is called by InBackground. The environment variables of W&B hold where
+    the configuration says nothing.
     """
 
     TABLE_ROWS = 32
@@ -198,7 +244,7 @@ class WandbSink:
         self,
         mode: str,
         *,
-        project: str,
+        project: str | None,
         directory: Path,
         config: dict[str, Any],
         verdict: str,
@@ -213,22 +259,21 @@ class WandbSink:
 
         self._wandb = wandb
         if mode == "online" and not _has_login(wandb):
-            print("wandb: no login found (run `wandb login`); this run is logged offline.", flush=True)
+            say("wandb: no login found (run `wandb login`); this run is logged offline.")
             mode = "offline"
         options: dict[str, Any] = {
-            "project": project,
-            "name": directory.name,
+            "project": project or os.environ.get("WANDB_PROJECT") or PROJECT,
+            "name": os.environ.get("WANDB_NAME") or directory.name,
             "dir": str(directory),
             "config": config,
             "id": _wandb_id(directory),
             "resume": "allow",
         }
-        with progress.busy("starting wandb"):
-            try:
-                self._run = wandb.init(mode=mode, **options)  # type: ignore[arg-type]
-            except Exception as error:  # whatever goes wrong with a logging service must not cost a run
-                print(f"wandb: {error}; this run is logged offline.", flush=True)
-                self._run = wandb.init(mode="offline", **options)
+        try:
+            self._run = wandb.init(mode=mode, **options)  # type: ignore[arg-type]
+        except Exception as error:
+            say(f"wandb: {error}; this run is logged offline.")
+            self._run = wandb.init(mode="offline", **options)
         self._overview = {
             "reward/mean": "reward",
             f"reward/{verdict}": verdict,
@@ -250,16 +295,14 @@ class WandbSink:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         overview = {short: metrics[name] for name, short in self._overview.items() if name in metrics}
         self._history.append({"step": step, **metrics})
-        with self._surviving(step):
-            self._run.log({"step": step, **metrics, **overview})
+        self._run.log({"step": step, **metrics, **overview})
         if self._charts_due.due(step):
             self._send_charts()
 
     def _send_charts(self) -> None:
         step = self._history[-1]["step"]
-        with self._surviving(step):
-            charts = {name: self._chart(title, metric) for name, (title, metric) in CHARTS.items()}
-            self._run.log({"step": step, **{name: chart for name, chart in charts.items() if chart}})
+        charts = {name: self._chart(title, metric) for name, (title, metric) in CHARTS.items()}
+        self._run.log({"step": step, **{name: chart for name, chart in charts.items() if chart}})
 
     def _chart(self, title: str, metric: str) -> Any:
         """All of a chart's lines up to now, those of an earlier attempt at the run included; None while there are none."""
@@ -280,8 +323,7 @@ class WandbSink:
     def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
         if not rows:
             return
-        with self._surviving(step):
-            self._log_tables(step, rows)
+        self._log_tables(step, rows)
 
     def _log_tables(self, step: int, rows: list[dict[str, Any]]) -> None:
         shown = rows[: self.TABLE_ROWS]
@@ -313,28 +355,32 @@ class WandbSink:
             table.add_data(row["step"], label, len(spans), row["num_tokens"], passages, *texts)
         return table
 
-    @contextlib.contextmanager
-    def _surviving(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            print(f"wandb: {error}; step {step} is in the run's own files only.", flush=True)
-
     def close(self) -> None:
-        if self._history:
-            self._send_charts()
         try:
-            with progress.busy("finishing the upload to wandb"):
-                self._run.finish()
-        except Exception as error:
-            print(f"wandb: {error}", flush=True)
+            if self._history:
+                self._send_charts()
+        finally:
+            self._run.finish()
+
+
+PROJECT = "grpo"
+"""Of a W&B run, where neither the configuration nor the environment names one."""
+
+
+def end_wandb_service() -> None:
+    """Kill W&B's own process. Its hook at the end of Python waits without limit for one that is frozen."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and b"wandb" in (stat.parent / "cmdline").read_bytes():
+                os.kill(int(stat.parent.name), signal.SIGKILL)
 
 
 def _has_login(wandb: Any) -> bool:
     try:
         return wandb.login(prompt=False)
     except Exception as error:  # a key that is no key, a service that cannot be reached
-        print(f"wandb: {error}", flush=True)
+        say(f"wandb: {error}")
         return False
 
 
@@ -342,7 +388,7 @@ def _wandb_id(directory: Path) -> str:
     """The run's id, kept beside its results so that a resumed run continues the same curves."""
     path = directory / "wandb_id"
     if not path.exists():
-        replace_text(path, os.urandom(4).hex())
+        replace_text(path, os.environ.get("WANDB_RUN_ID") or os.urandom(4).hex())
     return path.read_text()
 
 
@@ -399,7 +445,7 @@ class TensorBoardSink:
             yield
         except OSError as error:
             self._failed = True
-            print(f"warning: tensorboard/ cannot be written: {error}; from step {step} on it has nothing.", flush=True)
+            say(f"warning: tensorboard/ cannot be written: {error}; from step {step} on it has nothing.")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

@@ -11,12 +11,13 @@ own stays behind.)
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
@@ -28,15 +29,88 @@ REFRESH_SECONDS = 1.0
 """A clock goes by seconds; new numbers are painted when they come."""
 
 
-def can_repaint(file: TextIO, environment: Mapping[str, str]) -> bool:
+def can_repaint(file: TextIO | None, environment: Mapping[str, str]) -> bool:
     """Whether `file` is a terminal to paint on: no pipe, no log of a CI job, none that asks for plain text."""
     plain = environment.get("TERM") in (None, "dumb", "unknown") or environment.get("NO_COLOR") or environment.get("CI")
-    return file.isatty() and not plain and file.encoding.lower().startswith("utf")
+    return file is not None and file.isatty() and not plain and file.encoding.lower().startswith("utf")
+
+
+UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal would obey instead of showing: escape sequences, and what reverses the direction of text. Also lone surrogates,
+which UTF-8 cannot hold, and separators that some take for the end of a line."""
 
 
 def printable(text: str) -> str:
-    """`text` with a replacement character for what a terminal would obey instead of showing; line feeds and tabs stay."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
+    """`text`, such as a model's, made safe for a terminal: a replacement character for what is UNSAFE."""
+    return UNSAFE.sub("\ufffd", text)
+
+
+def say(text: str, *, file: TextIO | None = None) -> None:
+    """Print a line on stdout, or on `file`, made safe for a terminal. It never raises.
+
+    A log on a full disk, a closed pipe or a terminal that is gone costs the line, and neither the run nor its exit code.
+    """
+    stream = sys.stdout if file is None else file
+    if stream is None:  # Python's own, of a process that was started without
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    with silenced():
+        print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """For output that may be lost: errors of the stream that it goes to end here."""
+    try:
+        yield
+    except (OSError, ValueError):  # ValueError: the stream was closed, or has not the characters
+        _forget_at_exit()
+
+
+@cache
+def _forget_at_exit() -> None:
+    """Python ends with 120 if it cannot write, at its end, what a stream still holds."""
+    atexit.register(_forget)
+
+
+def _forget() -> None:
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Silenced:
+    """A stream that may lose what is written to it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with silenced():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with silenced():
+            self._stream.flush()
+
+
+class SilencedConsole(Console):
+    """Prints like `say`: it never raises because of its stream. (Rich itself ends the process when a pipe is closed.)"""
+
+    @property
+    def file(self) -> Any:
+        return _Silenced(Console.file.fget(self))  # type: ignore[attr-defined]
+
+    @file.setter
+    def file(self, new: Any) -> None:
+        Console.file.fset(self, new)  # type: ignore[attr-defined]
 
 
 def is_text(typed: str) -> bool:
@@ -113,7 +187,7 @@ _shown: list[Region] = []
 def wipe() -> None:
     """Take away what is shown, past all locks: for a process that is about to end without cleaning up."""
     if _shown:
-        with contextlib.suppress(OSError):  # of a terminal that is gone
+        with suppress(OSError, ValueError):  # of a terminal that is gone
             os.write(_shown[0].console.file.fileno(), _ERASE.encode())
 
 

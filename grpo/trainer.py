@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo import checkpoint, distributed, post_mortem, preflight, progress, report, rundir, tripwire
+from grpo import checkpoint, distributed, inputs, post_mortem, preflight, progress, report, rundir, tripwire
 from grpo.advantage import group_advantages, has_signal
 from grpo.batch import join, micro_batch, pack, plan_passes, spare, split, take
 from grpo.checkpoint import CheckpointError, Checkpoints, RunState, numbers_of
@@ -47,6 +47,7 @@ from grpo.scoring import Reward, Scorer, join_scores, reads_answer, resolve_rewa
 from grpo.shortage import free, is_out_of_memory, or_fewer_at_once
 from grpo.sinks import check_sinks
 from grpo.stopping import EXIT_STOPPED, Stopped, StopRequest
+from grpo.terminal import say
 from grpo.types import Batch, Group, MicroBatch, Prompt, Scores
 from grpo.under_way import StepUnderWay
 from grpo.watchdog import Alarm, RollBacks, Watchdog, WatchdogError, unless_finite
@@ -132,8 +133,9 @@ class Trainer:
         )
         self.directory = Path(self.processes.on_main(lambda: str(rundir.claim(config.run))))
         self.scorer.log_to(self.directory / "rewards.log")
-        self.checkpoints = Checkpoints(self.directory / "checkpoints", config, self.processes)
-        found = checkpoint.find(self.checkpoints.directory, config, self.processes)
+        given = self.processes.on_main(lambda: inputs.digests(prompts, self.eval_prompts, functions))
+        self.checkpoints = Checkpoints(self.directory / "checkpoints", config, self.processes, given=given)
+        found = checkpoint.find(self.checkpoints.directory, config, self.processes, given=given)
         self.say(config.summary(num_rows=len(prompts), world_size=self.processes.world_size))
         self.policy = self._load_policy(tokenizer)
         self.generator = make_generator(config, self.policy)
@@ -679,7 +681,7 @@ class Trainer:
 
     def say(self, text: str) -> None:
         if self.processes.is_main:
-            print(text, flush=True)
+            say(text)
 
     @contextmanager
     def _clock(self, name: str) -> Iterator[None]:

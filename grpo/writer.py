@@ -6,10 +6,13 @@ lists first. Nothing here raises: a full disk on one process must not leave the 
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 import math
 import os
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -171,6 +174,30 @@ def replace_text(path: Path, text: str) -> None:
     new.write_text(text, encoding="utf-8")
     flush(new)
     os.replace(new, path)
+
+
+def load_tensors(path: Path, *, classes: Sequence[type] = (), mmap: bool = False) -> Any:
+    """What `save_tensors` wrote, into the machine's memory, without running code that a file may bring along.
+
+    Args:
+        classes: of the objects that may be in it, besides tensors and plain values.
+
+    Raises:
+        ValueError: there are others.
+    """
+    try:
+        with torch.serialization.safe_globals([*classes, *PLAIN]):
+            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except pickle.UnpicklingError as error:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        raise ValueError(
+            f"{path} is not loaded, because what it holds may run code ({', '.join(unknown) or error}). If the checkpoint is "
+            "your own, move it away, and the run resumes from the one before; else do not trust it."
+        ) from None
+
+
+PLAIN = (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone, decimal.Decimal)
+"""What a column of a data set may hold besides numbers and text."""
 
 
 def save_tensors(data: Any, path: Path) -> None:

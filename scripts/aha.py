@@ -13,7 +13,8 @@ from typing import Any
 from grpo import aha
 from grpo.config import read_yaml
 from grpo.evaluate import is_right
-from grpo.sinks import read_jsonl
+from grpo.jsonl import read_jsonl
+from grpo.terminal import say
 
 Row = dict[str, Any]
 COLUMNS = ("", "_per_1k", "_share", "_share_right", "_share_wrong", "_share_truncated")
@@ -89,8 +90,8 @@ def show_samples(rows: list[Row], words: aha.Words, name: str, num: int) -> None
     verdicts = [is_right(row) for row in rows]
     for label, verdict in (("right", True), ("wrong", False)):
         for row, spans in aha.most_reflective(rows, verdicts, words, verdict=verdict, num=num, name=name):
-            print(f"\n{label}, step {row['step']}, {row['num_tokens']} tokens, {len(spans)} words: {row['question']}")
-            print(f"  {aha.as_text(aha.excerpts(row['completion'], spans))}")
+            say(f"\n{label}, step {row['step']}, {row['num_tokens']} tokens, {len(spans)} words: {row['question']}")
+            say(f"  {aha.as_text(aha.excerpts(row['completion'], spans))}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from grpo.config import DataConfig
 from grpo.console import console, errors_for_users
 from grpo.distributed import stop
 from grpo.policy import load_tokenizer
+from grpo.terminal import say
 
 
 def main() -> None:
@@ -64,7 +65,7 @@ def talk(conversation: Conversation, first_words: str) -> None:
             elif line:
                 show(conversation, line, terminal)
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

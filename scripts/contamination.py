@@ -18,6 +18,7 @@ from grpo.config import DataConfig
 from grpo.console import errors_for_users
 from grpo.contamination import NUM_WORDS, overlaps
 from grpo.rows import load_rows
+from grpo.terminal import say
 
 
 def main() -> None:
@@ -49,13 +50,13 @@ def main() -> None:
             found = overlaps(train, test, num_words=arguments.words)
             num_found += len(found)
             half = sum(each.share >= 0.5 for each in found)
-            print(
+            say(
                 f"{name}: {len(found)} of {len(test):,} questions ({len(found) / len(test):.1%}) share {arguments.words} words "
                 f"in a row with one of {len(train):,} training questions; {half} share half of their words or more with one"
             )
             for each in sorted(found, key=lambda each: -each.share)[: arguments.show]:
-                print(f"  {each.share:.0%} of its words: ... {each.words} ...")
-                print(f"    test      {test[each.test]!r}\n    training  {train[each.train]!r}")
+                say(f"  {each.share:.0%} of its words: ... {each.words} ...")
+                say(f"    test      {test[each.test]!r}\n    training  {train[each.train]!r}")
     raise SystemExit(int(num_found > 0))
 
 

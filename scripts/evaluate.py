@@ -14,6 +14,7 @@ from pathlib import Path
 
 from grpo import benchmarks, exam
 from grpo.console import errors_for_users, positive
+from grpo.terminal import say
 
 
 def main() -> None:
@@ -51,11 +52,11 @@ def main() -> None:
         out = Path(arguments.out) if arguments.out else exam.default_out(settings.model)
         results = exam.take(settings, out, means)
     if os.environ.get("RANK", "0") == "0":
-        print(
+        say(
             f"\n{exam.report(results['results'])}\n\nsamples    {out / 'samples.jsonl'}\nresults    {out / 'results.json'}"
         )
         if benchmarks.PROBES_NAME in names:
-            print(exam.transcript(exam.read_samples(out / "samples.jsonl", benchmark=benchmarks.PROBES_NAME)))
+            say(exam.transcript(exam.read_samples(out / "samples.jsonl", benchmark=benchmarks.PROBES_NAME)))
     distributed.stop()
 
 

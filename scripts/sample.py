@@ -20,14 +20,14 @@ from grpo.breakdown import (
     show_group,
     without,
 )
-from grpo.chosen import add_options, choose, said
+from grpo.chosen import add_options, choose, said, trusted_rewards
 from grpo.console import console, errors_for_users
 from grpo.distributed import stop
+from grpo.jsonl import json_line
 from grpo.policy import check_vocabulary, load_tokenizer
 from grpo.prompts import build_prompts
 from grpo.scoring import resolve_rewards
 from grpo.terminal import is_text
-from grpo.writer import to_json
 
 
 def main() -> None:
@@ -44,6 +44,9 @@ def main() -> None:
     parser.add_argument("--data", metavar="FILE", help="rows of this file or hub data set")
     parser.add_argument("--group", type=int, default=8, metavar="G", help="completions per question; default: 8")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling; default: 0")
+    parser.add_argument(
+        "--trust-rewards", action="store_true", help="run reward functions that the run's configuration names"
+    )
     parser.add_argument("--json", action="store_true", help="a JSON object per completion and nothing else")
     options = parser.parse_args()
     check(parser, options)
@@ -52,7 +55,7 @@ def main() -> None:
         rows = sample(options)
     stop()
     for row in rows if options.json else []:
-        print(to_json(row, ensure_ascii=False))
+        print(json_line(row))
     for start in range(0, 0 if options.json else len(rows), options.group):
         show_group(console(), rows[start : start + options.group])
 
@@ -90,7 +93,7 @@ def sample(options: argparse.Namespace) -> list[dict[str, Any]]:
     prompts = [replace(prompt, row=numbers[prompt.row]) for prompt in prompts]
     check_vocabulary(chosen.model, tokenizer, [prompt.token_ids for prompt in prompts])
     columns = columns_of(rows)
-    rewards = resolve_rewards(chosen.settings.rewards)
+    rewards = resolve_rewards(trusted_rewards(chosen, options))
     lacking = without(rewards, columns)
     scorer = make_scorer(
         [reward for reward in rewards if reward.name not in lacking],

@@ -19,8 +19,10 @@ from wandb.proto import wandb_internal_pb2 as wandb_records
 
 from grpo import Trainer, aha
 from grpo.evaluate import is_right
+from grpo.jsonl import append_jsonl, read_jsonl
 from grpo.metrics import METRICS, Meter, measure_texts
-from grpo.sinks import TensorBoardSink, _thinned, read_jsonl
+from grpo.sinks import TensorBoardSink, _thinned
+from grpo.terminal import UNSAFE
 
 WORDS = aha.Words(aha.WORD_LISTS)
 
@@ -442,6 +444,25 @@ def test_a_disk_that_is_full_ends_tensorboards_files_and_not_the_run(
     sink.log_completions(3, [])
     sink.close()
     assert capsys.readouterr().out.count("No space left on device; from step 1 on") == 1
+
+
+def test_the_script_shows_no_escape_sequence_of_a_model_or_of_a_data_set(tmp_path: Path):
+    text = "\x1b[2J wait, \x9b31m\u202e let me check 检查 🧮"
+    row = {"step": 1, "row": 0, "question": text, "answer": "1", "completion": text, "num_tokens": 9}
+    rows = [{**row, "rewards": {"accuracy": value}, "finish_reason": "stop"} for value in (0.0, 1.0)]
+    append_jsonl(tmp_path / "completions.jsonl", rows)
+    (tmp_path / "config.yaml").write_text("logging: {}\n")
+    done = subprocess.run(
+        [sys.executable, "scripts/aha.py", str(tmp_path)],
+        cwd=ROOT,
+        env={**clean_environment(), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "检查 🧮" in done.stdout
+    assert not UNSAFE.search(done.stdout)
+    assert read_jsonl(tmp_path / "completions.jsonl") == rows
 
 
 def test_a_chart_of_a_long_run_keeps_its_last_point_and_stays_within_what_wandb_shows():

@@ -364,6 +364,10 @@ def test_commands_change_the_conversation_and_refuse_what_cannot_be(sampler: Sam
 # ---- the scripts -----------------------------------------------------------------------------------------------------
 
 
+class Typed(io.StringIO):
+    """What a person types."""
+
+
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Runs one in this process; its exit code, stdout and stderr."""
@@ -371,7 +375,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     def run_script(name: str, *words: str, typed: str = "") -> tuple[int, str, str]:
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", [name, *words])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        monkeypatch.setattr(sys, "stdin", Typed(typed))
         capsys.readouterr()
         code = 0
         try:
@@ -393,6 +397,36 @@ def test_a_sample_as_json_is_a_line_per_completion_and_nothing_else(run: Path, s
     assert [row["question"] for row in rows[::2]] == [questions[3], questions[5]]
     for row in rows:
         assert row["reward"] == sum(row["weights"][name] * value for name, value in row["rewards"].items())
+
+
+@pytest.mark.parametrize(("answer", "runs"), [(None, False), ("", False), ("no\n", False), ("y\n", True)])
+def test_reward_functions_that_a_run_names_are_run_only_if_a_person_agrees(
+    run: Path,
+    tmp_path: Path,
+    script: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str | None,
+    runs: bool,
+):
+    foreign = tmp_path / "run"
+    shutil.copytree(run, foreign)
+    (tmp_path / "evil.py").write_text(
+        f"open({str(tmp_path / 'was-run')!r}, 'w').close()\ndef evil(completion):\n    return 1.0\n"
+    )
+    text = (foreign / "config.yaml").read_text().replace("function: accuracy", f"function: {tmp_path / 'evil.py'}:evil")
+    (foreign / "config.yaml").write_text(text)
+    words = ["--model", str(foreign), "--question", QUESTION, "--answer", "29", "--group", "1", "--json"]
+    if answer is not None:
+        monkeypatch.setattr(Typed, "isatty", lambda stream: True)
+        monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True, raising=False)
+    code, _, err = script("sample.py", *words, typed=answer or "")
+    assert f"names reward functions that are run here: {tmp_path / 'evil.py'}:evil" in err
+    assert (tmp_path / "was-run").exists() == runs
+    assert code == (0 if runs else 2)
+    assert runs or "say so with --trust-rewards" in err
+    if answer is None:
+        assert script("sample.py", *words, "--trust-rewards")[0] == 0
+        assert (tmp_path / "was-run").exists()
 
 
 def test_a_piped_question_gets_the_answer_alone(run: Path, script: Callable[..., Any]):

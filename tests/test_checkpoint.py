@@ -20,13 +20,13 @@ import torch
 from helpers import ROOT, clean_environment, launch, tiny_config
 from test_trainer import steps_of
 
-from grpo import Trainer, checkpoint
+from grpo import Trainer, checkpoint, inputs, scoring
 from grpo.batch import micro_batch, pack, spare, take
 from grpo.checkpoint import CheckpointError, changed_setting, complete_checkpoints, name_of, numbers_of
 from grpo.config import Config, as_override
+from grpo.jsonl import read_jsonl
 from grpo.metrics import Meter
 from grpo.post_mortem import Evidence
-from grpo.sinks import read_jsonl
 from grpo.stopping import EXIT_STOPPED, Stopped
 from grpo.types import Completion, Group, MicroBatch, Prompt, Scores
 from grpo.under_way import StepUnderWay, dealt_anew
@@ -764,3 +764,174 @@ def test_text_is_an_override_that_reads_it_back():
         config = Config.load(ROOT / "configs/quickstart.yaml", [f"run.dir={as_override(text)}"])
         assert config.run.dir == text
     assert as_override("/tmp/run") == "/tmp/run"
+
+
+# ---- what else may lie in the folder of checkpoints ------------------------------------------------------------------
+
+
+def test_pruning_leaves_alone_what_a_person_has_put_beside_the_checkpoints(tmp_path: Path):
+    saved, elsewhere = tmp_path / "run/checkpoints", tmp_path / "elsewhere"
+    for directory in (saved / "step-00000002-backup", saved / "step-1", elsewhere):
+        directory.mkdir(parents=True)
+        (directory / "weights").write_text("mine")
+    (saved / "step-00000000").symlink_to(elsewhere)
+    (saved / "step-00000001.partial").symlink_to(elsewhere)
+    (saved / "step-00000009").write_text("a file")
+    saving = {"every_steps": 1, "keep": 1}
+    trainer = Trainer(tiny_config(tmp_path / "new", checkpoint=saving, run={"steps": 2}))
+    trainer.checkpoints.directory = saved
+    trainer.train()
+    assert names(tmp_path / "run") == [name_of(2)]
+    assert not (saved / "step-00000000").is_symlink()
+    for directory in (saved / "step-00000002-backup", saved / "step-1", elsewhere):
+        assert (directory / "weights").read_text() == "mine"
+    assert checkpoint._tidy(saved) == [saved / name_of(2)]
+    assert (elsewhere / "weights").read_text() == "mine"
+
+
+def unmovable(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As a directory with the immutable flag, or of another user."""
+    own = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if path.name == name:
+            raise PermissionError(1, "Operation not permitted", str(path))
+        return own(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_said_once_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    unmovable(monkeypatch, name_of(1))
+    Trainer(tiny_config(tmp_path / "run", checkpoint={"every_steps": 1, "keep": 1}, run={"steps": 3})).train()
+    assert names(tmp_path / "run") == [name_of(1), name_of(3)]
+    assert capsys.readouterr().out.count("cannot be removed: [Errno 1] Operation not permitted") == 1
+
+
+def test_a_corrupt_or_abandoned_checkpoint_that_cannot_be_moved_is_not_built_on(
+    tmp_path: Path, saved_run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = shutil.copytree(saved_run, tmp_path / "run")
+    unmovable(monkeypatch, name_of(2))
+    flip_a_bit(run / "checkpoints" / name_of(2))
+    config = tiny_config(run, checkpoint=EVERY_STEP, run={"steps": 2, "resume": "auto"})
+    with pytest.raises(ValueError, match=r"step-00000002 is corrupt \(.*\) and cannot be renamed: .*Move it out"):
+        Trainer(config)
+    monkeypatch.undo()
+    trainer = Trainer(config)
+    unmovable(monkeypatch, name_of(1))
+    with pytest.raises(CheckpointError, match="step-00000001 cannot be removed"):
+        trainer.checkpoints.remove_after(run / "checkpoints" / name_of(0))
+
+
+# ---- questions and rewards that changed ------------------------------------------------------------------------------
+
+REWARD = """
+from reward_parts import factor
+
+def short(completion, factor=factor):
+    return factor / (1 + len(completion))
+"""
+
+
+def given_run(directory: Path, **settings: object) -> Trainer:
+    sys.modules.pop("reward_parts", None)
+    scoring._files.clear()
+    rewards = [{"function": f"{directory / 'reward_short.py'}:short"}]
+    data = {"name": str(directory / "train.jsonl"), "eval_name": str(directory / "test.jsonl")}
+    sections = {"data": data, "rewards": rewards, "evaluation": {"num_questions": 2}}
+    return Trainer(tiny_config(directory / "run", **sections, run={"steps": 1, "resume": "auto", **settings}))
+
+
+def write_given(directory: Path) -> None:
+    (directory / "reward_short.py").write_text(REWARD)
+    (directory / "reward_parts.py").write_text("factor = 1.0\n")
+    for name in ("train", "test"):
+        rows = [json.dumps({"question": f"1+{n}=?", "answer": str(1 + n)}) + "\n" for n in range(8)]
+        (directory / f"{name}.jsonl").write_text("".join(rows))
+
+
+def edit(path: Path, before: str, after: str) -> None:
+    path.write_text(path.read_text().replace(before, after))
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "said"),
+    [
+        ("train.jsonl", '"answer": "3"', '"answer": "4"', "the training questions changed since"),
+        ("test.jsonl", "1+1", "1+11", "the 2 held-out questions changed since"),
+        ("reward_short.py", "/ (1", "/ (2", "the reward short changed since"),
+        ("reward_parts.py", "1.0", "10.0", "the reward short changed since"),
+    ],
+)
+def test_a_resume_on_other_questions_or_rewards_is_refused_unless_it_is_accepted(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    before: str,
+    after: str,
+    said: str,
+):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    write_given(tmp_path)
+    given_run(tmp_path).train()
+    given_run(tmp_path, steps=2).close()
+    assert "changed" not in capsys.readouterr().out
+    edit(tmp_path / file, before, after)
+    with pytest.raises(ValueError, match=f"{said}.* run.accept_changes=true to go on"):
+        given_run(tmp_path, steps=2)
+    given_run(tmp_path, steps=2, accept_changes=True).train()
+    assert f"warning: from here on {said.removesuffix(' changed since')} are others" in capsys.readouterr().out
+    given_run(tmp_path, steps=2).close()  # its last checkpoint is of what is there now
+
+
+def test_another_number_of_held_out_questions_is_no_change_and_another_order_of_the_training_questions_is_one():
+    def prompts(*rows: int) -> list[Prompt]:
+        return [Prompt(row, [1], f"{row}?", "", {"question": f"{row}?", "answer": row}) for row in rows]
+
+    before = inputs.digests(prompts(1, 2), prompts(3, 4), [])
+    assert inputs.changed(before, inputs.digests(prompts(1, 2), prompts(3), [])) == []
+    assert inputs.changed(before, inputs.digests(prompts(1, 2), [], [])) == []
+    assert inputs.changed(before, inputs.digests(prompts(1, 2), prompts(3, 5), [])) == ["the 2 held-out questions"]
+    assert inputs.changed(before, inputs.digests(prompts(2, 1), prompts(3, 4), [])) == ["the training questions"]
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_given_resumes_with_a_note(
+    tmp_path: Path, saved_run: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = shutil.copytree(saved_run, tmp_path / "run")
+    record = checkpoint.read_state(run / "checkpoints" / name_of(2))
+    del record["given"]
+    checkpoint._write_state(run / "checkpoints" / name_of(2), record)
+    Trainer(tiny_config(run, checkpoint=EVERY_STEP, run={"steps": 2, "resume": "auto"})).close()
+    assert "note: step-00000002 does not say what questions and rewards it was written with" in capsys.readouterr().out
+
+
+# ---- files that bring code along -------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("file", ["random/rank-0.pt", "training/mp_rank_00_model_states.pt", "under_way/rank-0.pt"])
+def test_a_checkpoint_that_brings_code_along_is_refused_and_its_code_is_not_run(
+    tmp_path: Path, saved_run: Path, file: str
+):
+    run = shutil.copytree(saved_run, tmp_path / "run")
+    path = run / "checkpoints" / name_of(2) / file
+    path.parent.mkdir(exist_ok=True)
+    save_tensors({"evil": Evil(tmp_path / "was-run")}, path)
+    record = checkpoint.read_state(path.parents[1])
+    record["files"][file] = [path.stat().st_size, checksum(path)]
+    checkpoint._write_state(path.parents[1], record)
+    with pytest.raises(ValueError, match=r"is not loaded, because what it holds may run code \(posix.mkdir\)"):
+        Trainer(tiny_config(run, checkpoint=EVERY_STEP, run={"steps": 2, "resume": "auto"}))
+    assert not (tmp_path / "was-run").exists()

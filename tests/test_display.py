@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import tempfile
 import termios
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from grpo import display
 from grpo.console import errors_for_users, show_samples
 from grpo.display import Dashboard, console_sink, contrast, fold, samples, sparkline, styled_completion
 from grpo.distributed import Processes
+from grpo.jsonl import read_jsonl
 from grpo.rundir import RunLog
-from grpo.sinks import JsonlSink, read_jsonl
+from grpo.sinks import JsonlSink, RowsLost
 from grpo.stopping import EXIT_STOPPED
-from grpo.terminal import Region, can_repaint, printable
+from grpo.terminal import Region, SilencedConsole, can_repaint, printable, say
 
 NAMES = ["accuracy", "format"]
 
@@ -433,17 +435,98 @@ def test_a_run_in_a_terminal_that_is_stopped_by_ctrl_c_leaves_it_clean(tmp_path:
     assert lines[-1] == ""
 
 
-def test_a_terminal_that_is_gone_does_not_end_a_run(tmp_path: Path):
-    class Gone(JsonlSink):
-        def log(self, step: int, metrics: dict[str, float]) -> None:
-            raise OSError(5, "Input/output error")
+class Broken(io.StringIO):
+    """A stream that takes nothing."""
 
+    encoding = "utf-8"
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+
+BROKEN = [
+    OSError(5, "Input/output error"),
+    OSError(28, "No space left on device"),
+    BrokenPipeError(32, "Broken pipe"),
+    ValueError("I/O operation on closed file."),
+]
+
+
+@pytest.mark.parametrize("error", BROKEN, ids=str)
+def test_a_terminal_that_is_gone_or_full_costs_neither_rows_nor_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
     alone = Processes(0, 1, torch.device("cpu"))
     log = RunLog(tmp_path, tiny_config(tmp_path), alone, reward_names=["accuracy"])
-    log.sinks = [Gone(tmp_path), JsonlSink(tmp_path)]
-    for step in (1, 2):
-        log.log(step, {"reward/mean": 0.5})
+    log.open(resumed_step=None)
+    monkeypatch.setattr(sys, "stdout", Broken(error))
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")  # what is said of it cannot be heard
+    log.log(1, step(1))
+    (tmp_path / "metrics.jsonl").unlink()
+    log.log(2, step(2))
+    log.close()
+    monkeypatch.undo()
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_what_a_broken_stream_did_not_take_is_not_printed_again_and_again():
+    stream = Broken(OSError(28, "No space left on device"))
+    terminal = SilencedConsole(file=stream)
+    terminal.print("lost")
+    stream.write = lambda text: io.StringIO.write(stream, text)
+    terminal.print("there is room again")
+    assert stream.getvalue() == "there is room again\n"
+
+
+def test_say_is_safe_for_terminals_and_never_raises(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    say("red \x1b[31m\x9b2J\u202e\ud800 答 🧮\tand\nso on")
+    assert capsys.readouterr().out == "red \ufffd[31m\ufffd2J\ufffd\ufffd 答 🧮\tand\nso on\n"
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    say("答 ü", file=narrow)
+    assert narrow.buffer.getvalue() == b"\\u7b54 \xfc\n"
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it if the process was started with a closed one
+    say("nobody hears")
+    assert not can_repaint(sys.stdout, {"TERM": "xterm"})
+
+
+@pytest.mark.parametrize("output", ["closed pipe", "full disk"])
+def test_a_run_ends_well_whatever_becomes_of_its_output(tmp_path: Path, output: str):
+    settings = json.dumps(tiny_settings(tmp_path / "run"))
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, settings],
+            stdout=theirs if output == "closed pipe" else full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            env={**clean_environment(), "PYTHONPATH": str(ROOT)},
+        )
+    os.close(theirs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Error" not in done.stderr
+    rows = read_jsonl(tmp_path / "run/metrics.jsonl")
+    assert [row["step"] for row in rows if "time/step" in row] == [1, 2]
+    assert len(read_jsonl(tmp_path / "run/completions.jsonl")) == 32
+
+
+def test_rows_that_can_be_written_nowhere_are_an_error_that_counts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    sink = JsonlSink(tmp_path)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    for number in (1, 2):
+        sink.log(number, {"reward/mean": 0.5})
+    with pytest.raises(RowsLost, match=r"the last 2 rows of metrics.jsonl \(.*\) are lost"):
+        sink.close()
 
 
 def test_ctrl_c_has_no_traceback():

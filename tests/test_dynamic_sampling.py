@@ -13,8 +13,8 @@ from test_trainer import short_above, steps_of
 from grpo import Trainer
 from grpo.advantage import group_advantages
 from grpo.dynamic_sampling import Draws
+from grpo.jsonl import read_jsonl
 from grpo.scoring import Reward
-from grpo.sinks import read_jsonl
 from grpo.stopping import Stopped
 
 

@@ -12,7 +12,7 @@ from helpers import TINY, tiny_config
 
 from grpo import Trainer
 from grpo.evaluate import evaluation_rows, is_right, summarize, verdict_name
-from grpo.sinks import read_jsonl
+from grpo.jsonl import read_jsonl
 from grpo.types import Completion, Group, Prompt, Scores
 
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from grpo import exam
 from grpo.exam import Means, Settings
-from grpo.sinks import read_jsonl
+from grpo.jsonl import read_jsonl
 
 MODEL = str(TINY / "model")
 QUESTIONS = str(TINY / "test.jsonl")

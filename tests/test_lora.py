@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from grpo import Trainer, checkpoint, distributed, lora
 from grpo.batch import micro_batch, pack
 from grpo.config import Config
+from grpo.jsonl import read_jsonl
 from grpo.policy import Policy, load_tokenizer
 from grpo.prompts import build_prompts
 from grpo.rows import load_rows
-from grpo.sinks import read_jsonl
 from grpo.types import MicroBatch
 
 LORA = {"rank": 4, "alpha": 8}

@@ -11,8 +11,9 @@ import torch
 
 from grpo.attention import packed_inputs
 from grpo.batch import micro_batch, pack, spare
+from grpo.jsonl import read_metrics
 from grpo.metrics import Meter, check_reward_names, measure_passes, measure_rollout, step_metrics
-from grpo.sinks import JsonlSink, read_metrics
+from grpo.sinks import JsonlSink
 from grpo.types import Completion, Group, MicroBatch, Prompt, Scores
 
 

@@ -19,6 +19,7 @@ from helpers import ROOT, TINY, FixedGenerator, launch, number_in_text, read_jso
 
 from grpo import Config, Trainer, distributed, preflight
 from grpo.check import templates
+from grpo.jsonl import read_jsonl
 from grpo.preflight import (
     Audit,
     Function,
@@ -37,7 +38,6 @@ from grpo.preflight import (
     report,
     see,
 )
-from grpo.sinks import read_jsonl
 from grpo.types import Completion, Group, Prompt, Scores
 
 nan = math.nan

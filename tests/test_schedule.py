@@ -10,8 +10,8 @@ from test_trainer import steps_of
 
 from grpo import Trainer
 from grpo.config import Config, OptimizerConfig
+from grpo.jsonl import read_jsonl
 from grpo.schedule import learning_rate
-from grpo.sinks import read_jsonl
 from grpo.stopping import Stopped
 
 

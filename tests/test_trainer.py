@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from grpo import Reward, Trainer, checkpoint
 from grpo.console import LineSink
 from grpo.distributed import Processes
+from grpo.jsonl import append_jsonl, read_jsonl, rewind_jsonl
 from grpo.rundir import claim
 from grpo.scoring import resolve_function
-from grpo.sinks import append_jsonl, read_jsonl, rewind_jsonl
 from grpo.types import Group, OnGroup, Prompt
 
 CLOCKS = ("time/", "throughput/", "memory/")

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from grpo import Trainer, checkpoint, post_mortem
+from grpo.jsonl import read_jsonl
 from grpo.prompts import TEMPLATES, build_prompts
 from grpo.rollout.hf import HFGenerator
-from grpo.sinks import read_jsonl
 from grpo.tripwire import SamplingGapError, gap_limit, measure_rounding
 from grpo.types import Group, Prompt, Sampling
 

@@ -10,8 +10,8 @@ import torch
 from helpers import FixedGenerator, launch, number_in_text, read_json, tiny_config, troubled
 
 from grpo import Trainer, checkpoint
+from grpo.jsonl import append_jsonl, read_jsonl
 from grpo.metrics import RUN, repeats
-from grpo.sinks import append_jsonl, read_jsonl
 from grpo.watchdog import Watchdog, WatchdogError, unless_finite
 
 HEALTHY = {

@@ -3,9 +3,10 @@
 python tests/worker_kills.py OUT --kills 300 [--processes 2 --zero 3] [--lora 4] [--background] [--seed 1]
 
 Prints a JSON object: kills, where they struck, and the differences between each run and the one that was left alone (none).
-A third of the kills are SIGTERM, after which a process must save and end with 75 by itself; the others are SIGKILL. Each attempt
-is a fork of this process, which has imported everything, so that hundreds take minutes. On a GPU, whose driver does not survive
-a fork, each is a process of its own, and is struck once it has made a step.
+A third of the kills are SIGTERM, after which a process must save and end with 75 by itself; the others are SIGKILL. After half
+of these, rows later than the newest checkpoint are cut at any byte, as by a machine that loses its power; the questions are of
+characters of several bytes. Each attempt is a fork of this process, which has imported everything, so that hundreds take
+minutes. On a GPU, whose driver does not survive a fork, each is a process of its own, and is struck once it has made a step.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from helpers import TINY, shard_even_small_weights, tiny_config
 from safetensors.torch import load_file
 
 from grpo import Trainer
+from grpo.checkpoint import complete_checkpoints, numbers_of
 from grpo.distributed import _free_port
 from grpo.heartbeat import PEER_LOST
-from grpo.sinks import read_jsonl
+from grpo.jsonl import iterate_backwards, read_jsonl
 from grpo.stopping import EXIT_STOPPED
 
 ON_GPU = torch.cuda.is_available()
@@ -45,31 +47,35 @@ CLOCKS = ("time/", "throughput/", "memory/")
 torch.set_num_threads(1)
 
 
-def train(run: Path, arguments: argparse.Namespace) -> None:
+def train(run: Path, arguments: argparse.Namespace, every_steps: int) -> None:
     if arguments.zero == 3:
         shard_even_small_weights()
     Trainer(
         tiny_config(
             run,
-            data={"eval_name": str(TINY / "test.jsonl")},
+            data={
+                "question_template": "🧮 请计算 {question}",
+                "eval_name": str(TINY / "test.jsonl"),
+                "eval_question_template": "é中 {question}",
+            },
             rollout={"num_prompts": max(4, 2 * arguments.processes)},
             evaluation={"num_questions": 5, "every_steps": 3},
             algorithm={"kl_coef": 0.05, "num_minibatches": 2, "reference_refresh_steps": 4},
             optimizer={"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 3},
             lora={"rank": arguments.lora},
             distributed={"zero_stage": arguments.zero},
-            checkpoint={"every_steps": 1, "background": arguments.background},
+            checkpoint={"every_steps": every_steps, "background": arguments.background},
             run={"steps": STEPS, "resume": "auto"},
         )
     ).train()
 
 
-def start(run: Path, arguments: argparse.Namespace) -> list[int]:
+def start(run: Path, arguments: argparse.Namespace, *, every_steps: int = 1) -> list[int]:
     """A process group; their process ids."""
     group = {"WORLD_SIZE": str(arguments.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     begin = spawned if ON_GPU else forked
     return [
-        begin(run, rank, {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}, arguments)
+        begin(run, rank, {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}, arguments, every_steps)
         for rank in range(arguments.processes)
     ]
 
@@ -81,29 +87,29 @@ def log_of(run: Path, rank: int) -> Path:
     return run.with_name(f"{run.name}-{rank}.log")
 
 
-def spawned(run: Path, rank: int, group: dict[str, str], arguments: argparse.Namespace) -> int:
-    command = [sys.executable, *sys.argv, "--run", run.name]
+def spawned(run: Path, rank: int, group: dict[str, str], arguments: argparse.Namespace, every_steps: int) -> int:
+    command = [sys.executable, *sys.argv, "--run", run.name, "--every-steps", str(every_steps)]
     log = (os.POSIX_SPAWN_OPEN, 1, str(log_of(run, rank)), APPEND, 0o644)
     return os.posix_spawn(
         sys.executable, command, {**os.environ, **group}, file_actions=[log, (os.POSIX_SPAWN_DUP2, 1, 2)]
     )
 
 
-def forked(run: Path, rank: int, group: dict[str, str], arguments: argparse.Namespace) -> int:
+def forked(run: Path, rank: int, group: dict[str, str], arguments: argparse.Namespace, every_steps: int) -> int:
     pid = os.fork()
     if pid == 0:
         os.environ.update(group)
-        _as_a_process_of_its_own(run, rank, arguments)
+        _as_a_process_of_its_own(run, rank, arguments, every_steps)
     return pid
 
 
-def _as_a_process_of_its_own(run: Path, rank: int, arguments: argparse.Namespace) -> None:
+def _as_a_process_of_its_own(run: Path, rank: int, arguments: argparse.Namespace, every_steps: int) -> None:
     log = os.open(log_of(run, rank), APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     code = 1
     try:
-        train(run, arguments)
+        train(run, arguments, every_steps)
         code = 0
     except SystemExit as stopped:
         code = int(stopped.code or 0)
@@ -142,6 +148,20 @@ def strike(pids: list[int], codes: dict[int, int], number: signal.Signals) -> No
         os.kill(pid, number)
 
 
+def tear(run: Path, dice: random.Random) -> bool:
+    """Cut the last row of each file at any byte, where its step is later than the newest checkpoint; whether there was one."""
+    saved = max((numbers_of(path)[0] for path in complete_checkpoints(run / "checkpoints")), default=-1)
+    torn = False
+    for path in (run / f"{name}.jsonl" for name in ("metrics", "completions", "evaluations")):
+        content = path.read_bytes() if path.exists() else b""
+        begin = content.rstrip(b"\n").rfind(b"\n") + 1
+        last = next(iterate_backwards(path), {"step": -1})
+        if last["step"] > saved and content.endswith(b"\n"):
+            os.truncate(path, dice.randrange(begin, len(content)))
+            torn = True
+    return torn
+
+
 def where(run: Path) -> str:
     """What the run was doing, by what it left."""
     checkpoints = run / "checkpoints"
@@ -176,9 +196,10 @@ def main() -> None:
     parser.add_argument("--background", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", help="be one process of an attempt at the run of this name")
+    parser.add_argument("--every-steps", type=int, default=1, help="of such a process: between two checkpoints")
     arguments = parser.parse_args()
     if arguments.run:
-        train(arguments.out / arguments.run, arguments)
+        train(arguments.out / arguments.run, arguments, arguments.every_steps)
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     reference = arguments.out / "whole"
@@ -194,7 +215,7 @@ def main() -> None:
         run = arguments.out / f"killed-{runs}"
         codes = None
         while codes is None:
-            pids, ends = start(run, arguments), dict[int, int]()
+            pids, ends = start(run, arguments, every_steps=dice.choice((1, 3))), dict[int, int]()
             patience = dice.uniform(*MOMENTS) * seconds if kills < arguments.kills else 300
             if ON_GPU:
                 has_made_a_step(run, pids, ends)
@@ -213,6 +234,8 @@ def main() -> None:
                 expected = {0, -signal.SIGKILL} if number == signal.SIGKILL else handled
                 assert set(left) <= expected, f"{number.name} ended in {left}; see {run}-0.log"
                 struck[f"{number.name} {where(run)}"] += 1
+                if number == signal.SIGKILL and dice.random() < 0.5:
+                    struck["rows torn"] += tear(run, dice)
             else:
                 assert codes == [0] * len(pids), f"a resumed run failed with {codes}; see {run}-0.log"
         found += differences(run, reference)

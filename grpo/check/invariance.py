@@ -31,6 +31,7 @@ from grpo.check.rehearsal import changed
 from grpo.check.variant import EPSILON, SCALE
 from grpo.config import Config
 from grpo.policy import resolve_dtype
+from grpo.terminal import say
 
 WORKER = ("-m", "grpo.check.variant")
 
@@ -73,17 +74,17 @@ def check(config: Config, *, processes: Sequence[int] | None = None, worker: Seq
     dtype = resolve_dtype(config.model.dtype)
     variants = list(plan(config, _counts(config, processes)))
     tolerance = TOLERANCE[dtype]
-    print(_preface(config, dtype, tolerance), flush=True)
+    say(_preface(config, dtype, tolerance))
     results: list[dict[str, Any]] = []
     verdicts: list[str] = []
     with TemporaryDirectory(prefix="grpo-check-") as directory:
         for variant in variants:
             results.append(_run(variant, Path(directory), worker))
             verdicts.append(verdict(results[-1], results[0], tolerance))
-            print(row(variant, results[-1], results[0], verdicts[-1]), flush=True)
+            say(row(variant, results[-1], results[0], verdicts[-1]))
             if verdicts[0] != "first":
                 break
-    print(conclusion(verdicts))
+    say(conclusion(verdicts))
     return 0 if "FAIL" not in verdicts and "ok" in verdicts else 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from grpo import progress
+from grpo.terminal import say
 from grpo.types import Group, OnGroup, Prompt, Sampling
 
 if TYPE_CHECKING:
@@ -80,5 +81,5 @@ def make_generator(config: Config, policy: SampledModel) -> Generator:
         if engine == "native":
             raise ValueError(f"rollout.engine is native; {reason}. Set rollout.engine to hf.")
         if policy.processes.is_main:
-            print(f"rollout.engine is auto: sampling with transformers' generate, because {reason}")
+            say(f"rollout.engine is auto: sampling with transformers' generate, because {reason}")
     return HFGenerator(policy, max_sequences=config.memory.max_sequences)

@@ -1,0 +1,42 @@
+"""Which directory a run takes, and what is said where it cannot."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY, tiny_config
+
+from grpo.config import Config, RunConfig
+from grpo.distributed import Processes
+from grpo.rundir import RunLog, claim
+
+
+def test_a_tilde_is_the_users_home_as_in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config = Config.load(
+        TINY.parent / "quickstart.yaml",
+        ["run.dir=~/runs/x", "model.name=~/model", "data.name=~/train.jsonl", "data.eval_name=~/test.jsonl"],
+    )
+    assert claim(config.run) == tmp_path / "runs/x"
+    assert config.model.name == str(tmp_path / "model")
+    assert (config.data.name, config.data.eval_name) == (str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl"))
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_directory_that_cannot_be_made_is_said_with_the_setting(tmp_path: Path, resume: str):
+    (tmp_path / "file").write_text("")
+    for parent in ("/sys", str(tmp_path / "file")):  # nobody makes folders there
+        with pytest.raises(ValueError, match=rf"^run.dir is '{parent}/run'; it cannot be written to: .*Make room"):
+            claim(RunConfig(dir=f"{parent}/run", steps=1, resume=resume))
+
+
+def test_a_full_disk_at_the_start_is_said_with_the_setting_and_no_row_is_lost(tmp_path: Path):
+    rows = '{"step": 1}\n{"step": 2}\n'
+    (tmp_path / "metrics.jsonl").write_text(rows)
+    (tmp_path / "metrics.superseded.jsonl").symlink_to("/dev/full")
+    log = RunLog(tmp_path, tiny_config(tmp_path), Processes(0, 1, torch.device("cpu")), reward_names=[])
+    with pytest.raises(ValueError, match=r"^run.dir is .* cannot be written to: .*No space left"):
+        log.open(resumed_step=1)
+    assert (tmp_path / "metrics.jsonl").read_text() == rows
