@@ -78,6 +78,18 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def check_same(self, what: str, value: Any) -> None:
+        """Make sure that all processes are about to do the same.
+
+        Raises:
+            RuntimeError: on all of them, if their values differ; they would wait for each other for ever.
+        """
+        values = self.gather(value)
+        if any(each != values[0] for each in values):
+            raise RuntimeError(
+                f"{what} differ between the processes: {values}. They would wait for each other for ever."
+            )
+
     def broadcast(self, value: Any) -> Any:
         """What rank 0 passed, on every rank."""
         values = [value]

@@ -193,6 +193,7 @@ class Trainer:
         self._follow_schedules()
         if step.rollout is None:
             step.rollout = self._begin_step(step)
+        self.processes.check_same("numbers of passes", [len(passes) for passes in step.minibatches])
         with self._clock("step"):
             with self._clock("update"):
                 while step.minibatches and not self.interruption:

@@ -270,3 +270,14 @@ def test_processes_with_different_numbers_of_chunks_of_logits_stay_in_step_under
     for many, one in zip(rows[10], rows[1000], strict=True):
         for name in COMPARED:
             assert many[name] == pytest.approx(one[name], rel=2e-5, abs=1e-6), name
+
+
+def test_processes_about_to_run_other_numbers_of_passes_are_told_instead_of_waiting_for_each_other():
+    class Two(distributed.Processes):
+        def gather(self, value: object) -> list[object]:
+            return [value, [3, 3]]
+
+    two = Two(0, 2, torch.device("cpu"))
+    two.check_same("numbers of passes", [3, 3])
+    with pytest.raises(RuntimeError, match=r"numbers of passes differ between the processes: \[\[3, 2\], \[3, 3\]\]"):
+        two.check_same("numbers of passes", [3, 2])

@@ -434,9 +434,8 @@ def benchmark(machine: Machine, name: str, *words: str, size: str = "0.5b", proc
     return Job(name, command, processes=processes, alone=True, **{"seconds": 150, **options})
 
 
-def record_of(result: Result, name: str = "grpo") -> dict[str, Any] | None:
-    records = [json.loads(line) for line in (result.directory / "step.jsonl").read_text().splitlines()]
-    return next((record for record in records if record["name"] == name), None)
+def record_of(result: Result) -> dict[str, Any]:
+    return json.loads((result.directory / "step.jsonl").read_text().splitlines()[-1])
 
 
 def weights_jobs(machine: Machine) -> list[Job]:
@@ -505,20 +504,18 @@ def rollout_judge(results: Results) -> list[Figure]:
 
 
 def step_jobs(machine: Machine) -> list[Job]:
-    peers = ("--peers", "trl") if find_spec("trl") else ()
-    return [benchmark(machine, "step-speed", "--steps", "3", *peers, seconds=240)]
+    return [benchmark(machine, "step-speed", "--steps", "3")]
 
 
 def step_judge(results: Results) -> list[Figure]:
-    ours, trl = (record_of(results["step-speed"], name) for name in ("grpo", "trl"))
-    peer = [Figure("step 0.5b, TRL", trl["step"], "s")] if trl else []
-    step = Figure("step 0.5b", ours["step"], "s", "step 0.5b, TRL" if trl else "matrix rate")
+    ours = record_of(results["step-speed"])
+    step = Figure("step 0.5b", ours["step"], "s", "matrix rate")
     parts = [
         Figure(f"step 0.5b, {phase}", ours["medians"][f"time/{phase}"], "s")
         for phase in ("rollout", "logprobs", "update")
     ]
     memory = [Figure("step 0.5b, memory", ours["peak_gib"], "GiB")] if ours["peak_gib"] else []
-    return [step, *parts, *memory, *peer]
+    return [step, *parts, *memory]
 
 
 UPDATES = {
