@@ -106,7 +106,7 @@ class SilencedConsole(Console):
 
     @property
     def file(self) -> Any:
-        return _Silenced(Console.file.fget(self))  # type: ignore[attr-defined]  a property, as here
+        return _Silenced(Console.file.fget(self))  # type: ignore[attr-defined]
 
     @file.setter
     def file(self, new: Any) -> None:
