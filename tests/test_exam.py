@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from grpo import exam
 from grpo.exam import Means, Settings
-from grpo.jsonl import read_jsonl
+from grpo.jsonl import append_jsonl, read_jsonl
 
 MODEL = str(TINY / "model")
 QUESTIONS = str(TINY / "test.jsonl")
@@ -104,6 +104,17 @@ def test_an_interrupted_evaluation_ends_with_the_same_samples(whole: Path, tmp_p
     before = read_json(whole / "results.json")
     exam.take(settings(templates=["r1_zero", "chat"]), whole, ONE)
     assert read_json(whole / "results.json") == before  # also the seconds
+
+
+def test_samples_that_a_kill_cut_within_a_character_are_answered_again(tmp_path: Path):
+    path = tmp_path / "samples.jsonl"
+    row = {"benchmark": "mine", "template": "chat", "row": 0, "sample": 0, "completion": "答案"}
+    append_jsonl(path, [row])
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"null\n" + whole[:-4])
+    assert exam.read_samples(path, benchmark="mine") == [row]
+    assert exam._finished(path, []) == set()
+    assert path.read_bytes() == b""
 
 
 def test_a_stop_text_ends_the_answers(tmp_path: Path):
