@@ -241,12 +241,12 @@ def _update(policy: Policy) -> None:
     assert 0 < norm < float("inf"), f"the gradient of {type(policy.lm).__name__} has the norm {norm}"
 
 
-def rows(tokenizer: Path, families: list[Family] = FAMILIES) -> dict[str, list[str]]:
+def rows(tokenizer: Path) -> dict[str, list[str]]:
     """Of each family that this version of transformers has, by its `model_type`: its models, and the cells of its verdict."""
     known = set(transformers.CONFIG_MAPPING.keys())
     found = {
         family.model_type: [family.models, *try_family(family, tokenizer).cells]
-        for family in families
+        for family in FAMILIES
         if family.model_type in known
     }
     distributed.stop()
