@@ -87,12 +87,12 @@ class Trainer:
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
     ) -> None:
+        functions = _reward_functions(config, rewards)
+        check_reward_names(reward.name for reward in functions)
         self.config = config = with_resolved_name(config)
         self.makes_do = True  # with less memory than configured, if it has to
         self.stopping = StopRequest(config.run.max_hours)
         self.interruption = ""  # why all processes are about to stop, once they agree
-        functions = _reward_functions(config, rewards)
-        check_reward_names(reward.name for reward in functions)
         self.processes = distributed.start(config, dtype=resolve_dtype(config.model.dtype))
         config.check_world_size(self.processes.world_size)
         tokenizer = load_tokenizer(config.model)
