@@ -159,7 +159,7 @@ def describe() -> str:
     ours = next((frame for frame in frames if _is_ours(frame)), None)
     if not frames or ours is None:
         return f"{what}, outside of grpo"
-    line = linecache.getline(frames[0].f_code.co_filename, frames[0].f_lineno).strip()
+    line = linecache.getline(frames[0].f_code.co_filename, frames[0].f_lineno or 0).strip()  # None between two lines
     deeper = "" if frames[0] is ours else f", in {_place(frames[0])}"
     return f"{what}, at {_place(ours)}{deeper}, waiting in: {line or frames[0].f_code.co_name}"
 

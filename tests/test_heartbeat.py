@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import ROOT, clean_environment, read_json
 
+from grpo import progress
 from grpo.checkpoint import complete_checkpoints, read_state
 from grpo.heartbeat import PEER_LOST
 from grpo.writer import problem_with
@@ -170,3 +172,9 @@ def test_processes_that_wait_for_each_other_over_nccl_end_too():
         ends = f"error: rank {rank} ends, because all processes wait for each other: none has made progress for 10 s"
         assert re.search(f"{ends}; it is in phase {place}", said), said[-5000:]
         assert re.search(f"  rank {rank} on .*: {place}", said), said[-5000:]
+
+
+def test_a_frame_between_two_lines_has_no_line_number_and_is_described_all_the_same(monkeypatch: pytest.MonkeyPatch):
+    code = SimpleNamespace(co_filename=f"{progress.PACKAGE}trainer.py", co_name="train_step")
+    monkeypatch.setattr(progress, "_frames", lambda: iter([SimpleNamespace(f_code=code, f_lineno=None)]))
+    assert "(train_step), waiting in: train_step" in progress.describe()

@@ -95,7 +95,7 @@ class HFGenerator:
         """Token ids and attention mask; both (len(prompts), longest prompt)."""
         longest = max(len(prompt.token_ids) for prompt in prompts)
         pad = [longest - len(prompt.token_ids) for prompt in prompts]
-        filler = self.policy.end_token_ids[0]  # masked; a tokenizer's own may have no embedding
+        filler = 0  # masked, and every model has it; a pad token may have no embedding
         ids = torch.tensor([[filler] * n + prompt.token_ids for n, prompt in zip(pad, prompts, strict=True)])
         mask = torch.tensor([[0] * n + [1] * (longest - n) for n in pad])
         device = self.policy.processes.device
