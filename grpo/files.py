@@ -8,10 +8,12 @@ of their own, which stay.
 from __future__ import annotations
 
 import csv
+import errno
 import glob
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -154,6 +156,7 @@ def _folder_rows(path: Path, subset: str | None, split: str, setting: str, split
     try:
         found = datasets.load_dataset_builder(str(path), subset).config.data_files or {}
     except Exception as error:
+        _check_cache(error, path)
         raise ValueError(
             f"{setting} is {str(path)!r} (subset {subset!r}); the folder is no data set: {error}. Name a folder of data files "
             "(train.jsonl, test.parquet, ...), or the files themselves with a pattern."
@@ -164,7 +167,32 @@ def _folder_rows(path: Path, subset: str | None, split: str, setting: str, split
         return _sliced(
             chain.from_iterable(map(_file_rows(str(path), files[name], setting), files[name])), split, setting
         )
-    return data_set_rows(datasets.load_dataset(str(path), subset, split=split))
+    try:
+        return data_set_rows(datasets.load_dataset(str(path), subset, split=split))
+    except Exception as error:
+        _check_cache(error, path)
+        raise ValueError(
+            f"{setting} is {str(path)!r}; it cannot be read: {_cause(error)}. Correct the file."
+        ) from error
+
+
+def _cause(error: Exception) -> BaseException:
+    """`datasets` says of many errors that one occurred."""
+    return error.__cause__ or error
+
+
+def _check_cache(error: Exception, path: Path) -> None:
+    """Raise ValueError if not the data is at fault, but the folder for prepared data, by default in the user's home."""
+    cause = _cause(error)
+    place = Path(getattr(cause, "filename", None) or "")
+    if getattr(cause, "errno", None) in NOT_WRITABLE and path not in (place, *place.parents):
+        raise ValueError(
+            f"HF_HOME is {os.environ.get('HF_HOME', '~/.cache/huggingface')!r}; data sets are prepared in a folder there, which "
+            f"cannot be written to: {cause}. Make room, or set HF_HOME (or HF_DATASETS_CACHE) to a folder that can be."
+        ) from error
+
+
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def _known_split(split: str, known: Mapping[str, Any], path: Path, split_setting: str) -> str:
@@ -184,6 +212,7 @@ def _hub_rows(name: str, subset: str | None, split: str, setting: str, revision:
     try:
         return data_set_rows(datasets.load_dataset(name, subset, split=split, **options))
     except Exception as error:
+        _check_cache(error, Path(name))
         asked = f"subset {subset!r}, split {split!r}" + (f", revision {revision!r}" if revision else "")
         raise ValueError(
             f"{setting} is {name!r} ({asked}); there is no such local file and the hub gave no "
@@ -380,8 +409,8 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     try:
         table = datasets.load_dataset("parquet", data_files=str(path), split="train")
     except Exception as error:
-        cause = error.__cause__ or error  # datasets says that an error occurred
-        raise Unreadable(f"{path} cannot be read as parquet: {cause}. Correct the file.") from error
+        _check_cache(error, path)
+        raise Unreadable(f"{path} cannot be read as parquet: {_cause(error)}. Correct the file.") from error
     return data_set_rows(table)
 
 
