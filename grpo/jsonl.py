@@ -158,9 +158,12 @@ def _lines_backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def _row(line: bytes, keys: Collection[str]) -> Row | None:
-    """None if a line is no row: cut short, overwritten with zeros, or something else than an object with these keys."""
+    """None if a line is no row: cut short, overwritten with zeros, or something else than an object with these keys, of which
+    `step` is a number.
+    """
     try:
         value = json.loads(line.decode())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) and value.keys() >= set(keys) else None
+    is_row = isinstance(value, dict) and value.keys() >= set(keys)
+    return value if is_row and ("step" not in keys or isinstance(value["step"], (int, float))) else None

@@ -47,7 +47,21 @@ def test_a_kill_at_any_byte_of_a_row_costs_that_row_and_loses_no_byte(tmp_path: 
         assert read_jsonl(path) == rows_of(1, 2, 3)
 
 
-@pytest.mark.parametrize("line", [b"null", b"3", b"[]", b"{}", b'"step"', b"\x00" * 40, b"\xe7\xad", b'{"step": 2, "'])
+NO_ROWS = [
+    b"null",
+    b"3",
+    b"[]",
+    b"{}",
+    b'"step"',
+    b"\x00" * 40,
+    b"\xe7\xad",
+    b'{"step": 2, "',
+    b'{"step": null}',
+    b"[" * 10**5,
+]
+
+
+@pytest.mark.parametrize("line", NO_ROWS)
 def test_a_line_that_is_no_row_stops_neither_a_resume_nor_a_reader(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], line: bytes
 ):

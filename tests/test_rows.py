@@ -285,7 +285,7 @@ def by_level(completion: str, level: int | None) -> float:
 
 
 def trainer(tmp_path: Path, rows: list[dict[str, Any]], held_out: list[dict[str, Any]] | None = None) -> Trainer:
-    questions = 0 if held_out is None else 1
+    questions = len(held_out or [])
     config = tiny_config(tmp_path / "run", evaluation={"num_questions": questions}, rollout={"num_prompts": 1})
     return Trainer(config, rewards=[by_level], train_dataset=rows, eval_dataset=held_out)
 
@@ -298,10 +298,12 @@ WITHOUT = {"question": "1+2?", "answer": "3"}
 def test_a_row_without_a_column_that_a_reward_asks_for_is_said_and_given_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: list[dict[str, Any]]
 ):
-    run = trainer(tmp_path, rows)
+    run = trainer(tmp_path, rows, rows)
     gap = rows.index(WITHOUT)
     said = f"reward by_level asks for 'level'; 1 of 2 training questions have none (the first: row {gap})"
-    assert said in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert f"1 of 2 held-out questions have none (the first: row {gap})" in printed
     assert {run.train_step()["reward/by_level"] for _ in range(2)} == {0.0, 3.0}
     run.close()
 
