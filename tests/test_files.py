@@ -302,7 +302,10 @@ def test_a_cache_that_cannot_be_written_to_is_not_blamed_on_the_data(
         list(load_table(str(local) if local.exists() else name, None, "train", "data.name"))
 
 
-def test_a_folder_of_another_format_that_cannot_be_read_is_refused_by_its_setting(tmp_path: Path):
-    (tmp_path / "train.arrow").write_bytes(b"nothing of the kind")
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_folder_of_another_format_that_cannot_be_read_is_refused_by_its_setting(tmp_path: Path, saved: bool):
+    if saved:
+        datasets.Dataset.from_dict({"question": ["1+1?"]}).save_to_disk(tmp_path)
+    (tmp_path / ("data-00000-of-00001.arrow" if saved else "train.arrow")).write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match=r"^data.name is .*; it cannot be read: .*Correct the file"):
         list(load_table(str(tmp_path), None, "train", "data.name"))
