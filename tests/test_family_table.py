@@ -1,12 +1,17 @@
 """docs/families.md says what is found by trying."""
 
 import re
+import runpy
+import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import transformers
 from helpers import ROOT, TINY
 
 from grpo import distributed
+from grpo.check import families
 from grpo.check.families import FAMILIES, HEAD, Family, try_family
 
 DOCUMENT = (ROOT / "docs" / "families.md").read_text()
@@ -29,3 +34,12 @@ def test_the_table_has_each_family_once_and_the_head_that_the_script_writes():
     distributed.stop()
     assert [*ROWS][1:] == [family.model_type for family in FAMILIES]
     assert DOCUMENT.startswith(HEAD.format(version=MADE_WITH))
+
+
+def test_the_script_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(families, "rows", partial(families.rows, families=FAMILIES[:1]))
+    monkeypatch.setattr(sys, "argv", ["make_family_table.py", "--out", str(tmp_path / "families.md")])
+    runpy.run_path(str(ROOT / "scripts" / "make_family_table.py"), run_name="__main__")
+    written = (tmp_path / "families.md").read_text().splitlines()
+    assert written[-1].startswith(f"| {FAMILIES[0].models} | `{FAMILIES[0].model_type}` | ")
+    assert transformers.__version__ != MADE_WITH or written == DOCUMENT.splitlines()[: len(written)]
