@@ -23,6 +23,7 @@ import jinja2.meta
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from grpo import progress
 from grpo.config import DataConfig, read_text
 from grpo.policy import END_TOKENS
 from grpo.rows import DATA_NAME, MESSAGES
@@ -269,6 +270,7 @@ def time_limit(num_prompts: int) -> Iterator[None]:
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
+@progress.busy("making prompts")
 def build_prompts(
     rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> tuple[list[Prompt], Counter[str]]:

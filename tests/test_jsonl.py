@@ -124,7 +124,7 @@ def test_rows_come_backwards_whatever_the_blocks_they_are_read_in(
 
 def test_a_rewind_reads_the_end_of_a_file_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     parsed = []
-    monkeypatch.setattr("grpo.jsonl._row", lambda line, keys: parsed.append(line) or json.loads(line or b"null"))
+    monkeypatch.setattr("grpo.jsonl.row_of", lambda line, keys: parsed.append(line) or json.loads(line or b"null"))
     path = tmp_path / "completions.jsonl"
     append_jsonl(path, rows_of(*range(1000)))
     rewind_jsonl(path, 997)
@@ -148,7 +148,7 @@ def test_the_first_and_the_last_evaluation_are_found_without_the_others(
     append_jsonl(path, [{"step": step, "sample": n} for step in range(0, 100, 10) for n in (0, 1)])
     log = RunLog(tmp_path, tiny_config(tmp_path), Processes(0, 1, torch.device("cpu")), reward_names=[])
     parsed = []
-    monkeypatch.setattr("grpo.jsonl._row", lambda line, keys: parsed.append(line) or json.loads(line or b"null"))
+    monkeypatch.setattr("grpo.jsonl.row_of", lambda line, keys: parsed.append(line) or json.loads(line or b"null"))
     for step in (0, 90):
         assert log.evaluation(step) == [{"step": step, "sample": 0}, {"step": step, "sample": 1}]
     assert len(parsed) == 3 + 4
