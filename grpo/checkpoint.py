@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
 from dataclasses import asdict, dataclass, fields
 from itertools import count
@@ -33,6 +32,7 @@ from grpo import inputs, progress, reshard
 from grpo.config import Config
 from grpo.distributed import Processes
 from grpo.metrics import Meter
+from grpo.model_source import complete_checkpoints
 from grpo.policy import Policy
 from grpo.post_mortem import Evidence
 from grpo.reshard import Layout
@@ -244,15 +244,6 @@ def numbers_of(checkpoint: Path) -> tuple[int, int | None]:
 
 def _partial(final: Path) -> Path:
     return final.with_suffix(".partial")
-
-
-NAME = re.compile(r"step-[0-9]{8,}(-[0-9]{4,})?")
-"""What `name_of` gives, and a person who makes a copy does not."""
-
-
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted(path for path in directory.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir())
 
 
 def _remove(checkpoint: Path) -> str | None:

@@ -12,11 +12,11 @@ from typing import get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.checkpoint import complete_checkpoints, numbers_of
+from grpo.checkpoint import numbers_of
 from grpo.config import Config, DataConfig, ModelConfig, RewardConfig
 from grpo.families import attribute
 from grpo.inference import Sampler, load, sampling_config
-from grpo.model_source import model_config, model_directory
+from grpo.model_source import complete_checkpoints, model_config, model_directory
 from grpo.prompts import use_chat_template
 from grpo.terminal import say
 from grpo.types import Sampling
@@ -115,7 +115,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def trusted_rewards(chosen: Chosen, options: Namespace) -> list[RewardConfig]:
-    """The rewards that a run's configuration lists. Outside of the package `rewards` they are code of whoever made the run.
+    """The rewards that a run's configuration lists. Outside of the package `grpo.rewards` they are code of whoever made the run.
 
     A configuration that a person names with --config is trusted. Otherwise a terminal asks.
 
@@ -123,9 +123,7 @@ def trusted_rewards(chosen: Chosen, options: Namespace) -> list[RewardConfig]:
         ValueError: there is such code, and nobody has said that it may run.
     """
     rewards = chosen.settings.rewards
-    foreign = [
-        reward.function for reward in rewards if not reward.function.startswith("rewards.") and ":" in reward.function
-    ]
+    foreign = [each.function for each in rewards if ":" in each.function and not each.function.startswith(OWN_REWARDS)]
     if not foreign or options.config or options.trust_rewards:
         return rewards
     named = f"the configuration of {options.model!r} names reward functions that are run here: {', '.join(foreign)}"
@@ -136,6 +134,10 @@ def trusted_rewards(chosen: Chosen, options: Namespace) -> list[RewardConfig]:
     raise ValueError(
         f"{named}. If you trust them, say so with --trust-rewards, or name a YAML of your own with --config."
     )
+
+
+OWN_REWARDS = ("grpo.rewards:", "grpo.rewards.")
+"""How the names of functions begin that come with this package; `rewards.py` or a package `rewards` is somebody's own."""
 
 
 def choose(options: Namespace) -> Chosen:
@@ -159,9 +161,8 @@ def choose(options: Namespace) -> Chosen:
         model = Config.load(directory / "config.yaml").model
     else:
         name = model_directory(options.model) if options.step is None else _of_step(directory, options.step)
-        own = None if directory is None else Config.load(directory / "config.yaml").model
-        trusted = options.trust_remote_code or (own is not None and own.trust_remote_code)
-        model = ModelConfig(name=name, trust_remote_code=trusted)
+        model = ModelConfig(name=name)
+    model.trust_remote_code = options.trust_remote_code  # not as the run has it, which may be another person's
     settings = usual_settings(model) if path is None else Config.load(path)
     if not options.config and not options.base:  # a checkpoint's tokenizer has its chat template
         settings = settings.model_copy(update={"data": settings.data.model_copy(update={"chat_template": None})})

@@ -138,7 +138,7 @@ class DataConfig(Section):
     """How a question becomes a prompt; see grpo/prompts.py. `chat` is the tokenizer's own chat template."""
     system_prompt: str | None = None
     """System message of the `chat` template."""
-    chat_template: str | None = None
+    chat_template: Location | None = None
     """File with the Jinja text of a chat template that takes the place of the tokenizer's; checkpoints hold it. `chat` only."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """What the chat template is given besides messages, such as {enable_thinking: false}. `chat` only."""
@@ -201,7 +201,7 @@ class VLLMConfig(Section):
     room for more completions at once; the policy, its gradients and optimizer stay where they are."""
     url: str | None = None
     """Where the server listens, such as http://127.0.0.1:8000."""
-    sync_dir: str | None = None
+    sync_dir: Location | None = None
     """Directory that the trainer and the server see under this path. New weights pass through it after every step: it needs room
     for one copy, and /dev/shm serves if both run on one machine."""
     timeout_seconds: PositiveFloat = 300.0
@@ -542,7 +542,7 @@ class Config(Section):
         """
         if not Path(path).is_file():
             raise ValueError(f"--config is {str(path)!r}; there is no such file. Name one of the files in configs/.")
-        settings = _load_yaml(Path(path).read_text(), str(path))
+        settings = _load_yaml(read_text(Path(path), f"--config is {str(path)!r}"), str(path))
         for override in overrides:
             _apply_override(settings, override)
         return cls(**settings)
@@ -1194,6 +1194,21 @@ for _tag, _pattern in _NUMBERS.items():
     for _class in (_StrictLoader, _StrictDumper):
         _class.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern.pattern})$"), FIRST_OF_NUMBER)
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def read_text(path: Path, setting: str) -> str:
+    """A file that a person wrote.
+
+    Args:
+        setting: what names the file, and what it is, for the error.
+
+    Raises:
+        ValueError: it cannot be read, or is no UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{setting}; the file cannot be read: {error}. Save it as UTF-8.") from error
 
 
 def read_yaml(text: str) -> Any:

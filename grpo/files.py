@@ -8,10 +8,12 @@ of their own, which stay.
 from __future__ import annotations
 
 import csv
+import errno
 import glob
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -146,25 +148,26 @@ def _sliced(rows: Iterable[Row], split: str, split_setting: str) -> Iterable[Row
 def _folder_rows(path: Path, subset: str | None, split: str, setting: str, split_setting: str) -> Iterable[Row]:
     import datasets
 
+    said = f"{setting} is {str(path)!r}"
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        saved = datasets.load_from_disk(str(path))
+        saved = _loaded(lambda: datasets.load_from_disk(str(path)), path, f"{said}; it cannot be read")
         if isinstance(saved, datasets.DatasetDict):
             return data_set_rows(saved[_known_split(split, saved, path, split_setting)])
         return _sliced(data_set_rows(saved), split, split_setting)
-    try:
-        found = datasets.load_dataset_builder(str(path), subset).config.data_files or {}
-    except Exception as error:
-        raise ValueError(
-            f"{setting} is {str(path)!r} (subset {subset!r}); the folder is no data set: {error}. Name a folder of data files "
-            "(train.jsonl, test.parquet, ...), or the files themselves with a pattern."
-        ) from error
-    files = {str(name): [Path(file) for file in listed] for name, listed in found.items()}
+    builder = _loaded(
+        lambda: datasets.load_dataset_builder(str(path), subset),
+        path,
+        f"{said} (subset {subset!r}); the folder is no data set",
+        "Name a folder of data files of one format (train.jsonl, test.jsonl, ...), or the files themselves with a pattern.",
+    )
+    files = {str(name): [Path(file) for file in listed] for name, listed in (builder.config.data_files or {}).items()}
     name = _known_split(split, files, path, split_setting)
     if all(_format(file) for file in files[name]):
         return _sliced(
             chain.from_iterable(map(_file_rows(str(path), files[name], setting), files[name])), split, setting
         )
-    return data_set_rows(datasets.load_dataset(str(path), subset, split=split))
+    load = partial(datasets.load_dataset, str(path), subset, split=split)
+    return data_set_rows(_loaded(load, path, f"{said}; it cannot be read"))
 
 
 def _known_split(split: str, known: Mapping[str, Any], path: Path, split_setting: str) -> str:
@@ -181,14 +184,37 @@ def _hub_rows(name: str, subset: str | None, split: str, setting: str, revision:
     import datasets
 
     options = {} if revision is None else {"revision": revision}
+    asked = f"subset {subset!r}, split {split!r}" + (f", revision {revision!r}" if revision else "")
+    table = _loaded(
+        lambda: datasets.load_dataset(name, subset, split=split, **options),
+        Path(name),
+        f"{setting} is {name!r} ({asked}); there is no such local file and the hub gave no such data set",
+        f"Correct the name, or set {setting} to a .jsonl or .parquet file.",
+    )
+    return data_set_rows(table)
+
+
+def _loaded(load: Callable[[], Any], path: Path, problem: str, remedy: str = "Correct the file.") -> Any:
+    """What `datasets` loads.
+
+    Raises:
+        Unreadable: the data cannot be read.
+        ValueError: the folder where it prepares data, by default in the user's home, cannot be written to.
+    """
     try:
-        return data_set_rows(datasets.load_dataset(name, subset, split=split, **options))
+        return load()
     except Exception as error:
-        asked = f"subset {subset!r}, split {split!r}" + (f", revision {revision!r}" if revision else "")
-        raise ValueError(
-            f"{setting} is {name!r} ({asked}); there is no such local file and the hub gave no "
-            f"such data set: {error}. Correct the name, or set {setting} to a .jsonl or .parquet file."
-        ) from error
+        cause = error.__cause__ or error  # of many errors datasets says that one occurred
+        place = Path(getattr(cause, "filename", None) or "")
+        if getattr(cause, "errno", None) in NOT_WRITABLE and path not in (place, *place.parents):
+            raise ValueError(
+                f"HF_HOME is {os.environ.get('HF_HOME', '~/.cache/huggingface')!r}; data sets are prepared in a folder there, "
+                f"which cannot be written to: {cause}. Make room, or set HF_HOME (or HF_DATASETS_CACHE) to a folder that can be."
+            ) from error
+        raise Unreadable(f"{problem}: {cause}. {remedy}") from error
+
+
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def data_set_rows(table: Any) -> Iterator[Row]:
@@ -377,12 +403,8 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     """Raises Unreadable: it is no parquet file."""
     import datasets
 
-    try:
-        table = datasets.load_dataset("parquet", data_files=str(path), split="train")
-    except Exception as error:
-        cause = error.__cause__ or error  # datasets says that an error occurred
-        raise Unreadable(f"{path} cannot be read as parquet: {cause}. Correct the file.") from error
-    return data_set_rows(table)
+    load = partial(datasets.load_dataset, "parquet", data_files=str(path), split="train")
+    return data_set_rows(_loaded(load, path, f"{path} cannot be read as parquet"))
 
 
 Reader = Callable[[Path], Iterator[Row]]

@@ -204,7 +204,7 @@ class Heartbeat:
             before = self.announce(own)
             if before is not None:
                 self._tell_and_end(before if own in before else f"{before} (and then here: {own})")
-            _write(f"error: {self._name(self.rank)} has failed; the others end with it\n")
+            terminal.say_at_once(f"error: {self._name(self.rank)} has failed; the others end with it")
         self._previous_hook(kind, error, trace)
 
     def _tell_and_end(self, why: str) -> NoReturn:
@@ -244,10 +244,8 @@ class Heartbeat:
         if why.startswith(progress.STALLED):
             stacks = "".join(f"[rank{self.rank}] {line}\n" for line in progress.stacks().splitlines())
             said += f"; it is in phase {progress.describe()}; {progress.what_remains()}\n{places}{stacks}".rstrip("\n")
-        _write(f"{said}\n")
-        flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # the main thread may hold its lock
-        flush.start()
-        flush.join(2)
+        terminal.say_at_once(said)
+        terminal.flush_within(2)  # the main thread may hold its lock
 
 
 def _meet(rank: int) -> TCPStore:
@@ -288,9 +286,3 @@ def _lost_connection(error: BaseException) -> bool:
 
 def _first_line(text: str) -> str:
     return text.strip().partition("\n")[0][:500]
-
-
-def _write(text: str) -> None:
-    """Past Python's buffers and their locks, and in one piece beside what other processes write."""
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        os.write(2, text.encode())

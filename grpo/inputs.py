@@ -17,6 +17,7 @@ from typing import Any
 
 import xxhash
 
+from grpo.rows import canonical
 from grpo.scoring import Reward
 from grpo.types import Prompt
 
@@ -44,7 +45,8 @@ def _of_prompts(prompts: Sequence[Prompt]) -> str:
     """In their order, each as the model reads it and with the columns that rewards are given."""
     digest = xxhash.xxh3_128()
     for prompt in prompts:
-        digest.update(json.dumps([prompt.text, prompt.columns], sort_keys=True, default=_plain).encode())
+        columns = sorted(prompt.columns.items(), key=lambda column: str(column[0]))
+        digest.update(canonical({"text": prompt.text, "columns": dict(columns)}))
     return digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from grpo import progress
 from grpo.terminal import UNSAFE, say
 from grpo.writer import to_json
 
@@ -30,6 +31,7 @@ def json_line(row: Mapping[str, Any]) -> str:
     return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", to_json(row, ensure_ascii=False))
 
 
+@progress.busy("writing rows")
 def append_jsonl(path: Path, rows: list[Row]) -> None:
     """Write rows through to the disk, on lines of their own even if the last one there was cut short.
 
@@ -77,7 +79,7 @@ def iterate_jsonl(path: Path, keys: Collection[str] = ()) -> Iterator[Row]:
     unreadable: list[int] = []
     with path.open("rb") as file:  # not as text, of which `str.splitlines` would make more lines than there are
         for number, line in enumerate(file, 1):
-            row = _row(line, keys)
+            row = row_of(line, keys)
             if row is not None:
                 yield row
             elif line.endswith(b"\n"):
@@ -92,9 +94,10 @@ def iterate_backwards(path: Path) -> Iterator[Row]:
     """The rows of a file that have a step, the last one first."""
     if path.exists():
         with path.open("rb") as file:
-            yield from (row for _, line in _lines_backwards(file) if (row := _row(line, ["step"])) is not None)
+            yield from (row for _, line in _lines_backwards(file) if (row := row_of(line, ["step"])) is not None)
 
 
+@progress.busy("setting rows aside")
 def rewind_jsonl(path: Path, step: float) -> None:
     """Move what follows the last row of `step` or before to `<name>.superseded.jsonl`: a resumed run writes those steps anew,
     and loses nothing. A last line that a kill cut short goes there too.
@@ -137,7 +140,7 @@ def _set_aside(tail: BinaryIO, path: Path) -> None:
 def _end_of_last_row(file: BinaryIO, step: float, size: int) -> int:
     """Where the last row of `step` or before ends, its line feed included; 0 if there is none."""
     for end, line in _lines_backwards(file):
-        row = _row(line, ["step"])
+        row = row_of(line, ["step"])
         if row is not None and row["step"] <= step:
             return min(end + 1, size)
     return 0
@@ -157,10 +160,13 @@ def _lines_backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
             end -= len(line) + 1
 
 
-def _row(line: bytes, keys: Collection[str]) -> Row | None:
-    """None if a line is no row: cut short, overwritten with zeros, or something else than an object with these keys."""
+def row_of(line: bytes, keys: Collection[str]) -> Row | None:
+    """None if a line is no row: cut short, overwritten with zeros, or something else than an object with these keys, of which
+    `step` is a number.
+    """
     try:
         value = json.loads(line.decode())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) and value.keys() >= set(keys) else None
+    is_row = isinstance(value, dict) and value.keys() >= set(keys)
+    return value if is_row and ("step" not in keys or isinstance(value["step"], (int, float))) else None

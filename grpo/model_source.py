@@ -7,6 +7,7 @@ everywhere. What cannot be trained is refused here, before any weight is read.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,7 @@ def model_directory(name: str, *, setting: str = "--model") -> str:
                 f"{setting} is {name!r}; there is no such directory. Correct the path, or name a model of the hub."
             )
         return name
-    checkpoints = path / "checkpoints"
-    newest_first = sorted((each for each in checkpoints.glob("step-*") if not each.suffix), reverse=True)
+    newest_first = reversed(complete_checkpoints(path / "checkpoints"))
     for directory in (path, path / "hf", *(checkpoint / "hf" for checkpoint in newest_first)):
         if (directory / "config.json").is_file() or (directory / ADAPTER).is_file():
             return str(directory)
@@ -53,6 +53,15 @@ def model_directory(name: str, *, setting: str = "--model") -> str:
         f"{setting} is {name!r}; it is neither a model in Hugging Face format (there is no config.json) nor a checkpoint (no "
         "hf/config.json) nor a run with a checkpoint (no checkpoints/step-*/hf). Name one of these, or a model of the hub."
     )
+
+
+CHECKPOINT_NAME = re.compile(r"step-[0-9]{8,}(-[0-9]{4,})?")
+"""What `checkpoint.name_of` gives, and a person who makes a copy does not."""
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(path for path in directory.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir())
 
 
 def with_resolved_name(config: Config) -> Config:
@@ -148,7 +157,7 @@ def not_loaded(config: ModelConfig, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return (
             f"model.name is {config.name!r}; it comes with code of its own, which is not run unless you say so. Read that code, "
-            "and set model.trust_remote_code=true."
+            "and set model.trust_remote_code=true; for sample.py, chat.py and evaluate.py it is --trust-remote-code."
         )
     return (
         f"model.name is {config.name!r}; it is neither a directory with a model in Hugging Face format nor a model "

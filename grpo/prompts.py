@@ -23,7 +23,8 @@ import jinja2.meta
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config import DataConfig
+from grpo import progress
+from grpo.config import DataConfig, read_text
 from grpo.policy import END_TOKENS
 from grpo.rows import DATA_NAME, MESSAGES
 from grpo.types import Prompt
@@ -83,7 +84,7 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> N
     """Give the tokenizer the chat template of `data.chat_template`, which is then saved with it.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or it cannot be read.
     """
     if data.chat_template is None:
         return
@@ -93,7 +94,7 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> N
             f"data.chat_template is {data.chat_template!r}; there is no file {path.resolve()}. Name a file with the Jinja text "
             "of a chat template."
         )
-    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    tokenizer.chat_template = read_text(path, f"data.chat_template is {data.chat_template!r}")
 
 
 def conversation(question: Question, data: DataConfig) -> list[Message]:
@@ -139,8 +140,9 @@ def chat_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, data:
     text = _render(messages, tokenizer, data, add_generation_prompt=True)
     if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
         raise ValueError(
-            f"data.system_prompt is {messages[0]['content']!r}; the tokenizer's chat template leaves it out. Say it in "
-            "data.question_template, or name a file with another chat template (data.chat_template)."
+            f"{'data.system_prompt' if data.system_prompt is not None else 'the system message of a conversation'} is "
+            f"{messages[0]['content']!r}; the tokenizer's chat template leaves it out. {_other_place(data)}, or name a file with "
+            "another chat template (data.chat_template)."
         )
     if "add_generation_prompt" not in str(tokenizer.get_chat_template()):
         text += _opening(messages, text, tokenizer, data)
@@ -172,15 +174,19 @@ def _render(
         )
     except Exception as error:  # a template is a program, and whatever it raises says what is wrong with it
         roles = ", ".join(message["role"] for message in messages)
-        remedy = (
-            "Remove data.system_prompt and say it in data.question_template, or name"
-            if messages[0]["role"] == "system" and _takes(messages[1:], tokenizer, data)
-            else "Name"
-        )
+        is_system = messages[0]["role"] == "system" and _takes(messages[1:], tokenizer, data)
+        remedy = f"{_other_place(data)}, or name" if is_system else "Name"
         raise ValueError(
             f"data.template is 'chat'; the tokenizer's chat template refuses a conversation of the roles {roles}: "
             f"{type(error).__name__}: {error}. {remedy} a file with another chat template (data.chat_template)."
         ) from None
+
+
+def _other_place(data: DataConfig) -> str:
+    """Where a system message may stand that a chat template does not take."""
+    if data.system_prompt is not None:
+        return "Remove data.system_prompt and say it in data.question_template"
+    return "Say it in the first message of the user"
 
 
 def _takes(messages: list[Message], tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> bool:
@@ -264,6 +270,7 @@ def time_limit(num_prompts: int) -> Iterator[None]:
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
+@progress.busy("making prompts")
 def build_prompts(
     rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> tuple[list[Prompt], Counter[str]]:

@@ -26,8 +26,6 @@ from datetime import date, time
 from decimal import Decimal
 from typing import Any
 
-import xxhash
-
 from grpo import progress
 from grpo.config import COLUMN_IN_BRACES, TASK_PREFIX, DataConfig, SourceConfig
 from grpo.files import Row, Written, given_rows, is_split, load_table, refuse_row
@@ -144,18 +142,6 @@ def complete(rows: list[Row]) -> list[Row]:
 def missing(rows: Sequence[Row], column: str) -> list[int]:
     """The numbers of the rows that have nothing in a column."""
     return [number for number, row in enumerate(rows) if row[column] is None]
-
-
-def digest(rows: Iterable[Mapping[str, Any]]) -> str:
-    """A checksum over the contents of prepared rows in their order: other rows, another digest.
-
-    A second for 100,000 short rows or less.
-    """
-    state = xxhash.xxh3_128()
-    for row in rows:
-        state.update(canonical(row))
-        state.update(b"\n")
-    return state.hexdigest()
 
 
 def canonical(row: Mapping[str, Any]) -> bytes:

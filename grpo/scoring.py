@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from grpo import progress, verdict_cache
-from grpo.config import RewardConfig
+from grpo.config import RewardConfig, read_text
 from grpo.reward_worker import Call, Errand, FunctionBug, Outcome, SourceFile, WorkerPool
 from grpo.rows import canonical
 from grpo.terminal import printable
@@ -800,7 +800,7 @@ def _load_file(spec: str, path: Path) -> ModuleType:
     path = path.resolve()
     name = f"reward_file_{zlib.crc32(str(path).encode()):08x}"  # of two files with one name, and never with a dot
     if name not in _files:
-        source = SourceFile(name, str(path), path.read_text(encoding="utf-8"))
+        source = SourceFile(name, str(path), read_text(path, f"rewards.*.function is {spec!r}"))
         try:
             compile(source.text, source.path, "exec")
         except SyntaxError as error:

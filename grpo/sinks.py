@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -22,7 +21,7 @@ from grpo.config import Config
 from grpo.evaluate import is_right
 from grpo.jsonl import append_jsonl
 from grpo.terminal import say
-from grpo.writer import replace_text
+from grpo.writer import replace_text, to_json
 
 Row = Mapping[str, Any]
 
@@ -331,7 +330,7 @@ class WandbSink:
         table = self._wandb.Table(columns=[*columns])
         for row in shown:
             cells = [row.get(name) for name in columns]
-            table.add_data(*(json.dumps(cell) if isinstance(cell, dict) else cell for cell in cells))
+            table.add_data(*(to_json(cell) if isinstance(cell, dict) else cell for cell in cells))
         self._run.log({"step": step, "samples/completions": table})
         if picked := self._samples.pick(step, rows):
             self._run.log({"step": step, "samples/reflective": self._reflective_table(picked)})

@@ -136,7 +136,7 @@ class StopRequest:
             self._signalled_at = now
             self._reason = self.reason or name
             progress.stop_was_asked_by(name)
-            _say(f"{name}: saving, then stopping; a second signal stops at once\n")
+            terminal.say_at_once(f"{name}: saving, then stopping; a second signal stops at once")
         elif now - self._signalled_at > ONE_REQUEST_SECONDS:
             terminal.wipe()
             os._exit(128 + number)  # reward workers die with their parent
@@ -148,7 +148,7 @@ class StopRequest:
             return WATCH_SECONDS
         if self._launcher is not None and os.getppid() != _parent:
             self._reason = f"the launcher ({self._launcher}) has ended"
-            _say(f"{self._reason}: saving, then stopping\n")
+            terminal.say_at_once(f"{self._reason}: saving, then stopping")
         if self.reason is not None:
             signal.pthread_kill(threading.main_thread().ident or 0, WAKE)  # to break off what is abortable
         return WATCH_SECONDS if self._deadline is None else min(WATCH_SECONDS, self._deadline - time.monotonic())
@@ -212,12 +212,6 @@ def _heard() -> list[signal.Signals]:
     """The signals that ask for a stop here: `nohup` and others have some ignored, but what a user sends on purpose is heard."""
     always = (signal.SIGTERM, signal.SIGINT)
     return [number for number in SIGNALS if number in always or signal.getsignal(number) != signal.SIG_IGN]
-
-
-def _say(text: str) -> None:
-    """Past Python's buffers and their locks."""
-    with contextlib.suppress(OSError):
-        os.write(2, text.encode())
 
 
 def _drop_closed_outputs() -> None:

@@ -58,6 +58,28 @@ def say(text: str, *, file: TextIO | None = None) -> None:
         print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
+def say_at_once(text: str) -> None:
+    """Print a line on stderr past Python's buffers and their locks, in one piece beside what other processes write.
+
+    For a thread that must not wait for another one, and never raises either.
+    """
+    with suppress(OSError):  # the terminal may be gone
+        os.write(2, f"{printable(text)}\n".encode())
+
+
+def flush_within(seconds: float) -> None:
+    """Write out what stdout still holds, unless another thread has its lock for so long."""
+
+    def flush() -> None:
+        if sys.stdout is not None:
+            with silenced():
+                sys.stdout.flush()
+
+    thread = threading.Thread(target=flush, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
 @contextmanager
 def silenced() -> Iterator[None]:
     """For output that may be lost: errors of the stream that it goes to end here."""

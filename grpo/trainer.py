@@ -118,10 +118,12 @@ class Trainer:
         self.signal_from = _signal_from(config, functions)
         self.audits: list[preflight.Audit] = []
         self.scorer.check_limits(config.completion_limits)
-        for notice in [*self.scorer.notices(), *_gaps(self.scorer.named_columns(), rows, "training questions")]:
+        wanted = eval_rows[: config.evaluation.num_questions]
+        named = self.scorer.named_columns()
+        gaps = [*_gaps(named, rows, "training questions"), *_gaps(named, wanted, "held-out questions")]
+        for notice in [*self.scorer.notices(), *gaps]:
             self.say(notice)
         prompts = self._gradable_prompts(rows, tokenizer, "training questions")
-        wanted = eval_rows[: config.evaluation.num_questions]
         self.eval_prompts = self._gradable_prompts(wanted, tokenizer, "held-out questions") if wanted else []
         check_vocabulary(config.model, tokenizer, [prompt.token_ids for prompt in [*prompts, *self.eval_prompts]])
         self.prompts = PromptOrder(
@@ -771,7 +773,7 @@ def _gaps(named: dict[str, list[str]], rows: list[dict[str, Any]], what: str) ->
     """Which rewards ask for a column that some rows have nothing in."""
     for reward, names in named.items():
         for name in names:
-            gaps = missing(rows, name) if name in rows[0] else []
+            gaps = missing(rows, name) if rows and name in rows[0] else []
             if gaps:
                 yield (
                     f"reward {reward} asks for {name!r}; {len(gaps):,} of {len(rows):,} {what} have none (the first: "

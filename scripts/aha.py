@@ -48,7 +48,7 @@ def words_of(run: Path) -> aha.Words:
 
 def completions(run: Path) -> list[Row]:
     path = run / "completions.jsonl"
-    rows = read_jsonl(path) if path.exists() else []
+    rows = read_jsonl(path, ("step", "completion"))
     if not rows:
         raise SystemExit(
             f"error: {path} holds no completions; they are what is counted. Set logging.completions_every > 0 in the next run."

@@ -20,7 +20,7 @@ from rich.console import Console
 from grpo import inference
 from grpo.breakdown import columns_of, make_scorer, own_rows, sample_groups, show_group, without
 from grpo.chat import Conversation, show, write
-from grpo.chosen import add_options, choose, num_positions
+from grpo.chosen import add_options, choose, num_positions, trusted_rewards
 from grpo.config import DataConfig, RewardConfig, ScoringConfig
 from grpo.inference import Sampler
 from grpo.policy import load_tokenizer
@@ -427,6 +427,30 @@ def test_reward_functions_that_a_run_names_are_run_only_if_a_person_agrees(
     if answer is None:
         assert script("sample.py", *words, "--trust-rewards")[0] == 0
         assert (tmp_path / "was-run").exists()
+
+
+@pytest.mark.parametrize("spec", ["rewards:own", "rewards.own:own", "own:own", "own.py:own"])
+def test_only_rewards_of_this_package_need_no_agreement(run: Path, tmp_path: Path, spec: str):
+    foreign = tmp_path / "run"
+    shutil.copytree(run, foreign)
+    text = (run / "config.yaml").read_text()
+    (foreign / "config.yaml").write_text(text.replace("function: accuracy", "function: grpo.rewards:accuracy"))
+    asked = options(foreign)
+    asked.trust_rewards = False
+    assert len(trusted_rewards(choose(asked), asked)) == 2
+    (foreign / "config.yaml").write_text(text.replace("function: accuracy", f"function: {spec}"))
+    with pytest.raises(ValueError, match=f"names reward functions that are run here: {re.escape(spec)}"):
+        trusted_rewards(choose(asked), asked)
+
+
+def test_a_runs_own_configuration_does_not_let_code_of_its_model_run(run: Path, tmp_path: Path):
+    foreign = tmp_path / "run"
+    shutil.copytree(run, foreign)
+    text = (run / "config.yaml").read_text().replace("trust_remote_code: false", "trust_remote_code: true")
+    (foreign / "config.yaml").write_text(text)
+    for words in ([], ["--base"], ["--step", "2"]):
+        assert not choose(options(foreign, *words)).model.trust_remote_code
+        assert choose(options(foreign, *words, "--trust-remote-code")).model.trust_remote_code
 
 
 def test_a_piped_question_gets_the_answer_alone(run: Path, script: Callable[..., Any]):

@@ -22,10 +22,11 @@ from test_trainer import steps_of
 
 from grpo import Trainer, checkpoint, inputs, scoring
 from grpo.batch import micro_batch, pack, spare, take
-from grpo.checkpoint import CheckpointError, changed_setting, complete_checkpoints, name_of, numbers_of
+from grpo.checkpoint import CheckpointError, changed_setting, name_of, numbers_of
 from grpo.config import Config, as_override
 from grpo.jsonl import read_jsonl
 from grpo.metrics import Meter
+from grpo.model_source import complete_checkpoints
 from grpo.post_mortem import Evidence
 from grpo.stopping import EXIT_STOPPED, Stopped
 from grpo.types import Completion, Group, MicroBatch, Prompt, Scores

@@ -271,9 +271,14 @@ def test_a_key_given_twice_is_refused(tmp_path: Path):
         Config.load(path)
 
 
-def test_a_missing_file_is_refused(tmp_path: Path):
+def test_a_file_that_is_missing_or_no_text_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="there is no such file"):
         Config.load(tmp_path / "nowhere.yaml")
+    (tmp_path / "latin.yaml").write_bytes("run: {dir: é}".encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"^--config is .*latin.yaml'; the file cannot be read: .* Save it as UTF-8\.$"
+    ):
+        Config.load(tmp_path / "latin.yaml")
 
 
 def test_the_saved_configuration_loads_as_the_same_one(tmp_path: Path):

@@ -27,7 +27,7 @@ from grpo.jsonl import read_jsonl
 from grpo.rundir import RunLog
 from grpo.sinks import JsonlSink, RowsLost
 from grpo.stopping import EXIT_STOPPED
-from grpo.terminal import Region, SilencedConsole, can_repaint, printable, say
+from grpo.terminal import Region, SilencedConsole, can_repaint, flush_within, printable, say, say_at_once
 
 NAMES = ["accuracy", "format"]
 
@@ -533,3 +533,17 @@ def test_ctrl_c_has_no_traceback():
     with pytest.raises(SystemExit) as ended, errors_for_users():
         raise KeyboardInterrupt
     assert ended.value.code == 130
+
+
+def test_what_is_said_at_once_survives_any_text_and_a_stdout_that_is_none_or_closed(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as closed:
+        closed.write("held back")
+        for stdout in (None, closed):
+            monkeypatch.setattr(sys, "stdout", stdout)
+            say_at_once("half a character \ud800 and \x1b[2J")
+            flush_within(2)
+    assert capfd.readouterr().err == "half a character \ufffd and \ufffd[2J\n" * 2

@@ -292,6 +292,7 @@ def make_run(directory: Path, *, steps: tuple[int, ...] = (1, 12)) -> Path:
 def test_a_runs_directory_as_model_name_is_its_newest_checkpoint_and_stays_it(tmp_path: Path):
     run = make_run(tmp_path / "earlier")
     newest = str(run / "checkpoints/step-00000012/hf")
+    shutil.copytree(run / "checkpoints/step-00000012", run / "checkpoints/step-00000012-backup")  # a person's own
     for name in (run, run / "checkpoints/step-00000012", newest):
         resolved = with_resolved_name(tiny_config(tmp_path / "run", model={"name": str(name)}))
         assert resolved.model.name == newest

@@ -1,6 +1,7 @@
 """What lies in files, folders and tables arrives as it is written, and what cannot be read says where."""
 
 import datetime
+import errno
 import gzip
 import json
 import pickle
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import numpy
@@ -18,7 +20,7 @@ import pyarrow.parquet
 import pytest
 
 from grpo.config import DataConfig
-from grpo.files import Written
+from grpo.files import Written, load_table
 from grpo.rows import load_rows, prepare_rows
 
 BIG = 2**62 + 1
@@ -277,3 +279,33 @@ def test_a_program_may_hand_over_rows_in_many_forms(make: Callable[[], Any]):
 def test_what_is_no_rows_is_refused(rows: Any, message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
         given(rows)
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "folder", "nobody/no-such-data-set"])
+def test_a_cache_that_cannot_be_written_to_is_not_blamed_on_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    import datasets
+
+    datasets.Dataset.from_dict({"question": ["1+1?"], "answer": ["2"]}).to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.txt").write_text("1+1?\n")
+    full = OSError(errno.ENOSPC, "No space left on device", "/cache/hub")
+    if (tmp_path / name).exists():
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("/sys/no-cache"))  # nobody makes folders there
+    else:
+        monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=full))
+    local = tmp_path / name
+    with pytest.raises(
+        ValueError, match=r"^HF_HOME is .* cannot be written to: .*(/sys/no-cache|/cache/hub).*set HF_HOME"
+    ):
+        list(load_table(str(local) if local.exists() else name, None, "train", "data.name"))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_folder_of_another_format_that_cannot_be_read_is_refused_by_its_setting(tmp_path: Path, saved: bool):
+    if saved:
+        datasets.Dataset.from_dict({"question": ["1+1?"]}).save_to_disk(tmp_path)
+    (tmp_path / ("data-00000-of-00001.arrow" if saved else "train.arrow")).write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=r"^data.name is .*; it cannot be read: .*Correct the file"):
+        list(load_table(str(tmp_path), None, "train", "data.name"))

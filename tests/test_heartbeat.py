@@ -15,8 +15,9 @@ import torch
 from helpers import ROOT, clean_environment, read_json
 
 from grpo import progress
-from grpo.checkpoint import complete_checkpoints, read_state
+from grpo.checkpoint import read_state
 from grpo.heartbeat import PEER_LOST
+from grpo.model_source import complete_checkpoints
 from grpo.writer import problem_with
 
 LIMIT = 4.0  # seconds of silence, in worker_heartbeat.py; without progress 1.5 times, and after a signal half of it

@@ -47,7 +47,21 @@ def test_a_kill_at_any_byte_of_a_row_costs_that_row_and_loses_no_byte(tmp_path: 
         assert read_jsonl(path) == rows_of(1, 2, 3)
 
 
-@pytest.mark.parametrize("line", [b"null", b"3", b"[]", b"{}", b'"step"', b"\x00" * 40, b"\xe7\xad", b'{"step": 2, "'])
+NO_ROWS = [
+    b"null",
+    b"3",
+    b"[]",
+    b"{}",
+    b'"step"',
+    b"\x00" * 40,
+    b"\xe7\xad",
+    b'{"step": 2, "',
+    b'{"step": null}',
+    b"[" * 10**5,
+]
+
+
+@pytest.mark.parametrize("line", NO_ROWS)
 def test_a_line_that_is_no_row_stops_neither_a_resume_nor_a_reader(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], line: bytes
 ):
@@ -110,7 +124,7 @@ def test_rows_come_backwards_whatever_the_blocks_they_are_read_in(
 
 def test_a_rewind_reads_the_end_of_a_file_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     parsed = []
-    monkeypatch.setattr("grpo.jsonl._row", lambda line, keys: parsed.append(line) or json.loads(line or b"null"))
+    monkeypatch.setattr("grpo.jsonl.row_of", lambda line, keys: parsed.append(line) or json.loads(line or b"null"))
     path = tmp_path / "completions.jsonl"
     append_jsonl(path, rows_of(*range(1000)))
     rewind_jsonl(path, 997)
@@ -134,7 +148,7 @@ def test_the_first_and_the_last_evaluation_are_found_without_the_others(
     append_jsonl(path, [{"step": step, "sample": n} for step in range(0, 100, 10) for n in (0, 1)])
     log = RunLog(tmp_path, tiny_config(tmp_path), Processes(0, 1, torch.device("cpu")), reward_names=[])
     parsed = []
-    monkeypatch.setattr("grpo.jsonl._row", lambda line, keys: parsed.append(line) or json.loads(line or b"null"))
+    monkeypatch.setattr("grpo.jsonl.row_of", lambda line, keys: parsed.append(line) or json.loads(line or b"null"))
     for step in (0, 90):
         assert log.evaluation(step) == [{"step": step, "sample": 0}, {"step": step, "sample": 1}]
     assert len(parsed) == 3 + 4

@@ -228,6 +228,9 @@ def test_a_chat_template_comes_from_a_file_and_takes_arguments(tmp_path: Path, t
         chat_prompt(own, chat_template_kwargs={"enable_thought": True})
     with pytest.raises(ValueError, match=r"data.chat_template is 'no.jinja'; there is no file"):
         use_chat_template(own, DataConfig(template="chat", chat_template="no.jinja"))
+    file.write_bytes("{# naïve #}".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"^data.chat_template is .*own.jinja'; the file cannot be read: .*UTF-8\.$"):
+        use_chat_template(own, DataConfig(template="chat", chat_template=str(file)))
 
 
 def test_prompts_of_conversations_keep_their_messages(tokenizer):
@@ -262,6 +265,25 @@ def test_a_chat_template_that_fails_says_why(template: str, message: str, monkey
     monkeypatch.setattr("grpo.prompts.TEMPLATE_SECONDS", 0.25)
     with pytest.raises(ValueError, match=re.escape(message)):
         chat_prompt(with_template(template), system_prompt="Be brief.")
+
+
+@pytest.mark.parametrize(
+    ("system_prompt", "remedy"),
+    [
+        ("Be brief.", "Remove data.system_prompt and say it in"),
+        (None, "Say it in the first message of the user, or name"),
+    ],
+)
+@pytest.mark.parametrize("takes", [False, True])
+def test_a_template_without_a_system_message_blames_who_wrote_one(system_prompt: str | None, remedy: str, takes: bool):
+    system = "" if takes else "{% if messages[0].role == 'system' %}{{ raise_exception('not supported') }}{% endif %}"
+    template = system + CHATML.replace("%}<|im_start|>", " if m.role != 'system' %}<|im_start|>", 1)
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    config = DataConfig(template="chat", question_column="turns", system_prompt=system_prompt)
+    row = {"turns": turns[1:] if system_prompt else turns, "answer": "2"}
+    with pytest.raises(ValueError, match=re.escape(remedy)) as error:
+        build_prompts(prepare_rows([row], config, answer_regex=None, setting="rows"), with_template(template), config)
+    assert ("data.system_prompt" in str(error.value)) == (system_prompt is not None)
 
 
 def test_too_long_prompts_are_dropped_and_counted(tokenizer):
@@ -320,13 +342,3 @@ def test_held_out_questions_may_have_columns_of_their_own(tmp_path: Path):
     config = DataConfig(name="unused", eval_name=str(tmp_path / "held_out.jsonl"), **own)
     (row,) = load_rows(config, evaluation=True)
     assert (row["question"], row["answer"]) == ("Say 1+1?", "2")
-
-
-def test_a_cache_that_cannot_be_written_to_is_not_blamed_on_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import datasets
-
-    path = tmp_path / "train.jsonl"
-    path.write_text('{"question": "1+1", "answer": "2"}\n')
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("/sys/no-cache"))  # nobody makes folders there
-    with pytest.raises(ValueError, match=r"^HF_HOME is .* cannot be written to: .*/sys/no-cache.*set HF_HOME"):
-        load_rows(DataConfig(name=str(path)))

@@ -1,8 +1,10 @@
 """Cells, conversations, sources: what becomes question and answer, and what is refused by name."""
 
 import json
+import pickle
 import re
 from collections import Counter
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers import AutoTokenizer
 from grpo import Trainer
 from grpo.config import Config, DataConfig
 from grpo.prompts import PromptOrder, build_prompts
-from grpo.rows import MESSAGES, complete, digest, load_rows, prepare_rows
+from grpo.rows import MESSAGES, canonical, complete, load_rows, prepare_rows
 from grpo.types import Prompt
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -168,13 +170,14 @@ def test_a_column_that_some_rows_lack_is_missing_there():
     assert complete([{"a": 1}, {"b": 2}]) == [{"a": 1, "b": None}, {"a": None, "b": 2}]
 
 
-def test_the_digest_changes_with_any_content_and_order_and_with_nothing_else():
-    rows = prepared({"question": "q", "answer": 1, "x": [1, {"y": 2.5}]}, {"question": "r", "answer": 2, "x": b"1"})
-    again = [*json.loads(json.dumps(rows[:1])), dict(rows[1])]
-    assert digest(rows) == digest(again)
-    others = [rows[::-1], rows[:1], [{**rows[0], "answer": "2"}, rows[1]], [rows[0], {**rows[1], "x": b"2"}]]
-    others += [[{**rows[0], "x": [1, {"y": "2.5"}]}, rows[1]]]
-    assert len({digest(each) for each in [rows, *others]}) == 6
+def test_rows_have_the_same_bytes_for_the_same_contents_only():
+    row, other = prepared(
+        {"question": "q", "answer": 1, "x": [1, {"y": 2.5, 3: date(1945, 5, 8)}]},
+        {"question": "r", "x": b"1", "answer": 2},
+    )
+    assert canonical(row) == canonical(pickle.loads(pickle.dumps(row)))
+    different = [{**row, "answer": "2"}, {**row, "x": [1, {"y": "2.5"}]}, other, {**other, "x": b"2"}]
+    assert len({canonical(each) for each in [row, *different]}) == 5
 
 
 # ---- several sources -------------------------------------------------------------------------------------------------
@@ -285,7 +288,7 @@ def by_level(completion: str, level: int | None) -> float:
 
 
 def trainer(tmp_path: Path, rows: list[dict[str, Any]], held_out: list[dict[str, Any]] | None = None) -> Trainer:
-    questions = 0 if held_out is None else 1
+    questions = len(held_out or [])
     config = tiny_config(tmp_path / "run", evaluation={"num_questions": questions}, rollout={"num_prompts": 1})
     return Trainer(config, rewards=[by_level], train_dataset=rows, eval_dataset=held_out)
 
@@ -298,10 +301,12 @@ WITHOUT = {"question": "1+2?", "answer": "3"}
 def test_a_row_without_a_column_that_a_reward_asks_for_is_said_and_given_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: list[dict[str, Any]]
 ):
-    run = trainer(tmp_path, rows)
+    run = trainer(tmp_path, rows, rows)
     gap = rows.index(WITHOUT)
     said = f"reward by_level asks for 'level'; 1 of 2 training questions have none (the first: row {gap})"
-    assert said in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert f"1 of 2 held-out questions have none (the first: row {gap})" in printed
     assert {run.train_step()["reward/by_level"] for _ in range(2)} == {0.0, 3.0}
     run.close()
 

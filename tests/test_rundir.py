@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import TINY, tiny_config
 
-from grpo.config import Config, RunConfig
+from grpo.config import Config, DataConfig, RunConfig
 from grpo.distributed import Processes
 from grpo.rundir import RunLog, claim
 
@@ -19,6 +19,8 @@ def test_a_tilde_is_the_users_home_as_in_a_shell(tmp_path: Path, monkeypatch: py
         ["run.dir=~/runs/x", "model.name=~/model", "data.name=~/train.jsonl", "data.eval_name=~/test.jsonl"],
     )
     assert claim(config.run) == tmp_path / "runs/x"
+    own = DataConfig(template="chat", chat_template="~/own.jinja")
+    assert own.chat_template == str(tmp_path / "own.jinja")
     assert config.model.name == str(tmp_path / "model")
     assert (config.data.name, config.data.eval_name) == (str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl"))
     assert not (tmp_path / "~").exists()

@@ -13,7 +13,8 @@ import pytest
 from helpers import ROOT, clean_environment, tiny_config
 
 from grpo import Trainer
-from grpo.checkpoint import complete_checkpoints, name_of
+from grpo.checkpoint import name_of
+from grpo.model_source import complete_checkpoints
 from grpo.stopping import EXIT_STOPPED, SIGNALS, Stopped, StopRequest
 from grpo.types import MicroBatch
 

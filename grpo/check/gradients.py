@@ -20,7 +20,6 @@ starting model its gradient would be zero. And the surrogate counts every token 
 from __future__ import annotations
 
 import gc
-import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +42,7 @@ from grpo.loss import grpo_loss, token_weights
 from grpo.policy import PackedLM, Policy, checkpoint_activations, fuse_kernels, load_lm, resolve_dtype
 from grpo.trainer import Trainer
 from grpo.types import Batch, Group, MicroBatch
+from grpo.writer import to_json
 
 NUM_SEQUENCES = 32
 
@@ -361,7 +361,7 @@ def check(config: Config, *, num_sequences: int = NUM_SEQUENCES, out: Path | Non
     print("\n".join([*table(results, "1 - cosine", lambda match: f"{match.angle:.1e}"), *_ratios(results)]))
     print(conclusion(results))
     if out is not None:
-        out.write_text(json.dumps(_report(work, dtype, results), indent=1))
+        out.write_text(to_json(_report(work, dtype, results), indent=1))
     return int(any(result.faults for result in results))
 
 

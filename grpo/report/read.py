@@ -16,6 +16,7 @@ import yaml
 
 from grpo.config import read_yaml
 from grpo.evaluate import verdict_name
+from grpo.jsonl import row_of
 
 Row = dict[str, Any]
 MAX_RUNS = 8
@@ -187,11 +188,8 @@ def _parsed(path: Path, notes: list[str], keys: AbstractSet[str], wanted: Callab
         for number, line in enumerate(file, 1):
             if not wanted(line):
                 continue
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError):
-                row = None
-            if isinstance(row, dict) and keys <= row.keys():
+            row = row_of(line, keys)
+            if row is not None:
                 yield row
             elif line.endswith(b"\n"):
                 notes.append(f"line {number} of {path.name} cannot be read and is left out")
