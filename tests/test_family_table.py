@@ -3,10 +3,6 @@
 import re
 import runpy
 import sys
-<<<<<<< HEAD
-=======
-from functools import partial
->>>>>>> h-verify
 from pathlib import Path
 
 import pytest
@@ -39,7 +35,6 @@ def test_the_table_has_each_family_once_and_the_head_that_the_script_writes():
     assert DOCUMENT.startswith(HEAD.format(version=MADE_WITH))
 
 
-<<<<<<< HEAD
 def test_the_script_writes_the_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(families, "FAMILIES", FAMILIES[:1])
     monkeypatch.setattr(sys, "argv", ["make_family_table.py", "--out", str(tmp_path / "families.md")])
@@ -47,12 +42,3 @@ def test_the_script_writes_the_document(tmp_path: Path, monkeypatch: pytest.Monk
     written = (tmp_path / "families.md").read_text()
     assert written.startswith(HEAD.format(version=transformers.__version__))
     assert f"`{FAMILIES[0].model_type}`" in written
-=======
-def test_the_script_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(families, "rows", partial(families.rows, families=FAMILIES[:1]))
-    monkeypatch.setattr(sys, "argv", ["make_family_table.py", "--out", str(tmp_path / "families.md")])
-    runpy.run_path(str(ROOT / "scripts" / "make_family_table.py"), run_name="__main__")
-    written = (tmp_path / "families.md").read_text().splitlines()
-    assert written[-1].startswith(f"| {FAMILIES[0].models} | `{FAMILIES[0].model_type}` | ")
-    assert transformers.__version__ != MADE_WITH or written == DOCUMENT.splitlines()[: len(written)]
->>>>>>> h-verify
