@@ -288,8 +288,9 @@ class AlgorithmConfig(Section):
     model. Lowering it lets the policy move further from its start."""
     max_sampling_gap: PositiveFloat | None = None
     """Stop when sampled tokens' log-probabilities and the trainer's own of the same tokens differ by more than this, in nats on
-    average: one of them is wrong. null: 0.04 in bfloat16, whose rounding makes 0.01 to 0.02 of it, and 0.001 in float32, divided
-    by a temperature below 1. Raise it for a model or an engine whose rounding is known to be coarser."""
+    average: one of them is wrong. null: 0.001 in float32, and in bfloat16 0.04, or three times what rounding makes of this model
+    if that is more, measured on the first rollout; divided by a temperature below 1. Raise it for an engine whose rounding is
+    known to be coarser."""
     num_minibatches: PositiveInt = 1
     """Parts of a rollout that have an optimizer step each (the paper: 16). With 1 of them and of num_epochs every update is
     strictly on-policy."""

@@ -1,10 +1,9 @@
 """Stops a run whose tokens were sampled with other log-probabilities than the policy's own, and finds out why.
 
 The gap is the mean over completion tokens of |log-probability in the trainer - when sampled|, before the update. In float32
-rounding makes less than 0.00001 nats of it. In bfloat16 it depends on the model, 0.009 (0.5B) to 0.022 nats (1.5B) and more,
-since logits are rounded in proportion to their size. So it is measured on the first rollout, as the difference that bfloat16
-makes to the model's own log-probabilities. A rotary embedding that was off by 0.4 % made 0.073 instead of 0.022, under a
-healthy-looking curve.
+rounding makes less than 0.00001 nats of it. In bfloat16 it depends on the model: 0.009 to 0.010 nats (0.5B), 0.022 (1.5B), 0.052
+(7B, random weights). So what rounding makes of the model at hand is measured on the first rollout. A rotary embedding that was
+off by 0.4 % made 0.073 instead of 0.022, under a healthy-looking curve.
 
 A cause is not guessed but tried, on a few of the step's sequences: what would the gap be if they had been sampled at another
 temperature, from another template, with the weights that the engine holds, after handing it the weights once more? Causes are
@@ -28,12 +27,13 @@ from grpo.prompts import TEMPLATES, build_prompts
 from grpo.rollout import Generator
 from grpo.types import Batch, Completion, Group, Prompt
 
-FLOAT32_ROUNDING = 1e-5
-"""The part of a gap that rounding explains in float32, in nats."""
+GAP_LIMITS = {torch.float32: 0.001, torch.bfloat16: 0.04}
+"""The smallest limits: a hundred times what rounding makes in float32, whose sums some engines round to fewer bits."""
 
-GAP_FACTORS = {torch.float32: 100, torch.bfloat16: 3}
-"""How many times the rounding a gap may be. In bfloat16 sampling and training both round, each in its own way, so the gap is up
-to 1.4 times what one of them makes. In float32 some engines round sums to fewer bits."""
+GAP_FACTOR = 3
+"""How many times the rounding of a model a gap may be. The rotary fault was 3.3 times."""
+
+FLOAT32_ROUNDING = 1e-5
 
 
 class SamplingGapError(RuntimeError):
@@ -47,20 +47,26 @@ def gap_limit(config: Config, dtype: torch.dtype, rounding: float) -> float:
         rounding: at temperature 1, see `measure_rounding`.
     """
     own = config.algorithm.max_sampling_gap
-    return GAP_FACTORS[dtype] * rounding / min(config.rollout.temperature, 1) if own is None else own
+    return max(GAP_LIMITS[dtype], GAP_FACTOR * rounding) / min(config.rollout.temperature, 1) if own is None else own
 
 
 def measure_rounding(policy: Policy, groups: list[Group]) -> float:
-    """What the model's precision does to its log-probabilities at temperature 1: mean difference to float32, in nats.
+    """The gap in nats, at temperature 1, that the model's precision alone can explain.
 
-    Both are of the model that is sampled from, by its own forward pass of each sequence alone, so nothing that makes a sampling
-    gap is in it but rounding. Every process calls it with what it sampled; a few sequences of each are looked at.
+    It is the smaller of two distances from the log-probabilities that the model which is sampled from gives to the tokens in its
+    own forward pass of each sequence alone. To those that the tokens were sampled with: another computation of the same model in
+    the same precision, unless the engine samples from something else. And to the same in float32, which has no part in the
+    engine's faults, and is often larger, since two computations share some of their rounding. Faults of the trainer's forward
+    pass are in neither.
+
+    Every process calls it with what it sampled; a few sequences of each are looked at.
     """
     if policy.dtype == torch.float32:
         return FLOAT32_ROUNDING
     batch = _batch(_probed(policy, groups))
-    apart = policy.unpacked_logprobs(batch) - policy.unpacked_logprobs(batch, float32=True)
-    return policy.temperature * _mean(policy, apart.abs())
+    own = policy.unpacked_logprobs(batch)
+    others = batch.sampling_logprobs.to(own.device), policy.unpacked_logprobs(batch, float32=True)
+    return policy.temperature * min(_mean(policy, (own - other).abs()) for other in others)
 
 
 def tally(loss: Tensor, meter: Meter, *more: float) -> Tensor:
@@ -172,7 +178,7 @@ def diagnose(
         _left_out(probe),
         Cause(
             min(rounding / max(probe.gap, 1e-9), 1.0),
-            f"rounding, which moves the model's own log-probabilities by {rounding:.3g} nats in this precision",
+            f"rounding, which makes {rounding:.3g} nats of this model in this precision",
         ),
     ]
 
