@@ -448,7 +448,8 @@ def test_a_disk_that_is_full_ends_tensorboards_files_and_not_the_run(
 
 def test_the_script_shows_no_escape_sequence_of_a_model_or_of_a_data_set(tmp_path: Path):
     text = "\x1b[2J wait, \x9b31m\u202e let me check 检查 🧮"
-    row = {"step": 1, "row": 0, "question": text, "answer": "1", "completion": text, "num_tokens": 9}
+    question = text.replace("wait", "").replace("check", "")  # words of the question do not count
+    row = {"step": 1, "row": 0, "question": question, "answer": "1", "completion": text, "num_tokens": 9}
     rows = [{**row, "rewards": {"accuracy": value}, "finish_reason": "stop"} for value in (0.0, 1.0)]
     append_jsonl(tmp_path / "completions.jsonl", rows)
     (tmp_path / "config.yaml").write_text("logging: {}\n")
