@@ -22,6 +22,10 @@ from grpo.rollout.grouping import Grouping
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 
 
+FILLER = 0
+"""A token that every model has, where none is read; a tokenizer's own pad token may have no embedding."""
+
+
 class HFGenerator:
     """Samples from `policy`, at most `max_sequences` completions at once."""
 
@@ -81,7 +85,7 @@ class HFGenerator:
                     **drawing_options(sampling),
                     max_new_tokens=max(token_limit(prompt, sampling) for prompt in prompts),
                     eos_token_id=policy.end_token_ids,
-                    pad_token_id=policy.end_token_ids[0],
+                    pad_token_id=next(iter(policy.end_token_ids), FILLER),
                     stop_strings=list(sampling.stop) or None,
                 ),
                 tokenizer=policy.tokenizer,
@@ -95,8 +99,7 @@ class HFGenerator:
         """Token ids and attention mask; both (len(prompts), longest prompt)."""
         longest = max(len(prompt.token_ids) for prompt in prompts)
         pad = [longest - len(prompt.token_ids) for prompt in prompts]
-        filler = 0  # masked, and every model has it; a pad token may have no embedding
-        ids = torch.tensor([[filler] * n + prompt.token_ids for n, prompt in zip(pad, prompts, strict=True)])
+        ids = torch.tensor([[FILLER] * n + prompt.token_ids for n, prompt in zip(pad, prompts, strict=True)])
         mask = torch.tensor([[0] * n + [1] * (longest - n) for n in pad])
         device = self.policy.processes.device
         return ids.to(device), mask.to(device)
