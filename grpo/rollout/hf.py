@@ -21,7 +21,6 @@ from grpo.rollout.ending import Ending, token_limit
 from grpo.rollout.grouping import Grouping
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 
-
 FILLER = 0
 """A token that every model has, where none is read; a tokenizer's own pad token may have no embedding."""
 
