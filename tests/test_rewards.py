@@ -47,6 +47,10 @@ def tag(content: str) -> str:
         ("50%", "50"),
         ("20", "20%"),
         ("0.2", "20%"),
+        (
+            "20%",
+            "0.2",
+        ),  # a gold of at most one is the number that a percentage is; above one, it was asked for in percent
         ("1.45e-5", "0.0000145"),
         ("120", "120^\\circ"),
         ("1" + "0" * 40, "1" + "0" * 40),
@@ -90,7 +94,6 @@ def test_an_answer_equal_to_gold_is_right(content: str, answer: str) -> None:
         ("-18", "18"),
         ("0.333333", "1/3"),  # plain numbers are compared exactly
         ("1" + "0" * 40 + "1", "1" + "0" * 40 + "2"),  # equal as floats
-        ("20%", "0.2"),  # it is 20: paid under both, it would be a hedge
         ("50", "1/2"),
         ("18 or 19", "18"),
         ("19 or 18", "18"),
@@ -292,7 +295,8 @@ def test_the_corpus_cannot_be_passed_by_refusing_or_paying_everything() -> None:
 
 
 def test_no_hostile_completion_is_paid_under_two_numerically_different_golds() -> None:
-    golds = ["0", "0.2", "1/2", "17", "18", "20", "50", "2000", "7776", "7777", "6.63 \\times 10^{-34}"]
+    # none is a hundred times another: which of the two a percentage is, the gold decides
+    golds = ["0", "0.2", "1/2", "17", "18", "21", "51", "2000", "7776", "7777", "6.63 \\times 10^{-34}"]
     for entry in CORPUS[::8]:
         completion, source = spelled_out(entry["completion"]), entry.get("source", "answer_tag")
         paid = [gold for gold in golds if accuracy(completion, gold, source=source) == 1.0]
