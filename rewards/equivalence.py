@@ -1,8 +1,8 @@
 r"""Is this candidate the gold answer?
 
-Both are read into typed values (values.py) and compared by type. Numbers are compared exactly where they are rational, else by their
-digits (expressions.py); a decimal may stand for an irrational number if it agrees to six places. Plain numbers take a short way.
-A time limit around it is still wanted: the sizes of numbers are bounded, their computation is not timed.
+Both are read into typed values (values.py) and compared by type. Numbers are compared exactly where they are rational, else by
+their digits (expressions.py); a decimal may stand for an irrational number if it agrees to six places. Plain numbers take a short
+way. A time limit around it is still wanted: the sizes of numbers are bounded, their computation is not timed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from . import values
-from .expressions import NoValueError, Node, TooLargeError, evaluate, is_real, num, point, same_expression
+from .expressions import Node, NoValueError, TooLargeError, evaluate, is_real, num, point, same_expression
 from .extraction import has_disguise, last_box
 from .values import (
     Based,
@@ -48,6 +48,7 @@ _NUMBER = re.compile(
 _TIMES_A_POWER_OF_TEN = (num(10, "10"), num(10))
 
 
+_PLAIN_GOLD = re.compile(r"[0-9]{1,40}(?:\.[0-9]{1,40})?")
 _TRUTH = {"T": ("true",), "F": ("false",)}
 
 
@@ -71,6 +72,8 @@ class Gold:
 @lru_cache(maxsize=1024)  # one gold answer meets all the completions of its group
 def read_gold(answer: str) -> Gold | str:
     """A gold answer made ready, or the reason why it cannot be graded."""
+    if _PLAIN_GOLD.fullmatch(answer):
+        return Gold(answer, Scalar(num(Fraction(answer), answer)), plain_number(answer))
     boxed = last_box(answer)
     text = answer if boxed is None else boxed
     if len(text) > 2 * MAX_CHARS:
@@ -145,13 +148,16 @@ def plain_number(text: str) -> Number | None:
     match = _NUMBER.fullmatch(text)
     if match is None:
         return None
-    numerator = Fraction((match["number"] or match["top"]).replace(",", ""))
-    denominator = Fraction((match["over"] or match["bottom"] or "1").replace(",", ""))
-    if denominator == 0:
-        return None
-    value = numerator / denominator * Fraction(10) ** int(match["exponent"] or 0)
-    is_quotient = match["over"] is not None or match["bottom"] is not None
-    return Number(-value if match["sign"] == "-" else value, is_quotient)
+    value = Fraction((match["number"] or match["top"]).replace(",", ""))
+    over = match["over"] or match["bottom"]
+    if over is not None:
+        denominator = Fraction(over.replace(",", ""))
+        if denominator == 0:
+            return None
+        value /= denominator
+    if match["exponent"] is not None:
+        value *= Fraction(10) ** int(match["exponent"])
+    return Number(-value if match["sign"] == "-" else value, over is not None)
 
 
 # ---- by type ---------------------------------------------------------------------------------------------------------
@@ -177,9 +183,9 @@ def _same_scalar(gold: Scalar, candidate: Scalar) -> bool:
     if gold.unit and candidate.unit and gold.unit != candidate.unit:
         return False
     number = _rational(gold.node)
-    is_plain = number is not None and _is_worked_out(gold.node, is_whole=False)
-    if is_plain and number is not None and not _is_worked_out(candidate.node, is_whole=number.denominator == 1):
-        if gold.node != candidate.node:
+    if number is not None and _is_plain(gold.node) and gold.node != candidate.node:
+        is_whole = number.denominator == 1 and not gold.is_percent
+        if not _is_worked_out(candidate.node, is_whole=is_whole):
             return False
     if gold.is_percent == candidate.is_percent:
         return _same_number(gold.node, candidate.node)
@@ -241,6 +247,10 @@ def _is_worked_out(node: Node, *, is_whole: bool) -> bool:
         factor, power = node.parts
         return _is_written_number(factor) and power.op == "pow" and power.parts[0] in _TIMES_A_POWER_OF_TEN
     return node.op != "add" and all(_is_worked_out(part, is_whole=False) for part in node.parts)
+
+
+def _is_plain(node: Node) -> bool:
+    return _is_written_number(node) or (node.op == "div" and all(_is_written_number(part) for part in node.parts))
 
 
 def _is_written_number(node: Node) -> bool:

@@ -1,8 +1,8 @@
 """Expression trees, their values, and whether two of them are equal.
 
-Rational values are exact. Others are computed to 60 digits, and once more to 400 before two of them are called equal: a difference
-that is zero shrinks with the precision, one that is not stays. Expressions with symbols are compared at fixed rational points.
-The size of every number is bounded before it is computed.
+Rational values are exact. Others are computed to 60 digits, and once more to 400 before two of them are called equal: a
+difference that is zero shrinks with the precision, one that is not stays. Expressions with symbols are compared at fixed
+rational points. The size of every number is bounded before it is computed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,14 @@ from mpmath import mp, mpc, mpf
 MAX_BITS = 200_000  # of an exact number: 9999^9999 and 10000! are allowed
 MAX_POINT_BITS = 20_000  # the same at the points where symbols have values: nothing an answer needs is larger
 DIGITS, MORE_DIGITS = 60, 400
+
+
+def word_list(text: str) -> list[str]:
+    return text.split()
+
+
 FUNCTIONS = frozenset(
-    "sqrt exp ln log lg sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh floor ceil abs".split()
+    word_list("sqrt exp ln log lg sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh floor ceil abs")
 )
 _NUM_POINTS = 6
 _CONSTANTS: dict[str, Callable[[], Any]] = {"pi": lambda: +mp.pi, "e": lambda: +mp.e, "i": lambda: mpc(0, 1)}
@@ -39,8 +45,8 @@ class TooLargeError(ArithmeticError):
 class Node:
     """A number, symbol or constant (no parts), an operation or a function of its parts.
 
-    `op` is one of num, sym, const, add, neg, mul, div, pow, root, pm (its part, plus or minus), fact, binom, degree, call (a known
-    function) and apply (an unknown one: equal arguments, equal values).
+    `op` is one of num, sym, const, add, neg, mul, div, pow, root, pm (its part, plus or minus), fact, binom, degree, call (a
+    known function) and apply (an unknown one: equal arguments, equal values).
     """
 
     op: str
@@ -292,6 +298,11 @@ def _binomial(_: str, n: Any, k: Any) -> Any:
         if n > 100_000 or min(k, abs(n - k)) > 12_000:
             raise TooLargeError
         return Fraction(math.comb(int(n), int(k)))
+    if isinstance(k, Fraction) and k.denominator == 1 and 0 <= k <= 100:  # n (n - 1) ... (n - k + 1) / k!
+        number = n if isinstance(n, Fraction) else _float(n)
+        return math.prod(
+            (number - i for i in range(int(k))), start=Fraction(1) if number is n else mpc(1)
+        ) / math.factorial(int(k))
     if max(abs(_float(n)), abs(_float(k))) > 10**4:
         raise TooLargeError
     return mp.binomial(_float(n), _float(k))
@@ -299,7 +310,7 @@ def _binomial(_: str, n: Any, k: Any) -> Any:
 
 def _call(name: str, *arguments: Any) -> Any:
     if name in ("floor", "ceil", "abs") and isinstance(arguments[0], Fraction):
-        return Fraction({"floor": math.floor, "ceil": math.ceil, "abs": abs}[name](arguments[0]))
+        return Fraction(_ROUNDING[name](arguments[0]))
     values = [_float(argument) for argument in arguments]
     if any(abs(value) > 10**6 for value in values) and name not in ("ln", "log", "lg", "abs", "sqrt"):
         raise TooLargeError
@@ -324,13 +335,14 @@ def _logarithm(value: Any, base: Any = None) -> Any:
 
 
 _MATH: dict[str, Callable[..., Any]] = {
-    **{name: getattr(mp, name) for name in "exp sin cos tan cot sec csc sinh cosh tanh floor ceil sqrt".split()},
+    **{name: getattr(mp, name) for name in word_list("exp sin cos tan cot sec csc sinh cosh tanh floor ceil sqrt")},
     **{f"arc{name}": getattr(mp, f"a{name}") for name in ("sin", "cos", "tan", "cot")},
     "ln": mp.log,
     "log": _logarithm,
     "lg": lambda value: mp.log(value) / mp.log(10),
     "abs": abs,
 }
+_ROUNDING: dict[str, Callable[[Fraction], Fraction | int]] = {"floor": math.floor, "ceil": math.ceil, "abs": abs}
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "add": _exact(lambda a, b: a + b),
     "mul": _exact(lambda a, b: a * b),

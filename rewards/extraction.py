@@ -41,6 +41,7 @@ _UNDECIDED = re.compile(  # "203 but maybe 204", "either 203 or else 204", "not 
     r"|\b(?:not|isn't|never|no longer)\s+(?:\$\s*)?[-+]?[0-9][^a-zA-Z]*$",
     re.IGNORECASE,
 )
+_ENDS_IN_ITS_NUMBER = re.compile(r"\b(?:is|are|was)\s+\\?\$?-?[0-9][0-9,]*(?:\.[0-9]+)?\.?$")  # "The answer is 18."
 _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
 _PROSE = re.compile(r"(?!(?:sin|cos|tan|log|exp|mod|det|max|min|and)\b)[a-zA-Z]{3,}|\b(?:[kcm]m|[km]g|ml|ft|hr|is)\b")
 
@@ -155,6 +156,8 @@ def final_expression(content: str) -> str | None:
     if math is not None and not _NUMBER.search(content, math[1]):
         return math[0]
     if is_prose(content) and any(character.isdigit() for character in content):
+        if _ENDS_IN_ITS_NUMBER.search(content):
+            return last_number(content)
         is_whole = len(content) <= MAX_WHOLE_CHARS and not isinstance(read(content), Unread)
         return content if is_whole else last_number(content)
     return content

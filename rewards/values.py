@@ -1,7 +1,7 @@
 r"""Read an answer into a typed value.
 
-`read(r"x \in (0, \frac12]")` is a Region, `read("3:45 pm")` a Clock, `read("1, 2")` a Listing. A text that the grammar does not cover
-in full is Unread, with the reason: no part of an answer is ever left out.
+`read(r"x \in (0, \frac12]")` is a Region, `read("3:45 pm")` a Clock, `read("1, 2")` a Listing. A text that the grammar does not
+cover in full is Unread, with the reason: no part of an answer is ever left out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from .expressions import FUNCTIONS, Node, is_near, num, same_expression, with_sign
+from .expressions import FUNCTIONS, Node, is_near, num, same_expression, with_sign, word_list
 
 MAX_DEPTH = 30  # of rules within each other
 MAX_BRACKETS = 6  # within each other; the golds of MATH, OlympiadBench and Minerva have 5
@@ -175,7 +175,8 @@ _UNITS = {
     "lb": "pound lbs", "oz": "ounce", "ton": "tonne", "s": "second sec", "min": "minute mins", "h": "hour hr hrs", "day": "days",
     "week": "weeks", "month": "months", "year": "years yr yrs", "ml": "milliliter millilitre mL", "L": "liter litre l",
     "cup": "cups", "gal": "gallon", "dollar": "dollars usd USD buck bucks", "cent": "cents", "euro": "euros EUR",
-    "yen": "", "rupee": "rupees Rs", "yuan": "元", "个": "", "pound sterling": "GBP", "degree": "degrees deg", "radian": "radians rad",
+    "yen": "", "rupee": "rupees Rs", "yuan": "元", "个": "",
+    "pound sterling": "GBP", "degree": "degrees deg", "radian": "radians rad",
     "N": "newton", "J": "joule", "W": "watt", "V": "volt", "A": "ampere amp", "K": "kelvin", "Pa": "pascal", "Hz": "hertz",
     "kW": "kilowatt", "kJ": "kilojoule", "mol": "mole", "unit": "units", "mph": "", "kph": "", "nm": "nanometer", "eV": "",
     "C": "coulomb", "T": "tesla", "F": "farad", "ms": "millisecond", "acre": "acres", "percent": "pct",
@@ -186,19 +187,24 @@ UNITS = {
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 NUMBER_WORDS = dict(
     zip(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-        "nineteen twenty".split(),
+        word_list(
+            "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+            "sixteen seventeen eighteen nineteen twenty"
+        ),
         range(21),
         strict=True,
     )
 )
 # words that say something about the number they stand beside; anything else beside a number is what was counted
 _MEANINGFUL = frozenset(
-    "and or not no nor of to from than then if else but maybe perhaps possibly either neither negative minus plus times over half "
-    "halves third thirds quarter quarters twice thrice double triple less more most least about around approximately almost nearly up down "
-    "between through least mod modulo squared cubed root point divided by in all any some none only without except plus "
-    "with true false yes is are was be equals equal undefined infinite infinity for every each when where while until "
-    "before after unless until ago per hundredths tenths thousandths hundredth tenth base prime factorial".split()
+    word_list(
+    "and or not no nor of to from than then if else but maybe perhaps possibly either neither negative "
+    "minus plus times over half halves third thirds quarter quarters twice thrice double triple less more "
+    "most least about around approximately almost nearly up down between through least mod modulo squared "
+    "cubed root point divided by in all any some none only without except plus with true false yes is are "
+    "was be equals equal undefined infinite infinity for every each when where while until before after "
+    "unless until ago per hundredths tenths thousandths hundredth tenth base prime factorial"
+)
 ) | set(_SCALES) | set(NUMBER_WORDS)  # fmt: skip
 _SAME_WORDS = {
     ("does", "not", "exist"): ("dne",), ("doesn", "t", "exist"): ("dne",), ("t",): ("true",), ("f",): ("false",),
@@ -233,13 +239,16 @@ _COMMA_NUMBER = re.compile(r"(?<!\d)[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
 _REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)(?:\\overline|\\bar|\\dot)\s*(?:\{(\d{1,40})\}|(\d))")
 _DOTTED = re.compile(r"(?<![\d.])(\d*)\.(\d{1,40}?)(?:\\[lc]?dots(?![a-zA-Z])|\.\.\.)")
 _LEAD_IN = re.compile(
-    r"^(?:[^\w\s\\({\[$|+\-.]+\s*)?(?:(?:so|thus|hence|therefore|the|final|correct|an?|statement|answer|choice|option|is|it|答案|是|为)\b[\s,]*)*"
+    r"^(?:[^\w\s\\({\[$|+\-.]+\s*)?"
+    r"(?:(?:so|thus|hence|therefore|the|final|correct|an?|statement|answer|choice|option|is|it|答案|是|为)\b[\s,]*)*"
     r"(?:(?:answer|choice|option|is|答案是?|答案为)\s*[:=]?\s*|[:]\s*)",
     re.IGNORECASE,
 )
 _CHOICE = re.compile(r"\(?([A-J])\)?(?:[.):]\s*\S.*|[.):])?")
+_CHOICES = re.compile(r"(?:\([A-J]\)|[A-J])(?:(?:\s*,\s*(?:and\s)?|\s+and\s+)\s*(?:\([A-J]\)|[A-J]))+")
 _QUANTIFIER = re.compile(
-    r"(?:,|\\q?quad)?\s*\\(?:text|mbox|textrm)\{\s*,?\s*for (?:all|any|every|each)(?: real| numbers?| integers?| positive)*\s*\$?(?:[a-zA-Z]\$?\s*\}|\}\s*[a-zA-Z](?:\s*\\in\s*\\mathbb\s*\{?[RNZQC]\}?)?)$"
+    r"(?:,|\\q?quad)?\s*\\(?:text|mbox|textrm)\{\s*,?\s*for (?:all|any|every|each)(?: real| numbers?| integers?| positive)*"
+    r"\s*\$?(?:[a-zA-Z]\$?\s*\}|\}\s*[a-zA-Z](?:\s*\\in\s*\\mathbb\s*\{?[RNZQC]\}?)?)$"
 )
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|mbox|mathrm|mathtt)\s*\{([^{}]*)\}")
 _ARTICLES = frozenset(("a", "an", "the"))
@@ -249,7 +258,7 @@ _CLOCK = re.compile(r"([01]?\d|2[0-4])\s*:\s*([0-5]\d)(?:\s*([ap])\.?\s?m\.?)?",
 
 
 def clean(text: str) -> str:
-    """The text without what has no meaning: styles, delimiters of mathematics, spaces of LaTeX, marks of emphasis and quotation."""
+    """The text without what has no meaning: styles, delimiters, spaces of LaTeX, marks of emphasis and quotation."""
     text = text.translate(_UNICODE)
     text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\cfrac", "\\frac")
     text = _STYLE.sub(" ", text.replace("\\!", ""))
@@ -298,6 +307,9 @@ def read(text: str) -> Value | Unread:
         rest = clean(text[lead.end() :])
         if _CHOICE.fullmatch(rest) or rest[:1] != "=":
             text = rest or text
+    wrapped = _TEXT.fullmatch(text)
+    if wrapped is not None and any(character.isdigit() for character in wrapped[1]):
+        text = clean(_LEAD_IN.sub("", wrapped[1].strip()))
     value = _read_words(text)
     if value is not None:
         return value
@@ -318,6 +330,8 @@ def _read_words(text: str) -> Value | Unread | None:
     choice = _CHOICE.fullmatch(unwrapped)
     if choice is not None:
         return Words((choice[1].lower(),), is_choice=True)
+    if _CHOICES.fullmatch(unwrapped):
+        return Listing(tuple(Words((letter.lower(),), is_choice=True) for letter in re.findall("[A-J]", unwrapped)))
     if not _PROSE.fullmatch(unwrapped) or not (unwrapped != text or _is_prose(unwrapped)):
         return None
     words = tuple(re.findall(r"[a-z]+", unwrapped.lower()))
@@ -463,7 +477,7 @@ def _text_or_unit(word: str) -> Token:
     return Token("unit", word) if word in UNITS or word.rstrip(".") in UNITS else Token("text", word)
 
 
-_SHORT_WORDS = frozenset("is it to of by at on if no be we so as an not but per".split())
+_SHORT_WORDS = frozenset(word_list("is it to of by at on if no be we so as an not but per"))
 
 
 def _plain(kind: str, text: str) -> list[Token]:
@@ -486,12 +500,14 @@ def _plain(kind: str, text: str) -> list[Token]:
 
 _GREEK = frozenset(
     "\\" + name
-    for name in "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi "
-    "chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar".split()
+    for name in word_list(
+        "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau "
+        "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar"
+    )
 )
 _TIMES = ("\\times", "\\cdot", "*", "\\ast")
 _DECORATIONS = frozenset(
-    "\\overline \\bar \\dot \\ddot \\vec \\hat \\tilde \\widehat \\overrightarrow \\angle \\triangle".split()
+    word_list("\\overline \\bar \\dot \\ddot \\vec \\hat \\tilde \\widehat \\overrightarrow \\angle \\triangle")
 )
 _UNKNOWN_FUNCTIONS = frozenset("fghFGHOPQ")
 _OPEN = {"(": ")]", "[": ")][", "]": "[", "\\{": ("\\}",), "\\langle": ("\\rangle",)}
@@ -527,13 +543,13 @@ class Parser:
 
     def attempt(self, rule: Any) -> Any:
         """What a rule reads, or None and no token passed."""
-        start, depth, bars = self.at, self.depth, self.bars_open
+        start, depth, bars, found_tokens = self.at, self.depth, self.bars_open, self.tokens.copy()
         try:
             found = rule()
         except _UnreadError:
             found = None
         if found is None:
-            self.at, self.depth, self.bars_open = start, depth, bars
+            self.at, self.depth, self.bars_open, self.tokens = start, depth, bars, found_tokens
         return found
 
     # -- answers
@@ -545,7 +561,8 @@ class Parser:
         return value
 
     def items(self) -> Value:
-        found, separators = [self.item()], []
+        found = [self.item()]
+        separators: list[str] = []
         while True:
             separator = self.separator()
             if separator is None:
@@ -764,6 +781,9 @@ class Parser:
                 self.unit_word(powers, sign)
             elif self.now.kind in ("unit", "text"):
                 self.unit_word(powers, sign)
+            elif self.now.text in _CURRENCY and not powers:
+                powers[_CURRENCY[self.now.text]] = 1
+                self.at += 1
             elif self.now.text in _COUNTERS:
                 powers[_COUNTERS[self.now.text]] = 1
                 self.at += 1
@@ -818,10 +838,9 @@ class Parser:
     def product(self) -> Node:
         node = self.factor()
         while True:
-            if self.now.text in _TIMES and self.now.kind in ("command", "sign"):
-                self.at += 1
-                node = Node("mul", (node, self.signed_factor()))
-            elif self.now.text == "x" and self.is_times_sign():
+            if (self.now.text in _TIMES and self.now.kind in ("command", "sign")) or (
+                self.now.text == "x" and self.is_times_sign()
+            ):
                 self.at += 1
                 node = Node("mul", (node, self.signed_factor()))
             elif self.now.text in ("/", "\\div") and self.tokens[self.at + 1].kind != "unit":
@@ -879,8 +898,8 @@ class Parser:
         if now.kind in ("number", "symbol"):
             return True
         if now.kind == "sign":
-            return now.text in "({" or (now.text == "[" and False) or (now.text == "|" and self.bars_open)
-        if now.kind != "command" or now.text == "\\frac" and self.tokens[self.at + 2].kind == "unit":
+            return now.text in "({" or (now.text == "|" and self.bars_open)
+        if now.kind != "command" or (now.text == "\\frac" and self.tokens[self.at + 2].kind == "unit"):
             return False
         name = now.text[1:]
         return (
@@ -922,14 +941,9 @@ class Parser:
         if braced:
             exponent = self.sum()
             self.need("}")
-        elif self.now.kind == "number" and self.tokens[self.at - 1].text == "^" and self.is_latex_power():
-            exponent = self.digit()
         else:
             exponent = self.attempt(lambda: _signed(self.take("-", "+"), self.power_part())) or self.fail()
         return Node("pow", (node, exponent))
-
-    def is_latex_power(self) -> bool:
-        return False
 
     def power_part(self) -> Node:
         """The exponent of a bare ^ binds to the right: 2^3^2."""
@@ -962,7 +976,7 @@ class Parser:
             node = self.sum()
             self.need({"(": ")", "{": "}", "[": "]"}[token.text])
             return node
-        if token.kind == "sign" and token.text == "|" or token.text == "\\lvert":
+        if (token.kind == "sign" and token.text == "|") or token.text == "\\lvert":
             bars, self.bars_open = self.bars_open, False
             node = self.sum()
             self.bars_open = bars
@@ -1066,16 +1080,13 @@ class Parser:
     def function_argument(self) -> Node:
         r"""A group, or all factors up to the next sign or function: \sin 2x, \log \log n."""
         if self.now.text in ("(", "{"):
-            return self.postfix_of_group()
+            return self.primary()
         node = self.signed_factor()
         while self.starts_factor() and self.now.text not in ("(", "|") and self.now.text[1:] not in FUNCTIONS:
             node = self.juxtaposed(node)
         if self.now.text == "/" and self.now.kind == "sign":
             self.fail() if self.tokens[self.at - 1].kind != "number" and node.op != "const" else None
         return node
-
-    def postfix_of_group(self) -> Node:
-        return self.primary()
 
 
 def _number(text: str) -> Node:
@@ -1195,9 +1206,9 @@ def _all_but(node: Node, name: str) -> Region:
 def _set_builder(first: Value, condition: Value) -> Value:
     if isinstance(first, Region) and isinstance(condition, Region) and first == replace(REALS, name=condition.name):
         return replace(condition, name="")
-    if isinstance(first, Scalar) and first.node.op == "sym" and isinstance(condition, Region):
-        if condition.name == first.node.name:
-            return replace(condition, name="")
+    is_symbol = isinstance(first, Scalar) and first.node.op == "sym"
+    if is_symbol and isinstance(condition, Region) and condition.name == _name(first):
+        return replace(condition, name="")
     raise _UnreadError("a set given by a condition")
 
 
@@ -1247,36 +1258,34 @@ def _name(value: Value) -> str | None:
 
 
 def _equated(sides: list[Value]) -> Value:
-    last = sides[-1]
-    name = _name(sides[0])
-    middle = sides[1 if name is not None or len(sides) > 2 else 0 : -1]
-    for side in middle:
-        if isinstance(side, Scalar) and isinstance(last, Scalar) and not side.node.symbols and not last.node.symbols:
-            if not same_expression(side.node, last.node):
-                raise _UnreadError("two sides of an equation differ")
+    """A named value, an equation, or, where all sides are numbers, the last: 9 * 2 = 18 says 18."""
+    first, last = sides[0], sides[-1]
+    for side in sides[:-1]:
+        if _is_number(side) and _is_number(last) and not same_expression(side.node, last.node):  # type: ignore[union-attr]
+            raise _UnreadError("two sides of an equation differ")
+    name = _name(first)
     if name is not None:
-        if isinstance(sides[0], Tuple) and isinstance(last, Tuple) and len(sides[0].items) == len(last.items):
-            names = [_name(each) or "" for each in sides[0].items]
-            return Record(
-                tuple(sorted((Named(n, v) for n, v in zip(names, last.items, strict=True)), key=lambda e: e.name))
-            )
-        first = sides[0].node if isinstance(sides[0], Scalar) else None
-        if first is not None and first.op == "sym" and isinstance(last, Scalar) and first.name in last.node.symbols:
-            return Relation(first, "=", last.node)
-        return Named(name, last, first)
-    if not isinstance(sides[0], Scalar):
+        return _assigned(name, first, last)
+    if not isinstance(first, Scalar) or not isinstance(last, Scalar):
         raise _UnreadError("an equation between things that are no expressions")
-    if not sides[0].node.symbols and isinstance(last, Scalar) and not last.node.symbols:
-        return last if same_expression(sides[0].node, last.node) else _differ()
-    if isinstance(last, Scalar):
-        if not last.node.symbols and not sides[0].node.has("num"):
-            return Named(_spelled(sides[0].node), last, sides[0].node)
-        return Relation(sides[0].node, "=", last.node)
-    raise _UnreadError("an equation between things that are no expressions")
+    if _is_number(last) and (_is_number(first) or not first.node.has("num")):
+        return last if _is_number(first) else Named(_spelled(first.node), last, first.node)
+    return Relation(first.node, "=", last.node)
 
 
-def _differ() -> Any:
-    raise _UnreadError("two sides of an equation differ")
+def _is_number(value: Value) -> bool:
+    return isinstance(value, Scalar) and not value.node.symbols
+
+
+def _assigned(name: str, first: Value, last: Value) -> Value:
+    if isinstance(first, Tuple) and isinstance(last, Tuple) and len(first.items) == len(last.items):
+        pairs = zip(first.items, last.items, strict=True)
+        entries = [Named(_name(each) or "", value) for each, value in pairs]
+        return Record(tuple(sorted(entries, key=lambda entry: entry.name)))
+    symbol = first.node if isinstance(first, Scalar) else None
+    if symbol is not None and symbol.op == "sym" and isinstance(last, Scalar) and name in last.node.symbols:
+        return Relation(symbol, "=", last.node)
+    return Named(name, last, symbol)
 
 
 def _spelled(node: Node) -> str:
