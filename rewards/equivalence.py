@@ -14,6 +14,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from mpmath import mp
+
 from . import values
 from .expressions import Node, NoValueError, TooLargeError, evaluate, is_real, num, point, same_expression
 from .extraction import has_disguise, last_box
@@ -216,7 +218,7 @@ def _agrees_to_six_places(gold: Node, candidate: Node) -> bool:
         return False
     if not (is_real(a) and is_real(b)):
         return False
-    x, y = (value if isinstance(value, Fraction) else Fraction(str(value.real)) for value in (a, b))
+    x, y = (value if isinstance(value, Fraction) else Fraction(mp.nstr(value.real, 40)) for value in (a, b))
     return abs(x - y) <= Fraction(1, 10**6) and abs(x - y) <= abs(x) / 10**5
 
 

@@ -326,6 +326,10 @@ def _apply(name: str, *arguments: Any) -> Any:
     return Fraction(int.from_bytes(drawn[:6], "big") % 99_991 + 7, 10_007)
 
 
+def _undecided(*_: Any) -> Any:
+    raise NoValueError("plus or minus is two values")
+
+
 def _logarithm(value: Any, base: Any = None) -> Any:
     if base is None:
         return mp.log(value)
@@ -352,6 +356,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "root": _root,
     "fact": _factorial,
     "binom": _binomial,
+    "pm": _undecided,
     "degree": lambda _, a: _float(a) * mp.pi / 180,
     "call": _call,
     "apply": _apply,

@@ -526,7 +526,11 @@ class Parser:
 
     @property
     def now(self) -> Token:
-        return self.tokens[self.at]
+        return self.ahead(0)
+
+    def ahead(self, by: int) -> Token:
+        """A token further on; the last one, `end`, from there on."""
+        return self.tokens[min(self.at + by, len(self.tokens) - 1)]
 
     def take(self, *texts: str) -> str | None:
         """The next token's text if it is one of these, passing it."""
@@ -604,13 +608,13 @@ class Parser:
                 if text in "<>" and self.take("="):
                     return text + "="
                 return _RELATIONS[text]
-            if text == "\\not" and self.tokens[self.at + 1].text == "=":
+            if text == "\\not" and self.ahead(1).text == "=":
                 self.at += 2
                 return "!="
         return None
 
     def modulo(self, value: Value) -> Value:
-        bracket = self.now.text == "(" and self.tokens[self.at + 1].text in ("\\bmod", "\\mod")
+        bracket = self.now.text == "(" and self.ahead(1).text in ("\\bmod", "\\mod")
         self.at += bracket
         if not self.take("\\pmod", "\\bmod", "\\mod"):
             if isinstance(value, Named) and value.name.startswith("≡"):
@@ -765,16 +769,14 @@ class Parser:
         powers: dict[str, int] = {}
         sign = 1
         while True:
-            if self.now.text == "\\frac" and self.tokens[self.at + 2].kind == "unit":
+            if self.now.text == "\\frac" and self.ahead(2).kind == "unit":
                 self.at += 1
                 for each in (1, -1):
                     self.need("{")
                     self.unit_word(powers, each)
                     self.need("}")
             elif (
-                self.now.text in ("/", "per", "\\cdot")
-                and self.tokens[self.at + 1].kind in ("unit", "text", "symbol")
-                and powers
+                self.now.text in ("/", "per", "\\cdot") and self.ahead(1).kind in ("unit", "text", "symbol") and powers
             ):
                 sign = 1 if self.now.text == "\\cdot" else -1
                 self.at += 1
@@ -843,7 +845,7 @@ class Parser:
             ):
                 self.at += 1
                 node = Node("mul", (node, self.signed_factor()))
-            elif self.now.text in ("/", "\\div") and self.tokens[self.at + 1].kind != "unit":
+            elif self.now.text in ("/", "\\div") and self.ahead(1).kind != "unit":
                 name = self.take("/", "\\div")
                 over = self.signed_factor()
                 node = Node("div", (node, over), "div" if name == "\\div" else "")
@@ -855,22 +857,15 @@ class Parser:
                 return node
 
     def is_times_sign(self) -> bool:
-        before, after = self.tokens[self.at - 1], self.tokens[self.at + 1]
+        before, after = self.tokens[self.at - 1], self.ahead(1)
         return before.kind == "number" and after.kind == "number" and after.text == "10"
 
     def juxtaposed(self, node: Node) -> Node:
         """A mixed number, or a product without a sign; two numbers side by side are neither."""
         before = self.tokens[self.at - 1]
         if self.now.kind == "number":
-            after = [token.text for token in self.tokens[self.at + 1 : self.at + 3]]
-            if (
-                node.op == "num"
-                and before.kind == "number"
-                and "." not in before.text
-                and after[0] == "/"
-                and after[1].isdigit()
-            ):
-                top, bottom = self.now.text, after[1]
+            if self.is_mixed_number(node):
+                top, bottom = self.now.text, self.ahead(2).text
                 self.at += 3
                 return self.mixed(node, num(int(top)), num(int(bottom)))
             if before.text not in ("!", "}", ")") or node.op == "num":
@@ -887,6 +882,11 @@ class Parser:
             return self.mixed(node, *factor.parts)
         return Node("mul", (node, factor))
 
+    def is_mixed_number(self, node: Node) -> bool:
+        """Whether 5 1/2 stands here, after its 5."""
+        is_whole = node.op == "num" and self.tokens[self.at - 1].text.isdigit()
+        return is_whole and self.ahead(1).text == "/" and self.now.text.isdigit() and self.ahead(2).text.isdigit()
+
     def mixed(self, whole: Node, top: Node, bottom: Node) -> Node:
         is_proper = all(part.number.denominator == 1 for part in (whole, top, bottom)) and top.number < bottom.number
         if not is_proper:
@@ -899,7 +899,7 @@ class Parser:
             return True
         if now.kind == "sign":
             return now.text in "({" or (now.text == "|" and self.bars_open)
-        if now.kind != "command" or (now.text == "\\frac" and self.tokens[self.at + 2].kind == "unit"):
+        if now.kind != "command" or (now.text == "\\frac" and self.ahead(2).kind == "unit"):
             return False
         name = now.text[1:]
         return (

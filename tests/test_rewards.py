@@ -102,7 +102,7 @@ def test_an_answer_equal_to_gold_is_right(content: str, answer: str) -> None:
         ("(2,1)", "(1,2)"),
         ("neve", "\\text{even}"),  # an anagram has the same letters as factors
         ("5", "5t"),
-        ("3 2", "5"),  # math-verify reads a mixed number,
+        ("3 2", "5"),  # neither a mixed number,
         ("3 000", "0"),  # a product,
         ("1 2 3", "6"),  # and another
         ("x=3, x=4", "4"),
@@ -420,6 +420,15 @@ def test_an_answer_that_the_grammar_does_not_cover_is_unread_with_a_reason() -> 
         value = read(text)
         assert isinstance(value, Unread), (text, value)
         assert value.reason
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["9\\frac", "\\mathbb", "3 2.5/4", "3 2/", "x_", "\\log_", "5:\\pm 3", "3 \\pmod{\\pm 2}", "\\begin", "(", "5^"],
+)
+def test_an_answer_that_breaks_off_is_wrong_and_raises_nothing(text: str) -> None:
+    for answer in ("5", "x^2", "\\{1, 2\\}", text):
+        assert accuracy(tag(text), answer) in ((0.0,) if answer != text else (0.0, None, 1.0))
 
 
 @pytest.mark.parametrize(
