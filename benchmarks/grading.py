@@ -80,7 +80,7 @@ def main() -> None:
     scale = parser.parse_args().scale
     print("completions per second and worker (one core)")
     print(f"  whole numbers              {throughput(accuracy, 'answer', integers, int(16_000 * scale)):9,.0f}")
-    print(f"  LaTeX through math-verify  {throughput(accuracy, 'answer', latex, int(800 * scale)):9,.0f}")
+    print(f"  LaTeX                      {throughput(accuracy, 'answer', latex, int(800 * scale)):9,.0f}")
     print(f"  programs, 5 tests each     {throughput(code, 'tests', programs, int(80 * scale)):9.1f}", end="")
     print(f"  (sandbox: {', '.join(sorted(sandbox.working_layers()))})")
 

@@ -30,7 +30,7 @@ ROLL_BACKS = "roll_backs.jsonl"
 STEP = ("step",)
 """What a row has at least."""
 
-RECORDED = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "math-verify")
+RECORDED = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "mpmath")
 
 
 def claim(config: RunConfig) -> Path:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from .extraction import last_answer_tag, last_box, last_math
+from .extraction import last_answer_tag, last_box, last_math, without_emphasis
 
 MAX_CHARS = 200  # of an expression; six numbers with every bracket take fewer
 
@@ -24,20 +24,22 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] 
 }
 
 
-def countdown(completion: str, nums: Sequence[int], target: int) -> float:
+def countdown(completion: str, nums: Sequence[int | str], target: int | str) -> float:
     """1 if the expression in the last `<answer>` makes `target` from `nums`, each used exactly once; else 0 (TinyZero's task).
 
     It may use + - * / and brackets, is computed in fractions, and may end in `= target`. A `\\boxed{}` or `$...$` around it is
-    taken off. Any expression that is right counts, not only the one that a data set names.
+    taken off, and so are back-ticks, stars of emphasis and a full stop. Any expression
+    that is right counts, not only the one that a data set names.
     """
     content = last_answer_tag(completion)
-    expression = None if content is None else _expression(content, target)
+    given, wanted = [int(number) for number in nums], int(target)
+    expression = None if content is None else _expression(content, wanted)
     if expression is None:
         return 0.0
     try:
         tree = ast.parse(expression, mode="eval").body
         used = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-        return float(Counter(used) == Counter(nums) and _value(tree) == target)
+        return float(Counter(used) == Counter(given) and _value(tree) == wanted)
     except (SyntaxError, ZeroDivisionError, _NotArithmeticError):
         return 0.0
 
@@ -49,6 +51,7 @@ class _NotArithmeticError(Exception):
 def _expression(content: str, target: int) -> str | None:
     math = last_math(content)
     text = last_box(content) or (math[0] if math else content)
+    text = " ".join(without_emphasis(text).strip(" \n`*").removesuffix(".").strip("`* ").split())
     for latex, sign in _LATEX.items():
         text = text.replace(latex, sign)
     left, equals, right = text.translate(_SIGNS).partition("=")

@@ -1,308 +1,454 @@
 r"""Is this candidate the gold answer?
 
-Plain numbers (integers, decimals, fractions, thousands commas, currency, percent) and words are compared exactly,
-without sympy; everything else goes to math-verify. What no honest answer needs and sympy can drown in (anything long,
-deep nesting, numbers of 60,000 digits) is turned away first. That guard saves time but is no time limit: set one around.
+Both are read into typed values (values.py) and compared by type. Numbers are compared exactly where they are rational, else by
+their digits (expressions.py); a decimal may stand for an irrational number if it agrees to six places. Plain numbers take a short
+way. A time limit around it is still wanted: the sizes of numbers are bounded, their computation is not timed.
 """
 
 from __future__ import annotations
 
-import logging
-import math
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from math_verify import LatexExtractionConfig, parse, verify
-from sympy import (
-    Add,
-    Expr,
-    FiniteSet,
-    Float,
-    Function,
-    Mul,
-    Pow,
-    Rational,
-    Tuple,
-    cosh,
-    exp,
-    factorial,
-    gamma,
-    log,
-    sinh,
-)
-from sympy.functions.elementary.hyperbolic import HyperbolicFunction
-from sympy.functions.elementary.trigonometric import TrigonometricFunction
+from mpmath import mp
 
-from .extraction import has_disguise, is_prose, last_box
+from . import values
+from .expressions import Node, NoValueError, TooLargeError, evaluate, is_real, num, point, same_expression
+from .extraction import has_disguise, last_box
+from .values import (
+    Based,
+    Clock,
+    Congruence,
+    Either,
+    Listing,
+    Matrix,
+    Named,
+    Ratio,
+    Record,
+    Region,
+    Relation,
+    Scalar,
+    Tuple,
+    Unread,
+    Value,
+    Words,
+    as_region,
+    clean,
+    read,
+)
 
 MAX_CHARS = 256  # the longest gold answer of MATH, OlympiadBench and Minerva has 210
-MAX_DEPTH = 6  # of nested brackets; those golds have 5, and math-verify takes seconds from 9
-MAX_BARS = 6  # absolute values; a parser that may pair bars as it likes takes a second for twelve
-MAX_BITS = 200_000  # of the numbers in an expression: 9999^9999 and 10000! are allowed
-
-# math-verify's own time limit is signal.alarm, which fails outside the main thread and cannot stop C code; it is off
-# everywhere here, and math-verify would warn of that once in every process.
-logging.getLogger("math_verify").setLevel(logging.ERROR)
-
-_HUGE = 2.0**60
-_FAST_GROWING = (factorial, exp, sinh, cosh, gamma)
-_SYMBOLS = frozenset("×÷·−π√∞°±≤≥≠∪∩αβγδθλμφω€£¥")  # beyond ASCII, what an answer may hold
-_MINUS = "\N{MINUS SIGN}"
-_MEANINGLESS = re.compile(
-    r",\\!\s*|\{,\}|\\[!,;:]|\\?[$€£¥]|\\[\[\]()]|\\phantom(?:\s*-|\{[^{}]*\})"
-    r"|\\(?:displaystyle|left(?=[(\[|\\.])|right(?=[)\]|\\.]))"
-)
-_COMMAND = r"\\(?:text(?:bf|it|rm|normal)?|mbox|math(?:rm|bf|it))\s*"
-_TEXT = rf"{_COMMAND}\{{([^{{}}]*)\}}"
-_TEXT_WITH_DIGITS = re.compile(rf"{_COMMAND}\{{[^{{}}]*[0-9]")
-_UNIT = rf"{_COMMAND}\{{[^{{}}0-9]*\}}"  # without digits: in "18 \text{ or 19}" the text is a second answer
-_TRAILING_TEXT = re.compile(rf"(?:(?:[\s~/]|\\ )*{_UNIT}(?:\^\{{?[0-9]\}}?)?)+$")
-_LEADING_TEXT = re.compile(rf"^{_UNIT}")
-_DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|°)$")
-_BARE_FRAC = re.compile(r"\\frac\s*(\{[^{}]*\}|[0-9a-zA-Z]|\\pi(?![a-zA-Z]))\s*([0-9a-zA-Z]|\\pi(?![a-zA-Z]))")
-_EQUALS = re.compile(r"(?<![\\<>!:])=")
-_LIST = re.compile(r",(?!\d{3})|;|\b(?:or|and)\b")
-_JUXTAPOSED = re.compile(r"\d\s+\d")  # "1 2 3" would be read as their product
 _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
 _NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)\s*(?:(?P<number>{_UNSIGNED})(?:[eE](?P<exponent>[-+]?[0-9]{{1,2}})|\s*/\s*(?P<over>{_UNSIGNED})"
-    r"|\s*(?:\\times|\\cdot|[*×·])\s*10\s*\^\s*(?:\{\s*(?P<braced>[-+]?[0-9]{1,2})\s*\}|(?P<power>[-+]?[0-9]{1,2})))?"
+    rf"(?P<sign>[-+]?)\s*(?:(?P<number>{_UNSIGNED})(?:[eE](?P<exponent>[-+]?[0-9]{{1,2}})|\s*/\s*(?P<over>{_UNSIGNED}))?"
     rf"|\\frac\s*\{{\s*(?P<top>{_UNSIGNED})\s*\}}\s*\{{\s*(?P<bottom>{_UNSIGNED})\s*\}})"
-    r"\s*(?P<percent>\\?%)?"
 )
-_WORDS = re.compile(r"[a-zA-Z ,.()'\-]+")
-_NOT_WORKED_OUT = re.compile(  # an operation between two numbers, but for powers of ten: 1.45 \times 10^{-5}
-    r"[0-9)\]}]\s*(?:[-+/÷]|\\div(?![a-zA-Z])|(?:[*×·]|\\times|\\cdot)(?![a-zA-Z]|\s*10\s*\^))[-+\s(\[{]*(?:\\frac|\.?[0-9])"
-)
-_WORKED_OUT_WHEN_READ = re.compile(
-    r"\\(?:gcd|lcm|Gamma|sum|prod|int|lim)(?![a-zA-Z])"
-    r"|\\[dt]?binom(?!\s*\{\s*\d{1,4}\s*\}\s*\{\s*\d{1,4}\s*\}|\s*\{\s*[a-df-z]\s*\}\s*\{\s*[a-df-z]\s*\})"  # e is a number
-    r"|(?:\d{4}|\^[^!]*\^)[^!]*[)\]}|]\s*!"  # the factorial of a tower
-    r"|\^[\s{(-]*\d{6}|\\l(?:og|n)(?![a-zA-Z]).*\d{6}|\d{6}.*\\l(?:og|n)(?![a-zA-Z])"
-    r"|\\sqrt\s*\[[^\]]*(?:\d{5}|[\^!*]|\\cdot|\\times)"
-)
+_TIMES_A_POWER_OF_TEN = (num(10, "10"), num(10))
+
+
+_PLAIN_GOLD = re.compile(r"[0-9]{1,40}(?:\.[0-9]{1,40})?")
+_TRUTH = {"T": ("true",), "F": ("false",)}
 
 
 @dataclass(frozen=True)
 class Number:
-    """A plain number: 3/4, 1,000.5, 20%."""
+    """A plain number: 3/4, 1,000.5."""
 
-    value: Fraction  # as written: 20 for "20%"
-    is_percent: bool
+    value: Fraction
     is_quotient: bool = False
 
 
 @dataclass(frozen=True)
 class Gold:
-    """A gold answer, ready to be compared with. It is a number, or words, or (both None) mathematics."""
+    """A gold answer, ready to be compared with: its value and, where it is a plain number, that."""
 
-    text: str  # normalised
+    text: str
+    value: Value
     number: Number | None
-    words: tuple[str, ...] | None
 
 
 @lru_cache(maxsize=1024)  # one gold answer meets all the completions of its group
 def read_gold(answer: str) -> Gold | str:
     """A gold answer made ready, or the reason why it cannot be graded."""
+    if _PLAIN_GOLD.fullmatch(answer):
+        return Gold(answer, Scalar(num(Fraction(answer), answer)), plain_number(answer))
     boxed = last_box(answer)
     text = answer if boxed is None else boxed
     if len(text) > 2 * MAX_CHARS:
         return f"it has {len(text)} characters"
     if has_disguise(text):
         return "it has digits other than 0 to 9, or invisible characters"
-    text = normalise(text)
-    gold = Gold(text, plain_number(text), plain_words(text))
-    if not text:
-        return "it is empty"
-    if not is_readable(text):
-        return "it is too long, too deeply nested, or not worked out"
-    if gold.words is None and is_prose(text):
-        return "it is prose, not one expression"
-    if gold.number is None and gold.words is None and not _same_mathematics(text, text, units=False):
-        return "math-verify cannot read it"
-    return gold
+    text = clean(text)
+    if len(text) > MAX_CHARS:
+        return f"it has {len(text)} characters"
+    value = read(text)
+    reason = value.reason if isinstance(value, Unread) else _no_value(value)
+    if isinstance(value, Unread) or reason is not None:
+        return reason or ""
+    return Gold(text, value, plain_number(text))
+
+
+def _no_value(value: Value) -> str | None:
+    for node in _nodes(value):
+        try:
+            if node.has("const", "inf"):
+                continue
+            evaluate(node, point(node.symbols, 0))
+        except NoValueError as error:
+            return f"it has no value: {error}"
+        except (TooLargeError, OverflowError):
+            return "its numbers are too large"
+        except (ArithmeticError, ValueError) as error:
+            return f"it has no value: {error}"
+    return None
+
+
+def _nodes(value: Any) -> Iterator[Node]:
+    """All expressions inside a value."""
+    if isinstance(value, Node):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _nodes(part)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from _nodes(getattr(value, name))
 
 
 def is_equivalent(candidate: str, gold: Gold) -> bool:
-    """Whether a candidate answer is the gold answer. Numbers and words exactly; a decimal for a root to 6 places.
+    """Whether a candidate answer is the gold answer.
 
     Where a number is asked for, arithmetic that is not worked out is no answer: a model that is paid for "4 + 3 * 4" leaves the
     arithmetic to the grader, and stops thinking. A fraction is a number, unless it is a whole one.
     """
     if len(candidate) > 2 * MAX_CHARS or has_disguise(candidate):  # before any regex sees it
         return False
-    text = normalise(candidate)
-    if "=" not in gold.text and not _LIST.search(text):
-        text = normalise(_EQUALS.split(text)[-1])  # "9 * 2 = 18" says 18
-    if gold.words is not None:
-        return plain_words(text, even_one_letter=True) == gold.words
-    if text == gold.text:
-        return True
-    number = plain_number(text)
-    if gold.number is not None and number is not None:
-        is_worked_out = not number.is_quotient or gold.number.value.denominator > 1
-        return is_worked_out and same_number(gold.number, number)
-    if gold.number is not None and _NOT_WORKED_OUT.search(text):
-        return False
-    if number is not None:
-        text = text.rstrip("\\% ")  # math-verify takes "50%" for 50 and for 0.5
-    if _JUXTAPOSED.search(text) or _TEXT_WITH_DIGITS.search(text):
-        return False
-    if not text or not is_readable(text) or not is_plain_script(text):
-        return False
-    return _same_mathematics(gold.text, text, units=gold.number is not None)
-
-
-def normalise(text: str) -> str:
-    r"""LaTeX without what does not change its value: delimiters, spacing, currency, thousands marks, units, full stop.
-
-    `normalise(r"\$12{,}000 \text{ dollars}.")` is `12000`.
-    """
-    text = text.replace(_MINUS, "-").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    text = " ".join(_MEANINGLESS.sub("", text).split()).strip("*` ").removesuffix(".").strip("*` ")
-    exact, _, rounded = text.partition("\\approx")  # "2/3 is about 0.67" is 2/3, "x is about 0.67" is 0.67
-    text = (exact if any(character.isdigit() for character in exact) else rounded or exact).strip()
-    text = _BARE_FRAC.sub(lambda match: f"\\frac{{{match[1].strip('{}')}}}{{{match[2]}}}", text)
-    for unit in (_TRAILING_TEXT, _LEADING_TEXT, _DEGREES):
-        shorter = unit.sub("", text).strip()
-        text = shorter if any(character.isdigit() for character in shorter) else text
-    return text
-
-
-def plain_number(text: str) -> Number | None:
-    """The number that the whole of a normalised text spells, exactly; None if it is anything else."""
-    match = _NUMBER.fullmatch(text)
-    if match is None:
-        return None
-    numerator = Fraction((match["number"] or match["top"]).replace(",", ""))
-    denominator = Fraction((match["over"] or match["bottom"] or "1").replace(",", ""))
-    if denominator == 0:
-        return None
-    value = numerator / denominator * Fraction(10) ** int(match["exponent"] or match["braced"] or match["power"] or 0)
-    is_quotient = match["over"] is not None or match["bottom"] is not None
-    return Number(-value if match["sign"] == "-" else value, match["percent"] is not None, is_quotient)
-
-
-def same_number(gold: Number, candidate: Number) -> bool:
-    """Equal as written, or a gold percentage divided by 100.
-
-    A percent sign is a unit like any other, as data sets leave it out: 20% is 20, and not 0.2, or it would be paid under both.
-    Where the gold answer is 20%, so are 20 and 0.2.
-    """
-    return candidate.value == gold.value or (
-        gold.is_percent and not candidate.is_percent and candidate.value == gold.value / 100
-    )
-
-
-def plain_words(text: str, *, even_one_letter: bool = False) -> tuple[str, ...] | None:
-    r"""The words of an answer that is nothing but words, such as `\text{(C)}` or "two lines"; None for mathematics.
-
-    A lone "x" is mathematics, unless the gold answer that it is compared with is words.
-    """
-    unwrapped = re.sub(_TEXT, r"\1", text)
-    if not _WORDS.fullmatch(unwrapped) or not (even_one_letter or unwrapped != text or is_prose(text)):
-        return None
-    return tuple(re.findall(r"[a-z]+", unwrapped.lower()))
-
-
-def is_readable(text: str) -> bool:
-    """Whether a text is short, shallow and plain enough for math-verify to read in a moment."""
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    is_small = len(text) <= MAX_CHARS and deepest <= MAX_DEPTH and text.count("|") <= MAX_BARS
-    return is_small and text.isprintable() and not _WORKED_OUT_WHEN_READ.search(text)
-
-
-def is_plain_script(text: str) -> bool:
-    """Whether a text is ASCII and usual symbols: a letter that only looks like x is another symbol to a parser."""
-    return all(character.isascii() or character in _SYMBOLS for character in text)
+    if gold.number is not None and "," not in gold.text:  # with one, it may be a list
+        number = plain_number(candidate.strip(" \n$*`").removesuffix("."))
+        if number is not None:
+            is_worked_out = not number.is_quotient or gold.number.value.denominator > 1
+            return (is_worked_out and number.value == gold.number.value) or (
+                number.value == gold.number.value and clean(candidate) == gold.text
+            )
+    value = _read_candidate(candidate)
+    return value is not None and _same(gold.value, value)
 
 
 @lru_cache(maxsize=1024)  # the wrong answers of a group repeat each other
-def _same_mathematics(gold: str, candidate: str, *, units: bool) -> bool:
-    """Whether math-verify can read both normalised texts and finds them equal; False if it cannot read one."""
-    return any(
-        verify(a, b, timeout_seconds=None) and _same_size(a, b)
-        for a in _parse(gold, units)
-        for b in _parse(candidate, units)
-    )
+def _read_candidate(candidate: str) -> Value | None:
+    text = clean(candidate)
+    value = read(text) if len(text) <= MAX_CHARS else Unread("it is too long")
+    return None if isinstance(value, Unread) else value
 
 
-def _same_size(gold: Any, candidate: Any) -> bool:
-    """Whether the numbers of two expressions agree to five digits.
+def plain_number(text: str) -> Number | None:
+    """The number that the whole of a text spells, exactly; None if it is anything else."""
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        return None
+    value = Fraction((match["number"] or match["top"]).replace(",", ""))
+    over = match["over"] or match["bottom"]
+    if over is not None:
+        denominator = Fraction(over.replace(",", ""))
+        if denominator == 0:
+            return None
+        value /= denominator
+    if match["exponent"] is not None:
+        value *= Fraction(10) ** int(match["exponent"])
+    return Number(-value if match["sign"] == "-" else value, over is not None)
 
-    math-verify compares decimals to six places after the point, where everything below 5e-7 is zero.
-    """
-    try:
-        pairs = list(zip(_numbers(gold), _numbers(candidate), strict=False))
-    except Exception:  # sympy's own errors, about a sine of infinity and the like: no value, so not the same one
+
+# ---- by type ---------------------------------------------------------------------------------------------------------
+
+
+def _same(gold: Value, candidate: Value) -> bool:
+    """Whether two values are equal. The unlike types that may be are in _MIXED; all others are not."""
+    if isinstance(gold, Either):
+        return any(_same(reading, candidate) for reading in gold.readings)
+    if isinstance(candidate, Either):
+        return any(_same(gold, reading) for reading in candidate.readings)
+    for kind, compare in _MIXED:
+        if isinstance(gold, kind) or isinstance(candidate, kind):
+            verdict = compare(gold, candidate)
+            if verdict is not None:
+                return bool(verdict)
+    if type(gold) is not type(candidate):
         return False
-    # inf == inf; but where only one is infinite, math-verify may find anything equal to it
-    return all(a == b or abs(a - b) <= 1e-5 * max(abs(a), abs(b)) < math.inf for a, b in pairs)
+    return bool(_BY_TYPE[type(gold)](gold, candidate))
 
 
-def _numbers(expression: Any) -> list[complex]:
-    """The values of an expression without symbols, or of the members of a set or tuple of such, in order of size."""
-    if isinstance(expression, (Tuple, FiniteSet)):
-        return sorted((n for part in expression.args for n in _numbers(part)), key=lambda n: (n.real, n.imag))
-    return [complex(expression)] if isinstance(expression, Expr) and expression.is_number else []
+def _same_scalar(gold: Scalar, candidate: Scalar) -> bool:
+    if gold.unit and candidate.unit and gold.unit != candidate.unit:
+        return False
+    number = _rational(gold.node)
+    if number is not None and _is_plain(gold.node) and gold.node != candidate.node:
+        is_whole = number.denominator == 1 and not gold.is_percent
+        if not _is_worked_out(candidate.node, is_whole=is_whole):
+            return False
+    if gold.is_percent == candidate.is_percent:
+        return _same_number(gold.node, candidate.node)
+    if gold.is_percent:
+        return _same_number(gold.node, candidate.node) or _same_number(_hundredth(gold.node), candidate.node)
+    # no question has both: a number above one was asked for in percent, any other is the number that the percentage is
+    asked_in_percent = number is None or abs(number) > 1
+    return _same_number(gold.node, candidate.node if asked_in_percent else _hundredth(candidate.node))
+
+
+def _hundredth(node: Node) -> Node:
+    return Node("div", (node, num(100)))
+
+
+def _same_number(gold: Node, candidate: Node) -> bool:
+    return same_expression(gold, candidate) or _agrees_to_six_places(gold, candidate)
+
+
+def _agrees_to_six_places(gold: Node, candidate: Node) -> bool:
+    """Whether one is a decimal and the other an irrational number that rounds to it, in five significant digits at least."""
+    if gold.symbols or candidate.symbols or _is_decimal(gold) == _is_decimal(candidate):
+        return False
+    try:
+        a, b = evaluate(gold, {}), evaluate(candidate, {})
+    except (ArithmeticError, ValueError):
+        return False
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return False
+    if not (is_real(a) and is_real(b)):
+        return False
+    x, y = (value if isinstance(value, Fraction) else Fraction(mp.nstr(value.real, 40)) for value in (a, b))
+    return abs(x - y) <= Fraction(1, 10**6) and abs(x - y) <= abs(x) / 10**5
+
+
+def _is_decimal(node: Node) -> bool:
+    if node.op == "neg":
+        return _is_decimal(node.parts[0])
+    return node.op == "num" and "." in node.name
 
 
 @lru_cache(maxsize=1024)
-def _parse(text: str, units: bool) -> tuple[Any, ...]:
-    """The sympy expressions that math-verify reads in a normalised text; empty if it can make nothing of it.
-
-    Only the one pattern for the whole text is tried: a looser one would find a second candidate inside it.
-    """
-    whole = LatexExtractionConfig(boxed_match_priority=0)
-    if not units:  # math-verify would take the t of "5t" for tonnes
-        whole = replace(whole, normalization_config=replace(whole.normalization_config, units=False))
-    parsed = parse(f"\\boxed{{{text}}}", [whole], extraction_mode="first_match", parsing_timeout=None)
-    return tuple(found for found in parsed if not isinstance(found, str) and num_bits(found) <= MAX_BITS)
+def _rational(node: Node) -> Fraction | None:
+    if node.symbols:
+        return None
+    try:
+        value = evaluate(node, {})
+    except (ArithmeticError, ValueError):
+        return None
+    return value if isinstance(value, Fraction) else None
 
 
-def num_bits(expression: Any) -> float:
-    """About how many bits the numbers in an expression have once it is worked out: `10^{10^{10}}` has 5e10.
-
-    What sympy may multiply out (a sum of symbols or a sine raised to a power) or factor (a large number under a root or in a
-    logarithm) counts as a large number.
-    """
-    if isinstance(expression, Rational):
-        return float(int(expression.p).bit_length() + int(expression.q).bit_length())
-    if isinstance(expression, Pow):
-        base, exponent = expression.args
-        terms = 1_000.0 if isinstance(base, Add) and base.free_symbols else 5_000.0 if base.has(Function) else 1.0
-        factoring = 1 if exponent.is_Integer else 3  # sympy looks for factors to take out of a root
-        times = _magnitude(exponent)
-        return max(num_bits(base), 1.0) ** factoring * times * (terms if times > 1 else 1.0)
-    if isinstance(expression, log):
-        return num_bits(expression.args[0]) ** 3
-    if isinstance(expression, _FAST_GROWING):
-        return max(
-            num_bits(expression.args[0]), 20 * _magnitude(expression.args[0])
-        )  # log2(n!) < n log2(n) = 20 n at 10^6
-    if isinstance(
-        expression, (TrigonometricFunction, HyperbolicFunction)
-    ):  # sin(1000 x) has an expansion of 1000 terms
-        multiple, angle = expression.args[0].as_coeff_Mul()
-        return num_bits(expression.args[0]) + (_magnitude(multiple) ** 2 if angle != 1 else 0.0)
-    return 1.0 + sum(num_bits(part) for part in getattr(expression, "args", ()))
+def _is_worked_out(node: Node, *, is_whole: bool) -> bool:
+    """Whether a tree is a number as one writes it down, with no arithmetic left to do but powers, roots and factorials."""
+    if node.op in ("num", "sym", "const"):
+        return True
+    if node.op == "div":
+        return not is_whole and not node.name and all(_is_written_number(part) for part in node.parts)
+    if node.op == "mul":
+        factor, power = node.parts
+        return _is_written_number(factor) and power.op == "pow" and power.parts[0] in _TIMES_A_POWER_OF_TEN
+    return node.op != "add" and all(_is_worked_out(part, is_whole=False) for part in node.parts)
 
 
-def _magnitude(expression: Any) -> float:
-    """An upper bound of a number's absolute value, from 1 to 2^60; a symbol counts as 4, as pi does."""
-    if isinstance(expression, Rational):
-        return min(max(abs(int(expression.p)) // int(expression.q), 1), _HUGE)
-    if isinstance(expression, Float):
-        return min(max(abs(float(expression)), 1.0), _HUGE)
-    sizes = [_magnitude(part) for part in getattr(expression, "args", ())]
-    if isinstance(expression, Pow):
-        return 2.0 ** min(math.log2(sizes[0]) * sizes[1], 60.0)
-    if isinstance(expression, _FAST_GROWING):
-        return 2.0 ** min(20 * sizes[0], 60.0)
-    return min(math.prod(sizes) if isinstance(expression, Mul) else sum(sizes) + 4.0, _HUGE)
+def _is_plain(node: Node) -> bool:
+    return _is_written_number(node) or (node.op == "div" and all(_is_written_number(part) for part in node.parts))
+
+
+def _is_written_number(node: Node) -> bool:
+    return node.op == "num" or (node.op == "neg" and _is_written_number(node.parts[0]))
+
+
+def _same_items(gold: Sequence[Value], candidate: Sequence[Value]) -> bool:
+    return len(gold) == len(candidate) and all(map(_same, gold, candidate))
+
+
+def _same_listing(gold: Listing, candidate: Listing) -> bool:
+    """The same members, however often they are named."""
+    if len(gold.items) != len(candidate.items):
+        return False
+    left = list(candidate.items)
+    for item in gold.items:
+        match = next((at for at, other in enumerate(left) if _same(item, other)), None)
+        if match is None:
+            return False
+        del left[match]
+    return True
+
+
+def _same_region(gold: Region, candidate: Region) -> bool:
+    if gold.name and candidate.name and gold.name != candidate.name:
+        return False
+    if len(gold.pieces) != len(candidate.pieces):
+        return False
+    left = list(candidate.pieces)
+    for piece in gold.pieces:
+        match = next((at for at, other in enumerate(left) if _same_piece(piece, other)), None)
+        if match is None:
+            return False
+        del left[match]
+    return True
+
+
+def _same_piece(gold: values.Piece, candidate: values.Piece) -> bool:
+    ends = (gold.is_low_closed, gold.is_high_closed) == (candidate.is_low_closed, candidate.is_high_closed)
+    return ends and _same_number(gold.low, candidate.low) and _same_number(gold.high, candidate.high)
+
+
+def _same_relation(gold: Relation, candidate: Relation) -> bool:
+    """Whether left minus right is a constant multiple of the other's; a positive one for an inequality."""
+    if gold.sign != candidate.sign:
+        return False
+    a, b = (Node("add", (each.left, Node("neg", (each.right,)))) for each in (gold, candidate))
+    names = a.symbols
+    if not names or names != b.symbols:
+        return False
+    try:
+        x, y = (evaluate(node, point(names, 0)) for node in (a, b))
+        factor = num(Fraction(x) / Fraction(y)) if isinstance(x, Fraction) and isinstance(y, Fraction) else None
+    except (ArithmeticError, ValueError):
+        return False
+    if factor is None:  # irrational coefficients: as written, or with both sides swapped in sign
+        return same_expression(a, b) or (gold.sign != "<" and same_expression(a, Node("neg", (b,))))
+    is_allowed = factor.number > 0 or (factor.number != 0 and gold.sign in ("=", "!="))
+    return is_allowed and same_expression(a, Node("mul", (factor, b)))
+
+
+def _same_congruence(gold: Congruence, candidate: Congruence) -> bool:
+    if (gold.name and candidate.name and gold.name != candidate.name) or not _same_number(
+        gold.modulus, candidate.modulus
+    ):
+        return False
+    if _same_number(gold.residue, candidate.residue):
+        return True
+    a, b, modulus = (_rational(node) for node in (gold.residue, candidate.residue, gold.modulus))
+    return None not in (a, b) and bool(modulus) and ((a - b) / modulus).denominator == 1  # type: ignore[operator]
+
+
+def _same_ratio(gold: Ratio, candidate: Ratio) -> bool:
+    pairs = list(zip(gold.parts, candidate.parts, strict=False))
+    first_a, first_b = pairs[0]
+    return len(gold.parts) == len(candidate.parts) and all(
+        same_expression(Node("mul", (a, first_b)), Node("mul", (b, first_a))) for a, b in pairs[1:]
+    )
+
+
+def _same_named(gold: Named, candidate: Named) -> bool:
+    if gold.name == candidate.name:
+        return _same(gold.value, candidate.value)
+    a, b = _as_relation(gold), _as_relation(candidate)
+    return a is not None and b is not None and bool(a.right.symbols) and _same_relation(a, b)
+
+
+def _as_relation(value: Value) -> Relation | None:
+    if isinstance(value, Relation):
+        return value
+    if isinstance(value, Named) and value.symbol is not None and isinstance(value.value, Scalar):
+        return Relation(value.symbol, "=", value.value.node)
+    return None
+
+
+_BY_TYPE: dict[type, Callable[[Any, Any], bool]] = {
+    Scalar: _same_scalar,
+    Based: lambda a, b: int(a.digits, a.base) == int(b.digits, b.base),
+    Listing: _same_listing,
+    Tuple: lambda a, b: a.bracket == b.bracket and _same_items(a.items, b.items),
+    Named: _same_named,
+    Record: lambda a, b: (
+        [entry.name for entry in a.entries] == [entry.name for entry in b.entries]
+        and _same_items([entry.value for entry in a.entries], [entry.value for entry in b.entries])
+    ),
+    Region: _same_region,
+    Relation: _same_relation,
+    Congruence: _same_congruence,
+    Matrix: lambda a, b: a.kind == b.kind and len(a.rows) == len(b.rows) and all(map(_same_items, a.rows, b.rows)),
+    Clock: lambda a, b: (a.hour, a.minute) == (b.hour, b.minute) and (a.half == b.half or "" in (a.half, b.half)),
+    Ratio: _same_ratio,
+    Words: lambda a, b: a.words == b.words,
+}
+
+
+# ---- of two types: None leaves the verdict to the next rule -----------------------------------------------------------
+
+
+def _relation_and_name(gold: Value, candidate: Value) -> bool | None:
+    a, b = _as_relation(gold), _as_relation(candidate)
+    return _same_relation(a, b) if a is not None and b is not None else None
+
+
+def _named_and_plain(gold: Value, candidate: Value) -> bool | None:
+    """A name may be left out, or added to a value in which it does not occur."""
+    if isinstance(gold, Named) and not isinstance(candidate, Named | Region | Relation | Congruence):
+        return _same(gold.value, candidate)
+    if isinstance(candidate, Named) and not isinstance(gold, Named | Region | Relation | Congruence):
+        return candidate.name not in _symbols(gold) and _same(gold, candidate.value)
+    return None
+
+
+def _symbols(value: Value) -> frozenset[str]:
+    return frozenset[str]().union(*(node.symbols for node in _nodes(value)))
+
+
+def _region_and_brackets(gold: Value, candidate: Value) -> bool | None:
+    a, b = as_region(gold), as_region(candidate)
+    return _same_region(a, b) if a is not None and b is not None else None
+
+
+def _ordered(value: Value) -> Sequence[Value] | None:
+    """The members of what has an order: a point, a column, named values by their names, a bare list as it stands."""
+    if isinstance(value, Tuple) and value.bracket == "(":
+        return value.items
+    if isinstance(value, Matrix) and value.kind == "matrix" and all(len(row) == 1 for row in value.rows):
+        return [row[0] for row in value.rows]
+    if isinstance(value, Record):
+        return [entry.value for entry in value.entries]
+    return value.items if isinstance(value, Listing) and value.kind == "list" else None
+
+
+def _both_ordered(gold: Value, candidate: Value) -> bool | None:
+    if type(gold) is type(candidate):
+        return None
+    a, b = _ordered(gold), _ordered(candidate)
+    return _same_items(a, b) if a is not None and b is not None else None
+
+
+def _base_and_number(gold: Value, candidate: Value) -> bool | None:
+    """Digits in a base are that number; where they are the gold answer, the bare digits will do, but not the decimal number."""
+    if isinstance(gold, Based) and isinstance(candidate, Scalar):
+        return candidate.node.op == "num" and candidate.node.name == gold.digits and not candidate.unit
+    if isinstance(candidate, Based) and isinstance(gold, Scalar):
+        return _rational(gold.node) == int(candidate.digits, candidate.base) and not gold.unit
+    return None
+
+
+def _residue_and_number(gold: Value, candidate: Value) -> bool | None:
+    if isinstance(gold, Congruence) and isinstance(candidate, Scalar):
+        return _same_number(gold.residue, candidate.node) and not candidate.unit
+    if isinstance(candidate, Congruence) and isinstance(gold, Scalar):
+        return _same_number(gold.node, candidate.residue) and not gold.unit
+    return None
+
+
+def _choice_and_letter(gold: Value, candidate: Value) -> bool | None:
+    """The letter of a choice, in lower case or as a symbol; T for true and F for false."""
+    letter = candidate.node.name if isinstance(candidate, Scalar) and candidate.node.op in ("sym", "const") else None
+    if isinstance(candidate, Words) and len(candidate.words[0]) == 1:
+        letter = candidate.words[0].upper()
+    if not isinstance(gold, Words) or letter is None:
+        return None
+    return (
+        (letter,) == gold.words
+        if gold.is_choice and isinstance(candidate, Scalar)
+        else _TRUTH.get(letter) == gold.words or None
+    )
+
+
+_MIXED: list[tuple[Any, Callable[[Value, Value], bool | None]]] = [
+    (Words, _choice_and_letter),
+    (Relation, _relation_and_name),
+    (Named, _named_and_plain),
+    (Region, _region_and_brackets),
+    (Based, _base_and_number),
+    (Congruence, _residue_and_number),
+    (Tuple | Listing | Matrix | Record, _both_ordered),
+]

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import re
 
+from .values import Unread, read
+
 MAX_TAG_CHARS = 2_000  # an answer tag without a box that is longer than this holds an essay, not an answer
+MAX_WHOLE_CHARS = 100  # of words and digits that are read as one value: "15 square centimeters"
 MAX_OPEN_BRACES = 1_000  # a text that opens more without closing them is no answer
 
-_BOX_TOKEN = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
+_BOX_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
 _MATH = re.compile(  # a closing "$" may not stand before a digit: "$18 and $5" is money
     r"\$\$(?P<display>[^$]+)\$\$"
     r"|\\\[(?P<bracket>(?:[^\\]|\\(?!\]))+)\\\]"
@@ -28,8 +31,17 @@ _BELONGS_TO_TEXT_BEFORE = re.compile(
     r"(?:[\w{}]|[0-9][:.]|(?:[-+\u2212*\u00d7\u00f7\u00b7/^_]|\\times|\\cdot)\s*|[\^_]\{\s*)$"
 )
 _BELONGS_TO_TEXT_AFTER = re.compile(r"\s*[\^_{]|[:.][0-9]|\d")  # \d: a digit of another script
-_LIST_SEPARATOR = re.compile(r"[\s,;/$*]*(?:\b(?:or|and)\b[\s$*]*)?")
+_MARK = r"(?:[\s,;/$*]|\\[,;:! ()\[\]\\]|\\q?quad(?![a-zA-Z]))*"  # between two boxes, or two numbers, of one list
+_LIST_SEPARATOR = re.compile(
+    rf"{_MARK}(?:(?:\b(?:or|and)\b|\\(?:text|mbox|textrm)\s*\{{\s*,?\s*(?:or|and)\s*\}}){_MARK})?"
+)
 _LATEX_WORDS = re.compile(r"\\(?:text\w*|mbox|math\w+|operatorname|begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+")
+_UNDECIDED = re.compile(  # "203 but maybe 204", "either 203 or else 204", "not 204", "203 = 204"
+    r"\b(?:maybe|perhaps|possibly|might be|could be|either|or else|unless|neither|nor|(?:is|am|it's) not sure|unsure)\b"
+    r"|\b(?:not|isn't|never|no longer)\s+(?:\$\s*)?[-+]?[0-9][^a-zA-Z]*$",
+    re.IGNORECASE,
+)
+_ENDS_IN_ITS_NUMBER = re.compile(r"\b(?:is|are|was)\s+\\?\$?-?[0-9][0-9,]*(?:\.[0-9]+)?\.?$")  # "The answer is 18."
 _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
 _PROSE = re.compile(r"(?!(?:sin|cos|tan|log|exp|mod|det|max|min|and)\b)[a-zA-Z]{3,}|\b(?:[kcm]m|[km]g|ml|ft|hr|is)\b")
 
@@ -58,18 +70,18 @@ def last_box(text: str) -> str | None:
     """
     contents: list[str] = []  # of the last box and the boxes that it lists
     content_start, ended = -1, 0
-    open_braces: list[int] = []  # where the content of each open box starts; -1 for a brace that is not a box
+    open_braces: list[tuple[int, int]] = []  # where each open box and its content start; -1 for another brace
     for token in _BOX_TOKEN.finditer(text):
         if len(open_braces) > MAX_OPEN_BRACES:
             return None
-        if token[0].startswith("\\boxed"):
-            open_braces.append(token.end())
+        if token[0].startswith(("\\boxed", "\\fbox")):
+            open_braces.append((token.start(), token.end()))
         elif token[0] == "{":
-            open_braces.append(-1)
+            open_braces.append((-1, -1))
         elif token[0] == "}" and open_braces:
-            start = open_braces.pop()
+            box_start, start = open_braces.pop()
             if start > content_start:
-                if not _is_list_separator(text, ended, text.rfind("\\boxed", 0, start)):
+                if not _is_list_separator(text, ended, box_start):
                     contents.clear()
                 content = text[start : token.start()].strip()
                 if content not in contents[-1:]:
@@ -79,7 +91,7 @@ def last_box(text: str) -> str | None:
 
 
 def _is_list_separator(text: str, start: int, end: int) -> bool:
-    return end - start <= 20 and _LIST_SEPARATOR.fullmatch(text, start, end) is not None
+    return end - start <= 30 and _LIST_SEPARATOR.fullmatch(text, start, end) is not None
 
 
 def last_number(text: str) -> str | None:
@@ -98,7 +110,7 @@ def last_number(text: str) -> str | None:
         text[end : end + 20]
     ):
         return None
-    if has_disguise(text[max(0, start - 20) : end + 20]):
+    if has_disguise(text[max(0, start - 20) : end + 20]) or _UNDECIDED.search(text[max(0, start - 60) : end + 60]):
         return None
     ends_a_list = len(matches) > 1 and _is_list_separator(text, matches[-2].end(), start)
     return None if ends_a_list and matches[-2][0] != number else number
@@ -144,7 +156,10 @@ def final_expression(content: str) -> str | None:
     if math is not None and not _NUMBER.search(content, math[1]):
         return math[0]
     if is_prose(content) and any(character.isdigit() for character in content):
-        return last_number(content)
+        if _ENDS_IN_ITS_NUMBER.search(content):
+            return last_number(content)
+        is_whole = len(content) <= MAX_WHOLE_CHARS and not isinstance(read(content), Unread)
+        return content if is_whole else last_number(content)
     return content
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import unicodedata
+
+_BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols that show nothing
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def format(completion: str) -> float:
     """1 if the whole completion is `<think>...</think> <answer>...</answer>`, else 0 (DeepSeek-R1, section 2.2).
 
-    Each tag occurs once, both contents hold more than white space, and nothing but white space stands outside of them.
+    Each tag occurs once, both contents hold something that can be seen, and nothing but white space stands outside of them.
     A `<think>` that the prompt already ends with has to be part of `completion`.
     """
     text = completion.strip()
@@ -40,9 +43,15 @@ format.explain = explain_format  # type: ignore[attr-defined]
 
 
 def _split_at_tags(text: str) -> list[str]:
-    """The five stretches before, between and after the four tags, stripped."""
+    """The five stretches before, between and after the four tags, stripped; a content that shows nothing is empty."""
     stretches = []
     for tag in _TAGS:
         stretch, _, text = text.partition(tag)
         stretches.append(stretch.strip())
-    return [*stretches, text.strip()]
+    before, thought, between, answer = stretches
+    return [before, _visible(thought), between, _visible(answer), text.strip()]
+
+
+def _visible(text: str) -> str:
+    """The text, or nothing if it holds only spaces, controls, marks and characters of no width."""
+    return text if any(unicodedata.category(c)[0] in "LNPS" and c not in _BLANKS for c in text) else ""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .accuracy import Source, candidate_answer
-from .equivalence import MAX_CHARS, Gold, is_equivalent, normalise, read_gold
+from .equivalence import MAX_CHARS, Gold, is_equivalent, read_gold
+from .values import clean
 
 NO_ANSWER = -1.0
 RIGHT_ANSWER = 0.0
@@ -59,4 +60,4 @@ def _number(candidate: str, gold: Gold, wrong: list[_Wrong]) -> float:
 
 def _plain(text: str) -> str:
     """Without what does not change its value, unless it is too long to be an answer."""
-    return normalise(text) if len(text) <= 2 * MAX_CHARS else text
+    return clean(text) if len(text) <= 2 * MAX_CHARS else text

@@ -25,10 +25,16 @@ def answered(text: str) -> str:
         r"\boxed{65 + 45 - 76 = 34}",
         "65 + [45 − 76]",
         "-76 + 65 + 45",
+        "`65 + 45 - 76`",
+        "**65 + 45 - 76**",
+        "65 + 45 - 76.",
+        "65 + 45\n- 76",
+        "$65 + 45 - 76 = 34$.",
     ],
 )
 def test_any_way_to_write_a_right_equation_counts(text: str) -> None:
     assert countdown(answered(text), nums=[65, 45, 76], target=34) == 1.0
+    assert countdown(answered(text), nums=["65", "45", "76"], target="34") == 1.0  # as a column of text holds them
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from grpo.rewards import accuracy, exact_match, format, language, overlong, repetition
 from grpo.rewards.extraction import last_box, last_number
+from grpo.rewards.values import Unread, read
 
 from grpo.reward_worker import Outcome
 
@@ -47,6 +49,10 @@ def tag(content: str) -> str:
         ("50%", "50"),
         ("20", "20%"),
         ("0.2", "20%"),
+        (
+            "20%",
+            "0.2",
+        ),  # a gold of at most one is the number that a percentage is; above one, it was asked for in percent
         ("1.45e-5", "0.0000145"),
         ("120", "120^\\circ"),
         ("1" + "0" * 40, "1" + "0" * 40),
@@ -90,14 +96,13 @@ def test_an_answer_equal_to_gold_is_right(content: str, answer: str) -> None:
         ("-18", "18"),
         ("0.333333", "1/3"),  # plain numbers are compared exactly
         ("1" + "0" * 40 + "1", "1" + "0" * 40 + "2"),  # equal as floats
-        ("20%", "0.2"),  # it is 20: paid under both, it would be a hedge
         ("50", "1/2"),
         ("18 or 19", "18"),
         ("19 or 18", "18"),
         ("(2,1)", "(1,2)"),
         ("neve", "\\text{even}"),  # an anagram has the same letters as factors
         ("5", "5t"),
-        ("3 2", "5"),  # math-verify reads a mixed number,
+        ("3 2", "5"),  # neither a mixed number,
         ("3 000", "0"),  # a product,
         ("1 2 3", "6"),  # and another
         ("x=3, x=4", "4"),
@@ -292,11 +297,162 @@ def test_the_corpus_cannot_be_passed_by_refusing_or_paying_everything() -> None:
 
 
 def test_no_hostile_completion_is_paid_under_two_numerically_different_golds() -> None:
-    golds = ["0", "0.2", "1/2", "17", "18", "20", "50", "2000", "7776", "7777", "6.63 \\times 10^{-34}"]
+    # none is a hundred times another: which of the two a percentage is, the gold decides
+    golds = ["0", "0.2", "1/2", "17", "18", "21", "51", "2000", "7776", "7777", "6.63 \\times 10^{-34}"]
     for entry in CORPUS[::8]:
         completion, source = spelled_out(entry["completion"]), entry.get("source", "answer_tag")
         paid = [gold for gold in golds if accuracy(completion, gold, source=source) == 1.0]
         assert len(paid) <= 1, (entry, paid)
+
+
+# ---- accuracy: kinds of answers ---------------------------------------------------------------------------------------
+
+
+def verdicts(candidate: str, answer: str) -> set[float | None]:
+    """In a tag and in a box."""
+    return {accuracy(tag(candidate), answer), accuracy(f"So \\boxed{{{candidate}}}", answer, source="boxed")}
+
+
+EQUAL = {
+    "complex numbers": "1+2i ¦ 1+2\\mathrm{i} ¦ 2\\cdot i+1 ¦ 1+2j",
+    "nested radicals": "\\frac{1+\\sqrt{7}}{2} ¦ \\sqrt{\\frac{4+\\sqrt{7}}{2}} ¦ \\frac{\\sqrt{8+2\\sqrt{7}}}{2}",
+    "plus or minus": "\\frac{2 \\pm \\sqrt{3}}{5} ¦ "
+    "\\frac{2+\\sqrt3}{5}, \\frac{2-\\sqrt3}{5} ¦ x = \\frac{2 \\pm \\sqrt 3}{5}",
+    "repeating decimals": "\\frac{5}{11} ¦ 0.\\overline{45} ¦ 0.4545\\ldots ¦ 5/11",
+    "times": "9:05 ¦ 9:05 \\text{ am} ¦ \\text{9:05 a.m.}",
+    "mixed percentages": "12\\frac12\\% ¦ 12.5 ¦ \\frac{1}{8} ¦ 12\\frac{1}{2} ¦ 12.5 \\text{ percent}",
+    "congruences": "n \\equiv 4 \\pmod 9 ¦ n \\equiv 13 \\pmod{9} ¦ 4 \\pmod 9 ¦ 4",
+    "styles": "8 ¦ {\\bf 8} ¦ \\color{blue}{8} ¦ \\therefore 8 ¦ {{8}} ¦ "
+    "8\\quad ¦ 8~ ¦ “8” ¦ \\large 8 ¦ \\underline{8} ¦ \\text{8}",
+    "plain spellings": "\\frac{\\pi}{3} ¦ pi/3 ¦ π/3 ¦ \\pi/3",
+    "stars": "6\\sqrt{5}x^3 ¦ 6*sqrt(5)*x**3 ¦ 6√5x³ ¦ \\sqrt{180} x^3",
+    "halves": "7\\frac12 ¦ 7½ ¦ 7.5 ¦ \\frac{15}{2} ¦ 7 1/2",
+    "intervals": "(4,\\infty) ¦ x>4 ¦ 4<x ¦ ]4,\\infty[ ¦ x \\in (4, \\infty)",
+    "unions": "x<1 \\text{ or } x \\ge 5 ¦ (-\\infty,1)\\cup[5,\\infty) ¦ [5,\\infty) \\cup (-\\infty,1)",
+    "all but a number": "\\mathbb{R} \\setminus \\{2\\} ¦ x \\ne 2 ¦ (-\\infty,2)\\cup(2,\\infty)",
+    "trigonometry": "\\frac{\\sqrt{3}}{2} ¦ \\sin 60^\\circ ¦ \\cos\\frac{\\pi}{6}",
+    "logarithms": "\\ln 27 ¦ 3\\ln 3 ¦ \\log_e 27",
+    "logarithms to a base": "\\log_2 3 ¦ \\frac{\\ln 3}{\\ln 2}",
+    "thousands": "2500000 ¦ 2 500 000 ¦ 2\\,500\\,000 ¦ 2{,}500{,}000 ¦ 2,500,000 ¦ 2~500~000",
+    "choices": "D ¦ (D) ¦ \\text{D: none of them} ¦ The answer is D ¦ \\textbf{(D)}",
+    "labels in Chinese": "31 ¦ 答案是31 ¦ 答案：31。 ¦ 31元",
+    "full-width brackets": "(3,8) ¦ （3，8）",
+    "columns": "\\begin{pmatrix} 4 \\\\ 9 \\end{pmatrix} ¦ (4,9) ¦ "
+    "\\begin{bmatrix}4\\\\9\\end{bmatrix} ¦ \\langle 4, 9\\rangle",
+    "named values": "a=2, b=7 ¦ b=7, a=2 ¦ (a,b)=(2,7) ¦ a=2 \\text{ and } b=7",
+    "units": "12 ¦ 12 \\text{ cm}^2 ¦ 12 cm^2 ¦ "
+    "12 square inches ¦ 12 \\frac{\\text{m}}{\\text{s}} ¦ 12 \\mathrm{m\\,s^{-1}}",
+    "bases": "213_5 ¦ 213 ¦ 213_{5}",
+    "lines": "y = 3x-4 ¦ 3x-y-4=0 ¦ y=-4+3x",
+    "sums to one variable": "17 ¦ m+n=17 ¦ AB = 17 ¦ \\text{Area} = 17 ¦ S_{10} = 17",
+    "large powers": "\\frac{(x^{40}-1)(y^{40}-1)}{(x-1)(y-1)} ¦ \\frac{(1-y^{40})(1-x^{40})}{(1-y)(1-x)}",
+    "words": "\\text{does not exist} ¦ DNE",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EQUAL)
+def test_spellings_of_one_value_are_right_for_each_other(kind: str) -> None:
+    gold, *candidates = EQUAL[kind].split(" ¦ ")
+    refused = [candidate for candidate in [gold, *candidates] if verdicts(candidate, gold) != {1.0}]
+    assert refused == []
+
+
+DIFFERENT = {
+    "text is no unit": "3 ¦ 3\\mathrm{i} ¦ \\text{negative }3 ¦ "
+    "3\\text{ million} ¦ \\text{half of }3 ¦ 3\\text{ or less} ¦ \\text{at least }3",
+    "other units": "6\\text{ hours} ¦ 6\\text{ minutes} ¦ 6\\text{ m}",
+    "powers of units": "6\\text{ cm}^2 ¦ 6\\text{ cm}^3 ¦ 6\\text{ cm}",
+    "radians": "30^\\circ ¦ 30\\text{ radians}",
+    "degrees under a function": "\\cos 40^\\circ ¦ \\cos 40 ¦ \\cos 40^\\circ + 10^{-40}",
+    "other bases": "25_6 ¦ 25_7 ¦ 17",
+    "order of assignments": "x=1, y=2 ¦ 2, 1 ¦ x=2, y=1 ¦ (2,1) ¦ y=1, x=2",
+    "end points": "[3,5] ¦ 3, 5 ¦ (3,5) ¦ \\{3,5\\}",
+    "a set is no tuple": "\\{1,2\\} ¦ (1,2) ¦ [1,2]",
+    "a side of an equation": "x^2+y^2=9 ¦ 9 ¦ x^2+y^2 ¦ x^2+y^2=3",
+    "primes, dots and bars": "x ¦ x' ¦ \\dot{x} ¦ \\bar{x} ¦ \\hat x ¦ x_1",
+    "tiny numbers": "\\frac{1}{2004!} ¦ \\frac{1}{2006!} ¦ 0",
+    "nearly two": "2 ¦ 2-2^{-99} ¦ 2+10^{-300}",
+    "irrational and tiny": "e^{-900} ¦ 0 ¦ e^{-901} ¦ 2e^{-900}",
+    "cancellation": "\\sqrt{10^{90}+1}-10^{45} ¦ 0",
+    "several boxes": "8 ¦ \\boxed{7}\\quad\\boxed{8} ¦ "
+    "\\boxed{7} \\text{ or } \\boxed{8} ¦ \\boxed{7}\\\\ \\boxed{8} ¦ \\(\\boxed{7}\\) or \\(\\boxed{8}\\)",
+    "undecided": "204 ¦ 203 but maybe 204 ¦ either 203 or else 204 ¦ not 204 ¦ 203 = 204 ¦ perhaps 204",
+    "arithmetic": "24 ¦ 20+4 ¦ 4 \\cdot 6 ¦ (4)(6) ¦ \\frac{48}{2} ¦ \\sqrt{500+76} ¦ |4-28| ¦ x-x+24",
+    "percent": "20\\% ¦ 2 ¦ 2000 ¦ 0.002 ¦ 2000\\%",
+    "percent of a large number": "20 ¦ 0.2 ¦ 2000\\%",
+    "percent of a small number": "0.2 ¦ 20 ¦ 0.2\\%",
+    "rounded": "\\sqrt{2} ¦ 1.414 ¦ 1.41421",
+    "moduli": "x \\equiv 3 \\pmod 7 ¦ x \\equiv 3 \\pmod 8 ¦ x \\equiv 4 \\pmod 7 ¦ y \\equiv 3 \\pmod 7",
+    "inequalities": "x > 3 ¦ x \\ge 3 ¦ x < 3 ¦ y > 3 ¦ 3",
+    "choices": "B ¦ B or C ¦ not B ¦ BC ¦ A bee",
+    "functions": "f(x)=x^2 ¦ g(x)=x^2 ¦ f'(x)=x^2 ¦ f(x)=x^3",
+    "absolute values": "|x| ¦ x ¦ -x",
+    "rows": "\\begin{pmatrix}1\\\\2\\end{pmatrix} ¦ \\begin{pmatrix}1&2\\end{pmatrix} ¦ (2,1)",
+    "determinants": "\\begin{vmatrix}1&2\\\\3&4\\end{vmatrix} ¦ \\begin{pmatrix}1&2\\\\3&4\\end{pmatrix} ¦ -2",
+    "signs that say something": "3 ¦ >3 ¦ \\neq 3 ¦ \\overline{3} ¦ 3' ¦ 3^\\prime ¦ 3\\times ¦ \\ldots 3 ¦ 3? ¦ \\#3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_what_only_looks_like_the_gold_answer_is_wrong(kind: str) -> None:
+    gold, *candidates = DIFFERENT[kind].split(" ¦ ")
+    assert verdicts(gold, gold) == {1.0}
+    assert [candidate for candidate in candidates if 1.0 in verdicts(candidate, gold)] == []
+
+
+def test_a_gold_answer_of_several_boxes_is_a_list_and_not_its_last() -> None:
+    gold = "\\boxed{4} \\text{ and } \\boxed{9}"
+    assert accuracy(tag("9, 4"), gold) == 1.0
+    assert accuracy(tag("9"), gold) == 0.0
+
+
+def test_an_answer_that_the_grammar_does_not_cover_is_unread_with_a_reason() -> None:
+    for text in (
+        "3 4",
+        "\\int_0^1 x dx",
+        "1, 2, \\ldots, n",
+        "5 @ 6",
+        "x > 3 > 2 < 5",
+        "\\frac{1}",
+        "3 \\text{ half}",
+        "(1;",
+    ):
+        value = read(text)
+        assert isinstance(value, Unread), (text, value)
+        assert value.reason
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["9\\frac", "\\mathbb", "3 2.5/4", "3 2/", "x_", "\\log_", "5:\\pm 3", "3 \\pmod{\\pm 2}", "\\begin", "(", "5^"],
+)
+def test_an_answer_that_breaks_off_is_wrong_and_raises_nothing(text: str) -> None:
+    for answer in ("5", "x^2", "\\{1, 2\\}", text):
+        assert accuracy(tag(text), answer) in ((0.0,) if answer != text else (0.0, None, 1.0))
+
+
+@pytest.mark.parametrize(
+    "candidate", ["(" + "+".join(f"\\sqrt{{{n}}}" for n in range(2, 14)) + ")^{40}", "(x+y+z)^{400}"]
+)
+def test_a_wrong_expression_that_is_costly_to_expand_is_wrong_at_once(candidate: str) -> None:
+    started = time.process_time()
+    for gold in ("\\frac{(x^{40}-1)(y^{40}-1)}{(x-1)(y-1)}", "\\sqrt{2}", "x+y+z", "7"):
+        assert accuracy(tag(candidate), gold) == 0.0
+    assert time.process_time() - started < 1.0  # takes about 20 ms
+
+
+def test_random_polynomials_equal_their_rearrangements_and_not_a_neighbour() -> None:
+    rng = random.Random(5)
+    for _ in range(60):
+        terms = [f"{rng.randint(2, 9)}x^{{{power}}}y" for power in rng.sample(range(2, 9), 3)] + [
+            f"\\frac{{{rng.randint(1, 8)}}}{{9}}"
+        ]
+        shuffled = rng.sample(terms, len(terms))
+        gold = "+".join(terms)
+        assert accuracy(tag(" + ".join(shuffled).replace("\\frac", "\\dfrac")), gold) == 1.0
+        assert accuracy(tag(f"\\left({'+'.join(shuffled)}\\right)"), gold) == 1.0
+        assert accuracy(tag("+".join(terms[1:])), gold) == 0.0
+        assert accuracy(tag(f"{gold}+1"), gold) == 0.0
 
 
 def load_fuzzer() -> Any:
@@ -396,6 +552,8 @@ def test_format_accepts_thought_then_answer(completion: str) -> None:
         "<think>a</think>",
         "<answer>b</answer>",
         "<think></think><answer>b</answer>",
+        "<think>\u200b\u2060\ufeff</think><answer>b</answer>",
+        "<think>\u2800\u3164</think><answer>b</answer>",
         "<think>a</think><answer> </answer>",
         "a</think><answer>b</answer>",  # a prompt's prefilled <think> has to be put back
         "<think>a</think><answer>b",
