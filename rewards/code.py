@@ -209,40 +209,40 @@ def _read_inputs(tests: list[dict[str, Any]]) -> list[InputOutput] | str:
 
 
 def _read_statements(tests: list[str]) -> Statements | str:
-    used: set[str] = set()
+    reads: list[set[str]] = []
     called: set[str] = set()
     defined: set[str] = set()
     counts = []
     for test in tests:
         try:
-            tree = ast.parse(test)
-            used |= set(_globals(symtable.symtable(test, "test", "exec")))
+            tree, table = ast.parse(test), symtable.symtable(test, "test", "exec")
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             return f"{test[:80]!r} is no Python: {error}"
         nodes = list(ast.walk(tree))
         if any(isinstance(node, ast.ClassDef) for node in nodes):
             return f"{test[:80]!r} defines a class, whose objects a program cannot be given"
         called |= {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-        defined |= set(_defined(symtable.symtable(test, "test", "exec")))
+        defined |= set(_defined(table))
+        reads.append(set(_globals(table)))
         counts.append(not all(isinstance(statement, _SETUP) for statement in tree.body))
-    return _of_the_program(tests, counts, used - defined, called - defined)
+    names, library = _names(set().union(*reads) - defined, called - defined)
+    for test, read, is_counted in zip(tests, reads, counts, strict=True):
+        if is_counted and not read & (names | defined):
+            return f"{test[:80]!r} does not call the program"
+    if not names or not any(counts):
+        return "it does not call the program" if not names else "its tests check nothing"
+    return Statements(tuple(tests), tuple(counts), tuple(sorted(names)), library)
+
+
+def _names(used: set[str], called: set[str]) -> tuple[set[str], dict[str, str]]:
+    """The program's names, and those of libraries. A single name of Python's own that is all that is called may be its."""
+    names = used - _LIBRARY.keys() - vars(builtins).keys()
+    if not names and len(called) == 1:
+        names = called
+    return names, {name: _LIBRARY[name] for name in sorted((used & _LIBRARY.keys()) - names)}
 
 
 _SETUP = (ast.FunctionDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
-
-
-def _of_the_program(tests: list[str], counts: list[bool], used: set[str], called: set[str]) -> Statements | str:
-    """Tell the program's names from Python's own and those of libraries."""
-    own = _LIBRARY.keys() | vars(builtins).keys()
-    names = used - own
-    if not names and len(called) == 1:
-        names = called
-    if not names:
-        return "they do not call the program"
-    if not any(counts):
-        return "they check nothing"
-    library = {name: _LIBRARY[name] for name in sorted((used & _LIBRARY.keys()) - names)}
-    return Statements(tuple(tests), tuple(counts), tuple(sorted(names)), library)
 
 
 def _globals(table: symtable.SymbolTable) -> Iterator[str]:
