@@ -15,6 +15,7 @@ leaves open. Whatever goes wrong around a program is a SandboxError.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -35,8 +36,11 @@ MAX_OPEN_FILES = 64
 MAX_SCRATCH_BYTES = 64 * 2**20  # of all its files; without bubblewrap it is ended soon after it wrote more
 MAX_SCRATCH_FILES = 1_000
 WATCH_SECONDS = 0.05
-REMOVE_SECONDS = 2.0
+START_SECONDS = 20.0  # for the sandbox itself: a program that is late on a busy machine is wrong, not unknown
+REMOVE_SECONDS = 1.0
+SWEEP_SECONDS = 60.0  # between looks for folders that a killed worker or a slow disk left
 
+_PREFIX = "grpo-code-"
 _SCRATCH = "/scratch"
 _GUARD = Path(__file__).with_name("sandbox_guard.py")
 _HARNESS = Path(__file__).with_name("sandbox_tests.py")
@@ -64,7 +68,7 @@ def run_python(
 
     Args:
         program: Python.
-        seconds: wall-clock limit.
+        seconds: wall-clock limit, once the sandbox has started.
         memory_gib: limit of the address space, of the program and of its tests each.
         stdin: what it reads.
         tests: handed to `sandbox_tests.judge`.
@@ -128,10 +132,12 @@ def _run(
     tests: dict[str, Any] | None = None,
 ) -> Run:
     """Whatever is raised around a program, a full disk or a text that is no UTF-8, is no bug of the reward's."""
-    scratch = None
+    scratch, lock = None, None
     files: list[int] = []
     try:
-        scratch = None if in_bwrap else tempfile.mkdtemp(prefix="grpo-code-")
+        if not in_bwrap:
+            scratch = tempfile.mkdtemp(prefix=_PREFIX)
+            lock = _lock(scratch)
         for name in ("stdin", "stdout", "stderr"):  # no pipes: nothing can block
             files.append(os.memfd_create(name))
         rest = stdin.encode("utf-8", "surrogatepass") if tests is None else json.dumps(tests).encode()
@@ -142,7 +148,7 @@ def _run(
         os.lseek(files[0], 0, os.SEEK_SET)
         guard = [sys.executable, "-I", "-c", _GUARD.read_text(), str(len(head))]
         command = [*_bwrap(), *guard] if in_bwrap else guard
-        code = _wait(command, scratch, files, time.monotonic() + seconds)
+        code = _wait(command, scratch, files, seconds)
         return _read(files, code, in_bwrap)
     except SandboxError:
         raise
@@ -152,7 +158,10 @@ def _run(
         for file in files:
             os.close(file)
         if scratch is not None:
-            _remove(scratch)
+            _remove(scratch, time.monotonic() + REMOVE_SECONDS)
+            _sweep(os.path.dirname(scratch))
+        if lock is not None:
+            os.close(lock)
 
 
 def _request(
@@ -182,8 +191,11 @@ def _read(files: list[int], code: int | None, in_bwrap: bool) -> Run:
     return Run(os.pread(files[1], MAX_FILE_BYTES + 1, 0), code, frozenset(layers.split()) | outer)
 
 
-def _wait(command: list[str], scratch: str | None, files: list[int], deadline: float) -> int | None:
-    """Run a command; its exit code, or None if it had to be killed, for its time or for what it wrote."""
+def _wait(command: list[str], scratch: str | None, files: list[int], seconds: float) -> int | None:
+    """Run a command; its exit code, or None if it had to be killed, for its time or for what it wrote.
+
+    The time is counted from when the sandbox says that it is ready.
+    """
     home = scratch or _SCRATCH
     environment = {
         "HOME": home,
@@ -202,14 +214,16 @@ def _wait(command: list[str], scratch: str | None, files: list[int], deadline: f
         cwd=scratch or "/",
         start_new_session=True,
     )
-    has_ended = False
+    has_ended = is_ready = False
+    deadline = time.monotonic() + START_SECONDS
     try:
-        ended = os.pidfd_open(process.pid)
-        with _closing(ended):
+        with _closing(os.pidfd_open(process.pid)) as ended:
             poll = select.poll()
             poll.register(ended, select.POLLIN)
             while not has_ended and (left := deadline - time.monotonic()) > 0 and not _overflows(scratch):
                 has_ended = bool(poll.poll(min(left, WATCH_SECONDS) * 1000))
+                if not is_ready and os.fstat(files[2]).st_size > 0:
+                    is_ready, deadline = True, time.monotonic() + seconds
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # not yet waited for, so the group's number is still its own
@@ -245,12 +259,40 @@ def _num_bytes(entry: os.DirEntry[str]) -> int:
         return 0
 
 
-def _remove(scratch: str) -> None:
+def _remove(scratch: str, deadline: float) -> None:
     """Remove the folder, however deep it is and whatever its modes, also while the last of the program is dying."""
-    deadline = time.monotonic() + REMOVE_SECONDS
     while os.path.exists(scratch) and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             _remove_once(scratch, deadline)
+
+
+def _lock(scratch: str) -> int | None:
+    """Who uses a folder holds its lock; None if another does."""
+    folder = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(folder)
+        return None
+    return folder
+
+
+_last_sweep = float("-inf")
+
+
+def _sweep(parent: str) -> None:
+    """Remove, now and then and for a bounded time, this user's folders that nobody uses any more."""
+    global _last_sweep
+    if time.monotonic() - _last_sweep < SWEEP_SECONDS:
+        return
+    _last_sweep = time.monotonic()
+    with contextlib.suppress(OSError):
+        for folder in [entry for entry in os.scandir(parent) if entry.name.startswith(_PREFIX)]:
+            found = folder.stat(follow_symlinks=False)
+            is_old = time.time() - found.st_mtime > SWEEP_SECONDS  # one just made has no lock yet
+            if found.st_uid == os.geteuid() and is_old and (lock := _lock(folder.path)) is not None:
+                _remove(folder.path, _last_sweep + REMOVE_SECONDS)
+                os.close(lock)
 
 
 def _remove_once(scratch: str, deadline: float) -> None:

@@ -94,12 +94,14 @@ def _run_tests(libc: ctypes.CDLL, layers: list[str], request: dict[str, Any]) ->
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
-        os.close(read_reply), os.close(write_call)
+        os.close(read_reply)
+        os.close(write_call)
         os.read(read_call, 1)  # the tests are gone from the request
         _close(libc, [], parent)
         harness["serve"](request["program"], read_call, write_reply)
         os._exit(0)
-    os.close(write_reply), os.close(read_call)
+    os.close(write_reply)
+    os.close(read_call)
     tests = json.loads(os.read(0, request["num_test_bytes"]))
     os.ftruncate(0, 0)
     _close(libc, layers)

@@ -421,6 +421,14 @@ for _name in (*OPERATORS, *ORDERINGS):
 # ---- the program's side ----------------------------------------------------------------------------------------------
 
 
+def _without_peer(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda peer, *arguments: function(*arguments)
+
+
+def _call(peer: Peer, function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    return function(*arguments, **named)
+
+
 def serve(program: str, read_from: int, write_to: int) -> None:
     """Run the program, then answer the tests until they end."""
     namespace: dict[str, Any] = {"__name__": "program"}
@@ -430,8 +438,8 @@ def serve(program: str, read_from: int, write_to: int) -> None:
 
     answers = {**ASKED, "getattr": getattr, "setattr": setattr, "isinstance": isinstance}
     answers |= {name: getattr(operator, name) for name in (*OPERATORS, *ORDERINGS)}
-    operations = {name: (lambda peer, *args, f=f: f(*args)) for name, f in answers.items()}
-    operations |= {"call": lambda peer, f, arguments, named: f(*arguments, **named), "get": get}
+    operations: dict[str, Callable[..., Any]] = {name: _without_peer(f) for name, f in answers.items()}
+    operations |= {"call": _call, "get": get}
     peer = Peer(read_from, write_to, operations)
     exec(compile(program, "program.py", "exec"), namespace)
     try:
@@ -469,7 +477,7 @@ def judge(requests: dict[str, Any], read_from: int, write_to: int, results: int)
         results: where to write to.
     """
     sys.setrecursionlimit(10_000)  # comparing deep lists
-    peer = Judge(read_from, write_to, {"call": lambda peer, f, arguments, named: f(*arguments, **named)})
+    peer = Judge(read_from, write_to, {"call": _call})
     namespace: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins}
     try:
         namespace |= {name: _part(path) for name, path in requests["library"].items()}

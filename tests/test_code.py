@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -259,10 +260,30 @@ def test_a_program_sees_no_keys_of_the_environment(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("kind", CLUTTER)
-def test_what_a_program_leaves_in_its_folder_neither_raises_nor_remains(kind: str) -> None:
+def test_what_a_program_leaves_in_its_folder_neither_raises_nor_remains(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "REMOVE_SECONDS", 20.0)  # removing a folder takes some file systems 3 ms
     for program in (CLUTTER[kind], CLUTTER[kind] + "\nimport time\ntime.sleep(9)"):
-        assert code(answer(program + "\nprint(3)"), [{"input": "1", "output": "4"}], seconds=0.7) == 0.0
-    assert os.listdir(tempfile.gettempdir()) == []
+        assert code(answer(program + "\nprint(3)"), [{"input": "1", "output": "4"}], seconds=1.5) == 0.0
+        assert os.listdir(tempfile.gettempdir()) == []
+
+
+def test_folders_that_a_killed_worker_left_are_removed_and_those_in_use_are_not(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    if mode == "bwrap":
+        pytest.skip("with bubblewrap there is no folder")
+    monkeypatch.setattr(sandbox, "_last_sweep", float("-inf"))
+    left, used, new = (Path(tempfile.gettempdir(), f"grpo-code-{name}") for name in ("left", "used", "new"))
+    for folder in (left, used, new):
+        (folder / "a" / "b").mkdir(parents=True)
+        os.utime(folder, (0, 0) if folder != new else None)
+    lock = sandbox._lock(str(used))
+    assert lock is not None
+    run("pass")
+    assert sorted(os.listdir(tempfile.gettempdir())) == ["grpo-code-new", "grpo-code-used"]
+    os.close(lock)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -278,10 +299,18 @@ def test_folders_that_are_closed_to_an_ordinary_user_are_noticed_and_removed() -
         os.chmod(f"{top}/a/b", 0)
         os.chmod(f"{top}/a", 0o300)
         noticed = sandbox._overflows(top)
-        sandbox._remove(top)
+        sandbox._remove(top, time.monotonic() + 10.0)
         os._exit(0 if noticed else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert not os.path.exists(top)
+
+
+def test_a_slow_start_of_the_sandbox_is_not_the_programs_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = "import time; time.sleep(1.5)\n"
+    guard = sandbox._GUARD.read_text().replace("def main() -> None:", slow + "def main() -> None:")
+    monkeypatch.setattr(sandbox, "_GUARD", SimpleNamespace(read_text=lambda: guard))
+    assert code(answer("import time\ntime.sleep(100)"), ADD, seconds=0.5) == 0.0
+    assert code(answer("import time\nprint(3)"), ADD[:1], seconds=1.0) == 1.0
 
 
 def test_a_full_disk_or_text_that_is_no_unicode_is_cannot_tell(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
