@@ -357,4 +357,5 @@ def _bwrap() -> list[str]:
     devices = [word for path in _DEVICES for word in ("--dev-bind", path, path)]
     isolated = ["--unshare-all", "--unshare-user", "--die-with-parent", "--new-session"]
     powers = ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN", "--cap-add", "CAP_SETPCAP"]
-    return ["bwrap", *isolated, *powers, *shown, *devices, "--dir", _SCRATCH, "--remount-ro", "/", "--chdir", "/", "--"]
+    program = shutil.which("bwrap") or "bwrap"  # found by this process's PATH; the program's environment has none
+    return [program, *isolated, *powers, *shown, *devices, "--dir", _SCRATCH, "--remount-ro", "/", "--chdir", "/", "--"]

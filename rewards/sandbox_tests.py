@@ -436,7 +436,7 @@ def serve(program: str, read_from: int, write_to: int) -> None:
     def get(peer: Peer, names: list[str]) -> dict[str, Any]:
         return {name: namespace[name] for name in names if name in namespace}
 
-    answers = {**ASKED, "getattr": getattr, "setattr": setattr, "isinstance": isinstance}
+    answers: dict[str, Callable[..., Any]] = {**ASKED, "getattr": getattr, "setattr": setattr, "isinstance": isinstance}
     answers |= {name: getattr(operator, name) for name in (*OPERATORS, *ORDERINGS)}
     operations: dict[str, Callable[..., Any]] = {name: _without_peer(f) for name, f in answers.items()}
     operations |= {"call": _call, "get": get}
