@@ -105,8 +105,10 @@ def _run_tests(libc: ctypes.CDLL, layers: list[str], request: dict[str, Any]) ->
     tests = json.loads(os.read(0, request["num_test_bytes"]))
     os.ftruncate(0, 0)
     _close(libc, layers)
+    results = os.dup(1)
+    os.dup2(2, 1)  # to nowhere: what a test prints is no result
     os.write(write_call, b"x")
-    harness["judge"](tests, read_reply, write_call, 1)
+    harness["judge"](tests, read_reply, write_call, results)
     os._exit(0)
 
 

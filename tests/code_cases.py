@@ -143,6 +143,13 @@ RIGHT_BY_KIND: dict[str, tuple[str, list[str]]] = {  # program, tests; each pass
         "def f(): return [b'x', bytearray(b'y'), {1, 2}, frozenset({3}), 1 << 20_000, 2j, float('inf'), ..., None]",
         ["assert f() == [b'x', bytearray(b'y'), {1, 2}, frozenset({3}), 1 << 20_000, 2j, float('inf'), ..., None]"],
     ),
+    "a test that prints": (
+        "def f(x): return x",
+        [
+            "import os\nprint('noise', flush=True)\nos.write(1, b'noise')\nassert f(1) == 1",
+            "print('x' * 100_000)\nassert f(2) == 2",
+        ],
+    ),
     "a number of the program's": ("LIMIT = 7\ndef f(): return LIMIT", ["assert f() == LIMIT == 7"]),
     "asyncio": ("import asyncio\nasync def g(): return 4\ndef f(): return asyncio.run(g())", ["assert f() == 4"]),
 }
@@ -380,7 +387,7 @@ attempts = dict(
     tests=lambda: os.listdir(FOLDER), plant=lambda: open(FOLDER + "/x", "w"), proc=opens("/proc/self/maps"), trainer=opens(f"/proc/{TRAINER}/environ"), mem=opens(f"/proc/{TRAINER}/mem", os.O_RDWR),
     var=lambda: os.listdir("/var"), shadow=opens("/etc/shadow"), tty=opens("/dev/tty"), disk_file=opens("/dev/vda"), sys=opens("/sys/kernel/mm/transparent_hugepage/enabled"), dev_shm=lambda: open("/dev/shm/x", "w"),
     link_out=lambda: (os.symlink("/etc/passwd", "s"), open("s").read()), above=lambda: open("../above", "w"), lock_memory=lambda: libc.mlockall(3) and 1 / 0,
-    handle=lambda: call(303, 264)(-100, b".", b"\0" * 200, b"\0" * 8, 0), raw_tty=lambda: os.openpty(), int80=lambda: os.eventfd_read(-1),
+    handle=lambda: call(303, 264)(-100, b".", b"\0" * 200, b"\0" * 8, 0), raw_tty=lambda: os.openpty(),
 )
 for name, attempt in attempts.items():
     try: attempt()
