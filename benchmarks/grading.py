@@ -59,7 +59,7 @@ def throughput(
         completions = [Completion([0], [0.0], f"{THOUGHT}<answer>{text}</answer>", "stop") for text, _ in drawn]
         groups.append(Group(Prompt(row, [0], "", "", {column: drawn[0][1]}), completions))
     with Scorer(
-        [Reward(reward)],
+        [Reward(reward, args={"as_root": True} if reward is code else {})],  # its own programs, which harm nothing
         columns=[column],
         max_completion_tokens=1,
         num_workers=1,

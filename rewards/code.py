@@ -1,55 +1,48 @@
 """Code: does the program pass its tests?
 
-The program never sees what is expected of it. Of input/output tests it sees the input. `assert f(2) == 4` is taken apart: the
-sandbox evaluates `f(2)`, and the comparison happens here, on plain data (numbers, strings, lists, ...; any other object fails
-the test), so neither a printed "passed", nor `sys.exit(0)`, nor an object that equals everything earns anything. Only tests
-that cannot be taken apart (a loop, a `check` function, a comparison inside a comprehension) run beside the program, which a
-program that looks for them can fool; prefer the other forms.
+The program never sees what is expected of it, and none of its names takes part in the verdict. Of input/output tests it sees
+the input. Statements (`assert f(2) == 4`, HumanEval's `check(f)`, a loop) run in a clean interpreter of their own, where what
+they take from the program stands for calls to its process: arguments and results cross as plain values (numbers, texts,
+containers, dates, fractions, arrays), and any other object fails a comparison. So neither a printed "passed", nor
+`sys.exit(0)`, nor `range = lambda *a: [0]`, nor an object that equals everything earns anything.
+
+Names of Python's own (`sorted`) and of libraries (`np`, `Counter`) are the tests' own. Only where tests call nothing else
+but a single one of them (MBPP's `assert sum(10, 15) == 6`) it is the program's.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
 import json
-import math
-import secrets
+import os
+import symtable
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from types import CodeType
 from typing import Any, Literal
 
 from .extraction import last_answer_tag
-from .sandbox import Run, SandboxError, run_python, unprotected
+from .sandbox import SandboxError, run_python, runs_as_root, unprotected
 
 Source = Literal["answer_tag", "fence"]
 MAX_PROGRAM_CHARS = 100_000
 
 _LANGUAGES = ("", "python", "python3", "py")
-_FUNCTIONS = (
-    abs,
-    all,
-    any,
-    bool,
-    dict,
-    float,
-    frozenset,
-    int,
-    isinstance,
-    len,
-    list,
-    max,
-    min,
-    round,
-    set,
-    sorted,
-    str,
-    sum,
+_MODULES = (
+    *("bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq", "itertools"),
+    *("json", "math", "numpy", "operator", "random", "re", "statistics", "string", "typing"),
 )
-_OUTSIDE: dict[str, Any] = {f.__name__: f for f in (*_FUNCTIONS, tuple, type)} | {"math": math}  # not the program's
-_SCOPES = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda, ast.NamedExpr)
+_LIBRARY = {
+    **{name: name for name in _MODULES},
+    "np": "numpy",
+    **{name: f"collections:{name}" for name in ("Counter", "OrderedDict", "defaultdict", "deque", "namedtuple")},
+    **{name: f"datetime:{name}" for name in ("date", "timedelta", "timezone")},
+    **{"Fraction": "fractions:Fraction", "Decimal": "decimal:Decimal", "isclose": "math:isclose", "sqrt": "math:sqrt"},
+}
+"""Names that mean a library in a test, whatever the program calls so: module, or module:name."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +54,16 @@ class InputOutput:
 
 
 @dataclass(frozen=True)
-class Assertion:
-    """A test taken apart: what to evaluate beside the program, and, with those values as `_0`, `_1`, ..., what must hold."""
+class Statements:
+    """Tests of one program that run beside it, one after another."""
 
-    inside: tuple[str, ...]
-    holds: CodeType
+    texts: tuple[str, ...]
+    counts: tuple[bool, ...]  # False: it only defines what the next ones use
+    names: tuple[str, ...]  # that they take from the program
+    library: dict[str, str]  # of _LIBRARY, those that they use
 
 
-@dataclass(frozen=True)
-class Block:
-    """A test that runs beside the program as it is."""
-
-    text: str
+Tests = list[InputOutput] | Statements
 
 
 def code(
@@ -83,6 +74,7 @@ def code(
     share: bool = False,
     seconds: float = 6.0,
     memory_gib: float = 1.0,
+    as_root: bool = False,
 ) -> float | None:
     """1 if the program that the completion ends with passes all tests, else 0; with `share`, the share that it passes.
 
@@ -93,13 +85,18 @@ def code(
         source: where the program is looked for: the last fenced block (three backticks, and `python` or nothing) inside the
             last `<answer>...</answer>`, or `fence`: the last one anywhere.
         share: pay the share of tests passed. Easier to learn from, and paid for programs that are wrong.
-        seconds: wall-clock limit for all tests of one program together. Keep it below `scoring.timeout_seconds`, or a program
-            that sleeps is "can't tell" instead of wrong.
-        memory_gib: address space of the program.
+        seconds: wall-clock limit for all tests of one program together, comparing included; late is wrong. Keep it below
+            `scoring.timeout_seconds`, or a program that sleeps is "can't tell" instead.
+        memory_gib: address space of the program, and of its tests.
+        as_root: run programs as the machine's root where there is no bubblewrap.
 
     Returns:
         From 0.0 to 1.0, or None ("can't tell") if the tests cannot be read or the sandbox does not start.
+
+    Raises:
+        ValueError: programs would run as root, and `as_root` is not set.
     """
+    check_root(0, as_root=as_root)
     read = _read_tests(_frozen(tests))
     if isinstance(read, str):
         return None
@@ -108,10 +105,12 @@ def code(
         return 0.0
     _warn_if_unprotected()
     try:
-        passed = _num_passed(program, read, time.monotonic() + seconds, memory_gib, stop_early=not share)
+        verdicts = _verdicts(program, read, time.monotonic() + seconds, memory_gib, stop_early=not share)
     except SandboxError:
         return None
-    return passed / len(read) if share else float(passed == len(read))
+    if None in verdicts:
+        return None
+    return sum(map(bool, verdicts)) / len(verdicts) if share else float(all(verdicts))
 
 
 def check_tests(tests: Any) -> str | None:
@@ -120,7 +119,22 @@ def check_tests(tests: Any) -> str | None:
     return f"tests is {str(tests)[:80]!r}; {read}. Correct or drop the row" if isinstance(read, str) else None
 
 
+def check_root(limit: int, /, *, as_root: bool = False, **_: Any) -> None:
+    """Refuse, before a model is loaded, to run programs as root.
+
+    Raises:
+        ValueError: there is no bubblewrap, the user is root, and `as_root` is not set.
+    """
+    if not as_root and os.geteuid() == 0 and runs_as_root():
+        raise ValueError(
+            "rewards.*.args.as_root is false; code would run the model's programs as root, because bubblewrap is not "
+            "installed or user namespaces are forbidden. Install bubblewrap, train as another user, or set "
+            "rewards.*.args.as_root: true if the machine is a container that has nothing to lose."
+        )
+
+
 code.check_row = check_tests  # type: ignore[attr-defined]
+code.check_limit = check_root  # type: ignore[attr-defined]
 code.notice = unprotected  # type: ignore[attr-defined]
 
 
@@ -160,8 +174,6 @@ def last_fence(text: str) -> str | None:
 
 # ---- the tests -------------------------------------------------------------------------------------------------------
 
-Test = InputOutput | list[Assertion] | Block
-
 
 def _frozen(tests: Any) -> str:
     """The tests as JSON text: what the cache below is asked for."""
@@ -172,8 +184,8 @@ def _frozen(tests: Any) -> str:
 
 
 @lru_cache(maxsize=256)  # one row meets all the completions of its group
-def _read_tests(text: str) -> list[Any] | str:
-    """The tests, all of one kind (`InputOutput`, or lists of `Assertion` and `Block`s), or why they cannot be read."""
+def _read_tests(text: str) -> Tests | str:
+    """The tests, all of one kind, or why they cannot be read."""
     try:
         tests = json.loads(text)
     except ValueError:
@@ -196,142 +208,91 @@ def _read_inputs(tests: list[dict[str, Any]]) -> list[InputOutput] | str:
     return [InputOutput(test["input"], test["output"]) for test in tests]
 
 
-def _read_statements(tests: list[str]) -> list[list[Assertion] | Block] | str:
-    read: list[list[Assertion] | Block] = []
+def _read_statements(tests: list[str]) -> Statements | str:
+    reads: list[set[str]] = []
+    called: set[str] = set()
+    defined: set[str] = set()
+    counts = []
     for test in tests:
         try:
-            statements = ast.parse(test).body
-        except (SyntaxError, ValueError, RecursionError) as error:
+            tree, table = ast.parse(test), symtable.symtable(test, "test", "exec")
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             return f"{test[:80]!r} is no Python: {error}"
-        if not any(isinstance(node, ast.Call) for statement in statements for node in ast.walk(statement)):
+        nodes = list(ast.walk(tree))
+        if any(isinstance(node, ast.ClassDef) for node in nodes):
+            return f"{test[:80]!r} defines a class, whose objects a program cannot be given"
+        called |= {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        defined |= set(_defined(table))
+        reads.append(set(_globals(table)))
+        counts.append(not all(isinstance(statement, _SETUP) for statement in tree.body))
+    names, library = _names(set().union(*reads) - defined, called - defined)
+    for test, read, is_counted in zip(tests, reads, counts, strict=True):
+        if is_counted and not read & (names | defined):
             return f"{test[:80]!r} does not call the program"
-        parts = [_take_apart(statement) for statement in statements]
-        read.append([part for part in parts if part is not None] if None not in parts else Block(test))
-    return read
+    if not names or not any(counts):
+        return "it does not call the program" if not names else "its tests check nothing"
+    return Statements(tuple(tests), tuple(counts), tuple(sorted(names)), library)
 
 
-def _take_apart(statement: ast.stmt) -> Assertion | None:
-    """`assert abs(f(2) - 4) < 0.1` as `f(2)` and `abs(_0 - 4) < 0.1`; None if it cannot be."""
-    if not isinstance(statement, ast.Assert):
-        return None
-    splitter = _Splitter()
-    rest: Any = splitter.visit(statement.test)
-    if not splitter.inside or any(isinstance(node, _SCOPES) for node in ast.walk(rest)):
-        return None
-    return Assertion(
-        tuple(splitter.inside), compile(ast.fix_missing_locations(ast.Expression(rest)), "the test", "eval")
-    )
+def _names(used: set[str], called: set[str]) -> tuple[set[str], dict[str, str]]:
+    """The program's names, and those of libraries. A single name of Python's own that is all that is called may be its."""
+    names = used - _LIBRARY.keys() - vars(builtins).keys()
+    if not names and len(called) == 1:
+        names = called
+    return names, {name: _LIBRARY[name] for name in sorted((used & _LIBRARY.keys()) - names)}
 
 
-class _Splitter(ast.NodeTransformer):
-    """Replaces every expression that begins with a name of the program's by a name for its value."""
-
-    def __init__(self) -> None:
-        self.inside: list[str] = []
-
-    def visit(self, node: ast.AST) -> ast.AST:
-        if not isinstance(node, ast.expr) or not _needs_program(node):
-            return self.generic_visit(node)
-        self.inside.append(ast.unparse(node))
-        return ast.Name(f"_{len(self.inside) - 1}", ast.Load())
+_SETUP = (ast.FunctionDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
 
 
-def _needs_program(node: ast.AST) -> bool:
-    if isinstance(node, ast.BinOp) and not isinstance(node.op, (ast.Add, ast.Sub)):
-        return any(_needs_program(child) for child in ast.walk(node) if child is not node)  # 9 ** f(2): in the sandbox
-    root = node
-    while isinstance(root, (ast.Call, ast.Attribute, ast.Subscript)):
-        root = root.func if isinstance(root, ast.Call) else root.value
-    return isinstance(root, ast.Name) and root.id not in _OUTSIDE
+def _globals(table: symtable.SymbolTable) -> Iterator[str]:
+    """Names that a test reads and no function of its own binds."""
+    for symbol in table.get_symbols():
+        if symbol.is_referenced() and (symbol.is_global() or table.get_type() == "module"):
+            yield symbol.get_name()
+    for child in table.get_children():
+        yield from _globals(child)
+
+
+def _defined(table: symtable.SymbolTable) -> Iterator[str]:
+    """Names that a test binds for those after it."""
+    return (symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported())
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
-def _num_passed(program: str, tests: list[Any], deadline: float, memory_gib: float, *, stop_early: bool) -> int:
-    """How many tests it passes by the deadline; with `stop_early`, up to the first that it does not."""
-    if not isinstance(tests[0], InputOutput):
-        return _num_held(program, tests, deadline, memory_gib)
-    passed = 0
+def _verdicts(program: str, tests: Tests, deadline: float, memory_gib: float, *, stop_early: bool) -> list[bool | None]:
+    """Of each test, whether the program passes it by the deadline; with `stop_early`, up to the first that it does not."""
+    if isinstance(tests, Statements):
+        return _statements_held(program, tests, deadline, memory_gib)
+    verdicts: list[bool | None] = []
     for test in tests:
         left = deadline - time.monotonic()
         run = run_python(program, seconds=left, memory_gib=memory_gib, stdin=test.input) if left > 0 else None
-        if (
-            run is not None
-            and run.exit_code == 0
-            and _lines(run.output.decode("utf-8", "replace")) == _lines(test.output)
-        ):
-            passed += 1
-        elif stop_early:
+        verdicts.append(run is not None and run.exit_code == 0 and _is_same(run.output, test.output))
+        if stop_early and not verdicts[-1]:
             break
-    return passed
+    return verdicts
 
 
-def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.rstrip().splitlines()]
-
-
-def _num_held(program: str, tests: list[list[Assertion] | Block], deadline: float, memory_gib: float) -> int:
-    """The same for statements, all of them in one run."""
-    nonce = secrets.token_hex(16)
-    requests: list[Any] = [nonce]
-    for test in tests:
-        parts = test if isinstance(test, list) else [test]
-        requests += [{"block": p.text} if isinstance(p, Block) else {"values": p.inside} for p in parts]
-    run = run_python(program, seconds=deadline - time.monotonic(), memory_gib=memory_gib, tests=requests)
-    results = _results(run, nonce)
-    passed, number = 0, 0
-    for test in tests:
-        num_parts = len(test) if isinstance(test, list) else 1
-        values = [results.get(i) for i in range(number, number + num_parts)]
-        holds = (
-            [_holds(part, value) for part, value in zip(test, values, strict=True)] if isinstance(test, list) else []
-        )
-        passed += None not in values and all(holds)
-        number += num_parts
-    return passed
-
-
-def _results(run: Run, nonce: str) -> dict[int, list[Any]]:
-    """The values of each test that went well, by number. A program may have written anything here."""
-    results = {}
-    for line in run.output.decode("utf-8", "replace").split("\n"):
-        mark, _, text = line.partition(" ")
-        if mark == nonce:
-            try:
-                number, went_well, values = json.loads(text)
-                if went_well is True:
-                    results[int(number)] = [_decoded(value) for value in values]
-            except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
-                continue
-    return results
-
-
-def _decoded(value: Any) -> Any:
-    """The inverse of `sandbox_guard.plain`."""
-    mark, content = value
-    read: dict[str, Callable[[Any], Any]] = {
-        "none": lambda c: None,
-        "bool": bool,
-        "int": lambda c: int(c, 16),
-        "float": float.fromhex,
-        "str": str,
-        "bytes": bytes.fromhex,
-        "complex": lambda c: complex(float.fromhex(c[0]), float.fromhex(c[1])),
-        "dict": lambda c: {_decoded(k): _decoded(v) for k, v in c},
-        "list": lambda c: [_decoded(v) for v in c],
-        "tuple": lambda c: tuple(_decoded(v) for v in c),
-        "set": lambda c: {_decoded(v) for v in c},
-        "frozenset": lambda c: frozenset(_decoded(v) for v in c),
-    }
-    return read[mark](content)
-
-
-def _holds(assertion: Assertion, values: list[Any] | None) -> bool:
-    if values is None or len(values) != len(assertion.inside):
+def _is_same(output: bytes, expected: str) -> bool:
+    """Whether the lines are the same but for white space at their ends. Counted first: a program may write millions."""
+    written, expected = output.rstrip().decode("utf-8", "replace").rstrip(), expected.rstrip()
+    if written.count("\n") != expected.count("\n"):
         return False
-    names = {f"_{i}": value for i, value in enumerate(values)}
-    try:
-        return bool(eval(assertion.holds, {"__builtins__": {}, **_OUTSIDE, **names}))
-    except Exception:  # the program returned None where the test takes its length
-        return False
+    return [line.rstrip() for line in written.split("\n")] == [line.rstrip() for line in expected.split("\n")]
+
+
+_VERDICTS: dict[bytes, bool | None] = {b"true": True, b"false": False, b"null": None}
+
+
+def _statements_held(program: str, tests: Statements, deadline: float, memory_gib: float) -> list[bool | None]:
+    """All of them in one run; one without a result was not reached in time, or the program ended."""
+    request = {"tests": tests.texts, "names": tests.names, "library": tests.library}
+    run = run_python(program, seconds=deadline - time.monotonic(), memory_gib=memory_gib, tests=request)
+    written = run.output.split(b"\n")[:-1]  # what follows the last line's end was cut off with its process
+    if len(written) > len(tests.texts) or not set(written) <= _VERDICTS.keys():
+        raise SandboxError("the results cannot be read")
+    held = [_VERDICTS[line] for line in written] + [False] * (len(tests.texts) - len(written))
+    return [verdict for verdict, counts in zip(held, tests.counts, strict=True) if counts or verdict is None]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import json
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from code_cases import ATTEMPTS, CLUTTER, FREE, RIGHT_BY_KIND, UNENDING
 from grpo.rewards import code, sandbox
 from grpo.rewards.code import last_fence
 
@@ -23,7 +29,9 @@ REAL_LAYERS = sandbox.working_layers()
 
 
 @pytest.fixture(params=["bwrap", "landlock"], autouse=True)
-def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def mode(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> str:
     """Everything here holds with bubblewrap and without it."""
     if request.param == "bwrap" and "bwrap" not in REAL_LAYERS:
         pytest.skip("bubblewrap is not installed, or user namespaces are forbidden")
@@ -34,6 +42,8 @@ def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     layers = REAL_LAYERS if request.param == "bwrap" else sandbox._run("", False, 20.0, 1.0).layers
     assert layers == {request.param, "seccomp"}
     monkeypatch.setattr(sandbox, "working_layers", lambda: layers)
+    monkeypatch.setattr(sys.modules["grpo.rewards.code"], "runs_as_root", lambda: False)  # containers of CI are root's
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("tmpdir")))
     return request.param
 
 
@@ -122,6 +132,25 @@ def test_tests_that_cannot_grade_are_named_and_pay_nobody(tests: Any, reason: st
     assert code.check_row(ADD) is code.check_row(json.dumps(ASSERTS)) is None
 
 
+@pytest.mark.parametrize("kind", RIGHT_BY_KIND)
+def test_right_programs_are_paid_whatever_they_return(kind: str) -> None:
+    program, tests = RIGHT_BY_KIND[kind]
+    namespace: dict[str, Any] = {}
+    exec("import numpy as np\nfrom collections import *\nfrom datetime import date\n" + program, namespace)
+    for test in tests:
+        if "f(3) == [0, 1, 2]" not in test:  # an array is no list in plain Python
+            exec(test, namespace)
+    assert code(answer(program), tests, share=True) == 1.0
+
+
+def test_tests_that_no_program_can_be_graded_by_are_named() -> None:
+    assert "defines a class" in code.check_row(["class A: pass\nassert f(A()) == 1"])
+    assert "check nothing" in code.check_row(["x = f(1)"])
+    assert "does not call the program" in code.check_row(["assert len(sorted([1])) == 1"])
+    assert "does not call the program" in code.check_row(["assert f(1) == 1", "assert True"])
+    assert code(answer("def f(x): return 1"), ["assert f(NotImplemented) == 1"]) is None  # it cannot be handed over
+
+
 # ---- hostile programs ------------------------------------------------------------------------------------------------
 
 CHEATS = [
@@ -187,6 +216,140 @@ print("end")
     assert not Path("/tmp/written").exists()
 
 
+@pytest.mark.parametrize("kind", FREE)
+def test_a_program_is_paid_for_nothing_that_it_did_not_compute(kind: str) -> None:
+    program, tests = FREE[kind]
+    assert code(answer(program), tests, seconds=2.5) == 0.0
+
+
+@pytest.mark.parametrize("kind", UNENDING)
+def test_what_a_program_makes_endless_for_its_tests_is_late_and_late_is_wrong(kind: str) -> None:
+    program, tests = UNENDING[kind]
+    started = time.monotonic()
+    assert code(answer(program), tests, seconds=1.0) == 0.0
+    assert time.monotonic() - started < 4.0
+
+
+def test_no_attempt_to_reach_out_succeeds(tmp_path: Path) -> None:
+    """All in one program, which prints what it could; the parent is the bait."""
+    bait = subprocess.Popen(["sleep", "60"])
+    before = os.getpriority(os.PRIO_PROCESS, bait.pid), os.sched_getaffinity(bait.pid), queues()
+    try:
+        said = run(f"PID, TRAINER, FOLDER = {bait.pid}, {os.getpid()}, {str(tmp_path)!r}\n" + ATTEMPTS, seconds=30.0)
+        assert said.output.decode().split() == ["end"]
+        assert bait.poll() is None
+        assert (os.getpriority(os.PRIO_PROCESS, bait.pid), os.sched_getaffinity(bait.pid), queues()) == before
+        assert os.listdir(tmp_path) == []
+    finally:
+        bait.kill()
+        bait.wait()
+
+
+def queues() -> list[str]:
+    return [Path(f"/proc/sysvipc/{kind}").read_text() for kind in ("shm", "sem", "msg")]
+
+
+def test_a_program_sees_no_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVICE_API_KEY", "k-1")
+    sees = "import os\ntry: more = open('/proc/self/environ').read() + open(f'/proc/{os.getppid()}/environ').read()\n"
+    sees += "except OSError: more = ''\nprint(sorted(os.environ), 'k-1' in str(os.environ) + more)"
+    names = ["HOME", "LANG", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTHONHASHSEED", "TMPDIR"]
+    said = run(sees).output.decode()
+    assert "True" not in said
+    assert set(ast.literal_eval(said.removesuffix(" False\n"))) <= {*names, "PWD", "LC_CTYPE"}
+
+
+@pytest.mark.parametrize("kind", CLUTTER)
+def test_what_a_program_leaves_in_its_folder_neither_raises_nor_remains(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "REMOVE_SECONDS", 20.0)  # removing a folder takes some file systems 3 ms
+    for program in (CLUTTER[kind], CLUTTER[kind] + "\nimport time\ntime.sleep(9)"):
+        assert code(answer(program + "\nprint(3)"), [{"input": "1", "output": "4"}], seconds=1.5) == 0.0
+        assert os.listdir(tempfile.gettempdir()) == []
+
+
+def test_folders_that_a_killed_worker_left_are_removed_and_those_in_use_are_not(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    if mode == "bwrap":
+        pytest.skip("with bubblewrap there is no folder")
+    monkeypatch.setattr(sandbox, "_last_sweep", float("-inf"))
+    left, used, new = (Path(tempfile.gettempdir(), f"grpo-code-{name}") for name in ("left", "used", "new"))
+    for folder in (left, used, new):
+        (folder / "a" / "b").mkdir(parents=True)
+        os.utime(folder, (0, 0) if folder != new else None)
+    lock = sandbox._lock(str(used))
+    assert lock is not None
+    run("pass")
+    assert sorted(os.listdir(tempfile.gettempdir())) == ["grpo-code-new", "grpo-code-used"]
+    os.close(lock)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_folders_that_are_closed_to_an_ordinary_user_are_noticed_and_removed() -> None:
+    """Root may list any folder, so this is tried as somebody else."""
+    top = tempfile.mkdtemp(dir="/tmp")
+    os.chown(top, 65534, 65534)
+    child = os.fork()
+    if child == 0:
+        os.setuid(65534)
+        os.makedirs(f"{top}/a/b")
+        Path(f"{top}/a/b/c").touch()
+        os.chmod(f"{top}/a/b", 0)
+        os.chmod(f"{top}/a", 0o300)
+        noticed = sandbox._overflows(top)
+        sandbox._remove(top, time.monotonic() + 10.0)
+        os._exit(0 if noticed else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert not os.path.exists(top)
+
+
+def test_a_slow_start_of_the_sandbox_is_not_the_programs_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = "import time; time.sleep(1.5)\n"
+    guard = sandbox._GUARD.read_text().replace("def main() -> None:", slow + "def main() -> None:")
+    monkeypatch.setattr(sandbox, "_GUARD", SimpleNamespace(read_text=lambda: guard))
+    assert code(answer("import time\ntime.sleep(100)"), ADD, seconds=0.5) == 0.0
+    assert code(answer("import time\nprint(3)"), ADD[:1], seconds=1.0) == 1.0
+
+
+def test_a_full_disk_or_text_that_is_no_unicode_is_cannot_tell(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    assert code(answer("print(input())"), [{"input": "\ud800", "output": "3"}]) == 0.0
+    assert code(answer("print('\ud800')"), ADD) == 0.0
+    assert code(answer("'\ud800'\ndef f(x): return 4"), ["assert f(2) == 4"]) == 0.0
+    assert code(answer("def f(x): return '\\ud800'"), ["assert f(2) == '\\ud800'"]) == 1.0
+    name = "os.memfd_create" if mode == "bwrap" else "tempfile.mkdtemp"
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"grpo.rewards.sandbox.{name}", full)
+    assert code(answer(RIGHT), ADD) is None
+    assert code(answer("f = abs"), ASSERTS) is None
+
+
+def test_root_without_bubblewrap_is_refused_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setattr(sys.modules["grpo.rewards.code"], "runs_as_root", sandbox.runs_as_root)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    options: dict[str, Any] = {"columns": ["tests"], "max_completion_tokens": 10, "num_workers": 1}
+    options |= {"timeout_seconds": 20.0, "memory_gib": 1.0}
+    with Scorer([Reward(code, args={"as_root": True})], **options) as scorer:
+        scorer.check_limits([10])
+    with Scorer([Reward(code)], **options) as scorer:
+        if mode == "bwrap":
+            scorer.check_limits([10])
+            return
+        with pytest.raises(ValueError, match="as_root is false; code would run the model's programs as root"):
+            scorer.check_limits([10])
+    with pytest.raises(ValueError, match="as_root is false"):
+        code(answer(RIGHT), ADD)
+    assert code(answer(RIGHT), ADD, as_root=True) == 1.0
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert code(answer(RIGHT), ADD) == 1.0
+
+
 @pytest.mark.parametrize(
     "program",
     [
@@ -211,12 +374,11 @@ print("end")
     ids=lambda program: repr(program)[:60],
 )
 def test_a_program_that_devours_is_wrong_in_time_and_leaves_nothing_behind(program: str) -> None:
-    before = {path.name for path in Path("/tmp").glob("grpo-code-*")}
     started = time.monotonic()
     assert code(answer(program), ADD, seconds=0.5, memory_gib=0.5) == 0.0
     assert time.monotonic() - started < 5.0
-    assert {path.name for path in Path("/tmp").glob("grpo-code-*")} <= before
-    assert not [pid for pid in Path("/proc").iterdir() if b"grpo-code-" in environment_of(pid)]
+    assert os.listdir(tempfile.gettempdir()) == []
+    assert not [pid for pid in Path("/proc").iterdir() if tempfile.gettempdir().encode() in environment_of(pid)]
 
 
 def environment_of(process: Path) -> bytes:
@@ -243,8 +405,10 @@ def test_a_sandbox_that_does_not_start_is_cannot_tell(monkeypatch: pytest.Monkey
     assert code(answer(RIGHT), ADD) is None
 
 
-def test_what_is_left_open_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sandbox.unprotected() is None
+def test_what_is_left_open_is_said(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    text = sandbox.unprotected()
+    assert (text is None) == (mode == "bwrap")
+    assert mode == "bwrap" or ("fill the disk" in text and ("as root" in text) == (os.geteuid() == 0))
     monkeypatch.setattr(sandbox, "working_layers", lambda: frozenset({"seccomp"}))
     text = sandbox.unprotected() or ""
     assert "read and write every file" in text
@@ -252,7 +416,8 @@ def test_what_is_left_open_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "only seccomp works here. Install bubblewrap" in text
     monkeypatch.setattr(sandbox, "working_layers", lambda: frozenset())
     text = sandbox.unprotected() or ""
-    assert "use the network" in text
+    for way in ("use the network", "UNIX sockets", "signal", "renice", "System V", "/proc", "TMPDIR"):
+        assert way in text
     assert "only resource limits works here" in text
 
 
@@ -268,12 +433,14 @@ def test_it_runs_in_the_workers_of_a_run_and_a_killed_worker_takes_its_program_a
         "num_workers": 1,
         "memory_gib": 1.0,
     }
-    with Scorer([Reward(code, args={"seconds": 1.5})], columns=["tests"], timeout_seconds=20.0, **options) as scorer:
-        assert scorer.notices() == []
+    with Scorer(
+        [Reward(code, args={"seconds": 1.5, "as_root": True})], columns=["tests"], timeout_seconds=20.0, **options
+    ) as scorer:
+        assert len(scorer.notices()) == (mode == "landlock")
         assert scorer.check_rows([{"tests": ADD}, {"tests": []}])[0] is None
         assert "empty" in (scorer.check_rows([{"tests": []}])[0] or "")
         assert scorer.score([group]).rewards.tolist() == [[1.0, 0.0, 0.0]]
-    with Scorer([Reward(code)], columns=["tests"], timeout_seconds=2.0, **options) as scorer:
+    with Scorer([Reward(code, args={"as_root": True})], columns=["tests"], timeout_seconds=2.0, **options) as scorer:
         scores = scorer.score([group])
         assert (scores.num_timeouts, scores.num_crashes) == (1, 0)
         assert not [pid for pid in Path("/proc").iterdir() if b"1000.125" in command_of(pid)]
