@@ -1029,8 +1029,8 @@ def test_the_prompts_of_a_conversational_function_are_its_turns() -> None:
     def listed(completions: list, prompts: list, **_: Any) -> list[float]:
         return [float(prompt == turns) for prompt in prompts]
 
-    prompt = Prompt(0, [1], "...", "", {"question": "1+1?", "answer": "2", "question_messages": turns})
+    columns = {"question": "1+1?", "answer": "2", "question_messages": turns}
+    prompt = Prompt(0, [1], "...", "", columns, messages=turns)
     group = Group(prompt, [Completion([1], [0.0], "2", "stop")])
-    columns = ["question", "answer", "question_messages"]
-    with make_scorer(listed, columns=columns, conversational=True) as scorer:
+    with make_scorer(listed, columns=list(columns)) as scorer:
         assert scorer.score([group]).rewards.tolist() == [[1.0]]
