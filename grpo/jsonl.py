@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,10 +39,19 @@ def append_jsonl(path: Path, rows: list[Row]) -> None:
     Raises:
         OSError: not one of them was written.
     """
+    lines = "".join(json_line(row) + "\n" for row in rows).encode()
+    with progress.busy("writing rows"), _appending(path) as file:
+        file.write(lines)
+
+
+@contextmanager
+def _appending(path: Path) -> Iterator[BinaryIO]:
+    """A file to write whole lines to its end; through to the disk, or the file is as before and OSError is raised."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("ab") as file:
-            file.write(b"\n" * _is_torn(path, size) + "".join(json_line(row) + "\n" for row in rows).encode())
+            file.write(b"\n" * _is_torn(path, size))
+            yield file
             file.flush()
             os.fsync(file.fileno())
     except OSError:
@@ -124,17 +134,8 @@ def rewind_jsonl(path: Path, step: float) -> None:
 
 
 def _set_aside(tail: BinaryIO, path: Path) -> None:
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with path.open("ab") as file:
-            file.write(b"\n" * _is_torn(path, size))
-            shutil.copyfileobj(tail, file, BLOCK_BYTES)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.truncate(path, size)
-        raise
+    with _appending(path) as file:
+        shutil.copyfileobj(tail, file, BLOCK_BYTES)
 
 
 def _end_of_last_row(file: BinaryIO, step: float, size: int) -> int:
