@@ -40,7 +40,7 @@ def append_jsonl(path: Path, rows: list[Row]) -> None:
         OSError: not one of them was written.
     """
     lines = "".join(json_line(row) + "\n" for row in rows).encode()
-    with progress.busy("writing rows"), _appending(path) as file:
+    with _appending(path) as file:
         file.write(lines)
 
 
