@@ -285,7 +285,7 @@ def test_the_makefile_takes_the_python_of_the_environment_where_there_is_no_venv
 
     def would_run() -> str:
         done = subprocess.run(
-            ["make", "-n", "gpu", "ARGS=--list"],
+            ["make", "--no-print-directory", "-n", "gpu", "ARGS=--list"],
             cwd=tmp_path,
             env=os.environ,
             capture_output=True,

@@ -74,7 +74,9 @@ def test_the_others_end_with_the_error_of_the_process_that_failed(ended: Path, n
     for rank in {0, 1, 2} - {victim}:
         assert ends(ended, name)[rank]["code"] == PEER_LOST
         assert ends(ended, name)[rank]["seconds"] < LIMIT  # it was told, and did not have to wait
-        (said,) = output(ended, name, rank).splitlines()
+        assert "Traceback" not in output(ended, name, rank)
+        # torch may have said by itself that its store is gone
+        (said,) = (line for line in output(ended, name, rank).splitlines() if line.startswith("error: "))
         assert re.fullmatch(f"error: rank {rank} ends, because rank {victim} on .* has failed: {broken}", said)
 
 
