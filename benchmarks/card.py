@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 from workload import device_name, device_type, on_gpu, synchronize
 
-from grpo import distributed
-from grpo.distributed import Processes
+from grpo.system import distributed
+from grpo.system.distributed import Processes
 
 MEBIBYTE = 2**20
 

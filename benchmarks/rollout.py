@@ -36,17 +36,17 @@ from torch.profiler import profile
 from transformers import GenerationConfig
 from workload import SHAPES, costliest, device_activities, device_name, on_gpu, prompt_ids, saved_model, synchronize
 
-from grpo import distributed
 from grpo.config import DataConfig, ModelConfig
-from grpo.console import positive
-from grpo.inference import Sampler, load, sampling_config
-from grpo.policy import SampledModel, load_tokenizer
-from grpo.prompts import TEMPLATES, build_prompts
+from grpo.data.prompts import TEMPLATES, build_prompts
+from grpo.data.rows import load_rows
+from grpo.inference.model import Sampler, load, sampling_config
+from grpo.observe.console import positive
+from grpo.policy.policy import SampledModel, load_tokenizer
 from grpo.rollout.decoder import CHUNK, Decoder
-from grpo.rollout.ending import Ending
 from grpo.rollout.paged import PAGE, num_pages_for
 from grpo.rollout.slots import Sequence
-from grpo.rows import load_rows
+from grpo.rollout.stop_criteria import Ending
+from grpo.system import distributed
 from grpo.types import Completion, Prompt, Sampling
 
 

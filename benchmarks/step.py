@@ -68,9 +68,10 @@ from workload import (
     synchronize,
 )
 
-from grpo import Config, Trainer, distributed
+from grpo import Config, Trainer
 from grpo.config import write_yaml
 from grpo.rollout.grouping import all_at_once
+from grpo.system import distributed
 from grpo.types import Completion, Group, MicroBatch, OnGroup, Prompt, Sampling
 
 GIB = 2**30

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grpo.config import Config
-    from grpo.scoring import Reward
+    from grpo.scoring.scorer import Reward
     from grpo.trainer import Trainer
 
 __all__ = ["Config", "Reward", "Trainer"]
 
-_HOMES = {"Config": "grpo.config", "Reward": "grpo.scoring", "Trainer": "grpo.trainer"}
+_HOMES = {"Config": "grpo.config", "Reward": "grpo.scoring.scorer", "Trainer": "grpo.trainer"}
 
 
 # grpo.rewards is a subpackage in a wheel. In a checkout its folder, rewards/, lies beside this one.

@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo import checkpoint, distributed, inputs, post_mortem, preflight, progress, report, rundir, tripwire
-from grpo.advantage import group_advantages, has_signal
-from grpo.batch import join, micro_batch, pack, plan_passes, spare, split, take
-from grpo.checkpoint import CheckpointError, Checkpoints, RunState, numbers_of
+from grpo import report
+from grpo.algorithm.advantage import group_advantages, has_signal
+from grpo.algorithm.batch import join, micro_batch, pack, plan_passes, spare, split, take
+from grpo.algorithm.dynamic_sampling import Draws
+from grpo.algorithm.loss import entropy_threshold, grpo_loss, token_weights
 from grpo.config import Config, as_override
-from grpo.console import show_samples
-from grpo.dynamic_sampling import Draws
-from grpo.evaluate import answer, completion_rows, in_order, training_rows, verdict_name
-from grpo.families import check_family
-from grpo.loss import entropy_threshold, grpo_loss, token_weights
-from grpo.metrics import (
+from grpo.config.schedule import learning_rate
+from grpo.data.prompts import PromptOrder, build_prompts, use_chat_template
+from grpo.data.rows import load_rows, missing, prepare_rows
+from grpo.observe import rundir
+from grpo.observe.console import show_samples
+from grpo.observe.metrics import (
     check_reward_names,
     measure_batch,
     measure_micro_batch,
@@ -35,22 +36,24 @@ from grpo.metrics import (
     measure_texts,
     step_metrics,
 )
-from grpo.model_source import with_resolved_name
-from grpo.policy import Policy, check_context, check_vocabulary, load_tokenizer, resolve_dtype
-from grpo.post_mortem import Evidence
-from grpo.prompts import PromptOrder, build_prompts, use_chat_template
+from grpo.observe.rundir import RunLog
+from grpo.observe.sinks import check_sinks
+from grpo.policy.families import check_family
+from grpo.policy.model_source import with_resolved_name
+from grpo.policy.policy import Policy, check_context, check_vocabulary, load_tokenizer, resolve_dtype
 from grpo.rollout import check_engine, make_generator
-from grpo.rows import load_rows, missing, prepare_rows
-from grpo.rundir import RunLog
-from grpo.schedule import learning_rate
-from grpo.scoring import Reward, Scorer, join_scores, reads_answer, resolve_rewards
-from grpo.shortage import free, is_out_of_memory, or_fewer_at_once
-from grpo.sinks import check_sinks
-from grpo.stopping import EXIT_STOPPED, Stopped, StopRequest
-from grpo.terminal import say
+from grpo.run import checkpoint, inputs, post_mortem, preflight, tripwire
+from grpo.run.checkpoint import CheckpointError, Checkpoints, RunState, numbers_of
+from grpo.run.post_mortem import Evidence
+from grpo.run.step_state import StepUnderWay
+from grpo.run.watchdog import Alarm, RollBacks, Watchdog, WatchdogError, unless_finite
+from grpo.scoring.answers import answer, completion_rows, in_order, training_rows, verdict_name
+from grpo.scoring.scorer import Reward, Scorer, join_scores, reads_answer, resolve_rewards
+from grpo.system import distributed, progress
+from grpo.system.out_of_memory import free, is_out_of_memory, or_fewer_at_once
+from grpo.system.stopping import EXIT_STOPPED, Stopped, StopRequest
+from grpo.system.terminal import say
 from grpo.types import Batch, Group, MicroBatch, Prompt, Scores
-from grpo.under_way import StepUnderWay
-from grpo.watchdog import Alarm, RollBacks, Watchdog, WatchdogError, unless_finite
 
 Rows = Iterable[Mapping[str, Any]]
 T = TypeVar("T")
@@ -69,7 +72,7 @@ class Trainer:
     """Trains a language model with GRPO on rule-based rewards.
 
     Args:
-        config: see grpo/config.py.
+        config: see grpo/config/settings.py.
         rewards: reward functions (or `Reward`s, which add a weight, a name and arguments) instead of `config.rewards`.
         train_dataset: rows instead of those of `config.data.name`: a `datasets.Dataset`, a `pandas.DataFrame` or a list of
             dictionaries.

@@ -10,11 +10,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from grpo import aha
 from grpo.config import read_yaml
-from grpo.evaluate import is_right
-from grpo.jsonl import read_jsonl
-from grpo.terminal import say
+from grpo.scoring.answers import is_right
+from grpo.system.jsonl import read_jsonl
+from grpo.system.terminal import say
+from grpo.text import aha
 
 Row = dict[str, Any]
 COLUMNS = ("", "_per_1k", "_share", "_share_right", "_share_wrong", "_share_truncated")

@@ -9,13 +9,13 @@ import sys
 
 import torch
 
-from grpo.chat import HELP, Conversation, show
-from grpo.chosen import Chosen, add_options, choose, said
 from grpo.config import DataConfig
-from grpo.console import console, errors_for_users
-from grpo.distributed import stop
-from grpo.policy import load_tokenizer
-from grpo.terminal import say
+from grpo.inference.chat import HELP, Conversation, show
+from grpo.inference.resolve_model import Chosen, add_options, choose, said
+from grpo.observe.console import console, errors_for_users
+from grpo.policy.policy import load_tokenizer
+from grpo.system.distributed import stop
+from grpo.system.terminal import say
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from grpo.console import errors_for_users, positive
+from grpo.observe.console import errors_for_users, positive
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     with errors_for_users():
-        from grpo import compare
+        from grpo.evaluation import compare
 
         arms = compare.arms_of(arguments.configs, arguments.variant, arguments.set)
         runs = compare.plan(arms, arguments.seeds, arguments.out)

@@ -13,12 +13,12 @@ import argparse
 
 from datasets import disable_progress_bars
 
-from grpo import benchmarks
 from grpo.config import DataConfig
-from grpo.console import errors_for_users
-from grpo.contamination import NUM_WORDS, overlaps
-from grpo.rows import load_rows
-from grpo.terminal import say
+from grpo.data import registry as benchmarks
+from grpo.data.contamination import NUM_WORDS, overlaps
+from grpo.data.rows import load_rows
+from grpo.observe.console import errors_for_users
+from grpo.system.terminal import say
 
 
 def main() -> None:

@@ -12,16 +12,17 @@ import argparse
 import os
 from pathlib import Path
 
-from grpo import benchmarks, exam
-from grpo.console import errors_for_users, positive
-from grpo.terminal import say
+from grpo.data import registry as benchmarks
+from grpo.evaluation import benchmark as exam
+from grpo.observe.console import errors_for_users, positive
+from grpo.system.terminal import say
 
 
 def main() -> None:
     arguments = _parser().parse_args()
     with errors_for_users():
-        from grpo import distributed
-        from grpo.model_source import model_directory
+        from grpo.policy.model_source import model_directory
+        from grpo.system import distributed
 
         names, data = benchmarks.named(arguments)
         settings = exam.Settings(

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grpo.rewards.accuracy import Source, accuracy
 
-from grpo.reward_worker import Call, Outcome, WorkerPool
+from grpo.scoring.worker import Call, Outcome, WorkerPool
 
 SECONDS = 10.0  # of one call, as in a run
 MEMORY_GIB = 1.0

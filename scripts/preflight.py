@@ -11,7 +11,7 @@ from typing import get_args
 
 from grpo import Config
 from grpo.config import DataConfig
-from grpo.console import errors_for_users
+from grpo.observe.console import errors_for_users
 
 TEMPLATES = get_args(DataConfig.model_fields["template"].annotation)
 
@@ -35,8 +35,8 @@ def main() -> None:
         parser.error(f"--questions is {arguments.questions}; there must be at least 1 question.")
     with errors_for_users():
         config = Config.load(arguments.config, arguments.set)
-        from grpo import distributed
         from grpo.check import templates
+        from grpo.system import distributed
 
         exit_code = templates.check(config, templates=arguments.templates, num_questions=arguments.questions)
     distributed.stop()

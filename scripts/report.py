@@ -7,7 +7,7 @@ python scripts/report.py runs/a runs/b --out compare.html --png figures --pdf fi
 import argparse
 from pathlib import Path
 
-from grpo.console import errors_for_users
+from grpo.observe.console import errors_for_users
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from grpo.breakdown import (
+from grpo.data.prompts import build_prompts
+from grpo.inference.inspect import (
     chosen_rows,
     columns_of,
     make_scorer,
@@ -20,14 +21,13 @@ from grpo.breakdown import (
     show_group,
     without,
 )
-from grpo.chosen import add_options, choose, said, trusted_rewards
-from grpo.console import console, errors_for_users
-from grpo.distributed import stop
-from grpo.jsonl import json_line
-from grpo.policy import check_vocabulary, load_tokenizer
-from grpo.prompts import build_prompts
-from grpo.scoring import resolve_rewards
-from grpo.terminal import is_text
+from grpo.inference.resolve_model import add_options, choose, said, trusted_rewards
+from grpo.observe.console import console, errors_for_users
+from grpo.policy.policy import check_vocabulary, load_tokenizer
+from grpo.scoring.scorer import resolve_rewards
+from grpo.system.distributed import stop
+from grpo.system.jsonl import json_line
+from grpo.system.terminal import is_text
 
 
 def main() -> None:

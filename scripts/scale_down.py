@@ -9,7 +9,7 @@ No weights are loaded. What comes out is an estimate; `train_zero.py --dry-run` 
 import argparse
 from pathlib import Path
 
-from grpo.console import errors_for_users, positive
+from grpo.observe.console import errors_for_users, positive
 
 PAPER = Path(__file__).parents[1] / "configs" / "r1_zero_paper.yaml"
 
@@ -34,8 +34,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the YAML file to write")
     arguments = parser.parse_args()
     with errors_for_users():
-        from grpo import Config, scale
-        from grpo.files import load_table
+        from grpo import Config
+        from grpo.check import scale
+        from grpo.data.files import load_table
 
         if arguments.out.exists():
             raise SystemExit(f"error: --out is {arguments.out}; it is there already. Remove it, or name another file.")

@@ -10,8 +10,8 @@ import os
 import sys
 
 from grpo import Config
-from grpo.console import errors_for_users
-from grpo.stopping import EXIT_STOPPED, Stopped
+from grpo.observe.console import errors_for_users
+from grpo.system.stopping import EXIT_STOPPED, Stopped
 
 
 def main() -> None:
@@ -26,8 +26,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with errors_for_users():
         config = Config.load(arguments.config, arguments.set)
-        from grpo import Trainer, distributed
-        from grpo.preflight import PreflightRefused
+        from grpo import Trainer
+        from grpo.run.preflight import PreflightRefused
+        from grpo.system import distributed
 
         if arguments.dry_run:
             from grpo.check import memory

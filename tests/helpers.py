@@ -17,9 +17,10 @@ from number_reward import number_in_text as number_in_text
 from number_reward import number_or_nothing as number_or_nothing
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from grpo import Trainer, distributed
+from grpo import Trainer
 from grpo.config import Config
 from grpo.rollout.grouping import all_at_once
+from grpo.system import distributed
 from grpo.types import Completion, Group, MicroBatch, OnGroup, Prompt, Sampling, Scores
 
 ROOT = Path(__file__).parents[1]

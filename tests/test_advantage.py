@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from grpo.advantage import group_advantages, has_signal
+from grpo.algorithm.advantage import group_advantages, has_signal
 
 NAN = float("nan")
 

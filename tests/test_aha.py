@@ -17,12 +17,13 @@ from helpers import ROOT, TINY, clean_environment, tiny_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2 as wandb_records
 
-from grpo import Trainer, aha
-from grpo.evaluate import is_right
-from grpo.jsonl import append_jsonl, read_jsonl
-from grpo.metrics import METRICS, Meter, measure_texts
-from grpo.sinks import TensorBoardSink, _thinned
-from grpo.terminal import UNSAFE
+from grpo import Trainer
+from grpo.observe.metrics import METRICS, Meter, measure_texts
+from grpo.observe.sinks import TensorBoardSink, _thinned
+from grpo.scoring.answers import is_right
+from grpo.system.jsonl import append_jsonl, read_jsonl
+from grpo.system.terminal import UNSAFE
+from grpo.text import aha
 
 WORDS = aha.Words(aha.WORD_LISTS)
 
@@ -476,7 +477,7 @@ def test_a_chart_of_a_long_run_keeps_its_last_point_and_stays_within_what_wandb_
 def test_tensorboard_that_is_not_installed_is_said_before_a_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("grpo.sinks.find_spec", lambda name: None)
+    monkeypatch.setattr("grpo.observe.sinks.find_spec", lambda name: None)
     config = tiny_config(tmp_path / "run", logging={"tensorboard": True})
     with pytest.raises(ValueError, match=r"logging.tensorboard is true; .* not installed. Run `pip install"):
         Trainer(config)

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from grpo import Trainer
 from grpo.config import Config
-from grpo.jsonl import read_jsonl
 from grpo.rollout.grouping import all_at_once
+from grpo.system.jsonl import read_jsonl
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 
 TABLE = dict(re.findall(r"^\| ([^|`]+) \| `(algorithm\.[^`]+)` \|", (ROOT / "docs/algorithms.md").read_text(), re.M))

@@ -17,16 +17,16 @@ from grpo.rewards import accuracy, format
 from helpers import ROOT, TINY, tiny_config
 from rich.console import Console
 
-from grpo import inference
-from grpo.breakdown import columns_of, make_scorer, own_rows, sample_groups, show_group, without
-from grpo.chat import Conversation, show, write
-from grpo.chosen import add_options, choose, num_positions, trusted_rewards
 from grpo.config import DataConfig, RewardConfig, ScoringConfig
-from grpo.inference import Sampler
-from grpo.policy import load_tokenizer
-from grpo.prompts import build_prompts
+from grpo.data.prompts import build_prompts
+from grpo.inference import model as inference
+from grpo.inference.chat import Conversation, show, write
+from grpo.inference.inspect import columns_of, make_scorer, own_rows, sample_groups, show_group, without
+from grpo.inference.model import Sampler
+from grpo.inference.resolve_model import add_options, choose, num_positions, trusted_rewards
+from grpo.policy.policy import load_tokenizer
 from grpo.rollout.grouping import all_at_once
-from grpo.scoring import resolve_rewards
+from grpo.scoring.scorer import resolve_rewards
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 
 MODEL = TINY / "model"

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo.attention import spread
-from grpo.batch import join, micro_batch, pack, plan_passes, spare, split, take, unpack
+from grpo.algorithm.batch import join, micro_batch, pack, plan_passes, spare, split, take, unpack
+from grpo.policy.attention import spread
 from grpo.types import Batch, Completion, Group, Prompt
 
 

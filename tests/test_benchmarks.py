@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from grpo import distributed
-from grpo.batch import join, micro_batch, pack, spare
-from grpo.policy import PackedLM
+from grpo.algorithm.batch import join, micro_batch, pack, spare
+from grpo.policy.policy import PackedLM
+from grpo.system import distributed
 from grpo.types import Completion, Group, MicroBatch, Prompt
 
 

@@ -16,10 +16,10 @@ import pytest
 from grpo.rewards import accuracy
 from helpers import ROOT, TINY, clean_environment
 
-from grpo import benchmarks
-from grpo.benchmarks import BENCHMARKS, load
-from grpo.contamination import Overlap, overlaps
-from grpo.probes import PROBES
+from grpo.data import registry as benchmarks
+from grpo.data.contamination import Overlap, overlaps
+from grpo.data.probes import PROBES
+from grpo.data.registry import BENCHMARKS, load
 
 AS_ON_THE_HUB = {
     "gsm8k": (

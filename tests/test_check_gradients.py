@@ -10,7 +10,6 @@ import pytest
 import torch
 from helpers import tiny_config
 
-from grpo import attention, logprobs
 from grpo.check import __main__, gradients, steps
 from grpo.check.gradients import (
     EVERYTHING,
@@ -26,6 +25,7 @@ from grpo.check.gradients import (
 )
 from grpo.check.plain import PlainLM, PlainTrainer, real_trainer
 from grpo.config import Config
+from grpo.policy import attention, logprobs
 from grpo.types import Completion, Group, Prompt
 
 PACKED, SHARED, KERNELS = Variant("packed"), Variant("shared", shared=True), Variant("kernels", kernels=True)

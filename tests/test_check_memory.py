@@ -12,13 +12,13 @@ import pytest
 import torch
 from helpers import ROOT, clean_environment, launch_script, tiny_config
 
-from grpo import distributed
-from grpo.batch import micro_batch, pack, plan_passes, take
+from grpo.algorithm.batch import micro_batch, pack, plan_passes, take
 from grpo.check import memory
 from grpo.check.advice import LADDERS, advice
-from grpo.check.rehearsal import RandomRewards
+from grpo.check.dry_run import RandomRewards
 from grpo.config import Config, setting_names
-from grpo.shortage import is_out_of_memory
+from grpo.system import distributed
+from grpo.system.out_of_memory import is_out_of_memory
 from grpo.types import Completion, Group, Prompt
 
 
@@ -259,11 +259,11 @@ def raising(*args: object, **kwargs: object) -> None:
 @pytest.mark.parametrize(
     ("target", "where", "first"),
     [
-        ("grpo.policy.load_lm", "while the model is loaded", "true with distributed.zero_stage 1 instead of 0"),
+        ("grpo.policy.policy.load_lm", "while the model is loaded", "true with distributed.zero_stage 1 instead of 0"),
         ("grpo.rollout.hf.HFGenerator.sample", "while sampling (rollout)", "memory.max_sequences from 256 to 8"),
-        ("grpo.policy.Policy.ref_logprobs", "(logprobs)", "true with distributed.zero_stage 1 instead of 0"),
-        ("grpo.policy.Policy.backward", "(update)", "memory.micro_batch_tokens from 512 to 256"),
-        ("grpo.policy.Policy.optimizer_step", "(update)", "memory.micro_batch_tokens from 512 to 256"),
+        ("grpo.policy.policy.Policy.ref_logprobs", "(logprobs)", "true with distributed.zero_stage 1 instead of 0"),
+        ("grpo.policy.policy.Policy.backward", "(update)", "memory.micro_batch_tokens from 512 to 256"),
+        ("grpo.policy.policy.Policy.optimizer_step", "(update)", "memory.micro_batch_tokens from 512 to 256"),
     ],
 )
 def test_a_shortage_is_told_with_its_phase_and_its_remedy(
@@ -290,7 +290,7 @@ def test_another_error_is_not_taken_for_a_shortage(tmp_path: Path, monkeypatch: 
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("grpo.policy.Policy.backward", broken)
+    monkeypatch.setattr("grpo.policy.policy.Policy.backward", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         memory.check(tiny_config(tmp_path / "run"))
 

@@ -20,18 +20,20 @@ import torch
 from helpers import ROOT, clean_environment, launch, tiny_config
 from test_trainer import steps_of
 
-from grpo import Trainer, checkpoint, inputs, scoring
-from grpo.batch import micro_batch, pack, spare, take
-from grpo.checkpoint import CheckpointError, changed_setting, name_of, numbers_of
+from grpo import Trainer
+from grpo.algorithm.batch import micro_batch, pack, spare, take
 from grpo.config import Config, as_override
-from grpo.jsonl import read_jsonl
-from grpo.metrics import Meter
-from grpo.model_source import complete_checkpoints
-from grpo.post_mortem import Evidence
-from grpo.stopping import EXIT_STOPPED, Stopped
+from grpo.observe.metrics import Meter
+from grpo.policy.model_source import complete_checkpoints
+from grpo.run import checkpoint, inputs
+from grpo.run.checkpoint import CheckpointError, changed_setting, name_of, numbers_of
+from grpo.run.post_mortem import Evidence
+from grpo.run.step_state import StepUnderWay, dealt_anew
+from grpo.scoring import scorer as scoring
+from grpo.system.jsonl import read_jsonl
+from grpo.system.stopping import EXIT_STOPPED, Stopped
+from grpo.system.writer import Writer, checksum, copied, problem_with, save_tensors
 from grpo.types import Completion, Group, MicroBatch, Prompt, Scores
-from grpo.under_way import StepUnderWay, dealt_anew
-from grpo.writer import Writer, checksum, copied, problem_with, save_tensors
 
 EVERY_STEP = {"every_steps": 1, "keep": 10}
 
@@ -329,7 +331,7 @@ def test_handlers_are_as_before_once_training_has_ended(tmp_path: Path):
 
 SLOW_TO_STOP = """
 import time
-from grpo.stopping import StopRequest
+from grpo.system.stopping import StopRequest
 with StopRequest(None):
     print("ready", flush=True)
     while True:
@@ -552,7 +554,7 @@ def test_a_pass_that_cannot_be_smaller_is_an_error(tmp_path: Path):
 HOLDS_THE_LOCK = """
 import sys
 from grpo.config import RunConfig
-from grpo.rundir import claim
+from grpo.observe.rundir import claim
 claim(RunConfig(dir=sys.argv[1], steps=1, resume="auto"))
 print("holds", flush=True)
 sys.stdin.read()

@@ -18,7 +18,7 @@ import pytest
 from helpers import ROOT, TINY, read_json, tiny_config
 
 from grpo import Trainer
-from grpo.compare import (
+from grpo.evaluation.compare import (
     Arm,
     PlannedRun,
     arms_of,
@@ -31,8 +31,8 @@ from grpo.compare import (
     plan,
     write,
 )
-from grpo.console import positive
-from grpo.statistics import mean_of_few
+from grpo.observe.console import positive
+from grpo.scoring.statistics import mean_of_few
 
 COMMAND = [sys.executable, str(ROOT / "tests" / "worker_compare.py")]
 DRGRPO = "drgrpo:algorithm.normalize_by_std=false,algorithm.aggregation=constant"
@@ -62,7 +62,7 @@ def test_the_script_runs_every_arm_and_prints_the_table_and_where_it_is(
         launched.append(command)
         return carry_out(runs, COMMAND, at=at, say=lambda line: None)
 
-    monkeypatch.setattr("grpo.compare.carry_out", carry_out_without_training)
+    monkeypatch.setattr("grpo.evaluation.compare.carry_out", carry_out_without_training)
     out = tmp_path / "out"
     options = ["--variant", DRGRPO, "--set", "run.steps=2", "--launch", "--num_processes 2", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["compare.py", str(config), *options])

@@ -19,15 +19,15 @@ from helpers import ROOT, clean_environment, tiny_config, tiny_settings
 from rich.console import Console
 from rich.text import Text
 
-from grpo import display
-from grpo.console import errors_for_users, show_samples
-from grpo.display import Dashboard, console_sink, contrast, fold, samples, sparkline, styled_completion
-from grpo.distributed import Processes
-from grpo.jsonl import read_jsonl
-from grpo.rundir import RunLog
-from grpo.sinks import JsonlSink, RowsLost
-from grpo.stopping import EXIT_STOPPED
-from grpo.terminal import Region, SilencedConsole, can_repaint, flush_within, printable, say, say_at_once
+from grpo.observe import display
+from grpo.observe.console import errors_for_users, show_samples
+from grpo.observe.display import Dashboard, console_sink, contrast, fold, samples, sparkline, styled_completion
+from grpo.observe.rundir import RunLog
+from grpo.observe.sinks import JsonlSink, RowsLost
+from grpo.system.distributed import Processes
+from grpo.system.jsonl import read_jsonl
+from grpo.system.stopping import EXIT_STOPPED
+from grpo.system.terminal import Region, SilencedConsole, can_repaint, flush_within, printable, say, say_at_once
 
 NAMES = ["accuracy", "format"]
 

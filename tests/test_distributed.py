@@ -10,9 +10,9 @@ import torch
 from helpers import TINY, launch, launch_script, read_json, tiny_config
 from safetensors.torch import load_file
 
-from grpo import distributed
-from grpo.jsonl import read_jsonl
-from grpo.policy import Policy, load_tokenizer
+from grpo.policy.policy import Policy, load_tokenizer
+from grpo.system import distributed
+from grpo.system.jsonl import read_jsonl
 
 COMPARED = (
     "optimizer/grad_norm",

@@ -18,10 +18,10 @@ from accelerate.commands.launch import launch_command_parser
 from helpers import ROOT, clean_environment
 from torch.distributed.run import get_args_parser
 
-from grpo.compare import arms_of
 from grpo.config import Config, RewardConfig
-from grpo.metrics import METRICS
-from grpo.scoring import resolve_function
+from grpo.evaluation.compare import arms_of
+from grpo.observe.metrics import METRICS
+from grpo.scoring.scorer import resolve_function
 
 README = (ROOT / "README.md").read_text()
 
@@ -178,12 +178,18 @@ def test_the_readmes_own_reward_works_by_the_name_in_its_yaml(tmp_path: Path, mo
     assert function("so <answer>8</answer>", "seven", **rewards[1].args) is None
 
 
-def test_every_file_of_the_readmes_tree_exists_and_every_module_is_in_it():
+def test_the_readmes_tree_is_the_tree():
     tree = README.split("## Files")[1].split("## Departures")[0]
+    folders: list[str] = []
+    listed = set()
+    for indent, name in re.findall(r"^    ( *)([\w.-]+(?:/|\.py))(?= )", tree, re.MULTILINE):
+        folders = [*folders[: len(indent) // 2], name.rstrip("/")]
+        listed.add("/".join(folders))
+    listed = {path for path in listed if path.startswith("grpo/") and path.endswith(".py")}
+    files = [path for path in (ROOT / "grpo").rglob("*.py") if not path.name.startswith("__")]
+    assert listed == {str(path.relative_to(ROOT)) for path in files}
     for name in re.findall(r"\b[\w-]+\.(?:py|sh)\b", tree):
         assert list(ROOT.glob(f"*/{name}")) + list(ROOT.glob(f"*/*/{name}")), name
-    for path in (ROOT / "grpo").glob("*.py"):
-        assert path.name == "__init__.py" or path.name in tree, f"{path.name} is not in the README's tree"
 
 
 def test_the_readmes_schedules_are_valid():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo.rollout.drawing import knobs_of, mix, plain_draw, sequence_seeds, uniform
 from grpo.rollout.paged import PAGE, plain_decode_attention
+from grpo.rollout.sampling import knobs_of, mix, plain_draw, sequence_seeds, uniform
 from grpo.types import Sampling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,11 +11,11 @@ from helpers import FixedGenerator, launch, number_in_text, number_or_nothing, t
 from test_trainer import short_above, steps_of
 
 from grpo import Trainer
-from grpo.advantage import group_advantages
-from grpo.dynamic_sampling import Draws
-from grpo.jsonl import read_jsonl
-from grpo.scoring import Reward
-from grpo.stopping import Stopped
+from grpo.algorithm.advantage import group_advantages
+from grpo.algorithm.dynamic_sampling import Draws
+from grpo.scoring.scorer import Reward
+from grpo.system.jsonl import read_jsonl
+from grpo.system.stopping import Stopped
 
 
 def draws(num_prompts: int = 4, limit: int = 12, world_size: int = 1, seen: float = 0, found: float = 0) -> Draws:

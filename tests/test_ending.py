@@ -8,8 +8,8 @@ import pytest
 from helpers import TINY
 
 from grpo.config import ModelConfig
-from grpo.policy import load_tokenizer
-from grpo.rollout.ending import Ending, token_limit
+from grpo.policy.policy import load_tokenizer
+from grpo.rollout.stop_criteria import Ending, token_limit
 from grpo.types import Prompt, Sampling
 
 PROMPT = Prompt(row=0, token_ids=[5], text="", prefill="", columns={})

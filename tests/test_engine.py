@@ -31,16 +31,17 @@ from transformers import (
     SmolLM3Config,
 )
 
-from grpo import Trainer, distributed
-from grpo.batch import micro_batch, pack
-from grpo.policy import Policy, load_tokenizer
+from grpo import Trainer
+from grpo.algorithm.batch import micro_batch, pack
+from grpo.policy.policy import Policy, load_tokenizer
 from grpo.rollout import make_generator
 from grpo.rollout.decoder import CHUNK, Decoder, bucket_of
-from grpo.rollout.ending import token_limit
 from grpo.rollout.engine import NativeGenerator, _unsupported_by_design, unsupported
 from grpo.rollout.hf import HFGenerator
 from grpo.rollout.layers import FusedLayers, Joined, end_to_end, model_layers
 from grpo.rollout.paged import PAGE
+from grpo.rollout.stop_criteria import token_limit
+from grpo.system import distributed
 from grpo.types import Completion, Group, Prompt, Sampling
 
 CUDA = torch.cuda.is_available()
@@ -428,8 +429,8 @@ def test_generate_hands_groups_on_after_each_batch(policy: Policy, monkeypatch: 
 
 
 def test_stop_texts_end_completions_where_generate_ends_them(policy: Policy):
-    from grpo.prompts import build_prompts
-    from grpo.rows import load_rows
+    from grpo.data.prompts import build_prompts
+    from grpo.data.rows import load_rows
 
     prompts, _ = build_prompts(load_rows(policy._config.data)[:8], policy.tokenizer, policy._config.data)
     sampling = Sampling(60, temperature=0.0, stop=("<answer>", "guess 1"))

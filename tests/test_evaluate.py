@@ -11,8 +11,8 @@ import torch
 from helpers import TINY, tiny_config
 
 from grpo import Trainer
-from grpo.evaluate import evaluation_rows, is_right, summarize, verdict_name
-from grpo.jsonl import read_jsonl
+from grpo.scoring.answers import evaluation_rows, is_right, summarize, verdict_name
+from grpo.system.jsonl import read_jsonl
 from grpo.types import Completion, Group, Prompt, Scores
 
 

@@ -13,9 +13,9 @@ import pytest
 from helpers import TINY, launch, read_json
 from transformers import AutoTokenizer
 
-from grpo import exam
-from grpo.exam import Means, Settings
-from grpo.jsonl import append_jsonl, read_jsonl
+from grpo.evaluation import benchmark as exam
+from grpo.evaluation.benchmark import Means, Settings
+from grpo.system.jsonl import append_jsonl, read_jsonl
 
 MODEL = str(TINY / "model")
 QUESTIONS = str(TINY / "test.jsonl")
@@ -268,7 +268,7 @@ def test_a_refused_command_leaves_nothing_and_one_without_samples_binds_nobody(
         exam.take(settings(max_completion_tokens=100_000), out, ONE)
     assert not out.exists()
     with monkeypatch.context() as patch:
-        patch.setattr("grpo.inference.load_lm", lambda *_, **__: 1 / 0)
+        patch.setattr("grpo.inference.model.load_lm", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             exam.take(settings(seed=1), out, ONE)
     exam.take(settings(num_questions=1, num_samples=1), out, ONE)
@@ -290,7 +290,7 @@ def test_what_is_wrong_is_said_of_the_options_that_were_typed(tmp_path: Path):
 def test_a_prompt_that_does_not_fit_the_model_is_said_before_it_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("grpo.inference.load_lm", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("grpo.inference.model.load_lm", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(
         ValueError, match=r"^--max-tokens is 100000; with the longest prompt .* and --model .* Lower --max-tokens\.$"
     ):

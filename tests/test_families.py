@@ -30,13 +30,13 @@ from transformers import (
     StableLmConfig,
 )
 
-from grpo import distributed
 from grpo.config import ModelConfig
-from grpo.families import LogitTransform, attention_calls, check_family, logit_transform
-from grpo.inference import load, sampling_config
-from grpo.model_source import model_config, source_of, with_resolved_name
-from grpo.policy import Policy, load_tokenizer, output_head
+from grpo.inference.model import load, sampling_config
+from grpo.policy.families import LogitTransform, attention_calls, check_family, logit_transform
+from grpo.policy.model_source import model_config, source_of, with_resolved_name
+from grpo.policy.policy import Policy, load_tokenizer, output_head
 from grpo.rollout.engine import unsupported
+from grpo.system import distributed
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,

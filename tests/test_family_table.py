@@ -9,9 +9,9 @@ import pytest
 import transformers
 from helpers import ROOT, TINY
 
-from grpo import distributed
 from grpo.check import families
 from grpo.check.families import FAMILIES, HEAD, Family, try_family
+from grpo.system import distributed
 
 DOCUMENT = (ROOT / "docs" / "families.md").read_text()
 MADE_WITH = re.findall(r"with transformers (\S+),", DOCUMENT)[0]

@@ -20,8 +20,8 @@ import pyarrow.parquet
 import pytest
 
 from grpo.config import DataConfig
-from grpo.files import Written, load_table
-from grpo.rows import load_rows, prepare_rows
+from grpo.data.files import Written, load_table
+from grpo.data.rows import load_rows, prepare_rows
 
 BIG = 2**62 + 1
 

@@ -11,8 +11,8 @@ from helpers import tiny_config
 
 from grpo import Trainer
 from grpo.config import DataConfig
-from grpo.gym import make_rows
-from grpo.rows import load_rows
+from grpo.data.gym import make_rows
+from grpo.data.rows import load_rows
 
 installed = pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed")
 SUM = {"size": 6, "seed": 3, "min_terms": 2, "max_terms": 2, "max_digits": 1}
@@ -23,7 +23,7 @@ def verdict(row: dict[str, Any], answer: str) -> float:
 
 
 def test_without_the_package_a_task_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("grpo.gym.find_spec", lambda name: None)
+    monkeypatch.setattr("grpo.data.gym.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=re.escape("reasoning-gym is not installed")):
         load_rows(DataConfig(name="reasoning_gym:chain_sum"))
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from helpers import ROOT, clean_environment, read_json
 
-from grpo import progress
-from grpo.checkpoint import read_state
-from grpo.heartbeat import PEER_LOST
-from grpo.model_source import complete_checkpoints
-from grpo.writer import problem_with
+from grpo.policy.model_source import complete_checkpoints
+from grpo.run.checkpoint import read_state
+from grpo.system import progress
+from grpo.system.heartbeat import PEER_LOST
+from grpo.system.writer import problem_with
 
 LIMIT = 4.0  # seconds of silence, in worker_heartbeat.py; without progress 1.5 times, and after a signal half of it
 
@@ -99,9 +99,9 @@ def test_who_is_slow_or_has_left_or_is_frozen_with_all_others_is_not_taken_for_d
 def test_processes_that_wait_for_each_other_end_and_say_where_each_of_them_is(ended: Path, name: str, seconds: float):
     why = f"all processes wait for each other: none has made progress for {seconds * LIMIT:g} s"
     places = [
-        r"update, at grpo/distributed\.py:\d+ \(sum\), in torch/.*\(all_reduce\), waiting in: work\.wait\(\)",
-        r"update, at grpo/distributed\.py:\d+ \(sum\), in torch/.*\(all_reduce\), waiting in: work\.wait\(\)",
-        r"saving, at grpo/stopping\.py:\d+ \(abortable\), in torch/.*\(barrier\), waiting in: work\.wait\(\)",
+        r"update, at grpo/system/distributed\.py:\d+ \(sum\), in torch/.*\(all_reduce\), waiting in: work\.wait\(\)",
+        r"update, at grpo/system/distributed\.py:\d+ \(sum\), in torch/.*\(all_reduce\), waiting in: work\.wait\(\)",
+        r"saving, at grpo/system/stopping\.py:\d+ \(abortable\), in torch/.*\(barrier\), waiting in: work\.wait\(\)",
     ]
     tables = 0
     for rank in range(3):
@@ -155,7 +155,9 @@ def test_a_run_whose_processes_wait_for_each_other_ends_and_leaves_its_checkpoin
     for rank in (0, 1):
         ends = f"error: rank {rank} ends, because all processes wait for each other: none has made progress for 10 s"
         assert re.search(f"{ends}; it is in phase update, .*; the last checkpoint is {checkpoint}", said), said[-5000:]
-    assert re.search(r"  rank 0 on .*: update, at grpo/(trainer|policy|distributed)\.py:.*, waiting in: ", said)
+    assert re.search(
+        r"  rank 0 on .*: update, at grpo/(trainer|policy/policy|system/distributed)\.py:.*, waiting in: ", said
+    )
     assert re.search(
         r"  rank 1 on .*: update, at grpo/trainer\.py:\d+ \(train_step\), in torch/.*\(barrier\), waiting", said
     )
@@ -168,8 +170,8 @@ def test_a_run_whose_processes_wait_for_each_other_ends_and_leaves_its_checkpoin
 def test_processes_that_wait_for_each_other_over_nccl_end_too():
     said = run_stall()
     places = (
-        r"update, at grpo/distributed\.py:\d+ \(sum\), waiting in: .*tolist",
-        r"saving, at grpo/distributed\.py:\d+ \(synchronize\)",
+        r"update, at grpo/system/distributed\.py:\d+ \(sum\), waiting in: .*tolist",
+        r"saving, at grpo/system/distributed\.py:\d+ \(synchronize\)",
     )
     for rank, place in enumerate(places):
         ends = f"error: rank {rank} ends, because all processes wait for each other: none has made progress for 10 s"

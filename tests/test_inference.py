@@ -9,10 +9,11 @@ import torch
 from helpers import TINY, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo import Trainer, inference
-from grpo.inference import Sampler, sampling_config
-from grpo.model_source import model_directory
-from grpo.policy import load_tokenizer
+from grpo import Trainer
+from grpo.inference import model as inference
+from grpo.inference.model import Sampler, sampling_config
+from grpo.policy.model_source import model_directory
+from grpo.policy.policy import load_tokenizer
 from grpo.rollout.engine import NativeGenerator
 from grpo.rollout.hf import HFGenerator
 from grpo.types import Prompt, Sampling

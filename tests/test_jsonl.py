@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers import tiny_config
 
-from grpo.distributed import Processes
-from grpo.jsonl import append_jsonl, iterate_backwards, json_line, read_jsonl, rewind_jsonl
-from grpo.rundir import RunLog
+from grpo.observe.rundir import RunLog
+from grpo.system.distributed import Processes
+from grpo.system.jsonl import append_jsonl, iterate_backwards, json_line, read_jsonl, rewind_jsonl
 
 TEXT = "答案是 42 🧮, caf\u00e9\u2028 \x1b[31m \x9b2J \u202e \x7f \ud800"
 
@@ -110,7 +110,7 @@ def test_rewinding_twice_keeps_both_tails_in_order(tmp_path: Path):
 def test_rows_come_backwards_whatever_the_blocks_they_are_read_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ):
-    monkeypatch.setattr("grpo.jsonl.BLOCK_BYTES", block)
+    monkeypatch.setattr("grpo.system.jsonl.BLOCK_BYTES", block)
     path = tmp_path / "completions.jsonl"
     assert list(iterate_backwards(path)) == []
     for end in (b"", b'{"step": 4, "tor'):
@@ -124,7 +124,9 @@ def test_rows_come_backwards_whatever_the_blocks_they_are_read_in(
 
 def test_a_rewind_reads_the_end_of_a_file_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     parsed = []
-    monkeypatch.setattr("grpo.jsonl.row_of", lambda line, keys: parsed.append(line) or json.loads(line or b"null"))
+    monkeypatch.setattr(
+        "grpo.system.jsonl.row_of", lambda line, keys: parsed.append(line) or json.loads(line or b"null")
+    )
     path = tmp_path / "completions.jsonl"
     append_jsonl(path, rows_of(*range(1000)))
     rewind_jsonl(path, 997)
@@ -148,7 +150,9 @@ def test_the_first_and_the_last_evaluation_are_found_without_the_others(
     append_jsonl(path, [{"step": step, "sample": n} for step in range(0, 100, 10) for n in (0, 1)])
     log = RunLog(tmp_path, tiny_config(tmp_path), Processes(0, 1, torch.device("cpu")), reward_names=[])
     parsed = []
-    monkeypatch.setattr("grpo.jsonl.row_of", lambda line, keys: parsed.append(line) or json.loads(line or b"null"))
+    monkeypatch.setattr(
+        "grpo.system.jsonl.row_of", lambda line, keys: parsed.append(line) or json.loads(line or b"null")
+    )
     for step in (0, 90):
         assert log.evaluation(step) == [{"step": step, "sample": 0}, {"step": step, "sample": 1}]
     assert len(parsed) == 3 + 4

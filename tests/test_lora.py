@@ -12,13 +12,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from grpo import Trainer, checkpoint, distributed, lora
-from grpo.batch import micro_batch, pack
+from grpo import Trainer
+from grpo.algorithm.batch import micro_batch, pack
 from grpo.config import Config
-from grpo.jsonl import read_jsonl
-from grpo.policy import Policy, load_tokenizer
-from grpo.prompts import build_prompts
-from grpo.rows import load_rows
+from grpo.data.prompts import build_prompts
+from grpo.data.rows import load_rows
+from grpo.policy import lora
+from grpo.policy.policy import Policy, load_tokenizer
+from grpo.run import checkpoint
+from grpo.system import distributed
+from grpo.system.jsonl import read_jsonl
 from grpo.types import MicroBatch
 
 LORA = {"rank": 4, "alpha": 8}

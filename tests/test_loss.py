@@ -9,8 +9,16 @@ import yaml
 from helpers import ROOT
 from slow_family import FAMILY, Told, gspo, gspo_token
 
+from grpo.algorithm.loss import (
+    KL_ESTIMATORS,
+    Objective,
+    TokenLoss,
+    _importance,
+    entropy_threshold,
+    grpo_loss,
+    token_weights,
+)
 from grpo.config import AlgorithmConfig
-from grpo.loss import KL_ESTIMATORS, Objective, TokenLoss, _importance, entropy_threshold, grpo_loss, token_weights
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.3}
 

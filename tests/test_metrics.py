@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from grpo.attention import packed_inputs
-from grpo.batch import micro_batch, pack, spare
-from grpo.jsonl import read_metrics
-from grpo.metrics import Meter, check_reward_names, measure_passes, measure_rollout, step_metrics
-from grpo.sinks import JsonlSink
+from grpo.algorithm.batch import micro_batch, pack, spare
+from grpo.observe.metrics import Meter, check_reward_names, measure_passes, measure_rollout, step_metrics
+from grpo.observe.sinks import JsonlSink
+from grpo.policy.attention import packed_inputs
+from grpo.system.jsonl import read_metrics
 from grpo.types import Completion, Group, MicroBatch, Prompt, Scores
 
 

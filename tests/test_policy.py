@@ -25,13 +25,15 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-import grpo.policy
-from grpo import Trainer, distributed
-from grpo.attention import packed_inputs
-from grpo.batch import micro_batch, pack, take
+import grpo.policy.policy
+from grpo import Trainer
+from grpo.algorithm.batch import micro_batch, pack, take
 from grpo.config import ModelConfig
-from grpo.logprobs import token_logprobs
-from grpo.policy import (
+from grpo.data.prompts import build_prompts
+from grpo.data.rows import load_rows
+from grpo.policy.attention import packed_inputs
+from grpo.policy.logprobs import token_logprobs
+from grpo.policy.policy import (
     Policy,
     check_context,
     checkpoint_activations,
@@ -41,9 +43,8 @@ from grpo.policy import (
     load_tokenizer,
     output_head,
 )
-from grpo.prompts import build_prompts
 from grpo.rollout.hf import HFGenerator
-from grpo.rows import load_rows
+from grpo.system import distributed
 from grpo.types import Batch, Group, MicroBatch, Sampling
 
 SIZES = {
@@ -226,7 +227,7 @@ WHERE_KERNELS_RUN = (
 def test_the_kernels_over_logits_equal_the_plain_formulas(
     device: str, dtype: torch.dtype, size: int, with_entropy: bool
 ):
-    from grpo import logprob_kernels, logprobs
+    from grpo.policy import logprob_kernels, logprobs
 
     torch.manual_seed(0)
     logits = (4 * torch.randn(33, size, device=device)).to(dtype)
@@ -421,7 +422,7 @@ def test_a_sharded_model_has_the_buffers_of_the_one_that_is_sampled_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """As transformers 5.17 loads a model under ZeRO-3: its rotary frequencies rounded to bfloat16."""
-    original = grpo.policy.load_lm
+    original = grpo.policy.policy.load_lm
 
     def rounded(*args: Any, **options: Any) -> PreTrainedModel:
         lm = original(*args, **options)
@@ -430,7 +431,7 @@ def test_a_sharded_model_has_the_buffers_of_the_one_that_is_sampled_from(
             rotary.inv_freq = rotary.inv_freq.bfloat16()
         return lm
 
-    monkeypatch.setattr(grpo.policy, "load_lm", rounded)
+    monkeypatch.setattr(grpo.policy.policy, "load_lm", rounded)
     model = {"name": str(TINY / "model"), "dtype": "bfloat16"}
     config = tiny_config(
         tmp_path, model=model, distributed={"zero_stage": 3}, algorithm={"kl_coef": 0.1, "reference_refresh_steps": 1}

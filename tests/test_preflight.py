@@ -17,10 +17,10 @@ import pytest
 import torch
 from helpers import ROOT, TINY, FixedGenerator, launch, number_in_text, read_json, tiny_config
 
-from grpo import Config, Trainer, distributed, preflight
+from grpo import Config, Trainer
 from grpo.check import templates
-from grpo.jsonl import read_jsonl
-from grpo.preflight import (
+from grpo.run import preflight
+from grpo.run.preflight import (
     Audit,
     Function,
     PreflightRefused,
@@ -38,6 +38,8 @@ from grpo.preflight import (
     report,
     see,
 )
+from grpo.system import distributed
+from grpo.system.jsonl import read_jsonl
 from grpo.types import Completion, Group, Prompt, Scores
 
 nan = math.nan

@@ -10,8 +10,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from grpo.config import DataConfig
-from grpo.prompts import TEMPLATES, PromptOrder, build_prompts, use_chat_template
-from grpo.rows import load_rows, prepare_rows
+from grpo.data.prompts import TEMPLATES, PromptOrder, build_prompts, use_chat_template
+from grpo.data.rows import load_rows, prepare_rows
 from grpo.types import Prompt
 
 ROWS = [{"question": f"What is {i}+1?", "answer": str(i + 1), "level": i} for i in range(6)]
@@ -262,7 +262,7 @@ def test_prompts_of_conversations_keep_their_messages(tokenizer):
     ids=["refuses the system role", "leaves it out", "broken", "endless"],
 )
 def test_a_chat_template_that_fails_says_why(template: str, message: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("grpo.prompts.TEMPLATE_SECONDS", 0.25)
+    monkeypatch.setattr("grpo.data.prompts.TEMPLATE_SECONDS", 0.25)
     with pytest.raises(ValueError, match=re.escape(message)):
         chat_prompt(with_template(template), system_prompt="Be brief.")
 

@@ -9,8 +9,8 @@ from helpers import ROOT, tiny_config
 
 from grpo import Trainer
 from grpo.config import Config, RewardConfig
-from grpo.rows import load_rows, prepare_rows
-from grpo.scoring import resolve_function
+from grpo.data.rows import load_rows, prepare_rows
+from grpo.scoring.scorer import resolve_function
 from grpo.types import Group
 
 RECIPES = ROOT / "configs" / "recipes"

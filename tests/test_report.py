@@ -18,7 +18,7 @@ from helpers import ROOT, tiny_config
 from matplotlib.figure import Figure
 
 from grpo import report
-from grpo.metrics import METRICS
+from grpo.observe.metrics import METRICS
 from grpo.report import plot_curves, save_figures, write_page
 from grpo.report.figures import _draw, smooth
 from grpo.report.panels import Panel, formula, sections

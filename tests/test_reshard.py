@@ -9,7 +9,7 @@ import torch
 from helpers import launch
 from worker_reshard import run
 
-from grpo.reshard import Layout, Span, cut, what_changes
+from grpo.run.reshard import Layout, Span, cut, what_changes
 
 LORA = {"lora": {"rank": 4}, "optimizer": {"learning_rate": 1e-4}}
 OFFLOAD = {"distributed": {"offload_optimizer": True}}

@@ -17,7 +17,7 @@ from grpo.rewards import accuracy, exact_match, format, language, overlong, repe
 from grpo.rewards.extraction import last_box, last_number
 from grpo.rewards.values import Unread, read
 
-from grpo.reward_worker import Outcome
+from grpo.scoring.worker import Outcome
 
 N = 50_000
 

@@ -7,8 +7,8 @@ import torch
 from helpers import TINY, tiny_config
 
 from grpo.config import Config, DataConfig, RunConfig
-from grpo.distributed import Processes
-from grpo.rundir import RunLog, claim
+from grpo.observe.rundir import RunLog, claim
+from grpo.system.distributed import Processes
 
 
 def test_a_tilde_is_the_users_home_as_in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -13,8 +13,7 @@ import yaml
 from helpers import ROOT, TINY
 from transformers import Qwen2Config
 
-from grpo.config import Config, DistributedConfig
-from grpo.scale import (
+from grpo.check.scale import (
     GPUS,
     Hardware,
     Layout,
@@ -27,6 +26,7 @@ from grpo.scale import (
     scale_down,
     shape_of,
 )
+from grpo.config import Config, DistributedConfig
 
 PAPER = ROOT / "configs" / "r1_zero_paper.yaml"
 DAPO = ROOT / "configs" / "recipes" / "dapo-32b.yaml"

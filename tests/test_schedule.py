@@ -10,9 +10,9 @@ from test_trainer import steps_of
 
 from grpo import Trainer
 from grpo.config import Config, OptimizerConfig
-from grpo.jsonl import read_jsonl
-from grpo.schedule import learning_rate
-from grpo.stopping import Stopped
+from grpo.config.schedule import learning_rate
+from grpo.system.jsonl import read_jsonl
+from grpo.system.stopping import Stopped
 
 
 def rates(num_steps: int, **settings) -> list[float]:

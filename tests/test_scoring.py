@@ -19,10 +19,10 @@ import pytest
 import torch
 from grpo.rewards import accuracy, format, overlong
 
-from grpo import verdict_cache
 from grpo.config import RewardConfig
-from grpo.reward_worker import Call, Outcome
-from grpo.scoring import Reward, RewardError, Scorer, resolve_function, resolve_rewards, weighted_sum
+from grpo.scoring import verdict_cache
+from grpo.scoring.scorer import Reward, RewardError, Scorer, resolve_function, resolve_rewards, weighted_sum
+from grpo.scoring.worker import Call, Outcome
 from grpo.types import Completion, Group, Prompt
 
 nan = math.nan
@@ -300,7 +300,7 @@ def test_what_functions_log_comes_back_with_the_scores_and_the_state_of_training
 
 
 def test_a_reward_beyond_32_bits_is_refused_and_one_within_keeps_its_advantage() -> None:
-    from grpo.advantage import group_advantages
+    from grpo.algorithm.advantage import group_advantages
 
     def penalty(completion: str) -> float:
         return {"a": 0.0, "b": -1.0, "c": -4.0, "d": -1e20, "e": -1e39}[completion]
@@ -370,7 +370,7 @@ def test_functions_are_found_by_name_by_module_and_by_file(tmp_path: Path) -> No
 BESIDE_ITS_OWN_REWARDS = """
 import torch
 import rewards
-from grpo.scoring import Reward, Scorer, resolve_function
+from grpo.scoring.scorer import Reward, Scorer, resolve_function
 from grpo.types import Completion, Group, Prompt
 
 names = ["accuracy", "rewards:accuracy"]
@@ -868,7 +868,7 @@ def test_workers_end_with_close_and_with_the_scorer() -> None:
 
 SCRIPT = """
 import os, signal, sys, time
-from grpo.scoring import Reward, Scorer
+from grpo.scoring.scorer import Reward, Scorer
 from grpo.types import Completion, Group, Prompt
 
 HALF = 0.5
@@ -1013,8 +1013,8 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path, monkeypa
 
 
 def test_a_long_check_says_how_far_it_is(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grpo.scoring.ROWS_PER_CHECK", 2)
-    monkeypatch.setattr("grpo.scoring.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("grpo.scoring.scorer.ROWS_PER_CHECK", 2)
+    monkeypatch.setattr("grpo.scoring.scorer.SECONDS_BETWEEN_LINES", 0.0)
     lines: list[str] = []
     with make_scorer(accuracy) as scorer:
         rows = [{"question": "?", "answer": answer} for answer in ("1", "2", "3", "", "5")]

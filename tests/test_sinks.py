@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from helpers import ROOT, clean_environment
 
-from grpo import aha
-from grpo.sinks import InBackground, Sink, WandbSink
+from grpo.observe.sinks import InBackground, Sink, WandbSink
+from grpo.text import aha
 
 
 class Recording:
@@ -153,8 +153,8 @@ def test_wandbs_environment_variables_hold_where_the_configuration_says_nothing(
 FROZEN = """
 import os, signal, sys, time
 from pathlib import Path
-from grpo import aha
-from grpo.sinks import InBackground, WandbSink, end_wandb_service
+from grpo.text import aha
+from grpo.observe.sinks import InBackground, WandbSink, end_wandb_service
 
 InBackground.LIMIT_SECONDS = float(sys.argv[2])
 directory = Path(sys.argv[1])

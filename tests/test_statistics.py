@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from grpo.statistics import estimate, majority, pass_at_k, powers_of_two
+from grpo.scoring.statistics import estimate, majority, pass_at_k, powers_of_two
 
 
 def test_pass_at_k_is_the_share_of_all_subsets_with_a_right_sample():

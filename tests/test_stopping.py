@@ -13,9 +13,9 @@ import pytest
 from helpers import ROOT, clean_environment, tiny_config
 
 from grpo import Trainer
-from grpo.checkpoint import name_of
-from grpo.model_source import complete_checkpoints
-from grpo.stopping import EXIT_STOPPED, SIGNALS, Stopped, StopRequest
+from grpo.policy.model_source import complete_checkpoints
+from grpo.run.checkpoint import name_of
+from grpo.system.stopping import EXIT_STOPPED, SIGNALS, Stopped, StopRequest
 from grpo.types import MicroBatch
 
 
@@ -35,7 +35,7 @@ def started(code: str) -> Iterator[subprocess.Popen[str]]:
 
 STUCK_IN_C = """
 import ctypes
-from grpo.stopping import StopRequest
+from grpo.system.stopping import StopRequest
 mutex = ctypes.create_string_buffer(64)  # zeros are an open one
 lock = ctypes.CDLL(None).pthread_mutex_lock  # which no signal interrupts
 with StopRequest(None):
@@ -106,7 +106,7 @@ def test_a_signal_to_a_fork_is_none_to_its_parent():
 
 PRINTS = """
 import time
-from grpo.stopping import StopRequest
+from grpo.system.stopping import StopRequest
 with StopRequest(None) as stopping:
     print("ready", flush=True)
     while stopping.reason is None:

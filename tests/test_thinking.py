@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from grpo.thinking import Reader, parts
+from grpo.text.thinking import Reader, parts
 
 WHOLE = "<think> 2+3=5 </think> so <answer> 5 </answer>."
 

@@ -14,12 +14,13 @@ import torch
 from helpers import ROOT, TINY, FixedGenerator, clean_environment, launch_script, number_in_text, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from grpo import Reward, Trainer, checkpoint
-from grpo.console import LineSink
-from grpo.distributed import Processes
-from grpo.jsonl import append_jsonl, read_jsonl, rewind_jsonl
-from grpo.rundir import claim
-from grpo.scoring import resolve_function
+from grpo import Reward, Trainer
+from grpo.observe.console import LineSink
+from grpo.observe.rundir import claim
+from grpo.run import checkpoint
+from grpo.scoring.scorer import resolve_function
+from grpo.system.distributed import Processes
+from grpo.system.jsonl import append_jsonl, read_jsonl, rewind_jsonl
 from grpo.types import Group, OnGroup, Prompt
 
 CLOCKS = ("time/", "throughput/", "memory/")
@@ -137,7 +138,8 @@ import os, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from helpers import tiny_config
-from grpo import Trainer, checkpoint
+from grpo import Trainer
+from grpo.run import checkpoint
 
 def power_cut(directory, record):
     if "step-00000002" in str(directory):

@@ -13,11 +13,12 @@ from helpers import launch, tiny_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from grpo import Trainer, checkpoint, post_mortem
-from grpo.jsonl import read_jsonl
-from grpo.prompts import TEMPLATES, build_prompts
+from grpo import Trainer
+from grpo.data.prompts import TEMPLATES, build_prompts
 from grpo.rollout.hf import HFGenerator
-from grpo.tripwire import SamplingGapError, gap_limit, measure_rounding
+from grpo.run import checkpoint, post_mortem
+from grpo.run.tripwire import SamplingGapError, gap_limit, measure_rounding
+from grpo.system.jsonl import read_jsonl
 from grpo.types import Group, Prompt, Sampling
 
 

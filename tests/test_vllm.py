@@ -16,15 +16,15 @@ from fake_vllm import LLM, VLLMServer, installed
 from helpers import TINY, launch, tiny_config
 from torch import Tensor
 
-from grpo import distributed
 from grpo.config import Config, Section, VLLMConfig
-from grpo.policy import Policy, load_tokenizer
-from grpo.prompts import build_prompts
+from grpo.data.prompts import build_prompts
+from grpo.data.rows import load_rows
+from grpo.policy.policy import Policy, load_tokenizer
 from grpo.rollout import make_generator
 from grpo.rollout.hf import HFGenerator
 from grpo.rollout.vllm import Request, Sampled, VLLMGenerator, check_available
 from grpo.rollout.vllm_server import ServerError
-from grpo.rows import load_rows
+from grpo.system import distributed
 from grpo.trainer import Trainer
 from grpo.types import Completion, Group, Prompt, Sampling
 

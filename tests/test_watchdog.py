@@ -9,10 +9,11 @@ import pytest
 import torch
 from helpers import FixedGenerator, launch, number_in_text, read_json, tiny_config, troubled
 
-from grpo import Trainer, checkpoint
-from grpo.jsonl import append_jsonl, read_jsonl
-from grpo.metrics import RUN, repeats
-from grpo.watchdog import Watchdog, WatchdogError, unless_finite
+from grpo import Trainer
+from grpo.observe.metrics import RUN, repeats
+from grpo.run import checkpoint
+from grpo.run.watchdog import Watchdog, WatchdogError, unless_finite
+from grpo.system.jsonl import append_jsonl, read_jsonl
 
 HEALTHY = {
     "optimizer/skipped": 0.0,

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from helpers import FixedGenerator, shard_even_small_weights, tiny_config
 
-from grpo import Trainer, distributed
+from grpo import Trainer
+from grpo.system import distributed
 from grpo.types import MicroBatch
 
 shard_even_small_weights()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from test_dynamic_sampling import alternating
 
-from grpo import distributed
+from grpo.system import distributed
 
 out = Path(sys.argv[1])
 trainer = alternating(out / "run")

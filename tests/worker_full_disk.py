@@ -6,7 +6,8 @@ from pathlib import Path
 
 from helpers import tiny_config
 
-from grpo import Trainer, distributed
+from grpo import Trainer
+from grpo.system import distributed
 
 run = Path(sys.argv[1]) / "run"
 config = tiny_config(run, distributed={"zero_stage": 2}, checkpoint={"every_steps": 1, "keep": 10}, run={"steps": 3})

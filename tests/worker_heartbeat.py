@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from grpo import heartbeat, progress
-from grpo.distributed import Processes
-from grpo.stopping import StopRequest
+from grpo.system import heartbeat, progress
+from grpo.system.distributed import Processes
+from grpo.system.stopping import StopRequest
 
 LIMIT = 4.0  # seconds
 LIMITS = heartbeat.Limits(beat=LIMIT / 10, silence=LIMIT, stall=1.5 * LIMIT, stop=0.5 * LIMIT)

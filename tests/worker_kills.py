@@ -33,12 +33,12 @@ from helpers import TINY, shard_even_small_weights, tiny_config
 from safetensors.torch import load_file
 
 from grpo import Trainer
-from grpo.checkpoint import numbers_of
-from grpo.distributed import _free_port
-from grpo.heartbeat import PEER_LOST
-from grpo.jsonl import iterate_backwards, read_jsonl
-from grpo.model_source import complete_checkpoints
-from grpo.stopping import EXIT_STOPPED
+from grpo.policy.model_source import complete_checkpoints
+from grpo.run.checkpoint import numbers_of
+from grpo.system.distributed import _free_port
+from grpo.system.heartbeat import PEER_LOST
+from grpo.system.jsonl import iterate_backwards, read_jsonl
+from grpo.system.stopping import EXIT_STOPPED
 
 ON_GPU = torch.cuda.is_available()
 STEPS = 8

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from grpo import heartbeat
-from grpo.distributed import Processes
-from grpo.stopping import EXIT_STOPPED, StopRequest
+from grpo.system import heartbeat
+from grpo.system.distributed import Processes
+from grpo.system.stopping import EXIT_STOPPED, StopRequest
 
 out, seconds = Path(sys.argv[1]), float(sys.argv[2])
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

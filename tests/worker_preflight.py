@@ -7,8 +7,10 @@ from pathlib import Path
 
 from helpers import FixedGenerator, number_in_text, tiny_config
 
-from grpo import Trainer, distributed, preflight
-from grpo.preflight import PreflightRefused
+from grpo import Trainer
+from grpo.run import preflight
+from grpo.run.preflight import PreflightRefused
+from grpo.system import distributed
 
 trainer = Trainer(tiny_config(Path(sys.argv[1]), preflight={"num_questions": 5}), rewards=[number_in_text])
 trainer.generator = FixedGenerator()  # all of its completions are cut off

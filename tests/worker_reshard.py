@@ -14,9 +14,10 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from helpers import FixedGenerator, number_in_text, shard_even_small_weights, tiny_config
 
-from grpo import Trainer, distributed
-from grpo.distributed import whole
-from grpo.policy import Policy
+from grpo import Trainer
+from grpo.policy.policy import Policy
+from grpo.system import distributed
+from grpo.system.distributed import whole
 
 State = dict[str, dict[str, torch.Tensor]]
 

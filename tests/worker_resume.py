@@ -11,7 +11,8 @@ from pathlib import Path
 
 from helpers import TINY, shard_even_small_weights, tiny_config
 
-from grpo import Trainer, distributed
+from grpo import Trainer
+from grpo.system import distributed
 
 parser = argparse.ArgumentParser()
 parser.add_argument("out", type=Path)

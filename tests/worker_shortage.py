@@ -10,7 +10,7 @@ import torch
 from helpers import tiny_config
 
 from grpo.check import memory
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 
 
 def backward(self: Policy, loss: torch.Tensor, *, last: bool) -> None:

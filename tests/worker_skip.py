@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from helpers import FixedGenerator, number_in_text, shard_even_small_weights, tiny_config
 
-from grpo import Trainer, distributed
+from grpo import Trainer
+from grpo.system import distributed
 from grpo.types import Batch, MicroBatch
 
 parser = argparse.ArgumentParser()

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from grpo import Trainer, distributed, heartbeat, progress
+from grpo import Trainer
+from grpo.system import distributed, heartbeat, progress
 
 LIMITS = heartbeat.Limits(beat=0.5, stall=10.0)
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from helpers import tiny_config
 from test_checkpoint import UPDATES, stop_at_call
 
-from grpo import Trainer, distributed
-from grpo.stopping import Stopped
+from grpo import Trainer
+from grpo.system import distributed
+from grpo.system.stopping import Stopped
 
 settings = {**UPDATES, "distributed": {"zero_stage": 2}}
 trainer = Trainer(tiny_config(Path(sys.argv[1]), **settings, run={"steps": 4, "resume": "auto"}))

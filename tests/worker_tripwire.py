@@ -17,8 +17,9 @@ import torch
 from helpers import shard_even_small_weights, tiny_config
 from test_tripwire import Hotter
 
-from grpo import Trainer, distributed
-from grpo.tripwire import SamplingGapError
+from grpo import Trainer
+from grpo.run.tripwire import SamplingGapError
+from grpo.system import distributed
 
 CAUSES = {"stale": "old weights", "temperature": "another temperature"}
 

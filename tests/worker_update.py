@@ -10,7 +10,8 @@ import torch
 from helpers import FixedGenerator, number_in_text, shard_even_small_weights, tiny_config
 from safetensors.torch import save_file
 
-from grpo import Trainer, distributed
+from grpo import Trainer
+from grpo.system import distributed
 
 parser = argparse.ArgumentParser()
 parser.add_argument("out", type=Path)

@@ -8,8 +8,8 @@ from typing import Any
 from helpers import shard_even_small_weights
 
 from grpo import trainer
+from grpo.algorithm.loss import TokenLoss
 from grpo.check import variant
-from grpo.loss import TokenLoss
 
 kind = sys.argv.pop(1)
 original = trainer.grpo_loss

@@ -11,8 +11,9 @@ import torch
 from fake_vllm import VLLMServer, installed
 from helpers import TINY, shard_even_small_weights, tiny_config
 
-from grpo import Trainer, distributed
+from grpo import Trainer
 from grpo.rollout.vllm_server import ServerError
+from grpo.system import distributed
 
 mode, out = sys.argv[1], Path(sys.argv[2])
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grpo import Config
-from grpo.console import errors_for_users
+from grpo.observe.console import errors_for_users
 
 
 def main() -> None:
@@ -48,8 +48,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with errors_for_users():
         config = Config.load(arguments.config, arguments.set)
-        from grpo import distributed
         from grpo.check import gradients, invariance, memory, steps
+        from grpo.system import distributed
 
         if arguments.command == "invariance":
             raise SystemExit(invariance.check(config, processes=arguments.processes))

@@ -19,13 +19,13 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from grpo import distributed
-from grpo.batch import micro_batch
+from grpo.algorithm.batch import micro_batch
 from grpo.config import Config
-from grpo.families import check_family
-from grpo.model_source import PROCESSOR_FILES
-from grpo.policy import Policy, check_context, load_tokenizer
+from grpo.policy.families import check_family
+from grpo.policy.model_source import PROCESSOR_FILES
+from grpo.policy.policy import Policy, check_context, load_tokenizer
 from grpo.rollout.engine import unsupported
+from grpo.system import distributed
 from grpo.types import Batch
 
 SIZES = {

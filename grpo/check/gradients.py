@@ -31,18 +31,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from grpo import distributed
-from grpo.advantage import group_advantages
-from grpo.batch import micro_batch, pack, plan_passes, take
+from grpo.algorithm.advantage import group_advantages
+from grpo.algorithm.batch import micro_batch, pack, plan_passes, take
+from grpo.algorithm.loss import grpo_loss, token_weights
+from grpo.check.dry_run import changed
 from grpo.check.plain import PlainLM, real_trainer, unshared, use_own_rotary
-from grpo.check.rehearsal import changed
 from grpo.config import Config
-from grpo.distributed import deterministic
-from grpo.loss import grpo_loss, token_weights
-from grpo.policy import PackedLM, Policy, checkpoint_activations, fuse_kernels, load_lm, resolve_dtype
+from grpo.policy.policy import PackedLM, Policy, checkpoint_activations, fuse_kernels, load_lm, resolve_dtype
+from grpo.system import distributed
+from grpo.system.distributed import deterministic
+from grpo.system.writer import to_json
 from grpo.trainer import Trainer
 from grpo.types import Batch, Group, MicroBatch
-from grpo.writer import to_json
 
 NUM_SEQUENCES = 32
 

@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 
-from grpo.check.rehearsal import changed
+from grpo.check.dry_run import changed
 from grpo.check.variant import EPSILON, SCALE
 from grpo.config import Config
-from grpo.policy import resolve_dtype
-from grpo.terminal import say
+from grpo.policy.policy import resolve_dtype
+from grpo.system.terminal import say
 
 WORKER = ("-m", "grpo.check.variant")
 

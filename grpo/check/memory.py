@@ -19,15 +19,15 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from grpo.batch import plan_passes
+from grpo.algorithm.batch import plan_passes
 from grpo.check.advice import advice
-from grpo.check.rehearsal import rehearse
+from grpo.check.dry_run import rehearse
 from grpo.config import Config
-from grpo.console import print_of_rank
-from grpo.distributed import GIB, Processes
-from grpo.policy import Policy
+from grpo.observe.console import print_of_rank
+from grpo.policy.policy import Policy
 from grpo.rollout.engine import NativeGenerator
-from grpo.shortage import is_out_of_memory
+from grpo.system.distributed import GIB, Processes
+from grpo.system.out_of_memory import is_out_of_memory
 from grpo.trainer import Trainer
 from grpo.types import Batch, Prompt
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.attention import packed_inputs
-from grpo.check.rehearsal import changed
+from grpo.check.dry_run import changed
 from grpo.config import Config
-from grpo.policy import ROTARY, PackedLM, Policy, output_head
+from grpo.policy.attention import packed_inputs
+from grpo.policy.policy import ROTARY, PackedLM, Policy, output_head
 from grpo.trainer import Trainer
 from grpo.types import Batch, MicroBatch
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo import preflight
-from grpo.check.rehearsal import changed
+from grpo.check.dry_run import changed
 from grpo.config import OF_CHAT, Config, DataConfig, PreflightConfig, RewardConfig
-from grpo.policy import load_tokenizer
-from grpo.preflight import Result, Skipped
-from grpo.prompts import TEMPLATES, build_prompts, use_chat_template
-from grpo.rows import load_rows
+from grpo.data.prompts import TEMPLATES, build_prompts, use_chat_template
+from grpo.data.rows import load_rows
+from grpo.policy.policy import load_tokenizer
+from grpo.run import preflight
+from grpo.run.preflight import Result, Skipped
 from grpo.trainer import Trainer
 
 

@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo import distributed
-from grpo.check.rehearsal import rehearse
+from grpo.check.dry_run import rehearse
 from grpo.config import Config
-from grpo.console import errors_for_users
-from grpo.policy import Policy
+from grpo.observe.console import errors_for_users
+from grpo.policy.policy import Policy
 from grpo.rollout.grouping import all_at_once
-from grpo.shortage import is_out_of_memory
+from grpo.system import distributed
+from grpo.system.out_of_memory import is_out_of_memory
 from grpo.trainer import Trainer
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 

@@ -24,10 +24,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from grpo.aha import PAPER_WORDS, pattern_source
 from grpo.report import panels, summary
 from grpo.report.read import Row, Run, Source, read_runs
-from grpo.writer import replace_text
+from grpo.system.writer import replace_text
+from grpo.text.aha import PAPER_WORDS, pattern_source
 
 SCRIPTS = ("data.js", "charts.js", "completions.js", "page.js")
 BLOCK_CHARACTERS = 1_000_000

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from grpo.evaluate import verdict_name
-from grpo.metrics import METRICS
+from grpo.observe.metrics import METRICS
+from grpo.scoring.answers import verdict_name
 
 NOT_A_FUNCTION = {"reward/mean", "reward/std", "reward/unknown"}
 BOUNDS = ("_stderr", "_low", "_high")  # of a held-out value; drawn with it

@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from grpo.config import read_yaml
-from grpo.evaluate import verdict_name
-from grpo.jsonl import row_of
+from grpo.scoring.answers import verdict_name
+from grpo.system.jsonl import row_of
 
 Row = dict[str, Any]
 MAX_RUNS = 8

@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from grpo.config import Config
-from grpo.evaluate import is_right
 from grpo.report.read import Row, Run, Source, wilson
+from grpo.scoring.answers import is_right
+from grpo.system.writer import to_json
 from grpo.types import VOTE
-from grpo.writer import to_json
 
 Interval = tuple[float, float, float]
 """A value and the two ends of its 95 % interval."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from grpo import progress
-from grpo.terminal import say
+from grpo.system import progress
+from grpo.system.terminal import say
 from grpo.types import Group, OnGroup, Prompt, Sampling
 
 if TYPE_CHECKING:
     from grpo.config import Config
-    from grpo.policy import SampledModel
+    from grpo.policy.policy import SampledModel
 
 
 class Generator(Protocol):
@@ -40,7 +40,7 @@ class Generator(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """The rollout/ metrics of the last call of `sample`; see grpo/metrics.py."""
+        """The rollout/ metrics of the last call of `sample`; see grpo/observe/metrics.py."""
         ...
 
 
@@ -66,7 +66,7 @@ def make_generator(config: Config, policy: SampledModel) -> Generator:
 
     engine = config.rollout.engine
     if engine == "vllm":
-        from grpo.policy import Policy
+        from grpo.policy.policy import Policy
         from grpo.rollout.vllm import VLLMGenerator
 
         assert isinstance(policy, Policy), "vLLM takes its weights from a policy that is trained"

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo import progress
-from grpo.policy import output_head
-from grpo.rollout.drawing import KNOBS, draw, knobs_of
+from grpo.policy.policy import output_head
 from grpo.rollout.layers import FusedLayers, model_layers
 from grpo.rollout.paged import PAGE, PagedCache, Places
+from grpo.rollout.sampling import KNOBS, draw, knobs_of
 from grpo.rollout.slots import Prefix, Sequence
+from grpo.system import progress
 from grpo.types import Sampling
 
 CHUNK = 4

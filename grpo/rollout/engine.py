@@ -6,7 +6,7 @@ end, each step is one CUDA graph whose size follows the number of running sequen
 completions.
 
     slots.py     who runs, and on which pages         decoder.py   the cache and the captured step
-    layers.py    a step through the layers            drawing.py   logits -> tokens
+    layers.py    a step through the layers            sampling.py  logits -> tokens
     paged.py     attention over pages                 kernels.py   the same on CUDA
 
 Sampling is reproducible: a token's random number depends on the seed, its sequence's place in the call and its position alone.
@@ -26,19 +26,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo import progress
 from grpo.config import Config
-from grpo.distributed import GIB
-from grpo.families import attention_calls, attribute
-from grpo.policy import CHANGING_ROPE, FORWARD_TOLERANCE, SampledModel, rope_types
+from grpo.policy.families import attention_calls, attribute
+from grpo.policy.policy import CHANGING_ROPE, FORWARD_TOLERANCE, SampledModel, rope_types
 from grpo.rollout.decoder import CHUNK, LENGTH, TOKEN, Chunk, Decoder
-from grpo.rollout.drawing import sequence_seeds
-from grpo.rollout.ending import Ending, token_limit
 from grpo.rollout.grouping import Grouping
 from grpo.rollout.layers import can_fuse
 from grpo.rollout.paged import PAGE, PagedCache, num_pages_for
+from grpo.rollout.sampling import sequence_seeds
 from grpo.rollout.slots import FEWEST_SEQUENCES, READ_AHEAD, Prefix, Sequence, Slots
-from grpo.shortage import is_out_of_memory
+from grpo.rollout.stop_criteria import Ending, token_limit
+from grpo.system import progress
+from grpo.system.distributed import GIB
+from grpo.system.out_of_memory import is_out_of_memory
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 
 READ_TOKENS = 16384

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from grpo import progress
-from grpo.policy import SampledModel
-from grpo.rollout.ending import Ending, token_limit
+from grpo.policy.policy import SampledModel
 from grpo.rollout.grouping import Grouping
+from grpo.rollout.stop_criteria import Ending, token_limit
+from grpo.system import progress
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 
 FILLER = 0

@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from grpo.attention import check_arguments, varlen_attention
+from grpo.policy.attention import check_arguments, varlen_attention
 
 PAGE = 64
 """Positions in a page. On average half a page per completion stays empty; smaller pages cost more lookups."""

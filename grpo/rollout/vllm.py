@@ -11,13 +11,13 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from grpo.rollout.ending import Ending, token_limit
 from grpo.rollout.grouping import Grouping
+from grpo.rollout.stop_criteria import Ending, token_limit
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 
 if TYPE_CHECKING:
     from grpo.config import Config
-    from grpo.policy import Policy
+    from grpo.policy.policy import Policy
 
 
 class Request(NamedTuple):

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grpo import progress
-from grpo.model_source import source_of
+from grpo.policy.model_source import source_of
 from grpo.rollout.vllm import OnAnswer, Request, Sampled
+from grpo.system import progress
 
 if TYPE_CHECKING:
     from grpo.config import Config
-    from grpo.policy import Policy
+    from grpo.policy.policy import Policy
 
 
 class ColocatedEngine:

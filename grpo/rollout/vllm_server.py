@@ -24,10 +24,10 @@ from urllib.error import HTTPError
 import torch
 from torch import Tensor
 
-from grpo import progress
-from grpo.model_source import source_of
-from grpo.policy import FORWARD_TOLERANCE, PLAIN_SENTENCES, Policy, resolve_dtype
+from grpo.policy.model_source import source_of
+from grpo.policy.policy import FORWARD_TOLERANCE, PLAIN_SENTENCES, Policy, resolve_dtype
 from grpo.rollout.vllm import OnAnswer, Request, Sampled
+from grpo.system import progress
 
 if TYPE_CHECKING:
     from grpo.config import Config

@@ -107,7 +107,7 @@ def require(condition: bool, what: str) -> None:
 
 
 def sound(result: Result, *, gap: float = 0.04) -> list[dict[str, float]]:
-    """The run's steps, all of them finite and sampled from the policy: in bfloat16 within `gap` nats (grpo/tripwire.py)."""
+    """The run's steps, all of them finite and sampled from the policy: in bfloat16 within `gap` nats (grpo/run/tripwire.py)."""
     rows = rows_of(result)
     require(bool(rows), f"{result.job.name}: no step was logged")
     for row in rows:

@@ -1,0 +1,78 @@
+"""A trainer for checks: it steps like any other, with rewards drawn at random, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import torch
+
+from grpo.config import Config
+from grpo.scoring.scorer import Scorer, Scoring
+from grpo.trainer import Trainer
+from grpo.types import Group, Scores
+
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+
+
+def rehearse(config: Config, trainer_class: type[AnyTrainer], **changes: dict[str, Any]) -> AnyTrainer:
+    """A trainer of `config` with its data and its rewards checked, that writes no files and calls no reward function.
+
+    Args:
+        changes: settings to set, by section.
+
+    Raises:
+        ValueError: as Trainer.
+    """
+    quiet = {"logging": {"wandb": "disabled", "completions_every": 0, "tensorboard": False}}
+    with TemporaryDirectory(prefix="grpo-check-") as directory:
+        run = {"resume": "never", **changes.pop("run", {}), "dir": str(Path(directory) / "run")}
+        trainer = trainer_class(changed(config, **quiet, **changes, run=run))
+        trainer.close()
+    trainer.scorer, trainer.signal_from = RandomRewards(), "random"
+    trainer.makes_do = False  # a shortage of memory is what a check is to find
+    return trainer
+
+
+def changed(config: Config, **changes: dict[str, Any]) -> Config:
+    """`config` with other settings, by section, and without schedules, whose largest values the settings have."""
+    settings = config.model_dump(exclude={"schedules"})
+    for section, values in changes.items():
+        settings[section] |= values
+    return Config(**settings)
+
+
+class RandomRewards(Scorer):
+    """Gives every completion a reward of its own, so that each group moves the policy; the same in every process and run."""
+
+    def __init__(self) -> None:
+        self.rewards = []
+
+    def begin(self, num_groups: int) -> RandomScoring:
+        """See Scorer."""
+        return RandomScoring(num_groups)
+
+    def close(self) -> None:
+        """There are no workers."""
+
+
+class RandomScoring(Scoring):
+    """See Scoring; without workers there is nothing to wait for."""
+
+    def __init__(self, num_groups: int) -> None:
+        self.rewards: list[list[float]] = [[]] * num_groups
+
+    def add(self, p: int, group: Group) -> None:
+        """See Scoring."""
+        numbers = range(len(group.completions))
+        self.rewards[p] = [random.Random(f"{group.prompt.row} {number}").random() for number in numbers]
+
+    def result(self) -> Scores:
+        """See Scoring."""
+        rewards = torch.tensor(self.rewards)
+        return Scores(rewards, {"random": rewards}, num_timeouts=0, num_crashes=0)
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing is under way."""

@@ -1,0 +1,124 @@
+"""YAML and overrides in, plain settings out; and back."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FLOAT = re.compile(
+    r"[-+]?(\.[0-9][0-9_]*|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
+INT = re.compile(r"[-+]?([0-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+)")
+FIRST_OF_NUMBER = list("-+.0123456789")
+_NUMBERS = {"tag:yaml.org,2002:int": INT, "tag:yaml.org,2002:float": FLOAT}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys in silence; this one refuses them.
+
+    And PyYAML reads numbers as YAML 1.1 does: 1e-3 is a text, 010 is 8, and 1:30 is 90. Here they are what YAML 1.2 says, and
+    what one means by them: a thousandth, ten, and a text.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as in PyYAML)
+        first: [each for each in found if each[0] not in _NUMBERS]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise ValueError(f"{node.start_mark}: key {sorted(twice)[0]!r} is given twice. Keep one of them.")
+        return super().construct_mapping(node, deep=deep)
+
+
+def _construct_int(loader: _StrictLoader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node)).replace("_", "")
+    return int(text, 10 if text.lstrip("+-").isdecimal() else 0)
+
+
+class _StrictDumper(yaml.SafeDumper):
+    """Quotes texts that the loader would take for numbers."""
+
+
+for _tag, _pattern in _NUMBERS.items():
+    for _class in (_StrictLoader, _StrictDumper):
+        _class.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern.pattern})$"), FIRST_OF_NUMBER)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def read_text(path: Path, setting: str) -> str:
+    """A file that a person wrote.
+
+    Args:
+        setting: what names the file, and what it is, for the error.
+
+    Raises:
+        ValueError: it cannot be read, or is no UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{setting}; the file cannot be read: {error}. Save it as UTF-8.") from error
+
+
+def read_yaml(text: str) -> Any:
+    """As a configuration is read. Raises ValueError for a key that is given twice, and yaml.YAMLError."""
+    return yaml.load(text, _StrictLoader)
+
+
+def write_yaml(value: Any, **options: Any) -> str:
+    """So that `read_yaml` gives the value again."""
+    return str(yaml.dump(value, Dumper=_StrictDumper, sort_keys=False, **options))
+
+
+def read_settings(text: str, where: str) -> dict[str, Any]:
+    try:
+        settings = read_yaml(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not valid YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where} holds {settings!r}; a configuration is a mapping of sections. See configs/.")
+    return settings
+
+
+def apply_override(settings: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    if not equals:
+        raise ValueError(f"--set {override!r}: an override reads section.setting=value, such as run.steps=10.")
+    node: Any = settings
+    *parents, last = path.strip().split(".")
+    for name in parents:
+        if isinstance(node, dict) and node.get(name) is None:
+            node[name] = {}
+        node = node[_child_key(node, name, path)]
+    node[_child_key(node, last, path)] = _read_value(value, override)
+
+
+def _read_value(text: str, override: str) -> Any:
+    """The text as YAML; as it stands where YAML would take it for a comment, such as the pattern `####\\s*(.+)`."""
+    if text.lstrip().startswith("#"):
+        return text
+    try:
+        return read_yaml(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {override!r}: {text!r} is not valid YAML: {error}. Quote it.") from None
+
+
+def _child_key(node: Any, name: str, path: str) -> str | int:
+    if isinstance(node, dict):
+        return name
+    if isinstance(node, list) and name.isdigit() and int(name) < len(node):
+        return int(name)
+    raise ValueError(f"--set {path}: there is no {name!r} to set in {node!r}.")
+
+
+def as_override(text: str) -> str:
+    """A text as the value of an override that reads it back: as it stands, unless YAML would take it for something else."""
+    return text if _read_value(text, "") == text else json.dumps(text)

@@ -1,0 +1,460 @@
+"""The sections of a configuration: every setting with its type, default, unit and meaning.
+
+A default lives here and nowhere else. What may not be combined is in combinations.py.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    field_validator,
+)
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Location = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A hub id or a local path, which may begin with `~`."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    name: Location
+    """Hub id or local directory of a causal language model in Hugging Face format; the policy starts from it. Or a run's
+    directory (its newest checkpoint), a checkpoint, or a LoRA adapter of peft, which is trained further."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub model. Pin it for a run that others should repeat."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Weights in the forward pass; the optimizer keeps float32 masters. auto: bfloat16 on CUDA, float32 on CPU."""
+    resize_embeddings: bool = False
+    """Where the tokenizer has tokens beyond the model's embedding matrix, give it rows for them, near the mean of the others.
+    false: prompts with such tokens are refused."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a model whose family transformers does not know. Read it first: it can do anything."""
+
+
+class SourceConfig(Section):
+    """One of several sources of questions in `data.name` or `data.eval_name`."""
+
+    name: Location
+    """As a single `data.name`, but no reasoning-gym task."""
+    subset: str | None = None
+    """Configuration name of a hub data set. null here and below: as in `data` (held-out: its `eval_` settings)."""
+    split: str | None = None
+    """Split of a hub data set or a folder."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set. null: its newest."""
+    weight: PositiveFloat | None = None
+    """Share of the training questions that come from this source, relative to the weights of the others. All sources have one, or
+    none. null: every row of every source once per epoch."""
+    question_column: str | None = None
+    """Column that holds the question."""
+    question_template: str | None = None
+    """The question made of columns."""
+    answer_column: str | None = None
+    """Column that holds the gold answer."""
+    answer_regex: str | None = None
+    """A regular expression whose first group is the answer."""
+
+    @property
+    def label(self) -> str:
+        """What tells it from the others; rows have it as their column `data_name`."""
+        return ":".join(each for each in (self.name, self.subset, self.split) if each is not None)
+
+
+SHAPES_OF_SOURCES = ("one name", "a list")
+Sources = Annotated[
+    Annotated[Location, Tag(SHAPES_OF_SOURCES[0])] | Annotated[list[SourceConfig], Tag(SHAPES_OF_SOURCES[1])],
+    Discriminator(lambda value: SHAPES_OF_SOURCES[isinstance(value, list)]),
+]
+"""Decided by its shape, so that an error is one of that shape alone."""
+
+
+class DataConfig(Section):
+    name: Sources | None = None
+    """Training questions: a hub data set id; a local file (.json, .jsonl, .csv, .tsv, also with .gz; .parquet); several as a
+    pattern, `data/*.jsonl`; a folder of such files with the splits that `datasets` finds, or one that `save_to_disk` wrote. Or a
+    list of these, where an entry may be a mapping with settings of its own, SourceConfig: `[a.jsonl, {name: b.json, weight: 2}]`.
+    Or `reasoning_gym:<task>`, such as `reasoning_gym:chain_sum`, an optional extra; held-out questions are then those of the task
+    that would come next. May be left out only where rows are handed to `Trainer(train_dataset=...)`."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Of a reasoning_gym task: size, seed, and its own settings, such as {size: 5000, seed: 0, max_terms: 3}."""
+    subset: str | None = None
+    """Configuration name of a hub data set, such as `main` of openai/gsm8k."""
+    split: str = "train"
+    """Split of a hub data set or a folder to train on. It may be a slice, `train[:1000]`, also of files."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub data set `name`. Pin it for a run that others should repeat. null: its newest."""
+    eval_name: Sources | None = None
+    """Held-out questions, named like `name`, without weights. null: `eval_split` of the hub data set or folder `name`."""
+    eval_subset: str | None = None
+    """Configuration name of the hub data set `eval_name`; without `eval_name` that of `name` holds."""
+    eval_split: str = "test"
+    """Split of a hub data set to evaluate on."""
+    question_column: str = "question"
+    """Column that holds the question: a text, or a list of chat messages, which data.template `chat` renders. What lies deeper is
+    named with dots: `extra_info.question`, `messages.0.content`. grpo/data/rows.py has the text of each kind of cell."""
+    question_template: str | None = None
+    """The question made of columns, each named in braces: `Using the numbers {nums}, make {target}.` Other text stays as it is.
+    null: the question is `question_column`. Of `eval_name` too."""
+    eval_question_template: str | None = None
+    """The same for `eval_name`, where its columns have other names. null: as for `name`."""
+    answer_column: str = "answer"
+    """Column that holds the gold answer, named like `question_column`: `reward_model.ground_truth`."""
+    eval_answer_column: str | None = None
+    """The same for `eval_name`. null: as for `name`."""
+    answer_regex: str | None = None
+    """Where the answer column holds more than the answer: a regular expression whose first group is the answer."""
+    eval_answer_regex: str | None = None
+    """The same for `eval_name`; without `eval_name` that of `name` holds."""
+    template: Literal["r1_zero", "r1_zero_think", "chat", "none"] = "r1_zero"
+    """How a question becomes a prompt; see grpo/data/prompts.py. `chat` is the tokenizer's own chat template."""
+    system_prompt: str | None = None
+    """System message of the `chat` template."""
+    chat_template: Location | None = None
+    """File with the Jinja text of a chat template that takes the place of the tokenizer's; checkpoints hold it. `chat` only."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What the chat template is given besides messages, such as {enable_thinking: false}. `chat` only."""
+    max_prompt_tokens: PositiveInt = 512
+    """Rows whose prompt is longer are dropped, and counted."""
+
+    @field_validator("name", "eval_name", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """An entry of a list may be a bare name."""
+        return (
+            [{"name": each} if isinstance(each, str) else each for each in value] if isinstance(value, list) else value
+        )
+
+    @property
+    def weights(self) -> dict[str, float] | None:
+        """The weight of each source of `name` by its label; None: there are no weights."""
+        sources = self.name if isinstance(self.name, list) else []
+        return {each.label: each.weight for each in sources if each.weight is not None} or None
+
+
+class RolloutConfig(Section):
+    num_prompts: PositiveInt = 32
+    """Questions sampled per step, over all processes. With group_size it sets the completions per step."""
+    group_size: PositiveInt = 16
+    """Completions per question (G in the paper). Raising it sharpens the baseline and costs rollout time."""
+    max_oversampling: Annotated[float, Field(ge=1)] = 1.0
+    """Dynamic sampling (DAPO): further questions are sampled until num_prompts groups are neither all right nor all wrong, or
+    this multiple of num_prompts questions was sampled in the step; see dynamic_sampling.py. 1: num_prompts questions,
+    whatever their rewards. Raising it fills more batches with signal and costs rollout time."""
+    signal_from: str | None = None
+    """Name of the reward whose values must differ in a group that dynamic sampling takes. null: `accuracy`, or else the first, of
+    those with a weight. Choosing by a reward for length or form fills batches with groups that teach only that."""
+    max_completion_tokens: PositiveInt = 1024
+    """Where sampling is cut off; such a completion has finish_reason "length"."""
+    temperature: PositiveFloat = 1.0
+    """Of sampling, and of every log-probability in the loss. Raising it explores more."""
+    top_k: NonNegativeInt = 0
+    """Draw from the k likeliest tokens only. 0: from all. The loss keeps the log-probabilities of the whole vocabulary, so this
+    and the two below make training off-policy; they are for rollouts that would otherwise derail."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the fewest likeliest tokens that have this probability together. 1: from all."""
+    min_p: Fraction = 0.0
+    """Draw from tokens at least this share as likely as the likeliest. 0: from all."""
+    stop: list[str] = Field(default_factory=list)
+    """Texts that end a completion, such as `</answer>`, besides the end-of-sequence tokens. They stay part of it."""
+    engine: Literal["auto", "native", "hf", "vllm"] = "auto"
+    """What samples; see grpo/rollout. native: grpo's own, on the policy's weights. hf: transformers' `generate`, slow. vllm: an
+    optional extra. auto: native on CUDA if it supports the model, else hf."""
+    fused_layers: bool = True
+    """Let the native engine run its fused kernels for the families it has them for. false: the model's own layers."""
+
+
+class VLLMConfig(Section):
+    mode: Literal["colocated", "server"] = "colocated"
+    """colocated: an engine in every training process, on its GPU, asleep while the policy trains. server: a `vllm serve` that
+    you started elsewhere; docs/vllm.md has the command."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Share of a GPU's memory that a colocated engine takes while it samples, its copy of the weights included. Raising it makes
+    room for more completions at once; the policy, its gradients and optimizer stay where they are."""
+    url: str | None = None
+    """Where the server listens, such as http://127.0.0.1:8000."""
+    sync_dir: Location | None = None
+    """Directory that the trainer and the server see under this path. New weights pass through it after every step: it needs room
+    for one copy, and /dev/shm serves if both run on one machine."""
+    timeout_seconds: PositiveFloat = 300.0
+    """Longest wait for one answer of the server: a completion with its time in the queue, or taking over weights. Raise it for
+    long completions; the other processes wait for at most ten minutes."""
+
+
+VLLM_SETTINGS = {"colocated": {"gpu_memory_utilization"}, "server": {"url", "sync_dir", "timeout_seconds"}}
+"""What each mode reads besides `mode`."""
+
+
+class RewardConfig(Section):
+    function: Location
+    """A name in rewards/, `module:function`, or `path/to/file.py:function`; or a class whose objects can be called. What lies
+    beside a file can be imported there."""
+    weight: float = 1.0
+    """Factor in the sum. 0: only logged."""
+    name: str | None = None
+    """Name in the metrics, reward/<name> and eval/<name>, which are not those of another metric; null: the function's own."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments handed to the function; of a class, those that it is made with, and those that its objects are called
+    with."""
+    form: Literal["completion", "texts", "messages"] | None = None
+    """How it is called. completion: once for each, as text. texts, messages: once for a group, with lists of texts, or of
+    messages as TRL has them in conversations. null: as its parameters and their annotations say; see grpo/scoring/scorer.py."""
+
+
+class ScoringConfig(Section):
+    num_workers: PositiveInt = 2
+    """Reward worker processes per training process."""
+    timeout_seconds: PositiveFloat = 10.0
+    """Wall-clock limit for one completion and one function; then the worker is killed and the verdict is "can't tell"."""
+    memory_gib: PositiveFloat = 4.0
+    """Address space that reward calls may take in a worker, on top of what importing the functions took."""
+    environment: list[str] = Field(default_factory=list)
+    """Names of environment variables that rewards need, such as [JUDGE_API_KEY]. Workers are given these, and paths, languages
+    and caches (INHERITED in grpo/scoring/worker.py), and nothing else of the environment."""
+
+
+class AlgorithmConfig(Section):
+    """docs/algorithms.md has the settings of each published algorithm; loss.py the expression that they go into."""
+
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What is subtracted from a reward: its group's mean (GRPO), or the mean of the group's others (RLOO)."""
+    normalize_by_std: bool = True
+    """Divide centred rewards by the group's standard deviation (GRPO). false: Dr. GRPO."""
+    aggregation: Literal["sequence", "token", "constant"] = "sequence"
+    """Weight of a token in the loss: 1/length (GRPO), 1/all tokens (DAPO), 1/max_completion_tokens (Dr. GRPO)."""
+    filter_truncated: bool = False
+    """Do not train on completions that were cut off, though they stay in their group's baseline (DAPO's overlong filtering)."""
+    top_entropy: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of each minibatch's tokens, those of highest entropy, whose surrogate counts (arXiv 2506.01939: 0.2). Below 1 it
+    takes a forward pass before the update, also where every update is on-policy."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Whether a token's ratio pi / pi_old is its own (GRPO), or the geometric mean of its completion's (GSPO)."""
+    clip: Literal["surrogate", "weight"] = "surrogate"
+    """What the bounds below do. surrogate: a token beyond has no gradient (PPO, GRPO). weight: the ratio within its bounds
+    weights the token's log-probability, which always has one (CISPO)."""
+    clip_low: PositiveFloat | None = 0.2
+    """The ratio is clipped below at 1 - clip_low. null: it has no bound below."""
+    clip_high: PositiveFloat | None = 0.2
+    """The ratio is clipped above at 1 + clip_high. DAPO raises it to 0.28; DeepSeek-R1's first stage used 10. null: no bound."""
+    importance: Literal["none", "truncate", "mask"] = "none"
+    """Weight each token's surrogate with pi_old / pi_rollout, where what samples is not quite what is trained: truncated to the
+    bounds below (TIS), or 0 beyond them (IcePop)."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """Whether that weight is the token's own, or the product over its completion: unbiased, and far from 1 for long ones."""
+    importance_low: PositiveFloat | None = None
+    """Lower bound of the importance weight (TIS: none; IcePop: 0.5)."""
+    importance_high: PositiveFloat | None = None
+    """Upper bound of the importance weight (TIS: 2; IcePop: 5)."""
+    kl_coef: NonNegativeFloat = 0.001
+    """Weight of the KL penalty to the reference model (beta). 0: no reference model is loaded."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Per-token KL estimator; see grpo/algorithm/loss.py. The paper's is k3."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """loss: a term of its own for every token. reward: each completion's sum of k1 is subtracted from its reward, before the
+    advantage."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of a bonus for the entropy of the next-token distribution, of every token. Raising it keeps the policy exploring;
+    too much of it makes noise of the completions."""
+    reference_refresh_steps: NonNegativeInt = 0
+    """After every so many optimizer steps the reference becomes the current policy (the paper: 400). 0: it stays the starting
+    model. Lowering it lets the policy move further from its start."""
+    max_sampling_gap: PositiveFloat | None = None
+    """Stop when sampled tokens' log-probabilities and the trainer's own of the same tokens differ by more than this, in nats on
+    average: one of them is wrong. null: 0.001 in float32, and in bfloat16 0.04, or three times what rounding makes of this model
+    if that is more, measured on the first rollout; divided by a temperature below 1. Raise it for an engine whose rounding is
+    known to be coarser."""
+    num_minibatches: PositiveInt = 1
+    """Parts of a rollout that have an optimizer step each (the paper: 16). With 1 of them and of num_epochs every update is
+    strictly on-policy."""
+    num_epochs: PositiveInt = 1
+    """Times that the minibatches of a rollout are trained on, in the same order (mu in DeepSeekMath's algorithm 1). Raising it
+    makes more of a rollout, ever further off-policy."""
+
+
+class LoRAConfig(Section):
+    rank: NonNegativeInt = 0
+    """Train low-rank adapters of this rank and leave the model's weights as they are; see lora.py. 0: train all weights.
+    Adapters need a higher optimizer.learning_rate, ten times that of all weights or more: in bfloat16 the smallest updates
+    have no effect until they add up."""
+    alpha: PositiveFloat = 32.0
+    """What adapters add is multiplied by alpha / rank. Raising it acts like a higher learning rate."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get adapters, such as [q_proj, v_proj]. all-linear: all but the output layer."""
+
+
+class OptimizerConfig(Section):
+    learning_rate: PositiveFloat = 1e-6
+    """Peak learning rate of AdamW."""
+    beta1: Fraction = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: Fraction = 0.95
+    """AdamW's decay of the second moment."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after warm-up; linear and cosine end at 0 with the last step."""
+    max_grad_norm: PositiveFloat = 1.0
+    """The gradient is scaled down to this global L2 norm."""
+
+
+class MemoryConfig(Section):
+    micro_batch_tokens: PositiveInt = 16384
+    """Tokens per forward and backward pass of one process, a prompt counted once for all its completions. Results do not depend
+    on it; passes below 32,768 tokens leave a fast GPU waiting for the host on small models."""
+    logprob_chunk_tokens: PositiveInt = 4096
+    """Completion tokens whose logits over the vocabulary exist at once, in the model's precision. Results do not depend on it."""
+    activation_checkpointing: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the layers whose activations are computed again in the backward pass instead of kept. 1: all, least memory; 0:
+    none, a sixth faster; docs/performance.md has the cost of both. Results do not depend on it."""
+    max_sequences: PositiveInt = 256
+    """Completions that one process samples at once. Raising it uses the GPU better, and takes memory for keys and values."""
+    kv_cache_gib: PositiveFloat | None = None
+    """Memory of one process for the native engine's keys and values, kept through the run. With less than max_sequences
+    completions need, fewer run at once. null: what they need, or half of what is free once the policy is loaded."""
+
+
+class DistributedConfig(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage: 1 shards the optimizer over the GPUs, 2 also the gradients, 3 also the weights."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's float32 weights and moments in the machine's memory and update them there, under ZeRO 1 to 3. Frees 12
+    bytes of GPU memory per trained weight, divided by the processes; each update then takes the CPU's time."""
+    offload_parameters: bool = False
+    """Keep the weights' shards in the machine's memory too, under ZeRO-3 only; they pass through the GPU layer by layer."""
+
+
+class EvaluationConfig(Section):
+    num_questions: NonNegativeInt = 0
+    """Held-out questions, from the start of the evaluation set. 0: no evaluation."""
+    every_steps: NonNegativeInt = 0
+    """Evaluate after every so many steps, besides before the first and after the last. 0: only those two."""
+    num_samples: PositiveInt = 1
+    """Answers per held-out question (the paper: 16 or 64). Raising it makes pass@1 surer, gives pass@k, and costs time."""
+    temperature: NonNegativeFloat = 0.0
+    """Of the evaluation's sampling; 0 is greedy decoding."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The evaluation draws from the fewest likeliest tokens that have this probability together (the paper: 0.95, at 0.6)."""
+
+
+class PreflightConfig(Section):
+    num_questions: NonNegativeInt = 32
+    """Training questions that the untrained model answers before the first step, rollout.group_size times each, to see whether
+    there is anything to learn from; see preflight.py. A run that has made a step does not repeat it. Raising it makes the
+    verdict surer and the start slower. 0: no preflight."""
+    on_failure: Literal["stop", "warn"] = "stop"
+    """What to do if there is nothing to learn from. warn: say so and train all the same."""
+
+
+class CheckpointConfig(Section):
+    every_steps: NonNegativeInt = 50
+    """Save after every so many steps, besides after the last. 0: only after the last."""
+    keep: PositiveInt = 2
+    """How many of the newest checkpoints stay on disk."""
+    keep_every: NonNegativeInt = 0
+    """Besides them, those after every so many steps stay for good. 0: none."""
+    background: bool = False
+    """Write while training goes on, from a copy in the machine's memory: 16 bytes per weight over all processes of the run."""
+
+
+Action = Literal["warn", "stop", "roll_back"]
+
+
+class WatchdogConfig(Section):
+    """What to do when a rule of watchdog.py, where their formulas are, has something to say. warn: print it. stop: end the
+    run. roll_back: go on from the last checkpoint before the trouble, at a lower learning rate. The latter two leave a
+    post-mortem. A run that nobody watches may want more than warnings. Where a schedule changes a setting by more than a quarter
+    from one step to the next, what came before is no longer compared with."""
+
+    not_finite: Action = "stop"
+    """The loss or the gradient was not finite in max_skipped steps in a row. The updates themselves are always left out."""
+    kl: Action = "warn"
+    """The KL to the reference runs away."""
+    entropy: Action = "warn"
+    """The entropy collapses or explodes."""
+    length: Action = "warn"
+    """Completions run away or collapse in length. Completions that grow slowly are none of this."""
+    truncation: Action = "warn"
+    """Far more completions are cut off than before, or nearly all of them."""
+    repetition: Action = "warn"
+    """Far more of the completions is repetition than before, or nearly all of it."""
+    reward: Action = "warn"
+    """The mean reward is 0 or another constant, or has fallen to half and stays there."""
+    signal: Action = "warn"
+    """No group has rewards that differ, so the steps are for nothing."""
+    patience: PositiveInt = 10
+    """Steps over which a rule looks before it speaks. Raise it for small, noisy rollouts; lower it where a step is dear."""
+    max_skipped: PositiveInt = 3
+    """Steps in a row with left-out updates before `not_finite` acts. Raise it where single batches are known to be bad."""
+    rate_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Every roll-back multiplies the learning rate by this. Lower it if the trouble comes back."""
+    max_roll_backs: PositiveInt = 2
+    """After so many roll-backs the run stops instead."""
+
+
+class LoggingConfig(Section):
+    wandb: Literal["online", "offline", "disabled"] = "disabled"
+    """Weights & Biases. Without a login `online` says so and goes on as `offline`."""
+    wandb_project: str | None = None
+    """Project of the W&B run. null: what WANDB_PROJECT says, else grpo. WANDB_ENTITY, WANDB_NAME and WANDB_RUN_ID hold too."""
+    completions_every: NonNegativeInt = 1
+    """Write all completions of every so many steps to completions.jsonl (and a sample to W&B). 0: never."""
+    num_samples: NonNegativeInt = 2
+    """Held-out questions whose answers before and after training are printed at the end."""
+    tensorboard: bool = False
+    """Also write curves, charts and some texts to `tensorboard/` in the run's directory; `pip install 'grpo[tensorboard]'`."""
+    reflection_words: dict[str, list[str]] = Field(default_factory=dict)
+    """Further lists of words to count in completions, as aha/<list> and so on: {planning: [the plan, my plan*]}. One named like a
+    list of grpo/text/aha.py takes its place. What a word matches is said there."""
+
+
+class RunConfig(Section):
+    dir: Location
+    """Where everything the run produces goes."""
+    steps: PositiveInt
+    """Training steps; one is a rollout of num_prompts questions and all its updates."""
+    seed: NonNegativeInt = 0
+    """Of the prompt order and the sampling."""
+    deterministic: bool = True
+    """Repeat and resume a run to the bit on the same GPUs. false: the backward pass of attention adds in whatever order."""
+    max_hours: PositiveFloat | None = None
+    """Save, stop and exit with 75 after so much time, as on SIGTERM; a start with `resume: auto` goes on. null: no limit."""
+    resume: Literal["never", "auto"] = "never"
+    """auto: go on from the newest complete checkpoint in `dir`, or start there. never: a used `dir` is left alone and
+    the next free of dir-2, dir-3, ... is taken."""
+    accept_changes: bool = False
+    """Resume although the questions or the source of the rewards are not those that the checkpoint was written with."""
+
+
+class ScheduleConfig(Section):
+    """Values of a setting over the run. They count in optimizer steps, as the paper does, and hold for a whole rollout: that of a
+    training step is the one at the first of its updates."""
+
+    points: dict[NonNegativeInt, float]
+    """Value from an optimizer step on, for each step where it changes; one of them is 0. {0: 32768, 8200: 65536}"""
+    interpolation: Literal["step", "linear"] = "step"
+    """step: a value holds until the next. linear: a straight line from each point to the next; whole numbers are rounded."""
+
+    def at(self, optimizer_step: int) -> float:
+        """The value of the training step whose first update is this one, counted from 0."""
+        before = max(step for step in self.points if step <= optimizer_step)
+        after = min((step for step in self.points if step > optimizer_step), default=before)
+        share = (
+            (optimizer_step - before) / (after - before) if self.interpolation == "linear" and after > before else 0.0
+        )
+        return self.points[before] + share * (self.points[after] - self.points[before])

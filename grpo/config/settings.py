@@ -1,0 +1,338 @@
+"""The settings of a run: a YAML file and overrides in, one validated, typed tree out.
+
+Sections are two levels deep and go by concern. Whatever is wrong is refused with a `ValueError` before any model is loaded; its
+message has the setting as spelled, the value, the rule and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from grpo.algorithm.loss import Objective
+from grpo.config.combinations import check_combinations, check_rewards, check_schedules, check_vllm_sampling, scheduled
+from grpo.config.load import apply_override, read_settings, read_text, write_yaml
+from grpo.config.sections import (
+    SHAPES_OF_SOURCES,
+    AlgorithmConfig,
+    CheckpointConfig,
+    DataConfig,
+    DistributedConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    LoRAConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PreflightConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    ScheduleConfig,
+    ScoringConfig,
+    Section,
+    SourceConfig,
+    VLLMConfig,
+    WatchdogConfig,
+)
+from grpo.types import Sampling
+
+LOWEST_LORA_RATE = 1e-5
+"""At this rate merged bfloat16 weights hold 2 % of a first update and 58 % of the sum of 26 (lora.py); below it, less."""
+
+
+OF_THE_RATIO = ("ratio", "clip", "clip_low", "clip_high")
+"""Settings of the algorithm without effect where the ratio is 1."""
+
+
+class Config(Section):
+    """Everything that defines a run.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known one), a value of the wrong type or out of range, or a
+            combination that cannot work.
+    """
+
+    model: ModelConfig
+    data: DataConfig = Field(default_factory=DataConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    vllm: VLLMConfig = Field(default_factory=VLLMConfig)
+    rewards: list[RewardConfig] = Field(
+        default_factory=lambda: [RewardConfig(function="accuracy"), RewardConfig(function="format")]
+    )
+    scoring: ScoringConfig = Field(default_factory=ScoringConfig)
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    lora: LoRAConfig = Field(default_factory=LoRAConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    memory: MemoryConfig = Field(default_factory=MemoryConfig)
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    preflight: PreflightConfig = Field(default_factory=PreflightConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    schedules: dict[str, ScheduleConfig] = Field(default_factory=dict)
+    """Settings that change over the run, by name. The setting itself is the largest value of its schedule, for which memory is
+    planned and checked, and which evaluations use; leave it out or set it to that."""
+    run: RunConfig
+
+    def __init__(self, **settings: Any) -> None:
+        _refuse_unknown_keys(settings, type(self))
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ValueError("\n".join(_explain(detail) for detail in error.errors())) from None
+        check_schedules(self)
+        check_combinations(self)
+        for stage in self._stages():
+            check_rewards(stage)
+            if self.rollout.engine == "vllm":
+                check_vllm_sampling(stage)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Config:
+        """Read a YAML file and apply overrides such as `rollout.group_size=8`, in order.
+
+        The value of an override is read as YAML; a list item is addressed by its number: `rewards.0.weight=0.5`.
+        """
+        if not Path(path).is_file():
+            raise ValueError(f"--config is {str(path)!r}; there is no such file. Name one of the files in configs/.")
+        settings = read_settings(read_text(Path(path), f"--config is {str(path)!r}"), str(path))
+        for override in overrides:
+            apply_override(settings, override)
+        return cls(**settings)
+
+    def to_yaml(self) -> str:
+        return write_yaml(self.model_dump())
+
+    def at(self, optimizer_step: int) -> Config:
+        """The settings of the training step whose first update is this one."""
+        config = self.model_copy(deep=True) if self.schedules else self
+        for setting, schedule in self.schedules.items():
+            section, name, is_whole = scheduled(config, setting)
+            value = schedule.at(optimizer_step)
+            setattr(section, name, round(value) if is_whole else value)
+        return config
+
+    def _stages(self) -> list[Config]:
+        """The settings where a schedule changes; without any, those of the whole run."""
+        return [self.at(step) for step in sorted({0}.union(*(schedule.points for schedule in self.schedules.values())))]
+
+    @property
+    def completion_limits(self) -> list[int]:
+        """Every rollout.max_completion_tokens of the run, or both ends where it changes gradually."""
+        return [stage.rollout.max_completion_tokens for stage in self._stages()]
+
+    def scheduled_values(self) -> dict[str, float]:
+        """Of the settings that follow a schedule, what they are in this configuration."""
+        places = {setting: scheduled(self, setting) for setting in self.schedules}
+        return {setting: getattr(section, name) for setting, (section, name, _) in places.items()}
+
+    # What follows from the settings, each worked out here and nowhere else.
+
+    @property
+    def sampling(self) -> Sampling:
+        """Of the training rollouts."""
+        rollout = self.rollout
+        return Sampling(
+            max_tokens=rollout.max_completion_tokens,
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            min_p=rollout.min_p,
+            stop=tuple(rollout.stop),
+        )
+
+    @property
+    def eval_sampling(self) -> Sampling:
+        """Of the held-out evaluation: ends where training rollouts end."""
+        evaluation = self.evaluation
+        return Sampling(
+            max_tokens=self.rollout.max_completion_tokens,
+            temperature=evaluation.temperature,
+            top_p=evaluation.top_p,
+            stop=tuple(self.rollout.stop),
+        )
+
+    @property
+    def samplings(self) -> dict[str, Sampling]:
+        """All that happen in the run, by the section that sets them."""
+        held_out = {"evaluation": self.eval_sampling} if self.evaluation.num_questions else {}
+        return {"rollout": self.sampling, **held_out}
+
+    @property
+    def vllm_logprobs_mode(self) -> str:
+        """How a vLLM engine must report log-probabilities so that they are those of Completion.
+
+        vLLM's processed_logprobs come after temperature, min-p, top-k and top-p: right at any temperature, but renormalised over
+        the tokens that were left. Its raw_logprobs come before all of them: right at temperature 1 only, whatever is left out.
+        """
+        return "raw_logprobs" if any(each.truncated for each in self.samplings.values()) else "processed_logprobs"
+
+    @property
+    def completions_per_step(self) -> int:
+        return self.rollout.num_prompts * self.rollout.group_size
+
+    @property
+    def max_questions_per_step(self) -> int:
+        return int(self.rollout.num_prompts * self.rollout.max_oversampling)
+
+    @property
+    def prompts_per_minibatch(self) -> int:
+        return self.rollout.num_prompts // self.algorithm.num_minibatches
+
+    @property
+    def updates_per_rollout(self) -> int:
+        return self.algorithm.num_minibatches * self.algorithm.num_epochs
+
+    @property
+    def optimizer_steps(self) -> int:
+        return self.run.steps * self.updates_per_rollout
+
+    @property
+    def objective(self) -> Objective:
+        """What the loss is made of."""
+        return Objective(**{field.name: getattr(self.algorithm, field.name) for field in fields(Objective)})
+
+    @property
+    def kl_in_loss(self) -> bool:
+        return self.algorithm.kl_coef > 0 and self.algorithm.kl_in == "loss"
+
+    @property
+    def every_token_counts(self) -> bool:
+        """Whether the update has a use for completions whose advantage is 0: a gradient, or their place among the entropies."""
+        return self.kl_in_loss or self.algorithm.entropy_coef > 0 or self.algorithm.top_entropy < 1
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        return self.data.max_prompt_tokens + self.rollout.max_completion_tokens
+
+    def summary(self, *, num_rows: int, world_size: int) -> str:
+        """The numbers people ask for first, for a data set of `num_rows` questions on `world_size` processes."""
+        rollout, steps = self.rollout, self.run.steps
+        questions, most = steps * rollout.num_prompts, steps * self.max_questions_per_step
+        dynamic = [f"dynamic sampling       up to {self.max_questions_per_step} questions per step, {most:,} in all"]
+        refresh = self.algorithm.reference_refresh_steps
+        refreshes = (
+            [f"reference refreshes    {self.optimizer_steps // refresh}, every {refresh} optimizer steps"]
+            if refresh
+            else []
+        )
+        rate, rank = self.optimizer.learning_rate, self.lora.rank
+        low_rate = (
+            [
+                f"learning rate          {rate:g}, low for adapters (lora.rank {rank}): in bfloat16 most of such updates are "
+                f"rounded away; set optimizer.learning_rate >= {LOWEST_LORA_RATE:g}"
+            ]
+            if rank and rate < LOWEST_LORA_RATE
+            else []
+        )
+        return "\n".join(
+            [
+                f"questions per step     {rollout.num_prompts} over {world_size} process{'es' * (world_size > 1)}",
+                f"completions per step   {self.completions_per_step} ({rollout.num_prompts} x {rollout.group_size}), "
+                f"at most {self.completions_per_step * rollout.max_completion_tokens:,} tokens",
+                f"optimizer steps        {self.optimizer_steps:,} ({self.updates_per_rollout} per rollout, "
+                f"{self.prompts_per_minibatch * rollout.group_size} completions each)",
+                *refreshes,
+                *self._without_ratio(),
+                *self._without_restraint(),
+                *self._never_reached(),
+                *low_rate,
+                *(dynamic if most > questions else []),
+                f"questions in all       {questions:,} = {questions / num_rows:.2f} epochs of {num_rows:,}",
+            ]
+        )
+
+    def _never_reached(self) -> list[str]:
+        """Of schedules, what comes after the last rollout, as it does in a trial of a few steps."""
+        last = self.optimizer_steps - self.updates_per_rollout
+        late = {name: [step for step in each.points if step > last] for name, each in self.schedules.items()}
+        return [
+            f"schedule               {name}: optimizer step {min(steps)} comes after the last rollout, which begins at {last}"
+            for name, steps in late.items()
+            if steps
+        ]
+
+    def _without_ratio(self) -> list[str]:
+        """That the ratio is 1 in every update, for whoever has set what becomes of it."""
+        default = AlgorithmConfig.model_fields
+        names = [
+            name
+            for name in OF_THE_RATIO
+            if getattr(self.algorithm, name) != default[name].default or f"algorithm.{name}" in self.schedules
+        ]
+        if self.updates_per_rollout > 1 or not names:
+            return []
+        settings = ", ".join(f"algorithm.{name}" for name in names)
+        return [f"strictly on-policy     the ratio is 1 in the only update of a rollout; no effect: {settings}"]
+
+    def _without_restraint(self) -> list[str]:
+        if not self.kl_in_loss or self.algorithm.kl_estimator != "k1":
+            return []
+        return [
+            "k1 in the loss         measures the KL and restrains nothing: its expected gradient is 0; see algorithm.kl_in"
+        ]
+
+    def check_world_size(self, world_size: int) -> None:
+        if self.rollout.num_prompts < world_size:
+            raise ValueError(
+                f"rollout.num_prompts is {self.rollout.num_prompts}; each of the {world_size} processes needs at least "
+                f"one question per step. Set rollout.num_prompts >= {world_size} or launch fewer processes."
+            )
+
+
+LISTED_SECTIONS: dict[str, type[BaseModel]] = {
+    "rewards": RewardConfig,
+    "data.name": SourceConfig,
+    "data.eval_name": SourceConfig,
+}
+"""What an entry of a list is, where the entries of the list have settings."""
+
+
+def _refuse_unknown_keys(settings: dict[str, Any], section: type[BaseModel], prefix: str = "") -> None:
+    for key, value in settings.items():
+        if key not in section.model_fields:
+            raise ValueError(_unknown_key(f"{prefix}{key}", key, section, prefix))
+        inner = section.model_fields[key].annotation
+        if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, BaseModel):
+            _refuse_unknown_keys(value, inner, f"{prefix}{key}.")
+        listed = LISTED_SECTIONS.get(f"{prefix}{key}")
+        if listed is not None and isinstance(value, list):
+            for i, item in enumerate(value):
+                if isinstance(item, dict):
+                    _refuse_unknown_keys(item, listed, f"{prefix}{key}.{i}.")
+
+
+def _unknown_key(spelled: str, key: str, section: type[BaseModel], prefix: str) -> str:
+    """The nearest name within the section; else where in the whole tree a setting of that name lives."""
+    near = [f"{prefix}{name}" for name in difflib.get_close_matches(str(key), section.model_fields, n=1)]
+    near = near or [name for name in setting_names() if name.split(".")[-1] == key]
+    hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(section.model_fields)}."
+    return f"{spelled} is not a setting. {hint}"
+
+
+def setting_names() -> list[str]:
+    """Every setting as `section.name`."""
+    names = []
+    for section, field in Config.model_fields.items():
+        listed: dict[str, Any] = {"rewards": RewardConfig, "schedules": ScheduleConfig}
+        inner = listed.get(section, field.annotation)
+        assert isinstance(inner, type), f"section {section} is not a model"
+        assert issubclass(inner, BaseModel), f"section {section} is not a model"
+        names += [f"{section}.{name}" for name in inner.model_fields]
+    return names
+
+
+def _explain(detail: ErrorDetails) -> str:
+    spelled = ".".join(str(part) for part in detail["loc"] if part not in SHAPES_OF_SOURCES)
+    if detail["type"] == "missing":
+        return f"{spelled} is missing; it has no default. Set {spelled}."
+    rule = detail["msg"][0].lower() + detail["msg"][1:]
+    return f"{spelled} is {detail['input']!r}; {rule}. Correct {spelled}."

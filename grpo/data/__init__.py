@@ -1,0 +1,1 @@
+"""Questions: files, hub data sets and generated tasks -> rows -> prompts."""

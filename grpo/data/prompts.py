@@ -1,0 +1,441 @@
+"""Rows -> Prompts: fill the template, filter, and serve in a resumable order.
+
+A prompt ends where the model is to go on. Two things in a tokenizer's files break that without a word, and are mended here: a
+tokenizer that appends an end-of-sequence token to every text, and a chat template that does not open the assistant's turn. What
+still ends with such a token is refused. What a prompt ends with and is already part of the answer, as `<think>` is, is the
+prompt's prefill, whatever template wrote it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.meta
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from grpo.config import DataConfig, read_text
+from grpo.data.rows import DATA_NAME, MESSAGES
+from grpo.policy.policy import END_TOKENS
+from grpo.system import progress
+from grpo.types import Prompt
+
+R1_ZERO = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant first "
+    "thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning process and "
+    "answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> reasoning process "
+    "here </think> <answer> answer here </answer>. User: {question} Assistant:"
+)
+"""DeepSeek-R1 (arXiv 2501.12948v1), table 1, word for word: raw text for a base model, no chat template."""
+
+
+Message = dict[str, str]
+Question = str | list[Message]
+"""A conversation is for the template `chat` alone."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """`fill(question, tokenizer, data)` is the prompt as text."""
+
+    fill: Callable[[Any, PreTrainedTokenizerBase, DataConfig], str]
+    is_chat: bool = False  # its text has the tokenizer's special tokens already, and its prompts are conversations
+
+
+def _chat(question: Question, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> str:
+    return chat_text(conversation(question, data), tokenizer, data)
+
+
+TEMPLATES: dict[str, Template] = {
+    "r1_zero": Template(lambda question, *_: R1_ZERO.replace("{question}", question)),
+    "r1_zero_think": Template(lambda question, *_: R1_ZERO.replace("{question}", question) + " <think>"),
+    "chat": Template(_chat, is_chat=True),
+    "none": Template(lambda question, *_: question),
+}
+
+PREFILL = re.compile(r"<think>(\s*</think>)?\s*\Z")
+"""The beginning of an answer at the end of a prompt: an open thought, or an empty one where thinking is switched off."""
+
+
+def prefill_of(prompt: str) -> str:
+    """The end of a prompt that already belongs to the answer; often empty."""
+    found = PREFILL.search(prompt)
+    return "" if found is None else found[0]
+
+
+# ---- chat templates --------------------------------------------------------------------------------------------------
+
+
+TEMPLATE_SECONDS = 10.0
+"""A chat template may take so long, and PROMPT_SECONDS more for each prompt; a thousandth of a second is usual."""
+PROMPT_SECONDS = 0.05
+
+
+def use_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
+    """Give the tokenizer the chat template of `data.chat_template`, which is then saved with it.
+
+    Raises:
+        ValueError: there is no such file, or it cannot be read.
+    """
+    if data.chat_template is None:
+        return
+    path = Path(data.chat_template)
+    if not path.is_file():
+        raise ValueError(
+            f"data.chat_template is {data.chat_template!r}; there is no file {path.resolve()}. Name a file with the Jinja text "
+            "of a chat template."
+        )
+    tokenizer.chat_template = read_text(path, f"data.chat_template is {data.chat_template!r}")
+
+
+def conversation(question: Question, data: DataConfig) -> list[Message]:
+    """What the chat template is given of a question.
+
+    Raises:
+        ValueError: a conversation has a system message beside data.system_prompt.
+    """
+    system = [] if data.system_prompt is None else [{"role": "system", "content": data.system_prompt}]
+    turns = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    if system and turns[0]["role"] == "system":
+        raise ValueError(
+            f"data.system_prompt is {data.system_prompt!r}; the conversation that ends with {turns[-1]['content'][:80]!r} has a "
+            "system message of its own. Remove data.system_prompt, or the message."
+        )
+    return [*system, *turns]
+
+
+def question_of(row: Mapping[str, Any], config: DataConfig) -> Question:
+    """A row's question as its template takes it: only chat templates have room for several turns.
+
+    Raises:
+        ValueError: the question is a conversation, and the template is none.
+    """
+    turns = row.get(MESSAGES)
+    if not turns or (len(turns) == 1 and not TEMPLATES[config.template].is_chat):
+        return str(row["question"])
+    if not TEMPLATES[config.template].is_chat:
+        raise ValueError(
+            f"data.template is {config.template!r}; the question {row['question'][:80]!r} is a conversation of {len(turns)} "
+            "messages, and this template has room for one. Set data.template to chat, or data.question_column to one message: "
+            "messages.0.content."
+        )
+    return list(turns)
+
+
+def chat_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> str:
+    """A conversation in the tokenizer's chat template, up to where the assistant is to speak.
+
+    Raises:
+        ValueError: there is no template, or it fails, or leaves out the system message.
+    """
+    text = _render(messages, tokenizer, data, add_generation_prompt=True)
+    if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
+        raise ValueError(
+            f"{'data.system_prompt' if data.system_prompt is not None else 'the system message of a conversation'} is "
+            f"{messages[0]['content']!r}; the tokenizer's chat template leaves it out. {_other_place(data)}, or name a file with "
+            "another chat template (data.chat_template)."
+        )
+    if "add_generation_prompt" not in str(tokenizer.get_chat_template()):
+        text += _opening(messages, text, tokenizer, data)
+    return text
+
+
+_REPLY = "a reply"
+
+
+def _opening(messages: list[Message], text: str, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> str:
+    """What a chat template that does not know `add_generation_prompt` writes between a question and its answer."""
+    reply = {"role": "assistant", "content": _REPLY}
+    try:
+        whole = _render([*messages, reply], tokenizer, data, add_generation_prompt=False)
+    except ValueError:  # one that has no answers in it
+        return ""
+    between, found, _ = whole.removeprefix(text).rpartition(_REPLY)
+    return between.rstrip(" ") if found and whole.startswith(text) else ""
+
+
+def _render(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, data: DataConfig, *, add_generation_prompt: bool
+) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **data.chat_template_kwargs
+            )
+        )
+    except Exception as error:  # a template is a program, and whatever it raises says what is wrong with it
+        roles = ", ".join(message["role"] for message in messages)
+        is_system = messages[0]["role"] == "system" and _takes(messages[1:], tokenizer, data)
+        remedy = f"{_other_place(data)}, or name" if is_system else "Name"
+        raise ValueError(
+            f"data.template is 'chat'; the tokenizer's chat template refuses a conversation of the roles {roles}: "
+            f"{type(error).__name__}: {error}. {remedy} a file with another chat template (data.chat_template)."
+        ) from None
+
+
+def _other_place(data: DataConfig) -> str:
+    """Where a system message may stand that a chat template does not take."""
+    if data.system_prompt is not None:
+        return "Remove data.system_prompt and say it in data.question_template"
+    return "Say it in the first message of the user"
+
+
+def _takes(messages: list[Message], tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> bool:
+    try:
+        _render(messages, tokenizer, data, add_generation_prompt=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_chat(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
+    """Raises ValueError: there is no chat template, or it has no use for one of `data.chat_template_kwargs`."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "data.template is 'chat'; the tokenizer of this model has no chat template. Set data.template to r1_zero, or name a "
+            "file with one (data.chat_template)."
+        )
+    known = _arguments(tokenizer) if data.chat_template_kwargs else set()
+    for name, value in data.chat_template_kwargs.items():
+        if known is not None and name not in known:
+            raise ValueError(
+                f"data.chat_template_kwargs.{name} is {value!r}; the chat template does not read it. It reads "
+                f"{', '.join(sorted(known - GIVEN)) or 'no arguments'}. Remove it, or correct the name."
+            )
+
+
+GIVEN = {
+    "messages",
+    "add_generation_prompt",
+    "raise_exception",
+    "strftime_now",
+    "bos_token",
+    "eos_token",
+    "tools",
+    "documents",
+}
+"""What transformers itself gives a chat template."""
+
+
+def _arguments(tokenizer: PreTrainedTokenizerBase) -> set[str] | None:
+    """Names that a chat template reads and does not set; None if that cannot be told."""
+    try:
+        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"])
+        return jinja2.meta.find_undeclared_variables(environment.parse(str(tokenizer.get_chat_template())))
+    except jinja2.TemplateError:  # transformers adds a tag of its own
+        return None
+
+
+class _TooLong(BaseException):
+    """Not an Exception: a template's own handlers must not catch it."""
+
+
+@contextmanager
+def time_limit(num_prompts: int) -> Iterator[None]:
+    """Break off a chat template whose loops do not end, in this thread, whichever it is.
+
+    Raises:
+        ValueError: it took too long for so many prompts.
+    """
+    thread, seconds = threading.get_ident(), TEMPLATE_SECONDS + PROMPT_SECONDS * num_prompts
+
+    def interrupt() -> None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_TooLong))
+
+    timer = threading.Timer(seconds, interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+        timer.cancel()
+        timer.join()  # if it is interrupting, that comes to be before this ends
+    except _TooLong:
+        raise ValueError(
+            f"data.template is 'chat'; the tokenizer's chat template has not ended within {seconds:g} seconds. Name a file with "
+            "another chat template (data.chat_template)."
+        ) from None
+    finally:
+        timer.cancel()
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+@progress.busy("making prompts")
+def build_prompts(
+    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> tuple[list[Prompt], Counter[str]]:
+    """Prompts in the order of `rows`, and how many rows were dropped for which reason.
+
+    Raises:
+        ValueError: no row is left, a prompt has no tokens, or the chat template fails.
+    """
+    template = TEMPLATES[config.template]
+    questions = [question_of(row, config) for row in rows]
+    texts = fill(questions, tokenizer, config)
+    ids = tokenize(texts, tokenizer, config)
+    prompts, dropped = [], Counter[str]()
+    too_long = f"prompt longer than data.max_prompt_tokens ({config.max_prompt_tokens})"
+    for number, (row, text, token_ids) in enumerate(zip(rows, texts, ids, strict=True)):
+        if not token_ids:  # seen with tokenizer files that transformers reads as another family's
+            raise ValueError(
+                f"data.template is {config.template!r}; {type(tokenizer).__name__} turns the prompt {text[:80]!r} into no tokens "
+                "at all. If the question is not empty, the tokenizer does not load as it was saved; check model.name."
+            )
+        if _has_ended(text, token_ids, tokenizer):
+            dropped[ENDED] += 1
+        elif len(token_ids) > config.max_prompt_tokens:
+            dropped[too_long] += 1
+        else:
+            messages = conversation(questions[number], config) if template.is_chat else None
+            prompts.append(Prompt(number, token_ids, text, prefill_of(text), row, messages=messages))
+    if not prompts and dropped[ENDED]:
+        chat, raw = "Name a file with another chat template (data.chat_template)", "Remove it from the questions"
+        raise ValueError(
+            f"data.template is {config.template!r}; {dropped[ENDED]} of {len(rows)} prompts end with an end-of-sequence token, "
+            f"so the model would have nothing to say; the first: {texts[0][-200:]!r}. {chat if template.is_chat else raw}."
+        )
+    if not prompts:
+        shortest = min(map(len, ids))
+        raise ValueError(
+            f"data.max_prompt_tokens is {config.max_prompt_tokens}; the shortest of {len(rows)} prompts has {shortest} "
+            f"tokens, so none is left. Set data.max_prompt_tokens >= {shortest}."
+        )
+    return prompts, dropped
+
+
+ENDED = "prompt ends with an end-of-sequence token"
+
+
+def fill(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[str]:
+    """The prompts of questions as text.
+
+    Raises:
+        ValueError: the chat template fails, or does not end.
+    """
+    template = TEMPLATES[config.template]
+    if template.is_chat:
+        _check_chat(tokenizer, config)
+    with time_limit(len(questions)):
+        return [template.fill(question, tokenizer, config) for question in questions]
+
+
+def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[list[int]]:
+    """Prompts as token ids, without what the tokenizer appends to a text: a prompt goes on."""
+    own_tokens = TEMPLATES[config.template].is_chat
+    ids = tokenizer(texts, add_special_tokens=not own_tokens)["input_ids"]
+    appended = [] if own_tokens else _appended(tokenizer)
+    return [list(each[: len(each) - len(appended)] if appended else each) for each in ids]
+
+
+def _appended(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that a tokenizer puts behind every text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return list(whole[start + len(plain) :])
+    return []
+
+
+def _has_ended(text: str, token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a prompt ends a text or a turn, white space aside."""
+    known = {tokenizer.eos_token, *(token for token in END_TOKENS if token in tokenizer.all_special_tokens)}
+    return text.rstrip().endswith(tuple(filter(None, known))) or token_ids[-1] == tokenizer.eos_token_id
+
+
+class PromptOrder:
+    """Deals prompts to the processes, epoch after epoch, in an order that depends only on seed and position.
+
+    `position` counts the prompts dealt so far over all processes; it is all there is to save and restore.
+
+    An epoch has as many places as there are prompts. Without weights each prompt has one. With weights each source has its share
+    of them, rounded to whole places: its prompts in an order of their own, begun anew when all were dealt; the next epoch goes on
+    where this one ended.
+    """
+
+    def __init__(
+        self,
+        prompts: list[Prompt],
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """
+        Args:
+            weights: of each source, as the prompts have it in their column `data_name`.
+
+        Raises:
+            ValueError: a source has no prompts, or too small a share for one place in an epoch.
+        """
+        self.prompts = prompts
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.position = 0
+        self._epoch: tuple[int, list[int]] = (-1, [])
+        self._sources = [] if weights is None else _shared_out(prompts, weights)
+
+    def draw(self, num_prompts: int) -> list[Prompt]:
+        """This process's share of the next `num_prompts` prompts: every world_size-th, starting at its rank."""
+        mine = range(self.position + self.rank, self.position + num_prompts, self.world_size)
+        self.position += num_prompts
+        return [self._at(place) for place in mine]
+
+    def _at(self, place: int) -> Prompt:
+        epoch, offset = divmod(place, len(self.prompts))
+        if self._epoch[0] != epoch:
+            pool = [number for source in self._sources for number in self._of_source(*source, epoch)]
+            order = self._permutation(len(self.prompts), epoch)
+            self._epoch = (epoch, [pool[place] for place in order] if pool else order)
+        return self.prompts[self._epoch[1][offset]]
+
+    def _of_source(self, members: list[int], num_places: int, epoch: int) -> list[int]:
+        """The prompts of a source that an epoch deals."""
+        first, last = epoch * num_places, (epoch + 1) * num_places - 1
+        rounds = range(first // len(members), last // len(members) + 1)
+        dealt = [members[n] for each in rounds for n in self._permutation(len(members), each)]
+        start = first - rounds[0] * len(members)
+        return dealt[start : start + num_places]
+
+    def _permutation(self, length: int, number: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        return torch.randperm(length, generator=generator).tolist()
+
+
+def _shared_out(prompts: list[Prompt], weights: Mapping[str, float]) -> list[tuple[list[int], int]]:
+    """The numbers of each source's prompts, and how many places of an epoch it has: largest remainders are rounded up.
+
+    Raises:
+        ValueError: see PromptOrder.
+    """
+    members: dict[str, list[int]] = {label: [] for label in weights}
+    for number, prompt in enumerate(prompts):
+        members[prompt.columns[DATA_NAME]].append(number)
+    exact = {label: len(prompts) * weight / sum(weights.values()) for label, weight in weights.items()}
+    places = {label: int(share) for label, share in exact.items()}
+    spare = len(prompts) - sum(places.values())
+    for label in sorted(exact, key=lambda label: places[label] - exact[label])[:spare]:
+        places[label] += 1
+    for label, weight in weights.items():
+        if not members[label] or not places[label]:
+            what = (
+                "not one question of it is left"
+                if not members[label]
+                else f"that is not one of {len(prompts):,} questions"
+            )
+            raise ValueError(
+                f"data.name has the weight {weight:g} for {label}; {what}. Raise the weight, or remove the source."
+            )
+    return [(members[label], places[label]) for label in weights]

@@ -1,0 +1,426 @@
+"""Rows as they are written -> rows with `question` and `answer`: sources, columns, the text of a cell.
+
+The text of a cell is the text that trains:
+
+    text                      itself
+    number of JSON            as it is written: 0.50, 1e400, 4611686018427387905
+    integer, decimal          exact
+    other float               its shortest digits; a whole number without `.0`, because tables keep integers as floats beside a
+                              missing one
+    true, false               as JSON writes them, in every format
+    date, time                ISO 8601: 1945-05-08, 1945-05-08T00:00:00
+    list of numbers           as JSON writes it: [3, 4], [[1, 0], [0, 1]]
+    null, NaN                 missing: no question, and an answer that no reward can grade
+    list of messages          a conversation, where it is the question (data.template chat renders it)
+    anything else             refused, with the column, the row and what to do
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, time
+from decimal import Decimal
+from typing import Any
+
+from grpo.config import COLUMN_IN_BRACES, TASK_PREFIX, DataConfig, SourceConfig
+from grpo.data.files import Row, Written, given_rows, is_split, load_table, refuse_row
+from grpo.data.gym import make_rows
+from grpo.system import progress
+
+MESSAGES = "question_messages"
+"""Column of a row whose question is a conversation: its turns. `question` is then the last of them."""
+
+DATA_NAME = "data_name"
+"""Column of a row whose setting lists several sources: which of them it comes from, as `SourceConfig.label`."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Where question and answer are in a row; each with the setting that says so."""
+
+    question: str  # a template; the bare column is "{column}"
+    question_setting: tuple[str, str]  # its name and its value as spelled
+    answer: str
+    answer_setting: tuple[str, str]
+    regex: str | None
+    regex_setting: str
+    reads_answer: bool = True  # False: no reward asks for the answer, so a structured one is none's business
+
+
+@progress.busy("reading data")
+def load_rows(config: DataConfig, *, evaluation: bool = False, reads_answer: bool = True) -> list[Row]:
+    """Rows of the training or the evaluation set, each with `question` and `answer` among its columns.
+
+    Args:
+        reads_answer: whether a reward asks for `answer`, which then has to be a text.
+
+    Raises:
+        ValueError: no such data set, a column is missing, or `answer_regex` does not match an answer.
+    """
+    own = evaluation and config.eval_name is not None
+    setting, given = ("data.eval_name", config.eval_name) if own else ("data.name", config.name)
+    if given is None:
+        raise ValueError(
+            "data.name is missing; a run needs questions. Set data.name, or pass train_dataset to Trainer."
+            if not evaluation
+            else _no_held_out("given as train_dataset")
+        )
+    if isinstance(given, str) and given.startswith(TASK_PREFIX):
+        made = make_rows(given, config.args, held_out=evaluation)
+        return _prepared(made, _fields(config, own, reads_answer), setting)
+    if evaluation and not own and (not isinstance(given, str) or not is_split(given)):
+        raise ValueError(_no_held_out(given if isinstance(given, str) else ", ".join(each.name for each in given)))
+    if isinstance(given, str):
+        return complete(_source_rows(SourceConfig(name=given), config, evaluation, reads_answer, setting))
+    rows: list[Row] = []
+    for number, source in enumerate(given):
+        found = _source_rows(source, config, evaluation, reads_answer, f"{setting}.{number}.name")
+        rows += [{**row, DATA_NAME: source.label} for row in found]
+    return complete(rows)
+
+
+def _no_held_out(name: str) -> str:
+    return (
+        f"data.eval_name is missing; the training questions ({name}) have no held-out split "
+        "of their own. Set data.eval_name, pass eval_dataset to Trainer, or set evaluation.num_questions to 0."
+    )
+
+
+def _source_rows(
+    source: SourceConfig, config: DataConfig, evaluation: bool, reads_answer: bool, setting: str
+) -> list[Row]:
+    own = evaluation and config.eval_name is not None
+    subset = source.subset or (config.eval_subset if own else config.subset)
+    split = source.split or (config.eval_split if evaluation else config.split)
+    revision = source.revision or (None if own else config.revision)
+    option = f"{setting.removesuffix('name')}split" if source.split else f"data.{'eval_' * evaluation}split"
+    table = load_table(source.name, subset, split, setting, revision, split_setting=option)
+    fields = _own_fields(source, _fields(config, own, reads_answer), setting.removesuffix("name"))
+    return _prepared(table, fields, setting)
+
+
+def prepare_rows(
+    rows: Iterable[Mapping[str, Any]],
+    config: DataConfig,
+    *,
+    answer_regex: str | None,
+    setting: str,
+    held_out: bool = False,
+    reads_answer: bool = True,
+) -> list[Row]:
+    """Give each row its `question` and `answer`; its other columns stay, and one that only some rows have is None in the rest.
+
+    Args:
+        rows: dictionaries, a Dataset or a DataFrame.
+        held_out: the rows are those of `data.eval_name`, which may have settings of its own.
+        reads_answer: see load_rows.
+
+    Raises:
+        ValueError: the rows are none, or a cell cannot be a question or an answer.
+    """
+    fields = _fields(config, held_out, reads_answer)
+    fields = Fields(**{**vars(fields), "regex": answer_regex})
+    return complete(_prepared(given_rows(rows, setting), fields, setting))
+
+
+def complete(rows: list[Row]) -> list[Row]:
+    """The rows with the same columns: one that only some of them have is missing (None) in the others, as in a table."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    blank = dict.fromkeys(columns)
+    for row in rows:
+        if len(row) < len(columns):
+            present = dict(row)
+            row.update(blank)
+            row.update(present)
+    return rows
+
+
+def missing(rows: Sequence[Row], column: str) -> list[int]:
+    """The numbers of the rows that have nothing in a column."""
+    return [number for number, row in enumerate(rows) if row[column] is None]
+
+
+def canonical(row: Mapping[str, Any]) -> bytes:
+    """The same bytes for the same contents, in any process."""
+    return _ENCODER.encode(row).encode()
+
+
+def _tagged(value: Any) -> list[str]:
+    """What JSON has no form for, with its type."""
+    return [f"{type(value).__module__}.{type(value).__qualname__}", pickle.dumps(value, protocol=4).hex()]
+
+
+_ENCODER = json.JSONEncoder(default=_tagged, check_circular=False)
+
+
+# ---- which columns ---------------------------------------------------------------------------------------------------
+
+
+def _fields(config: DataConfig, held_out: bool, reads_answer: bool) -> Fields:
+    """As `data` has them, or for `data.eval_name` its own where it has any."""
+    question = "question_column" if config.question_template is None else "question_template"
+    answer, regex = "answer_column", "answer_regex"
+    if held_out:
+        question = question if config.eval_question_template is None else "eval_question_template"
+        answer = answer if config.eval_answer_column is None else "eval_answer_column"
+        regex = "eval_answer_regex"
+    spelled = getattr(config, question)
+    return Fields(
+        question=f"{{{spelled}}}" if question == "question_column" else spelled,
+        question_setting=(f"data.{question}", spelled),
+        answer=getattr(config, answer),
+        answer_setting=(f"data.{answer}", getattr(config, answer)),
+        regex=getattr(config, regex),
+        regex_setting=f"data.{regex}",
+        reads_answer=reads_answer,
+    )
+
+
+def _own_fields(source: SourceConfig, fields: Fields, prefix: str) -> Fields:
+    """With those that an entry of a list of sources has of its own."""
+    own: Row = {}
+    if source.question_column is not None:
+        own["question"] = f"{{{source.question_column}}}"
+        own["question_setting"] = (f"{prefix}question_column", source.question_column)
+    if source.question_template is not None:
+        own["question"] = source.question_template
+        own["question_setting"] = (f"{prefix}question_template", source.question_template)
+    if source.answer_column is not None:
+        own |= {"answer": source.answer_column, "answer_setting": (f"{prefix}answer_column", source.answer_column)}
+    if source.answer_regex is not None:
+        own |= {"regex": source.answer_regex, "regex_setting": f"{prefix}answer_regex"}
+    return Fields(**{**vars(fields), **own})
+
+
+# ---- question and answer ---------------------------------------------------------------------------------------------
+
+
+def _prepared(rows: Iterable[Mapping[str, Any]], fields: Fields, setting: str) -> list[Row]:
+    pattern = re.compile(fields.regex) if fields.regex is not None else None
+    prepared = []
+    for number, row in enumerate(rows):
+        where = f"row {number} of {setting}"
+        if not isinstance(row, Mapping):
+            refuse_row(row, where)
+        prepared.append({**row, **_question(row, fields, where), "answer": _answer(row, fields, pattern, where)})
+    if not prepared:
+        raise ValueError(f"{setting} holds no rows. Name a data set with at least one.")
+    return prepared
+
+
+def _question(row: Mapping[str, Any], fields: Fields, where: str) -> Row:
+    """The row's columns in their places of the template; or the turns of a conversation, and the last of them as the question."""
+    if (column := COLUMN_IN_BRACES.fullmatch(fields.question)) is not None:
+        cell = _cell(row, column[1], fields.question_setting, where)
+        if is_conversation(cell):
+            turns = _turns(cell, fields, where)
+            return {"question": turns[-1]["content"], MESSAGES: turns}
+
+    def text(found: re.Match[str]) -> str:
+        cell = _cell(row, found[1], fields.question_setting, where)
+        if is_missing(cell):
+            raise ValueError(f"{_said(fields.question_setting)}; {where} has no {found[1]}. Drop the row.")
+        return _text(cell, found[1], fields.question_setting, where)
+
+    return {"question": COLUMN_IN_BRACES.sub(text, fields.question)}
+
+
+def _answer(row: Mapping[str, Any], fields: Fields, pattern: re.Pattern[str] | None, where: str) -> str:
+    cell = _cell(row, fields.answer, fields.answer_setting, where)
+    if is_missing(cell):
+        return ""  # no reward can grade it
+    if not fields.reads_answer and text_of(cell) is None:
+        return json.dumps(cell, default=str)
+    answer = _text(cell, fields.answer, fields.answer_setting, where)
+    if pattern is None or not answer:
+        return answer
+    found = pattern.search(answer)
+    if found is None or found.group(1) is None:
+        raise ValueError(
+            f"{fields.regex_setting} is {fields.regex!r}; it finds no group in the answer of {where}: {answer[-200:]!r}. "
+            "Correct it, or set it to null if the column is the bare answer."
+        )
+    return found.group(1).strip()
+
+
+def _cell(row: Mapping[str, Any], address: str, setting: tuple[str, str], where: str) -> Any:
+    """The cell of a column, or what lies deeper in it: `reward_model.ground_truth`, `messages.-1.content`.
+
+    A column that has the very name comes first.
+    """
+    if address in row:
+        return row[address]
+    cell: Any = row
+    for depth, key in enumerate(keys := address.split(".")):
+        if isinstance(cell, Mapping) and key in cell:
+            cell = cell[key]
+        elif _is_list(cell) and re.fullmatch(r"-?\d+", key) and -len(cell) <= int(key) < len(cell):
+            cell = cell[int(key)]
+        else:
+            raise ValueError(_nothing_there(cell, keys[:depth], setting, where))
+        if is_missing(cell):
+            return None
+    return cell
+
+
+def _nothing_there(cell: Any, path: list[str], setting: tuple[str, str], where: str) -> str:
+    if not path:
+        return f"{_said(setting)}; {where} has the columns {', '.join(map(str, cell))}. Name one of them."
+    inside = ".".join(path)
+    if isinstance(cell, Mapping):
+        return f"{_said(setting)}; {inside} of {where} has {', '.join(map(str, cell))}. Name one of them."
+    if _is_list(cell):
+        return f"{_said(setting)}; {inside} of {where} is a list of {len(cell)}. Name one by its number: {inside}.0."
+    return f"{_said(setting)}; {inside} of {where} is {_kind(cell)}, and there is nothing in it. Name {inside}."
+
+
+def _said(setting: tuple[str, str]) -> str:
+    return f"{setting[0]} is {setting[1]!r}"
+
+
+def is_missing(cell: Any) -> bool:
+    """None, NaN, and what tables have for them."""
+    if cell is None or isinstance(cell, (str, list, dict)):
+        return cell is None
+    try:
+        return bool(cell != cell)  # NaN and NaT
+    except (TypeError, ValueError):  # pandas' NA is neither; an array is many
+        return type(cell).__name__ == "NAType"
+
+
+# ---- the text of a cell ----------------------------------------------------------------------------------------------
+
+
+def _text(cell: Any, column: str, setting: tuple[str, str], where: str) -> str:
+    """
+    Raises:
+        ValueError: the cell has no text of its own, or one that is no Unicode.
+    """
+    text = text_of(cell)
+    if text is None:
+        raise ValueError(
+            f"{_said(setting)}; {column} of {where} is {_kind(cell)}, not a text. {_remedy(cell, column, setting)}"
+        )
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{_said(setting)}; {column} of {where} holds {text[error.start]!r}, half of a character. Correct it, or "
+                "drop the row."
+            ) from error
+    return text
+
+
+def text_of(cell: Any) -> str | None:
+    """The text of a cell, as the head of this module has it; None: it has none."""
+    if isinstance(cell, str):
+        return str(cell)
+    if isinstance(cell, bool):
+        return "true" if cell else "false"
+    if isinstance(cell, (int, Written)):
+        return str(cell)
+    if isinstance(cell, Decimal):
+        return format(cell, "f")
+    if isinstance(cell, (date, time)):  # a datetime is a date
+        return cell.isoformat()
+    if hasattr(cell, "dtype") and hasattr(cell, "tolist"):  # numpy and torch
+        return _array_text(cell)
+    if isinstance(cell, float):
+        return _float_text(repr(float(cell)))
+    return _list_text(cell) if _is_list(cell) else None
+
+
+def _float_text(digits: str) -> str:
+    return digits.removesuffix(".0")
+
+
+def _array_text(cell: Any) -> str | None:
+    """Of a number or an array of numbers; those of half and single precision have their own shortest digits."""
+    if getattr(cell, "ndim", 0) == 0 and str(cell.dtype) in ("float16", "float32"):
+        return _float_text(str(cell))
+    plain = cell.tolist()
+    return None if hasattr(plain, "dtype") else text_of(plain)
+
+
+def _list_text(cell: Sequence[Any]) -> str | None:
+    """Of a list of numbers, or of such lists."""
+    parts = [None if isinstance(item, str) else text_of(item) for item in cell]
+    known = [part for part in parts if part is not None]
+    return f"[{', '.join(known)}]" if len(known) == len(parts) and parts else None
+
+
+def _is_list(cell: Any) -> bool:
+    return isinstance(cell, (list, tuple))
+
+
+def _kind(cell: Any) -> str:
+    if isinstance(cell, Mapping):
+        return f"a dictionary with {', '.join(map(str, cell))}" if cell else "an empty dictionary"
+    if is_conversation(cell):
+        return f"a conversation of {len(cell)} messages"
+    if _is_list(cell):
+        return (
+            f"a list of {len(cell)} ({', '.join(sorted({type(item).__name__ for item in cell}))})"
+            if cell
+            else "an empty list"
+        )
+    return f"{type(cell).__name__} data"
+
+
+def _remedy(cell: Any, column: str, setting: tuple[str, str]) -> str:
+    if isinstance(cell, Mapping) and cell:
+        inside = f"{column}.{next(iter(cell))}"
+    elif is_conversation(cell):
+        inside = f"{column}.0.content"
+    elif _is_list(cell) and cell:
+        inside = f"{column}.0"
+    else:
+        return "Name another column, or convert this one to text."
+    return f"Name what is inside, such as {inside}, in {setting[0]}, or convert the column to text."
+
+
+# ---- conversations ---------------------------------------------------------------------------------------------------
+
+
+def is_conversation(cell: Any) -> bool:
+    """A list of messages, each with a role and a content."""
+    return (
+        _is_list(cell)
+        and len(cell) > 0
+        and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in cell)
+    )
+
+
+def _turns(cell: Sequence[Mapping[str, Any]], fields: Fields, where: str) -> list[Row]:
+    """The messages up to where the assistant is to speak, without the empty fields that tables put into them.
+
+    Raises:
+        ValueError: a message is no text, or the assistant has spoken already.
+    """
+    turns = [{name: value for name, value in message.items() if value is not None} for message in cell]
+    column = fields.question[1:-1]
+    if turns[-1]["role"] == "assistant" and fields.answer in (
+        f"{column}.-1.content",
+        f"{column}.{len(turns) - 1}.content",
+    ):
+        turns.pop()
+    for number, turn in enumerate(turns):
+        if not isinstance(turn.get("content"), str):
+            raise ValueError(
+                f"{_said(fields.question_setting)}; the content of message {number} in {where} is {_kind(turn.get('content'))}, "
+                "not a text. Convert it to text, or drop the row."
+            )
+        _text(turn["content"], column, fields.question_setting, where)
+    if not turns or turns[-1]["role"] in ("assistant", "system"):
+        raise ValueError(
+            f"{_said(fields.question_setting)}; the conversation of {where} ends with a message of the "
+            f"{turns[-1]['role'] if turns else 'assistant'}, and the assistant is to answer a user. Drop that message; or, where "
+            f"it is the gold answer, set data.answer_column to {column}.-1.content; or take one message: data.question_column "
+            f"{column}.0.content."
+        )
+    return turns

@@ -1,0 +1,188 @@
+"""A group of completions for a question, and what each reward function made of each: values, weights, advantages and why."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from grpo.algorithm.advantage import group_advantages
+from grpo.config import DataConfig, ScoringConfig
+from grpo.data.rows import load_rows
+from grpo.observe.console import number
+from grpo.observe.display import styled_completion
+from grpo.rollout import Generator
+from grpo.scoring.answers import completion_rows, is_right
+from grpo.scoring.scorer import LISTED, SINGLE, Reward, Scorer
+from grpo.system.terminal import printable
+from grpo.types import Prompt, Sampling
+
+
+def own_rows(questions: Sequence[str], answers: Sequence[str]) -> list[dict[str, Any]]:
+    """Data rows of questions that a person asks, with gold answers to all of them or to none (None).
+
+    Raises:
+        ValueError: a question is empty, or there are answers to some only.
+    """
+    if answers and len(answers) != len(questions):
+        raise ValueError(
+            f"--answer is given {len(answers)} times with {len(questions)} of --question; each answer belongs to the question in "
+            "its place. Give one for each question, or none."
+        )
+    if any(not question.strip() for question in questions):
+        raise ValueError("--question is empty; there is nothing to ask. Write a question.")
+    gold: Sequence[str | None] = answers or [None] * len(questions)
+    return [{"question": question, "answer": answer} for question, answer in zip(questions, gold, strict=True)]
+
+
+def chosen_rows(data: DataConfig, numbers: Sequence[int], *, held_out: bool) -> list[dict[str, Any]]:
+    """Rows of a data set by their numbers.
+
+    Raises:
+        ValueError: see load_rows; or there is no row of that number.
+    """
+    if data.name is None:
+        raise ValueError(
+            f"--row is {numbers[0]}; there are no questions to take it from. Name them with --data, or a run as --model."
+        )
+    rows = load_rows(data, evaluation=held_out, reads_answer=False)
+    for n in numbers:
+        if not 0 <= n < len(rows):
+            raise ValueError(
+                f"--row is {n}; there are {len(rows):,} rows, counted from 0. Choose 0 to {len(rows) - 1}."
+            )
+    return [rows[n] for n in numbers]
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reward function can be given of these rows."""
+    return [name for name in rows[0] if name != "answer" or rows[0]["answer"] is not None]
+
+
+def without(rewards: Sequence[Reward], columns: Sequence[str]) -> dict[str, list[str]]:
+    """The rewards that cannot be asked because they need what is no column: their names, and what they need."""
+    known = {*SINGLE, *LISTED, *columns}
+    lacking = {reward.name: _required(reward) - known - set(reward.args) for reward in rewards}
+    return {name: sorted(needed) for name, needed in lacking.items() if needed}
+
+
+def _required(reward: Reward) -> set[str]:
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(reward.function).parameters.values()
+    return {p.name for p in parameters if p.default is p.empty and p.kind not in variable}
+
+
+def make_scorer(
+    rewards: Sequence[Reward],
+    *,
+    columns: Sequence[str],
+    sampling: Sampling,
+    scoring: ScoringConfig,
+) -> Scorer:
+    return Scorer(
+        rewards,
+        columns=columns,
+        max_completion_tokens=sampling.max_tokens,
+        num_workers=scoring.num_workers,
+        timeout_seconds=scoring.timeout_seconds,
+        memory_gib=scoring.memory_gib,
+        environment=scoring.environment,
+    )
+
+
+def sample_groups(
+    prompts: list[Prompt],
+    *,
+    generator: Generator,
+    scorer: Scorer,
+    sampling: Sampling,
+    num_completions: int,
+    normalize_by_std: bool,
+    baseline: str = "mean",
+    seed: int,
+) -> list[dict[str, Any]]:
+    """A row per completion: as `grpo.scoring.answers.completion_rows`, with `sample`, `advantage`, `weights` and `why` besides.
+
+    `why` has what a reward function's `explain` attribute says of the completion, where it has one.
+    """
+    with scorer.begin(len(prompts)) as scoring:
+        groups = generator.sample(prompts, sampling, num_completions=num_completions, seed=seed, on_group=scoring.add)
+        scores = scoring.result()
+    advantages = group_advantages(scores.rewards, normalize_by_std=normalize_by_std, baseline=baseline)
+    weights = {reward.name: reward.weight for reward in scorer.rewards}
+    rows = []
+    for number_, (row, advantage) in enumerate(
+        zip(completion_rows(groups, scores), advantages.nan_to_num().flatten().tolist(), strict=True)
+    ):
+        columns = prompts[number_ // num_completions].columns
+        why = {reward.name: text for reward in scorer.rewards if (text := _why(reward, row["completion"], columns))}
+        rows.append(
+            {**row, "advantage": advantage, "sample": number_ % num_completions, "weights": weights, "why": why}
+        )
+    return rows
+
+
+def _why(reward: Reward, completion: str, columns: Mapping[str, Any]) -> str | None:
+    explain = getattr(reward.function, "explain", None)
+    if explain is None:
+        return None
+    known = {**columns, **reward.args, "completion": completion}
+    try:
+        return str(explain(**{name: known[name] for name in inspect.signature(explain).parameters if name in known}))
+    except Exception as error:  # a group that was sampled and scored is shown, whatever is said of it
+        return f"its explain failed: {error!r}"
+
+
+def show_group(console: Console, rows: list[dict[str, Any]]) -> None:
+    """Print the completions of one question with their breakdowns, and what they come to."""
+    console.print(Text.assemble(("\nQuestion: ", "bold"), printable(rows[0]["question"])))
+    if rows[0]["answer"] is not None:
+        console.print(Text.assemble(("Gold answer: ", "bold"), printable(rows[0]["answer"])))
+    for row in rows:
+        console.print(_heading(row, len(rows)))
+        for name, value in row["rewards"].items():
+            console.print(_verdict(name, value, row))
+        console.print(_indented(styled_completion(row["completion"].strip())))
+    console.print(Text.assemble(("\n", ""), (_summary(rows), "bold")))
+
+
+def _heading(row: Mapping[str, Any], num: int) -> Text:
+    mark = {True: ("✓", "bold green"), False: ("✗", "bold red"), None: ("?", "bold yellow")}[verdict_of(row)]
+    advantage = f"  advantage {row['advantage']:+.3f}" if num > 1 else ""
+    end = "cut off" if row["finish_reason"] == "length" else "ended"
+    said = f" {row['sample'] + 1}/{num}  reward {number(row['reward'])}{advantage}  {row['num_tokens']} tokens, {end}"
+    return Text.assemble(("\n", ""), mark, (said, "bold"))
+
+
+def verdict_of(row: Mapping[str, Any]) -> bool | None:
+    """Whether it is right; None also where there is no gold answer to tell by."""
+    return None if row["answer"] is None else is_right(row)
+
+
+def _verdict(name: str, value: float | None, row: Mapping[str, Any]) -> Text:
+    known = "can't tell" if value is None else f"{value:g} x {row['weights'][name]:g}"
+    why = row["why"].get(name, "")
+    return Text.assemble(f"    {name:12} {known:10} ", (printable(why), "dim"))
+
+
+def _indented(text: Text) -> Text:
+    return Text("\n").join(Text.assemble(("    │ ", "dim cyan"), line) for line in text.split("\n"))
+
+
+def _summary(rows: list[dict[str, Any]]) -> str:
+    said = [f"{len(rows)} completion{'s' * (len(rows) > 1)}"]
+    if rows[0]["answer"] is not None:
+        verdicts = [verdict_of(row) for row in rows]
+        counts = {"right": verdicts.count(True), "wrong": verdicts.count(False), "unknown": verdicts.count(None)}
+        said += [f"{count} {name}" for name, count in counts.items() if count]
+    known = [row["reward"] for row in rows if row["reward"] is not None]
+    if known:
+        said.append(
+            f"reward {number(min(known))} to {number(max(known))}, {number(sum(known) / len(known))} on average"
+        )
+    if len(rows) > 1 and not any(row["advantage"] for row in rows):
+        said.append("no signal to learn from")
+    return ", ".join(said)

@@ -1,0 +1,112 @@
+"""A model that is only sampled: no optimizer, no reference, no DeepSpeed. What evaluates, samples and chats loads this.
+
+    config = sampling_config(model_directory("runs/gsm8k"), max_prompt_tokens=300, max_completion_tokens=1024)
+    tokenizer = load_tokenizer(config.model)
+    sampler = load(config, tokenizer)
+    sampler.generator.sample(prompts, Sampling(1024, temperature=0.6), num_completions=4, seed=0)
+
+Started by torchrun or `accelerate launch`, every process has the whole model and samples its share of the prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from peft import PeftModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo.config import Config, ModelConfig
+from grpo.policy.model_source import source_of
+from grpo.policy.policy import SampledModel, check_context, lay_out, load_lm, resolve_dtype
+from grpo.rollout import Generator, make_generator
+from grpo.system import distributed, progress
+from grpo.system.distributed import Processes
+from grpo.system.writer import checksum
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A model with what samples from it."""
+
+    model: SampledModel
+    generator: Generator
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.model.tokenizer
+
+    @property
+    def processes(self) -> Processes:
+        return self.model.processes
+
+
+def fingerprint(model: str, revision: str) -> str:
+    """What tells a model's files from others of the same name: the commit of the hub, or the checksum of a directory's files."""
+    if not Path(model).is_dir():
+        settings, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+        return str(settings["_commit_hash"])
+    files = sorted(path for path in Path(model).iterdir() if path.is_file())
+    with progress.busy("reading the model's files"):
+        return xxhash.xxh3_128(repr([(path.name, checksum(path)) for path in files]).encode()).hexdigest()
+
+
+def sampling_config(
+    model: str,
+    *,
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
+    revision: str = "main",
+    dtype: str = "auto",
+    engine: str = "auto",
+    max_sequences: int | None = None,
+    kv_cache_gib: float | None = None,
+    trust_remote_code: bool = False,
+) -> Config:
+    """The settings of a run as far as a sampler reads them: see `model`, `rollout` and `memory` in grpo/config/settings.py.
+
+    Raises:
+        ValueError: see Config; the engine is vLLM; or the model knows fewer positions than a sequence may have.
+    """
+    if engine == "vllm":
+        raise ValueError(
+            "rollout.engine is vllm; it takes its weights from a policy that is trained, and here none is. Set it to auto."
+        )
+    rollout: dict[str, Any] = {"max_completion_tokens": max_completion_tokens, "engine": engine}
+    most = max_prompt_tokens + max_completion_tokens
+    memory: dict[str, Any] = {"kv_cache_gib": kv_cache_gib, "micro_batch_tokens": most}
+    if max_sequences is not None:
+        memory["max_sequences"] = max_sequences
+    config = Config(
+        model={"name": model, "revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code},
+        data={"max_prompt_tokens": max_prompt_tokens},
+        rollout=rollout,
+        memory=memory,
+        run={"dir": "", "steps": 1},
+    )
+    check_context(config)
+    return config
+
+
+def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sampler:
+    """Load the model of a configuration and make its engine. Every process calls it.
+
+    Raises:
+        ValueError: the model is not there, or the engine cannot run it here.
+    """
+    processes = distributed.join()
+    lm = _merged(load_lm(config.model, dtype=resolve_dtype(config.model.dtype)), config.model)
+    lm.requires_grad_(False).eval()
+    lay_out(lm, processes.device)
+    model = SampledModel(lm, config.model, tokenizer, processes)
+    return Sampler(model, make_generator(config, model))
+
+
+def _merged(lm: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    """With the adapter, if `model.name` is one, in its weights."""
+    adapter = source_of(config).adapter
+    if adapter is not None:
+        PeftModel.from_pretrained(lm, str(adapter)).merge_and_unload()
+    return lm

@@ -1,0 +1,237 @@
+"""Which model a person means, and the settings of the run that it comes from: for scripts/sample.py and scripts/chat.py."""
+
+from __future__ import annotations
+
+import math
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo.config import Config, DataConfig, ModelConfig, RewardConfig
+from grpo.data.prompts import use_chat_template
+from grpo.inference.model import Sampler, load, sampling_config
+from grpo.policy.families import attribute
+from grpo.policy.model_source import complete_checkpoints, model_config, model_directory
+from grpo.run.checkpoint import numbers_of
+from grpo.system.terminal import say
+from grpo.types import Sampling
+
+TEMPLATES = get_args(DataConfig.model_fields["template"].annotation)
+
+
+LONG = 10**9
+"""Tokens of a prompt: a person's question is not dropped for its length."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A model, and how to ask it."""
+
+    model: ModelConfig
+    settings: Config  # of its run, or of the YAML that was named, or what is usual
+    is_known: bool  # whether it is one of the first two
+    sampling: Sampling
+
+    def data(self, tokenizer: PreTrainedTokenizerBase, template: str | None, system: str | None) -> DataConfig:
+        """How a question becomes a prompt: as said, or as in the run; without one `chat` if the tokenizer has a chat template.
+
+        Raises:
+            ValueError: the model has no chat template, or another one no system message.
+        """
+        data = self.settings.data
+        use_chat_template(tokenizer, data)
+        usual = data.template if self.is_known or not tokenizer.chat_template else "chat"
+        template, system = template or usual, system or data.system_prompt
+        if system is not None and template != "chat":
+            raise ValueError(
+                f"--system is {system!r} with the template {template}; only the chat template has a system message. "
+                "Leave it out, or set --template chat."
+            )
+        if template == "chat" and not tokenizer.chat_template:
+            raise ValueError(
+                f"--template is chat; the tokenizer of {self.model.name} has no chat template. Set --template r1_zero."
+            )
+        return data.model_copy(update={"template": template, "system_prompt": system, "max_prompt_tokens": LONG})
+
+    def load(self, tokenizer: PreTrainedTokenizerBase, *, longest_prompt: int, engine: str = "auto") -> Sampler:
+        """The model itself, for prompts up to so many tokens.
+
+        Raises:
+            ValueError: prompt and answer may have more positions than the model knows.
+        """
+        limit = num_positions(self.model)
+        if limit is not None and longest_prompt + self.sampling.max_tokens > limit:
+            raise ValueError(
+                f"--max-tokens is {self.sampling.max_tokens}; with a prompt of {longest_prompt} tokens that is more than the "
+                f"{limit} positions that {self.model.name} knows. Set --max-tokens <= {limit - longest_prompt}."
+            )
+        config = sampling_config(
+            self.model.name,
+            revision=self.model.revision,
+            dtype=self.model.dtype,
+            trust_remote_code=self.model.trust_remote_code,
+            max_prompt_tokens=longest_prompt,
+            max_completion_tokens=self.sampling.max_tokens,
+            engine=engine,
+        )
+        return load(config, tokenizer)
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """What both scripts ask for."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="M",
+        help="a run's directory, a checkpoint, a directory with a model, or a hub id",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that comes with the model"
+    )
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="of a run: the checkpoint of step N instead of the newest"
+    )
+    parser.add_argument("--base", action="store_true", help="of a run: the model that it started from")
+    parser.add_argument(
+        "--config", metavar="YAML", help="template, rewards, sampling and data from here; default: the run's"
+    )
+    parser.add_argument("--template", choices=TEMPLATES, help="default: the run's; without a run chat if there is one")
+    parser.add_argument("--system", metavar="TEXT", help="system message of the chat template")
+    parser.add_argument(
+        "--temperature", type=float, help="0: the likeliest token; default: the run's, without a run 0.6"
+    )
+    parser.add_argument("--top-p", type=float, help="default: the run's, without a run 0.95")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="of an answer; default: the run's, without a run 1024 or half of what the model knows",
+    )
+
+
+def trusted_rewards(chosen: Chosen, options: Namespace) -> list[RewardConfig]:
+    """The rewards that a run's configuration lists. Outside of the package `grpo.rewards` they are code of whoever made the run.
+
+    A configuration that a person names with --config is trusted. Otherwise a terminal asks.
+
+    Raises:
+        ValueError: there is such code, and nobody has said that it may run.
+    """
+    rewards = chosen.settings.rewards
+    foreign = [each.function for each in rewards if ":" in each.function and not each.function.startswith(OWN_REWARDS)]
+    if not foreign or options.config or options.trust_rewards:
+        return rewards
+    named = f"the configuration of {options.model!r} names reward functions that are run here: {', '.join(foreign)}"
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        say(f"{named}. Run them? [y/N]", file=sys.stderr)
+        if sys.stdin.readline().strip().lower() in ("y", "yes"):
+            return rewards
+    raise ValueError(
+        f"{named}. If you trust them, say so with --trust-rewards, or name a YAML of your own with --config."
+    )
+
+
+OWN_REWARDS = ("grpo.rewards:", "grpo.rewards.")
+"""How the names of functions begin that come with this package; `rewards.py` or a package `rewards` is somebody's own."""
+
+
+def choose(options: Namespace) -> Chosen:
+    """What the options of `add_options` say.
+
+    Raises:
+        ValueError: there is no such model, run or step, or a number is out of range.
+    """
+    directory = run_directory(options.model)
+    if directory is None:
+        for option, given in (("--step", options.step), ("--base", options.base or None)):
+            if given is not None:
+                raise ValueError(
+                    f"{option} is {given}; {options.model!r} belongs to no run (there is no config.yaml), so it has neither "
+                    f"steps nor a starting model. Leave {option} out, or name a run's directory."
+                )
+    if options.base and options.step is not None:
+        raise ValueError(f"--step is {options.step} with --base; that is step 0 of the run. Leave one of the two out.")
+    path = options.config or (None if directory is None else directory / "config.yaml")
+    if options.base and directory is not None:
+        model = Config.load(directory / "config.yaml").model
+    else:
+        name = model_directory(options.model) if options.step is None else _of_step(directory, options.step)
+        model = ModelConfig(name=name)
+    model.trust_remote_code = options.trust_remote_code  # not as the run has it, which may be another person's
+    settings = usual_settings(model) if path is None else Config.load(path)
+    if not options.config and not options.base:  # a checkpoint's tokenizer has its chat template
+        settings = settings.model_copy(update={"data": settings.data.model_copy(update={"chat_template": None})})
+    return Chosen(model, settings, path is not None, sampling_of(options, settings.sampling))
+
+
+def usual_settings(model: ModelConfig) -> Config:
+    """For a model whose run is not known; sampled as DeepSeek-R1 evaluates (arXiv 2501.12948v2, section D.1)."""
+    limit = num_positions(model)
+    rollout = {"temperature": 0.6, "top_p": 0.95, "max_completion_tokens": min(1024, (limit or 2048) // 2)}
+    return Config(model=model.model_dump(), rollout=rollout, run={"dir": "", "steps": 1})
+
+
+def num_positions(model: ModelConfig) -> int | None:
+    """Most tokens of a sequence; None if the model does not say."""
+    try:
+        config = model_config(model)
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.name", "--model")) from error
+    return attribute(config.get_text_config(), "max_position_embeddings")
+
+
+def run_directory(model: str) -> Path | None:
+    """The run that a directory is, or that a checkpoint or its `hf` lies in; None if there is none."""
+    path = Path(model).absolute()
+    for directory, inside in ((path, ""), *((parent, "checkpoints") for parent in path.parents[1:3])):
+        if (directory / "config.yaml").is_file() and path.is_relative_to(directory / inside):
+            return directory
+    return None
+
+
+def sampling_of(options: Namespace, default: Sampling) -> Sampling:
+    """`default` with what the options say otherwise."""
+    given = {name: value for name in RULES if (value := getattr(options, name)) is not None}
+    for name, value in given.items():
+        check_number(name, value)
+    return replace(default, **given)
+
+
+RULES: dict[str, tuple[Callable[[float], bool], str, str]] = {
+    "temperature": (
+        lambda value: 0 <= value < math.inf,
+        "it is at least 0",
+        "Set 0 for the likeliest token, 1 as is usual",
+    ),
+    "top_p": (lambda value: 0 < value <= 1, "it is above 0 and at most 1", "Set 1 to draw from all tokens"),
+    "max_tokens": (lambda value: value >= 1, "an answer has at least 1 token", "Raise it"),
+}
+"""Of numbers that a person may set: whether one is allowed, the rule, the remedy."""
+
+
+def check_number(name: str, value: float, prefix: str = "--") -> None:
+    """Raises ValueError if it is not allowed."""
+    holds, rule, remedy = RULES[name]
+    if not holds(value):
+        raise ValueError(f"{prefix}{name.replace('_', '-')} is {value}; {rule}. {remedy}.")
+
+
+def _of_step(run: Path | None, step: int) -> str:
+    assert run is not None, "a step of no run was refused"
+    steps = {numbers_of(checkpoint): checkpoint for checkpoint in complete_checkpoints(run / "checkpoints")}
+    if (step, None) not in steps:
+        known = ", ".join(str(number) for number, updates in steps if updates is None) or "none"
+        raise ValueError(
+            f"--step is {step}; the run in {run} has checkpoints of these steps: {known}. Choose one of them."
+        )
+    return model_directory(str(steps[step, None]))
+
+
+def said(sampling: Sampling) -> str:
+    """In words."""
+    return f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, at most {sampling.max_tokens} tokens"

@@ -1,0 +1,146 @@
+"""What a run shows while it runs: a display on a terminal (display.py), elsewhere a line per step."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from argparse import ArgumentTypeError
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from grpo.system import heartbeat
+from grpo.system.terminal import SilencedConsole, printable, say
+
+WIDE = 9
+
+ESTIMATE_OVER = 10
+"""Steps whose mean duration gives the time left."""
+
+
+class LineSink:
+    """Rewards, length, KL and the rollout's speed and memory of each step in columns, with the time left by the last steps."""
+
+    HEADER_EVERY = 20
+
+    def __init__(self, *, num_steps: int, reward_names: list[str]) -> None:
+        self.num_steps = num_steps
+        self.columns = {
+            "reward": "reward/mean",
+            **{name: f"reward/{name}" for name in reward_names},
+            "signal": "group/with_signal",
+            "length": "completion/length_mean",
+            "cut off": "completion/truncated",
+            "entropy": "policy/entropy",
+            "KL": "policy/kl",
+            "tok/s": "throughput/rollout",
+            "slots": "rollout/slots",
+            "KV GiB": "rollout/kv_gib",
+            "s/step": "time/step",
+        }
+        self.console = console()
+        self._lines = 0
+        self._seconds: list[float] = []
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        if "time/step" in metrics:
+            self._log_step(step, metrics)
+        show_evaluation(self.console, step, metrics)
+
+    def _log_step(self, step: int, metrics: dict[str, float]) -> None:
+        self._seconds = [*self._seconds, metrics["time/step"]][-ESTIMATE_OVER:]
+        seconds_left = (self.num_steps - step) * sum(self._seconds) / len(self._seconds)
+        if self._lines == 0:  # not every engine has slots
+            self.columns = {t: n for t, n in self.columns.items() if n in metrics or not n.startswith("rollout/")}
+        if self._lines % self.HEADER_EVERY == 0:
+            titles = " ".join(f"{t[:WIDE]:>{WIDE}}" for t in ("step", *self.columns, "time left"))
+            self.console.print(titles, style="dim", markup=False)
+        cells = [f"{step}/{self.num_steps}", *(number(metrics.get(name)) for name in self.columns.values())]
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
+        self.console.print(" ".join(f"{cell:>{WIDE}}" for cell in (*cells, left)), markup=False)
+        self._lines += 1
+
+    def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Completions go to completions.jsonl."""
+
+    def alarm(self, rule: str, text: str) -> None:
+        """The trainer has printed it."""
+
+    def close(self) -> None:
+        """Every line is out."""
+
+
+def console(*, markup: bool = True) -> Console:
+    """On stdout, whichever that is when something is printed; long lines are the terminal's to break."""
+    return SilencedConsole(highlight=False, markup=markup, soft_wrap=True)
+
+
+def show_evaluation(console: Console, step: int, metrics: Mapping[str, float]) -> None:
+    """What held-out questions gave, if anything among the metrics is of them."""
+    evaluated = {n: v for n, v in metrics.items() if n.startswith("eval/") and not n.endswith(("_low", "_high"))}
+    if evaluated:
+        shown = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in evaluated.items())
+        console.print(Text.assemble((f"held-out, step {step}:", "bold"), f"  {shown}"))
+
+
+def number(value: float | None) -> str:
+    """About four digits of it."""
+    if value is None:
+        return "-"
+    if abs(value) >= 100:
+        return f"{value:.0f}"
+    return (
+        f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}" if abs(value) >= 0.001 or not value else f"{value:.0e}"
+    )
+
+
+def show_samples(before: list[dict[str, Any]], after: list[dict[str, Any]], num_samples: int) -> None:
+    """The same held-out questions answered before and after training, the first ones of the set."""
+    terminal = console(markup=False)
+    answered = {row["question"]: row for row in before if row["sample"] == 0}
+    pairs = [(answered[row["question"]], row) for row in after if row["sample"] == 0 and row["question"] in answered]
+    for old, new in pairs[:num_samples]:
+        terminal.print(printable(f"\nQuestion: {old['question']}\nGold answer: {old['answer']}"))
+        for label, row in (("before", old), ("after", new)):
+            verdicts = ", ".join(f"{name} {value}" for name, value in row["rewards"].items())
+            terminal.print(printable(f"  {label} ({verdicts}): {row['completion'].strip()}"))
+
+
+def positive(text: str) -> int:
+    """The value of a script's option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+@contextmanager
+def errors_for_users() -> Iterator[None]:
+    """A ValueError of ours speaks for itself: print it and exit with 2. One out of a library keeps its traceback.
+
+    Nor has Ctrl-C one.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # as a shell counts SIGINT
+    except ValueError as error:
+        origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if origin.parent.name not in ("grpo", "rollout", "check", "report", "rewards"):
+            raise
+        print_of_rank(f"error: {error}", f"error on rank {os.environ.get('RANK')}: {error}")
+        raise SystemExit(2) from None
+
+
+def print_of_rank(on_main: str, elsewhere: str) -> None:
+    """Print to stderr why this process ends, unless another said why before; mostly rank 0 has the same to say."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    if not is_main:
+        time.sleep(5)
+    if heartbeat.announce(on_main) is None:
+        say(on_main if is_main else elsewhere, file=sys.stderr)

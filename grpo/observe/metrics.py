@@ -1,0 +1,342 @@
+"""Every metric's name and formula, and their reduction over micro-batches and processes.
+
+docs/metrics.md shows METRICS as a table; a test keeps the two the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grpo.algorithm.advantage import has_signal
+from grpo.algorithm.loss import Objective, TokenLoss
+from grpo.scoring.answers import is_right
+from grpo.system.distributed import Processes
+from grpo.text.aha import Words, tally
+from grpo.types import VOTE, Group, MicroBatch, Scores
+
+METRICS = {
+    "reward/mean": "mean of the weighted reward over all of the step's sampled completions whose reward is known",
+    "reward/std": "standard deviation of the same rewards over the step",
+    "reward/<function>": "mean of that function's unweighted value over the sampled completions it gave a verdict on",
+    "reward/unknown": 'share of completions whose reward is unknown ("can\'t tell"); they are not trained on',
+    "logged/<name>": "mean of the numbers that reward functions gave to log_metric under that name in the step",
+    "group/with_signal": "share of the sampled groups whose known rewards are not all equal; others do nothing in the surrogate",
+    "group/sampled": "groups that were sampled; this and the next six only with rollout.max_oversampling above 1",
+    "group/replaced": "of them, those with no signal in rollout.signal_from that are not in the batch",
+    "group/surplus": "of them, those with that signal that the batch had no room for",
+    "completion/dropped_tokens": "completion tokens of the replaced and the surplus groups, which nothing is trained on",
+    "rollout/draws": "times that the step sampled before its batch was full, or rollout.max_oversampling was reached",
+    "batch/with_signal": "share of the groups of the batch that have that signal; below 1 the limit came before it was full",
+    "batch/reward_mean": "mean reward over the batch, which is a choice; how good the policy is, reward/mean says",
+    "completion/length_mean": "mean number of completion tokens, the end-of-sequence token included",
+    "completion/length_max": "largest number of completion tokens",
+    "completion/truncated": "share of completions cut off at rollout.max_completion_tokens",
+    "completion/repetition": "share of the runs of 8 tokens in completions that the same completion had before",
+    "completion/length_<kind>": "the mean over completions that ended by themselves and are `right`, or `wrong`",
+    "completion/other_script": "mean over completions of the share of their words in another script than the question's",
+    "aha/<list>": "mean number of words of that list (aha.py) in a completion; those that the question has too do not count",
+    "aha/<list>_per_1k": "such words per 1,000 tokens: 1000 * their number / number of tokens, of all completions together",
+    "aha/<list>_share": "share of completions with at least one such word",
+    "aha/<list>_per_1k_<kind>": "that rate of `right` or `wrong` completions that ended by themselves, and of `truncated` ones",
+    "aha/<list>_share_<kind>": "that share of the same",
+    "policy/entropy": "mean over trained tokens of the entropy of the policy's next-token distribution, in nats",
+    "policy/kl": "mean over trained tokens of the KL estimator between policy and reference; in the reward, before the update",
+    "policy/ratio_mean": "mean over trained tokens of pi / pi_old, or of their completion's; 1 when every update is on-policy",
+    "policy/ratio_max": "largest of these ratios",
+    "policy/clip_fraction": "share of trained tokens whose surrogate (or, with algorithm.clip weight, ratio) is at a bound",
+    "policy/clip_fraction_low": "the same at 1 - algorithm.clip_low",
+    "policy/clip_fraction_high": "the same at 1 + algorithm.clip_high",
+    "policy/importance_mean": "mean over trained tokens of pi_old / pi_rollout (or of their completion's) before its bounds",
+    "policy/importance_max": "largest of these weights",
+    "policy/importance_bounded": "share of trained tokens whose weight was beyond a bound, and was truncated or masked",
+    "policy/selected": "share of trained tokens whose surrogate counts, because their entropy is among the highest",
+    "policy/kl_penalty": "mean over the batch's completions of what the KL takes from their reward, with algorithm.kl_in reward",
+    "policy/sampling_gap": "mean over trained tokens of |log-probability in the trainer - when sampled|, before an update",
+    "policy/sampling_gap_max": "largest of these gaps",
+    "optimizer/loss": "mean over the step's optimizer steps of the loss, with what it has of KL and entropy, over all processes",
+    "optimizer/grad_norm": "mean over the step's optimizer steps of the gradient's global L2 norm before clipping",
+    "optimizer/learning_rate": "learning rate of the step's last optimizer step",
+    "optimizer/steps": "optimizer steps since the start of the run",
+    "optimizer/skipped": "optimizer steps left out because loss or gradient was not finite; they count in no loss and no norm",
+    "rollout/slots": "most completions that a process of the native engine sampled at once; mean over processes and draws",
+    "rollout/kv_gib": "GiB that a process of the native engine holds for keys and values; mean over processes and draws",
+    "rollout/occupancy": "share of the native engine's decoded places (slots x decoding steps) that gave a token of a completion",
+    "rollout/preempted": "completions that the native engine set aside for want of memory; mean over processes and draws",
+    "batch/padding": "share of forward passes that a process ran without work, to keep in step with the others",
+    "batch/shared": "share of the tokens of prompts and completions that need no pass, because completions share their prompt",
+    "batch/imbalance": "share of the update's passes that the processes would wait for the fullest, if time were tokens",
+    "scoring/timeouts": "reward calls that were killed at scoring.timeout_seconds",
+    "scoring/crashes": "reward calls whose worker died or ran out of memory",
+    "time/step": "seconds of the whole step on the main process",
+    "time/rollout": "seconds of it spent sampling",
+    "time/scoring": "seconds of it that scoring took beyond sampling, alongside which it runs",
+    "time/logprobs": "seconds of it spent on dealing sequences to processes, and on old and reference log-probabilities",
+    "time/update": "seconds of it spent in forward and backward passes and optimizer steps",
+    "memory/step": "most GPU memory in GiB that tensors took at once in the step, on the fullest process; CUDA only",
+    "memory/rollout": "the same while sampling; what vLLM takes beside PyTorch's allocator is not in it",
+    "memory/scoring": "the same while waiting for scores",
+    "memory/logprobs": "the same while computing old and reference log-probabilities",
+    "memory/update": "the same in forward and backward passes and optimizer steps",
+    "throughput/rollout": "completion tokens of all processes per second of sampling",
+    "throughput/scoring": "completions scored per second that a reward worker was busy; sampling on the same cores slows it down",
+    "throughput/update": "tokens (of each completion and its prompt) of all processes per second of updating",
+    "schedule/<setting>": "the value of a setting that follows a schedule (schedules), in this step",
+    "watchdog/alarms": "rules of the watchdog that had something to say after the step",
+    "progress/epoch": "questions dealt so far, as a multiple of the training set",
+    "eval/<function>": "mean of that function's value over the held-out questions it gave a verdict on",
+    "eval/<function>_stderr": "standard error of that mean over questions, each with the mean of its samples",
+    "eval/pass@<k>": "probability that one of k = 1, 2, 4, ... samples of a question is right, unbiased (Chen et al. 2021)",
+    "eval/pass@<k>_low": "lower bound of its 95 % interval: bootstrap over questions",
+    "eval/pass@<k>_high": "upper bound of it",
+    "eval/cons@<n>": "share of questions whose most frequent answer is right; with the reward `vote` and more than one sample",
+    "eval/length_mean": "mean number of completion tokens in the evaluation",
+    "eval/truncated": "share of the evaluation's completions that were cut off",
+    "aha/eval_<list>_per_1k": "aha/<list>_per_1k of the held-out answers",
+    "aha/eval_<list>_share": "aha/<list>_share of the held-out answers",
+}
+"""Formula of each metric. `<function>` stands for the name of a reward function; `<list>` for that of a word list: `reflection`,
+`verification`, `backtracking`, `subgoals`, or one of logging.reflection_words. Right is a verdict of 1, of the reward `accuracy`
+if there is one, else the first. Trained tokens are those of completions with a known reward in groups of the batch, less
+what algorithm.filter_truncated leaves out; where the others make no gradient and no pass reads them
+(Config.every_token_counts), only of those whose advantage is not 0, if any."""
+
+
+def check_reward_names(names: Iterable[str]) -> None:
+    """Raises ValueError if the metric of a reward would be another metric, or could not be told from one."""
+    for name in names:
+        others = [f"{prefix}/{name}" for prefix in ("reward", "eval") if _is_own(f"{prefix}/{name}")]
+        if others:
+            raise ValueError(
+                f"rewards.*.name is {name!r}; {others[0]} is another metric of the run (docs/metrics.md). Set another name."
+            )
+        if not name.isprintable() or name != name.strip():
+            raise ValueError(
+                f"rewards.*.name is {name!r}; it cannot be shown. Set a name of letters and other visible signs."
+            )
+
+
+def _is_own(metric: str) -> bool:
+    """Whether a metric in whose name no reward stands has this name."""
+    own = (name for name in METRICS if "<function>" not in name or name.endswith("_stderr"))
+    patterns = (
+        re.escape(name).replace("<function>", ".+").replace("<k>", r"\d+").replace("<n>", r"\d+") for name in own
+    )
+    return any(re.fullmatch(pattern, metric) for pattern in patterns)
+
+
+@dataclass
+class Meter:
+    """Collects one step's values on one process, then reduces them over all of them.
+
+    A mean is kept as a sum and a count until the very end, so a mean over completions is a mean over all completions, never
+    a mean of the means of micro-batches or processes. Values stay on their device till then: nothing waits for a number.
+    """
+
+    sums: dict[str, float | Tensor] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float | Tensor] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)
+    work: dict[str, list[float]] = field(default_factory=dict)
+
+    def copy(self) -> Meter:
+        """As it is now, whatever is added to this one later."""
+        return Meter(*({**collected} for collected in vars(self).values()))
+
+    def take_in(self, other: Meter) -> None:
+        """Add what another process has collected, but for the work in step, which was that process's own."""
+        for name, value in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0.0) + other.counts[name]
+        for name, value in other.maxima.items():
+            self.max(name, torch.as_tensor(value))
+        for name, value in other.totals.items():
+            self.total(name, value)
+
+    def mean(self, name: str, values: Tensor) -> None:
+        """Add values, of any shape, to the mean."""
+        self.sums[name] = self.sums.get(name, 0.0) + values.double().sum()
+        self.counts[name] = self.counts.get(name, 0.0) + values.numel()
+
+    def mean_of_known(self, name: str, values: Tensor) -> None:
+        """The same for rewards, of which NaN entries are unknown and do not count."""
+        self.mean(name, values[~values.isnan()])
+
+    def ratio(self, name: str, total: float, size: float) -> None:
+        """Add to a mean of which only the sum is known, and of how much."""
+        self.sums[name] = self.sums.get(name, 0.0) + total
+        self.counts[name] = self.counts.get(name, 0.0) + size
+
+    def max(self, name: str, values: Tensor) -> None:
+        if values.numel():
+            largest = values.max()
+            before = self.maxima.get(name)
+            self.maxima[name] = largest if before is None else torch.maximum(torch.as_tensor(before), largest)
+
+    def total(self, name: str, value: float) -> None:
+        """Add to a sum over everything and everyone."""
+        self.totals[name] = self.totals.get(name, 0.0) + value
+
+    def lost(self, name: str, work: list[float]) -> None:
+        """Add work that all processes do in step, each its own amount: the share of the time that they wait for the busiest."""
+        self.work[name] = self.work.get(name, []) + work
+
+    def reduce(self, processes: Processes) -> dict[str, float]:
+        """The step's metrics over all processes. A mean over nothing is left out."""
+        self.sums, self.maxima = _numbers(self.sums), _numbers(self.maxima)
+        meters = processes.gather(self)
+        reduced: dict[str, float] = {}
+        for name in _names(meter.counts for meter in meters):
+            count = sum(meter.counts.get(name, 0.0) for meter in meters)
+            if count:
+                reduced[name] = sum(meter.sums.get(name, 0.0) for meter in meters) / count
+        for name in _names(meter.maxima for meter in meters):
+            largest = [meter.maxima[name] for meter in meters if name in meter.maxima]
+            reduced[name] = float(torch.tensor(largest).max())  # Python's max would hide a NaN
+        for name in _names(meter.totals for meter in meters):
+            reduced[name] = sum(meter.totals.get(name, 0.0) for meter in meters)
+        for name in _names(meter.work for meter in meters):
+            columns = list(zip(*(meter.work[name] for meter in meters), strict=True))
+            fullest = len(meters) * sum(max(column) for column in columns)
+            reduced[name] = 1 - sum(map(sum, columns)) / fullest if fullest else 0.0
+        return reduced
+
+
+def _numbers(values: dict[str, float | Tensor]) -> dict[str, float | Tensor]:
+    return {name: float(value) for name, value in values.items()}
+
+
+def measure_rollout(meter: Meter, groups: list[Group], scores: Scores) -> None:
+    """What the sampling and the scoring of one step gave."""
+    meter.mean_of_known("reward/mean", scores.rewards)
+    meter.mean_of_known(SQUARED_REWARD, scores.rewards.double().square())
+    for name, values in scores.values.items():
+        if name != VOTE:
+            meter.mean_of_known(f"reward/{name}", values)
+    meter.mean("reward/unknown", scores.rewards.isnan().double())
+    for name, logged in scores.metrics.items():
+        meter.mean(f"logged/{name}", torch.tensor(logged, dtype=torch.float64))
+    meter.mean("group/with_signal", has_signal(scores.rewards).double())
+    completions = [completion for group in groups for completion in group.completions]
+    lens = torch.tensor([float(len(completion.token_ids)) for completion in completions])
+    meter.mean("completion/length_mean", lens)
+    meter.max("completion/length_max", lens)
+    meter.mean("completion/truncated", torch.tensor([float(c.finish_reason == "length") for c in completions]))
+    meter.mean("completion/repetition", repeats([c.token_ids for c in completions]))
+    meter.total("scoring/timeouts", scores.num_timeouts)
+    meter.total("scoring/crashes", scores.num_crashes)
+    meter.total("throughput/scoring", float(len(completions)))
+    meter.total(REWARD_SECONDS, scores.seconds)
+    meter.total("throughput/rollout", float(lens.sum()))
+
+
+def measure_batch(meter: Meter, groups: list[Group], scores: Scores, *, signal: Tensor, in_batch: Tensor) -> None:
+    """Which of the groups that were sampled dynamic sampling took, (P,), and what became of the others.
+
+    Args:
+        signal: (P,) whether the values of the reward that it goes by differ in a group.
+    """
+    tokens = torch.tensor([sum(len(c.token_ids) for c in group.completions) for group in groups])
+    meter.total("group/sampled", float(len(groups)))
+    meter.total("group/replaced", float((~in_batch & ~signal).sum()))
+    meter.total("group/surplus", float((~in_batch & signal).sum()))
+    meter.total("completion/dropped_tokens", float(tokens[~in_batch].sum()))
+    meter.mean("batch/with_signal", signal[in_batch].double())
+    meter.mean_of_known("batch/reward_mean", scores.rewards[in_batch])
+
+
+def measure_texts(meter: Meter, rows: list[dict[str, Any]], words: Words) -> None:
+    """What the `completion_rows` of one step say: their words, and of which script they are."""
+    for name, (total, size) in tally(rows, [is_right(row) for row in rows], words).items():
+        meter.ratio(name, total, size)
+
+
+RUN = 8
+"""Tokens of a run that should not come again. Shorter ones do in healthy text: a formula, a name, single digits."""
+
+
+def repeats(sequences: list[list[int]]) -> Tensor:
+    """(runs,) whether a run of RUN tokens has been in the same sequence before; of all sequences, in no order.
+
+    A loop of any length up to that of the sequence shows, and a sequence shorter than RUN has no run. Runs are compared by 64-bit
+    hashes. 256 sequences of 512 tokens take 4 ms.
+    """
+    lens = np.array([len(ids) for ids in sequences])
+    tokens = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences])
+    hashes = np.repeat(np.arange(len(sequences)), lens)
+    left = np.repeat(lens.cumsum(), lens) - np.arange(len(tokens))  # in the sequence, from each place on
+    num_places = max(len(tokens) - RUN + 1, 0)
+    hashes = hashes[:num_places]
+    for offset in range(RUN):
+        hashes = hashes * HASH_FACTOR + tokens[offset : offset + num_places]
+    hashes = np.sort(hashes[left[:num_places] >= RUN])
+    return torch.from_numpy(np.append(hashes[1:] == hashes[:-1], np.zeros(min(len(hashes), 1), bool)))
+
+
+HASH_FACTOR = np.int64(6364136223846793005)
+"""Of Knuth's linear congruential generator (MMIX); products wrap around."""
+
+
+def measure_passes(meter: Meter, passes: list[MicroBatch]) -> None:
+    """How the sequences of a minibatch were dealt to this process."""
+    for micro in passes:
+        meter.mean("batch/padding", torch.tensor(float(micro.is_spare)))
+        meter.lost("batch/imbalance", [0.0 if micro.is_spare else float(len(micro.tokens))])
+        if not micro.is_spare:
+            meter.total("throughput/update", float(micro.num_sequence_tokens))
+            meter.total(TOKENS_READ, float(len(micro.tokens)))
+
+
+def measure_micro_batch(
+    meter: Meter, micro: MicroBatch, objective: Objective, logprobs: Tensor, entropy: Tensor, result: TokenLoss
+) -> None:
+    """What one forward pass of the update gave; every tensor (T,). The tokens of a spare pass do not count."""
+    if micro.is_spare:
+        return
+    meter.mean("policy/entropy", entropy)
+    if micro.ref_logprobs is not None:
+        meter.mean("policy/kl", result.kl)
+    meter.mean("policy/ratio_mean", result.ratio)
+    meter.max("policy/ratio_max", result.ratio)
+    for bound, clipped in (("", result.clipped), ("_low", result.clipped_low), ("_high", result.clipped_high)):
+        meter.mean(f"policy/clip_fraction{bound}", clipped.double())
+    if objective.importance != "none":
+        meter.mean("policy/importance_mean", result.importance)
+        meter.max("policy/importance_max", result.importance)
+        meter.mean("policy/importance_bounded", result.bounded.double())
+    if micro.selected is not None:
+        meter.mean("policy/selected", micro.selected.double())
+    before_update = logprobs if micro.old_logprobs is None else micro.old_logprobs
+    gap = (before_update - micro.sampling_logprobs).abs()
+    meter.mean("policy/sampling_gap", gap)
+    meter.max("policy/sampling_gap_max", gap)
+
+
+def step_metrics(meter: Meter, seconds: dict[str, float], processes: Processes) -> dict[str, float]:
+    """All metrics of a step, from what each process collected and from the main process's clock."""
+    metrics = meter.reduce(processes)
+    variance = metrics.pop(SQUARED_REWARD, 0.0) - metrics.get("reward/mean", 0.0) ** 2
+    metrics["reward/std"] = max(variance, 0.0) ** 0.5
+    read = metrics.pop(TOKENS_READ, 0.0)
+    metrics["batch/shared"] = 1 - read / metrics["throughput/update"] if read else 0.0
+    metrics["throughput/rollout"] /= seconds["rollout"]
+    busy = metrics.pop(REWARD_SECONDS, 0.0)
+    metrics["throughput/scoring"] = metrics["throughput/scoring"] / busy if busy else 0.0
+    metrics["throughput/update"] = metrics.get("throughput/update", 0.0) / seconds["update"]
+    return metrics | {f"time/{name}": value for name, value in seconds.items()}
+
+
+SQUARED_REWARD = "reward/squared"
+TOKENS_READ = "batch/tokens"
+REWARD_SECONDS = "scoring/seconds"
+"""Collected for another metric only."""
+
+
+def _names(mappings: Iterable[dict[str, float]]) -> list[str]:
+    return list(dict.fromkeys(name for mapping in mappings for name in mapping))

@@ -1,0 +1,220 @@
+"""A run's directory: which one to use, what is written into it, and what of it a resumed run takes up again."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib.metadata import version
+from itertools import chain, count, takewhile
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from grpo.config import Config, RunConfig
+from grpo.observe.console import LineSink
+from grpo.observe.display import DisplaySink, console_sink
+from grpo.observe.sinks import InBackground, JsonlSink, Sink, TensorBoardSink, WandbSink, end_wandb_service
+from grpo.scoring.answers import is_right, summarize, verdict_name
+from grpo.system.distributed import Processes
+from grpo.system.jsonl import append_jsonl, iterate_backwards, iterate_jsonl, read_jsonl, read_metrics, rewind_jsonl
+from grpo.system.writer import replace_text, to_json
+from grpo.text import aha
+
+ROLL_BACKS = "roll_backs.jsonl"
+STEP = ("step",)
+"""What a row has at least."""
+
+RECORDED = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "mpmath")
+
+
+def claim(config: RunConfig) -> Path:
+    """Create and return the run's directory: `run.dir` itself to resume or if it is new; else the first of dir-2, dir-3, ...
+
+    Creating it is the claim, so two runs started together do not share one; nor do two that resume, for one of them has its lock.
+
+    Raises:
+        ValueError: another process is at work in the directory to resume in, or it cannot be written to.
+    """
+    wanted = Path(config.dir)
+    with _writing(wanted):
+        directory = wanted if config.resume == "auto" else _new(wanted)
+        directory.mkdir(parents=True, exist_ok=True)
+        _lock(directory)
+    return directory
+
+
+def _new(wanted: Path) -> Path:
+    for path in chain([wanted], (wanted.with_name(f"{wanted.name}-{n}") for n in count(2))):
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("count(2) does not end")
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Say what a user can do where the disk is full or read-only, or a directory belongs to another."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"run.dir is {str(directory)!r}; it cannot be written to: {error}. Make room there, correct its permissions, or "
+            "choose another run.dir."
+        ) from error
+
+
+_locks: dict[Path, IO[str]] = {}
+"""Of the directories that this process has written to; the system lets go of them when it ends, however it ends."""
+
+
+def _lock(directory: Path) -> None:
+    path = (directory / "lock").resolve()
+    if path in _locks:
+        return
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"run.dir is {str(directory)!r}; another process is at work there, and two would overwrite each other's files. "
+            "Wait until it has ended, or choose another run.dir."
+        ) from None
+    _locks[path] = file
+
+
+def record(directory: Path, config: Config, processes: Processes) -> None:
+    """Write the resolved configuration and what the run runs on."""
+    replace_text(directory / "config.yaml", config.to_yaml())
+    device = torch.cuda.get_device_name() if processes.device.type == "cuda" else platform.processor() or "cpu"
+    environment = {
+        "command": sys.argv,
+        "processes": processes.world_size,
+        "device": device,
+        "python": platform.python_version(),
+        **{name: version(name) for name in RECORDED},
+    }
+    replace_text(directory / "environment.json", to_json(environment, indent=1))
+
+
+class RunLog:
+    """Everything a run writes down. Only the main process writes; the others call the same methods without effect."""
+
+    def __init__(self, directory: Path, config: Config, processes: Processes, *, reward_names: list[str]) -> None:
+        self.directory = directory
+        self.config = config
+        self.processes = processes
+        self.reward_names = reward_names
+        self.words = aha.with_own(config.logging.reflection_words)
+        self.sinks: list[Sink] = []
+        self.files: JsonlSink | None = None
+        self.console: LineSink | DisplaySink | None = None
+
+    def open(self, *, resumed_step: int | None) -> None:
+        """Start writing, after a checkpoint of `resumed_step` if there was one.
+
+        What an earlier attempt wrote of later steps, or all of it without a checkpoint, is set aside.
+        """
+        if not self.processes.is_main:
+            return
+        last = -1 if resumed_step is None else resumed_step
+        with _writing(self.directory):
+            self._rewind(last)
+            record(self.directory, self.config, self.processes)
+        logging, history = self.config.logging, self.metrics()
+        self.files = JsonlSink(self.directory)
+        self.sinks = [self.files]
+        if logging.wandb != "disabled":
+            make = partial(
+                WandbSink,
+                logging.wandb,
+                project=logging.wandb_project,
+                directory=self.directory,
+                config=self.config.model_dump(),
+                verdict=verdict_name(self.reward_names),
+                words=self.words,
+                history=history,
+            )
+            self.sinks.append(InBackground("wandb", make, abandon=end_wandb_service))
+        if logging.tensorboard:
+            self.sinks.append(TensorBoardSink(self.directory, first_step=last + 1, words=self.words, history=history))
+        self.console = console_sink(
+            title=self.directory.name,
+            num_steps=self.config.run.steps,
+            first_step=resumed_step or 0,
+            reward_names=self.reward_names,
+            rows=history,
+        )
+        self.sinks.append(self.console)
+
+    def _rewind(self, last: int) -> None:
+        for name in ("metrics", "completions"):
+            rewind_jsonl(self.directory / f"{name}.jsonl", last)
+        rewind_jsonl(self.directory / "evaluations.jsonl", last if self._is_evaluated(last) else last - 1)
+        # whatever checkpoint a run goes on from, its roll-backs happened; but for one whose row a kill cut short
+        rewind_jsonl(self.directory / ROLL_BACKS, -1 if last < 0 else math.inf)
+        if last < 0:
+            (self.directory / "wandb_id").unlink(missing_ok=True)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._tell(lambda sink: sink.log(step, metrics))
+
+    def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
+        self._tell(lambda sink: sink.log_completions(step, rows))
+
+    def _tell(self, what: Callable[[Sink], None]) -> None:
+        for sink in self.sinks:
+            what(sink)
+
+    def log_alarm(self, rule: str, text: str) -> None:
+        if self.console is not None:
+            self.console.alarm(rule, text)
+
+    def log_evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
+        if self.files is not None:
+            self.files.append("evaluations.jsonl", [{"step": step, **row} for row in rows])
+        verdicts = [is_right(row) for row in rows]
+        self.log(step, summarize(rows) | aha.evaluation_metrics(rows, verdicts, self.words))
+
+    def evaluation(self, step: int) -> list[dict[str, Any]]:
+        """The rows logged for `step`; empty if it has not been evaluated. Mostly it is the last, or the first."""
+        path = self.directory / "evaluations.jsonl"
+        if step == 0:
+            return list(takewhile(lambda row: row["step"] <= step, iterate_jsonl(path, STEP)))
+        rows = takewhile(lambda row: row["step"] >= step, iterate_backwards(path))
+        return [row for row in rows if row["step"] == step][::-1]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows so far. For the main process."""
+        return read_metrics(self.directory / "metrics.jsonl")
+
+    def log_roll_back(self, row: dict[str, Any]) -> None:
+        if self.processes.is_main:
+            append_jsonl(self.directory / ROLL_BACKS, [row])
+
+    def roll_backs(self) -> list[dict[str, Any]]:
+        """All roll-backs so far: whatever checkpoint a run goes on from, they happened. For the main process."""
+        return read_jsonl(self.directory / ROLL_BACKS, STEP)
+
+    def _is_evaluated(self, step: int) -> bool:
+        """Whether an evaluation of it is complete: its metrics are written after its answers; a kill may have come between."""
+        rows = takewhile(lambda row: row["step"] >= step, iterate_backwards(self.directory / "metrics.jsonl"))
+        return any(row["step"] == step and "eval/length_mean" in row for row in rows)
+
+    def close(self) -> None:
+        """Close every sink.
+
+        Raises:
+            RowsLost: rows could be written nowhere.
+        """
+        with ExitStack() as stack:
+            for sink in reversed(self.sinks):
+                stack.callback(sink.close)
+            self.sinks = []

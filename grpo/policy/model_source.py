@@ -1,0 +1,218 @@
+"""Which files `model.name` means, and how they are read: a model, a hub id, a run, a checkpoint, or an adapter of peft.
+
+Every configuration, tokenizer and model is loaded through `from_source`, so `model.revision` and `model.trust_remote_code` hold
+everywhere. What cannot be trained is refused here, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import cached_file
+
+from grpo.config import Config, ModelConfig
+
+ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of a model: a directory or hub id with whole weights, and the adapter that lies over it."""
+
+    base: str
+    revision: str
+    adapter: Path | None = None
+
+
+def model_directory(name: str, *, setting: str = "--model") -> str:
+    """The model that a user means: a run's directory is its newest checkpoint, a checkpoint its `hf`; else the name itself,
+    which is a directory with a model or an adapter, or an id of the hub.
+
+    Raises:
+        ValueError: there is no such directory, or no model in it.
+    """
+    path = Path(name)
+    if not path.exists():
+        if name.startswith(("/", "./", "../", "~")):
+            raise ValueError(
+                f"{setting} is {name!r}; there is no such directory. Correct the path, or name a model of the hub."
+            )
+        return name
+    newest_first = reversed(complete_checkpoints(path / "checkpoints"))
+    for directory in (path, path / "hf", *(checkpoint / "hf" for checkpoint in newest_first)):
+        if (directory / "config.json").is_file() or (directory / ADAPTER).is_file():
+            return str(directory)
+    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
+        raise ValueError(_quantised(setting, name, "GGUF"))
+    raise ValueError(
+        f"{setting} is {name!r}; it is neither a model in Hugging Face format (there is no config.json) nor a checkpoint (no "
+        "hf/config.json) nor a run with a checkpoint (no checkpoints/step-*/hf). Name one of these, or a model of the hub."
+    )
+
+
+CHECKPOINT_NAME = re.compile(r"step-[0-9]{8,}(-[0-9]{4,})?")
+"""What `checkpoint.name_of` gives, and a person who makes a copy does not."""
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(path for path in directory.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir())
+
+
+def with_resolved_name(config: Config) -> Config:
+    """The configuration with a run's directory as `model.name` replaced by its newest checkpoint, which stays the same when the
+    run goes on.
+
+    Raises:
+        ValueError: see `model_directory`; or an adapter that the settings of `lora` do not continue.
+    """
+    name = model_directory(config.model.name, setting="model.name")
+    if name != config.model.name:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
+    adapter = source_of(config.model).adapter
+    if adapter is not None:
+        _check_adapter(adapter, config)
+    return config
+
+
+def source_of(config: ModelConfig) -> Source:
+    """Raises ValueError if there is no such directory, or an adapter does not say what it belongs to."""
+    name = model_directory(config.name, setting="model.name")
+    if not (Path(name) / ADAPTER).is_file() or (Path(name) / "config.json").is_file():
+        return Source(name, config.revision)
+    adapter = read_adapter(Path(name))
+    base = adapter.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"model.name is {config.name!r}, an adapter whose {ADAPTER} does not say which model it belongs to. Set "
+            f"base_model_name_or_path there."
+        )
+    below = source_of(config.model_copy(update={"name": base, "revision": adapter.get("revision") or "main"}))
+    if below.adapter is not None:
+        raise ValueError(
+            f"model.name is {config.name!r}, an adapter over another adapter ({base}). Merge the lower one into its model."
+        )
+    return Source(below.base, below.revision, Path(name))
+
+
+def read_adapter(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / ADAPTER).read_text())
+
+
+def _check_adapter(directory: Path, config: Config) -> None:
+    """Raises ValueError if training would not go on with this adapter, or not as it is."""
+    stored = read_adapter(directory)
+    unlike = [name for name in UNLIKE_OURS if stored.get(name)]
+    if stored.get("peft_type") != "LORA" or unlike:
+        raise ValueError(
+            f"model.name is {config.model.name!r}, an adapter with {', '.join(unlike) or stored.get('peft_type')}; only plain "
+            "LoRA can be trained further. Merge it into its model (`PeftModel.merge_and_unload`) and name that."
+        )
+    wanted = {"lora.rank": (config.lora.rank, stored["r"]), "lora.alpha": (config.lora.alpha, stored["lora_alpha"])}
+    for setting, (ours, theirs) in wanted.items():
+        if ours != theirs:
+            raise ValueError(
+                f"{setting} is {ours}; model.name {config.model.name!r} is an adapter of rank {stored['r']} and alpha "
+                f"{stored['lora_alpha']}, which is trained further as it is. Set lora.rank={stored['r']} "
+                f"lora.alpha={stored['lora_alpha']}, or merge the adapter into its model and name that."
+            )
+
+
+UNLIKE_OURS = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices")
+"""Settings of peft that change what an adapter computes, and that grpo/policy/lora.py does not know."""
+
+
+def from_source(loader: Any, config: ModelConfig, /, **options: Any) -> Any:
+    """`loader.from_pretrained` of the model's files."""
+    source = source_of(config)
+    return loader.from_pretrained(
+        source.base, revision=source.revision, trust_remote_code=config.trust_remote_code, **options
+    )
+
+
+def model_config(config: ModelConfig) -> PretrainedConfig:
+    """The model's own configuration.
+
+    Raises:
+        ValueError: neither a directory nor the hub has it, or it needs code of its own.
+    """
+    try:
+        return from_source(AutoConfig, config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(not_loaded(config, error)) from error
+
+
+def not_loaded(config: ModelConfig, error: Exception) -> str:
+    """Why a model's files could not be read, in words for a user."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if str(error).startswith("model.name is"):
+        return str(error)
+    if "gguf" in config.name.lower():
+        return _quantised("model.name", config.name, "GGUF")
+    if "trust_remote_code" in str(error):
+        return (
+            f"model.name is {config.name!r}; it comes with code of its own, which is not run unless you say so. Read that code, "
+            "and set model.trust_remote_code=true; for sample.py, chat.py and evaluate.py it is --trust-remote-code."
+        )
+    return (
+        f"model.name is {config.name!r}; it is neither a directory with a model in Hugging Face format nor a model "
+        f"that the hub gave: {text} Set model.name to a local directory, or check the id and the network."
+    )
+
+
+def quantisation(model: PretrainedConfig) -> str | None:
+    """How a model's weights are quantised; None: they are not."""
+    stored = getattr(model, "quantization_config", None) or getattr(
+        model.get_text_config(), "quantization_config", None
+    )
+    if not stored:
+        return None
+    values = stored if isinstance(stored, dict) else stored.to_dict()
+    four = "4-bit " if values.get("load_in_4bit") or values.get("_load_in_4bit") else ""
+    return four + str(values.get("quant_method") or "of an unknown kind").split(".")[-1].lower()
+
+
+def check_not_quantised(config: ModelConfig, model: PretrainedConfig) -> None:
+    """Raises ValueError if the weights are quantised."""
+    method = quantisation(model)
+    if method is not None:
+        raise ValueError(_quantised("model.name", config.name, method))
+
+
+def _quantised(setting: str, name: str, method: str) -> str:
+    return (
+        f"{setting} is {name!r}; its weights are quantised ({method}), and an update needs them in bfloat16 or float32. Name the "
+        "checkpoint that it was made from, or a dequantised copy."
+    )
+
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""What programs that load a model of several kinds of input want beside its tokenizer."""
+
+
+def processor_files(config: ModelConfig) -> dict[str, bytes]:
+    """The model's processor files by their names. Read at the start, so that an export needs no network.
+
+    A model of text alone has none, and the hub is not asked for any.
+    """
+    model = model_config(config)
+    if model.get_text_config() is model:
+        return {}
+    source = source_of(config)
+    found = {
+        name: cached_file(
+            source.base,
+            name,
+            revision=source.revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        for name in PROCESSOR_FILES
+    }
+    return {name: Path(path).read_bytes() for name, path in found.items() if path is not None}

@@ -1,0 +1,496 @@
+"""Save and resume. A checkpoint is a directory that appears whole or not at all:
+
+    checkpoints/step-00000050/         after step 50; step-00000050-0003: and three of the updates of the step under way
+        hf/             weights, config and tokenizer; `AutoModelForCausalLM.from_pretrained` loads it
+        adapter/        with LoRA: the adapters alone, which are merged into hf/; `PeftModel.from_pretrained` loads it
+        training/       DeepSpeed's state: float32 masters and optimizer moments, a file per process
+        reference.safetensors    the reference's weights, once it is no longer the starting model
+        random/         each process's random states
+        under_way/      each process's part of the step under way: minibatches to come, and what is known of those done
+        state.json      where the run stands, the configuration it ran with, and each file's size and checksum
+
+It is written under a temporary name and renamed once everything is on disk, so a run that is killed while saving still has
+the checkpoint before. Only then are old ones removed. One that is not as it was written is set aside when a run resumes, and
+the one before it is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from dataclasses import asdict, dataclass, fields
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from grpo.config import Config
+from grpo.observe.metrics import Meter
+from grpo.policy.model_source import complete_checkpoints
+from grpo.policy.policy import Policy
+from grpo.run import inputs, reshard
+from grpo.run.post_mortem import Evidence
+from grpo.run.reshard import Layout
+from grpo.run.step_state import StepUnderWay, dealt_anew
+from grpo.system import progress
+from grpo.system.distributed import Processes
+from grpo.system.terminal import say
+from grpo.system.writer import Writer, flush, load_tensors, problem_with, save_tensors
+from grpo.types import Completion, Group, MicroBatch, Packing, Prompt, Scores
+
+REFERENCE = "reference.safetensors"
+
+
+@dataclass
+class RunState:
+    """Where a run stands."""
+
+    step: int = 0  # finished training steps
+    optimizer_steps: int = 0
+    position: int = 0  # prompts dealt so far
+    learning_rate: float = 0.0  # of the last optimizer step
+    groups_seen: float = 0.0  # in the last steps, fading; see grpo/algorithm/dynamic_sampling.py
+    groups_with_signal: float = 0.0  # of these
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written. Those before it are untouched."""
+
+
+@dataclass
+class _Pending:
+    """A checkpoint that is being written."""
+
+    final: Path
+    writer: Writer
+    record: dict[str, Any]
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run. Every process has one, and all call the same methods at the same time."""
+
+    def __init__(self, directory: Path, config: Config, processes: Processes, *, given: dict[str, str]) -> None:
+        """Args: given: digests of what the run was given; see grpo/run/inputs.py."""
+        self.directory = directory
+        self.config = config
+        self.processes = processes
+        self.given = given
+        self._pending: _Pending | None = None
+        progress.last_checkpoint = None
+        self._stuck: set[Path] = set()  # old checkpoints that cannot be removed, which was said
+
+    def save(
+        self, state: RunState, *, policy: Policy, under_way: StepUnderWay | None = None, updates: int | None = None
+    ) -> Path:
+        """Write a checkpoint of the state, or, with `checkpoint.background`, begin to.
+
+        Args:
+            under_way: this process's part of a step that is not finished; None between steps.
+            updates: optimizer steps of it that are done; None between steps.
+
+        Raises:
+            CheckpointError: on all processes, if one of them could not write its part, now or in the background.
+        """
+        self.finish()
+        final = self.directory / name_of(state.step, updates)
+        if self.processes.on_main(final.exists):
+            return final
+        writer = Writer(_partial(final), background=self.config.checkpoint.background and under_way is None)
+        self._check([self.processes.on_main(lambda: _prepare(_partial(final)))], final)
+        _write_all(writer, policy, rank=self.processes.rank, under_way=under_way)
+        record = {
+            **asdict(state),
+            "world_size": self.processes.world_size,
+            "config": self.config.model_dump(mode="json"),
+            "given": self.given,
+        }
+        self._pending = _Pending(final, writer, record)
+        writer.start()
+        if not writer.background:
+            self.finish()
+        return final
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this process has written its part of a checkpoint that is not complete yet."""
+        return self._pending is not None and self._pending.writer.is_done
+
+    def finish(self) -> None:
+        """Wait for a checkpoint that is being written, and make it one.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        pending.writer.wait()
+        parts = self.processes.gather((pending.writer.files, pending.writer.error))
+        self._check([error for _, error in parts], pending.final)
+        files = {name: known for part, _ in parts for name, known in part.items()}
+        self._check([self.processes.on_main(lambda: self._complete(pending, files))], pending.final)
+        progress.last_checkpoint = pending.final
+
+    def _complete(self, pending: _Pending, files: dict[str, Any]) -> str | None:
+        partial = _partial(pending.final)
+        with progress.busy("completing a checkpoint"):
+            try:
+                _write_state(partial, {**pending.record, "files": files})
+                for path in [path for path in partial.rglob("*") if path.is_dir()]:
+                    flush(path)
+                flush(partial)
+                os.replace(partial, pending.final)
+                flush(self.directory)
+            except OSError as error:
+                return str(error)
+            self._prune()
+        return None
+
+    def _prune(self) -> None:
+        settings = self.config.checkpoint
+        for old in complete_checkpoints(self.directory)[: -settings.keep]:
+            step, updates = numbers_of(old)
+            if updates is not None or not settings.keep_every or step % settings.keep_every:
+                problem = _remove(old)
+                if problem is not None and old not in self._stuck:
+                    self._stuck.add(old)
+                    say(f"warning: the old checkpoint {old} cannot be removed: {problem}. Training goes on.")
+
+    def last_before(self, began: int, policy: Policy) -> Path | None:
+        """The newest checkpoint from before the trouble that showed in step `began`, on every process; None if there is none.
+
+        The weights that `began` started from are those saved the step before, so they are suspect; older ones sampled and updated
+        at least one step that was well. A policy whose reference has moved goes back only to a checkpoint that holds a reference.
+        """
+        for path in reversed(self.processes.on_main(lambda: complete_checkpoints(self.directory))):
+            step, updates = numbers_of(path)
+            if step + 1 >= began or updates is not None:
+                continue
+            has_reference = self.processes.on_main((path / REFERENCE).exists)
+            if (has_reference or not policy.reference_moved) and _problem(path, self.processes) is None:
+                return path
+        return None
+
+    def remove_after(self, checkpoint: Path) -> None:
+        """Remove the later ones, which the run is not going to build on.
+
+        Raises:
+            CheckpointError: on all processes, if one of them would stay.
+        """
+
+        def remove() -> str | None:
+            later = [path for path in complete_checkpoints(self.directory) if path.name > checkpoint.name]
+            return next((f"{path} cannot be removed: {problem}" for path in later if (problem := _remove(path))), None)
+
+        with progress.busy("removing checkpoints"):
+            problem = self.processes.on_main(remove)
+        if problem is not None:
+            raise CheckpointError(f"{problem}. The run must not build on it. Remove it, and resume.")
+        progress.last_checkpoint = checkpoint
+
+    def _check(self, errors: list[str | None], final: Path) -> None:
+        for rank, error in enumerate(errors):
+            if error is not None:
+                self.processes.on_main(lambda: shutil.rmtree(_partial(final), ignore_errors=True))
+                before = self.processes.on_main(lambda: [path.name for path in complete_checkpoints(self.directory)])
+                raise CheckpointError(
+                    f"checkpoint {final.name} was not written: {error} (process {rank}). {self._room()} Complete checkpoints in "
+                    f"{self.directory}: {', '.join(before) or 'none'}."
+                )
+
+    def _room(self) -> str:
+        return f"{shutil.disk_usage(self.directory.parent).free / 2**30:.2f} GiB are free there."
+
+
+def _prepare(partial: Path) -> str | None:
+    try:
+        with progress.busy("removing what a kill left of a checkpoint"):
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _write_all(writer: Writer, policy: Policy, *, rank: int, under_way: StepUnderWay | None) -> None:
+    directory = writer.directory
+    if rank == 0:
+        policy.export(directory / "hf", writer.write)
+    policy.export_adapter(directory / "adapter", writer.write)
+    policy.save_training_state(directory, writer.write)
+    if policy.reference_moved:
+        policy.save_reference(directory / REFERENCE, writer.write)
+    writer.write(directory / "random" / f"rank-{rank}.pt", _random_states(), save_tensors)
+    if under_way is not None:
+        writer.write(directory / "under_way" / f"rank-{rank}.pt", under_way, save_tensors)
+
+
+def name_of(step: int, updates: int | None = None) -> str:
+    """The directory of a checkpoint after so many steps, or with the next one under way and so many updates of it done.
+
+    Names sort by time.
+    """
+    return f"step-{step:08d}" + ("" if updates is None else f"-{updates:04d}")
+
+
+def numbers_of(checkpoint: Path) -> tuple[int, int | None]:
+    """The step and the updates that `name_of` was given."""
+    _, step, *updates = checkpoint.name.split("-")
+    return int(step), int(updates[0]) if updates else None
+
+
+def _partial(final: Path) -> Path:
+    return final.with_suffix(".partial")
+
+
+def _remove(checkpoint: Path) -> str | None:
+    """Make it none at a stroke, then delete its files; what went wrong if it is still there. A link goes, its target stays."""
+    try:
+        if checkpoint.is_symlink():
+            checkpoint.unlink()
+        else:
+            shutil.rmtree(checkpoint.rename(_partial(checkpoint)), ignore_errors=True)  # a resume deletes what is left
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _write_state(directory: Path, record: dict[str, Any]) -> None:
+    path = directory / "state.json"
+    path.write_text(json.dumps({"checksum": _checksum_of(record), **record}, indent=1))
+    flush(path)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What state.json holds.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
+    try:
+        record = json.loads((checkpoint / "state.json").read_text())
+        expected = record.pop("checksum")
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"state.json cannot be read: {error}") from None
+    if _checksum_of(record) != expected:
+        raise ValueError("state.json is not what was written: its checksum differs")
+    return record
+
+
+def _checksum_of(record: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
+
+
+def find(directory: Path, config: Config, processes: Processes, *, given: dict[str, str]) -> Path | None:
+    """The newest checkpoint to resume that is as it was written, or None to start anew. Every process calls it.
+
+    Newer ones that are not are renamed to `.corrupt`, and a line says so.
+
+    Args:
+        given: digests of what the run is given; see grpo/run/inputs.py.
+
+    Raises:
+        ValueError: it is of another experiment, or was given other questions or rewards, or there are only corrupt ones.
+    """
+    if config.run.resume == "never":
+        return None
+    accept = config.run.accept_changes
+    there = processes.on_main(lambda: _tidy(directory))
+    for checkpoint in reversed(there):
+        problem = _problem(checkpoint, processes)
+        if problem is None:
+            _check_resumable(checkpoint, config)
+            notes = [_longer(checkpoint, config), *_compare_given(checkpoint, given, accept=accept)]
+            for note in filter(None, notes if processes.is_main else []):
+                say(note)
+            progress.last_checkpoint = checkpoint
+            return checkpoint
+        _set_aside(checkpoint, problem, processes)
+    if there:
+        raise ValueError(
+            f"run.resume is 'auto'; not one of the {len(there)} checkpoints in {directory} is as it was written. Choose another "
+            "run.dir to start anew."
+        )
+    return None
+
+
+def _set_aside(checkpoint: Path, problem: str, processes: Processes) -> None:
+    """Rename a corrupt checkpoint, or on all processes raise ValueError if it cannot be."""
+
+    def rename() -> str | None:
+        names = (checkpoint.with_suffix(f".corrupt{f'-{n}' * (n > 1)}") for n in count(1))
+        try:
+            aside = checkpoint.rename(next(path for path in names if not path.exists()))
+        except OSError as error:
+            return str(error)
+        say(f"checkpoint {checkpoint} is corrupt and was renamed to {aside.name}: {problem}")
+        return None
+
+    stuck = processes.on_main(rename)
+    if stuck is not None:
+        raise ValueError(
+            f"run.resume is 'auto'; checkpoint {checkpoint} is corrupt ({problem}) and cannot be renamed: {stuck}. Move it out "
+            "of the way."
+        )
+
+
+def _tidy(directory: Path) -> list[Path]:
+    """Remove what a kill left half written or half removed; the complete checkpoints."""
+    with progress.busy("removing what a kill left of checkpoints"):
+        for partial in directory.glob("step-*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)  # what cannot be removed is in nobody's way
+    return complete_checkpoints(directory)
+
+
+def _problem(checkpoint: Path, processes: Processes) -> str | None:
+    """What is wrong with a checkpoint, each process reading a part of the files."""
+    try:
+        files = read_state(checkpoint)["files"]
+    except ValueError as error:
+        own: str | None = str(error)
+    else:
+        mine = sorted(files)[processes.rank :: processes.world_size]
+        with progress.busy("checking a checkpoint"):
+            own = problem_with(checkpoint, {name: files[name] for name in mine})
+    return next((problem for problem in processes.gather(own) if problem is not None), None)
+
+
+MAY_CHANGE = {
+    "run.steps",
+    "run.resume",
+    "run.dir",
+    "run.max_hours",
+    "run.accept_changes",
+    "checkpoint",
+    "logging",
+    "evaluation",
+    "scoring",
+    "memory",
+    "vllm",
+    "preflight",
+    "watchdog",
+    "algorithm.max_sampling_gap",
+    "distributed",
+    "rollout.max_completion_tokens",  # R1-Zero doubled it on the way; nothing that a checkpoint holds depends on it
+}
+"""What may differ between a run and its resumption without making it another experiment."""
+
+
+def _check_resumable(checkpoint: Path, config: Config) -> None:
+    before, now = read_state(checkpoint)["config"], config.model_dump(mode="json")
+    name = changed_setting(before, now, may_change=MAY_CHANGE)
+    if name is not None:
+        raise ValueError(
+            f"{name} is {_flat(now).get(name)!r}; {checkpoint} was written with {_flat(before).get(name)!r}, and a run resumes "
+            "with the settings it began with. Restore the value, or choose another run.dir."
+        )
+
+
+def _compare_given(checkpoint: Path, now: dict[str, str], *, accept: bool) -> list[str]:
+    """What there is to say of questions and rewards that are not those of the checkpoint.
+
+    Raises:
+        ValueError: they changed, and the run does not accept it.
+    """
+    before = read_state(checkpoint).get("given")
+    if before is None:
+        return [
+            f"note: {checkpoint.name} does not say what questions and rewards it was written with; they are not compared."
+        ]
+    names = " and ".join(inputs.changed(before, now))
+    if names and not accept:
+        raise ValueError(
+            f"run.resume is 'auto'; {names} changed since {checkpoint} was written: the questions with their columns and "
+            "prompts, or the source or the arguments of the reward. Restore what they were, choose another run.dir, or set "
+            "run.accept_changes=true to go on with what is there now."
+        )
+    return (
+        [f"warning: from here on {names} are others than up to {checkpoint.name} (run.accept_changes)"] if names else []
+    )
+
+
+def changed_setting(before: dict[str, Any], now: dict[str, Any], *, may_change: set[str]) -> str | None:
+    """The first setting in which two configurations differ, but for settings and sections that may; None if there is none."""
+    flat_before, flat_now = _flat(before), _flat(now)
+    for name in sorted(flat_before.keys() | flat_now.keys()):
+        may = name in may_change or name.split(".")[0] in may_change
+        if not may and flat_before.get(name) != flat_now.get(name):
+            return name
+    return None
+
+
+def _longer(checkpoint: Path, config: Config) -> str:
+    """What is said where completions may be longer than before: of all that may change, this alone changes what is learned."""
+    before, now = (
+        read_state(checkpoint)["config"]["rollout"]["max_completion_tokens"],
+        config.rollout.max_completion_tokens,
+    )
+    return (
+        ""
+        if before == now
+        else f"rollout.max_completion_tokens is {now} from here on; it was {before} up to {checkpoint.name}"
+    )
+
+
+def restore(checkpoint: Path, *, policy: Policy, processes: Processes) -> tuple[RunState, StepUnderWay]:
+    """Load weights, optimizer and random states in place, in whatever layout they were written. Every process calls it.
+
+    Returns:
+        Where the run stands, and this process's part of the step under way.
+    """
+    saved = read_state(checkpoint)
+    written, now = Layout(saved["world_size"], saved["config"]["distributed"]["zero_stage"]), reshard.layout_of(policy)
+    if written == now:
+        policy.load_training_state(checkpoint)
+    else:
+        reshard.load(checkpoint, policy, saved=written)
+        if processes.is_main:
+            say(reshard.what_changes(written, now))
+    if (checkpoint / REFERENCE).exists():
+        policy.load_reference(checkpoint / REFERENCE)
+    if processes.rank < written.num_processes:  # one more keeps the states it started with; sampling seeds its own
+        _restore_random_states(load_tensors(checkpoint / "random" / f"rank-{processes.rank}.pt"))
+    where = RunState(**{field.name: saved[field.name] for field in fields(RunState)})
+    return where, _under_way(checkpoint / "under_way", written.num_processes, processes)
+
+
+def _under_way(directory: Path, num_parts: int, processes: Processes) -> StepUnderWay:
+    if not directory.exists():
+        return StepUnderWay()
+
+    def part(rank: int) -> StepUnderWay:
+        progress.tick()
+        return load_tensors(directory / f"rank-{rank}.pt", classes=UNDER_WAY)
+
+    if num_parts == processes.world_size:
+        return part(processes.rank)
+    parts = [part(rank) for rank in range(num_parts)]
+    return dealt_anew(parts, rank=processes.rank, num_processes=processes.world_size)
+
+
+UNDER_WAY = (StepUnderWay, Evidence, Group, Prompt, Completion, Scores, MicroBatch, Packing, Meter)
+"""The classes of a step under way."""
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"{section}.{name}": value
+        for section, settings in config.items()
+        for name, value in (settings.items() if isinstance(settings, dict) else [("", settings)])
+    }
+
+
+def _random_states() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def _restore_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,194 @@
+"""How well the policy answers held-out questions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from grpo.rollout import Generator
+from grpo.scoring.scorer import Scorer
+from grpo.scoring.statistics import Values, estimate, majority, pass_at_k, powers_of_two
+from grpo.types import VOTE, Group, Prompt, Sampling, Scores
+
+OnRows = Callable[[list[dict[str, Any]]], None]
+"""Called with the rows of a question, when all of its samples are scored."""
+
+
+def answer(
+    prompts: list[Prompt],
+    *,
+    generator: Generator,
+    scorer: Scorer,
+    sampling: Sampling,
+    num_samples: int,
+    seed: int,
+    on_rows: OnRows | None = None,
+) -> list[dict[str, Any]]:
+    """Answer each prompt `num_samples` times; a row per answer, in the order of the prompts."""
+    groups: dict[int, Group] = {}
+    rows: dict[int, list[dict[str, Any]]] = {}
+    with scorer.begin(len(prompts)) as scoring:
+
+        def take_in() -> None:
+            for p, scores in scoring.finished():
+                rows[p] = evaluation_rows([groups.pop(p)], scores)
+                if on_rows is not None:
+                    on_rows(rows[p])
+
+        def on_group(p: int, group: Group) -> None:
+            groups[p] = group
+            scoring.add(p, group)
+            take_in()
+
+        generator.sample(prompts, sampling, num_completions=num_samples, seed=seed, on_group=on_group)
+        scoring.result()
+        take_in()
+    return [row for p in range(len(prompts)) for row in rows[p]]
+
+
+def in_order(parts: list[list[dict[str, Any]]], prompts: list[Prompt]) -> list[dict[str, Any]]:
+    """The rows of all processes, in the order of the prompts that they shared."""
+    place = {prompt.row: i for i, prompt in enumerate(prompts)}
+    return sorted((row for part in parts for row in part), key=lambda row: place[row["row"]])
+
+
+def completion_rows(groups: list[Group], scores: Scores) -> list[dict[str, Any]]:
+    """One JSON-ready row per completion; an unknown reward is null. `extra` has, by reward, what they gave to log_extra."""
+    rows = []
+    for p, group in enumerate(groups):
+        for g, completion in enumerate(group.completions):
+            extra = scores.extras[p][g] if scores.extras else {}
+            rows.append(
+                {
+                    "row": group.prompt.row,
+                    "question": group.prompt.columns["question"],
+                    "answer": group.prompt.columns["answer"],
+                    "completion": completion.text,
+                    "finish_reason": completion.finish_reason,
+                    "num_tokens": len(completion.token_ids),
+                    "reward": _null_if_nan(float(scores.rewards[p, g])),
+                    "rewards": {name: _null_if_nan(float(values[p, g])) for name, values in scores.values.items()},
+                    **({"extra": extra} if extra else {}),
+                }
+            )
+    return rows
+
+
+OF_THE_QUESTION = ("level", "subject")
+"""Columns of the data that evaluations are told apart by."""
+
+
+def evaluation_rows(groups: list[Group], scores: Scores) -> list[dict[str, Any]]:
+    """The same of an evaluation, with the number of the sample, and level and subject where the data has them."""
+    rows = completion_rows(groups, scores)
+    samples = ((group.prompt.columns, number) for group in groups for number in range(len(group.completions)))
+    return [
+        {**row, "sample": number} | {name: columns[name] for name in OF_THE_QUESTION if columns.get(name) is not None}
+        for row, (columns, number) in zip(rows, samples, strict=True)
+    ]
+
+
+def training_rows(
+    step: int, groups: list[Group], scores: Scores, advantages: Tensor, *, in_batch: Tensor
+) -> list[dict[str, Any]]:
+    """The same of a training step, with the step, the advantages (P, G), of which that of an unknown reward is 0, and whether the
+    group is in the batch (P,); of one that dynamic sampling left out, the advantage is None."""
+    known = advantages.nan_to_num().flatten().tolist()
+    used = in_batch.repeat_interleave(advantages.shape[1]).tolist()
+    rows = zip(completion_rows(groups, scores), known, used, strict=True)
+    return [
+        {"step": step, **row, "advantage": advantage if each else None, "in_batch": each}
+        for row, advantage, each in rows
+    ]
+
+
+def verdict_name(names: Iterable[str]) -> str:
+    """Of a run's reward functions, the one whose verdict says what is right: `accuracy` if it is there, else the first."""
+    names = list(names)
+    return "accuracy" if "accuracy" in names else names[0]
+
+
+def is_right(row: Mapping[str, Any]) -> bool | None:
+    """Whether a row of `completion_rows` has the verdict 1; None if the verdict is unknown, which is neither right nor wrong."""
+    value = row["rewards"][verdict_name(row["rewards"])]
+    return None if value is None else value >= RIGHT
+
+
+RIGHT = 1 - 1e-9
+"""Least value of a verdict that means right; a function may add up parts of 1 in floating point."""
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The eval/ metrics of `answer`'s rows."""
+    metrics: dict[str, float] = {}
+    questions = by_question(rows)
+    for name in rows[0]["rewards"]:
+        values = _known(row["rewards"][name] for row in rows)
+        if values and name != VOTE:  # whose values are names
+            metrics[f"eval/{name}"] = sum(values) / len(values)
+            metrics[f"eval/{name}_stderr"] = _standard_error(_means(questions, partial(_reward, name)))
+    for name, found in estimate(verdict_columns(questions)).items():
+        metrics[f"eval/{name}"] = found.value
+        if name.startswith("pass@"):
+            metrics |= {f"eval/{name}_low": found.low, f"eval/{name}_high": found.high}
+    metrics["eval/length_mean"] = sum(row["num_tokens"] for row in rows) / len(rows)
+    metrics["eval/truncated"] = sum(row["finish_reason"] == "length" for row in rows) / len(rows)
+    return metrics
+
+
+def by_question(rows: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The rows of each question, in the order in which questions come up."""
+    questions: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        questions.setdefault(row["row"], []).append(row)
+    return list(questions.values())
+
+
+def verdict_columns(questions: list[list[dict[str, Any]]]) -> dict[str, Values]:
+    """pass@k for k = 1, 2, 4, ... and, where there are votes, cons@n: (Q,) each, NaN where it is unknown."""
+    verdicts = [[is_right(row) for row in rows] for rows in questions]
+    num_samples = max(len(rows) for rows in questions)
+    columns = {f"pass@{k}": [pass_at_k(each, k) for each in verdicts] for k in powers_of_two(num_samples)}
+    if num_samples > 1 and VOTE in questions[0][0]["rewards"]:
+        votes = [[row["rewards"][VOTE] for row in rows] for rows in questions]
+        columns[f"cons@{num_samples}"] = [majority(*each) for each in zip(votes, verdicts, strict=True)]
+    return {name: np.array(values) for name, values in columns.items()}
+
+
+def columns_of(questions: list[list[dict[str, Any]]]) -> dict[str, Values]:
+    """All that is told of a benchmark, (Q,) each: verdicts; shares of well-formed, cut off and unknown answers; tokens."""
+    columns = verdict_columns(questions)
+    if "format" in questions[0][0]["rewards"]:
+        columns["format"] = _means(questions, partial(_reward, "format"))
+    columns["truncated"] = _means(questions, lambda row: float(row["finish_reason"] == "length"))
+    columns["unknown"] = _means(questions, lambda row: float(is_right(row) is None))
+    columns["length"] = _means(questions, lambda row: float(row["num_tokens"]))
+    return columns
+
+
+def _reward(name: str, row: dict[str, Any]) -> float | None:
+    return row["rewards"][name]
+
+
+def _means(questions: list[list[dict[str, Any]]], value: Callable[[dict[str, Any]], float | None]) -> Values:
+    """(Q,) the mean of each question's known values; NaN if there are none."""
+    known = [_known(map(value, rows)) for rows in questions]
+    return np.array([sum(values) / len(values) if values else math.nan for values in known])
+
+
+def _standard_error(values: Values) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.std(ddof=int(len(known) > 1)) / math.sqrt(len(known)))
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _null_if_nan(value: float) -> float | None:
+    return None if math.isnan(value) else value

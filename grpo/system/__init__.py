@@ -1,0 +1,1 @@
+"""The machine: processes and their collectives, signals, progress and hangs, memory, files, the terminal."""

@@ -1,0 +1,70 @@
+"""The folders of grpo/ are layers: each imports those below it and none above, and no modules import each other in a circle."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+LAYERS = [
+    "types",
+    "text",
+    "algorithm",
+    "config",
+    "system",
+    "policy",
+    "data",
+    "rollout",
+    "scoring",
+    "observe",
+    "report",
+    "run",
+    "trainer",
+    "inference",
+    "evaluation",
+    "check",
+]
+"""From the ground up. CONTRIBUTING.md says what each is for."""
+
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "grpo").rglob("*.py"))
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of this package that a file imports anywhere in it, also for types alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            inner = [f"{node.module}.{each.name}" for each in node.names]
+            found |= {name if name in FILES else node.module for name in inner}
+        elif isinstance(node, ast.Import):
+            found |= {each.name for each in node.names}
+    return {name for name in found if name in FILES}
+
+
+GRAPH = {name: imports(path) for name, path in FILES.items()}
+
+
+def layer(module: str) -> int:
+    return LAYERS.index(module.split(".")[1])
+
+
+def test_every_folder_is_a_layer():
+    assert {name.split(".")[1] for name in FILES if "." in name} == set(LAYERS)
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name != "grpo"])
+def test_no_module_imports_one_of_a_layer_above(module: str):
+    above = {name for name in GRAPH[module] if name != "grpo" and layer(name) > layer(module)}
+    assert not above, f"{module} imports {', '.join(sorted(above))}; move what it needs down, or hand it in"
+
+
+def test_there_is_no_circle():
+    TopologicalSorter({name: needed for name, needed in GRAPH.items() if name != "grpo"}).prepare()
+
+
+def test_the_test_sees_imports():
+    assert {"grpo.types", "grpo.config", "grpo.algorithm.loss"} <= GRAPH["grpo.trainer"]
