@@ -27,7 +27,9 @@ from grpo.run.checkpoint import Checkpoints
 from grpo.run.held_out import HeldOut
 from grpo.run.preflight import Audit, Preflight, audit
 from grpo.scoring.answers import verdict_name
-from grpo.scoring.scorer import Reward, Scorer, reads_answer, resolve_rewards
+from grpo.scoring.binding import reads_answer
+from grpo.scoring.reward import Reward, resolve_rewards
+from grpo.scoring.scorer import Scorer
 from grpo.system import distributed
 from grpo.system.distributed import TrainingProcesses
 from grpo.system.stopping import StopAgreement, StopRequest

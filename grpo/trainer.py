@@ -24,7 +24,7 @@ from grpo.policy.policy import Policy
 from grpo.run import checkpoint
 from grpo.run.guard import Guard
 from grpo.scoring.answers import completion_rows
-from grpo.scoring.scorer import Reward
+from grpo.scoring.reward import Reward
 from grpo.system import progress
 from grpo.system.out_of_memory import or_ask_for_less
 from grpo.system.stopping import EXIT_STOPPED, Interrupted, Stopped

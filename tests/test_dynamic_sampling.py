@@ -14,7 +14,7 @@ from grpo import Trainer
 from grpo.algorithm.advantage import group_advantages
 from grpo.algorithm.batch import pack
 from grpo.algorithm.dynamic_sampling import DynamicSampler
-from grpo.scoring.scorer import Reward
+from grpo.scoring.reward import Reward
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import Stopped
 
@@ -130,7 +130,7 @@ def test_the_update_is_that_of_the_questions_with_signal_and_the_metrics_say_wha
     assert (trainer.state.groups_seen, trainer.state.groups_with_signal) == (0.75 * len(differ), 0.75 * sum(differ))
 
     plain = Trainer(tiny_config(tmp_path / "plain", **FIXED), rewards=[number_or_nothing])
-    plain.generator = FixedGenerator()
+    plain.collector.generator = FixedGenerator()
     chosen = {group[0]["row"] for group in used}
     plain.prompts.prompts = [prompt for prompt in plain.prompts.prompts if prompt.row in chosen]
     expected = plain.train_step()

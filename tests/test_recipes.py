@@ -10,7 +10,7 @@ from helpers import ROOT, tiny_config
 from grpo import Trainer
 from grpo.config import Config, RewardConfig
 from grpo.data.rows import load_rows, prepare_rows
-from grpo.scoring.scorer import resolve_function
+from grpo.scoring.reward import resolve_function
 from grpo.types import Group
 
 RECIPES = ROOT / "configs" / "recipes"

@@ -18,7 +18,7 @@ from grpo import Reward, Trainer
 from grpo.observe.console import LineSink
 from grpo.observe.rundir import claim
 from grpo.run import checkpoint
-from grpo.scoring.scorer import resolve_function
+from grpo.scoring.reward import resolve_function
 from grpo.system.distributed import Processes
 from grpo.system.jsonl import append_jsonl, read_jsonl, rewind_jsonl
 from grpo.types import Group, OnGroup, Prompt

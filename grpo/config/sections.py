@@ -215,7 +215,7 @@ class RewardConfig(Section):
     with."""
     form: Literal["completion", "texts", "messages"] | None = None
     """How it is called. completion: once for each, as text. texts, messages: once for a group, with lists of texts, or of
-    messages as TRL has them in conversations. null: as its parameters and their annotations say; see grpo/scoring/scorer.py."""
+    messages as TRL has them in conversations. null: as its parameters and their annotations say; see scoring/binding.py."""
 
 
 class ScoringConfig(Section):
@@ -227,7 +227,7 @@ class ScoringConfig(Section):
     """Address space that reward calls may take in a worker, on top of what importing the functions took."""
     environment: list[str] = Field(default_factory=list)
     """Names of environment variables that rewards need, such as [JUDGE_API_KEY]. Workers are given these, and paths, languages
-    and caches (INHERITED in grpo/scoring/worker.py), and nothing else of the environment."""
+    and caches (INHERITED in grpo/scoring/worker_pool.py), and nothing else of the environment."""
 
 
 class AlgorithmConfig(Section):

@@ -32,7 +32,8 @@ from grpo.data.prompts import build_prompts
 from grpo.inference import model as inference
 from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
 from grpo.scoring.answers import OF_THE_QUESTION, answer, by_question, columns_of, is_right
-from grpo.scoring.scorer import Reward, Scorer, resolve_function
+from grpo.scoring.reward import Reward, resolve_function
+from grpo.scoring.scorer import Scorer
 from grpo.scoring.statistics import estimate
 from grpo.system import distributed
 from grpo.system.distributed import Processes

@@ -15,7 +15,9 @@ from grpo.data.rows import load_rows
 from grpo.observe.console import number
 from grpo.observe.display import styled_completion
 from grpo.scoring.answers import completion_rows, is_right
-from grpo.scoring.scorer import LISTED, SINGLE, Reward, Scorer
+from grpo.scoring.binding import LISTED, SINGLE
+from grpo.scoring.reward import Reward
+from grpo.scoring.scorer import Scorer
 from grpo.system.terminal import printable
 from grpo.types import Generator, Prompt, Sampling
 
