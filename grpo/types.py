@@ -209,7 +209,7 @@ class MicroBatch:
     sampling_logprobs: Tensor  # (T,)
     num_sequence_tokens: int  # of its sequences, each with a prompt of its own
     completion_lens: Tensor  # (B,) int64 of its sequences; their sum is T
-    is_spare: bool = False  # run for the sake of the other processes only; all weights are 0
+    is_empty: bool = False  # run for the sake of the other processes only; all weights are 0
     old_logprobs: Tensor | None = None  # (T,) of the policy before the first update; None: strictly on-policy
     ref_logprobs: Tensor | None = None  # (T,) of the reference; None: no KL term in the loss
     selected: Tensor | None = None  # (T,) bool, whose surrogate is trained on; None: all

@@ -22,7 +22,7 @@ from helpers import ROOT, clean_environment, launch, tiny_config
 from test_trainer import steps_of
 
 from grpo import Trainer
-from grpo.algorithm.batch import micro_batch, pack, spare, take
+from grpo.algorithm.batch import empty_micro_batch, micro_batch, pack, take
 from grpo.config import Config, as_override
 from grpo.observe.metrics import Meter
 from grpo.policy.model_source import complete_checkpoints
@@ -627,7 +627,7 @@ def test_a_step_under_way_is_dealt_anew_without_losing_a_sequence(before: int, n
     dealt = [dealt_anew(parts, rank=rank, num_processes=now) for rank in range(now)]
 
     def sequences(steps: list[StepUnderWay], minibatch: int) -> list[list[int]]:
-        passes = [micro for step in steps for micro in step.minibatches[minibatch] if not micro.is_spare]
+        passes = [micro for step in steps for micro in step.minibatches[minibatch] if not micro.is_empty]
         return sorted(micro.targets.tolist() for micro in passes)
 
     for minibatch in (0, 1):
@@ -654,7 +654,7 @@ def part_of_a_step(rng: random.Random, number: int) -> StepUnderWay:
     meter = Meter()
     meter.mean("x", torch.tensor(float(number)))
     rollout = Evidence(groups, Scores(advantages, {"f": advantages}, 0, 0), advantages, torch.tensor([0, 1]))
-    return StepUnderWay(rollout, 3, [passes[:2], [*passes[2:], spare()]], meter, {})
+    return StepUnderWay(rollout, 3, [passes[:2], [*passes[2:], empty_micro_batch()]], meter, {})
 
 
 # ---- at the seams ----------------------------------------------------------------------------------------------------

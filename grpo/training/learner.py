@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo.algorithm.batch import join, micro_batch, plan_passes, spare, split, take
+from grpo.algorithm.batch import empty_micro_batch, join, micro_batch, plan_passes, split, take
 from grpo.algorithm.loss import Objective, entropy_threshold, grpo_loss, token_weights
 from grpo.config import AlgorithmConfig, OptimizerConfig
 from grpo.config.schedule import learning_rate
@@ -94,7 +94,7 @@ class Learner:
 
     def _pass(self, whole: Batch, sequences: list[int]) -> MicroBatch:
         if not sequences:
-            return spare()
+            return empty_micro_batch()
         part = take(whole, sequences)
         weights = token_weights(
             self.algorithm.aggregation,
@@ -112,13 +112,13 @@ class Learner:
             there = micro.to(self.processes.device)
             if algorithm.updates_per_rollout > 1 or algorithm.top_entropy < 1:
                 micro.old_logprobs, entropy = self.policy.before_update(there)
-                entropies.append(entropy[: 0 if micro.is_spare else None].cpu())
+                entropies.append(entropy[: 0 if micro.is_empty else None].cpu())
             if algorithm.kl_in_loss:
                 micro.ref_logprobs = self.policy.ref_logprobs(there)
         if minibatch and algorithm.top_entropy < 1:
             threshold = entropy_threshold(torch.cat(self.processes.gather(torch.cat(entropies))), algorithm.top_entropy)
             for micro, entropy in zip(minibatch, entropies, strict=True):
-                micro.selected = None if micro.is_spare else entropy >= threshold
+                micro.selected = None if micro.is_empty else entropy >= threshold
 
     def divergences(self, batch: Batch, meter: Meter) -> Tensor:
         """(B,) sums over each completion's tokens of log pi - log pi_ref, before the update; a process may have no sequences."""
@@ -137,7 +137,7 @@ class Learner:
         smaller = [[part for micro in passes for part in split(micro, self.token_budget)] for passes in minibatches]
         most = [max(self.processes.gather(len(passes))) for passes in smaller]
         return [
-            [*passes, *(spare() for _ in range(number - len(passes)))]
+            [*passes, *(empty_micro_batch() for _ in range(number - len(passes)))]
             for passes, number in zip(smaller, most, strict=True)
         ]
 
