@@ -12,9 +12,23 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported; the kernels then run on the CPU
 
 torch.set_num_threads(1)
+
+from grpo import report  # noqa: E402
+
+plot_curves = report.plot_curves
+report.plot_curves = lambda run_dir: (
+    run_dir / "curves.png"
+)  # which takes a second at the end of each of hundreds of runs
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends draws its curves, as it does outside of tests."""
+    monkeypatch.setattr(report, "plot_curves", plot_curves)

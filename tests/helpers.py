@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import warm
 from number_reward import number_in_text as number_in_text
 from number_reward import number_or_nothing as number_or_nothing
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -25,6 +27,8 @@ from grpo.types import Completion, Group, MicroBatch, OnGroup, Prompt, Sampling,
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "quickstart"
+QUESTIONS = ROOT / "tests" / "data" / "questions.jsonl"
+"""The first 200 of the quickstart's 4,000, which every Trainer would tokenize anew for a second."""
 VOCABULARY = 300  # token ids below this are ordinary text of the tiny model
 
 
@@ -32,7 +36,7 @@ def tiny_settings(run_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     """A run of the tiny model that takes a second a step; `sections` are merged over it."""
     settings: dict[str, Any] = {
         "model": {"name": str(TINY / "model")},
-        "data": {"name": str(TINY / "train.jsonl"), "template": "chat", "max_prompt_tokens": 96},
+        "data": {"name": str(QUESTIONS), "template": "chat", "max_prompt_tokens": 96},
         "rollout": {"num_prompts": 4, "group_size": 4, "max_completion_tokens": 24},
         "algorithm": {"kl_coef": 0.0},
         "optimizer": {"learning_rate": 1e-3},
@@ -128,19 +132,44 @@ def clean_environment() -> dict[str, str]:
 
 
 def launch(script: str, *arguments: str, processes: int = 1, timeout: float = 300) -> str:
-    """Run tests/<script> under torchrun and return what it printed; fails with its output if it failed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**clean_environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment,
+    """Run tests/<script> as a process group and return what it printed, rank by rank; fails with its output if it failed.
+
+    Without a launcher, whose part are the variables. What a launcher does besides is tested in test_stopping, test_distributed,
+    test_check_invariance and test_heartbeat, with real ones.
+    """
+    done = launch_group(script, *arguments, processes=processes, timeout=timeout)
+    said = "\n".join(f"rank {rank}:\n{each.stdout[-4000:]}{each.stderr[-8000:]}" for rank, each in enumerate(done))
+    assert [each.returncode for each in done] == [0] * processes, said
+    return "".join(each.stdout for each in done)
+
+
+def launch_group(
+    script: str, *arguments: str, processes: int, timeout: float
+) -> list[subprocess.CompletedProcess[str]]:
+    """Of each rank what it printed and its exit code; of a rank that did not end after another had failed, -9."""
+    group = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    environment = {
+        **clean_environment(),
+        **group,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    return warm.run_together(
+        [[str(ROOT / "tests" / script), *arguments]] * processes,
+        envs=[{**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)],
         cwd=ROOT,
+        timeout=timeout,
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-    return done.stdout
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def launch_script(*overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:

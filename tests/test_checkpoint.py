@@ -17,6 +17,7 @@ from threading import Thread
 
 import pytest
 import torch
+import warm
 from helpers import ROOT, clean_environment, launch, tiny_config
 from test_trainer import steps_of
 
@@ -57,12 +58,10 @@ def names(run: Path) -> list[str]:
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
     tmp_path: Path, kills: int, options: list[str]
 ):
-    done = subprocess.run(
-        [sys.executable, "tests/worker_kills.py", str(tmp_path / "runs"), "--kills", str(kills), *options],
+    done = warm.run(
+        ["tests/worker_kills.py", str(tmp_path / "runs"), "--kills", str(kills), *options],
         cwd=ROOT,
         env={**clean_environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        capture_output=True,
-        text=True,
         timeout=580,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -354,12 +353,10 @@ def test_a_second_signal_ends_a_process_at_once_and_one_that_comes_with_the_firs
 
 def test_the_script_ends_with_75_when_it_is_asked_to_stop(tmp_path: Path):
     settings = ["run.max_hours=1e-6", "evaluation.num_questions=0", f"run.dir={tmp_path / 'run'}"]
-    done = subprocess.run(
-        [sys.executable, "scripts/train_zero.py", "--config", "configs/quickstart.yaml", "--set", *settings],
+    done = warm.run(
+        ["scripts/train_zero.py", "--config", "configs/quickstart.yaml", "--set", *settings],
         cwd=ROOT,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
+        env={**clean_environment(), "PYTHONPATH": str(ROOT)},
         timeout=300,
     )
     assert done.returncode == EXIT_STOPPED, done.stderr[-3000:]
@@ -563,8 +560,8 @@ sys.stdin.read()
 
 def test_two_runs_do_not_resume_in_one_directory_and_a_killed_one_leaves_it_free(tmp_path: Path):
     config = tiny_config(tmp_path / "run", run={"steps": 1, "resume": "auto"})
-    command = [sys.executable, "-c", HOLDS_THE_LOCK, str(tmp_path / "run")]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    command = ["-c", HOLDS_THE_LOCK, str(tmp_path / "run")]
+    with warm.Process(command, cwd=ROOT, stdin=warm.PIPE, stdout=warm.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "holds\n"
         with pytest.raises(ValueError, match=r"run.dir is .*run'; another process is at work there"):
