@@ -33,12 +33,12 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)
 
-from grpo import report  # noqa: E402
+from helpers import without_pictures  # noqa: E402
 
-plot_curves = report.plot_curves
-report.plot_curves = lambda run_dir: (
-    run_dir / "curves.png"
-)  # which takes a second at the end of each of hundreds of runs
+from grpo import report  # noqa: E402
+from grpo.report.figures import plot_curves  # noqa: E402
+
+without_pictures()
 
 
 @pytest.fixture

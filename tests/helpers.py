@@ -19,7 +19,7 @@ from number_reward import number_in_text as number_in_text
 from number_reward import number_or_nothing as number_or_nothing
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from grpo import Trainer
+from grpo import Trainer, report
 from grpo.config import Config
 from grpo.rollout.grouping import all_at_once
 from grpo.system import distributed
@@ -211,6 +211,11 @@ def shard_even_small_weights(*, whole_below: int = 0, fetch_ahead: bool = False)
         return values
 
     distributed.deepspeed_config = settings
+
+
+def without_pictures() -> None:
+    """Of this process's runs none draws its curves when it ends, for a second; tests of that have the fixture `pictures`."""
+    report.plot_curves = lambda run_dir: run_dir / "curves.png"
 
 
 def read_json(path: Path) -> Any:

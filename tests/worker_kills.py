@@ -29,7 +29,7 @@ import torch
 os.environ.update({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})
 
 import deepspeed  # noqa: F401  before the forks
-from helpers import TINY, shard_even_small_weights, tiny_config
+from helpers import TINY, shard_even_small_weights, tiny_config, without_pictures
 from safetensors.torch import load_file
 
 from grpo import Trainer
@@ -46,6 +46,7 @@ MOMENTS = (0.0, 0.1) if ON_GPU else (0.1, 0.8)
 """When a blow falls, as shares of the seconds that a whole run takes; on a GPU most of them are the start."""
 CLOCKS = ("time/", "throughput/", "memory/")
 torch.set_num_threads(1)
+without_pictures()
 
 
 def train(run: Path, arguments: argparse.Namespace, every_steps: int) -> None:

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from helpers import TINY, shard_even_small_weights, tiny_config
+from helpers import TINY, shard_even_small_weights, tiny_config, without_pictures
 
 from grpo import Trainer
 from grpo.system import distributed
@@ -21,6 +21,7 @@ parser.add_argument("--lora", type=int, default=0, help="rank")
 parser.add_argument("--offload", nargs="*", default=[], choices=["optimizer", "parameters"])
 arguments = parser.parse_args()
 shard_even_small_weights()
+without_pictures()
 
 
 def trainer(name: str, *, offload: Sequence[str] = ()) -> Trainer:
