@@ -38,7 +38,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = """
 torch torch.distributed torch.utils.flop_counter torch.utils.module_tracker torch.nn.attention.varlen
 transformers transformers.models.qwen2.modeling_qwen2 transformers.models.qwen2.tokenization_qwen2 transformers.generation
-accelerate deepspeed deepspeed.ops.op_builder.all_ops peft datasets safetensors.torch
+accelerate deepspeed deepspeed.ops.op_builder.all_ops deepspeed.runtime.zero.muon.muon_optimizer
+deepspeed.runtime.zero.stage_1_and_2 deepspeed.runtime.zero.stage3 deepspeed.runtime.bf16_optimizer
+deepspeed.module_inject.auto_ep_layer peft peft.tuners.lora datasets safetensors.torch numpy.ctypeslib
 rich.console rich.live rich.table pydantic yaml cloudpickle xxhash mpmath pytest
 matplotlib.pyplot matplotlib.backends.backend_agg
 """
