@@ -172,25 +172,32 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+ONE_STEP = [
+    "scripts/train_zero.py",
+    "--config",
+    "configs/quickstart.yaml",
+    "--set",
+    "run.steps=1",
+    "preflight.num_questions=0",
+]
+
+
 def launch_script(*overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """One step of the quickstart as a user starts it, with settings and with options for accelerate."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "scripts/train_zero.py"]
     return subprocess.run(
-        [
-            *command,
-            "--config",
-            "configs/quickstart.yaml",
-            "--set",
-            "run.steps=1",
-            "preflight.num_questions=0",
-            *overrides,
-        ],
+        [sys.executable, "-m", "accelerate.commands.launch", *launcher, *ONE_STEP, *overrides],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
         env=clean_environment(),
     )
+
+
+def run_script(*overrides: str) -> subprocess.CompletedProcess[str]:
+    """The same without accelerate, which takes as long as all the rest."""
+    environment = {**clean_environment(), "PYTHONPATH": str(ROOT)}
+    return warm.run([*ONE_STEP, *overrides], cwd=ROOT, timeout=300, env=environment)
 
 
 def shard_even_small_weights(*, whole_below: int = 0, fetch_ahead: bool = False) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, launch_group, launch_script, tiny_config
+from helpers import ROOT, launch_group, run_script, tiny_config
 
 from grpo.algorithm.batch import micro_batch, pack, plan_passes, take
 from grpo.check import memory
@@ -309,7 +309,7 @@ def test_shortages_that_do_not_come_from_torchs_allocator_are_known(text: str):
 @pytest.mark.slow
 def test_the_training_script_rehearses_with_dry_run(tmp_path: Path):
     overrides = ("rollout.num_prompts=2", "rollout.group_size=2", f"run.dir={tmp_path / 'run'}", "--dry-run")
-    done = launch_script(*overrides)
+    done = run_script(*overrides)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "It fits." in done.stdout
     assert not (tmp_path / "run").exists()

@@ -420,7 +420,7 @@ def test_a_run_in_a_terminal_that_is_stopped_by_ctrl_c_leaves_it_clean(tmp_path:
     screen = Screen(80, 24)
     screen.write(text.replace("\r\n", "\n"))
     lines = screen.text
-    assert "4,000 training questions" in lines
+    assert "200 training questions" in lines
     assert any("SIGINT: saving, then stopping" in line for line in lines)
     (place,) = (number for number, line in enumerate(lines) if line.startswith("run "))
     assert lines[place + 2].startswith("reward")

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from grpo.system import heartbeat
+from grpo.system.progress import PACKAGE
 from grpo.system.terminal import SilencedConsole, printable, say
 
 WIDE = 9
@@ -131,7 +132,7 @@ def errors_for_users() -> Iterator[None]:
         raise SystemExit(130) from None  # as a shell counts SIGINT
     except ValueError as error:
         origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if origin.parent.name not in ("grpo", "rollout", "check", "report", "rewards"):
+        if not str(origin).startswith(PACKAGE) and origin.parent.name != "rewards":
             raise
         print_of_rank(f"error: {error}", f"error on rank {os.environ.get('RANK')}: {error}")
         raise SystemExit(2) from None
