@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -167,9 +169,14 @@ def launch_group(
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One that stays free until a process group takes it, seconds later: the kernel gives other sockets none from this range, and
+    other workers of this pytest look elsewhere in it."""
+    worker = int(re.sub(r"\D", "", os.environ.get("PYTEST_XDIST_WORKER", "0"))) % 8
+    while True:
+        port = random.SystemRandom().randrange(16_000 + 2_000 * worker, 18_000 + 2_000 * worker)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 ONE_STEP = [
