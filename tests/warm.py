@@ -44,19 +44,7 @@ deepspeed.module_inject.auto_ep_layer peft peft.tuners.lora datasets safetensors
 rich.console rich.live rich.table pydantic yaml cloudpickle xxhash mpmath pytest
 matplotlib.pyplot matplotlib.backends.backend_agg
 """
-FROZEN = (
-    "PYTHON",
-    "OMP_",
-    "MKL_",
-    "OPENBLAS_",
-    "TRITON_",
-    "TORCH_",
-    "PYTORCH_",
-    "CUDA_",
-    "HF_",
-    "TRANSFORMERS_",
-    "LD_",
-)
+FROZEN = ("PYTHON", "OMP_", "MKL_", "OPENBLAS_", "TRITON_", "CUDA_", "HF_", "TRANSFORMERS_", "LD_")
 """Beginnings of the names of variables that are read when something is imported."""
 PIPE, STDOUT, DEVNULL = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
 
