@@ -10,7 +10,7 @@ quickstart: setup
 	.venv/bin/accelerate launch scripts/train_zero.py --config configs/quickstart.yaml
 
 # A worker per core; docs/testing.md says which tests run where.
-PYTEST = .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+PYTEST = .venv/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 
 # Format, lint, types and the fast tests.
 check: lint

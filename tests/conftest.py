@@ -10,6 +10,7 @@ stays with its module.
 """
 
 import atexit
+import contextlib
 import json
 import os
 import re
@@ -58,6 +59,17 @@ ALONE = 4.0
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-seconds", action="store_true", help="write what slow tests took to tests/seconds.json")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """For each core that this process may use, in a container too, if there are 3 GiB of memory for each."""
+    cores = float(len(os.sched_getaffinity(0)))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, int(quota) / int(period))
+    gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return int(max(1, min(round(cores), gib // 3, 8)))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
