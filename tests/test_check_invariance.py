@@ -63,6 +63,7 @@ def on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_tiny_models_update_is_the_same_in_every_variant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
+    """Of its four launches one is of torchrun, whose three processes import everything."""
     # ZeRO 0 and 1 on two processes are left to test_distributed
     launches = Forked(monkeypatch, launches=4)  # the last, on two processes, goes through torchrun
     monkeypatch.setattr(

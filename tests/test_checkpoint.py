@@ -58,6 +58,7 @@ def names(run: Path) -> list[str]:
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
     tmp_path: Path, kills: int, options: list[str]
 ):
+    """Takes long because each kill is followed by a start, and a run must get somewhere before the next."""
     done = warm.run(
         ["tests/worker_kills.py", str(tmp_path / "runs"), "--kills", str(kills), *options],
         cwd=ROOT,

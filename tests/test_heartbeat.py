@@ -25,6 +25,7 @@ LIMIT = 4.0  # seconds of silence, in worker_heartbeat.py; without progress 1.5 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All scenarios at the same time. They take half a minute of waiting: who works is waited for longer than the limits."""
     out = tmp_path_factory.mktemp("scenarios")
     environment = {**clean_environment(), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
