@@ -1,4 +1,4 @@
-.PHONY: setup quickstart test check gpu
+.PHONY: setup quickstart lint check test gpu
 
 setup: .venv/installed
 
@@ -9,15 +9,21 @@ setup: .venv/installed
 quickstart: setup
 	.venv/bin/accelerate launch scripts/train_zero.py --config configs/quickstart.yaml
 
-# Format, lint and types.
-check: setup
+# A worker per core; docs/testing.md says which tests run where.
+PYTEST = .venv/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
+
+# Format, lint, types and the fast tests.
+check: lint
+	$(PYTEST) -m "not slow"
+
+# Format, lint, types and all tests that need neither a GPU nor a network.
+test: lint
+	$(PYTEST)
+
+lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-
-# All tests that need neither a GPU nor a network.
-test: check
-	.venv/bin/python -m pytest
 
 # What CI cannot see, on all GPUs of this machine: make gpu ARGS="--only zero learns". Without .venv, in the environment's Python.
 gpu:

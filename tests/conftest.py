@@ -1,9 +1,23 @@
-"""One thread per process: on a few shared cores more of them only wait for each other."""
+"""One thread per process: on a few shared cores more of them only wait for each other. And which tests run where, and when.
+
+seconds.json has what the slower tests took (`--write-seconds`, on one worker or several). By it
+
+- several workers (`pytest -n 2 --dist loadgroup`) begin with what takes longest, so that none is left alone with it at the end;
+- `-m "not slow"` leaves out what takes longer than a second: `make check`.
+
+A test that has a fixture of its module's stays with the others that have, so that no fixture is made twice; and all that is fast
+stays with its module.
+"""
 
 import atexit
+import contextlib
+import json
 import os
+import re
 import shutil
 import tempfile
+from collections import defaultdict
+from pathlib import Path
 
 # of this run alone, also in processes that tests start
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="grpo-tests-")
@@ -12,9 +26,91 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported; the kernels then run on the CPU
 
 torch.set_num_threads(1)
+
+from helpers import without_pictures  # noqa: E402
+
+from grpo import report  # noqa: E402
+from grpo.report.figures import plot_curves  # noqa: E402
+
+without_pictures()
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends draws its curves, as it does outside of tests."""
+    monkeypatch.setattr(report, "plot_curves", plot_curves)
+
+
+# ---- which tests run where, and when ---------------------------------------------------------------------------------
+
+SECONDS = Path(__file__).with_name("seconds.json")
+SLOW = 1.0
+"""Seconds from which on a test is slow; also the least that is written down."""
+ALONE = 4.0
+"""Seconds from which on a test without fixtures of its module may run away from its module."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-seconds", action="store_true", help="write what slow tests took to tests/seconds.json")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """For each core that this process may use, in a container too, if there are 3 GiB of memory for each."""
+    cores = float(len(os.sched_getaffinity(0)))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, int(quota) / int(period))
+    gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return int(max(1, min(round(cores), gib // 3, 8)))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seconds: dict[str, float] = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
+    groups: dict[str, list[pytest.Item]] = defaultdict(list)
+    for number, item in enumerate(items):
+        name, module = name_of(item.nodeid), item.location[0]
+        if seconds.get(name, 0) >= SLOW:
+            item.add_marker(pytest.mark.slow)
+        alone = seconds.get(name, 0) >= ALONE and not has_fixture_of_its_module(item)
+        groups[f"{module}-{number}" if alone else module].append(item)
+    if not getattr(config.option, "loadgroup", False):
+        return
+    for group, members in groups.items():
+        for item in members:
+            item.add_marker(pytest.mark.xdist_group(group))
+    took = {group: sum(seconds.get(name_of(item.nodeid), 0.01) for item in groups[group]) for group in groups}
+    items[:] = [item for group in sorted(groups, key=lambda group: -took[group]) for item in groups[group]]
+
+
+def name_of(nodeid: str) -> str:
+    """Without the folder, and the group that xdist appends."""
+    return re.sub(r"@[^\]]*$", "", nodeid).removeprefix("tests/")
+
+
+def has_fixture_of_its_module(item: pytest.Item) -> bool:
+    definitions = item._fixtureinfo.name2fixturedefs.values()
+    return any(each[-1].scope in ("module", "class", "package") for each in definitions)
+
+
+_took: dict[str, float] = defaultdict(float)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """With what its fixtures took, which is counted for the first that has them."""
+    _took[name_of(report.nodeid)] += report.duration
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--write-seconds") and not hasattr(session.config, "workerinput"):
+        before: dict[str, float] = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
+        new = {**before, **{name: round(took, 1) for name, took in _took.items()}}
+        kept = {name: took for name, took in sorted(new.items()) if took >= SLOW}
+        SECONDS.write_text(json.dumps(kept, indent=0) + "\n")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import re
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import warm
 from number_reward import number_in_text as number_in_text
 from number_reward import number_or_nothing as number_or_nothing
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from grpo import Trainer
+from grpo import Trainer, report
 from grpo.config import Config
 from grpo.rollout.grouping import all_at_once
 from grpo.system import distributed
@@ -25,6 +29,8 @@ from grpo.types import Completion, Group, MicroBatch, OnGroup, Prompt, Sampling,
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "quickstart"
+QUESTIONS = ROOT / "tests" / "data" / "questions.jsonl"
+"""The first 200 of the quickstart's 4,000, which every Trainer would tokenize anew for a second."""
 VOCABULARY = 300  # token ids below this are ordinary text of the tiny model
 
 
@@ -32,7 +38,7 @@ def tiny_settings(run_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     """A run of the tiny model that takes a second a step; `sections` are merged over it."""
     settings: dict[str, Any] = {
         "model": {"name": str(TINY / "model")},
-        "data": {"name": str(TINY / "train.jsonl"), "template": "chat", "max_prompt_tokens": 96},
+        "data": {"name": str(QUESTIONS), "template": "chat", "max_prompt_tokens": 96},
         "rollout": {"num_prompts": 4, "group_size": 4, "max_completion_tokens": 24},
         "algorithm": {"kl_coef": 0.0},
         "optimizer": {"learning_rate": 1e-3},
@@ -128,40 +134,77 @@ def clean_environment() -> dict[str, str]:
 
 
 def launch(script: str, *arguments: str, processes: int = 1, timeout: float = 300) -> str:
-    """Run tests/<script> under torchrun and return what it printed; fails with its output if it failed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**clean_environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment,
+    """Run tests/<script> as a process group and return what it printed, rank by rank; fails with its output if it failed.
+
+    Without a launcher, whose part are the variables. What a launcher does besides is tested in test_stopping, test_distributed,
+    test_check_invariance and test_heartbeat, with real ones.
+    """
+    done = launch_group(script, *arguments, processes=processes, timeout=timeout)
+    said = "\n".join(f"rank {rank}:\n{each.stdout[-4000:]}{each.stderr[-8000:]}" for rank, each in enumerate(done))
+    assert [each.returncode for each in done] == [0] * processes, said
+    return "".join(each.stdout for each in done)
+
+
+def launch_group(
+    script: str, *arguments: str, processes: int, timeout: float
+) -> list[subprocess.CompletedProcess[str]]:
+    """Of each rank what it printed and its exit code; of a rank that did not end after another had failed, -9."""
+    group = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    environment = {
+        **clean_environment(),
+        **group,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    return warm.run_together(
+        [[str(ROOT / "tests" / script), *arguments]] * processes,
+        envs=[{**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)],
         cwd=ROOT,
+        timeout=timeout,
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-    return done.stdout
+
+
+def free_port() -> int:
+    """One that stays free until a process group takes it, seconds later: the kernel gives other sockets none from this range, and
+    other workers of this pytest look elsewhere in it."""
+    worker = int(re.sub(r"\D", "", os.environ.get("PYTEST_XDIST_WORKER", "0"))) % 8
+    while True:
+        port = random.SystemRandom().randrange(16_000 + 2_000 * worker, 18_000 + 2_000 * worker)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+ONE_STEP = [
+    "scripts/train_zero.py",
+    "--config",
+    "configs/quickstart.yaml",
+    "--set",
+    "run.steps=1",
+    "preflight.num_questions=0",
+]
 
 
 def launch_script(*overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """One step of the quickstart as a user starts it, with settings and with options for accelerate."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "scripts/train_zero.py"]
     return subprocess.run(
-        [
-            *command,
-            "--config",
-            "configs/quickstart.yaml",
-            "--set",
-            "run.steps=1",
-            "preflight.num_questions=0",
-            *overrides,
-        ],
+        [sys.executable, "-m", "accelerate.commands.launch", *launcher, *ONE_STEP, *overrides],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
         env=clean_environment(),
     )
+
+
+def run_script(*overrides: str) -> subprocess.CompletedProcess[str]:
+    """The same without accelerate, which takes as long as all the rest."""
+    environment = {**clean_environment(), "PYTHONPATH": str(ROOT)}
+    return warm.run([*ONE_STEP, *overrides], cwd=ROOT, timeout=300, env=environment)
 
 
 def shard_even_small_weights(*, whole_below: int = 0, fetch_ahead: bool = False) -> None:
@@ -182,6 +225,11 @@ def shard_even_small_weights(*, whole_below: int = 0, fetch_ahead: bool = False)
         return values
 
     distributed.deepspeed_config = settings
+
+
+def without_pictures() -> None:
+    """Of this process's runs none draws its curves when it ends, for a second; tests of that have the fixture `pictures`."""
+    report.plot_curves = lambda run_dir: run_dir / "curves.png"
 
 
 def read_json(path: Path) -> Any:

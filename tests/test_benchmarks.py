@@ -4,7 +4,6 @@ import importlib
 import json
 import re
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import fake_trl
 import pytest
 import torch
+import warm
 from helpers import ROOT, TINY, clean_environment, launch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -120,11 +120,12 @@ def whole_step(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     environment = clean_environment()
     environment["PYTHONPATH"] = f"{scratch}:{ROOT}:{environment.get('PYTHONPATH', '')}"
     arguments = shlex.split("--size tiny --prompts 2 --completions 2 --new-tokens 8 --steps 1 --warmup 0")
-    done = subprocess.run(
-        [sys.executable, "benchmarks/step.py", *arguments, "--peers", "trl",
-         "--cache", str(cache), "--out", str(scratch / "out")],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment,
-    )  # fmt: skip
+    done = warm.run(
+        ["benchmarks/step.py", *arguments, "--peers", "trl", "--cache", str(cache), "--out", str(scratch / "out")],
+        cwd=ROOT,
+        timeout=300,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return Done(done.stdout, [json.loads(line) for line in (scratch / "out").read_text().splitlines()])
 

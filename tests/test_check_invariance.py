@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, tiny_config
+from helpers import ROOT, launch_group, tiny_config
 from safetensors.torch import save_file
 
 from grpo.check import invariance
@@ -33,6 +33,23 @@ def small_config(tmp_path: Path, **sections: Any) -> Config:
     )
 
 
+class Forked:
+    """In place of a launcher: forks of its workers, but for the launch that is the `launches`-th, which is a real one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, launches: int) -> None:
+        self.launch, self.left = invariance._launch, launches
+        monkeypatch.setattr(invariance, "_launch", self)
+
+    def __call__(self, command: list[str], log: Path) -> int | None:
+        self.left -= 1
+        if self.left == 0:
+            return self.launch(command, log)
+        place = command.index("--nproc_per_node")
+        ranks = launch_group(*command[place + 2 :], processes=int(command[place + 1]), timeout=200)
+        log.write_text("".join(done.stdout + done.stderr for done in ranks))
+        return max(abs(done.returncode) for done in ranks)
+
+
 @pytest.fixture
 def on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the launched workers need, and nothing of a process group that another test has set up here."""
@@ -46,7 +63,9 @@ def on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_tiny_models_update_is_the_same_in_every_variant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    # ZeRO 0 and 1 on two processes are left to test_distributed: each launch takes ten seconds and more
+    """Of its four launches one is of torchrun, whose three processes import everything."""
+    # ZeRO 0 and 1 on two processes are left to test_distributed
+    launches = Forked(monkeypatch, launches=4)  # the last, on two processes, goes through torchrun
     monkeypatch.setattr(
         invariance, "plan", lambda *args: [v for v in plan(*args) if v.name not in ("ZeRO 0", "ZeRO 1")]
     )
@@ -57,6 +76,7 @@ def test_the_tiny_models_update_is_the_same_in_every_variant(
     first, other = (int(re.search(rf"^{name}.*? +1 +(\d+) ", out, re.MULTILINE)[1]) for name in ("as conf", "passes"))  # type: ignore[index]
     assert other > first, "the smaller passes were not more of them"
     assert "All 3 variants make the same update." in out
+    assert launches.left == 0
     assert not (tmp_path / "run").exists()
 
 
@@ -66,6 +86,7 @@ def test_a_loss_that_is_normalized_by_pass_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(invariance, "plan", lambda *args: list(plan(*args))[:2])  # the budgets alone: it takes no more
+    Forked(monkeypatch, launches=0)
     assert invariance.check(small_config(tmp_path), processes=[1], worker=(WORKER, "normalized_by_pass")) == 1
     out = capsys.readouterr().out
     assert re.search(r"^passes of 120 tokens .* FAIL \([\w.]+\)$", out, re.MULTILINE)

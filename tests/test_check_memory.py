@@ -2,7 +2,6 @@
 
 import re
 import runpy
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, clean_environment, launch_script, tiny_config
+from helpers import ROOT, launch_group, run_script, tiny_config
 
 from grpo.algorithm.batch import micro_batch, pack, plan_passes, take
 from grpo.check import memory
@@ -310,7 +309,7 @@ def test_shortages_that_do_not_come_from_torchs_allocator_are_known(text: str):
 @pytest.mark.slow
 def test_the_training_script_rehearses_with_dry_run(tmp_path: Path):
     overrides = ("rollout.num_prompts=2", "rollout.group_size=2", f"run.dir={tmp_path / 'run'}", "--dry-run")
-    done = launch_script(*overrides)
+    done = run_script(*overrides)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "It fits." in done.stdout
     assert not (tmp_path / "run").exists()
@@ -318,18 +317,13 @@ def test_the_training_script_rehearses_with_dry_run(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_shortage_on_one_process_of_two_ends_both(tmp_path: Path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/worker_shortage.py"), str(tmp_path / "run")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,  # the other one would wait for ten minutes
-        env={**clean_environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-    )
-    assert done.returncode == 1, done.stderr[-4000:]
-    assert "on rank 1 of 2: It does not fit: out of memory in forward and backward passes" in done.stderr
-    assert "It fits" not in done.stdout
+    # the other one would wait for ten minutes
+    ranks = launch_group("worker_shortage.py", str(tmp_path / "run"), processes=2, timeout=120)
+    said = "".join(done.stdout + done.stderr for done in ranks)
+    assert ranks[1].returncode == 1, said[-4000:]
+    assert ranks[0].returncode > 0, "it did not end by itself"
+    assert "on rank 1 of 2: It does not fit: out of memory in forward and backward passes" in said
+    assert "It fits" not in said
 
 
 @pytest.mark.parametrize(("exit_code", "arguments"), [(1, ["memory"]), (0, ["invariance", "--processes", "1", "2"])])

@@ -17,7 +17,7 @@ from threading import Thread
 
 import pytest
 import torch
-from grpo.run.step_state import StepUnderWay, dealt_anew
+import warm
 from helpers import ROOT, clean_environment, launch, tiny_config
 from test_trainer import steps_of
 
@@ -28,11 +28,11 @@ from grpo.observe.metrics import Meter
 from grpo.policy.model_source import complete_checkpoints
 from grpo.run import checkpoint, inputs
 from grpo.run.checkpoint import CheckpointError, changed_setting, name_of, numbers_of
-from grpo.run.post_mortem import Evidence
 from grpo.scoring import scorer as scoring
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import EXIT_STOPPED, Stopped
 from grpo.system.writer import Writer, checksum, copied, problem_with, save_tensors
+from grpo.training.state import Rollout, StepState, redistribute
 from grpo.types import Completion, Group, MicroBatch, Prompt, Scores
 
 EVERY_STEP = {"every_steps": 1, "keep": 10}
@@ -57,12 +57,11 @@ def names(run: Path) -> list[str]:
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
     tmp_path: Path, kills: int, options: list[str]
 ):
-    done = subprocess.run(
-        [sys.executable, "tests/worker_kills.py", str(tmp_path / "runs"), "--kills", str(kills), *options],
+    """Takes long because each kill is followed by a start, and a run must get somewhere before the next."""
+    done = warm.run(
+        ["tests/worker_kills.py", str(tmp_path / "runs"), "--kills", str(kills), *options],
         cwd=ROOT,
         env={**clean_environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        capture_output=True,
-        text=True,
         timeout=580,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -354,12 +353,10 @@ def test_a_second_signal_ends_a_process_at_once_and_one_that_comes_with_the_firs
 
 def test_the_script_ends_with_75_when_it_is_asked_to_stop(tmp_path: Path):
     settings = ["run.max_hours=1e-6", "evaluation.num_questions=0", f"run.dir={tmp_path / 'run'}"]
-    done = subprocess.run(
-        [sys.executable, "scripts/train_zero.py", "--config", "configs/quickstart.yaml", "--set", *settings],
+    done = warm.run(
+        ["scripts/train_zero.py", "--config", "configs/quickstart.yaml", "--set", *settings],
         cwd=ROOT,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
+        env={**clean_environment(), "PYTHONPATH": str(ROOT)},
         timeout=300,
     )
     assert done.returncode == EXIT_STOPPED, done.stderr[-3000:]
@@ -563,8 +560,8 @@ sys.stdin.read()
 
 def test_two_runs_do_not_resume_in_one_directory_and_a_killed_one_leaves_it_free(tmp_path: Path):
     config = tiny_config(tmp_path / "run", run={"steps": 1, "resume": "auto"})
-    command = [sys.executable, "-c", HOLDS_THE_LOCK, str(tmp_path / "run")]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    command = ["-c", HOLDS_THE_LOCK, str(tmp_path / "run")]
+    with warm.Process(command, cwd=ROOT, stdin=warm.PIPE, stdout=warm.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "holds\n"
         with pytest.raises(ValueError, match=r"run.dir is .*run'; another process is at work there"):
@@ -621,12 +618,12 @@ def test_a_stop_that_one_process_hears_of_stops_all_and_the_rest_of_the_rollout_
 
 
 @pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 2), (3, 2), (2, 5)])
-def test_a_step_under_way_is_dealt_anew_without_losing_a_sequence(before: int, now: int):
+def test_a_step_under_way_is_redistribute_without_losing_a_sequence(before: int, now: int):
     rng = random.Random(0)
     parts = [part_of_a_step(rng, number) for number in range(before)]
-    dealt = [dealt_anew(parts, rank=rank, num_processes=now) for rank in range(now)]
+    dealt = [redistribute(parts, rank=rank, num_processes=now) for rank in range(now)]
 
-    def sequences(steps: list[StepUnderWay], minibatch: int) -> list[list[int]]:
+    def sequences(steps: list[StepState], minibatch: int) -> list[list[int]]:
         passes = [micro for step in steps for micro in step.minibatches[minibatch] if not micro.is_empty]
         return sorted(micro.targets.tolist() for micro in passes)
 
@@ -640,7 +637,7 @@ def test_a_step_under_way_is_dealt_anew_without_losing_a_sequence(before: int, n
     assert all(step.first_update == 3 for step in dealt)
 
 
-def part_of_a_step(rng: random.Random, number: int) -> StepUnderWay:
+def part_of_a_step(rng: random.Random, number: int) -> StepState:
     groups = [
         Group(
             Prompt(2 * number + i, [1, 2, 3], "", "", {}),
@@ -653,8 +650,8 @@ def part_of_a_step(rng: random.Random, number: int) -> StepUnderWay:
     passes = [micro_batch(take(whole, [i]), torch.ones(5)) for i in range(4)]
     meter = Meter()
     meter.mean("x", torch.tensor(float(number)))
-    rollout = Evidence(groups, Scores(advantages, {"f": advantages}, 0, 0), advantages, torch.tensor([0, 1]))
-    return StepUnderWay(rollout, 3, [passes[:2], [*passes[2:], empty_micro_batch()]], meter, {})
+    rollout = Rollout(groups, Scores(advantages, {"f": advantages}, 0, 0), advantages, torch.tensor([0, 1]))
+    return StepState(rollout, 3, [passes[:2], [*passes[2:], empty_micro_batch()]], meter, {})
 
 
 # ---- at the seams ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import re
-import subprocess
 import sys
 import tempfile
 import termios
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from helpers import ROOT, clean_environment, tiny_config, tiny_settings
 from rich.console import Console
 from rich.text import Text
@@ -405,11 +405,7 @@ def test_a_run_in_a_terminal_that_is_stopped_by_ctrl_c_leaves_it_clean(tmp_path:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     environment = {**clean_environment(), "TERM": "xterm", "CI": "", "NO_COLOR": "", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN, json.dumps(settings)],
-        preexec_fn=lambda: os.login_tty(theirs),
-        env=environment,
-    )
+    process = warm.Process(["-c", RUN, json.dumps(settings)], stdin=theirs, in_terminal=True, env=environment)
     os.close(theirs)
     received, is_interrupted = b"", False
     with contextlib.suppress(OSError):  # how Linux says that nobody holds the other end any more
@@ -424,7 +420,7 @@ def test_a_run_in_a_terminal_that_is_stopped_by_ctrl_c_leaves_it_clean(tmp_path:
     screen = Screen(80, 24)
     screen.write(text.replace("\r\n", "\n"))
     lines = screen.text
-    assert "4,000 training questions" in lines
+    assert "200 training questions" in lines
     assert any("SIGINT: saving, then stopping" in line for line in lines)
     (place,) = (number for number, line in enumerate(lines) if line.startswith("run "))
     assert lines[place + 2].startswith("reward")
@@ -501,11 +497,9 @@ def test_a_run_ends_well_whatever_becomes_of_its_output(tmp_path: Path, output: 
     ours, theirs = os.pipe()
     os.close(ours)
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-c", RUN, settings],
+        done = warm.run(
+            ["-c", RUN, settings],
             stdout=theirs if output == "closed pipe" else full,
-            stderr=subprocess.PIPE,
-            text=True,
             timeout=120,
             env={**clean_environment(), "PYTHONPATH": str(ROOT)},
         )

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from helpers import ROOT, clean_environment
@@ -160,9 +161,7 @@ def is_run(program: str, tests: str) -> bool:
 def test_the_readmes_library_example_runs(tmp_path: Path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     code = blocks("python")[0]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300, env=clean_environment()
-    )
+    done = warm.run(["-c", code], cwd=tmp_path, timeout=300, env={**clean_environment(), "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "runs/brief/checkpoints/step-00000002/hf").is_dir()
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, clean_environment, read_json
+from helpers import ROOT, clean_environment, launch_group, read_json
 
 from grpo.policy.model_source import complete_checkpoints
 from grpo.run.checkpoint import read_state
@@ -25,6 +25,7 @@ LIMIT = 4.0  # seconds of silence, in worker_heartbeat.py; without progress 1.5 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All scenarios at the same time. They take half a minute of waiting: who works is waited for longer than the limits."""
     out = tmp_path_factory.mktemp("scenarios")
     environment = {**clean_environment(), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
@@ -134,17 +135,10 @@ def test_who_works_is_waited_for_however_long(ended: Path, name: str):
 
 def run_stall(*arguments: str) -> str:
     """What two processes of worker_stall.py say before they end; no process is left behind."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/worker_stall.py"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**clean_environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"},
-        cwd=ROOT,
-    )
-    assert re.search(rf"exitcode *: {PEER_LOST}", done.stderr), done.stderr[-5000:]
-    return done.stderr
+    ranks = launch_group("worker_stall.py", *arguments, processes=2, timeout=280)
+    said = "".join(done.stderr for done in ranks)
+    assert [done.returncode for done in ranks] == [PEER_LOST] * 2, said[-5000:]
+    return said
 
 
 def test_a_run_whose_processes_wait_for_each_other_ends_and_leaves_its_checkpoint_whole(tmp_path: Path):

@@ -283,7 +283,7 @@ def test_a_run_is_the_same_with_preflight_and_without_and_a_resumed_one_has_none
     found = read_json(tmp_path / "with/preflight.json")
     assert (found["verdict"], found["template"], found["better_template"]) == ("fine", "chat", None)
     assert (found["templates"][0]["num_groups"], found["templates"][0]["group_size"]) == (4, 4)
-    assert found["data"][0]["num_rows"] == 4000
+    assert found["data"][0]["num_rows"] == 200
     (tmp_path / "with/preflight.json").unlink()
     Trainer(config, rewards=[one_in_two]).train()
     assert not (tmp_path / "with/preflight.json").exists()

@@ -7,20 +7,20 @@ import json
 import math
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import warm
 from helpers import ROOT, tiny_config
 from matplotlib.figure import Figure
 
 from grpo import report
 from grpo.observe.metrics import METRICS
-from grpo.report import plot_curves, save_figures, write_page
-from grpo.report.figures import _draw, smooth
+from grpo.report import save_figures, write_page
+from grpo.report.figures import _draw, plot_curves, smooth
 from grpo.report.panels import Panel, formula, sections
 from grpo.report.read import read_runs, wilson
 from grpo.report.summary import columns, headline, held_out, intervals
@@ -312,8 +312,8 @@ def test_what_cannot_be_shown_says_what_to_do(tmp_path: Path, directories: list[
 
 def test_the_script_writes_the_page_beside_the_run_and_figures_where_asked(tmp_path: Path):
     run = a_run(tmp_path / "run")
-    command = [sys.executable, "scripts/report.py", str(run), "--png", str(tmp_path / "figures")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = ["scripts/report.py", str(run), "--png", str(tmp_path / "figures")]
+    done = warm.run(command, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     assert block((run / "report.html").read_text(), "head")["runs"][0]["name"] == "run"
     assert (tmp_path / "figures" / "reward-mean.png").exists()
@@ -459,6 +459,7 @@ def test_each_curve_is_a_figure_for_one_run_and_for_several(tmp_path: Path, suff
     assert all(path.read_bytes().startswith(magic) for path in [*one, *both])
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_picture_that_cannot_be_drawn_does_not_cost_a_run_its_end(tmp_path: Path):
     run = a_run(tmp_path / "run")
     assert report.at_the_end(run) == [f"curves     {run / 'curves.png'}", f"report     {run / 'report.html'}"]

@@ -40,6 +40,7 @@ RESUMED = [case for case in TWO_PROCESSES + THREE_PROCESSES + ONE_PROCESS_LAST i
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fourteen runs, on one, two and three processes: each of another layout than the one it goes on from."""
     out = tmp_path_factory.mktemp("runs")
     for case in ONE_PROCESS_FIRST:
         run(out, **case)

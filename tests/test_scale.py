@@ -3,12 +3,12 @@
 import math
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 import yaml
 from helpers import ROOT, TINY
 from transformers import Qwen2Config
@@ -224,8 +224,8 @@ def test_what_is_no_scaling_down_of_what_was_measured_is_refused(
 
 def test_the_script_scales_no_length_up_and_leaves_no_file_where_it_fails(tmp_path: Path):
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        script = [sys.executable, str(ROOT / "scripts" / "scale_down.py"), "--model", str(TINY / "model")]
-        return subprocess.run([*script, *arguments], capture_output=True, text=True, cwd=ROOT)
+        script = [str(ROOT / "scripts" / "scale_down.py"), "--model", str(TINY / "model")]
+        return warm.run([*script, *arguments], cwd=ROOT, timeout=120)
 
     lengths = {"rollout": {"max_completion_tokens": 256}, "data": {"max_prompt_tokens": 512}}
     recipe, out = changed_recipe(tmp_path, **lengths), tmp_path / "my.yaml"

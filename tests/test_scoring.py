@@ -831,7 +831,7 @@ def test_ten_thousand_integer_answers_are_checked_in_seconds() -> None:
     with make_scorer(accuracy, num_workers=2) as scorer:
         started = time.perf_counter()
         reasons = scorer.check_rows([{"question": "?", "answer": str(n)} for n in range(10_000)])
-        assert time.perf_counter() - started < 5  # takes 0.4 s on a free machine
+        assert time.perf_counter() - started < 20  # 0.4 s on a free machine, 6 s beside six others
     assert reasons == [None] * 10_000
 
 

@@ -3,14 +3,13 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from helpers import ROOT, TINY, FixedGenerator, clean_environment, launch_script, number_in_text, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -153,9 +152,7 @@ Trainer(tiny_config(Path({run!r}), run={{"steps": 3}}, checkpoint={{"every_steps
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before_and_the_run_resumes_from_it(tmp_path: Path):
     code = KILLED_WHILE_SAVING.format(tests=str(ROOT / "tests"), run=str(tmp_path / "run"))
-    killed = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=clean_environment()
-    )
+    killed = warm.run(["-c", code], timeout=300, env={**clean_environment(), "PYTHONPATH": str(ROOT)})
     assert killed.returncode == -9, killed.stderr[-3000:]
     saved = tmp_path / "run/checkpoints"
     assert {path.name for path in saved.iterdir()} == {"step-00000001", "step-00000002.partial"}
@@ -175,6 +172,7 @@ def test_resuming_with_other_settings_is_refused_by_the_setting(tmp_path: Path):
         Trainer(changed)
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_run_leaves_everything_it_should_behind(tmp_path: Path):
     config = tiny_config(
         tmp_path / "run",

@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import torch
-from helpers import FixedGenerator, shard_even_small_weights, tiny_config
+from helpers import FixedGenerator, shard_even_small_weights, tiny_config, without_pictures
 
 from grpo import Trainer
 from grpo.system import distributed
 from grpo.types import MicroBatch
 
 shard_even_small_weights()
+without_pictures()
 trainer = Trainer(
     tiny_config(
         Path(sys.argv[1]) / f"chunks-of-{sys.argv[2]}",

@@ -4,7 +4,7 @@ import resource
 import sys
 from pathlib import Path
 
-from helpers import tiny_config
+from helpers import tiny_config, without_pictures
 
 from grpo import Trainer
 from grpo.system import distributed
@@ -13,6 +13,7 @@ run = Path(sys.argv[1]) / "run"
 config = tiny_config(run, distributed={"zero_stage": 2}, checkpoint={"every_steps": 1, "keep": 10}, run={"steps": 3})
 trainer = Trainer(config)
 own = trainer.checkpoints.save
+without_pictures()
 
 
 def save(state, **options):

@@ -29,13 +29,12 @@ import torch
 os.environ.update({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})
 
 import deepspeed  # noqa: F401  before the forks
-from helpers import TINY, shard_even_small_weights, tiny_config
+from helpers import TINY, free_port, shard_even_small_weights, tiny_config, without_pictures
 from safetensors.torch import load_file
 
 from grpo import Trainer
 from grpo.policy.model_source import complete_checkpoints
 from grpo.run.checkpoint import numbers_of
-from grpo.system.distributed import _free_port
 from grpo.system.heartbeat import PEER_LOST
 from grpo.system.jsonl import iterate_backwards, read_jsonl
 from grpo.system.stopping import EXIT_STOPPED
@@ -46,6 +45,7 @@ MOMENTS = (0.0, 0.1) if ON_GPU else (0.1, 0.8)
 """When a blow falls, as shares of the seconds that a whole run takes; on a GPU most of them are the start."""
 CLOCKS = ("time/", "throughput/", "memory/")
 torch.set_num_threads(1)
+without_pictures()
 
 
 def train(run: Path, arguments: argparse.Namespace, every_steps: int) -> None:
@@ -73,7 +73,7 @@ def train(run: Path, arguments: argparse.Namespace, every_steps: int) -> None:
 
 def start(run: Path, arguments: argparse.Namespace, *, every_steps: int = 1) -> list[int]:
     """A process group; their process ids."""
-    group = {"WORLD_SIZE": str(arguments.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    group = {"WORLD_SIZE": str(arguments.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     begin = spawned if ON_GPU else forked
     return [
         begin(run, rank, {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}, arguments, every_steps)
