@@ -47,13 +47,17 @@ from grpo.run.checkpoint import CheckpointError, Checkpoints, RunState, numbers_
 from grpo.run.post_mortem import Evidence
 from grpo.run.step_state import StepUnderWay
 from grpo.run.watchdog import Alarm, RollBacks, Watchdog, WatchdogError, unless_finite
-from grpo.scoring.answers import answer, completion_rows, in_order, training_rows, verdict_name
+from grpo.scoring.answers import answer, completion_rows, in_order, is_right, training_rows, verdict_name
 from grpo.scoring.scorer import Reward, Scorer, join_scores, reads_answer, resolve_rewards
 from grpo.system import distributed, progress
 from grpo.system.out_of_memory import free, is_out_of_memory, or_fewer_at_once
 from grpo.system.stopping import EXIT_STOPPED, Stopped, StopRequest
 from grpo.system.terminal import say
+from grpo.text.answer_forms import excerpts
 from grpo.types import Batch, Group, MicroBatch, Prompt, Scores
+
+NUM_EXCERPTS = 3
+"""Answers that an alarm shows."""
 
 Rows = Iterable[Mapping[str, Any]]
 T = TypeVar("T")
@@ -590,7 +594,7 @@ class Trainer:
         metrics["optimizer/steps"] = self.state.optimizer_steps
         metrics |= {f"schedule/{name}": float(value) for name, value in self.now.scheduled_values().items()}
         metrics["progress/epoch"] = self.state.position / len(self.prompts.prompts)
-        alarms = self.watchdog.observe(self.state.step, metrics)
+        alarms = [self._with_excerpts(alarm) for alarm in self.watchdog.observe(self.state.step, metrics)]
         metrics["watchdog/alarms"] = len(alarms)
         self.log.log(self.state.step, metrics)
         self._act_on(alarms)
@@ -626,6 +630,16 @@ class Trainer:
         if self.rounding is None or anew:
             self.rounding = tripwire.measure_rounding(self.policy, rollout.groups)
         return tripwire.gap_limit(self.now, self.policy.dtype, self.rounding)
+
+    def _with_excerpts(self, alarm: Alarm) -> Alarm:
+        """The alarm about the forms of right answers shows some of them; every process calls it."""
+        if alarm.rule != "reward_hacking":
+            return alarm
+        rollout = self.under_way.rollout
+        assert rollout is not None, "the step whose metrics are judged was sampled"
+        rows = completion_rows(rollout.groups, rollout.scores)
+        found = self.processes.gather(excerpts(rows, [is_right(row) for row in rows], num=NUM_EXCERPTS))
+        return replace(alarm, excerpts=tuple(each for part in found for each in part)[:NUM_EXCERPTS])
 
     def _act_on(self, alarms: list[Alarm]) -> None:
         """Warn, and stop or roll back if one of them asks for it."""
