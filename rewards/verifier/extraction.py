@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 
-from .values import Unread, read
+from .reading import read
+from .values import Unread
 
 MAX_TAG_CHARS = 2_000  # an answer tag without a box that is longer than this holds an essay, not an answer
 MAX_WHOLE_CHARS = 100  # of words and digits that are read as one value: "15 square centimeters"
