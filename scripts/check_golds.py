@@ -28,7 +28,7 @@ from grpo.rewards.verifier.equivalence import Gold, is_equivalent, read_gold
 
 def spellings(gold: str) -> dict[str, str]:
     r"""Other ways to write a gold answer, by what was done to it; `1+\frac{1}{2}` gives, among others, `\frac{1}{2}+1`."""
-    bare = re.sub(r"\\(?:left|right)(?![a-zA-Z])", "", gold)
+    bare = re.sub(r"\\(?:left|right)(?![a-zA-Z])", "", gold).removesuffix(".")
     ways = {
         "itself": gold,
         "in dollars": f"${gold}$",

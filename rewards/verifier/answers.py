@@ -14,7 +14,7 @@ _RELATIONS = {
     "=": "=", "<": "<", ">": ">", "\\lt": "<", "\\gt": ">", "\\le": "<=", "\\leq": "<=", "\\leqslant": "<=", "\\ge": ">=",
     "\\geq": ">=", "\\geqslant": ">=", "\\ne": "!=", "\\neq": "!=", "\\in": "in", "\\approx": "approx", "\\equiv": "equiv",
 }  # fmt: skip
-_OPEN = {"(": ")]", "[": ")][", "]": "[", "\\{": ("\\}",), "\\langle": ("\\rangle",)}
+_OPEN = {"(": ")]", "[": ")][", "]": "[]", "\\{": ("\\}",), "\\langle": ("\\rangle",)}
 
 
 class AnswerParser(QuantityParser):

@@ -30,6 +30,7 @@ TEXT_COMMAND = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|mbox|mathrm|m
 
 def clean(text: str) -> str:
     """The text without what has no meaning: styles, delimiters, spaces of LaTeX, marks of emphasis and quotation."""
+    text = re.sub(r"√\s*(\d+)", r"\\sqrt{\1}", text) if "√" in text else text  # \sqrt10 is the root of 1, and a 0
     text = text.translate(_UNICODE)
     text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\cfrac", "\\frac")
     text = _STYLE.sub(_blank, text.replace("\\!", ""))

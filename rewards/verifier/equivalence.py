@@ -40,6 +40,7 @@ from .values import (
     Words,
     as_region,
 )
+from .vocabulary import UNITS
 
 MAX_CHARS = 256  # the longest gold answer of MATH, OlympiadBench and Minerva has 210
 _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
@@ -182,6 +183,8 @@ def _same(gold: Value, candidate: Value) -> bool:
 
 
 def _same_scalar(gold: Scalar, candidate: Scalar) -> bool:
+    if gold.unit and not candidate.unit and candidate.node.symbols:
+        candidate = _with_letters_as_unit(candidate)
     if gold.unit and candidate.unit and gold.unit != candidate.unit:
         return False
     number = _rational(gold.node)
@@ -196,6 +199,20 @@ def _same_scalar(gold: Scalar, candidate: Scalar) -> bool:
     # no question has both: a number above one was asked for in percent, any other is the number that the percentage is
     asked_in_percent = number is None or abs(number) > 1
     return _same_number(gold.node, candidate.node if asked_in_percent else _hundredth(candidate.node))
+
+
+def _with_letters_as_unit(value: Scalar) -> Scalar:
+    """5m^2 where a unit is asked for: letters behind a number that are units, and no symbols."""
+    node, powers = value.node, dict[str, int]()
+    while node.op in ("mul", "div"):
+        sign = 1 if node.op == "mul" else -1
+        node, factor = node.parts
+        letter, power = (factor.parts[0], factor.parts[1].number) if factor.op == "pow" else (factor, Fraction(1))
+        name = UNITS.get(letter.name) if letter.op == "sym" else None
+        if name is None or power.denominator != 1 or not power:
+            return value
+        powers[name] = powers.get(name, 0) + sign * int(power)
+    return value if node.symbols else Scalar(node, tuple(sorted(powers.items())), value.is_percent)
 
 
 def _hundredth(node: Node) -> Node:

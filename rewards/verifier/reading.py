@@ -44,7 +44,8 @@ def read(text: str) -> Value | Unread:
     if _num_nested(text) > MAX_BRACKETS:
         return Unread("it is too deeply nested")
     lead = _LEAD_IN.match(text)
-    if lead is not None and lead.end() < len(text) and re.search(r"[:\w]", lead[0]):
+    is_label = _CHOICE.fullmatch(text) is not None  # "A: because ...", where A is no article
+    if lead is not None and not is_label and lead.end() < len(text) and re.search(r"[:\w]", lead[0]):
         rest = clean(text[lead.end() :])
         if _CHOICE.fullmatch(rest) or rest[:1] != "=":
             text = rest or text
