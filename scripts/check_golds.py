@@ -80,7 +80,7 @@ def _in_another_order(text: str) -> str:
         return f"\\{{{reordered}\\}}" if inner else reordered
     if re.search(r"=|<|>|\\[lg]eq?\b|\\in\b|\\cup|,|:|\\text|\\mbox|\\pm|\\equiv|\\%|[|$]|\\left|_|\\cap|\\ne", text):
         return text
-    terms = _parts(re.sub(r"(?<=[\w)}\s])-", "+-", text), "+")
+    terms = _parts(re.sub(r"(?<=[\w)}\s])-\s*", "+-", text), "+")
     return "+".join(reversed(terms)).replace("+-", "-") if len(terms) > 1 else text
 
 
