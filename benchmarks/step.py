@@ -332,7 +332,7 @@ def update_flops(config: Qwen2Config, passes: list[MicroBatch]) -> float:
     weights = num_layers * hidden * (2 * hidden + 2 * key_value + 3 * config.intermediate_size)
     flops = 0.0
     for micro in passes:
-        if not micro.is_empty:
+        if not micro.is_spare:
             q, k = micro.packing.cu_queries.diff().double(), micro.packing.cu_keys.diff().double()
             pairs = float((q * (k - q) + q * (q + 1) / 2).sum())
             head = config.vocab_size * hidden * len(micro.targets)

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a configuration needs Sampling, and nobody should wait for torch to read that a setting is wrong
+    import torch
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
 
@@ -209,7 +210,7 @@ class MicroBatch:
     sampling_logprobs: Tensor  # (T,)
     num_sequence_tokens: int  # of its sequences, each with a prompt of its own
     completion_lens: Tensor  # (B,) int64 of its sequences; their sum is T
-    is_empty: bool = False  # run for the sake of the other processes only; all weights are 0
+    is_spare: bool = False  # run for the sake of the other processes only; all weights are 0
     old_logprobs: Tensor | None = None  # (T,) of the policy before the first update; None: strictly on-policy
     ref_logprobs: Tensor | None = None  # (T,) of the reference; None: no KL term in the loss
     selected: Tensor | None = None  # (T,) bool, whose surrogate is trained on; None: all
@@ -220,6 +221,8 @@ class MicroBatch:
 
 def _moved(data: Any, device: torch.device) -> Any:
     """A dataclass with its tensors, and those of dataclasses in it, on the device."""
+    from torch import Tensor
+
     fields = vars(data).items()
     return replace(
         data,

@@ -210,6 +210,6 @@ def test_with_fewer_sequences_than_processes_some_passes_are_empty(batch: Batch)
 
 def test_a_spare_pass_has_no_weight():
     micro = empty_micro_batch()
-    assert micro.is_empty
+    assert micro.is_spare
     assert micro.weights.tolist() == [0.0]
     assert micro.tokens[micro.source_index + 1].equal(micro.targets)

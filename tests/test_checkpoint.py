@@ -624,7 +624,7 @@ def test_a_step_under_way_is_redistribute_without_losing_a_sequence(before: int,
     dealt = [redistribute(parts, rank=rank, num_processes=now) for rank in range(now)]
 
     def sequences(steps: list[StepState], minibatch: int) -> list[list[int]]:
-        passes = [micro for step in steps for micro in step.minibatches[minibatch] if not micro.is_empty]
+        passes = [micro for step in steps for micro in step.minibatches[minibatch] if not micro.is_spare]
         return sorted(micro.targets.tolist() for micro in passes)
 
     for minibatch in (0, 1):

@@ -224,7 +224,7 @@ def empty_micro_batch() -> MicroBatch:
     one, zero = torch.ones(1, dtype=torch.long), torch.zeros(1)
     batch = Batch(torch.zeros(2, dtype=torch.long), torch.tensor([0, 2]), one, one, zero, zero)
     micro = micro_batch(batch, weights=zero)
-    micro.is_empty = True
+    micro.is_spare = True
     return micro
 
 

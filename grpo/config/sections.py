@@ -23,7 +23,7 @@ from pydantic import (
     field_validator,
 )
 
-from grpo.algorithm.loss import Objective
+from grpo.algorithm.objective import Objective
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Location = Annotated[str, AfterValidator(os.path.expanduser)]

@@ -290,9 +290,9 @@ HASH_FACTOR = np.int64(6364136223846793005)
 def measure_passes(meter: Meter, passes: list[MicroBatch]) -> None:
     """How the sequences of a minibatch were dealt to this process."""
     for micro in passes:
-        meter.mean("batch/padding", torch.tensor(float(micro.is_empty)))
-        meter.lost("batch/imbalance", [0.0 if micro.is_empty else float(len(micro.tokens))])
-        if not micro.is_empty:
+        meter.mean("batch/padding", torch.tensor(float(micro.is_spare)))
+        meter.lost("batch/imbalance", [0.0 if micro.is_spare else float(len(micro.tokens))])
+        if not micro.is_spare:
             meter.total("throughput/update", float(micro.num_sequence_tokens))
             meter.total(TOKENS_READ, float(len(micro.tokens)))
 
@@ -301,7 +301,7 @@ def measure_micro_batch(
     meter: Meter, micro: MicroBatch, objective: Objective, logprobs: Tensor, entropy: Tensor, result: TokenLoss
 ) -> None:
     """What one forward pass of the update gave; every tensor (T,). The tokens of a spare pass do not count."""
-    if micro.is_empty:
+    if micro.is_spare:
         return
     meter.mean("policy/entropy", entropy)
     if micro.ref_logprobs is not None:

@@ -104,7 +104,7 @@ PER_TOKEN = ("targets", "advantages", "weights", "sampling_logprobs", "old_logpr
 
 
 def _update(passes: list[tuple[MicroBatch, Tensor]]) -> dict[str, Tensor]:
-    real = [(micro, logprobs) for micro, logprobs in passes if not micro.is_empty]
+    real = [(micro, logprobs) for micro, logprobs in passes if not micro.is_spare]
     tensors: dict[str, list[Tensor]] = {}
     for micro, logprobs in real:
         tensors.setdefault("completion_lens", []).append(micro.completion_lens)

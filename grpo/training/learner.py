@@ -112,13 +112,13 @@ class Learner:
             there = micro.to(self.processes.device)
             if algorithm.updates_per_rollout > 1 or algorithm.top_entropy < 1:
                 micro.old_logprobs, entropy = self.policy.before_update(there)
-                entropies.append(entropy[: 0 if micro.is_empty else None].cpu())
+                entropies.append(entropy[: 0 if micro.is_spare else None].cpu())
             if algorithm.kl_in_loss:
                 micro.ref_logprobs = self.policy.ref_logprobs(there)
         if minibatch and algorithm.top_entropy < 1:
             threshold = entropy_threshold(torch.cat(self.processes.gather(torch.cat(entropies))), algorithm.top_entropy)
             for micro, entropy in zip(minibatch, entropies, strict=True):
-                micro.selected = None if micro.is_empty else entropy >= threshold
+                micro.selected = None if micro.is_spare else entropy >= threshold
 
     def divergences(self, batch: Batch, meter: Meter) -> Tensor:
         """(B,) sums over each completion's tokens of log pi - log pi_ref, before the update; a process may have no sequences."""

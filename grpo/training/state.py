@@ -107,7 +107,7 @@ def redistribute(parts: list[StepState], *, rank: int, num_processes: int) -> St
         rollout=_joined([part.rollout for part in mine if part.rollout is not None], like=parts[0].sampled),
         first_update=parts[0].first_update,
         minibatches=[
-            _share([micro for passes in minibatch for micro in passes if not micro.is_empty], rank, num_processes)
+            _share([micro for passes in minibatch for micro in passes if not micro.is_spare], rank, num_processes)
             for minibatch in zip(*(part.minibatches for part in parts), strict=True)
         ],
         meter=meter,
