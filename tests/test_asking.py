@@ -17,13 +17,14 @@ from grpo.rewards import accuracy, format
 from helpers import ROOT, TINY, tiny_config
 from rich.console import Console
 
+from grpo.cli.model_options import add_options
 from grpo.config import DataConfig, RewardConfig, ScoringConfig
 from grpo.data.prompts import build_prompts
 from grpo.inference import model as inference
 from grpo.inference.chat import Conversation, show, write
 from grpo.inference.inspect import columns_of, make_scorer, own_rows, sample_groups, show_group, without
 from grpo.inference.model import Sampler
-from grpo.inference.resolve_model import add_options, choose, num_positions, trusted_rewards
+from grpo.inference.resolve_model import choose, num_positions, trusted_rewards
 from grpo.policy.tokenizer import load_tokenizer
 from grpo.rollout.grouping import all_at_once
 from grpo.scoring.reward import resolve_rewards

@@ -14,8 +14,7 @@ from helpers import TINY, launch, read_json
 from transformers import AutoTokenizer
 
 from grpo.evaluation import benchmark, results
-from grpo.evaluation.asked import Settings
-from grpo.evaluation.benchmark import Runtime
+from grpo.evaluation.asked import Runtime, Settings
 from grpo.system.jsonl import append_jsonl, read_jsonl
 
 MODEL = str(TINY / "model")

@@ -441,7 +441,8 @@ class LoggingConfig(Section):
     num_samples: NonNegativeInt = 2
     """Held-out questions whose answers before and after training are printed at the end."""
     tensorboard: bool = False
-    """Also write curves, charts and some texts to `tensorboard/` in the run's directory; `pip install 'grpo[tensorboard]'`."""
+    """Also write curves, charts and some texts to `tensorboard/` in the run's directory; it needs
+    `pip install 'grpo-zero[tensorboard]'`."""
     reflection_words: dict[str, list[str]] = Field(default_factory=dict)
     """Further lists of words to count in completions, as aha/<list> and so on: {planning: [the plan, my plan*]}. One named like a
     list of grpo/text/aha.py takes its place. What a word matches is said there."""

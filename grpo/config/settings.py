@@ -14,7 +14,9 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from grpo.config import shipped
 from grpo.config.combinations import check_combinations, check_rewards, check_schedules, check_vllm_sampling, scheduled
+from grpo.config.elsewhere import ELSEWHERE
 from grpo.config.load import apply_override, read_settings, read_text, write_yaml
 from grpo.config.sections import (
     SHAPES_OF_SOURCES,
@@ -97,11 +99,15 @@ class Config(Section):
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Config:
         """Read a YAML file and apply overrides such as `rollout.group_size=8`, in order.
 
-        The value of an override is read as YAML; a list item is addressed by its number: `rewards.0.weight=0.5`.
+        The value of an override is read as YAML; a list item is addressed by its number: `rewards.0.weight=0.5`. What the file
+        names of model and data and is not in the working directory is looked for beside the file.
+
+        Args:
+            path: or the name of a configuration that comes with the library, such as `quickstart`.
         """
-        if not Path(path).is_file():
-            raise ValueError(f"--config is {str(path)!r}; there is no such file. Name one of the files in configs/.")
-        settings = read_settings(read_text(Path(path), f"--config is {str(path)!r}"), str(path))
+        file = shipped.find(path)
+        settings = read_settings(read_text(file, f"--config is {str(path)!r}"), str(file))
+        shipped.look_beside(file, settings)
         for override in overrides:
             apply_override(settings, override)
         return cls(**settings)
@@ -303,6 +309,8 @@ def _unknown_key(spelled: str, key: str, section: type[BaseModel], prefix: str) 
     """The nearest name within the section; else where in the whole tree a setting of that name lives."""
     near = [f"{prefix}{name}" for name in difflib.get_close_matches(str(key), section.model_fields, n=1)]
     near = near or [name for name in setting_names() if name.split(".")[-1] == key]
+    if str(key) in ELSEWHERE:
+        return f"{spelled} is not a setting here. {ELSEWHERE[key]}"
     hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(section.model_fields)}."
     return f"{spelled} is not a setting. {hint}"
 

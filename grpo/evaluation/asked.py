@@ -120,3 +120,15 @@ class Task:
     def keys(self) -> list[tuple[str, str, int]]:
         """Of its questions."""
         return [(self.benchmark, self.template, prompt.row) for prompt in self.prompts]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What the answers do not depend on, but the time."""
+
+    engine: str = "auto"
+    max_sequences: int = 512
+    kv_cache_gib: float | None = None
+    num_workers: int = 2
+    timeout_seconds: float = 10.0
+    trust_remote_code: bool = False  # run the Python code that comes with the model

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo.config import DataConfig, ModelConfig
 from grpo.data import registry as benchmarks
 from grpo.data.prompts import build_prompts
-from grpo.evaluation.asked import PROMPT_FORMATS, Settings, Task
+from grpo.evaluation.asked import PROMPT_FORMATS, Runtime, Settings, Task
 from grpo.evaluation.results import SAMPLE_KEYS, as_json, conclude, earlier_results, seconds_of
 from grpo.inference import model as inference
 from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
@@ -43,18 +43,6 @@ from grpo.system.out_of_memory import retry_with_fewer_sequences
 from grpo.system.terminal import say
 from grpo.system.writer import replace_text
 from grpo.types import VOTE
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """What the answers do not depend on, but the time."""
-
-    engine: str = "auto"
-    max_sequences: int = 512
-    kv_cache_gib: float | None = None
-    num_workers: int = 2
-    timeout_seconds: float = 10.0
-    trust_remote_code: bool = False  # run the Python code that comes with the model
 
 
 def default_out(model: str) -> Path:

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from grpo.config import DataConfig
 from grpo.data.prompts import chat_text, conversation, fill, prefill_of, time_limit, tokenize
+from grpo.inference.commands import HELP
 from grpo.inference.resolve_model import check_number, said
 from grpo.observe.display import STYLES
 from grpo.policy.policy import SampledModel
@@ -23,12 +24,6 @@ from grpo.rollout.hf import drawing_options, without_defaults
 from grpo.system.terminal import is_text, printable
 from grpo.text.thinking import Kind, Reader
 from grpo.types import Sampling
-
-HELP = """/reset            forget the conversation
-/system TEXT      set the system message of the chat template, and forget the conversation
-/temperature T    0 takes the likeliest token
-/help             these lines
-/quit             or Ctrl-D; Ctrl-C stops an answer"""
 
 
 class Answer:

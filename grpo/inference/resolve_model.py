@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,9 +19,6 @@ from grpo.policy.model_source import complete_checkpoints, model_config, model_d
 from grpo.run.checkpoint import numbers_of
 from grpo.system.terminal import say
 from grpo.types import Sampling
-
-TEMPLATES = get_args(DataConfig.model_fields["template"].annotation)
-
 
 LONG = 10**9
 """Tokens of a prompt: a person's question is not dropped for its length."""
@@ -82,38 +78,6 @@ class Chosen:
         return load(config, tokenizer)
 
 
-def add_options(parser: ArgumentParser) -> None:
-    """What both scripts ask for."""
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="M",
-        help="a run's directory, a checkpoint, a directory with a model, or a hub id",
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the Python code that comes with the model"
-    )
-    parser.add_argument(
-        "--step", type=int, metavar="N", help="of a run: the checkpoint of step N instead of the newest"
-    )
-    parser.add_argument("--base", action="store_true", help="of a run: the model that it started from")
-    parser.add_argument(
-        "--config", metavar="YAML", help="template, rewards, sampling and data from here; default: the run's"
-    )
-    parser.add_argument("--template", choices=TEMPLATES, help="default: the run's; without a run chat if there is one")
-    parser.add_argument("--system", metavar="TEXT", help="system message of the chat template")
-    parser.add_argument(
-        "--temperature", type=float, help="0: the likeliest token; default: the run's, without a run 0.6"
-    )
-    parser.add_argument("--top-p", type=float, help="default: the run's, without a run 0.95")
-    parser.add_argument(
-        "--max-tokens",
-        type=int,
-        metavar="N",
-        help="of an answer; default: the run's, without a run 1024 or half of what the model knows",
-    )
-
-
 def trusted_rewards(chosen: Chosen, options: Namespace) -> list[RewardConfig]:
     """The rewards that a run's configuration lists. Outside of the package `grpo.rewards` they are code of whoever made the run.
 
@@ -141,7 +105,7 @@ OWN_REWARDS = ("grpo.rewards:", "grpo.rewards.")
 
 
 def choose(options: Namespace) -> Chosen:
-    """What the options of `add_options` say.
+    """What the options of `cli.model_options` say.
 
     Raises:
         ValueError: there is no such model, run or step, or a number is out of range.

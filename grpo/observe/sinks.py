@@ -462,5 +462,5 @@ def check_sinks(config: Config) -> None:
     if config.logging.tensorboard and find_spec("tensorboard") is None:
         raise ValueError(
             "logging.tensorboard is true; it needs the package tensorboard, which is not installed. Run "
-            "`pip install 'grpo[tensorboard]'`, or remove it."
+            "`pip install 'grpo-zero[tensorboard]'`, or remove it."
         )

@@ -118,6 +118,6 @@ def check_available(config: Config) -> None:
         check_server(config)
     elif find_spec("vllm") is None:
         raise ValueError(
-            "rollout.engine is vllm; the package vllm is not installed here. Install it with pip install '.[vllm]', or set "
-            "rollout.engine to auto."
+            "rollout.engine is vllm; the package vllm is not installed here. Install it with pip install 'grpo-zero[vllm]', or "
+            "set rollout.engine to auto."
         )

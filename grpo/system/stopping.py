@@ -45,6 +45,7 @@ LAUNCHERS = {
     "TORCHELASTIC_RUN_ID": "torchrun or accelerate",
     "ACCELERATE_MIXED_PRECISION": "accelerate",
     "CROSS_RANK": "deepspeed",
+    "GRPO_LAUNCHED": "grpo train",
 }
 """Environment variables that launchers set, and nothing within the processes that they start."""
 

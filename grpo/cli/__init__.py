@@ -1,0 +1,63 @@
+"""`grpo COMMAND`: each command is a module here, imported when it is called."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+DISTRIBUTION = "grpo-zero"
+"""On PyPI; `grpo` there is somebody else's."""
+
+COMMANDS = {
+    "train": "train a model, on every GPU of this machine",
+    "preflight": "is there anything to learn from, and in which template?",
+    "check": "memory, invariance, gradients, steps: what to run before a long run",
+    "scale": "write a recipe for the GPUs you own",
+    "settings": "every setting with its meaning and its default",
+    "evaluate": "answer benchmarks, several samples a question",
+    "sample": "a group of completions for a question, with what each reward made of it",
+    "chat": "talk to a model",
+    "report": "one page to look at a run, or to compare several",
+    "compare": "run configurations with several seeds, and tell what differs",
+    "aha": "words of reflection in a run's completions",
+    "contamination": "which test questions share ten words with training questions",
+    "completion": 'what a shell completes: eval "$(grpo completion bash)"',
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that is named first.
+
+    Raises:
+        SystemExit: 1: the command's own bad news; 2: it was called wrongly; 75: a run was stopped and saved; 130: Ctrl-C.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    name = given[0] if given else "--help"
+    if name in ("-h", "--help", "help"):
+        print(overview())
+        return
+    if name in ("-V", "--version"):
+        print(f"grpo {installed_version()}")
+        return
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"There is {', '.join(COMMANDS)}."
+        print(f"error: grpo has no command {name!r}. {hint}", file=sys.stderr)
+        raise SystemExit(2)
+    sys.argv = [f"grpo {name}", *given[1:]]
+    import_module(f"grpo.cli.{name}").main()
+
+
+def overview() -> str:
+    lines = [f"  {name:<15}{what}" for name, what in COMMANDS.items()]
+    return "\n".join(["grpo COMMAND ...; grpo COMMAND --help says more.\n", *lines, "\n  --version"])
+
+
+def installed_version() -> str:
+    try:
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:
+        return "of a folder that is not installed"

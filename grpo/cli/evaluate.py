@@ -1,0 +1,129 @@
+"""Evaluate a model as DeepSeek-R1's authors do: several samples per question at temperature 0.6 and top-p 0.95.
+
+grpo evaluate --model runs/gsm8k --benchmarks gsm8k --samples 16
+grpo evaluate --model Qwen/Qwen2.5-0.5B --benchmarks gsm8k,math500 --templates r1_zero,chat_boxed
+grpo evaluate --model runs/quickstart --benchmarks mine --data mine=configs/quickstart/test.jsonl --templates chat
+
+The model is a run (its newest checkpoint), a checkpoint, a directory in Hugging Face format or an id of the hub. Started
+again with the same settings, an evaluation that was interrupted goes on.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from grpo.data import registry as benchmarks
+from grpo.evaluation import asked
+from grpo.observe.console import errors_for_users, positive
+from grpo.system.terminal import say
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    with errors_for_users():
+        from grpo.evaluation import benchmark, results
+        from grpo.policy.model_source import model_directory
+        from grpo.system import distributed
+
+        names, data = benchmarks.named(arguments)
+        settings = asked.Settings(
+            model=model_directory(arguments.model),
+            benchmarks=names,
+            templates=arguments.templates.split(","),
+            data=data,
+            revision=arguments.revision,
+            num_samples=arguments.samples,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p
+            if arguments.top_p is not None
+            else (asked.Settings.top_p if arguments.temperature > 0 else 1.0),
+            max_completion_tokens=arguments.max_tokens,
+            stop=arguments.stop,
+            num_questions=arguments.questions,
+            system_prompt=arguments.system_prompt,
+            dtype=arguments.dtype,
+            seed=arguments.seed,
+        )
+        runtime = asked.Runtime(
+            engine=arguments.engine,
+            max_sequences=arguments.max_sequences,
+            kv_cache_gib=arguments.kv_cache_gib,
+            num_workers=arguments.workers,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        out = Path(arguments.out) if arguments.out else benchmark.default_out(settings.model)
+        found = benchmark.evaluate(settings, out, runtime)
+    if os.environ.get("RANK", "0") == "0":
+        say(
+            f"\n{results.report(found['results'])}\n\nsamples    {out / 'samples.jsonl'}\nresults    {out / 'results.json'}"
+        )
+        if benchmarks.PROBES_NAME in names:
+            say(results.transcript(results.read_samples(out / "samples.jsonl", benchmark=benchmarks.PROBES_NAME)))
+    distributed.stop()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that comes with the model"
+    )
+    parser.add_argument("--revision", default=asked.Settings.revision, help="branch, tag or commit of a hub model")
+    benchmarks.add_arguments(parser)
+    parser.add_argument(
+        "--templates",
+        default="r1_zero",
+        metavar="A,B,...",
+        help="r1_zero, r1_zero_think, chat, chat_boxed (which asks for \\boxed{}), none, none_boxed; default: %(default)s",
+    )
+    parser.add_argument("--system-prompt", metavar="TEXT", help="of the chat templates; default: the tokenizer's own")
+    parser.add_argument(
+        "--samples", type=positive, metavar="N", help="per question; default: 64 for aime2024 and amc2023, else 16"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=_not_negative,
+        default=asked.Settings.temperature,
+        help="0: greedy, one sample; default: %(default)s",
+    )
+    parser.add_argument("--top-p", type=_share, help=f"default: {asked.Settings.top_p}, or 1 at temperature 0")
+    parser.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=asked.Settings.max_completion_tokens,
+        metavar="N",
+        help="of a completion; the paper: 32768; default: %(default)s",
+    )
+    parser.add_argument(
+        "--stop", nargs="+", default=[], metavar="TEXT", help="ends a completion, such as </answer>; see rollout.stop"
+    )
+    parser.add_argument("--questions", type=positive, metavar="N", help="only the first N of each benchmark")
+    parser.add_argument("--seed", type=int, default=asked.Settings.seed)
+    parser.add_argument("--out", metavar="DIR", help="default: RUN/evaluation/STEP of a run, else evaluations/MODEL")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default=asked.Settings.dtype)
+    parser.add_argument(
+        "--engine", choices=("auto", "native", "hf"), default=asked.Runtime.engine, help="see rollout.engine"
+    )
+    parser.add_argument(
+        "--max-sequences",
+        type=positive,
+        default=asked.Runtime.max_sequences,
+        metavar="N",
+        help="sampled at once on a GPU",
+    )
+    parser.add_argument("--kv-cache-gib", type=float, metavar="GIB", help="default: up to half of the free memory")
+    workers = max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+    parser.add_argument("--workers", type=positive, default=workers, metavar="N", help="processes that grade answers")
+    return parser
+
+
+def _not_negative(text: str) -> float:
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a temperature; it is 0 or more")
+    return float(text)
+
+
+def _share(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return float(text)

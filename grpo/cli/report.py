@@ -1,0 +1,35 @@
+"""One page to look at a run, or to compare several: curves, evaluations, completions, settings. It needs no network.
+
+grpo report runs/quickstart
+grpo report runs/a runs/b --out compare.html --png figures --pdf figures
+"""
+
+import argparse
+from pathlib import Path
+
+from grpo.observe.console import errors_for_users
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="what run.dir named; up to 8")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: report.html in the run's directory, or here for several runs"
+    )
+    parser.add_argument("--max-completions", type=int, metavar="N", help="of each kind in all; default: 20,000")
+    parser.add_argument("--png", type=Path, metavar="DIR", help="also write each curve as a PNG, for a paper")
+    parser.add_argument("--pdf", type=Path, metavar="DIR", help="the same as PDF")
+    arguments = parser.parse_args()
+    with errors_for_users():
+        from grpo.report import check_places, save_figures, write_page
+        from grpo.report.page import MAX_COMPLETIONS
+
+        check_places(arguments.out, arguments.png, arguments.pdf)
+        limit = MAX_COMPLETIONS if arguments.max_completions is None else arguments.max_completions
+        out = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "report.html"
+        size = write_page(arguments.runs, out, max_completions=limit)
+        print(f"{out}  {size / 1e6:.1f} MB")
+        for directory, suffix in ((arguments.png, "png"), (arguments.pdf, "pdf")):
+            if directory is not None:
+                figures = save_figures(arguments.runs, directory, suffix=suffix)
+                print(f"{directory}  {len(figures)} figures ({suffix})")

@@ -1,0 +1,66 @@
+"""Write a recipe for the GPUs you own: the ratios stay, sizes and lengths become what fits into memory and time.
+
+grpo scale --gpus 1 --gpu-memory 80 --model Qwen/Qwen2.5-1.5B --out my.yaml
+grpo scale --config configs/recipes/dapo-32b.yaml --gpus 8 --model Qwen/Qwen2.5-7B --hours 48 --out dapo.yaml
+
+No weights are loaded. What comes out is an estimate; `grpo train --dry-run` measures it.
+"""
+
+import argparse
+from pathlib import Path
+
+from grpo.config.shipped import shipped
+from grpo.observe.console import errors_for_users, positive
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--config", type=Path, default=shipped("r1_zero_paper"), help="the recipe; default: r1_zero_paper"
+    )
+    parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="only its configuration is read")
+    parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--gpu-memory", type=_above_zero, default=80, metavar="GIB", help="of each; default: %(default)s"
+    )
+    parser.add_argument(
+        "--gpu", choices=("a100", "h100", "h200"), default="h100", help="for the time; default: %(default)s"
+    )
+    parser.add_argument(
+        "--hours", type=_above_zero, default=24, metavar="H", help="for the whole run; default: %(default)s"
+    )
+    parser.add_argument(
+        "--max-tokens", type=positive, metavar="N", help="of a completion; default: the recipe's, 2048 at most"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the YAML file to write")
+    arguments = parser.parse_args()
+    with errors_for_users():
+        from grpo import Config
+        from grpo.check import scale
+        from grpo.data.files import load_table
+
+        if arguments.out.exists():
+            raise SystemExit(f"error: --out is {arguments.out}; it is there already. Remove it, or name another file.")
+        if not arguments.out.parent.is_dir():
+            raise SystemExit(
+                f"error: --out is {arguments.out}; there is no directory {arguments.out.parent}. Make it first."
+            )
+        recipe = Config.load(arguments.config)
+        max_tokens = arguments.max_tokens or min(scale.USUAL_TOKENS, recipe.rollout.max_completion_tokens)
+        hardware = scale.Hardware(arguments.gpus, arguments.gpu_memory, arguments.gpu)
+        shape = scale.shape_of(arguments.model)
+        scaled = scale.scale_down(recipe, shape, hardware, max_tokens=max_tokens, hours=arguments.hours)
+        name = recipe.data.name if isinstance(recipe.data.name, str) else None
+        local = name is not None and Path(name).is_file()
+        rows = sum(1 for _ in load_table(str(name), None, recipe.data.split, "data.name")) if local else None
+        text = scale.as_yaml(
+            scaled, arguments.config, run_dir=f"runs/{arguments.out.stem}", out=arguments.out, num_questions=rows
+        )
+    arguments.out.write_text(text)
+    print(text)
+
+
+def _above_zero(text: str) -> float:
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return float(text)

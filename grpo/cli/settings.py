@@ -1,0 +1,127 @@
+"""Every setting with its meaning, its type and its default.
+
+grpo settings                 all of them
+grpo settings rollout         of one section
+grpo settings temperature     those whose name or meaning has the word
+grpo settings --markdown      as a page of documentation
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str  # section.setting
+    type: str
+    default: str
+    meaning: str
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("word", nargs="?", help="a section, a setting, or a word of its meaning")
+    parser.add_argument("--markdown", action="store_true", help="as a page of documentation")
+    arguments = parser.parse_args()
+    found = chosen(list(settings()), arguments.word)
+    if not found:
+        raise SystemExit(f"error: no setting has {arguments.word!r} in its name or meaning. `grpo settings` lists all.")
+    print(as_markdown(found) if arguments.markdown else "\n".join(map(as_text, found)))
+
+
+def settings() -> Iterator[Setting]:
+    """All of them, in the order of the sections."""
+    from grpo.config.sections import RewardConfig, ScheduleConfig
+    from grpo.config.settings import Config
+
+    listed: dict[str, tuple[str, type[BaseModel]]] = {
+        "rewards": ("rewards.<number>", RewardConfig),
+        "schedules": ("schedules.<setting>", ScheduleConfig),
+    }
+    for section, field in Config.model_fields.items():
+        prefix, model = listed.get(section, (section, field.annotation))
+        assert isinstance(model, type), f"section {section} is not a model"
+        assert issubclass(model, BaseModel), f"section {section} is not a model"
+        for name, inner in model.model_fields.items():
+            yield Setting(f"{prefix}.{name}", type_of(inner), default_of(inner), meaning_of(inner))
+
+
+def chosen(every: list[Setting], word: str | None) -> list[Setting]:
+    """Those of a section of that name; else those that have the word in their name; else in their meaning."""
+    if word is None:
+        return every
+    whole = re.compile(rf"\b{re.escape(word)}", re.IGNORECASE)
+    of_section = [each for each in every if each.name.split(".")[0] == word]
+    named = [each for each in every if word.lower() in each.name.lower()]
+    return of_section or named or [each for each in every if whole.search(each.meaning)]
+
+
+def as_text(setting: Setting) -> str:
+    return f"{setting.name}  ({setting.type}; default: {setting.default})\n    {setting.meaning}"
+
+
+def as_markdown(found: list[Setting]) -> str:
+    """A table for each section."""
+    lines: list[str] = []
+    section = ""
+    for each in found:
+        if each.name.split(".")[0] != section:
+            section = each.name.split(".")[0]
+            lines += ["", f"## {section}", "", "| setting | type | default | meaning |", "|---|---|---|---|"]
+        cells = (f"`{each.name}`", each.type, f"`{each.default}`", each.meaning)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines[1:])
+
+
+def type_of(field: FieldInfo) -> str:
+    """Such as `whole number`, `a | b`, `list of text`; the bounds are in the message that refuses a value."""
+    return _type(field.annotation)
+
+
+NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null", Any: "any"}
+
+
+def _type(annotation: Any) -> str:
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " or ".join(str(each) for each in inner)
+    if origin is typing.Annotated:
+        return _type(inner[0])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_type(each) for each in inner))
+    if origin in (list, tuple):
+        return f"list of {_type(inner[0])}"
+    if origin is dict:
+        return "mapping"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "mapping"
+    return NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def default_of(field: FieldInfo) -> str:
+    if field.default_factory is not None:
+        value = field.get_default(call_default_factory=True, validated_data={})
+    else:
+        value = field.default
+    if value is PydanticUndefined:
+        return "none; it must be set"
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if _is_plain(value) else str(value)
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def meaning_of(field: FieldInfo) -> str:
+    return " ".join((field.description or "").split())

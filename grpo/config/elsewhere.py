@@ -1,0 +1,62 @@
+"""What TRL and verl call a setting -> what it is called here: for whoever comes from there."""
+
+ELSEWHERE = {
+    name: f"In TRL and verl it is that; here it is {ours}."
+    for names, ours in {
+        ("beta", "kl_loss_coef"): "algorithm.kl_coef",
+        ("num_generations", "rollout_n", "n"): "rollout.group_size",
+        ("max_completion_length", "max_response_length", "max_new_tokens"): "rollout.max_completion_tokens",
+        ("max_prompt_length",): "data.max_prompt_tokens",
+        ("epsilon", "epsilon_low", "clip_ratio", "clip_ratio_low"): "algorithm.clip_low",
+        ("epsilon_high", "clip_ratio_high"): "algorithm.clip_high",
+        ("loss_type", "loss_agg_mode"): "algorithm.aggregation (grpo: sequence, dapo: token, dr_grpo: constant)",
+        ("scale_rewards", "norm_adv_by_std_in_grpo"): "algorithm.normalize_by_std",
+        ("num_iterations", "ppo_epochs"): "algorithm.num_epochs",
+        ("importance_sampling_level",): "algorithm.ratio (token, or sequence as in GSPO)",
+        ("mask_truncated_completions",): "algorithm.filter_truncated",
+        ("top_entropy_quantile",): "algorithm.top_entropy (the share of tokens that count)",
+        ("kl_loss_type",): "algorithm.kl_estimator (k1, k2, k3; low_var_kl is k3)",
+        ("use_kl_in_reward",): "algorithm.kl_in (loss or reward)",
+        ("entropy_coeff",): "algorithm.entropy_coef",
+        ("ref_model_sync_steps", "sync_ref_model"): "algorithm.reference_refresh_steps",
+        ("train_batch_size", "generation_batch_size"): "rollout.num_prompts (questions) and rollout.group_size",
+        ("ppo_mini_batch_size", "steps_per_generation"): "algorithm.num_minibatches (parts of a rollout)",
+        (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "ppo_micro_batch_size_per_gpu",
+            "ppo_max_token_len_per_gpu",
+        ): "memory.micro_batch_tokens (tokens of a pass; accumulation follows from it)",
+        ("max_steps", "total_training_steps", "num_train_epochs", "total_epochs"): "run.steps",
+        ("output_dir", "default_local_dir"): "run.dir",
+        ("save_steps", "save_freq"): "checkpoint.every_steps",
+        ("save_total_limit", "max_actor_ckpt_to_keep"): "checkpoint.keep",
+        ("eval_steps", "test_freq"): "evaluation.every_steps",
+        ("lr", "actor_lr"): "optimizer.learning_rate",
+        ("lr_scheduler_type",): "optimizer.schedule",
+        ("warmup_ratio", "lr_warmup_steps"): "optimizer.warmup_steps",
+        ("max_grad_norm", "grad_clip"): "optimizer.max_grad_norm",
+        ("use_vllm", "vllm_mode"): "rollout.engine: vllm, and vllm.mode; the native engine needs neither",
+        ("vllm_gpu_memory_utilization", "gpu_memory_utilization"): "vllm.gpu_memory_utilization",
+        (
+            "gradient_checkpointing",
+            "enable_gradient_checkpointing",
+        ): "memory.activation_checkpointing (a share of layers)",
+        (
+            "reward_funcs",
+            "reward_model",
+            "reward_weights",
+            "custom_reward_function",
+        ): "rewards (a list of function and weight)",
+        ("report_to", "logger"): "logging.wandb and logging.tensorboard",
+        ("resume_from_checkpoint", "resume_mode"): "run.resume",
+        ("model_name_or_path",): "model.name",
+        ("dataset_name", "train_files"): "data.name",
+        ("val_files",): "data.eval_name",
+        ("use_peft", "lora_r", "lora_rank"): "lora.rank",
+        ("lora_alpha",): "lora.alpha",
+        ("lora_target_modules",): "lora.target_modules",
+    }.items()
+    for name in names
+}
+"""By their names. docs/algorithms.md has the settings of each algorithm."""
