@@ -26,6 +26,8 @@ LAYERS = [
     "inference",
     "evaluation",
     "check",
+    "cli",
+    "__main__",
 ]
 """From the ground up. CONTRIBUTING.md says what each is for."""
 

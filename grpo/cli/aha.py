@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import read_yaml
-from grpo.scoring.answers import is_right
-from grpo.system.jsonl import read_jsonl
 from grpo.system.terminal import say
 from grpo.text import aha
 
@@ -47,6 +45,8 @@ def words_of(run: Path) -> aha.Words:
 
 
 def completions(run: Path) -> list[Row]:
+    from grpo.system.jsonl import read_jsonl
+
     path = run / "completions.jsonl"
     rows = read_jsonl(path, ("step", "completion"))
     if not rows:
@@ -64,6 +64,8 @@ def bands(steps: list[int]) -> list[list[int]]:
 
 
 def show_table(rows: list[Row], words: aha.Words) -> None:
+    from grpo.scoring.answers import is_right
+
     print("words per completion and per 1,000 tokens; share of completions with any: of all, right, wrong, cut off")
     parts = []
     for band in bands(sorted({row["step"] for row in rows})):
@@ -87,6 +89,8 @@ def cell(value: float | None) -> str:
 
 
 def show_samples(rows: list[Row], words: aha.Words, name: str, num: int) -> None:
+    from grpo.scoring.answers import is_right
+
     verdicts = [is_right(row) for row in rows]
     for label, verdict in (("right", True), ("wrong", False)):
         for row, spans in aha.most_reflective(rows, verdicts, words, verdict=verdict, num=num, name=name):

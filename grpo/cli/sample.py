@@ -13,7 +13,6 @@ from typing import Any
 
 from grpo.cli.model_options import add_options
 from grpo.observe.console import console, errors_for_users
-from grpo.system.jsonl import json_line
 from grpo.system.terminal import is_text
 
 
@@ -42,6 +41,7 @@ def main() -> None:
         rows = sample(options)
     from grpo.inference.inspect import show_group
     from grpo.system.distributed import stop
+    from grpo.system.jsonl import json_line
 
     stop()
     for row in rows if options.json else []:

@@ -1,7 +1,7 @@
 """What TRL and verl call a setting -> what it is called here: for whoever comes from there."""
 
 ELSEWHERE = {
-    name: f"In TRL and verl it is that; here it is {ours}."
+    name: f"That is a name of TRL or verl; here it is {ours}."
     for names, ours in {
         ("beta", "kl_loss_coef"): "algorithm.kl_coef",
         ("num_generations", "rollout_n", "n"): "rollout.group_size",

@@ -1,0 +1,163 @@
+"""The command `grpo`: what it finds, how fast it answers, and how it starts and stops the processes of a run."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, clean_environment, read_json
+
+from grpo import cli
+from grpo.cli import launch
+from grpo.cli.settings import as_markdown, chosen, settings
+from grpo.config import Config, setting_names
+from grpo.config.elsewhere import ELSEWHERE
+from grpo.config.shipped import names
+from grpo.system.heartbeat import PEER_LOST
+
+HEAVY = ("torch", "transformers", "datasets", "matplotlib", "deepspeed", "accelerate")
+
+
+def call(*arguments: str, cwd: Path | None = None, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    environment = {**clean_environment(), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "grpo", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_is_shown_without_the_libraries_that_take_seconds_to_import(command: str):
+    code = f"""
+import sys
+from grpo import cli
+try:
+    cli.main([{command!r}, "--help"])
+except SystemExit as ended:
+    assert ended.code == 0
+print([name for name in {HEAVY!r} if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"usage: grpo {command}" in done.stdout or command == "check"
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_commands_version_and_what_is_no_command(tmp_path: Path):
+    shown = call("--help", cwd=tmp_path).stdout
+    assert all(re.search(rf"^  {name} ", shown, re.MULTILINE) for name in cli.COMMANDS)
+    assert re.fullmatch(r"grpo (\d+\.\d+\.\d+|of a folder that is not installed)\n", call("--version").stdout)
+    wrong = call("trian", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stderr) == (2, "error: grpo has no command 'trian'. Did you mean train?\n")
+
+
+def test_a_configuration_is_found_by_its_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert {"quickstart", "qwen1.5b", "recipes/dapo-32b"} <= set(names())
+    config = Config.load("quickstart")
+    assert Path(config.model.name).is_dir()
+    assert Path(str(config.data.name)).is_file()
+    assert Path(str(config.data.eval_name)).is_file()
+    for name in names():
+        Config.load(name)
+    with pytest.raises(
+        ValueError, match=r"--config is 'quikstart'; there is no such file, .* Did you mean quickstart\?"
+    ):
+        Config.load("quikstart")
+
+
+def test_what_lies_beside_a_configuration_is_found_and_the_working_directory_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "a.jsonl").touch()
+    (there / "b.jsonl").touch()
+    (there / "c.yaml").write_text(
+        "model: {name: some/hub-model}\ndata: {name: [a.jsonl, {name: b.jsonl}], eval_name: openai/gsm8k}\n"
+        "run: {dir: runs/x, steps: 1}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = Config.load("there/c.yaml")
+    assert (config.model.name, config.data.eval_name, config.run.dir) == ("some/hub-model", "openai/gsm8k", "runs/x")
+    assert isinstance(config.data.name, list)
+    assert [each.name for each in config.data.name] == [str(there / "a.jsonl"), str(there / "b.jsonl")]
+    (tmp_path / "a.jsonl").touch()
+    config = Config.load("there/c.yaml")
+    assert isinstance(config.data.name, list)
+    assert config.data.name[0].name == "a.jsonl"
+
+
+def test_every_setting_is_told_with_its_meaning_type_and_default():
+    every = list(settings())
+    assert len(every) == len(setting_names())
+    assert [each.name for each in every if len(each.meaning) < 10] == []
+    assert not [
+        each.name for each in every if "<class" in each.type or "typing" in each.type or "Undefined" in each.default
+    ]
+    by_name = {each.name: each for each in every}
+    assert by_name["algorithm.kl_coef"].default == "0.001"
+    assert by_name["algorithm.clip_high"].type == "number or null"
+    assert by_name["model.name"].default == "none; it must be set"
+    assert by_name["run.deterministic"].default == "true"
+    assert [each.name for each in chosen(every, "lora")] == ["lora.rank", "lora.alpha", "lora.target_modules"]
+    assert [each.name for each in chosen(every, "kl_coef")] == ["algorithm.kl_coef"]
+    assert "optimizer.offload" not in as_markdown(chosen(every, "lora"))
+    assert "| `lora.rank` | whole number | `0` | Train low-rank adapters" in as_markdown(every)
+    assert call("settings", "no such thing").returncode == 1
+
+
+def test_names_of_other_libraries_are_answered_with_ours():
+    ours = setting_names()
+    for theirs, answer in ELSEWHERE.items():
+        first = re.search(r"here it is (\w+(?:\.\w+)?)", answer)
+        assert first is not None, theirs
+        assert any(name == first[1] or name.startswith(f"{first[1]}.") for name in ours), answer
+        assert not any(name.split(".")[-1] == theirs for name in ours if first[1] != name), theirs
+    with pytest.raises(ValueError, match=r"algorithm.beta is not a setting here.*it is algorithm.kl_coef"):
+        Config(model={"name": "m"}, run={"dir": "d", "steps": 1}, algorithm={"beta": 0.1})
+    with pytest.raises(ValueError, match=r"num_generations is not a setting here.*it is rollout.group_size"):
+        Config(model={"name": "m"}, run={"dir": "d", "steps": 1}, num_generations=8)
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [([0, 0], 0), ([75, 75], 75), ([PEER_LOST, 1], 1), ([PEER_LOST, -9], 137), ([PEER_LOST, PEER_LOST], PEER_LOST)],
+)
+def test_the_exit_code_of_a_run_is_that_of_the_process_that_failed(codes: list[int], expected: int):
+    assert launch.exit_code(codes) == expected
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert launch.num_processes(None) == 2
+    assert launch.num_processes(1) == 1
+    with pytest.raises(ValueError, match="--processes is 3; this machine has 2 GPUs"):
+        launch.num_processes(3)
+
+
+def test_the_quickstart_trains_in_an_empty_directory_in_two_processes_and_stops_on_a_signal(tmp_path: Path):
+    """It starts two interpreters, which takes ten seconds each where there is one core for both."""
+    quick = ["run.steps=500", "evaluation.num_questions=4", "preflight.num_questions=0", "checkpoint.every_steps=0"]
+    command = [sys.executable, "-m", "grpo", "train", "--config", "quickstart", "--processes", "2", "--set", *quick]
+    environment = {**clean_environment(), "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        metrics, deadline = tmp_path / "runs/quickstart/metrics.jsonl", time.monotonic() + 150
+        while not (metrics.exists() and '"step": 1,' in metrics.read_text()):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "no step was made"
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=100)
+    assert process.returncode == 75, said
+    assert "stopped: SIGTERM. Saved to runs/quickstart/checkpoints/step-" in said
+    assert "Traceback" not in said
+    assert "accelerate" not in said
+    (saved,) = (tmp_path / "runs/quickstart/checkpoints").glob("step-*")
+    assert read_json(saved / "state.json")["world_size"] == 2
