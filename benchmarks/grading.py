@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grpo.rewards import accuracy, code, sandbox
 
-from grpo.scoring.scorer import Reward, Scorer
+from grpo.scoring.reward import Reward
+from grpo.scoring.scorer import Scorer
 from grpo.types import Completion, Group, Prompt
 
 THOUGHT = "<think> " + "so we add the next one and carry on, " * 30 + "</think> "  # about 1,200 characters

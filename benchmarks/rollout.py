@@ -41,7 +41,8 @@ from grpo.data.prompts import TEMPLATES, build_prompts
 from grpo.data.rows import load_rows
 from grpo.inference.model import Sampler, load, sampling_config
 from grpo.observe.console import positive
-from grpo.policy.policy import SampledModel, load_tokenizer
+from grpo.policy.policy import SampledModel
+from grpo.policy.tokenizer import load_tokenizer
 from grpo.rollout.decoder import CHUNK, Decoder
 from grpo.rollout.paged import PAGE, num_pages_for
 from grpo.rollout.slots import Sequence

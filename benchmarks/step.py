@@ -150,9 +150,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         watch = Watch(trainer, model_config(args.size))
         all_steps = [timed_step(trainer, watch) for _ in range(args.warmup + args.steps)]
         record = make_record(args, trainer, all_steps[args.warmup :])
-        trainer.say(describe(record))
+        trainer.processes.say(describe(record))
         if args.profile:
-            trainer.say(profile_update(trainer, model_config(args.size).vocab_size))
+            trainer.processes.say(profile_update(trainer, model_config(args.size).vocab_size))
         trainer.close()
         trainer.processes.barrier()
     distributed.stop()
@@ -189,7 +189,7 @@ def make_trainer(args: argparse.Namespace, config: Config) -> Trainer:
     trainer = Trainer(config, rewards=[random_reward], train_dataset=rows)
     assert [prompt.token_ids for prompt in trainer.prompts.prompts] == ids, "a prompt is not read as its tokens"
     if args.update_only:
-        trainer.generator = MadeUp(len(tokenizer) - 1)
+        trainer.collector.generator = MadeUp(len(tokenizer) - 1)
     return trainer
 
 
@@ -399,7 +399,7 @@ def profile_update(trainer: Trainer, vocab_size: int) -> str:
     profiler = profile(activities=activities, record_shapes=True)
     start, stop = cache(profiler.start), cache(profiler.stop)  # each runs once, in the first step
     before(trainer.policy, "logprobs", lambda micro: start())
-    before(trainer.generator, "sync", stop)
+    before(trainer.collector.generator, "sync", stop)
     trainer.train_step()
     parts: dict[str, float] = {}
     for part, method in (("forward", "logprobs"), ("backward", "backward"), ("optimizer", "optimizer_step")):

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, TrainerCallback
 from workload import prompt_ids, saved_model, synchronize
 
-from grpo.policy.policy import resolve_dtype
+from grpo.policy.language_model import resolve_dtype
 
 
 def measure_trl(args: argparse.Namespace, *, liger: bool) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grpo.config import Config
-    from grpo.scoring.scorer import Reward
+    from grpo.scoring.reward import Reward
     from grpo.trainer import Trainer
 
 __all__ = ["Config", "Reward", "Trainer"]

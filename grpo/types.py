@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -83,6 +83,39 @@ class Group:
 
 OnGroup = Callable[[int, Group], None]
 """Called with the place of a prompt and its group, when all completions of the group have ended."""
+
+
+class Generator(Protocol):
+    """What every rollout engine does."""
+
+    def sample(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        num_completions: int,
+        seed: int,
+        on_group: OnGroup | None = None,
+    ) -> list[Group]:
+        """Sample `num_completions` continuations of each prompt.
+
+        The result is a function of the weights and the arguments, up to rounding, which depends on the device and on how much
+        runs at once; see Completion for the log-probabilities. `on_group` is called in this thread for each group as soon as it
+        is whole, in whatever order they end; what it raises ends the sampling.
+        """
+        ...
+
+    def sync(self) -> None:
+        """Take over the policy's weights after an update. Every process calls it."""
+        ...
+
+    def halve(self) -> str | None:
+        """Out of memory, sample half as many completions at once from now on; what changed, in words. None: it cannot be less."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """The rollout/ metrics of the last call of `sample`; see grpo/observe/metrics.py."""
+        ...
 
 
 VOTE = "vote"

@@ -13,7 +13,7 @@ from grpo.config import DataConfig
 from grpo.inference.chat import HELP, Conversation, show
 from grpo.inference.resolve_model import Chosen, add_options, choose, said
 from grpo.observe.console import console, errors_for_users
-from grpo.policy.policy import load_tokenizer
+from grpo.policy.tokenizer import load_tokenizer
 from grpo.system.distributed import stop
 from grpo.system.terminal import say
 

@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grpo.rewards.accuracy import Source, accuracy
 
-from grpo.scoring.worker import Call, Outcome, WorkerPool
+from grpo.scoring.worker import Call, Outcome
+from grpo.scoring.worker_pool import WorkerPool
 
 SECONDS = 10.0  # of one call, as in a run
 MEMORY_GIB = 1.0

@@ -23,8 +23,8 @@ from grpo.inference.inspect import (
 )
 from grpo.inference.resolve_model import add_options, choose, said, trusted_rewards
 from grpo.observe.console import console, errors_for_users
-from grpo.policy.policy import check_vocabulary, load_tokenizer
-from grpo.scoring.scorer import resolve_rewards
+from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
+from grpo.scoring.reward import resolve_rewards
 from grpo.system.distributed import stop
 from grpo.system.jsonl import json_line
 from grpo.system.terminal import is_text

@@ -79,14 +79,14 @@ ROLLS_BACK = {
 def troubled(run_dir: Path, *, first_bad: int, times: int, **sections: object) -> Trainer:
     """All rewards are equal from step `first_bad` on, until the run has rolled back `times` times."""
     trainer = Trainer(tiny_config(run_dir, **{**ROLLS_BACK, **sections}))
-    own = trainer._sample
+    own = trainer.collector.sample
 
-    def flat(prompts: list[Prompt], seed: int) -> tuple[list[Group], Scores]:
-        groups, scores = own(prompts, seed)
-        bad = trainer.state.step + 1 >= first_bad and len(trainer.roll_backs.rows) < times
+    def flat(*arguments: Any, **options: Any) -> tuple[list[Group], Scores]:
+        groups, scores = own(*arguments, **options)
+        bad = trainer.state.step + 1 >= first_bad and len(trainer.guard.roll_backs.rows) < times
         return groups, replace(scores, rewards=torch.ones_like(scores.rewards)) if bad else scores
 
-    trainer._sample = flat
+    trainer.collector.sample = flat
     return trainer
 
 

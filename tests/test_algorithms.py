@@ -94,14 +94,14 @@ def advantages_of(algorithm: Algorithm, group: Group, lm: torch.nn.Module, refer
 def test_two_steps_of_each_algorithm_equal_its_own_formula_in_loops(tmp_path: Path, name: str):
     algorithm, config = FAMILY[name], row_config(tmp_path, TABLE[name])
     trainer = Trainer(config, rewards=[number_in_text], train_dataset=read_jsonl(TINY / "train.jsonl")[:8])
-    trainer.generator = Replay()
+    trainer.collector.generator = Replay()
     model, reference = (AutoModelForCausalLM.from_pretrained(TINY / "model", dtype=torch.float32) for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
     rows = []
     for _ in range(2):
         first = trainer.prompts.position
         groups = sample_from(model, [trainer.prompts._at(first + i) for i in range(4)])
-        trainer.generator.groups = groups
+        trainer.collector.generator.groups = groups
         parts = [groups[:2], groups[2:]] if config.algorithm.num_minibatches == 2 else [groups]
         minibatches = []
         for part in parts:

@@ -24,9 +24,9 @@ from grpo.inference.chat import Conversation, show, write
 from grpo.inference.inspect import columns_of, make_scorer, own_rows, sample_groups, show_group, without
 from grpo.inference.model import Sampler
 from grpo.inference.resolve_model import add_options, choose, num_positions, trusted_rewards
-from grpo.policy.policy import load_tokenizer
+from grpo.policy.tokenizer import load_tokenizer
 from grpo.rollout.grouping import all_at_once
-from grpo.scoring.scorer import resolve_rewards
+from grpo.scoring.reward import resolve_rewards
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 
 MODEL = TINY / "model"

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from grpo.algorithm.batch import join, micro_batch, pack, spare
-from grpo.policy.policy import PackedLM
+from grpo.policy.language_model import PackedLM
 from grpo.system import distributed
 from grpo.types import Completion, Group, MicroBatch, Prompt
 

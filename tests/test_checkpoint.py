@@ -18,6 +18,7 @@ from threading import Thread
 import pytest
 import torch
 import warm
+from grpo.run.step_state import StepUnderWay, dealt_anew
 from helpers import ROOT, clean_environment, launch, tiny_config
 from test_trainer import steps_of
 
@@ -29,7 +30,6 @@ from grpo.policy.model_source import complete_checkpoints
 from grpo.run import checkpoint, inputs
 from grpo.run.checkpoint import CheckpointError, changed_setting, name_of, numbers_of
 from grpo.run.post_mortem import Evidence
-from grpo.run.step_state import StepUnderWay, dealt_anew
 from grpo.scoring import scorer as scoring
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import EXIT_STOPPED, Stopped
@@ -276,14 +276,14 @@ def test_a_stop_between_two_updates_saves_the_rest_of_the_rollout_and_goes_on_wi
     trainer = a_run(tmp_path / "run")
     assert "resumed after step 1 and 3 updates of the next" in capsys.readouterr().out
     assert trainer.state.optimizer_steps == 7
-    assert len(trainer.under_way.minibatches) == 1
+    assert len(trainer.step.minibatches) == 1
     trainer.train()
     assert_equal_runs(tmp_path / "run", whole_run)
 
 
 def test_a_stop_while_sampling_breaks_it_off_and_saves_the_step_before(tmp_path: Path, whole_run: Path):
     trainer = a_run(tmp_path / "run")
-    own, calls = trainer.generator.sample, []
+    own, calls = trainer.collector.generator.sample, []
 
     def sample(*arguments, **options):
         calls.append(1)
@@ -292,7 +292,7 @@ def test_a_stop_while_sampling_breaks_it_off_and_saves_the_step_before(tmp_path:
             time.sleep(60)
         return own(*arguments, **options)
 
-    trainer.generator.sample = sample
+    trainer.collector.generator.sample = sample
     began = time.monotonic()
     with pytest.raises(Stopped):
         trainer.train()
@@ -314,7 +314,7 @@ def test_a_stop_in_an_evaluation_evaluates_again_later(tmp_path: Path, whole_run
 
 def test_the_end_of_max_hours_saves_and_stops_even_in_the_middle_of_a_rollout(tmp_path: Path, whole_run: Path):
     trainer = a_run(tmp_path / "run", max_hours=4 / 3600)
-    trainer.generator.sample = lambda *_, **__: time.sleep(60)
+    trainer.collector.generator.sample = lambda *_, **__: time.sleep(60)
     with pytest.raises(Stopped, match="75") as stopped:
         trainer.train()
     assert stopped.value.reason == "run.max_hours (0.00111111) are over"
@@ -493,7 +493,7 @@ def test_out_of_memory_in_an_update_leaves_a_checkpoint_and_goes_on_with_smaller
         tmp_path / "run", **UPDATES, memory={"micro_batch_tokens": 128}, run={"steps": 4, "resume": "auto"}
     )
     trainer = Trainer(config)
-    assert all(len(micro.tokens) <= 128 for passes in trainer.under_way.minibatches for micro in passes)
+    assert all(len(micro.tokens) <= 128 for passes in trainer.step.minibatches for micro in passes)
     trainer.train()
     for ours, theirs in zip(steps_of(tmp_path / "run"), steps_of(whole_run), strict=True):
         for name in ("optimizer/grad_norm", "optimizer/loss", "policy/kl", "policy/entropy", "completion/length_mean"):
@@ -502,9 +502,9 @@ def test_out_of_memory_in_an_update_leaves_a_checkpoint_and_goes_on_with_smaller
 
 
 def first_rollout(trainer: Trainer) -> list[list[MicroBatch]]:
-    trainer._begin_step(trainer.under_way)
+    trainer._sample()
     trainer.close()
-    return trainer.under_way.minibatches
+    return trainer.step.minibatches
 
 
 SHORT_SCRIPT = """
@@ -608,7 +608,7 @@ def test_a_stop_that_one_process_hears_of_stops_all_and_the_rest_of_the_rollout_
     settings = {**UPDATES, "distributed": {"zero_stage": 2}}
     trainer = Trainer(tiny_config(tmp_path / "run", **settings, run={"steps": 2, "resume": "auto"}))
     assert "resumed on 1 process what 2 saved" in capsys.readouterr().out
-    assert len(trainer.under_way.minibatches) == 1
+    assert len(trainer.step.minibatches) == 1
     trainer.train()
     rows = [row for row in read_jsonl(tmp_path / "run/completions.jsonl") if row["step"] == 2]
     assert len(rows) == 16

@@ -19,7 +19,8 @@ from code_cases import ATTEMPTS, CLUTTER, FREE, RIGHT_BY_KIND, UNENDING
 from grpo.rewards import code, sandbox
 from grpo.rewards.code import last_fence
 
-from grpo.scoring.scorer import Reward, Scorer
+from grpo.scoring.reward import Reward
+from grpo.scoring.scorer import Scorer
 from grpo.types import Completion, Group, Prompt
 
 ADD = [{"input": "1 2\n", "output": "3\n"}, {"input": "10 -4\n", "output": "6"}]

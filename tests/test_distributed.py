@@ -10,7 +10,8 @@ import torch
 from helpers import TINY, launch, launch_script, read_json, tiny_config
 from safetensors.torch import load_file
 
-from grpo.policy.policy import Policy, load_tokenizer
+from grpo.policy.policy import Policy
+from grpo.policy.tokenizer import load_tokenizer
 from grpo.system import distributed
 from grpo.system.jsonl import read_jsonl
 

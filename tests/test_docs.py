@@ -22,7 +22,7 @@ from torch.distributed.run import get_args_parser
 from grpo.config import Config, RewardConfig
 from grpo.evaluation.compare import arms_of
 from grpo.observe.metrics import METRICS
-from grpo.scoring.scorer import resolve_function
+from grpo.scoring.reward import resolve_function
 
 README = (ROOT / "README.md").read_text()
 

@@ -12,14 +12,17 @@ from test_trainer import short_above, steps_of
 
 from grpo import Trainer
 from grpo.algorithm.advantage import group_advantages
-from grpo.algorithm.dynamic_sampling import Draws
-from grpo.scoring.scorer import Reward
+from grpo.algorithm.batch import pack
+from grpo.algorithm.dynamic_sampling import DynamicSampler
+from grpo.scoring.reward import Reward
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import Stopped
 
 
-def draws(num_prompts: int = 4, limit: int = 12, world_size: int = 1, seen: float = 0, found: float = 0) -> Draws:
-    return Draws(num_prompts=num_prompts, limit=limit, world_size=world_size, seen=seen, with_signal=found)
+def draws(
+    num_prompts: int = 4, limit: int = 12, world_size: int = 1, seen: float = 0, found: float = 0
+) -> DynamicSampler:
+    return DynamicSampler(num_prompts=num_prompts, limit=limit, world_size=world_size, seen=seen, with_signal=found)
 
 
 def test_further_questions_are_drawn_by_the_rate_of_signal_until_the_batch_is_full():
@@ -99,7 +102,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def test_the_update_is_that_of_the_questions_with_signal_and_the_metrics_say_what_became_of_the_others(tmp_path: Path):
     trainer = Trainer(tiny_config(tmp_path / "run", **FIXED, rollout=DYNAMIC), rewards=[number_or_nothing])
-    trainer.generator = FixedGenerator()
+    trainer.collector.generator = FixedGenerator()
     metrics = trainer.train_step()
     trainer.close()
     rows = read_jsonl(tmp_path / "run/completions.jsonl")
@@ -127,7 +130,7 @@ def test_the_update_is_that_of_the_questions_with_signal_and_the_metrics_say_wha
     assert (trainer.state.groups_seen, trainer.state.groups_with_signal) == (0.75 * len(differ), 0.75 * sum(differ))
 
     plain = Trainer(tiny_config(tmp_path / "plain", **FIXED), rewards=[number_or_nothing])
-    plain.generator = FixedGenerator()
+    plain.collector.generator = FixedGenerator()
     chosen = {group[0]["row"] for group in used}
     plain.prompts.prompts = [prompt for prompt in plain.prompts.prompts if prompt.row in chosen]
     expected = plain.train_step()
@@ -144,7 +147,7 @@ def test_a_group_is_taken_for_the_reward_that_is_asked_for_not_for_the_sum(tmp_p
     for wanted, replaced in (("half", True), ("number", False)):
         rollout = {**DYNAMIC, "signal_from": wanted}
         trainer = Trainer(tiny_config(tmp_path / wanted, **FIXED, rollout=rollout), rewards=rewards)
-        trainer.generator = FixedGenerator()
+        trainer.collector.generator = FixedGenerator()
         metrics = trainer.train_step()
         trainer.close()
         assert (metrics["group/replaced"] > 0) == replaced
@@ -182,14 +185,14 @@ def sampled_run(run: Path) -> Trainer:
 def test_a_run_stopped_in_the_middle_of_a_draw_goes_on_as_if_it_had_not_been(tmp_path: Path):
     sampled_run(tmp_path / "whole").train()
     trainer = sampled_run(tmp_path / "stopped")
-    own = trainer._sample
+    own = trainer.collector.sample
 
-    def sample(prompts, seed):
+    def sample(prompts, *arguments, **options):
         if trainer.state.step and trainer.prompts.position > trainer.state.position + len(prompts):
             os.kill(os.getpid(), signal.SIGTERM)  # a second draw
-        return own(prompts, seed)
+        return own(prompts, *arguments, **options)
 
-    trainer._sample = sample
+    trainer.collector.sample = sample
     with pytest.raises(Stopped):
         trainer.train()
     resumed = sampled_run(tmp_path / "stopped")
@@ -211,7 +214,7 @@ def alternating(run: Path) -> Trainer:
     kl = {"kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1", "normalize_by_std": False, "max_sampling_gap": 100}
     config = tiny_config(run, algorithm=kl, rollout=DYNAMIC, optimizer={"learning_rate": 1e-30})
     trainer = Trainer(config, rewards=[number_or_nothing])
-    trainer.generator = FixedGenerator()
+    trainer.collector.generator = FixedGenerator()
     for weight in trainer.policy.reference.parameters():
         weight.data.mul_(1.1)
     silent, heard = (
@@ -252,12 +255,13 @@ def test_a_kl_in_the_reward_is_that_of_the_completions_own_group(tmp_path: Path)
     trainer.train_step()
     rows = read_jsonl(tmp_path / "run/completions.jsonl")
     prompts = [trainer.prompts._at(place) for place in range(len(rows) // 4)]
-    groups = trainer.generator.sample(prompts, trainer.config.sampling, num_completions=4, seed=0)
+    groups = trainer.collector.generator.sample(prompts, trainer.config.sampling, num_completions=4, seed=0)
     rewards = torch.tensor([row["reward"] for row in rows]).view(-1, 4)
     used = torch.tensor([row["in_batch"] for row in rows[::4]])
     assert used.tolist()[:7] == [True, False, True, False, True, False, True]
     plain = group_advantages(rewards, normalize_by_std=False)[used]
-    penalized = group_advantages(rewards - 0.1 * trainer._divergences(groups), normalize_by_std=False)[used]
+    divergences = trainer.learner.divergences(pack(groups, torch.zeros_like(rewards)), trainer.step.meter)
+    penalized = group_advantages(rewards - 0.1 * divergences.view_as(rewards), normalize_by_std=False)[used]
     trainer.close()
     found = [row["advantage"] for row in rows if row["in_batch"]]
     torch.testing.assert_close(torch.tensor(found), penalized.flatten(), rtol=0, atol=1e-5)
@@ -273,7 +277,7 @@ def test_completions_without_an_advantage_are_read_where_their_entropy_counts(
     for name, kl_coef in (("without", 0.0), ("with", 1e-30)):
         algorithm = {"kl_coef": kl_coef, "max_sampling_gap": 100, **setting}
         trainer = Trainer(tiny_config(tmp_path / name, algorithm=algorithm), rewards=[number_or_nothing])
-        trainer.generator = FixedGenerator()
+        trainer.collector.generator = FixedGenerator()
         metrics.append(trainer.train_step())
         trainer.close()
     for name in ("optimizer/grad_norm", "optimizer/loss", "policy/entropy"):
@@ -286,7 +290,7 @@ def test_completions_without_a_gradient_count_but_cost_no_pass(tmp_path: Path):
     for name, kl_coef in (("left-out", 0.0), ("all", 1e-30)):
         algorithm = {"kl_coef": kl_coef, "max_sampling_gap": 100}
         trainer = Trainer(tiny_config(tmp_path / name, algorithm=algorithm), rewards=[number_or_nothing])
-        trainer.generator = FixedGenerator()
+        trainer.collector.generator = FixedGenerator()
         first = trainer.train_step()
         prompts = trainer.prompts.prompts
         silent = next(prompt for prompt in prompts if number_or_nothing("1", prompt.columns["question"]) == 0)

@@ -8,7 +8,7 @@ import pytest
 from helpers import TINY
 
 from grpo.config import ModelConfig
-from grpo.policy.policy import load_tokenizer
+from grpo.policy.tokenizer import load_tokenizer
 from grpo.rollout.stop_criteria import Ending, token_limit
 from grpo.types import Prompt, Sampling
 

@@ -33,7 +33,8 @@ from transformers import (
 
 from grpo import Trainer
 from grpo.algorithm.batch import micro_batch, pack
-from grpo.policy.policy import Policy, load_tokenizer
+from grpo.policy.policy import Policy
+from grpo.policy.tokenizer import load_tokenizer
 from grpo.rollout import make_generator
 from grpo.rollout.decoder import CHUNK, Decoder, bucket_of
 from grpo.rollout.engine import NativeGenerator, _unsupported_by_design, unsupported
@@ -494,7 +495,7 @@ def test_stale_weights_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         data={"name": str(TINY / "train.jsonl"), "template": "chat", "max_prompt_tokens": 96},
     )
     trainer = Trainer(config)
-    assert isinstance(trainer.generator, NativeGenerator)
+    assert isinstance(trainer.collector.generator, NativeGenerator)
     if not synced:
         monkeypatch.setattr(trainer.policy, "sync", lambda: None)
     trainer.train_step()  # the first rollout is on the weights as they were loaded

@@ -33,8 +33,10 @@ from transformers import (
 from grpo.config import ModelConfig
 from grpo.inference.model import load, sampling_config
 from grpo.policy.families import LogitTransform, attention_calls, check_family, logit_transform
+from grpo.policy.language_model import output_head
 from grpo.policy.model_source import model_config, source_of, with_resolved_name
-from grpo.policy.policy import Policy, load_tokenizer, output_head
+from grpo.policy.policy import Policy
+from grpo.policy.tokenizer import load_tokenizer
 from grpo.rollout.engine import unsupported
 from grpo.system import distributed
 

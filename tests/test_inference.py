@@ -13,7 +13,7 @@ from grpo import Trainer
 from grpo.inference import model as inference
 from grpo.inference.model import Sampler, sampling_config
 from grpo.policy.model_source import model_directory
-from grpo.policy.policy import load_tokenizer
+from grpo.policy.tokenizer import load_tokenizer
 from grpo.rollout.engine import NativeGenerator
 from grpo.rollout.hf import HFGenerator
 from grpo.types import Prompt, Sampling

@@ -19,7 +19,9 @@ LAYERS = [
     "scoring",
     "observe",
     "report",
+    "training",
     "run",
+    "assembly",
     "trainer",
     "inference",
     "evaluation",
@@ -67,4 +69,4 @@ def test_there_is_no_circle():
 
 
 def test_the_test_sees_imports():
-    assert {"grpo.types", "grpo.config", "grpo.algorithm.loss"} <= GRAPH["grpo.trainer"]
+    assert {"grpo.types", "grpo.config", "grpo.algorithm.batch"} <= GRAPH["grpo.trainer"]

@@ -18,7 +18,8 @@ from grpo.config import Config
 from grpo.data.prompts import build_prompts
 from grpo.data.rows import load_rows
 from grpo.policy import lora
-from grpo.policy.policy import Policy, load_tokenizer
+from grpo.policy.policy import Policy
+from grpo.policy.tokenizer import load_tokenizer
 from grpo.run import checkpoint
 from grpo.system import distributed
 from grpo.system.jsonl import read_jsonl

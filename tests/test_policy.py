@@ -32,17 +32,10 @@ from grpo.config import ModelConfig
 from grpo.data.prompts import build_prompts
 from grpo.data.rows import load_rows
 from grpo.policy.attention import packed_inputs
+from grpo.policy.language_model import checkpoint_activations, fuse_kernels, load_lm, output_head
 from grpo.policy.logprobs import token_logprobs
-from grpo.policy.policy import (
-    Policy,
-    check_context,
-    checkpoint_activations,
-    end_token_ids,
-    fuse_kernels,
-    load_lm,
-    load_tokenizer,
-    output_head,
-)
+from grpo.policy.policy import Policy
+from grpo.policy.tokenizer import check_context, end_token_ids, load_tokenizer
 from grpo.rollout.hf import HFGenerator
 from grpo.system import distributed
 from grpo.types import Batch, Group, MicroBatch, Sampling
@@ -406,7 +399,7 @@ def test_the_first_update_is_adamws_first_step_in_every_stage(tmp_path: Path, dt
         "algorithm": {"max_sampling_gap": 100},
     }
     trainer = Trainer(tiny_config(tmp_path / "run", **sections), rewards=[number_in_text])
-    trainer.generator = FixedGenerator()
+    trainer.collector.generator = FixedGenerator()
     policy = trainer.policy
     with policy.sampling_model() as lm:
         before = lm.model.layers[0].mlp.up_proj.weight.detach().float().clone()

@@ -19,10 +19,10 @@ from helpers import ROOT, TINY, FixedGenerator, launch, number_in_text, read_jso
 
 from grpo import Config, Trainer
 from grpo.check import templates
-from grpo.run import preflight
 from grpo.run.preflight import (
     Audit,
     Function,
+    Preflight,
     PreflightRefused,
     Result,
     Seen,
@@ -263,15 +263,15 @@ def test_a_run_is_the_same_with_preflight_and_without_and_a_resumed_one_has_none
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     random_states = []
-    check = preflight.before_training
+    check = Preflight.before_training
 
-    def watched(trainer: Trainer) -> None:
+    def watched(own: Preflight, directory: Path) -> None:
         states = [(torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state()))]
-        check(trainer)
+        check(own, directory)
         states.append((torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state())))
         random_states.append(states)
 
-    monkeypatch.setattr(preflight, "before_training", watched)
+    monkeypatch.setattr(Preflight, "before_training", watched)
     rollout = {"engine": engine, "max_completion_tokens": 48}
     config = with_preflight(tmp_path / "with", rollout=rollout, run={"steps": 2, "resume": "auto"})
     Trainer(config, rewards=[one_in_two]).train()
@@ -309,8 +309,8 @@ def test_a_reward_that_is_the_same_for_all_is_refused_or_warned_of(
 def test_processes_share_the_questions_and_agree(tmp_path: Path) -> None:
     launch("worker_preflight.py", str(tmp_path / "two"), processes=2)
     trainer = Trainer(tiny_config(tmp_path / "one"), rewards=[number_in_text])
-    trainer.generator = FixedGenerator()
-    expected = json.loads(preflight.examine(trainer, num_questions=5).to_json())
+    trainer.collector.generator = FixedGenerator()
+    expected = json.loads(trainer.preflight.examine(num_questions=5).to_json())
     trainer.close()
     found = read_json(tmp_path / "two/preflight.json")
     assert {**found, "seconds": 0} == {**expected, "seconds": 0}

@@ -10,7 +10,7 @@ from helpers import ROOT, tiny_config
 from grpo import Trainer
 from grpo.config import Config, RewardConfig
 from grpo.data.rows import load_rows, prepare_rows
-from grpo.scoring.scorer import resolve_function
+from grpo.scoring.reward import resolve_function
 from grpo.types import Group
 
 RECIPES = ROOT / "configs" / "recipes"
@@ -39,7 +39,9 @@ def test_the_papers_limit_of_tokens_doubles_after_8200_updates():
 
 
 def sampled(trainer: Trainer) -> list[Group]:
-    return trainer.generator.sample(trainer.prompts.draw(4), trainer.config.sampling, num_completions=8, seed=0)
+    return trainer.collector.generator.sample(
+        trainer.prompts.draw(4), trainer.config.sampling, num_completions=8, seed=0
+    )
 
 
 def test_a_resumed_run_may_sample_longer_completions_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -16,7 +16,8 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from grpo.scoring.worker import Call, FunctionBug, WorkerPool
+from grpo.scoring.worker import Call, FunctionBug
+from grpo.scoring.worker_pool import WorkerPool
 
 
 def run(
@@ -330,7 +331,7 @@ def test_a_replacement_that_is_killed_while_it_loads_is_replaced_too(tmp_path: P
 def test_a_worker_that_can_no_longer_be_replaced_ends_the_run_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grpo.scoring.worker.PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("grpo.scoring.worker_pool.PAUSE_SECONDS", 0.01)
     with pytest.raises(
         RuntimeError, match=r"had to be replaced could not load[\s\S]*no memory today[\s\S]*5 times in a row"
     ):

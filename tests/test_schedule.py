@@ -192,7 +192,7 @@ def test_a_scheduled_step_is_that_of_a_run_with_its_values(tmp_path: Path, kl: d
             if not own:
                 settings[section][last] = value
         trainer = Trainer(Config(**settings), rewards=[number_in_text])
-        trainer.generator = FixedGenerator()
+        trainer.collector.generator = FixedGenerator()
         for weight in trainer.policy.reference.parameters():
             weight.data.mul_(1.1)
         metrics.append([trainer.train_step(), trainer.train_step()])

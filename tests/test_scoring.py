@@ -21,7 +21,8 @@ from grpo.rewards import accuracy, format, overlong
 
 from grpo.config import RewardConfig
 from grpo.scoring import verdict_cache
-from grpo.scoring.scorer import Reward, RewardError, Scorer, resolve_function, resolve_rewards, weighted_sum
+from grpo.scoring.reward import Reward, RewardError, resolve_function, resolve_rewards
+from grpo.scoring.scorer import Scorer, weighted_sum
 from grpo.scoring.worker import Call, Outcome
 from grpo.types import Completion, Group, Prompt
 
@@ -370,7 +371,8 @@ def test_functions_are_found_by_name_by_module_and_by_file(tmp_path: Path) -> No
 BESIDE_ITS_OWN_REWARDS = """
 import torch
 import rewards
-from grpo.scoring.scorer import Reward, Scorer, resolve_function
+from grpo.scoring.reward import Reward, resolve_function
+from grpo.scoring.scorer import Scorer
 from grpo.types import Completion, Group, Prompt
 
 names = ["accuracy", "rewards:accuracy"]
@@ -868,7 +870,8 @@ def test_workers_end_with_close_and_with_the_scorer() -> None:
 
 SCRIPT = """
 import os, signal, sys, time
-from grpo.scoring.scorer import Reward, Scorer
+from grpo.scoring.reward import Reward
+from grpo.scoring.scorer import Scorer
 from grpo.types import Completion, Group, Prompt
 
 HALF = 0.5

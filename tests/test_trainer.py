@@ -17,7 +17,7 @@ from grpo import Reward, Trainer
 from grpo.observe.console import LineSink
 from grpo.observe.rundir import claim
 from grpo.run import checkpoint
-from grpo.scoring.scorer import resolve_function
+from grpo.scoring.reward import resolve_function
 from grpo.system.distributed import Processes
 from grpo.system.jsonl import append_jsonl, read_jsonl, rewind_jsonl
 from grpo.types import Group, OnGroup, Prompt
@@ -108,7 +108,7 @@ def test_a_moved_reference_survives_two_resumes_without_a_refresh_between(tmp_pa
 def test_the_reference_moves_even_if_a_step_without_known_rewards_skips_the_multiple(tmp_path: Path):
     settings = {"kl_coef": 0.05, "num_minibatches": 2, "reference_refresh_steps": 2, "max_sampling_gap": 100}
     trainer = Trainer(tiny_config(tmp_path / "run", algorithm=settings), rewards=[number_in_text])
-    trainer.generator = FixedGenerator()
+    trainer.collector.generator = FixedGenerator()
     trainer.state.optimizer_steps = 1  # as if one minibatch before had not one known reward
     trainer.train_step()
     trainer.close()
@@ -252,7 +252,7 @@ def test_unknown_rewards_are_neither_rewarded_nor_counted_as_wrong(tmp_path: Pat
         return None if value < 0.5 else value
 
     trainer = Trainer(tiny_config(tmp_path / "run", algorithm={"max_sampling_gap": 100}), rewards=[undecided])
-    trainer.generator = FixedGenerator()
+    trainer.collector.generator = FixedGenerator()
     metrics = trainer.train_step()
     trainer.close()
     rows = read_jsonl(tmp_path / "run/completions.jsonl")
@@ -333,7 +333,7 @@ def test_the_script_refuses_a_bad_setting_in_one_line(tmp_path: Path):
 
 def test_a_wrong_sampling_logprob_stops_the_run(tmp_path: Path):
     trainer = Trainer(tiny_config(tmp_path / "run"), rewards=[number_in_text])
-    trainer.generator = FixedGenerator()  # says -1 of every token, which is not what the policy says
+    trainer.collector.generator = FixedGenerator()  # says -1 of every token, which is not what the policy says
     with pytest.raises(
         RuntimeError, match=r"policy/sampling_gap is .* nats in step 1, above 0.001 \(algorithm.max_sampling_gap"
     ):
@@ -345,7 +345,7 @@ def test_updates_that_are_not_finite_stop_the_run_after_the_third(tmp_path: Path
     trainer = Trainer(tiny_config(tmp_path / "run", run={"steps": 9}), rewards=[number_in_text])
     with torch.no_grad():
         trainer.policy.lm.model.norm.weight.mul_(float("nan"))
-    trainer.generator = FixedGenerator()
+    trainer.collector.generator = FixedGenerator()
     with pytest.raises(
         RuntimeError, match=r"watchdog.not_finite, step 3: the loss or the gradient was not finite in each of 3"
     ):
@@ -417,7 +417,7 @@ UNUSUAL = {
 def test_every_setting_of_the_algorithm_reaches_the_update(tmp_path: Path):
     """Two steps of two minibatches against the formulas written out, one sequence at a time, with plain AdamW."""
     trainer = Trainer(tiny_config(tmp_path / "run", **UNUSUAL), rewards=[number_in_text])
-    trainer.generator = FixedGenerator()
+    trainer.collector.generator = FixedGenerator()
     model = AutoModelForCausalLM.from_pretrained(TINY / "model", dtype=torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(TINY / "model", dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.5, 0.8), weight_decay=0.3)
@@ -431,7 +431,7 @@ def test_every_setting_of_the_algorithm_reaches_the_update(tmp_path: Path):
     clipped = 0
     for _ in range(2):
         order = trainer.prompts.position
-        groups = trainer.generator.sample(
+        groups = trainer.collector.generator.sample(
             [trainer.prompts._at(order + i) for i in range(4)], trainer.config.sampling, num_completions=3, seed=0
         )
         with torch.no_grad():
@@ -505,9 +505,9 @@ def test_what_a_reward_logs_is_in_the_runs_files_and_it_knows_how_far_the_run_is
 
     trainer = Trainer(tiny_config(tmp_path / "run"), rewards=[logging])
     trainer.train()
-    rows = [json.loads(line) for line in (trainer.directory / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (trainer.log.directory / "metrics.jsonl").read_text().splitlines()]
     assert [row["logged/progress"] for row in rows if "logged/progress" in row] == [0.0, 0.5]
-    completions = [json.loads(line) for line in (trainer.directory / "completions.jsonl").read_text().splitlines()]
+    completions = [json.loads(line) for line in (trainer.log.directory / "completions.jsonl").read_text().splitlines()]
     assert all(row["extra"] == {"logging": {"gold": row["answer"]}} for row in completions)
 
 
@@ -539,7 +539,7 @@ def test_tokens_without_an_embedding_are_refused_or_given_one(tmp_path: Path, re
     trainer = Trainer(config, train_dataset=data)
     assert trainer.train_step()["policy/kl"] == pytest.approx(0, abs=1e-9)  # the reference has the same new row
     trainer.train()
-    saved = AutoConfig.from_pretrained(trainer.directory / "checkpoints/step-00000001/hf")
+    saved = AutoConfig.from_pretrained(trainer.log.directory / "checkpoints/step-00000001/hf")
     assert saved.vocab_size == rows + 1
     plain = tiny_config(tmp_path / "other", model={"resize_embeddings": True})
     with pytest.raises(ValueError, match=r"model.resize_embeddings is true; .* it has no effect"):
@@ -571,7 +571,7 @@ def test_a_step_and_an_evaluation_score_groups_while_they_sample_others(
     evaluation = {"data": {"eval_name": str(TINY / "test.jsonl")}, "evaluation": {"num_questions": 3}}
     config = tiny_config(tmp_path / "run", **evaluation, algorithm={"kl_coef": 0.0, "max_sampling_gap": 100})
     trainer = Trainer(config, rewards=[marked])
-    trainer.generator = PatientGenerator()
+    trainer.collector.generator = PatientGenerator()
     metrics = trainer.train_step()
     trainer._evaluate_if_due()
     trainer.close()
@@ -587,9 +587,9 @@ def test_the_peak_of_each_phase_is_a_metric_and_the_steps_is_the_largest(
 ):
     trainer = Trainer(tiny_config(tmp_path / "run"), rewards=[lambda completion: 1.0])
     log: list[str] = []
-    monkeypatch.setattr(Processes, "reset_peak_memory", lambda self: log.append(trainer.phase))
+    monkeypatch.setattr(Processes, "reset_peak_memory", lambda self: log.append(trainer.clock.phase))
     # the phase that began last; after the update, the step itself ends with what taking over the weights took
-    monkeypatch.setattr(Processes, "peak_memory_gib", lambda self: PEAKS[trainer.phase])
+    monkeypatch.setattr(Processes, "peak_memory_gib", lambda self: PEAKS[trainer.clock.phase])
     metrics = trainer.train_step()
     trainer.close()
     assert log == ["step", "rollout", "scoring", "logprobs", "step", "update"]
@@ -612,7 +612,7 @@ def test_out_of_memory_while_sampling_goes_on_with_half_as_many_at_once(
         short_above(trainer, 4)
         rewards = trainer.train_step()
         trainer.close()
-        assert trainer.generator.max_sequences == 4
+        assert trainer.collector.generator.max_sequences == 4
         said = re.findall(
             r"out of memory while sampling, process 0: CUDA out of memory.*\n(.*)", capsys.readouterr().out
         )
@@ -623,17 +623,17 @@ def test_out_of_memory_while_sampling_goes_on_with_half_as_many_at_once(
 
 def short_above(trainer: Trainer, enough: int) -> None:
     """As if memory were enough for so many completions at once: more fail once the first of them have ended."""
-    own = trainer.generator.sample
+    own = trainer.collector.generator.sample
 
     def sample(*arguments, on_group, **options):
         def fails(p: int, group) -> None:
             on_group(p, group)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-        short = trainer.generator.max_sequences > enough
+        short = trainer.collector.generator.max_sequences > enough
         return own(*arguments, **options, on_group=fails if short else on_group)
 
-    trainer.generator.sample = sample
+    trainer.collector.generator.sample = sample
 
 
 def test_out_of_memory_with_one_completion_at_a_time_is_an_error(tmp_path: Path):

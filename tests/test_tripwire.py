@@ -106,7 +106,7 @@ def tripped(trainer: Trainer, *, step: int = 1) -> str:
         trainer.train_step()
     trainer.close()
     assert all(torch.equal(a, b) for a, b in zip(weights, trainer.policy.lm.parameters(), strict=True))
-    assert checkpoint.complete_checkpoints(trainer.directory / "checkpoints") == []
+    assert checkpoint.complete_checkpoints(trainer.log.directory / "checkpoints") == []
     causes = re.findall(r"^ +(\d+)%  (.*)$", str(raised.value), re.MULTILINE)
     assert len(causes) == 6
     assert int(causes[0][0]) > 50, raised.value
@@ -116,7 +116,7 @@ def tripped(trainer: Trainer, *, step: int = 1) -> str:
 
 def test_another_temperature_is_found_with_its_value(tmp_path: Path):
     trainer = Trainer(tiny_config(tmp_path / "run"))
-    trainer.generator = Hotter(trainer.generator)
+    trainer.collector.generator = Hotter(trainer.collector.generator)
     cause = tripped(trainer)
     found = re.match(r"sampled at another temperature: at (\S+) instead of 1 ", cause)
     assert found
@@ -125,13 +125,13 @@ def test_another_temperature_is_found_with_its_value(tmp_path: Path):
 
 def test_another_template_is_found_by_its_name(tmp_path: Path):
     trainer = Trainer(tiny_config(tmp_path / "run"))
-    trainer.generator = BareQuestions(trainer.generator)
+    trainer.collector.generator = BareQuestions(trainer.collector.generator)
     assert "from another prompt: from data.template none, " in tripped(trainer)
 
 
 def test_a_prompt_that_lost_its_last_token_is_found(tmp_path: Path):
     trainer = Trainer(tiny_config(tmp_path / "run"))
-    trainer.generator = WithoutLastToken(trainer.generator)
+    trainer.collector.generator = WithoutLastToken(trainer.collector.generator)
     assert "from another prompt: from the prompt without its last token, " in tripped(trainer)
 
 
@@ -141,7 +141,7 @@ def test_every_template_is_tried():
 
 def test_log_probabilities_among_the_tokens_that_were_left_are_found(tmp_path: Path):
     trainer = Trainer(tiny_config(tmp_path / "run"))
-    trainer.generator = KeepsTopTwo(trainer.generator)
+    trainer.collector.generator = KeepsTopTwo(trainer.collector.generator)
     assert "that top-k, top-p or min-p left" in tripped(trainer)
 
 
@@ -151,11 +151,11 @@ def test_stale_weights_are_found(tmp_path: Path, fault: str):
     rank = 8 if fault == "the replica is never merged" else 0
     trainer = Trainer(tiny_config(tmp_path / "run", lora={"rank": rank}, optimizer={"learning_rate": 3e-3}))
     if rank == 0:
-        trainer.generator = HFGenerator(CopyOfItsOwn(trainer.policy), max_sequences=64)
-    sync, trainer.generator.sync = trainer.generator.sync, lambda: None
+        trainer.collector.generator = HFGenerator(CopyOfItsOwn(trainer.policy), max_sequences=64)
+    sync, trainer.collector.generator.sync = trainer.collector.generator.sync, lambda: None
     trainer.train_step()  # on the weights that both began with
     if fault == "never asked":
-        trainer.generator.sync = sync  # when it is asked to find the cause, it does
+        trainer.collector.generator.sync = sync  # when it is asked to find the cause, it does
     assert "sampled with old weights" in tripped(trainer, step=2)
 
 
@@ -198,7 +198,7 @@ def test_the_cause_is_found_with_shards_adapters_and_offload(tmp_path: Path, opt
 
 def test_the_post_mortem_holds_the_batch_and_what_the_policy_says_of_it(tmp_path: Path):
     trainer = Trainer(tiny_config(tmp_path / "run"))
-    trainer.generator = Hotter(trainer.generator)
+    trainer.collector.generator = Hotter(trainer.collector.generator)
     with pytest.raises(SamplingGapError) as raised:
         trainer.train()
     trainer.close()
@@ -242,7 +242,7 @@ def test_a_full_disk_does_not_hide_the_alarm(
 
     monkeypatch.setattr(post_mortem, writes, full)
     trainer = Trainer(tiny_config(tmp_path / "run"))
-    trainer.generator = Hotter(trainer.generator)
+    trainer.collector.generator = Hotter(trainer.collector.generator)
     with pytest.raises(SamplingGapError, match=rf"(?s)sampled at another temperature.*{left}"):
         trainer.train_step()
     trainer.close()
@@ -265,9 +265,9 @@ def test_the_limit_follows_precision_rounding_and_temperature(tmp_path: Path):
 def test_what_rounding_explains_is_measured_on_the_model_and_not_on_an_engines_faults(tmp_path: Path, engine: str):
     trainer = Trainer(tiny_config(tmp_path / "run", model={"dtype": "bfloat16"}))
     if engine == "hotter":
-        trainer.generator = Hotter(trainer.generator)
+        trainer.collector.generator = Hotter(trainer.collector.generator)
     weights = {name: weight.data_ptr() for name, weight in trainer.policy.lm.named_parameters()}
-    groups, _ = trainer._sample(trainer.prompts.draw(4), seed=0)
+    groups, _ = trainer.collector.sample(trainer.prompts.draw(4), trainer.config.sampling, num_completions=4, seed=0)
     rounding = measure_rounding(trainer.policy, groups)
     assert 1e-5 < rounding < 0.01  # a temperature of 1.4 makes a tenth of a nat
     after = {name: weight.data_ptr() for name, weight in trainer.policy.lm.named_parameters()}
@@ -278,10 +278,10 @@ def test_what_rounding_explains_is_measured_on_the_model_and_not_on_an_engines_f
 
 def test_larger_logits_are_rounded_more(tmp_path: Path):
     trainer = Trainer(tiny_config(tmp_path / "run", model={"dtype": "bfloat16"}))
-    groups, _ = trainer._sample(trainer.prompts.draw(4), seed=0)
+    groups, _ = trainer.collector.sample(trainer.prompts.draw(4), trainer.config.sampling, num_completions=4, seed=0)
     before = measure_rounding(trainer.policy, groups)
     with torch.no_grad():
         trainer.policy.lm.model.norm.weight.mul_(10)
-    groups, _ = trainer._sample(trainer.prompts.draw(4), seed=0)
+    groups, _ = trainer.collector.sample(trainer.prompts.draw(4), trainer.config.sampling, num_completions=4, seed=0)
     assert measure_rounding(trainer.policy, groups) > 2 * before
     trainer.close()

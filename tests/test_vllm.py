@@ -19,7 +19,8 @@ from torch import Tensor
 from grpo.config import Config, Section, VLLMConfig
 from grpo.data.prompts import build_prompts
 from grpo.data.rows import load_rows
-from grpo.policy.policy import Policy, load_tokenizer
+from grpo.policy.policy import Policy
+from grpo.policy.tokenizer import load_tokenizer
 from grpo.rollout import make_generator
 from grpo.rollout.hf import HFGenerator
 from grpo.rollout.vllm import Request, Sampled, VLLMGenerator, check_available

@@ -12,8 +12,9 @@ from helpers import FixedGenerator, launch, number_in_text, read_json, tiny_conf
 from grpo import Trainer
 from grpo.observe.metrics import RUN, repeats
 from grpo.run import checkpoint
-from grpo.run.watchdog import Watchdog, WatchdogError, unless_finite
+from grpo.run.watchdog import Watchdog, WatchdogError
 from grpo.system.jsonl import append_jsonl, read_jsonl
+from grpo.training.learner import unless_finite
 
 HEALTHY = {
     "optimizer/skipped": 0.0,
@@ -253,7 +254,7 @@ def test_a_loss_that_is_not_finite_skips_the_update_even_if_its_gradient_is(tmp_
         "max_sampling_gap": 100,
     }  # k1's gradient does not see the reference
     trainer = Trainer(tiny_config(tmp_path / "run", algorithm=settings), rewards=[number_in_text])
-    trainer.generator = FixedGenerator()
+    trainer.collector.generator = FixedGenerator()
     trainer.policy.ref_logprobs = lambda micro: torch.full_like(micro.sampling_logprobs, -math.inf)
     before = [weight.detach().clone() for weight in trainer.policy.lm.parameters()]
     metrics = trainer.train_step()
@@ -287,14 +288,14 @@ def test_a_roll_back_goes_on_from_before_the_trouble_at_a_lower_rate_with_other_
 def test_a_roll_back_survives_a_resume_from_a_checkpoint_that_is_older(tmp_path: Path):
     for name in ("whole", "halves"):
         trainer = troubled(tmp_path / name, first_bad=5, times=1)
-        while not trainer.roll_backs.rows:
+        while not trainer.guard.roll_backs.rows:
             trainer.train_step()
             trainer.save()
         if name == "halves":  # killed right after the roll-back, with nothing saved since
             trainer.close()
             trainer = troubled(tmp_path / name, first_bad=5, times=1)
             assert trainer.state.step == 3
-            assert trainer.roll_backs.rate_factor == 0.25
+            assert trainer.guard.roll_backs.rate_factor == 0.25
         trainer.train()
     drop = ("time/", "throughput/")
     whole, halves = (

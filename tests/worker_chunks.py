@@ -22,7 +22,7 @@ trainer = Trainer(
         distributed={"zero_stage": 3},
     )
 )
-trainer.generator = FixedGenerator()
+trainer.collector.generator = FixedGenerator()
 counts = []
 forward = trainer.policy.logprobs
 

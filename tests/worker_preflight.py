@@ -8,14 +8,13 @@ from pathlib import Path
 from helpers import FixedGenerator, number_in_text, tiny_config
 
 from grpo import Trainer
-from grpo.run import preflight
 from grpo.run.preflight import PreflightRefused
 from grpo.system import distributed
 
 trainer = Trainer(tiny_config(Path(sys.argv[1]), preflight={"num_questions": 5}), rewards=[number_in_text])
-trainer.generator = FixedGenerator()  # all of its completions are cut off
+trainer.collector.generator = FixedGenerator()  # all of its completions are cut off
 try:
-    preflight.before_training(trainer)
+    trainer.preflight.before_training(trainer.log.directory)
     refusal = ""
 except PreflightRefused as error:
     refusal = str(error)

@@ -41,7 +41,7 @@ def run(out: Path, name: str, *, zero: int, steps: int, source: str | None = Non
         ),
         rewards=[number_in_text],
     )
-    trainer.generator = FixedGenerator()
+    trainer.collector.generator = FixedGenerator()
     if source is not None:
         store(trainer, out / name / "resumed.pt")
     while trainer.state.step < steps:

@@ -27,17 +27,17 @@ shard_even_small_weights()
 
 def bad(trainer: Trainer, kind: str) -> None:
     """Let the next minibatch have one value that is not finite, on the last process, in the first of its passes."""
-    deal = trainer._deal
+    deal = trainer.learner.deal
 
     def dealt(mine: Batch) -> list[MicroBatch]:
-        trainer._deal = deal
+        trainer.learner.deal = deal
         passes = deal(mine)
         assert len(passes) > 1, "several passes make up an update here"
         if trainer.processes.rank == trainer.processes.world_size - 1:
             getattr(passes[0], kind)[0] = math.nan
         return passes
 
-    trainer._deal = dealt
+    trainer.learner.deal = dealt
 
 
 def weights(trainer: Trainer) -> list[torch.Tensor]:
@@ -62,7 +62,7 @@ def run(stage: int, dtype: str, offload: bool, kind: str) -> dict[str, object]:
     )
     config.memory.micro_batch_tokens = 64
     trainer = Trainer(config, rewards=[number_in_text])
-    trainer.generator = FixedGenerator()
+    trainer.collector.generator = FixedGenerator()
     trainer.train_step()
     before, state = weights(trainer), asdict(trainer.state)
     saved = trainer.save()

@@ -44,9 +44,9 @@ trainer = Trainer(
     )
 )
 if arguments.fault == "stale":
-    trainer.generator.sync = lambda: None
+    trainer.collector.generator.sync = lambda: None
 else:
-    trainer.generator = Hotter(trainer.generator)
+    trainer.collector.generator = Hotter(trainer.collector.generator)
 try:
     trainer.train()
 except SamplingGapError as error:

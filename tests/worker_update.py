@@ -61,7 +61,7 @@ config = tiny_config(
 # less than the longest sequence too: then each has a pass of its own
 config.memory.micro_batch_tokens = arguments.budget
 trainer = Trainer(config, rewards=[number_in_text])
-trainer.generator = FixedGenerator()
+trainer.collector.generator = FixedGenerator()
 metrics = [trainer.train_step() for _ in range(2)]
 trainer.policy.sync()
 if trainer.processes.is_main:

@@ -7,12 +7,12 @@ from typing import Any
 
 from helpers import shard_even_small_weights
 
-from grpo import trainer
 from grpo.algorithm.loss import TokenLoss
 from grpo.check import variant
+from grpo.training import learner
 
 kind = sys.argv.pop(1)
-original = trainer.grpo_loss
+original = learner.grpo_loss
 
 
 def normalized_by_pass(logprobs: Any, advantages: Any, weights: Any, objective: Any, **options: Any) -> TokenLoss:
@@ -23,7 +23,7 @@ def normalized_by_pass(logprobs: Any, advantages: Any, weights: Any, objective: 
 if kind == "sharded":
     shard_even_small_weights()
 elif kind == "normalized_by_pass":
-    trainer.grpo_loss = normalized_by_pass
+    learner.grpo_loss = normalized_by_pass
 else:
     raise ValueError(kind)
 variant.main()

@@ -58,7 +58,7 @@ with installed():
         server.end()
     if mode == "server":
         try:
-            trainer.generator.sync()
+            trainer.collector.generator.sync()
         except ServerError as error:
             print(f"rank {trainer.processes.rank} was told: {error}", flush=True)
     print(f"rank {trainer.processes.rank} is done", flush=True)

@@ -26,7 +26,7 @@ MEMORY = 0.75
 """What was seen of signal counts this much of what it did with every further step, so about four steps are looked back on."""
 
 
-class Draws:
+class DynamicSampler:
     """The questions that a step has drawn so far, and whether their groups have signal; the same on every process.
 
     Args:

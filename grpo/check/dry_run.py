@@ -31,8 +31,8 @@ def rehearse(config: Config, trainer_class: type[AnyTrainer], **changes: dict[st
         run = {"resume": "never", **changes.pop("run", {}), "dir": str(Path(directory) / "run")}
         trainer = trainer_class(changed(config, **quiet, **changes, run=run))
         trainer.close()
-    trainer.scorer, trainer.signal_from = RandomRewards(), "random"
-    trainer.makes_do = False  # a shortage of memory is what a check is to find
+    trainer.collector.scorer, trainer.signal_from = RandomRewards(), "random"
+    trainer.collector.retries = False  # a shortage of memory is what a check is to find
     return trainer
 
 

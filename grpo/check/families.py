@@ -23,7 +23,8 @@ from grpo.algorithm.batch import micro_batch
 from grpo.config import Config
 from grpo.policy.families import check_family
 from grpo.policy.model_source import PROCESSOR_FILES
-from grpo.policy.policy import Policy, check_context, load_tokenizer
+from grpo.policy.policy import Policy
+from grpo.policy.tokenizer import check_context, load_tokenizer
 from grpo.rollout.engine import unsupported
 from grpo.system import distributed
 from grpo.types import Batch

@@ -37,7 +37,8 @@ from grpo.algorithm.loss import grpo_loss, token_weights
 from grpo.check.dry_run import changed
 from grpo.check.plain import PlainLM, real_trainer, unshared, use_own_rotary
 from grpo.config import Config
-from grpo.policy.policy import PackedLM, Policy, checkpoint_activations, fuse_kernels, load_lm, resolve_dtype
+from grpo.policy.language_model import PackedLM, checkpoint_activations, fuse_kernels, load_lm, resolve_dtype
+from grpo.policy.policy import Policy
 from grpo.system import distributed
 from grpo.system.distributed import deterministic
 from grpo.system.writer import to_json
@@ -126,7 +127,7 @@ class Work:
             max_completion_tokens=self.config.rollout.max_completion_tokens,
         )
         micro = micro_batch(part, weights)
-        micro.ref_logprobs = micro.sampling_logprobs if self.config.kl_in_loss else None
+        micro.ref_logprobs = micro.sampling_logprobs if self.config.algorithm.kl_in_loss else None
         return micro
 
     def loss(self, model: Callable[[MicroBatch], tuple[Tensor, Tensor]], micro: MicroBatch) -> Tensor:
@@ -136,7 +137,7 @@ class Work:
             logprobs,
             micro.advantages,
             micro.weights,
-            self.config.objective,
+            self.config.algorithm.objective,
             completion_lens=micro.completion_lens,
             entropy=entropy,
             ref_logprobs=micro.ref_logprobs,
@@ -149,8 +150,12 @@ def sample(config: Config, num_sequences: int) -> Work:
     with real_trainer(
         config, Trainer, distributed={"zero_stage": 0, **NO_OFFLOAD}, run={"deterministic": True}
     ) as trainer:
-        trainer.makes_do = False
-        groups, scores = trainer._sample(trainer.prompts.draw(config.rollout.num_prompts), config.run.seed)
+        groups, scores = trainer.collector.sample(
+            trainer.prompts.draw(config.rollout.num_prompts),
+            config.at(0).sampling,
+            num_completions=config.rollout.group_size,
+            seed=config.run.seed,
+        )
         algorithm = config.algorithm
         advantages = group_advantages(
             scores.rewards, normalize_by_std=algorithm.normalize_by_std, baseline=algorithm.baseline

@@ -30,7 +30,7 @@ import torch
 from grpo.check.dry_run import changed
 from grpo.check.variant import EPSILON, SCALE
 from grpo.config import Config
-from grpo.policy.policy import resolve_dtype
+from grpo.policy.language_model import resolve_dtype
 from grpo.system.terminal import say
 
 WORKER = ("-m", "grpo.check.variant")

@@ -26,7 +26,7 @@ from grpo.config import Config
 from grpo.observe.console import print_of_rank
 from grpo.policy.policy import Policy
 from grpo.rollout.engine import NativeGenerator
-from grpo.system.distributed import GIB, Processes
+from grpo.system.distributed import GIB, Processes, TrainingProcesses
 from grpo.system.out_of_memory import is_out_of_memory
 from grpo.trainer import Trainer
 from grpo.types import Batch, Prompt
@@ -66,7 +66,7 @@ def check(config: Config) -> int:
             os._exit(1)  # leaving the process group in order would wait for the others
         return 1
     memory = GpuMemory.now(trainer.processes)
-    trainer.say(report(config, metrics, memory, world_size=trainer.processes.world_size))
+    trainer.processes.say(report(config, metrics, memory, world_size=trainer.processes.world_size))
     return 0
 
 
@@ -79,7 +79,7 @@ def worst_case(config: Config) -> Trainer:
     trainer.state.groups_seen = 1e9  # and none had signal, so that dynamic sampling draws all that it may at once
     trainer.prompts.prompts = [stretched(p, longest) for p in trainer.prompts.prompts[:num_questions]]
     completions = f"{num_questions} x {config.rollout.group_size} completions"
-    trainer.say(
+    trainer.processes.say(
         f"\nThe longest steps there can be, {NUM_STEPS} of them: {completions} that all run to "
         f"{config.rollout.max_completion_tokens:,} tokens after prompts of {longest:,}; random rewards."
     )
@@ -95,7 +95,7 @@ def run(trainer: Trainer) -> dict[str, float]:
         return metrics
     longest = config.rollout.max_completion_tokens
     shares = [fullest_pass(config, each, world_size=world_size) for each in (length, longest)]
-    trainer.say(
+    trainer.processes.say(
         f"One more step with completions of {length:,} tokens, which fill a pass to {shares[0]:.0%} of "
         f"memory.micro_batch_tokens; the longest fill {shares[1]:.0%}. It counts for the peaks, not for the time."
     )
@@ -136,13 +136,18 @@ def fullest_pass(config: Config, completion_tokens: int, *, world_size: int) -> 
     return max(sizes) / budget
 
 
-class EndlessTrainer(Trainer):
+class EndlessPolicy(Policy):
     """Its completions run to their limit, because no token ends them."""
 
-    def _load_policy(self, tokenizer: PreTrainedTokenizerBase) -> Policy:
-        policy = super()._load_policy(tokenizer)
-        policy.end_token_ids = []
-        return policy
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, processes: TrainingProcesses) -> None:
+        super().__init__(config, tokenizer, processes)
+        self.end_token_ids = []
+
+
+class EndlessTrainer(Trainer):
+    """Trains an EndlessPolicy."""
+
+    policy_class = EndlessPolicy
 
 
 def stretched(prompt: Prompt, length: int) -> Prompt:
@@ -222,8 +227,8 @@ def _duration(seconds: float) -> str:
 
 def _explain(error: RuntimeError, config: Config, trainer: Trainer | None) -> None:
     """Say where memory ran out and what to do."""
-    phase = "loading" if trainer is None else trainer.phase
-    generator = None if trainer is None else trainer.generator
+    phase = "loading" if trainer is None else trainer.clock.phase
+    generator = None if trainer is None else trainer.collector.generator
     world_size = int(os.environ["WORLD_SIZE"])
     text = shortage(
         phase,

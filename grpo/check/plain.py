@@ -17,13 +17,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from grpo.check.dry_run import changed
 from grpo.config import Config
 from grpo.policy.attention import packed_inputs
-from grpo.policy.policy import ROTARY, PackedLM, Policy, output_head
+from grpo.policy.language_model import ROTARY, PackedLM, output_head
+from grpo.policy.policy import Policy
 from grpo.trainer import Trainer
+from grpo.training.learner import Learner
 from grpo.types import Batch, MicroBatch
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
@@ -77,14 +79,19 @@ class PlainPolicy(Policy):
         return PlainLM(lm, temperature=self.temperature, chunk_tokens=self._config.memory.logprob_chunk_tokens)
 
 
+class PlainLearner(Learner):
+    """A Learner whose sequences share no prompt."""
+
+    def deal(self, mine: Batch) -> list[MicroBatch]:
+        """See Learner."""
+        return super().deal(unshared(mine))
+
+
 class PlainTrainer(Trainer):
     """A Trainer whose update is plain. Its engine samples as any other's."""
 
-    def _load_policy(self, tokenizer: PreTrainedTokenizerBase) -> Policy:
-        return PlainPolicy(self.config, tokenizer, self.processes)
-
-    def _deal(self, mine: Batch) -> list[MicroBatch]:
-        return super()._deal(unshared(mine))
+    policy_class = PlainPolicy
+    learner_class = PlainLearner
 
 
 @contextmanager

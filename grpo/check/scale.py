@@ -204,7 +204,7 @@ def seconds(scaled: Scaled, *, mean_share: float) -> float:
         prompt_tokens=PROMPT_TOKENS,
         mean_tokens=mean_share * most,
         max_tokens=most,
-        num_forwards=(scaled.recipe.updates_per_rollout > 1) + (algorithm.kl_coef > 0),
+        num_forwards=(scaled.recipe.algorithm.updates_per_rollout > 1) + (algorithm.kl_coef > 0),
     )
     phases = phase_seconds(scaled.shape, GPUS[scaled.hardware.gpu], work)
     return (
@@ -216,7 +216,7 @@ def seconds(scaled: Scaled, *, mean_share: float) -> float:
 
 def _mean_limit(recipe: Config) -> float:
     """Of completions, over the run, as a share of the largest: 1 unless it follows a schedule."""
-    updates = range(0, recipe.optimizer_steps, recipe.updates_per_rollout)
+    updates = range(0, recipe.optimizer_steps, recipe.algorithm.updates_per_rollout)
     schedule = recipe.schedules.get("rollout.max_completion_tokens")
     return fmean(schedule.at(update) for update in updates) / recipe.rollout.max_completion_tokens if schedule else 1.0
 
@@ -296,7 +296,7 @@ def _check_positions(recipe: Config, shape: Shape, max_tokens: int) -> None:
 
 
 def _rollouts_per_reference(recipe: Config) -> int:
-    return recipe.algorithm.reference_refresh_steps // recipe.updates_per_rollout
+    return recipe.algorithm.reference_refresh_steps // recipe.algorithm.updates_per_rollout
 
 
 def _layout(recipe: Config, shape: Shape, hardware: Hardware, *, max_tokens: int, completions: int) -> Layout:
@@ -419,7 +419,7 @@ def _lengths(scaled: Scaled) -> dict[str, tuple[Any, str]]:
 
 def _shares_of_updates(steps: list[int], scaled: Scaled) -> list[int]:
     """The same of each; no two fall together, nor one beyond the end."""
-    num_updates = scaled.rollouts * scaled.recipe.updates_per_rollout
+    num_updates = scaled.rollouts * scaled.recipe.algorithm.updates_per_rollout
     found: list[int] = []
     for number, step in enumerate(steps):
         earliest, latest = found[-1] + 1 if found else 0, num_updates - len(steps) + number
@@ -434,7 +434,7 @@ def _share_of_updates(step: int, scaled: Scaled) -> int:
 def _why_steps(scaled: Scaled) -> str:
     recipe = scaled.recipe
     every = _rollouts_per_reference(recipe)
-    made = scaled.rollouts * recipe.updates_per_rollout
+    made = scaled.rollouts * recipe.algorithm.updates_per_rollout
     updates = f"rollouts, {made:,} updates of the recipe's {recipe.optimizer_steps:,}"
     return f"{updates}; {scaled.rollouts // every} references, one for every {every} rollouts" if every else updates
 
@@ -513,7 +513,8 @@ def _header(scaled: Scaled, source: Path, out: Path, num_questions: int | None) 
         + ".",
         "        Within a tenth of what was measured (0.5B, 1.5B, 512 tokens); 8 % of the GPU are left free.",
         f"Data    {questions:,} questions, {questions * recipe.rollout.group_size:,} completions; {epochs}.",
-        f"Kept    {recipe.updates_per_rollout} update(s) per rollout, {recipe.rollout.group_size} completions per question"
+        f"Kept    {recipe.algorithm.updates_per_rollout} update(s) per rollout, {recipe.rollout.group_size} completions per "
+        + "question"
         + (f", a new reference every {every} rollouts" if every else "")
         + ", the learning rate.",
         *["        Updates of fewer completions are noisier and may want a lower one."] * has_fewer,

@@ -13,7 +13,7 @@ from grpo.check.dry_run import changed
 from grpo.config import OF_CHAT, Config, DataConfig, PreflightConfig, RewardConfig
 from grpo.data.prompts import TEMPLATES, build_prompts, use_chat_template
 from grpo.data.rows import load_rows
-from grpo.policy.policy import load_tokenizer
+from grpo.policy.tokenizer import load_tokenizer
 from grpo.run import preflight
 from grpo.run.preflight import Result, Skipped
 from grpo.trainer import Trainer
@@ -43,10 +43,10 @@ def check(config: Config, *, templates: Sequence[str] = tuple(TEMPLATES), num_qu
         skipped.append(Skipped(wanted.pop(0), reason))
     with TemporaryDirectory(prefix="grpo-check-") as directory:
         trainer = Trainer(_quiet(config, wanted[0], directory))
-        result = preflight.examine(trainer, num_questions=num_questions, templates=wanted)
+        result = trainer.preflight.examine(num_questions=num_questions, templates=wanted)
         trainer.close()
     result = Result([*skipped, *result.templates], result.audits, result.leaked, result.num_held_out, result.seconds)
-    trainer.say(preflight.report(result))
+    trainer.processes.say(preflight.report(result))
     return int(result.verdict == "refuse")
 
 

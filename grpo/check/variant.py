@@ -20,7 +20,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from grpo.check.dry_run import rehearse
 from grpo.config import Config
@@ -78,9 +77,7 @@ class CountingTrainer(Trainer):
     """Trains a CountingPolicy."""
 
     policy: CountingPolicy
-
-    def _load_policy(self, tokenizer: PreTrainedTokenizerBase) -> CountingPolicy:
-        return CountingPolicy(self.config, tokenizer, self.processes)
+    policy_class = CountingPolicy
 
 
 def run(config: Config, directory: Path) -> dict[str, Any] | None:
@@ -90,7 +87,7 @@ def run(config: Config, directory: Path) -> dict[str, Any] | None:
     rollout, reference = directory / "rollout.json", directory / "weights.safetensors"
     if not processes.on_main(rollout.exists):
         _sample(trainer, rollout)
-    trainer.generator = Replay(rollout, policy)
+    trainer.collector.generator = Replay(rollout, policy)
     gc.collect()  # the sampling engine's memory is free from here on
     for group in policy.optimizer.param_groups:
         group["eps"] = EPSILON
@@ -112,7 +109,7 @@ def run(config: Config, directory: Path) -> dict[str, Any] | None:
 def _sample(trainer: Trainer, path: Path) -> None:
     """Sample the first questions' completions, on all processes, and write them down."""
     config = trainer.config
-    groups = trainer.generator.sample(
+    groups = trainer.collector.generator.sample(
         trainer.prompts.draw(config.rollout.num_prompts),
         config.sampling,
         num_completions=config.rollout.group_size,

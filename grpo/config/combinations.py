@@ -282,11 +282,11 @@ def _check_updates(config: Config) -> None:
             f"algorithm.num_minibatches is {algorithm.num_minibatches}; the {rollout.num_prompts} questions of a step "
             "(rollout.num_prompts) must divide evenly into minibatches. Set it to a divisor of rollout.num_prompts."
         )
-    if algorithm.reference_refresh_steps % config.updates_per_rollout:
+    if algorithm.reference_refresh_steps % algorithm.updates_per_rollout:
         raise ValueError(
             f"algorithm.reference_refresh_steps is {algorithm.reference_refresh_steps}; the reference changes between rollouts "
-            f"only, each of which has {config.updates_per_rollout} optimizer steps (algorithm.num_minibatches * num_epochs). Set "
-            "it to a multiple of them."
+            f"only, each of which has {algorithm.updates_per_rollout} optimizer steps (algorithm.num_minibatches * num_epochs). "
+            "Set it to a multiple of them."
         )
     if algorithm.reference_refresh_steps and algorithm.kl_coef == 0:
         raise ValueError(

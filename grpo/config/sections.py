@@ -6,6 +6,7 @@ A default lives here and nowhere else. What may not be combined is in combinatio
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -21,6 +22,8 @@ from pydantic import (
     Tag,
     field_validator,
 )
+
+from grpo.algorithm.loss import Objective
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Location = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -212,7 +215,7 @@ class RewardConfig(Section):
     with."""
     form: Literal["completion", "texts", "messages"] | None = None
     """How it is called. completion: once for each, as text. texts, messages: once for a group, with lists of texts, or of
-    messages as TRL has them in conversations. null: as its parameters and their annotations say; see grpo/scoring/scorer.py."""
+    messages as TRL has them in conversations. null: as its parameters and their annotations say; see scoring/binding.py."""
 
 
 class ScoringConfig(Section):
@@ -224,7 +227,7 @@ class ScoringConfig(Section):
     """Address space that reward calls may take in a worker, on top of what importing the functions took."""
     environment: list[str] = Field(default_factory=list)
     """Names of environment variables that rewards need, such as [JUDGE_API_KEY]. Workers are given these, and paths, languages
-    and caches (INHERITED in grpo/scoring/worker.py), and nothing else of the environment."""
+    and caches (INHERITED in grpo/scoring/worker_pool.py), and nothing else of the environment."""
 
 
 class AlgorithmConfig(Section):
@@ -283,6 +286,24 @@ class AlgorithmConfig(Section):
     num_epochs: PositiveInt = 1
     """Times that the minibatches of a rollout are trained on, in the same order (mu in DeepSeekMath's algorithm 1). Raising it
     makes more of a rollout, ever further off-policy."""
+
+    @property
+    def objective(self) -> Objective:
+        """What the loss is made of."""
+        return Objective(**{field.name: getattr(self, field.name) for field in fields(Objective)})
+
+    @property
+    def updates_per_rollout(self) -> int:
+        return self.num_minibatches * self.num_epochs
+
+    @property
+    def kl_in_loss(self) -> bool:
+        return self.kl_coef > 0 and self.kl_in == "loss"
+
+    @property
+    def every_token_counts(self) -> bool:
+        """Whether the update has a use for completions whose advantage is 0: a gradient, or their place among the entropies."""
+        return self.kl_in_loss or self.entropy_coef > 0 or self.top_entropy < 1
 
 
 class LoRAConfig(Section):

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from grpo.algorithm.loss import Objective
 from grpo.config.combinations import check_combinations, check_rewards, check_schedules, check_vllm_sampling, scheduled
 from grpo.config.load import apply_override, read_settings, read_text, write_yaml
 from grpo.config.sections import (
@@ -134,6 +132,15 @@ class Config(Section):
         places = {setting: scheduled(self, setting) for setting in self.schedules}
         return {setting: getattr(section, name) for setting, (section, name, _) in places.items()}
 
+    @property
+    def scheduled_weights(self) -> dict[int, float]:
+        """Of the rewards whose weight follows a schedule, by their number."""
+        return {
+            number: reward.weight
+            for number, reward in enumerate(self.rewards)
+            if f"rewards.{number}.weight" in self.schedules
+        }
+
     # What follows from the settings, each worked out here and nowhere else.
 
     @property
@@ -188,26 +195,8 @@ class Config(Section):
         return self.rollout.num_prompts // self.algorithm.num_minibatches
 
     @property
-    def updates_per_rollout(self) -> int:
-        return self.algorithm.num_minibatches * self.algorithm.num_epochs
-
-    @property
     def optimizer_steps(self) -> int:
-        return self.run.steps * self.updates_per_rollout
-
-    @property
-    def objective(self) -> Objective:
-        """What the loss is made of."""
-        return Objective(**{field.name: getattr(self.algorithm, field.name) for field in fields(Objective)})
-
-    @property
-    def kl_in_loss(self) -> bool:
-        return self.algorithm.kl_coef > 0 and self.algorithm.kl_in == "loss"
-
-    @property
-    def every_token_counts(self) -> bool:
-        """Whether the update has a use for completions whose advantage is 0: a gradient, or their place among the entropies."""
-        return self.kl_in_loss or self.algorithm.entropy_coef > 0 or self.algorithm.top_entropy < 1
+        return self.run.steps * self.algorithm.updates_per_rollout
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -238,7 +227,7 @@ class Config(Section):
                 f"questions per step     {rollout.num_prompts} over {world_size} process{'es' * (world_size > 1)}",
                 f"completions per step   {self.completions_per_step} ({rollout.num_prompts} x {rollout.group_size}), "
                 f"at most {self.completions_per_step * rollout.max_completion_tokens:,} tokens",
-                f"optimizer steps        {self.optimizer_steps:,} ({self.updates_per_rollout} per rollout, "
+                f"optimizer steps        {self.optimizer_steps:,} ({self.algorithm.updates_per_rollout} per rollout, "
                 f"{self.prompts_per_minibatch * rollout.group_size} completions each)",
                 *refreshes,
                 *self._without_ratio(),
@@ -252,7 +241,7 @@ class Config(Section):
 
     def _never_reached(self) -> list[str]:
         """Of schedules, what comes after the last rollout, as it does in a trial of a few steps."""
-        last = self.optimizer_steps - self.updates_per_rollout
+        last = self.optimizer_steps - self.algorithm.updates_per_rollout
         late = {name: [step for step in each.points if step > last] for name, each in self.schedules.items()}
         return [
             f"schedule               {name}: optimizer step {min(steps)} comes after the last rollout, which begins at {last}"
@@ -268,13 +257,13 @@ class Config(Section):
             for name in OF_THE_RATIO
             if getattr(self.algorithm, name) != default[name].default or f"algorithm.{name}" in self.schedules
         ]
-        if self.updates_per_rollout > 1 or not names:
+        if self.algorithm.updates_per_rollout > 1 or not names:
             return []
         settings = ", ".join(f"algorithm.{name}" for name in names)
         return [f"strictly on-policy     the ratio is 1 in the only update of a rollout; no effect: {settings}"]
 
     def _without_restraint(self) -> list[str]:
-        if not self.kl_in_loss or self.algorithm.kl_estimator != "k1":
+        if not self.algorithm.kl_in_loss or self.algorithm.kl_estimator != "k1":
             return []
         return [
             "k1 in the loss         measures the KL and restrains nothing: its expected gradient is 0; see algorithm.kl_in"

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.config import DataConfig, read_text
 from grpo.data.rows import DATA_NAME, MESSAGES
-from grpo.policy.policy import END_TOKENS
+from grpo.policy.tokenizer import END_TOKENS
 from grpo.system import progress
 from grpo.types import Prompt
 

@@ -30,14 +30,15 @@ from grpo.config import DataConfig, ModelConfig
 from grpo.data import registry as benchmarks
 from grpo.data.prompts import build_prompts
 from grpo.inference import model as inference
-from grpo.policy.policy import check_vocabulary, load_tokenizer
+from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
 from grpo.scoring.answers import OF_THE_QUESTION, answer, by_question, columns_of, is_right
-from grpo.scoring.scorer import Reward, Scorer, resolve_function
+from grpo.scoring.reward import Reward, resolve_function
+from grpo.scoring.scorer import Scorer
 from grpo.scoring.statistics import estimate
 from grpo.system import distributed
 from grpo.system.distributed import Processes
 from grpo.system.jsonl import append_jsonl, iterate_jsonl, json_line, read_jsonl
-from grpo.system.out_of_memory import or_fewer_at_once
+from grpo.system.out_of_memory import retry_with_fewer_sequences
 from grpo.system.terminal import say
 from grpo.system.writer import replace_text, to_json
 from grpo.types import VOTE, Prompt, Sampling
@@ -364,7 +365,7 @@ def _answer(
         )
 
     try:
-        or_fewer_at_once(sample, sampler.generator, rank=processes.rank)
+        retry_with_fewer_sequences(sample, sampler.generator, rank=processes.rank)
     finally:
         book.flush()
 

@@ -14,11 +14,12 @@ from grpo.config import DataConfig, ScoringConfig
 from grpo.data.rows import load_rows
 from grpo.observe.console import number
 from grpo.observe.display import styled_completion
-from grpo.rollout import Generator
 from grpo.scoring.answers import completion_rows, is_right
-from grpo.scoring.scorer import LISTED, SINGLE, Reward, Scorer
+from grpo.scoring.binding import LISTED, SINGLE
+from grpo.scoring.reward import Reward
+from grpo.scoring.scorer import Scorer
 from grpo.system.terminal import printable
-from grpo.types import Prompt, Sampling
+from grpo.types import Generator, Prompt, Sampling
 
 
 def own_rows(questions: Sequence[str], answers: Sequence[str]) -> list[dict[str, Any]]:

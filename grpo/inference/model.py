@@ -19,12 +19,15 @@ from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config import Config, ModelConfig
+from grpo.policy.language_model import lay_out, load_lm, resolve_dtype
 from grpo.policy.model_source import source_of
-from grpo.policy.policy import SampledModel, check_context, lay_out, load_lm, resolve_dtype
-from grpo.rollout import Generator, make_generator
+from grpo.policy.policy import SampledModel
+from grpo.policy.tokenizer import check_context
+from grpo.rollout import make_generator
 from grpo.system import distributed, progress
 from grpo.system.distributed import Processes
 from grpo.system.writer import checksum
+from grpo.types import Generator
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.text import Text
 
 from grpo.system import heartbeat
-from grpo.system.progress import PACKAGE
 from grpo.system.terminal import SilencedConsole, printable, say
 
 WIDE = 9
@@ -131,11 +130,16 @@ def errors_for_users() -> Iterator[None]:
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # as a shell counts SIGINT
     except ValueError as error:
-        origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if not str(origin).startswith(PACKAGE) and origin.parent.name != "rewards":
+        if not _is_ours(Path(traceback.extract_tb(error.__traceback__)[-1].filename)):
             raise
         print_of_rank(f"error: {error}", f"error on rank {os.environ.get('RANK')}: {error}")
         raise SystemExit(2) from None
+
+
+def _is_ours(origin: Path) -> bool:
+    """Whether a source file is of this package or of its rewards, which lie beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    return origin.is_relative_to(package) or origin.parent == package.with_name("rewards")
 
 
 def print_of_rank(on_main: str, elsewhere: str) -> None:

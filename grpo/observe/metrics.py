@@ -105,7 +105,7 @@ METRICS = {
 `verification`, `backtracking`, `subgoals`, or one of logging.reflection_words. Right is a verdict of 1, of the reward `accuracy`
 if there is one, else the first. Trained tokens are those of completions with a known reward in groups of the batch, less
 what algorithm.filter_truncated leaves out; where the others make no gradient and no pass reads them
-(Config.every_token_counts), only of those whose advantage is not 0, if any."""
+(AlgorithmConfig.every_token_counts), only of those whose advantage is not 0, if any."""
 
 
 def check_reward_names(names: Iterable[str]) -> None:

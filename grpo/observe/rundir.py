@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from grpo.config import Config, RunConfig
-from grpo.observe.console import LineSink
+from grpo.observe.console import LineSink, show_samples
 from grpo.observe.display import DisplaySink, console_sink
 from grpo.observe.sinks import InBackground, JsonlSink, Sink, TensorBoardSink, WandbSink, end_wandb_service
-from grpo.scoring.answers import is_right, summarize, verdict_name
+from grpo.scoring.answers import is_right, summarize, training_rows, verdict_name
 from grpo.system.distributed import Processes
 from grpo.system.jsonl import append_jsonl, iterate_backwards, iterate_jsonl, read_jsonl, read_metrics, rewind_jsonl
 from grpo.system.writer import replace_text, to_json
 from grpo.text import aha
+from grpo.types import Group, Scores
 
 ROLL_BACKS = "roll_backs.jsonl"
 STEP = ("step",)
@@ -166,8 +168,15 @@ class RunLog:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._tell(lambda sink: sink.log(step, metrics))
 
-    def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
-        self._tell(lambda sink: sink.log_completions(step, rows))
+    def log_completions_if_due(
+        self, step: int, groups: list[Group], scores: Scores, advantages: Tensor, *, in_batch: Tensor
+    ) -> None:
+        """Those of all processes, after every `logging.completions_every` steps; see training_rows."""
+        every = self.config.logging.completions_every
+        if every and step % every == 0:
+            mine = training_rows(step, groups, scores, advantages, in_batch=in_batch)
+            rows = [row for part in self.processes.gather(mine) for row in part]
+            self._tell(lambda sink: sink.log_completions(step, rows))
 
     def _tell(self, what: Callable[[Sink], None]) -> None:
         for sink in self.sinks:
@@ -190,6 +199,13 @@ class RunLog:
             return list(takewhile(lambda row: row["step"] <= step, iterate_jsonl(path, STEP)))
         rows = takewhile(lambda row: row["step"] >= step, iterate_backwards(path))
         return [row for row in rows if row["step"] == step][::-1]
+
+    def show_samples(self, step: int) -> None:
+        """Answers to the same questions, before the first step and after this one, where both were given."""
+        if self.processes.is_main:
+            before, after = self.evaluation(0), self.evaluation(step)
+            if before and after:  # a trainer that was first stepped by hand has not seen the base model's answers
+                show_samples(before, after, self.config.logging.num_samples)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows so far. For the main process."""

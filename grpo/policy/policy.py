@@ -1,15 +1,12 @@
-"""The policy being trained, the frozen reference, and the tokenizer that goes with them."""
+"""The policy being trained and the frozen reference; or a model that is only sampled."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-import logging
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +15,42 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import unset_hf_deepspeed_config
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.algorithm.batch import micro_batch
 from grpo.config import Config, ModelConfig, OptimizerConfig
 from grpo.policy import lora
-from grpo.policy.attention import packed_inputs
 from grpo.policy.families import (
     LeakTest,
     attribute,
-    logit_transform,
     refusal,
     restore_dropout,
-    switch_off_dropout,
+)
+from grpo.policy.language_model import (
+    PackedLM,
+    checkpoint_activations,
+    copy_buffers,
+    fuse_kernels,
+    gather_by_layer,
+    in_float32,
+    lay_out,
+    load_lm,
+    output_head,
+    resolve_dtype,
+    trained_parameters,
 )
 from grpo.policy.logprobs import token_logprobs
-from grpo.policy.model_source import from_source, model_config, not_loaded, processor_files, source_of
+from grpo.policy.model_source import processor_files
+from grpo.policy.tokenizer import end_token_ids
 from grpo.system import distributed, progress
 from grpo.system.distributed import Processes, TrainingProcesses, deterministic, whole
 from grpo.system.terminal import say
 from grpo.system.writer import Write, load_tensors, save_tensors, write_now
 from grpo.types import Batch, MicroBatch
-
-END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<end_of_turn>", "</s>")
-"""Special tokens by which model families end a text or a turn; whichever a tokenizer has ends a completion."""
-
 
 PLAIN_SENTENCES = (
     "The sum of two and three is five, because three more than two makes five.",
@@ -59,318 +59,6 @@ PLAIN_SENTENCES = (
 FORWARD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 """Mean gap in nats between two ways to compute the log-probabilities of these that rounding can explain. Ordinary text in
 bfloat16 differs by some hundredths; a family whose sequences leak into each other differs by one and more."""
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
-
-
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Raises ValueError if neither a directory nor the hub has it."""
-    try:
-        with progress.busy("loading the tokenizer"):
-            tokenizer = from_source(AutoTokenizer, config)
-    except (OSError, ValueError) as error:
-        raise ValueError(not_loaded(config, error)) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def check_context(config: Config) -> None:
-    """Raises ValueError if a sequence may grow longer than the positions the model knows."""
-    model = model_config(config.model).get_text_config()
-    limit = attribute(model, "max_position_embeddings")
-    changing = sorted(rope_types(model) & set(CHANGING_ROPE))
-    original = attribute(model, "original_max_position_embeddings") or (
-        (model.rope_parameters or {}).get("original_max_position_embeddings", limit) if changing else limit
-    )
-    if changing and original is not None and config.max_sequence_tokens > original:
-        raise ValueError(
-            f"model.name is {config.model.name!r}; its rotary embedding ({changing[0]}) changes for all packed sequences once "
-            f"one of them is longer than {original} tokens, and a sequence may have {config.max_sequence_tokens} "
-            "(data.max_prompt_tokens + rollout.max_completion_tokens). Lower one of the two, or use another model."
-        )
-    if limit is not None and config.max_sequence_tokens > limit:
-        raise ValueError(
-            f"rollout.max_completion_tokens is {config.rollout.max_completion_tokens}; with data.max_prompt_tokens "
-            f"({config.data.max_prompt_tokens}) a sequence may have {config.max_sequence_tokens} tokens, and model.name "
-            f"{config.model.name!r} knows {limit} positions. Lower one of the two."
-        )
-
-
-def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[list[int]]) -> None:
-    """Raises ValueError if a prompt has tokens for which the model has no embedding; a GPU would fail without saying why."""
-    rows = attribute(model_config(config).get_text_config(), "vocab_size")
-    if rows is None:
-        return
-    if config.resize_embeddings and vocabulary_size(tokenizer) <= rows:
-        raise ValueError(
-            f"model.resize_embeddings is true; the {vocabulary_size(tokenizer)} tokens of the tokenizer of {config.name!r} have "
-            f"room in its embedding matrix of {rows} rows, so it has no effect. Remove it."
-        )
-    largest = max((max(ids, default=0) for ids in prompts), default=0)
-    if largest >= rows and not config.resize_embeddings:
-        raise ValueError(
-            f"model.name is {config.name!r}; a prompt has its tokenizer's token {largest} "
-            f"({tokenizer.convert_ids_to_tokens(largest)!r}), and its embedding matrix has {rows} rows. Use the tokenizer that "
-            "the model was trained with, or set model.resize_embeddings to true to add untrained rows."
-        )
-
-
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The largest token id, and one."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-CHANGING_ROPE = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies transformers picks by the longest sequence of a forward pass, for all of it."""
-
-
-def rope_types(model: PretrainedConfig) -> set[str]:
-    """The kinds of rotary embedding of a model's layers."""
-    parameters = attribute(model, "rope_parameters") or {}
-    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return {kind["rope_type"] for kind in kinds if "rope_type" in kind}
-
-
-def end_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion, sorted.
-
-    Base models disagree with themselves: the tokenizer, the model's config and its generation config may each name another
-    one. A completion that ends with any of them has ended; honouring only one makes most completions run to the limit.
-    """
-    model = model_config(config)
-    ids: set[int] = set()
-    for value in (tokenizer.eos_token_id, model.get_text_config().eos_token_id, _generation_eos(config)):
-        ids.update([value] if isinstance(value, int) else value or [])
-    vocabulary = tokenizer.get_vocab()
-    special = set(tokenizer.all_special_tokens)
-    ids.update(vocabulary[token] for token in END_TOKENS if token in vocabulary and token in special)
-    if not ids:
-        raise ValueError(
-            f"model.name is {config.name!r}; its tokenizer, config and generation config name no end-of-sequence token, "
-            "so no completion could ever end. Set eos_token_id in its generation_config.json."
-        )
-    return sorted(ids)
-
-
-def _generation_eos(config: ModelConfig) -> int | list[int] | None:
-    source = source_of(config)
-    try:
-        return GenerationConfig.from_pretrained(source.base, revision=source.revision).eos_token_id
-    except OSError:
-        return None  # a model need not have a generation_config.json
-
-
-@contextmanager
-def in_float32(lm: nn.Module) -> Iterator[None]:
-    """Within it, a model computes in float32: each module on a copy of its own weights, made for the call alone.
-
-    The weights stay where they are: what was captured in a CUDA graph, or lies in an optimizer's flat tensor, remains valid.
-    """
-    narrow: dict[nn.Parameter, Tensor] = {}
-
-    def widen(module: nn.Module, *_: Any) -> None:
-        for parameter in module.parameters(recurse=False):
-            narrow[parameter] = parameter.data
-            parameter.data = parameter.data.float()
-
-    def restore(module: nn.Module, *_: Any) -> None:
-        for parameter in module.parameters(recurse=False):
-            parameter.data = narrow.pop(parameter)
-
-    hooks = [
-        hook
-        for module in lm.modules()
-        for hook in (
-            module.register_forward_pre_hook(widen),
-            module.register_forward_hook(restore, always_call=True),
-        )
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-class PackedLM(nn.Module):
-    """A causal language model that reads packed sequences and answers with the log-probabilities of given tokens."""
-
-    def __init__(self, lm: PreTrainedModel, *, temperature: float, chunk_tokens: int) -> None:
-        super().__init__()
-        self.lm = lm
-        self.temperature = temperature
-        self.logprobs_of = LogprobHead(lm, chunk_tokens=chunk_tokens)
-
-    def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy (nats) of each completion token at the sampling temperature; (T,) and (T,)."""
-        hidden = self.lm.base_model(**packed_inputs(micro)).last_hidden_state.squeeze(0)
-        return self.logprobs_of(hidden[micro.source_index], micro.targets, self.temperature)
-
-
-class LogprobHead(nn.Module):
-    """A model's output layer with the log-softmax behind it, over as many chunks of tokens as there are.
-
-    It shares the output layer's parameters and never calls that module. ZeRO-3 gathers weights whenever a module is called, so
-    the number of gathers of a pass would follow from the number of its chunks: processes with different numbers of completion
-    tokens would wait for each other for ever. This module is called once in every pass.
-    """
-
-    def __init__(self, lm: PreTrainedModel, *, chunk_tokens: int) -> None:
-        super().__init__()
-        layer = lm.get_output_embeddings()
-        self.weight, self.chunk_tokens = layer.weight, chunk_tokens
-        self.register_parameter("bias", layer.bias)
-        self._logits = output_head(lm, lambda hidden: type(layer).forward(self, hidden))
-
-    def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """See token_logprobs."""
-        return token_logprobs(hidden, targets, self._logits, temperature=temperature, chunk_tokens=self.chunk_tokens)
-
-    def _save_to_state_dict(self, *_: Any) -> None:
-        """The parameters are saved as the model's."""
-
-    def _load_from_state_dict(self, *_: Any) -> None:
-        """The parameters are loaded as the model's."""
-
-
-def output_head(lm: PreTrainedModel, layer: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
-    """(N, H) -> (N, V) logits, as the model's own forward computes them from its last hidden state.
-
-    Args:
-        layer: what to compute the output layer with instead of its module.
-    """
-    head, transform = layer or lm.get_output_embeddings(), logit_transform(lm)
-    return lambda hidden: transform(head(hidden))
-
-
-def load_lm(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
-    """A model without dropout: with it, the ratio of an unchanged policy would not be 1."""
-    settings = model_config(config)
-    dropouts = switch_off_dropout(settings)
-    with progress.busy("loading the model"):
-        lm: PreTrainedModel = from_source(AutoModelForCausalLM, config, config=settings, dtype=dtype)
-    lm.stored_dropouts = dropouts  # type: ignore[assignment] # for `_shell`
-    logit_transform(lm)  # measured now, while its layers are its own
-    if config.resize_embeddings:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)  # the same new rows in every process, and in the reference
-            lm.resize_token_embeddings(vocabulary_size(load_tokenizer(config)))
-    return lm
-
-
-def decoder_layers(lm: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    return [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-def checkpoint_activations(lm: PreTrainedModel, share: float) -> None:
-    """Compute the activations of this share of the layers, evenly spread, again in the backward pass instead of keeping them."""
-    if share > 0:
-        # there is no dropout, so no random state to save
-        lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        for number, layer in enumerate(decoder_layers(lm)):
-            layer.gradient_checkpointing = math.floor((number + 1) * share) > math.floor(number * share)
-
-
-def gather_by_layer(lm: PreTrainedModel) -> None:
-    """Let ZeRO-3 gather the weights of a decoder layer at once: module by module, its hooks keep the host busier than the GPU.
-
-    Not with adapters: nothing before the first layer is trained then, its input has no gradient, and DeepSpeed would take
-    that for the end of the layer's backward pass and let go of its weights.
-    """
-    from deepspeed.utils import set_z3_leaf_module
-
-    for layer in decoder_layers(lm):
-        set_z3_leaf_module(layer, True)
-
-
-def fuse_kernels(lm: PreTrainedModel) -> bool:
-    """Let norms, rotary embeddings and gated activations be single kernels; whether Liger knows the family.
-
-    Liger would do so for every model of the family that this process makes later, wherever it runs. Here only this model's
-    modules change; the rotary embedding is a function of the family, and becomes Liger's for tensors on a GPU.
-    """
-    logging.getLogger("liger_kernel").setLevel(logging.ERROR)
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
-
-    config = lm.config.get_text_config()
-    activation = attribute(config, "hidden_activation") or attribute(config, "hidden_act")
-    family = vars(sys.modules[type(lm).__module__])
-    before = dict(family)
-    _apply_liger_kernel_to_instance(
-        lm,
-        cross_entropy=False,
-        fused_linear_cross_entropy=False,
-        swiglu=activation in ("silu", "swish"),  # it does not look which one the model has
-        geglu=activation == "gelu_pytorch_tanh",
-    )
-    fused = family.get(ROTARY)
-    family.update(before)
-    if fused is not None and fused is not before[ROTARY]:
-        family[ROTARY] = _by_device(fused, inspect.unwrap(before[ROTARY]))  # an earlier call may have wrapped it
-    return lm.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
-
-
-ROTARY = "apply_rotary_pos_emb"
-
-
-def _by_device(on_gpu: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(elsewhere)
-    def choose(q: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (on_gpu if q.is_cuda else elsewhere)(q, *args, **kwargs)
-
-    return choose
-
-
-JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linear layers that read the same input, so that sampling can run them as one if their weights follow each other in memory."""
-
-
-def joined_weights(lm: nn.Module) -> list[list[nn.Parameter]]:
-    """The weights, and the biases, of each such set of layers."""
-    found = []
-    for module in lm.modules():
-        for names in JOINED:
-            parts = [part for name in names if isinstance(part := getattr(module, name, None), nn.Linear)]
-            if len(parts) == len(names) and len({part.in_features for part in parts}) == 1:
-                for kind in ("weight", "bias"):
-                    tensors = [getattr(part, kind) for part in parts]
-                    found += [tensors] if all(tensor is not None for tensor in tensors) else []
-    return found
-
-
-def lay_out(lm: PreTrainedModel, device: torch.device) -> None:
-    """Move a model to the device, with joined weights end to end in memory."""
-    nn.Module.to(lm, device)
-    for parts in joined_weights(lm):
-        whole = torch.cat([part.detach() for part in parts])
-        for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
-            part.data = view
-
-
-def copy_buffers(source: nn.Module, target: nn.Module) -> None:
-    """Give `target` the buffers of `source`, to the bit, under the same names.
-
-    Under ZeRO-3, transformers 5.17 computes what is not in a checkpoint in the model's precision. Rotary frequencies in bfloat16
-    are off by up to 0.4 %, a radian after 250 positions: the model trained would not be the one that is sampled from.
-    """
-    for path, buffer in source.named_buffers():
-        module, _, name = path.rpartition(".")
-        target.get_submodule(module)._buffers[name] = buffer.clone()
-
-
-def trained_parameters(lm: nn.Module) -> list[nn.Parameter]:
-    """Parameters to train, joined ones one after the other: ZeRO 1 and 2 lay all of them out anew in this order."""
-    followers = {id(parts[0]): parts[1:] for parts in joined_weights(lm)}
-    ordered: dict[int, nn.Parameter] = {}
-    for parameter in lm.parameters():
-        for each in (parameter, *followers.get(id(parameter), ())):
-            ordered.setdefault(id(each), each)
-    return [parameter for parameter in ordered.values() if parameter.requires_grad]
 
 
 class SampledModel:

@@ -116,7 +116,7 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
                 alone=["memory/rollout", "memory/scoring", "memory/logprobs", "memory/update"],
             ),
             Panel("Groups sampled", ["group/sampled", "group/replaced", "group/surplus"]),
-            Panel("Draws", ["rollout/draws"]),
+            Panel("DynamicSampler", ["rollout/draws"]),
             Panel("Tokens of dropped groups", ["completion/dropped_tokens"], "tokens"),
             Panel("Places in use", ["rollout/occupancy"]),
         ],

@@ -1,47 +1,16 @@
-"""Prompts -> Groups of sampled Completions: the protocol every rollout engine follows, and the choice among them."""
+"""Prompts -> Groups of sampled Completions: the engines, each a types.Generator, and the choice among them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from grpo.system import progress
 from grpo.system.terminal import say
-from grpo.types import Group, OnGroup, Prompt, Sampling
+from grpo.types import Generator
 
 if TYPE_CHECKING:
     from grpo.config import Config
     from grpo.policy.policy import SampledModel
-
-
-class Generator(Protocol):
-    def sample(
-        self,
-        prompts: list[Prompt],
-        sampling: Sampling,
-        *,
-        num_completions: int,
-        seed: int,
-        on_group: OnGroup | None = None,
-    ) -> list[Group]:
-        """Sample `num_completions` continuations of each prompt.
-
-        The result is a function of the weights and the arguments, up to rounding, which depends on the device and on how much
-        runs at once; see Completion for the log-probabilities. `on_group` is called in this thread for each group as soon as it
-        is whole, in whatever order they end; what it raises ends the sampling.
-        """
-        ...
-
-    def sync(self) -> None:
-        """Take over the policy's weights after an update. Every process calls it."""
-        ...
-
-    def halve(self) -> str | None:
-        """Out of memory, sample half as many completions at once from now on; what changed, in words. None: it cannot be less."""
-        ...
-
-    def metrics(self) -> dict[str, float]:
-        """The rollout/ metrics of the last call of `sample`; see grpo/observe/metrics.py."""
-        ...
 
 
 def check_engine(config: Config) -> None:

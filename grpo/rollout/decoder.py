@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.policy.policy import output_head
+from grpo.policy.language_model import output_head
 from grpo.rollout.layers import FusedLayers, model_layers
 from grpo.rollout.paged import PAGE, PagedCache, Places
 from grpo.rollout.sampling import KNOBS, draw, knobs_of

@@ -28,7 +28,8 @@ from transformers import PreTrainedModel
 
 from grpo.config import Config
 from grpo.policy.families import attention_calls, attribute
-from grpo.policy.policy import CHANGING_ROPE, FORWARD_TOLERANCE, SampledModel, rope_types
+from grpo.policy.policy import FORWARD_TOLERANCE, SampledModel
+from grpo.policy.tokenizer import CHANGING_ROPE, rope_types
 from grpo.rollout.decoder import CHUNK, LENGTH, TOKEN, Chunk, Decoder
 from grpo.rollout.grouping import Grouping
 from grpo.rollout.layers import can_fuse

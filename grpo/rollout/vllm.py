@@ -7,46 +7,17 @@ request says and where a completion ends is decided here, so the modes cannot di
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING
 
 from grpo.rollout.grouping import Grouping
 from grpo.rollout.stop_criteria import Ending, token_limit
+from grpo.rollout.vllm_engine import Engine, Request, Sampled
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 
 if TYPE_CHECKING:
     from grpo.config import Config
     from grpo.policy.policy import Policy
-
-
-class Request(NamedTuple):
-    """One completion to sample."""
-
-    token_ids: list[int]  # of the prompt
-    parameters: dict[str, Any]  # under the names that both vllm.SamplingParams and /v1/completions know
-
-
-class Sampled(NamedTuple):
-    """What vLLM made of a request."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str | None
-
-
-OnAnswer = Callable[[int, Sampled], None]
-"""Called with the place of a request and its answer."""
-
-
-class Engine(Protocol):
-    def generate(self, requests: list[Request], on_answer: OnAnswer) -> None:
-        """Answer each request; `on_answer` is called in this thread, in whatever order the answers come in."""
-        ...
-
-    def take_weights(self) -> None:
-        """Sample with the policy's present weights from here on. Every process calls it."""
-        ...
 
 
 class VLLMGenerator:

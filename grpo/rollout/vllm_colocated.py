@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from grpo.policy.model_source import source_of
-from grpo.rollout.vllm import OnAnswer, Request, Sampled
+from grpo.rollout.vllm_engine import OnAnswer, Request, Sampled
 from grpo.system import progress
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ColocatedEngine:
-    """See Engine in grpo/rollout/vllm.py. Every process must construct it, since vLLM agrees on its memory with the others."""
+    """See Engine in vllm_engine.py. Every process must construct it, since vLLM agrees on its memory with the others."""
 
     def __init__(self, policy: Policy, config: Config) -> None:
         from vllm import LLM, SamplingParams

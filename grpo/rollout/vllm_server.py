@@ -24,9 +24,10 @@ from urllib.error import HTTPError
 import torch
 from torch import Tensor
 
+from grpo.policy.language_model import resolve_dtype
 from grpo.policy.model_source import source_of
-from grpo.policy.policy import FORWARD_TOLERANCE, PLAIN_SENTENCES, Policy, resolve_dtype
-from grpo.rollout.vllm import OnAnswer, Request, Sampled
+from grpo.policy.policy import FORWARD_TOLERANCE, PLAIN_SENTENCES, Policy
+from grpo.rollout.vllm_engine import OnAnswer, Request, Sampled
 from grpo.system import progress
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Server:
 
 
 class ServedEngine:
-    """See Engine in grpo/rollout/vllm.py. The server may hold any weights at first, so it takes the policy's at once."""
+    """See Engine in grpo/rollout/vllm_engine.py. The server may hold any weights at first, so it takes the policy's at once."""
 
     def __init__(self, policy: Policy, config: Config) -> None:
         self.policy = policy

@@ -20,7 +20,8 @@ import json
 import os
 import random
 import shutil
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,28 +34,15 @@ from grpo.observe.metrics import Meter
 from grpo.policy.model_source import complete_checkpoints
 from grpo.policy.policy import Policy
 from grpo.run import inputs, reshard
-from grpo.run.post_mortem import Evidence
 from grpo.run.reshard import Layout
-from grpo.run.step_state import StepUnderWay, dealt_anew
 from grpo.system import progress
 from grpo.system.distributed import Processes
 from grpo.system.terminal import say
 from grpo.system.writer import Writer, flush, load_tensors, problem_with, save_tensors
+from grpo.training.state import Rollout, RunState, StepState, redistribute
 from grpo.types import Completion, Group, MicroBatch, Packing, Prompt, Scores
 
 REFERENCE = "reference.safetensors"
-
-
-@dataclass
-class RunState:
-    """Where a run stands."""
-
-    step: int = 0  # finished training steps
-    optimizer_steps: int = 0
-    position: int = 0  # prompts dealt so far
-    learning_rate: float = 0.0  # of the last optimizer step
-    groups_seen: float = 0.0  # in the last steps, fading; see grpo/algorithm/dynamic_sampling.py
-    groups_with_signal: float = 0.0  # of these
 
 
 class CheckpointError(RuntimeError):
@@ -83,19 +71,21 @@ class Checkpoints:
         progress.last_checkpoint = None
         self._stuck: set[Path] = set()  # old checkpoints that cannot be removed, which was said
 
-    def save(
-        self, state: RunState, *, policy: Policy, under_way: StepUnderWay | None = None, updates: int | None = None
-    ) -> Path:
+    def save(self, state: RunState, step: StepState, *, policy: Policy, wait: bool = False) -> Path:
         """Write a checkpoint of the state, or, with `checkpoint.background`, begin to.
 
         Args:
-            under_way: this process's part of a step that is not finished; None between steps.
-            updates: optimizer steps of it that are done; None between steps.
+            step: this process's part of a step that is not finished; not sampled, between steps.
+            wait: until it is complete.
 
         Raises:
             CheckpointError: on all processes, if one of them could not write its part, now or in the background.
         """
-        self.finish()
+        self.try_to(self.finish)  # what became of the one before must not cost this one
+        under_way, updates = None, None
+        if step.rollout is not None:
+            under_way = replace(step, rollout=replace(step.rollout, passes=[]))
+            updates = state.optimizer_steps - step.first_update
         final = self.directory / name_of(state.step, updates)
         if self.processes.on_main(final.exists):
             return final
@@ -110,7 +100,7 @@ class Checkpoints:
         }
         self._pending = _Pending(final, writer, record)
         writer.start()
-        if not writer.background:
+        if wait or not writer.background:
             self.finish()
         return final
 
@@ -134,6 +124,13 @@ class Checkpoints:
         files = {name: known for part, _ in parts for name, known in part.items()}
         self._check([self.processes.on_main(lambda: self._complete(pending, files))], pending.final)
         progress.last_checkpoint = pending.final
+
+    def try_to(self, write: Callable[[], object]) -> None:
+        """Save or finish; where that fails, say so, because a run does not end because its disk is full for a while."""
+        try:
+            write()
+        except CheckpointError as error:
+            self.processes.say(f"warning: {error} Training goes on, and the next checkpoint is tried when it is due.")
 
     def _complete(self, pending: _Pending, files: dict[str, Any]) -> str | None:
         partial = _partial(pending.final)
@@ -216,7 +213,7 @@ def _prepare(partial: Path) -> str | None:
     return None
 
 
-def _write_all(writer: Writer, policy: Policy, *, rank: int, under_way: StepUnderWay | None) -> None:
+def _write_all(writer: Writer, policy: Policy, *, rank: int, under_way: StepState | None) -> None:
     directory = writer.directory
     if rank == 0:
         policy.export(directory / "hf", writer.write)
@@ -436,7 +433,7 @@ def _longer(checkpoint: Path, config: Config) -> str:
     )
 
 
-def restore(checkpoint: Path, *, policy: Policy, processes: Processes) -> tuple[RunState, StepUnderWay]:
+def restore(checkpoint: Path, *, policy: Policy, processes: Processes) -> tuple[RunState, StepState]:
     """Load weights, optimizer and random states in place, in whatever layout they were written. Every process calls it.
 
     Returns:
@@ -455,25 +452,33 @@ def restore(checkpoint: Path, *, policy: Policy, processes: Processes) -> tuple[
     if processes.rank < written.num_processes:  # one more keeps the states it started with; sampling seeds its own
         _restore_random_states(load_tensors(checkpoint / "random" / f"rank-{processes.rank}.pt"))
     where = RunState(**{field.name: saved[field.name] for field in fields(RunState)})
-    return where, _under_way(checkpoint / "under_way", written.num_processes, processes)
+    step = _under_way(checkpoint / "under_way", written.num_processes, processes)
+    done = where.optimizer_steps - step.first_update if step.rollout else 0
+    processes.say(f"resumed after step {where.step}{f' and {done} updates of the next' * (done > 0)} from {checkpoint}")
+    return where, step
 
 
-def _under_way(directory: Path, num_parts: int, processes: Processes) -> StepUnderWay:
+def _under_way(directory: Path, num_parts: int, processes: Processes) -> StepState:
     if not directory.exists():
-        return StepUnderWay()
+        return StepState()
 
-    def part(rank: int) -> StepUnderWay:
+    def part(rank: int) -> StepState:
         progress.tick()
         return load_tensors(directory / f"rank-{rank}.pt", classes=UNDER_WAY)
 
     if num_parts == processes.world_size:
         return part(processes.rank)
     parts = [part(rank) for rank in range(num_parts)]
-    return dealt_anew(parts, rank=processes.rank, num_processes=processes.world_size)
+    return redistribute(parts, rank=processes.rank, num_processes=processes.world_size)
 
 
-UNDER_WAY = (StepUnderWay, Evidence, Group, Prompt, Completion, Scores, MicroBatch, Packing, Meter)
-"""The classes of a step under way."""
+UNDER_WAY = (
+    *(StepState, Rollout, Group, Prompt, Completion, Scores, MicroBatch, Packing, Meter),
+    (StepState, "grpo.under_way.StepUnderWay"),
+    (Rollout, "grpo.post_mortem.Evidence"),
+    (Meter, "grpo.metrics.Meter"),
+)
+"""The classes of a step under way, and the names that checkpoints have had for them."""
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

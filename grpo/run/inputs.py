@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 
 from grpo.data.rows import canonical
-from grpo.scoring.scorer import Reward
+from grpo.scoring.reward import Reward
 from grpo.types import Prompt
 
 HELD_OUT = "held-out questions"

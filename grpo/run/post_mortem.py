@@ -20,7 +20,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -35,33 +34,21 @@ from grpo.system import progress
 from grpo.system.distributed import Processes
 from grpo.system.jsonl import append_jsonl, iterate_backwards
 from grpo.system.terminal import say
-from grpo.types import Group, MicroBatch, Scores
+from grpo.training.state import Rollout
+from grpo.types import MicroBatch
 
 LAST_METRICS = 100
 """Rows of metrics.jsonl that are kept."""
 
 
-@dataclass
-class Evidence:
-    """A step under way. Nothing is computed for it: these are the step's own data."""
-
-    groups: list[Group]
-    scores: Scores
-    advantages: Tensor  # (P, G)
-    minibatch: Tensor  # (P,) that each group belongs to; -1: dynamic sampling left it out of the batch
-    passes: list[tuple[MicroBatch, Tensor]] = field(
-        default_factory=list
-    )  # of the update, with the policy's logprobs (T,)
-
-
-def write(run_dir: Path, step: int, text: str, evidence: Evidence, processes: Processes) -> Path | None:
+def write(run_dir: Path, step: int, text: str, rollout: Rollout, processes: Processes) -> Path | None:
     """Write the folder; every process calls it. None if the disk would not take it, which is said: the alarm comes first."""
-    rows = [{"rank": processes.rank, **row} for row in _rows(step, evidence)]
+    rows = [{"rank": processes.rank, **row} for row in _rows(step, rollout)]
     rows = [row for part in processes.gather(rows) for row in part]
     directory = processes.on_main(lambda: _attempt(lambda: _write_shared(run_dir, step, text, rows)))
     if directory is None:
         return None
-    _attempt(lambda: _write_tensors(directory, evidence, processes.rank))
+    _attempt(lambda: _write_tensors(directory, rollout, processes.rank))
     processes.barrier()
     return directory
 
@@ -75,9 +62,9 @@ def _attempt(write: Any) -> Any:
         return None
 
 
-def _rows(step: int, evidence: Evidence) -> list[dict[str, Any]]:
-    rows = training_rows(step, evidence.groups, evidence.scores, evidence.advantages, in_batch=evidence.minibatch >= 0)
-    prompts = [group.prompt.text for group in evidence.groups for _ in group.completions]
+def _rows(step: int, rollout: Rollout) -> list[dict[str, Any]]:
+    rows = training_rows(step, rollout.groups, rollout.scores, rollout.advantages, in_batch=rollout.minibatch >= 0)
+    prompts = [group.prompt.text for group in rollout.groups for _ in group.completions]
     return [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
 
 
@@ -102,14 +89,14 @@ def _claim(parent: Path, name: str) -> Path:
     raise AssertionError("count(1) does not end")
 
 
-def _write_tensors(directory: Path, evidence: Evidence, rank: int) -> None:
-    save_file(_rollout(evidence), directory / f"rollout-rank-{rank}.safetensors")
-    save_file(_update(evidence.passes), directory / f"update-rank-{rank}.safetensors")
+def _write_tensors(directory: Path, rollout: Rollout, rank: int) -> None:
+    save_file(_sampled(rollout), directory / f"rollout-rank-{rank}.safetensors")
+    save_file(_update(rollout.passes), directory / f"update-rank-{rank}.safetensors")
 
 
-def _rollout(evidence: Evidence) -> dict[str, Tensor]:
-    batch = pack(evidence.groups, evidence.advantages.nan_to_num())  # of unknown reward too
-    batch.advantages = evidence.advantages.flatten().clone()
+def _sampled(rollout: Rollout) -> dict[str, Tensor]:
+    batch = pack(rollout.groups, rollout.advantages.nan_to_num())  # of unknown reward too
+    batch.advantages = rollout.advantages.flatten().clone()
     return vars(batch)
 
 

@@ -15,20 +15,22 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from grpo.algorithm.advantage import has_signal
+from grpo.config import Config
 from grpo.data.contamination import normalized
 from grpo.data.prompts import TEMPLATES, PromptOrder, build_prompts
 from grpo.system import progress
+from grpo.system.distributed import Processes
 from grpo.system.writer import to_json
+from grpo.training.collector import Collector
 from grpo.types import Completion, Group, Prompt, Scores
-
-if TYPE_CHECKING:
-    from grpo.trainer import Trainer
 
 CONFIDENCE = 0.95
 """Of what is said about questions that were not tried."""
@@ -415,92 +417,102 @@ class Result:
         )
 
 
-@progress.phase("preflight")
-def before_training(trainer: Trainer) -> None:
-    """Look before the first step, if configured; every process calls it, and all come to the same verdict.
-
-    Raises:
-        PreflightRefused: there is nothing to learn from, and `preflight.on_failure` is stop.
-    """
-    settings = trainer.config.preflight
-    if not settings.num_questions:
-        return
-    result = examine(trainer, num_questions=settings.num_questions)
-    trainer.say(report(result))
-    if trainer.processes.is_main:
-        (trainer.directory / "preflight.json").write_text(result.to_json())
-    if settings.on_failure == "stop" and result.verdict == "refuse":
-        trainer.close()
-        raise PreflightRefused(
-            "preflight refuses this run: " + "; ".join(each.text for each in result.problems if each.level == "refuse")
-        )
-
-
-def examine(trainer: Trainer, *, num_questions: int, templates: Sequence[str] | None = None) -> Result:
-    """Try the configured template on some training questions, and the others.
+class Preflight:
+    """Tries templates on training questions, and looks at the data.
 
     Args:
-        templates: the others to try; None: all there are, if the configured one is refused.
+        config: of the run's first step.
+        audits: what became of the rows of the data, in the order in which they were read.
     """
-    started = time.perf_counter()
-    config, prompts = trainer.config.at(0), trainer.prompts.prompts
-    num_questions = min(num_questions, len(prompts))
-    order = PromptOrder(prompts, seed=config.run.seed, rank=0, world_size=1)
-    questions = order.draw(num_questions)  # the first that training will see
-    first = try_template(trainer, questions, config.data.template)
-    if templates is None:
-        templates = list(TEMPLATES) if is_refused(first) else []
-    tried: list[Trial | Skipped] = [first]
-    for template in templates:
-        if template != config.data.template:
-            try:
-                prompts = rebuilt(trainer, questions, template)
-            except ValueError as error:
-                tried.append(Skipped(template, str(error)))
-            else:
-                tried.append(try_template(trainer, prompts, template, num_too_long=num_questions - len(prompts)))
-    return Result(
-        tried,
-        trainer.audits,
-        in_both(trainer.prompts.prompts, trainer.eval_prompts),
-        len(trainer.eval_prompts),
-        seconds=time.perf_counter() - started,
-    )
 
+    def __init__(
+        self,
+        config: Config,
+        collector: Collector,
+        processes: Processes,
+        *,
+        prompts: list[Prompt],
+        eval_prompts: list[Prompt],
+        audits: list[Audit],
+        tokenizer: PreTrainedTokenizerBase,
+        end_token_ids: list[int],
+    ) -> None:
+        self.config = config
+        self.collector = collector
+        self.processes = processes
+        self.prompts = prompts
+        self.eval_prompts = eval_prompts
+        self.audits = audits
+        self.tokenizer = tokenizer
+        self.end_token_ids = end_token_ids
 
-def rebuilt(trainer: Trainer, prompts: list[Prompt], template: str) -> list[Prompt]:
-    """The prompts of the same questions in another template; ValueError if there are none."""
-    data = trainer.config.data.model_copy(update={"template": template})
-    return build_prompts([prompt.columns for prompt in prompts], trainer.policy.tokenizer, data)[0]
+    @progress.phase("preflight")
+    def before_training(self, directory: Path) -> None:
+        """Look before the first step, if configured; every process calls it, and all come to the same verdict.
 
-
-def try_template(trainer: Trainer, prompts: list[Prompt], template: str, *, num_too_long: int = 0) -> Trial:
-    """Answer and score prompts, shared out over the processes."""
-    config, processes, scorer = trainer.config.at(0), trainer.processes, trainer.scorer
-    mine = prompts[processes.rank :: processes.world_size]
-
-    def sample() -> tuple[list[Group], Scores]:
-        with scorer.begin(len(mine)) as scoring:
-            groups = trainer.generator.sample(
-                mine,
-                config.sampling,
-                num_completions=config.rollout.group_size,
-                seed=random.Random(f"{config.run.seed} preflight {template} {processes.rank}").getrandbits(62),
-                on_group=scoring.add,
+        Raises:
+            PreflightRefused: there is nothing to learn from, and `preflight.on_failure` is stop.
+        """
+        settings = self.config.preflight
+        if not settings.num_questions:
+            return
+        result = self.examine(num_questions=settings.num_questions)
+        self.processes.say(report(result))
+        if self.processes.is_main:
+            (directory / "preflight.json").write_text(result.to_json())
+        if settings.on_failure == "stop" and result.verdict == "refuse":
+            raise PreflightRefused(
+                "preflight refuses this run: "
+                + "; ".join(each.text for each in result.problems if each.level == "refuse")
             )
-            return groups, scoring.result()
 
-    sampled = trainer.stopping.abortable(lambda: trainer.making_do(sample))
-    trainer.agree_to_go_on()
-    assert sampled is not None, "only a request to stop breaks off the sampling"
-    groups, scores = sampled
-    seen = [see(group, scores, p, end_token_ids=trainer.policy.end_token_ids) for p, group in enumerate(groups)]
-    dealt = zip_longest(
-        *processes.gather(seen)
-    )  # in the order of `prompts` again, so that sums are the same on any number
-    everyone = [group for each in dealt for group in each if group is not None]
-    weights = {reward.name: reward.weight for reward in scorer.rewards}
-    return measure(template, everyone, weights, num_too_long=num_too_long)
+    def examine(self, *, num_questions: int, templates: Sequence[str] | None = None) -> Result:
+        """Try the configured template on some training questions, and the others.
+
+        Args:
+            templates: the others to try; None: all there are, if the configured one is refused.
+        """
+        started, own = time.perf_counter(), self.config.data.template
+        num_questions = min(num_questions, len(self.prompts))
+        order = PromptOrder(self.prompts, seed=self.config.run.seed, rank=0, world_size=1)
+        questions = order.draw(num_questions)  # the first that training will see
+        first = self.try_template(questions, own)
+        if templates is None:
+            templates = list(TEMPLATES) if is_refused(first) else []
+        others = [self._rebuilt(questions, template) for template in templates if template != own]
+        return Result(
+            [first, *others],
+            self.audits,
+            in_both(self.prompts, self.eval_prompts),
+            len(self.eval_prompts),
+            seconds=time.perf_counter() - started,
+        )
+
+    def _rebuilt(self, questions: list[Prompt], template: str) -> Trial | Skipped:
+        """Try the same questions in another template."""
+        data = self.config.data.model_copy(update={"template": template})
+        try:
+            prompts = build_prompts([prompt.columns for prompt in questions], self.tokenizer, data)[0]
+        except ValueError as error:
+            return Skipped(template, str(error))
+        return self.try_template(prompts, template, num_too_long=len(questions) - len(prompts))
+
+    def try_template(self, prompts: list[Prompt], template: str, *, num_too_long: int = 0) -> Trial:
+        """Answer and score prompts, shared out over the processes."""
+        processes, purpose = self.processes, f"{self.config.run.seed} preflight {template} {self.processes.rank}"
+        collected = self.collector.collect(
+            prompts[processes.rank :: processes.world_size],
+            self.config.sampling,
+            num_completions=self.config.rollout.group_size,
+            seed=random.Random(purpose).getrandbits(62),
+        )
+        self.collector.stop.sync()
+        assert collected is not None, "only a request to stop breaks off the sampling"
+        seen = [see(group, collected[1], p, end_token_ids=self.end_token_ids) for p, group in enumerate(collected[0])]
+        # in the order of `prompts` again, so that sums are the same on any number of processes
+        everyone = [group for each in zip_longest(*processes.gather(seen)) for group in each if group is not None]
+        weights = {reward.name: reward.weight for reward in self.collector.scorer.rewards}
+        return measure(template, everyone, weights, num_too_long=num_too_long)
 
 
 # ---- in words --------------------------------------------------------------------------------------------------------

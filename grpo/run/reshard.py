@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.policy.policy import Policy, trained_parameters
+from grpo.policy.language_model import trained_parameters
+from grpo.policy.policy import Policy
 from grpo.system import distributed, progress
 from grpo.system.writer import load_tensors
 

@@ -22,10 +22,8 @@ from torch import Tensor
 from grpo.algorithm.batch import micro_batch, pack
 from grpo.config import Config
 from grpo.data.prompts import TEMPLATES, build_prompts
-from grpo.observe.metrics import Meter
 from grpo.policy.policy import Policy
-from grpo.rollout import Generator
-from grpo.types import Batch, Completion, Group, Prompt
+from grpo.types import Batch, Completion, Generator, Group, Prompt
 
 GAP_LIMITS = {torch.float32: 0.001, torch.bfloat16: 0.04}
 """The smallest limits: a hundred times what rounding makes in float32, whose sums some engines round to fewer bits."""
@@ -67,14 +65,6 @@ def measure_rounding(policy: Policy, groups: list[Group]) -> float:
     own = policy.unpacked_logprobs(batch)
     others = batch.sampling_logprobs.to(own.device), policy.unpacked_logprobs(batch, float32=True)
     return policy.temperature * min(_mean(policy, (own - other).abs()) for other in others)
-
-
-def tally(loss: Tensor, meter: Meter, *more: float) -> Tensor:
-    """This process's part of the loss, the sum and the number of the step's gaps so far, and more to add up; (3 + more,)."""
-    gaps = meter.sums.get("policy/sampling_gap", 0.0), meter.counts.get("policy/sampling_gap", 0.0)
-    return torch.stack(
-        [loss.double(), *(torch.as_tensor(each, device=loss.device).double() for each in (*gaps, *more))]
-    )
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,6 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from grpo.algorithm.advantage import FLAT
 from grpo.config import Config
 
@@ -302,12 +299,3 @@ class RollBacks:
     def add(self, alarm: Alarm, *, to: int, factor: float) -> None:
         row = {"step": alarm.step, "to": to, "rule": alarm.rule, "rate_factor": self.rate_factor * factor}
         self.rows.append({**row, "text": alarm.text})
-
-
-def unless_finite(loss: Tensor, total: Tensor) -> Tensor:
-    """`loss`, or NaN if `total`, the same on every process, is not finite.
-
-    Every ZeRO stage drops a gradient that is not finite, on all processes together; so one poisoned loss makes all of them leave
-    the update out, without anyone waiting for a number. A finite loss is left as it is, to the bit.
-    """
-    return loss * torch.where(total.isfinite(), 1.0, math.nan).to(loss.dtype)

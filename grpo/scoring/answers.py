@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from grpo.rollout import Generator
 from grpo.scoring.scorer import Scorer
 from grpo.scoring.statistics import Values, estimate, majority, pass_at_k, powers_of_two
-from grpo.types import VOTE, Group, Prompt, Sampling, Scores
+from grpo.types import VOTE, Generator, Group, Prompt, Sampling, Scores
 
 OnRows = Callable[[list[dict[str, Any]]], None]
 """Called with the rows of a question, when all of its samples are scored."""

@@ -19,97 +19,29 @@ messages if the prompts are conversations, as in TRL.
 
 from __future__ import annotations
 
-import ast
-import difflib
-import functools
-import importlib
-import inspect
-import io
-import json
 import math
-import numbers
 import os
-import re
-import sys
 import time
-import zlib
-from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType, MappingProxyType, ModuleType, SimpleNamespace
-from typing import Any, ClassVar, Literal
+from types import SimpleNamespace
+from typing import Any
 
-import cloudpickle
 import torch
 from torch import Tensor
 
-from grpo.config import RewardConfig, read_text
 from grpo.data.rows import canonical
 from grpo.scoring import verdict_cache
-from grpo.scoring.worker import Call, Errand, FunctionBug, Outcome, SourceFile, WorkerPool
+from grpo.scoring.binding import Task, asks_for, bind, bind_check
+from grpo.scoring.reward import LARGEST, Form, Reward, loaded_files, modules_of
+from grpo.scoring.worker import FunctionBug, Outcome
+from grpo.scoring.worker_pool import Errand, WorkerPool
 from grpo.system import progress
-from grpo.system.terminal import printable
 from grpo.types import Completion, Group, Scores
-
-_files: dict[str, SourceFile] = {}  # modules that resolve_function loaded from a path; workers load the same text
 
 ROWS_PER_CHECK = 256  # at first, between two looks at the clock
 SECONDS_BETWEEN_LINES = 3.0
-
-LOGS = ("log_metric", "log_extra")  # methods of reward_worker.Logged
-SHARED = ("finish_reason", "num_tokens", "max_completion_tokens", "completion_ids", "trainer_state", *LOGS)
-SINGLE = ("completion", "prompt", *SHARED)
-LISTED = ("completions", "prompts", *SHARED)
-
-LARGEST = float(torch.finfo(torch.float32).max)
-"""Of a reward. Rewards are 64-bit numbers up to the advantage, which is a 32-bit one: a larger reward would become infinite."""
-
-Form = Literal["completion", "texts", "messages"]
-FORMS: dict[str, str] = {
-    "completion": "once for each completion, as text",
-    "texts": "once for a group, with its completions as texts",
-    "messages": "once for a group, with its completions as lists of messages",
-}
-"""How a function can be called."""
-
-
-class RewardError(RuntimeError):
-    """A bug in a reward function: it raised an exception or returned what is not a reward."""
-
-
-@dataclass(frozen=True)
-class Reward:
-    """A reward function and its place in the sum."""
-
-    function: Callable[..., Any]
-    weight: float = 1.0  # 0: only logged
-    name: str = ""  # in the metrics; empty: the function's own
-    args: dict[str, Any] = field(default_factory=dict)  # further keyword arguments
-    form: Form | None = None  # how it is called; None: as its parameters say
-
-    def __post_init__(self) -> None:
-        """Raises ValueError if the function is a class, or there is no such form."""
-        if inspect.isclass(self.function):
-            raise ValueError(
-                f"reward {self.function.__name__} is a class; a reward is a function, or an object that can be called. Hand over "
-                f"an object: {self.function.__name__}(...)."
-            )
-        if not self.name:
-            function = _unwrapped(self.function)
-            object.__setattr__(self, "name", getattr(function, "__name__", type(function).__name__))
-        if self.form is not None and self.form not in FORMS:
-            raise ValueError(
-                f"reward {self.name} has the form {self.form!r}; it is {', '.join(FORMS)} or None. Correct it."
-            )
-
-
-def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What a `functools.partial` is of."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function
 
 
 class Scorer:
@@ -137,7 +69,7 @@ class Scorer:
             num_workers: processes.
             timeout_seconds: wall-clock limit of one completion in one function; a list gets it once per completion.
             memory_gib: address space that the calls of one worker may add to what importing the functions took.
-            environment: names of environment variables that the workers are given besides reward_worker.INHERITED.
+            environment: names of environment variables that the workers are given besides worker_pool.INHERITED.
 
         Raises:
             ValueError: a parameter nobody can fill, an argument nobody takes, two rewards of one name, or a function
@@ -158,12 +90,12 @@ class Scorer:
         self.trainer_state = SimpleNamespace(global_step=0, max_steps=0, epoch=0.0)  # as far as TRL's is known here
         self.timeout_seconds = timeout_seconds
         columns, elsewhere = list(columns), elsewhere or {}
-        self._scorers = [_bind(reward, columns, elsewhere) for reward in rewards]
-        self._checkers = [check for reward in rewards if (check := _bind_check(reward, columns, elsewhere)) is not None]
+        self._scorers = [bind(reward, columns, elsewhere) for reward in rewards]
+        self._checkers = [check for reward in rewards if (check := bind_check(reward, columns, elsewhere)) is not None]
         with progress.busy("starting the reward workers"):
             self._pool = WorkerPool(
                 [bound.pickled() for bound in [*self._scorers, *self._checkers]],
-                files=[_files[name] for name in _modules(rewards) if name in _files],
+                files=[loaded_files[name] for name in modules_of(rewards) if name in loaded_files],
                 num_workers=num_workers,
                 memory_gib=memory_gib,
                 environment=environment,
@@ -229,7 +161,7 @@ class Scorer:
     def _check(self, rows: Sequence[dict[str, Any]]) -> tuple[list[str | None], bool]:
         """The first reason against each row, and whether all calls came to an end: another time a slow one may."""
         tasks = [
-            _Task(checker, len(self._scorers) + c, row, checker.arguments(row), self.timeout_seconds)
+            Task(checker, len(self._scorers) + c, row, checker.arguments(row), self.timeout_seconds)
             for row in rows
             for c, checker in enumerate(self._checkers)
         ]
@@ -243,7 +175,8 @@ class Scorer:
     def named_columns(self) -> dict[str, list[str]]:
         """The columns that each function names among its parameters, by its reward."""
         return {
-            bound.reward.name: [name for name in bound.names if _names(bound.function, name)] for bound in self._scorers
+            bound.reward.name: [name for name in bound.names if asks_for(bound.function, name)]
+            for bound in self._scorers
         }
 
     def check_limits(self, limits: Iterable[int]) -> None:
@@ -276,7 +209,7 @@ class Scorer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def tasks(self, p: int, group: Group) -> Iterator[_Task]:
+    def tasks(self, p: int, group: Group) -> Iterator[Task]:
         """The calls for group number p, in all functions."""
         singles = [self._single(group, completion) for completion in group.completions]
         listed = {as_messages: self._listed(group, as_messages=as_messages) for as_messages in (False, True)}
@@ -285,10 +218,10 @@ class Scorer:
             if bound.is_listed:
                 own = listed[(bound.form or usual) == "messages"]
                 seconds = self.timeout_seconds * len(singles)
-                yield _Task(bound, f, own, bound.arguments(own), seconds, p, 0, len(singles))
+                yield Task(bound, f, own, bound.arguments(own), seconds, p, 0, len(singles))
             else:
                 for g, single in enumerate(singles):
-                    yield _Task(bound, f, single, bound.arguments(single), self.timeout_seconds, p, g)
+                    yield Task(bound, f, single, bound.arguments(single), self.timeout_seconds, p, g)
 
     def _single(self, group: Group, completion: Completion) -> dict[str, Any]:
         """Everything that a function of one completion can ask for."""
@@ -332,7 +265,7 @@ class Scoring:
     def __init__(self, scorer: Scorer, errand: Errand, num_groups: int) -> None:
         self._scorer = scorer
         self._errand = errand
-        self._tasks: list[_Task] = []
+        self._tasks: list[Task] = []
         self._sizes: list[int | None] = [None] * num_groups  # completions of each group; None: still to come
         self._unreported: dict[int, range] = {}  # the tasks of each group that `finished` has not told of
 
@@ -364,7 +297,7 @@ class Scoring:
         own = {p: self._unreported.pop(p) for p in done}
         return [(p, self._scores([p], [self._tasks[t] for t in own[p]], [made[t] for t in own[p]])) for p in done]
 
-    def _scores(self, places: Sequence[int], tasks: list[_Task], outcomes: list[Outcome]) -> Scores:
+    def _scores(self, places: Sequence[int], tasks: list[Task], outcomes: list[Outcome]) -> Scores:
         """Of the groups at these places."""
         rewards = self._scorer.rewards
         row = {p: number for number, p in enumerate(places)}
@@ -394,7 +327,7 @@ class Scoring:
             extras=extras,
         )
 
-    def _refuse_too_large(self, sums: Tensor, values: Tensor, tasks: list[_Task]) -> None:
+    def _refuse_too_large(self, sums: Tensor, values: Tensor, tasks: list[Task]) -> None:
         """Raises RewardError if weights make more of rewards than fits."""
         for p, g in (sums.abs() > LARGEST).nonzero().tolist():
             parts = [
@@ -417,7 +350,7 @@ class Scoring:
 
 
 @contextmanager
-def _shown_with_its_sample(tasks: list[_Task]) -> Iterator[None]:
+def _shown_with_its_sample(tasks: list[Task]) -> Iterator[None]:
     """A bug in a function is shown with what it was called with."""
     try:
         yield
@@ -460,394 +393,3 @@ def join_scores(parts: Sequence[Scores]) -> Scores:
         },
         extras=[group for each in parts for group in each.extras],
     )
-
-
-def resolve_rewards(configured: Iterable[RewardConfig]) -> list[Reward]:
-    """The rewards that a YAML lists. Raises ValueError as `resolve_function` does, or if a class makes no reward."""
-    return [_configured(each) for each in configured]
-
-
-def _configured(config: RewardConfig) -> Reward:
-    function, args = resolve_function(config.function), config.args
-    if inspect.isclass(function):
-        named = inspect.signature(function).parameters
-        own = {name: value for name, value in args.items() if name in named}
-        function, args = _instance(config.function, function, own), {n: v for n, v in args.items() if n not in own}
-    return Reward(function, weight=config.weight, name=config.name or "", args=args, form=config.form)
-
-
-def _instance(spec: str, kind: type, args: dict[str, Any]) -> Callable[..., Any]:
-    """An object of a class that a YAML names, made with those of its args that the class takes."""
-    try:
-        made = kind(**args)
-    except TypeError as error:
-        raise ValueError(
-            f"rewards.*.function is {spec!r}, a class; it cannot be made from its args {args}: {error}. Set rewards.*.args."
-        ) from error
-    if not callable(made):
-        raise ValueError(
-            f"rewards.*.function is {spec!r}, a class; its objects cannot be called. Give it a method __call__, or name "
-            "a function."
-        )
-    return made
-
-
-def resolve_function(spec: str) -> Callable[..., Any]:
-    """The reward function that a YAML names, or the class of such functions.
-
-    Args:
-        spec: a name in rewards/ ("accuracy"), "module:function", or "path/to/file.py:function".
-
-    Raises:
-        ValueError: there is no such function.
-    """
-    place, colon, name = spec.rpartition(":")
-    if not colon:
-        module = importlib.import_module("grpo.rewards")  # a user's own `rewards` is another module
-        known = module.__all__
-        if spec not in known:
-            raise ValueError(
-                f"rewards.*.function is {spec!r}; {_nearest(spec, known)}. Name one of these, "
-                "module:function, or path/to/file.py:function."
-            )
-        name = spec
-    else:
-        module = _load_file(spec, Path(place)) if place.endswith(".py") else _import_module(spec, place)
-    function = getattr(module, name, None)
-    if not callable(function):
-        defined = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise ValueError(
-            f"rewards.*.function is {spec!r}; {place} has no function {name!r}: {_nearest(name, defined)}. "
-            "Name one of its functions."
-        )
-    return function
-
-
-# ---- who is given what -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Bound:
-    """A function and the names of what it is given."""
-
-    reward: Reward
-    function: Callable[..., Any]
-    names: list[str]
-    args: dict[str, Any]
-    form: Form | None = "completion"  # None: texts or messages, as the prompts are
-
-    @property
-    def is_listed(self) -> bool:
-        return self.form != "completion"
-
-    @property
-    def logs(self) -> tuple[str, ...]:
-        return tuple(name for name in self.names if name in LOGS)
-
-    def arguments(self, known: dict[str, Any]) -> dict[str, Any]:
-        """The keyword arguments of a call."""
-        return {name: known[name] for name in self.names if name not in LOGS} | self.args
-
-    def pickled(self) -> bytes:
-        """The function as bytes: by value where a worker could not, or should not have to, import its module."""
-        module = sys.modules.get(getattr(self.function, "__module__", None) or "")
-        # pytest's own loader marks a test module, which imports torch and much else besides
-        by_value = type(getattr(module, "__loader__", None)).__module__.startswith("_pytest")
-        try:
-            if by_value:
-                cloudpickle.register_pickle_by_value(module)
-            file = io.BytesIO()
-            _Pickler(file).dump(self.function)
-            return file.getvalue()
-        except Exception as error:
-            raise ValueError(
-                f"reward {self.reward.name} is {self.function!r}; it runs in another process and cannot be sent there: "
-                f"{error}. Define it in a module, and create what it holds on to inside of it."
-            ) from error
-        finally:
-            if by_value:
-                cloudpickle.unregister_pickle_by_value(module)
-
-
-def _code_of_a_file(code: CodeType) -> tuple[Any, ...]:
-    make, arguments = cloudpickle.Pickler.dispatch_table[CodeType](code)
-    return make, tuple(code.co_filename if each == "<dynamic-code>" else each for each in arguments)
-
-
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """Lets code know its file, which cloudpickle 3.1.3 conceals: a traceback of a bug shows the line."""
-
-    dispatch_table: ClassVar = ChainMap({CodeType: _code_of_a_file}, cloudpickle.Pickler.dispatch_table)
-
-
-def _bind(reward: Reward, columns: list[str], elsewhere: Mapping[str, str]) -> _Bound:
-    """Check a reward function's parameters against what there is."""
-    parameters = inspect.signature(reward.function).parameters
-    form = reward.form or _form_by_parameters(parameters)
-    built_in = SINGLE if form == "completion" else LISTED
-    for name in parameters:
-        if name in built_in and name in columns:
-            raise ValueError(
-                f"reward {reward.name} asks for {name!r}; the data has a column of that name, and so has the rollout. "
-                "Rename the column."
-            )
-    for name in reward.args:
-        if name in built_in or name in columns:
-            raise ValueError(
-                f"rewards.*.args of {reward.name} sets {name!r}; that comes with the completion or the data row. "
-                "Remove it, or rename the column."
-            )
-        if name not in parameters and not _takes_everything(reward.function):
-            raise ValueError(
-                f"rewards.*.args of {reward.name} sets {name!r}; the function has no such parameter: "
-                f"{_nearest(name, list(parameters))}. Remove it or correct the name."
-            )
-    return _bound(reward, reward.function, [*built_in, *columns], reward.args, form, elsewhere)
-
-
-def _form_by_parameters(parameters: Mapping[str, inspect.Parameter]) -> Form | None:
-    """None: a function of a group whose completions come as the prompts do."""
-    annotations = {name: _annotation(parameter) for name, parameter in parameters.items()}
-    completions = annotations.get("completions", "")
-    if re.match(r"(list|sequence)\[(list|sequence)\[", completions):
-        return "messages"
-    if re.match(r"(list|sequence)\[str\]", completions):
-        return "texts"
-    of_lists = re.match(r"(list|sequence)\[(list|sequence)\[", annotations.get("completion_ids", ""))
-    return None if "completions" in parameters or "prompts" in parameters or of_lists else "completion"
-
-
-def _annotation(parameter: inspect.Parameter) -> str:
-    """As text, whether it was evaluated or not, without the names of modules."""
-    return re.sub(r"\b(\w+\.)+", "", str(parameter.annotation)).lower()
-
-
-def _bind_check(reward: Reward, columns: list[str], elsewhere: Mapping[str, str]) -> _Bound | None:
-    """The same for the function's `check_row`; None if it has none."""
-    check = getattr(reward.function, "check_row", None)
-    if check is None:
-        return None
-    parameters = inspect.signature(check).parameters
-    args = {name: value for name, value in reward.args.items() if name in parameters or _takes_everything(check)}
-    return _bound(reward, check, columns, args, "completion", elsewhere)
-
-
-def _bound(
-    reward: Reward,
-    function: Callable[..., Any],
-    available: list[str],
-    args: dict[str, Any],
-    form: Form | None,
-    elsewhere: Mapping[str, str],
-) -> _Bound:
-    parameters = inspect.signature(function).parameters
-    for name, parameter in parameters.items():
-        optional = parameter.default is not parameter.empty or parameter.kind in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        )
-        if name not in available and name not in args and not optional and name in elsewhere:
-            raise ValueError(
-                f"reward {reward.name} asks for {name!r}; only the {elsewhere[name]} have a column of that name. Add the "
-                f"column to the others, give the parameter a default, or set rewards.*.args.{name} to replace it."
-            )
-        if name not in available and name not in args and not optional:
-            raise ValueError(
-                f"reward {reward.name} asks for {name!r}; {_nearest(name, available)}. "
-                f"Rename the parameter, add the column, or set rewards.*.args.{name}."
-            )
-    takes_everything = _takes_everything(function)
-    names = [name for name in dict.fromkeys(available) if takes_everything or name in parameters]
-    return _Bound(reward, function, names, args, form)
-
-
-def _names(function: Callable[..., Any], parameter: str) -> bool:
-    return parameter in inspect.signature(function).parameters
-
-
-def reads_answer(rewards: Iterable[Reward]) -> bool:
-    """Whether a function, or the check of its rows, asks for `answer` by name."""
-    functions = [f for reward in rewards for f in (reward.function, getattr(reward.function, "check_row", None))]
-    return any(f is not None and _names(f, "answer") for f in functions)
-
-
-def _takes_everything(function: Callable[..., Any]) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """ "there is a, b, c; did you mean b?" """
-    known = sorted(set(known))
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"there is {', '.join(known) or 'nothing'}" + (f"; did you mean {close[0]}?" if close else "")
-
-
-# ---- calls and what comes of them ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One call of a function, and where its values go."""
-
-    bound: _Bound
-    function: int  # its number in the pool
-    sample: dict[str, Any]  # all there is to know, for error messages
-    arguments: dict[str, Any]
-    seconds: float
-    p: int = 0  # the group
-    g: int = 0  # its first completion
-    num_values: int = 1  # how many completions from there
-
-    @property
-    def call(self) -> Call:
-        return Call(self.function, self.arguments, self.seconds, self.bound.logs)
-
-    @property
-    def how_called(self) -> str:
-        if self.bound.function is not self.bound.reward.function:  # its check_row
-            return ""
-        form = self.bound.form or ("messages" if isinstance(self.sample["completions"][0], list) else "texts")
-        others = " or ".join(f"`{name}` ({how})" for name, how in FORMS.items() if name != form)
-        return f"It was called {FORMS[form]}. If it wants another form, set rewards.*.form to {others}."
-
-    def extras(self, columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
-        """What `log_extra` was given, by completion."""
-        for name, cells in columns.items():
-            if len(cells) != self.num_values:
-                raise self.error(
-                    f"logged {len(cells)} values of {name!r} (log_extra) for {self.num_values} completions"
-                )
-        return [{name: _plain(cells[i]) for name, cells in columns.items()} for i in range(self.num_values)]
-
-    def verdicts(self, value: Any) -> list[float]:
-        """The returned value or values as floats, NaN for None."""
-        value = value.tolist() if hasattr(value, "tolist") else value  # numpy and torch
-        values = value if self.bound.is_listed else [value]
-        if not isinstance(values, (list, tuple)) or len(values) != self.num_values:
-            what = f"{len(values)} values" if isinstance(values, (list, tuple)) else _shorten(values)
-            raise self.error(
-                f"returned {what} for {self.num_values} completions; it must return a list of as many", self.how_called
-            )
-        return [self._verdict(item.tolist() if hasattr(item, "tolist") else item) for item in values]
-
-    def _verdict(self, value: Any) -> float:
-        if value is None:
-            return math.nan
-        if not isinstance(value, numbers.Real) or not abs(value) <= LARGEST:  # type: ignore[operator] # nor if it is NaN
-            made = "a function; if it makes a reward from its args, name what it returns, in a module of yours"
-            what = made if callable(value) else _shorten(value)
-            raise self.error(
-                f'returned {what}; it must return a finite number within {LARGEST:.3g}, or None for "can\'t tell"'
-            )
-        return float(value)
-
-    def reason(self, outcome: Outcome) -> str | None:
-        """What a `check_row` said."""
-        if outcome.kind != "value":
-            return f"{self.bound.reward.name} ended in a {outcome.kind} while checking the row"
-        if outcome.value is not None and not isinstance(outcome.value, str):
-            raise self.error(
-                f"returned {_shorten(outcome.value)} from check_row; it must return a reason (text) or None"
-            )
-        return outcome.value
-
-    def error(self, what: str, worker_traceback: str = "") -> RewardError:
-        """The error that shows the sample."""
-        shown = "\n".join(f"  {name}: {_shorten(value, 2000)}" for name, value in self.sample.items())
-        return RewardError(
-            f"Reward {self.bound.reward.name} {what}. This is a bug in the reward: what the model writes badly must "
-            f"score 0 inside of it. The sample:\n{shown}\n{printable(worker_traceback)}".rstrip()
-        )
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it, or its text."""
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError):
-        return str(value)
-
-
-def _shorten(value: Any, limit: int = 200) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
-
-
-# ---- modules ---------------------------------------------------------------------------------------------------------
-
-
-def _import_module(spec: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except (ImportError, ValueError) as error:  # ValueError: an empty name
-        raise ValueError(
-            f"rewards.*.function is {spec!r}; the module {name!r} cannot be imported: {error}. "
-            "Install it, add its folder to PYTHONPATH, or name its file: path/to/file.py:function."
-        ) from error
-
-
-def _modules(rewards: Sequence[Reward]) -> list[str]:
-    """Where the functions and their `check_row`s were defined, each once."""
-    functions = [_unwrapped(f) for r in rewards for f in (r.function, getattr(r.function, "check_row", None)) if f]
-    return list(dict.fromkeys(getattr(f, "__module__", type(f).__module__) for f in functions))
-
-
-def _load_file(spec: str, path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ValueError(
-            f"rewards.*.function is {spec!r}; there is no file {path.resolve()}. "
-            "Give the path from the folder in which the run is started, or an absolute one."
-        )
-    path = path.resolve()
-    name = f"reward_file_{zlib.crc32(str(path).encode()):08x}"  # of two files with one name, and never with a dot
-    if name not in _files:
-        source = SourceFile(name, str(path), read_text(path, f"rewards.*.function is {spec!r}"))
-        try:
-            compile(source.text, source.path, "exec")
-        except SyntaxError as error:
-            raise ValueError(
-                f"rewards.*.function is {spec!r}; the file is not valid Python: {error}. Correct it."
-            ) from error
-        _check_neighbours(spec, source)
-        with _importing_from(source.folder):
-            source.load()
-        _files[name] = source
-    return sys.modules[name]
-
-
-@contextmanager
-def _importing_from(folder: str) -> Iterator[None]:
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-
-
-def _check_neighbours(spec: str, source: SourceFile) -> None:
-    """Raises ValueError if the file imports a module beside it whose name another module has by now: it would be given that."""
-    for name, path in _neighbours(Path(source.folder), source.text).items():
-        loaded = getattr(sys.modules.get(name), "__file__", None)
-        if name in sys.modules and (loaded is None or Path(loaded).resolve() != path.resolve()):
-            raise ValueError(
-                f"rewards.*.function is {spec!r}; it imports {name}, and {path} is not the only module of that name: "
-                f"{loaded or 'one of Python itself'} has been imported as it. Rename one of the two."
-            )
-
-
-def _neighbours(folder: Path, text: str, known: Mapping[str, Path] = MappingProxyType({})) -> dict[str, Path]:
-    """The modules of a folder that a source in it imports, and what those import there."""
-    found = dict(known)
-    for name in _imports(text) - set(known):
-        for path in (folder / f"{name}.py", folder / name / "__init__.py"):
-            if path.is_file():
-                found |= _neighbours(folder, path.read_text(encoding="utf-8"), {**found, name: path})
-    return found
-
-
-def _imports(text: str) -> set[str]:
-    """Names of the modules that a source imports, up to their first dot."""
-    nodes = list(ast.walk(ast.parse(text)))
-    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    others = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
-    return {name.partition(".")[0] for name in plain | others}

@@ -36,6 +36,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from grpo.config import Config
 from grpo.system import heartbeat
+from grpo.system.terminal import say
 
 GIB = 2**30
 
@@ -60,6 +61,11 @@ class Processes:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print it, on the main process."""
+        if self.is_main:
+            say(text)
 
     def sum(self, *values: float) -> list[float]:
         """Sum of each value over the ranks."""

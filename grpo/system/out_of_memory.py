@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 
+from grpo.system.stopping import Interrupted
 from grpo.system.terminal import say
-
-if TYPE_CHECKING:
-    from grpo.rollout import Generator
+from grpo.types import Generator
 
 T = TypeVar("T")
 
@@ -33,7 +32,7 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def or_fewer_at_once(sample: Callable[[], T], generator: Generator, *, rank: int) -> T:
+def retry_with_fewer_sequences(sample: Callable[[], T], generator: Generator, *, rank: int) -> T:
     """What `sample` returns; out of memory, it is called again with half as many completions at once, and again."""
     while True:
         try:
@@ -44,3 +43,33 @@ def or_fewer_at_once(sample: Callable[[], T], generator: Generator, *, rank: int
             shortage = str(error).splitlines()[0]
         free()
         say(f"out of memory while sampling, process {rank}: {shortage}\n{changed}")
+
+
+def or_ask_for_less(
+    work: Callable[[], T], *, longest: int, tokens: int, may_leave: bool, where: str, undo: Callable[[], None]
+) -> T:
+    """What `work`, passes of an update, returns.
+
+    What DeepSpeed has of half a gradient dies with the process. Others would wait for one that leaves, so alone only.
+
+    Args:
+        longest: tokens of the longest sequence, below which a pass cannot be.
+        tokens: memory.micro_batch_tokens.
+        may_leave: whether the run can be left and go on by itself.
+        undo: forgets what `work` has measured, and lets go of its tensors.
+
+    Raises:
+        Interrupted: out of memory; with the setting to go on with.
+    """
+    try:
+        return work()
+    except RuntimeError as error:
+        if not (may_leave and tokens > longest and is_out_of_memory(error)):
+            raise
+        shortage = str(error).splitlines()[0]
+    # only now nothing holds on to the pass that failed, and there is room for saving
+    undo()
+    free()
+    raise Interrupted(
+        f"out of memory in {where}: {shortage}", (f"memory.micro_batch_tokens={max(tokens // 2, longest)}",)
+    )

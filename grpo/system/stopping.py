@@ -20,9 +20,12 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from grpo.system import progress, terminal
+
+if TYPE_CHECKING:  # this module is imported before torch
+    from grpo.system.distributed import Processes
 
 EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: start it again to go on."""
@@ -57,6 +60,15 @@ class Stopped(SystemExit):
         """Args: settings: with which the run itself wants to go on at once."""
         super().__init__(EXIT_STOPPED)
         self.reason = reason
+        self.settings = settings
+
+
+class Interrupted(Exception):
+    """All processes agree to stop, between two updates or before a rollout."""
+
+    def __init__(self, reason: str, settings: tuple[str, ...] = ()) -> None:
+        """Args: settings: what to set when the run goes on."""
+        super().__init__(reason)
         self.settings = settings
 
 
@@ -152,6 +164,32 @@ class StopRequest:
         if self.reason is not None:
             signal.pthread_kill(threading.main_thread().ident or 0, WAKE)  # to break off what is abortable
         return WATCH_SECONDS if self._deadline is None else min(WATCH_SECONDS, self._deadline - time.monotonic())
+
+
+class StopAgreement:
+    """What all processes agree on of a request to stop, which may have reached one of them only."""
+
+    def __init__(self, request: StopRequest, processes: Processes) -> None:
+        self.request = request
+        self.processes = processes
+        self.reason = ""  # why all processes are about to stop, once they agree
+
+    def agree(self, mine: Any = None) -> list[Any]:
+        """Tell each other of requests; `mine` of every process. A collective."""
+        told = self.processes.gather((self.request.reason, mine))
+        self.reason = next((reason for reason, _ in told if reason is not None), "")
+        return [each for _, each in told]
+
+    def sync(self, mine: Any = None) -> list[Any]:
+        """The same after work that each process did for itself, which a request may have broken off.
+
+        Raises:
+            Interrupted: on all processes, if one of them was asked to stop.
+        """
+        everyones = self.agree(mine)
+        if self.reason:
+            raise Interrupted(self.reason)
+        return everyones
 
 
 class _Watcher:

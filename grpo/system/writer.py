@@ -176,11 +176,12 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(new, path)
 
 
-def load_tensors(path: Path, *, classes: Sequence[type] = (), mmap: bool = False) -> Any:
+def load_tensors(path: Path, *, classes: Sequence[type | tuple[type, str]] = (), mmap: bool = False) -> Any:
     """What `save_tensors` wrote, into the machine's memory, without running code that a file may bring along.
 
     Args:
-        classes: of the objects that may be in it, besides tensors and plain values.
+        classes: of the objects that may be in it, besides tensors and plain values; beside one, another name that a file may have
+            for it.
 
     Raises:
         ValueError: there are others.

@@ -1,0 +1,271 @@
+"""A configuration -> the parts of a Trainer, from the bottom up. Whatever is wrong with it is said before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo.config import Config
+from grpo.data.prompts import PromptOrder, build_prompts, use_chat_template
+from grpo.data.rows import load_rows, missing, prepare_rows
+from grpo.observe import rundir
+from grpo.observe.metrics import check_reward_names
+from grpo.observe.rundir import RunLog
+from grpo.observe.sinks import check_sinks
+from grpo.policy.families import check_family
+from grpo.policy.language_model import resolve_dtype
+from grpo.policy.model_source import with_resolved_name
+from grpo.policy.policy import Policy
+from grpo.policy.tokenizer import check_context, check_vocabulary, load_tokenizer
+from grpo.rollout import check_engine, make_generator
+from grpo.run import checkpoint, inputs
+from grpo.run.checkpoint import Checkpoints
+from grpo.run.held_out import HeldOut
+from grpo.run.preflight import Audit, Preflight, audit
+from grpo.scoring.answers import verdict_name
+from grpo.scoring.binding import reads_answer
+from grpo.scoring.reward import Reward, resolve_rewards
+from grpo.scoring.scorer import Scorer
+from grpo.system import distributed
+from grpo.system.distributed import TrainingProcesses
+from grpo.system.stopping import StopAgreement, StopRequest
+from grpo.training.collector import Collector
+from grpo.training.learner import Learner
+from grpo.types import Prompt
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+@dataclass
+class Questions:
+    """What is asked, and who grades it."""
+
+    order: PromptOrder
+    held_out: list[Prompt]
+    scorer: Scorer
+    audits: list[Audit]
+
+
+@dataclass
+class Parts:
+    """What a Trainer is made of."""
+
+    config: Config
+    processes: TrainingProcesses
+    stop: StopAgreement
+    prompts: PromptOrder
+    collector: Collector
+    learner: Learner
+    preflight: Preflight
+    held_out: HeldOut
+    checkpoints: Checkpoints
+    log: RunLog  # not open yet
+    signal_from: str  # name of the reward by which dynamic sampling chooses groups
+    found: Path | None  # the checkpoint to resume
+
+
+def assemble(
+    config: Config,
+    *,
+    rewards: Sequence[Callable[..., Any] | Reward] | None,
+    train_dataset: Rows | None,
+    eval_dataset: Rows | None,
+    policy_class: type[Policy],
+    learner_class: type[Learner],
+) -> Parts:
+    """The parts of a Trainer; see there.
+
+    Raises:
+        ValueError: whatever is wrong with the settings, the data or the rewards; before the model is loaded.
+    """
+    functions = _reward_functions(config, rewards)
+    check_reward_names(reward.name for reward in functions)
+    config = with_resolved_name(config)
+    request = StopRequest(config.run.max_hours)
+    processes = distributed.start(config, dtype=resolve_dtype(config.model.dtype))
+    config.check_world_size(processes.world_size)
+    tokenizer = load_tokenizer(config.model)
+    use_chat_template(tokenizer, config.data)
+    check_context(config)
+    check_family(config.model)
+    check_engine(config)
+    check_sinks(config)
+    signal_from = _signal_from(config, functions)
+    questions = _questions(config, processes, tokenizer, functions, train_dataset, eval_dataset)
+    prompts, held_out, scorer = questions.order, questions.held_out, questions.scorer
+
+    directory = Path(processes.on_main(lambda: str(rundir.claim(config.run))))
+    scorer.log_to(directory / "rewards.log")
+    given = processes.on_main(lambda: inputs.digests(prompts.prompts, held_out, functions))
+    checkpoints = Checkpoints(directory / "checkpoints", config, processes, given=given)
+    found = checkpoint.find(checkpoints.directory, config, processes, given=given)
+    processes.say(config.summary(num_rows=len(prompts.prompts), world_size=processes.world_size))
+
+    policy = policy_class(config, tokenizer, processes)
+    learner = learner_class(
+        policy,
+        config.algorithm,
+        config.optimizer,
+        optimizer_steps=config.optimizer_steps,
+        token_budget=config.memory.micro_batch_tokens,
+        max_completion_tokens=config.rollout.max_completion_tokens,
+    )
+    stop = StopAgreement(request, processes)
+    collector = Collector(make_generator(config, policy), scorer, stop, rank=processes.rank)
+    preflight = Preflight(
+        config.at(0),
+        collector,
+        processes,
+        prompts=prompts.prompts,
+        eval_prompts=held_out,
+        audits=questions.audits,
+        tokenizer=tokenizer,
+        end_token_ids=policy.end_token_ids,
+    )
+    log = RunLog(directory, config, processes, reward_names=[reward.name for reward in scorer.rewards])
+    return Parts(
+        config=config,
+        processes=processes,
+        stop=stop,
+        prompts=prompts,
+        collector=collector,
+        learner=learner,
+        preflight=preflight,
+        held_out=HeldOut(held_out, config.evaluation, config.eval_sampling, collector, log, processes),
+        checkpoints=checkpoints,
+        log=log,
+        signal_from=signal_from,
+        found=found,
+    )
+
+
+def _questions(
+    config: Config,
+    processes: TrainingProcesses,
+    tokenizer: PreTrainedTokenizerBase,
+    functions: list[Reward],
+    train_dataset: Rows | None,
+    eval_dataset: Rows | None,
+) -> Questions:
+    with processes.accelerator.main_process_first():
+        rows = _rows(config, train_dataset, functions, evaluation=False)
+        wanted = config.evaluation.num_questions
+        eval_rows = _rows(config, eval_dataset, functions, evaluation=True) if wanted else []
+    scorer = Scorer(
+        functions,
+        **_columns(rows, eval_rows),
+        max_completion_tokens=config.rollout.max_completion_tokens,
+        num_workers=config.scoring.num_workers,
+        timeout_seconds=config.scoring.timeout_seconds,
+        memory_gib=config.scoring.memory_gib,
+        environment=config.scoring.environment,
+    )
+    scorer.check_limits(config.completion_limits)
+    eval_rows = eval_rows[:wanted]
+    named = scorer.named_columns()
+    gaps = [*_gaps(named, rows, "training questions"), *_gaps(named, eval_rows, "held-out questions")]
+    for notice in [*scorer.notices(), *gaps]:
+        processes.say(notice)
+    prompts, first = _gradable(rows, "training questions", config, processes, tokenizer, scorer)
+    held_out: list[Prompt] = []
+    audits = [first]
+    if eval_rows:
+        held_out, second = _gradable(eval_rows, "held-out questions", config, processes, tokenizer, scorer)
+        audits.append(second)
+    check_vocabulary(config.model, tokenizer, [prompt.token_ids for prompt in [*prompts, *held_out]])
+    order = PromptOrder(
+        prompts,
+        seed=config.run.seed,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        weights=config.data.weights if train_dataset is None else None,
+    )
+    return Questions(order, held_out, scorer, audits)
+
+
+def _gradable(
+    rows: list[dict[str, Any]],
+    what: str,
+    config: Config,
+    processes: TrainingProcesses,
+    tokenizer: PreTrainedTokenizerBase,
+    scorer: Scorer,
+) -> tuple[list[Prompt], Audit]:
+    """Prompts of the rows that fit and whose answer every reward function can grade; says what was dropped."""
+    # asked once: a time limit that strikes on one process only would leave them with different questions
+    reasons = processes.on_main(lambda: scorer.check_rows(rows, say=processes.say))
+    gradable = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
+    if not gradable:
+        raise ValueError(
+            f"data.answer_column is {config.data.answer_column!r}; not one of the {len(rows)} {what} has an answer "
+            f"that can be graded; the first: {reasons[0]}. Correct data.answer_column or data.answer_regex."
+        )
+    prompts, dropped = build_prompts(gradable, tokenizer, config.data)
+    if len(gradable) < len(rows):
+        dropped[f"answer cannot be graded, e.g. {next(filter(None, reasons))}"] += len(rows) - len(gradable)
+    processes.say(f"{len(prompts):,} {what}" + "".join(f"; {n:,} dropped: {why}" for why, n in dropped.items()))
+    return prompts, audit(what, rows, reasons, num_prompts=len(prompts))
+
+
+def _reward_functions(config: Config, rewards: Sequence[Callable[..., Any] | Reward] | None) -> list[Reward]:
+    if rewards is None:
+        return resolve_rewards(config.rewards)
+    for setting in config.schedules:
+        if setting.startswith("rewards."):
+            raise ValueError(
+                f"schedules holds {setting!r}; the rewards of this run are those given to Trainer, not those of `rewards`. List "
+                "them there, or remove the schedule."
+            )
+    given = [reward if isinstance(reward, Reward) else Reward(reward) for reward in rewards]
+    if not any(reward.weight for reward in given):
+        raise ValueError(
+            f"rewards is {[reward.name for reward in given]} without any weight; at least one reward must count for something. "
+            "Give one of them a weight other than 0."
+        )
+    return given
+
+
+def _signal_from(config: Config, rewards: list[Reward]) -> str:
+    """Name of the reward by which dynamic sampling chooses groups."""
+    wanted, names = config.rollout.signal_from, [reward.name for reward in rewards]
+    if wanted is not None and wanted not in names:
+        raise ValueError(
+            f"rollout.signal_from is {wanted!r}; the rewards of this run are {', '.join(names)}. Name one of them."
+        )
+    return wanted or verdict_name(reward.name for reward in rewards if reward.weight)
+
+
+def _rows(config: Config, given: Rows | None, rewards: list[Reward], *, evaluation: bool) -> list[dict[str, Any]]:
+    if given is None:
+        return load_rows(config.data, evaluation=evaluation, reads_answer=reads_answer(rewards))
+    return prepare_rows(
+        given,
+        config.data,
+        answer_regex=config.data.answer_regex,
+        setting="eval_dataset" if evaluation else "train_dataset",
+        reads_answer=reads_answer(rewards),
+    )
+
+
+def _columns(rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The columns of all questions, and of those that only some have, which have it: what Scorer wants to know."""
+    training, held_out = list(rows[0]), list(eval_rows[0]) if eval_rows else list(rows[0])
+    elsewhere = {name: "training questions" for name in training if name not in held_out}
+    elsewhere |= {name: "held-out questions" for name in held_out if name not in training}
+    return {"columns": [name for name in training if name in held_out], "elsewhere": elsewhere}
+
+
+def _gaps(named: dict[str, list[str]], rows: list[dict[str, Any]], what: str) -> Iterator[str]:
+    """Which rewards ask for a column that some rows have nothing in."""
+    for reward, names in named.items():
+        for name in names:
+            gaps = missing(rows, name) if rows and name in rows[0] else []
+            if gaps:
+                yield (
+                    f"reward {reward} asks for {name!r}; {len(gaps):,} of {len(rows):,} {what} have none (the first: "
+                    f"row {gaps[0]}), and it is given None for them"
+                )

@@ -1,0 +1,247 @@
+"""A causal language model of transformers, made ready to train: packed, its output head in chunks, its kernels fused."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from grpo.config import ModelConfig
+from grpo.policy.attention import packed_inputs
+from grpo.policy.families import (
+    attribute,
+    logit_transform,
+    switch_off_dropout,
+)
+from grpo.policy.logprobs import token_logprobs
+from grpo.policy.model_source import from_source, model_config
+from grpo.policy.tokenizer import load_tokenizer, vocabulary_size
+from grpo.system import progress
+from grpo.types import MicroBatch
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+@contextmanager
+def in_float32(lm: nn.Module) -> Iterator[None]:
+    """Within it, a model computes in float32: each module on a copy of its own weights, made for the call alone.
+
+    The weights stay where they are: what was captured in a CUDA graph, or lies in an optimizer's flat tensor, remains valid.
+    """
+    narrow: dict[nn.Parameter, Tensor] = {}
+
+    def widen(module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            narrow[parameter] = parameter.data
+            parameter.data = parameter.data.float()
+
+    def restore(module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = narrow.pop(parameter)
+
+    hooks = [
+        hook
+        for module in lm.modules()
+        for hook in (
+            module.register_forward_pre_hook(widen),
+            module.register_forward_hook(restore, always_call=True),
+        )
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class PackedLM(nn.Module):
+    """A causal language model that reads packed sequences and answers with the log-probabilities of given tokens."""
+
+    def __init__(self, lm: PreTrainedModel, *, temperature: float, chunk_tokens: int) -> None:
+        super().__init__()
+        self.lm = lm
+        self.temperature = temperature
+        self.logprobs_of = LogprobHead(lm, chunk_tokens=chunk_tokens)
+
+    def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy (nats) of each completion token at the sampling temperature; (T,) and (T,)."""
+        hidden = self.lm.base_model(**packed_inputs(micro)).last_hidden_state.squeeze(0)
+        return self.logprobs_of(hidden[micro.source_index], micro.targets, self.temperature)
+
+
+class LogprobHead(nn.Module):
+    """A model's output layer with the log-softmax behind it, over as many chunks of tokens as there are.
+
+    It shares the output layer's parameters and never calls that module. ZeRO-3 gathers weights whenever a module is called, so
+    the number of gathers of a pass would follow from the number of its chunks: processes with different numbers of completion
+    tokens would wait for each other for ever. This module is called once in every pass.
+    """
+
+    def __init__(self, lm: PreTrainedModel, *, chunk_tokens: int) -> None:
+        super().__init__()
+        layer = lm.get_output_embeddings()
+        self.weight, self.chunk_tokens = layer.weight, chunk_tokens
+        self.register_parameter("bias", layer.bias)
+        self._logits = output_head(lm, lambda hidden: type(layer).forward(self, hidden))
+
+    def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """See token_logprobs."""
+        return token_logprobs(hidden, targets, self._logits, temperature=temperature, chunk_tokens=self.chunk_tokens)
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        """The parameters are saved as the model's."""
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        """The parameters are loaded as the model's."""
+
+
+def output_head(lm: PreTrainedModel, layer: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
+    """(N, H) -> (N, V) logits, as the model's own forward computes them from its last hidden state.
+
+    Args:
+        layer: what to compute the output layer with instead of its module.
+    """
+    head, transform = layer or lm.get_output_embeddings(), logit_transform(lm)
+    return lambda hidden: transform(head(hidden))
+
+
+def load_lm(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
+    """A model without dropout: with it, the ratio of an unchanged policy would not be 1."""
+    settings = model_config(config)
+    dropouts = switch_off_dropout(settings)
+    with progress.busy("loading the model"):
+        lm: PreTrainedModel = from_source(AutoModelForCausalLM, config, config=settings, dtype=dtype)
+    lm.stored_dropouts = dropouts  # type: ignore[assignment] # for `_shell`
+    logit_transform(lm)  # measured now, while its layers are its own
+    if config.resize_embeddings:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the same new rows in every process, and in the reference
+            lm.resize_token_embeddings(vocabulary_size(load_tokenizer(config)))
+    return lm
+
+
+def decoder_layers(lm: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    return [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def checkpoint_activations(lm: PreTrainedModel, share: float) -> None:
+    """Compute the activations of this share of the layers, evenly spread, again in the backward pass instead of keeping them."""
+    if share > 0:
+        # there is no dropout, so no random state to save
+        lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        for number, layer in enumerate(decoder_layers(lm)):
+            layer.gradient_checkpointing = math.floor((number + 1) * share) > math.floor(number * share)
+
+
+def gather_by_layer(lm: PreTrainedModel) -> None:
+    """Let ZeRO-3 gather the weights of a decoder layer at once: module by module, its hooks keep the host busier than the GPU.
+
+    Not with adapters: nothing before the first layer is trained then, its input has no gradient, and DeepSpeed would take
+    that for the end of the layer's backward pass and let go of its weights.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for layer in decoder_layers(lm):
+        set_z3_leaf_module(layer, True)
+
+
+def fuse_kernels(lm: PreTrainedModel) -> bool:
+    """Let norms, rotary embeddings and gated activations be single kernels; whether Liger knows the family.
+
+    Liger would do so for every model of the family that this process makes later, wherever it runs. Here only this model's
+    modules change; the rotary embedding is a function of the family, and becomes Liger's for tensors on a GPU.
+    """
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
+
+    config = lm.config.get_text_config()
+    activation = attribute(config, "hidden_activation") or attribute(config, "hidden_act")
+    family = vars(sys.modules[type(lm).__module__])
+    before = dict(family)
+    _apply_liger_kernel_to_instance(
+        lm,
+        cross_entropy=False,
+        fused_linear_cross_entropy=False,
+        swiglu=activation in ("silu", "swish"),  # it does not look which one the model has
+        geglu=activation == "gelu_pytorch_tanh",
+    )
+    fused = family.get(ROTARY)
+    family.update(before)
+    if fused is not None and fused is not before[ROTARY]:
+        family[ROTARY] = _by_device(fused, inspect.unwrap(before[ROTARY]))  # an earlier call may have wrapped it
+    return lm.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
+
+
+ROTARY = "apply_rotary_pos_emb"
+
+
+def _by_device(on_gpu: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(elsewhere)
+    def choose(q: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (on_gpu if q.is_cuda else elsewhere)(q, *args, **kwargs)
+
+    return choose
+
+
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linear layers that read the same input, so that sampling can run them as one if their weights follow each other in memory."""
+
+
+def joined_weights(lm: nn.Module) -> list[list[nn.Parameter]]:
+    """The weights, and the biases, of each such set of layers."""
+    found = []
+    for module in lm.modules():
+        for names in JOINED:
+            parts = [part for name in names if isinstance(part := getattr(module, name, None), nn.Linear)]
+            if len(parts) == len(names) and len({part.in_features for part in parts}) == 1:
+                for kind in ("weight", "bias"):
+                    tensors = [getattr(part, kind) for part in parts]
+                    found += [tensors] if all(tensor is not None for tensor in tensors) else []
+    return found
+
+
+def lay_out(lm: PreTrainedModel, device: torch.device) -> None:
+    """Move a model to the device, with joined weights end to end in memory."""
+    nn.Module.to(lm, device)
+    for parts in joined_weights(lm):
+        whole = torch.cat([part.detach() for part in parts])
+        for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+            part.data = view
+
+
+def copy_buffers(source: nn.Module, target: nn.Module) -> None:
+    """Give `target` the buffers of `source`, to the bit, under the same names.
+
+    Under ZeRO-3, transformers 5.17 computes what is not in a checkpoint in the model's precision. Rotary frequencies in bfloat16
+    are off by up to 0.4 %, a radian after 250 positions: the model trained would not be the one that is sampled from.
+    """
+    for path, buffer in source.named_buffers():
+        module, _, name = path.rpartition(".")
+        target.get_submodule(module)._buffers[name] = buffer.clone()
+
+
+def trained_parameters(lm: nn.Module) -> list[nn.Parameter]:
+    """Parameters to train, joined ones one after the other: ZeRO 1 and 2 lay all of them out anew in this order."""
+    followers = {id(parts[0]): parts[1:] for parts in joined_weights(lm)}
+    ordered: dict[int, nn.Parameter] = {}
+    for parameter in lm.parameters():
+        for each in (parameter, *followers.get(id(parameter), ())):
+            ordered.setdefault(id(each), each)
+    return [parameter for parameter in ordered.values() if parameter.requires_grad]

@@ -1,0 +1,220 @@
+"""Reward functions: what they are, and finding and loading those that a configuration names."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib
+import inspect
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any, Literal
+
+import torch
+
+from grpo.config import RewardConfig, read_text
+from grpo.scoring.worker import SourceFile
+
+loaded_files: dict[str, SourceFile] = {}  # modules that resolve_function loaded from a path; workers load the same text
+
+LARGEST = float(torch.finfo(torch.float32).max)
+"""Of a reward. Rewards are 64-bit numbers up to the advantage, which is a 32-bit one: a larger reward would become infinite."""
+
+Form = Literal["completion", "texts", "messages"]
+FORMS: dict[str, str] = {
+    "completion": "once for each completion, as text",
+    "texts": "once for a group, with its completions as texts",
+    "messages": "once for a group, with its completions as lists of messages",
+}
+"""How a function can be called."""
+
+
+class RewardError(RuntimeError):
+    """A bug in a reward function: it raised an exception or returned what is not a reward."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward function and its place in the sum."""
+
+    function: Callable[..., Any]
+    weight: float = 1.0  # 0: only logged
+    name: str = ""  # in the metrics; empty: the function's own
+    args: dict[str, Any] = field(default_factory=dict)  # further keyword arguments
+    form: Form | None = None  # how it is called; None: as its parameters say
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if the function is a class, or there is no such form."""
+        if inspect.isclass(self.function):
+            raise ValueError(
+                f"reward {self.function.__name__} is a class; a reward is a function, or an object that can be called. Hand over "
+                f"an object: {self.function.__name__}(...)."
+            )
+        if not self.name:
+            function = _unwrapped(self.function)
+            object.__setattr__(self, "name", getattr(function, "__name__", type(function).__name__))
+        if self.form is not None and self.form not in FORMS:
+            raise ValueError(
+                f"reward {self.name} has the form {self.form!r}; it is {', '.join(FORMS)} or None. Correct it."
+            )
+
+
+def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a `functools.partial` is of."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def resolve_rewards(configured: Iterable[RewardConfig]) -> list[Reward]:
+    """The rewards that a YAML lists. Raises ValueError as `resolve_function` does, or if a class makes no reward."""
+    return [_configured(each) for each in configured]
+
+
+def _configured(config: RewardConfig) -> Reward:
+    function, args = resolve_function(config.function), config.args
+    if inspect.isclass(function):
+        named = inspect.signature(function).parameters
+        own = {name: value for name, value in args.items() if name in named}
+        function, args = _instance(config.function, function, own), {n: v for n, v in args.items() if n not in own}
+    return Reward(function, weight=config.weight, name=config.name or "", args=args, form=config.form)
+
+
+def _instance(spec: str, kind: type, args: dict[str, Any]) -> Callable[..., Any]:
+    """An object of a class that a YAML names, made with those of its args that the class takes."""
+    try:
+        made = kind(**args)
+    except TypeError as error:
+        raise ValueError(
+            f"rewards.*.function is {spec!r}, a class; it cannot be made from its args {args}: {error}. Set rewards.*.args."
+        ) from error
+    if not callable(made):
+        raise ValueError(
+            f"rewards.*.function is {spec!r}, a class; its objects cannot be called. Give it a method __call__, or name "
+            "a function."
+        )
+    return made
+
+
+def resolve_function(spec: str) -> Callable[..., Any]:
+    """The reward function that a YAML names, or the class of such functions.
+
+    Args:
+        spec: a name in rewards/ ("accuracy"), "module:function", or "path/to/file.py:function".
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    place, colon, name = spec.rpartition(":")
+    if not colon:
+        module = importlib.import_module("grpo.rewards")  # a user's own `rewards` is another module
+        known = module.__all__
+        if spec not in known:
+            raise ValueError(
+                f"rewards.*.function is {spec!r}; {nearest(spec, known)}. Name one of these, "
+                "module:function, or path/to/file.py:function."
+            )
+        name = spec
+    else:
+        module = _load_file(spec, Path(place)) if place.endswith(".py") else _import_module(spec, place)
+    function = getattr(module, name, None)
+    if not callable(function):
+        defined = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise ValueError(
+            f"rewards.*.function is {spec!r}; {place} has no function {name!r}: {nearest(name, defined)}. "
+            "Name one of its functions."
+        )
+    return function
+
+
+# ---- who is given what -----------------------------------------------------------------------------------------------
+
+
+def _import_module(spec: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except (ImportError, ValueError) as error:  # ValueError: an empty name
+        raise ValueError(
+            f"rewards.*.function is {spec!r}; the module {name!r} cannot be imported: {error}. "
+            "Install it, add its folder to PYTHONPATH, or name its file: path/to/file.py:function."
+        ) from error
+
+
+def modules_of(rewards: Sequence[Reward]) -> list[str]:
+    """Where the functions and their `check_row`s were defined, each once."""
+    functions = [_unwrapped(f) for r in rewards for f in (r.function, getattr(r.function, "check_row", None)) if f]
+    return list(dict.fromkeys(getattr(f, "__module__", type(f).__module__) for f in functions))
+
+
+def _load_file(spec: str, path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ValueError(
+            f"rewards.*.function is {spec!r}; there is no file {path.resolve()}. "
+            "Give the path from the folder in which the run is started, or an absolute one."
+        )
+    path = path.resolve()
+    name = f"reward_file_{zlib.crc32(str(path).encode()):08x}"  # of two files with one name, and never with a dot
+    if name not in loaded_files:
+        source = SourceFile(name, str(path), read_text(path, f"rewards.*.function is {spec!r}"))
+        try:
+            compile(source.text, source.path, "exec")
+        except SyntaxError as error:
+            raise ValueError(
+                f"rewards.*.function is {spec!r}; the file is not valid Python: {error}. Correct it."
+            ) from error
+        _check_neighbours(spec, source)
+        with _importing_from(source.folder):
+            source.load()
+        loaded_files[name] = source
+    return sys.modules[name]
+
+
+@contextmanager
+def _importing_from(folder: str) -> Iterator[None]:
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def _check_neighbours(spec: str, source: SourceFile) -> None:
+    """Raises ValueError if the file imports a module beside it whose name another module has by now: it would be given that."""
+    for name, path in _neighbours(Path(source.folder), source.text).items():
+        loaded = getattr(sys.modules.get(name), "__file__", None)
+        if name in sys.modules and (loaded is None or Path(loaded).resolve() != path.resolve()):
+            raise ValueError(
+                f"rewards.*.function is {spec!r}; it imports {name}, and {path} is not the only module of that name: "
+                f"{loaded or 'one of Python itself'} has been imported as it. Rename one of the two."
+            )
+
+
+def _neighbours(folder: Path, text: str, known: Mapping[str, Path] = MappingProxyType({})) -> dict[str, Path]:
+    """The modules of a folder that a source in it imports, and what those import there."""
+    found = dict(known)
+    for name in _imports(text) - set(known):
+        for path in (folder / f"{name}.py", folder / name / "__init__.py"):
+            if path.is_file():
+                found |= _neighbours(folder, path.read_text(encoding="utf-8"), {**found, name: path})
+    return found
+
+
+def _imports(text: str) -> set[str]:
+    """Names of the modules that a source imports, up to their first dot."""
+    nodes = list(ast.walk(ast.parse(text)))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    others = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
+    return {name.partition(".")[0] for name in plain | others}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "there is a, b, c; did you mean b?" """
+    known = sorted(set(known))
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"there is {', '.join(known) or 'nothing'}" + (f"; did you mean {close[0]}?" if close else "")

@@ -1,0 +1,218 @@
+"""Weighted sequences in, an update out: dealing, packing, passes, loss, step, reference.
+
+It knows nothing of rewards: an advantage is the weight of a sequence's log-probabilities, wherever it comes from.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo.algorithm.batch import join, micro_batch, plan_passes, spare, split, take
+from grpo.algorithm.loss import Objective, entropy_threshold, grpo_loss, token_weights
+from grpo.config import AlgorithmConfig, OptimizerConfig
+from grpo.config.schedule import learning_rate
+from grpo.observe.metrics import Meter, measure_micro_batch, measure_passes
+from grpo.policy.policy import Policy
+from grpo.types import Batch, MicroBatch
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What all processes have to know of each other's passes before they step."""
+
+    loss: float
+    gaps: float  # sum over completion tokens of |log-probability now - when sampled|, of the whole step so far
+    num_tokens: float  # that `gaps` is a sum of
+    flags: tuple[float, ...]  # how many processes each flag is set on
+
+
+class Learner:
+    """Makes updates of a policy. Every process has one, and all call the same methods at the same time.
+
+    Args:
+        optimizer_steps: of the whole run, for the schedule of the learning rate.
+        token_budget: tokens of a pass.
+        max_completion_tokens: for the aggregation `constant`.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        algorithm: AlgorithmConfig,
+        optimizer: OptimizerConfig,
+        *,
+        optimizer_steps: int,
+        token_budget: int,
+        max_completion_tokens: int,
+    ) -> None:
+        self.policy = policy
+        self.processes = policy.processes
+        self.algorithm = algorithm
+        self.objective = algorithm.objective
+        self.optimizer = optimizer
+        self.optimizer_steps = optimizer_steps
+        self.token_budget = token_budget
+        self.max_completion_tokens = max_completion_tokens
+
+    def follow(self, objective: Objective, *, temperature: float, max_completion_tokens: int) -> None:
+        """Take those of the step at hand, which may follow schedules."""
+        self.policy.use_temperature(temperature)
+        self.objective = objective
+        self.max_completion_tokens = max_completion_tokens
+
+    def prepare(self, minibatches: list[Batch], meter: Meter) -> list[list[MicroBatch]]:
+        """This process's passes over each minibatch of each epoch, with what stays fixed in the updates.
+
+        Args:
+            minibatches: the sequences of each that this process has.
+        """
+        dealt = [self.deal(mine) for mine in minibatches]
+        for passes in dealt:
+            self._fix(passes)
+        for passes in self.algorithm.num_epochs * dealt:
+            measure_passes(meter, passes)
+        return self.algorithm.num_epochs * dealt
+
+    def deal(self, mine: Batch) -> list[MicroBatch]:
+        """This process's passes over a minibatch of which it has a part.
+
+        All sequences are dealt anew, so that no process waits for one whose completions happen to be longer. The weights follow
+        from the whole minibatch; it is empty if not one completion has a known reward, on any process. Where an advantage of 0
+        makes no gradient, such completions count, but need no pass. If there are no others all of them get one, so that the
+        sampling gap is still measured, which may be why nothing is rewarded.
+        """
+        whole = join(self.processes.gather(mine)) if self.processes.world_size > 1 else mine
+        needed = list(range(whole.num_sequences))
+        if not self.algorithm.every_token_counts:
+            needed = whole.advantages.nonzero().flatten().tolist() or needed
+        plan = plan_passes(take(whole, needed), token_budget=self.token_budget, num_processes=self.processes.world_size)
+        return [self._pass(whole, [needed[i] for i in part]) for part in plan[self.processes.rank]]
+
+    def _pass(self, whole: Batch, sequences: list[int]) -> MicroBatch:
+        if not sequences:
+            return spare()
+        part = take(whole, sequences)
+        weights = token_weights(
+            self.algorithm.aggregation,
+            part.completion_lens,
+            num_completions=whole.num_sequences,
+            num_tokens=int(whole.completion_lens.sum()),
+            max_completion_tokens=self.max_completion_tokens,
+        )
+        return micro_batch(part, weights)
+
+    def _fix(self, minibatch: list[MicroBatch]) -> None:
+        """Add what stays fixed during the updates, where the algorithm needs it: log-probabilities, and which tokens count."""
+        algorithm, entropies = self.algorithm, []
+        for micro in minibatch:
+            there = micro.to(self.processes.device)
+            if algorithm.updates_per_rollout > 1 or algorithm.top_entropy < 1:
+                micro.old_logprobs, entropy = self.policy.before_update(there)
+                entropies.append(entropy[: 0 if micro.is_spare else None].cpu())
+            if algorithm.kl_in_loss:
+                micro.ref_logprobs = self.policy.ref_logprobs(there)
+        if minibatch and algorithm.top_entropy < 1:
+            threshold = entropy_threshold(torch.cat(self.processes.gather(torch.cat(entropies))), algorithm.top_entropy)
+            for micro, entropy in zip(minibatch, entropies, strict=True):
+                micro.selected = None if micro.is_spare else entropy >= threshold
+
+    def divergences(self, batch: Batch, meter: Meter) -> Tensor:
+        """(B,) sums over each completion's tokens of log pi - log pi_ref, before the update; a process may have no sequences."""
+        plan = plan_passes(batch, token_budget=self.token_budget, num_processes=1)[0]
+        sums = torch.zeros(batch.num_sequences)
+        for sequences in [*plan, *[[]] * (max(self.processes.gather(len(plan))) - len(plan))]:
+            micro = self._pass(batch, sequences).to(self.processes.device)
+            kl = (self.policy.old_logprobs(micro) - self.policy.ref_logprobs(micro)).cpu()
+            if sequences:
+                sums[sequences] = torch.stack([part.sum() for part in kl.split(micro.completion_lens.tolist())])
+                meter.mean("policy/kl", kl)
+        return sums
+
+    def split(self, minibatches: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
+        """Passes that are no larger than `token_budget`, of larger ones; equally many on all processes."""
+        smaller = [[part for micro in passes for part in split(micro, self.token_budget)] for passes in minibatches]
+        most = [max(self.processes.gather(len(passes))) for passes in smaller]
+        return [
+            [*passes, *(spare() for _ in range(number - len(passes)))]
+            for passes, number in zip(smaller, most, strict=True)
+        ]
+
+    def accumulate(
+        self,
+        minibatch: list[MicroBatch],
+        meter: Meter,
+        passes: list[tuple[MicroBatch, Tensor]],
+        flags: tuple[bool, ...],
+    ) -> Totals:
+        """The gradient of this process's passes; the other processes run as many at the same time.
+
+        Args:
+            passes: takes each pass with the policy's log-probabilities, (T,).
+            flags: added up over the processes on the way, whose sums nobody has to wait for.
+        """
+        total = torch.zeros((), device=self.processes.device)
+        for number, micro in enumerate(micro.to(self.processes.device) for micro in minibatch):
+            logprobs, entropy = self.policy.logprobs(micro)
+            result = grpo_loss(
+                logprobs,
+                micro.advantages,
+                micro.weights,
+                self.objective,
+                completion_lens=micro.completion_lens,
+                entropy=entropy,
+                old_logprobs=micro.old_logprobs,
+                ref_logprobs=micro.ref_logprobs,
+                sampling_logprobs=micro.sampling_logprobs,
+                selected=micro.selected,
+            )
+            total += result.loss.detach()
+            measure_micro_batch(meter, micro, self.objective, logprobs.detach(), entropy.detach(), result)
+            passes.append((micro, logprobs.detach()))
+            if number < len(minibatch) - 1:
+                self.policy.backward(result.loss, last=False)
+            else:
+                sums = self.processes.add_up(mine_of(total, meter, *flags))
+                self.policy.backward(unless_finite(result.loss, sums[0]), last=True)
+        loss, gaps, num_tokens, *counts = sums.tolist()
+        return Totals(loss, gaps, num_tokens, tuple(counts))
+
+    def rate(self, optimizer_step: int) -> float:
+        """The learning rate of an optimizer step, counted from 0."""
+        return learning_rate(self.optimizer, step=optimizer_step, num_steps=self.optimizer_steps)
+
+    def step(self, rate: float) -> float | None:
+        """Change the weights; the norm of the gradient, or None if it was not finite and nothing was changed."""
+        norm = self.policy.optimizer_step(rate)
+        return norm if math.isfinite(norm) else None
+
+    def refresh_reference_if_due(self, *, before: int, after: int) -> bool:
+        """Make the policy the reference where a rollout's optimizer steps passed a multiple of reference_refresh_steps.
+
+        One without a known reward has fewer steps, so they may not end on it.
+        """
+        every = self.algorithm.reference_refresh_steps
+        due = bool(every) and after // every > before // every
+        if due:
+            self.policy.refresh_reference()
+        return due
+
+
+def mine_of(loss: Tensor, meter: Meter, *more: float) -> Tensor:
+    """This process's part of the loss, the sum and the number of the step's gaps so far, and more to add up; (3 + more,)."""
+    gaps = meter.sums.get("policy/sampling_gap", 0.0), meter.counts.get("policy/sampling_gap", 0.0)
+    return torch.stack(
+        [loss.double(), *(torch.as_tensor(each, device=loss.device).double() for each in (*gaps, *more))]
+    )
+
+
+def unless_finite(loss: Tensor, total: Tensor) -> Tensor:
+    """`loss`, or NaN if `total`, the same on every process, is not finite.
+
+    Every ZeRO stage drops a gradient that is not finite, on all processes together; so one poisoned loss makes all of them leave
+    the update out, without anyone waiting for a number. A finite loss is left as it is, to the bit.
+    """
+    return loss * torch.where(total.isfinite(), 1.0, math.nan).to(loss.dtype)
