@@ -243,7 +243,7 @@ class Trainer:
         metrics["optimizer/steps"] = self.state.optimizer_steps
         metrics |= {f"schedule/{name}": float(value) for name, value in self.now.scheduled_values().items()}
         metrics["progress/epoch"] = self.state.position / len(self.prompts.prompts)
-        alarms = self.guard.observe(self.state.step, metrics)
+        alarms = self.guard.observe(self.state.step, metrics, rollout)
         metrics["watchdog/alarms"] = len(alarms)
         self.log.log(self.state.step, metrics)
         good = self.guard.act_on(alarms, self.step, number=self.state.step)

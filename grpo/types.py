@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a configuration needs Sampling, and nobody should wait for torch to read that a setting is wrong
+    import torch
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
 
@@ -220,6 +221,8 @@ class MicroBatch:
 
 def _moved(data: Any, device: torch.device) -> Any:
     """A dataclass with its tensors, and those of dataclasses in it, on the device."""
+    from torch import Tensor
+
     fields = vars(data).items()
     return replace(
         data,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from .equivalence import is_equivalent, read_gold
-from .extraction import from_answer_tag, from_anywhere, from_box, last_number
+from .verifier.equivalence import is_equivalent, read_gold
+from .verifier.extraction import from_answer_tag, from_anywhere, from_box, last_number
 
 Source = Literal["answer_tag", "boxed", "last_number", "anywhere"]
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from .extraction import last_answer_tag
 from .sandbox import SandboxError, run_python, runs_as_root, unprotected
+from .verifier.extraction import last_answer_tag
 
 Source = Literal["answer_tag", "fence"]
 MAX_PROGRAM_CHARS = 100_000

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from .extraction import last_answer_tag, last_box, last_math, without_emphasis
+from .verifier.extraction import last_answer_tag, last_box, last_math, without_emphasis
 
 MAX_CHARS = 200  # of an expression; six numbers with every bracket take fewer
 

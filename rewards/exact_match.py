@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .extraction import last_answer_tag
+from .verifier.extraction import last_answer_tag
 
 
 def exact_match(completion: str, answer: str) -> float:

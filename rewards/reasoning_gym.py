@@ -7,7 +7,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from .extraction import last_answer_tag
+from .verifier.extraction import last_answer_tag
 
 MAX_CHARS = 200  # of an arithmetic answer
 _ARITHMETIC = re.compile(r"[-+*/()0-9 ]+")

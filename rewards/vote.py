@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .accuracy import Source, candidate_answer
-from .equivalence import MAX_CHARS, Gold, is_equivalent, read_gold
-from .values import clean
+from .verifier.cleaning import clean
+from .verifier.equivalence import MAX_CHARS, Gold, is_equivalent, read_gold
 
 NO_ANSWER = -1.0
 RIGHT_ANSWER = 0.0

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from grpo.data import registry as benchmarks
-from grpo.evaluation import benchmark as exam
+from grpo.evaluation import asked, benchmark, results
 from grpo.observe.console import errors_for_users, positive
 from grpo.system.terminal import say
 
@@ -25,7 +25,7 @@ def main() -> None:
         from grpo.system import distributed
 
         names, data = benchmarks.named(arguments)
-        settings = exam.Settings(
+        settings = asked.Settings(
             model=model_directory(arguments.model),
             benchmarks=names,
             templates=arguments.templates.split(","),
@@ -35,7 +35,7 @@ def main() -> None:
             temperature=arguments.temperature,
             top_p=arguments.top_p
             if arguments.top_p is not None
-            else (exam.Settings.top_p if arguments.temperature > 0 else 1.0),
+            else (asked.Settings.top_p if arguments.temperature > 0 else 1.0),
             max_completion_tokens=arguments.max_tokens,
             stop=arguments.stop,
             num_questions=arguments.questions,
@@ -43,21 +43,21 @@ def main() -> None:
             dtype=arguments.dtype,
             seed=arguments.seed,
         )
-        means = exam.Means(
+        runtime = benchmark.Runtime(
             engine=arguments.engine,
             max_sequences=arguments.max_sequences,
             kv_cache_gib=arguments.kv_cache_gib,
             num_workers=arguments.workers,
             trust_remote_code=arguments.trust_remote_code,
         )
-        out = Path(arguments.out) if arguments.out else exam.default_out(settings.model)
-        results = exam.take(settings, out, means)
+        out = Path(arguments.out) if arguments.out else benchmark.default_out(settings.model)
+        found = benchmark.evaluate(settings, out, runtime)
     if os.environ.get("RANK", "0") == "0":
         say(
-            f"\n{exam.report(results['results'])}\n\nsamples    {out / 'samples.jsonl'}\nresults    {out / 'results.json'}"
+            f"\n{results.report(found['results'])}\n\nsamples    {out / 'samples.jsonl'}\nresults    {out / 'results.json'}"
         )
         if benchmarks.PROBES_NAME in names:
-            say(exam.transcript(exam.read_samples(out / "samples.jsonl", benchmark=benchmarks.PROBES_NAME)))
+            say(results.transcript(results.read_samples(out / "samples.jsonl", benchmark=benchmarks.PROBES_NAME)))
     distributed.stop()
 
 
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the Python code that comes with the model"
     )
-    parser.add_argument("--revision", default=exam.Settings.revision, help="branch, tag or commit of a hub model")
+    parser.add_argument("--revision", default=asked.Settings.revision, help="branch, tag or commit of a hub model")
     benchmarks.add_arguments(parser)
     parser.add_argument(
         "--templates",
@@ -82,14 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--temperature",
         type=_not_negative,
-        default=exam.Settings.temperature,
+        default=asked.Settings.temperature,
         help="0: greedy, one sample; default: %(default)s",
     )
-    parser.add_argument("--top-p", type=_share, help=f"default: {exam.Settings.top_p}, or 1 at temperature 0")
+    parser.add_argument("--top-p", type=_share, help=f"default: {asked.Settings.top_p}, or 1 at temperature 0")
     parser.add_argument(
         "--max-tokens",
         type=positive,
-        default=exam.Settings.max_completion_tokens,
+        default=asked.Settings.max_completion_tokens,
         metavar="N",
         help="of a completion; the paper: 32768; default: %(default)s",
     )
@@ -97,16 +97,16 @@ def _parser() -> argparse.ArgumentParser:
         "--stop", nargs="+", default=[], metavar="TEXT", help="ends a completion, such as </answer>; see rollout.stop"
     )
     parser.add_argument("--questions", type=positive, metavar="N", help="only the first N of each benchmark")
-    parser.add_argument("--seed", type=int, default=exam.Settings.seed)
+    parser.add_argument("--seed", type=int, default=asked.Settings.seed)
     parser.add_argument("--out", metavar="DIR", help="default: RUN/evaluation/STEP of a run, else evaluations/MODEL")
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default=exam.Settings.dtype)
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default=asked.Settings.dtype)
     parser.add_argument(
-        "--engine", choices=("auto", "native", "hf"), default=exam.Means.engine, help="see rollout.engine"
+        "--engine", choices=("auto", "native", "hf"), default=benchmark.Runtime.engine, help="see rollout.engine"
     )
     parser.add_argument(
         "--max-sequences",
         type=positive,
-        default=exam.Means.max_sequences,
+        default=benchmark.Runtime.max_sequences,
         metavar="N",
         help="sampled at once on a GPU",
     )

@@ -2,9 +2,11 @@ r"""Throw random completions at the accuracy reward, in the worker processes of 
 
     python scripts/fuzz_verifier.py --cases 10000 --seed 0
 
-Every case is one completion and the gold answers that it is scored against. Three strategies know the value that the
-completion commits to, and no other may be paid; the others know only that two different golds may never both be paid:
+Every case is one completion and the gold answers that it is scored against. Of some the value is known that the completion
+commits to, and no other may be paid; of others only that two different golds may never both be paid:
 
+    typed      an answer of any kind that the verifier reads (scripts/fuzz_answers.py: units, bases, sets, intervals, choices),
+               in a right spelling, which has to be paid, or a wrong one
     value      an expression from a grammar, whose exact value is computed alongside, in honest spellings
     list       several candidates with something between them, in boxes, tags, brackets, sets
     mutate     an honest completion with characters deleted, doubled, swapped, replaced or inserted
@@ -12,7 +14,7 @@ completion commits to, and no other may be paid; the others know only that two d
     nesting    brackets, fractions, roots and boxes thousands deep
     huge       towers of powers and factorials, and integers of thousands of digits
 
-Exit code 1 if there was a false reward, a call over its time, or a crash.
+Exit code 1 if there was a false reward, a right spelling that is refused, a call over its time, or a crash.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from grpo.rewards.accuracy import Source, accuracy
 
 from grpo.scoring.worker import Call, Outcome
 from grpo.scoring.worker_pool import WorkerPool
+from scripts.fuzz_answers import KINDS
 
 SECONDS = 10.0  # of one call, as in a run
 MEMORY_GIB = 1.0
@@ -67,15 +70,19 @@ FRAGMENTS = _table(
 )
 
 
+NO_GOLD = "no gold"
+
+
 @dataclass(frozen=True)
 class Case:
     """A completion, the golds it is scored against, and the value it commits to, where that is known."""
 
     strategy: str
     completion: str
-    golds: list[Fraction]
-    value: Fraction | None = None  # paid at most under this one
+    golds: list[Fraction] | list[str]
+    value: Fraction | str | None = None  # paid at most under this one; NO_GOLD: under none
     source: Source = "answer_tag"
+    must_be_paid: bool = False  # under `value`
 
 
 def cases(num: int, seed: int) -> Iterator[Case]:
@@ -83,6 +90,26 @@ def cases(num: int, seed: int) -> Iterator[Case]:
     rng = random.Random(seed)
     for i in range(num):
         yield STRATEGIES[i % len(STRATEGIES)](rng)
+
+
+def typed(rng: random.Random) -> Case:
+    """One kind of answer: a spelling of the first gold, which is paid under it alone, or one that is paid under none."""
+    draw = rng.choice(KINDS)
+    answer = draw(rng)
+    golds = [answer.right[0], *answer.others]
+    is_wrong = bool(answer.wrong) and rng.random() < 0.3
+    text = rng.choice(answer.wrong if is_wrong else answer.right)
+    in_box = rng.random() < 0.4 or "\\boxed" in text
+    content = text if "\\boxed" in text else f"\\boxed{{{text}}}"
+    completion = f"So {content}" if in_box else f"<think> Let me see. </think> <answer>{text}</answer>"
+    return Case(
+        f"typed {draw.__name__}",
+        completion,
+        golds,
+        NO_GOLD if is_wrong else golds[0],
+        "boxed" if in_box else "answer_tag",
+        must_be_paid=not is_wrong,
+    )
 
 
 def value(rng: random.Random) -> Case:
@@ -162,7 +189,17 @@ def huge(rng: random.Random) -> Case:
     return _case(rng, "huge", text, set())
 
 
-STRATEGIES: list[Callable[[random.Random], Case]] = [value, list_of_candidates, mutate, unicode, nesting, huge]
+STRATEGIES: list[Callable[[random.Random], Case]] = [
+    typed,
+    typed,
+    typed,
+    value,
+    list_of_candidates,
+    mutate,
+    unicode,
+    nesting,
+    huge,
+]
 
 
 def _case(rng: random.Random, strategy: str, content: str, golds: set[Fraction], exact: Fraction | None = None) -> Case:
@@ -218,7 +255,12 @@ def graded(completion: str, answer: str, source: Source) -> tuple[bool | str, fl
     return paid, time.perf_counter() - started
 
 
-def false_reward(case: Case, paid: list[Fraction]) -> bool:
+def is_refused(case: Case, paid: list[Fraction] | list[str]) -> bool:
+    """Whether a right spelling was not paid."""
+    return case.must_be_paid and case.value not in paid
+
+
+def false_reward(case: Case, paid: list[Fraction] | list[str]) -> bool:
     """Whether these golds should not all have been paid."""
     return len(paid) > 1 or (case.value is not None and any(gold != case.value for gold in paid))
 
@@ -254,21 +296,23 @@ def report(tried: list[Case], outcomes: list[list[Outcome]], num_calls: int, sec
         paid = [gold for gold, (verdict, _) in values.items() if verdict is True]
         faults = {result.kind for result in results} - {"value"}
         faults |= {"false reward"} if false_reward(case, paid) else set()
+        faults |= {"refused"} if is_refused(case, paid) and not faults else set()
         faults |= {"crash" for verdict, _ in values.values() if isinstance(verdict, str)}
         for fault in faults:
-            print(
-                f"{fault}: {case.strategy}, {case.source}, paid {', '.join(map(str, paid))}: {case.completion[:300]!r}"
-            )
+            under = ", ".join(map(str, paid)) or "none"
+            text = repr(case.completion[:300])
+            print(f"{fault}: {case.strategy}, {case.source}, paid under {under}, committed to {case.value}: {text}")
         counts.update(faults)
         counts.update({f"{case.strategy} paid": bool(paid), case.strategy: 1})
         slowest += [(taken, f"{case.completion[:120]!r} against {gold}") for gold, (_, taken) in values.items()]
     print(f"{len(tried):,} completions, {num_calls:,} gradings in {seconds:.0f} s")
     print(f"false rewards {counts['false reward']}, hangs {counts['timeout']}, crashes {counts['crash']}")
+    print(f"right spellings refused {counts['refused']}")
     for strategy in dict.fromkeys(case.strategy for case in tried):
         print(f"  {strategy}: {counts[strategy]:,} tried, {counts[strategy + ' paid']:,} paid under one gold")
     for taken, what in sorted(slowest, reverse=True)[:5]:
         print(f"  slow: {taken:.2f} s: {what}")
-    return int(any(counts[fault] for fault in ("false reward", "timeout", "crash")))
+    return int(any(counts[fault] for fault in ("false reward", "refused", "timeout", "crash")))
 
 
 if __name__ == "__main__":

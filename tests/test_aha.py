@@ -142,7 +142,7 @@ def test_a_users_list_joins_the_others_or_takes_the_place_of_one():
 def row(text: str, accuracy: float | None, num_tokens: int, finish_reason: str = "stop") -> dict[str, Any]:
     rewards = {"format": 1.0, "accuracy": accuracy}
     return {
-        **{"question": "What is 2+2?", "completion": text, "rewards": rewards},
+        **{"question": "What is 2+2?", "answer": "4", "completion": text, "rewards": rewards},
         **{"num_tokens": num_tokens, "finish_reason": finish_reason},
     }
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo.algorithm.batch import join, micro_batch, pack, plan_passes, spare, split, take, unpack
+from grpo.algorithm.batch import empty_micro_batch, join, micro_batch, pack, plan_passes, split, take, unpack
 from grpo.policy.attention import spread
 from grpo.types import Batch, Completion, Group, Prompt
 
@@ -209,7 +209,7 @@ def test_with_fewer_sequences_than_processes_some_passes_are_empty(batch: Batch)
 
 
 def test_a_spare_pass_has_no_weight():
-    micro = spare()
+    micro = empty_micro_batch()
     assert micro.is_spare
     assert micro.weights.tolist() == [0.0]
     assert micro.tokens[micro.source_index + 1].equal(micro.targets)

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from grpo.algorithm.batch import join, micro_batch, pack, spare
+from grpo.algorithm.batch import empty_micro_batch, join, micro_batch, pack
 from grpo.policy.language_model import PackedLM
 from grpo.system import distributed
 from grpo.types import Completion, Group, MicroBatch, Prompt
@@ -54,7 +54,7 @@ def test_an_updates_operations_do_not_count_passes_without_work():
     import workload
 
     config, micro = workload.model_config("tiny"), a_pass(prompt_lens=[7], completion_lens=[[20, 1]])
-    assert step.update_flops(config, [micro, spare(), micro]) == 2 * step.update_flops(config, [micro])
+    assert step.update_flops(config, [micro, empty_micro_batch(), micro]) == 2 * step.update_flops(config, [micro])
 
 
 def a_pass(*, prompt_lens: list[int], completion_lens: list[list[int]]) -> MicroBatch:

@@ -18,22 +18,21 @@ from threading import Thread
 import pytest
 import torch
 import warm
-from grpo.run.step_state import StepUnderWay, dealt_anew
 from helpers import ROOT, clean_environment, launch, tiny_config
 from test_trainer import steps_of
 
 from grpo import Trainer
-from grpo.algorithm.batch import micro_batch, pack, spare, take
+from grpo.algorithm.batch import empty_micro_batch, micro_batch, pack, take
 from grpo.config import Config, as_override
 from grpo.observe.metrics import Meter
 from grpo.policy.model_source import complete_checkpoints
 from grpo.run import checkpoint, inputs
 from grpo.run.checkpoint import CheckpointError, changed_setting, name_of, numbers_of
-from grpo.run.post_mortem import Evidence
 from grpo.scoring import scorer as scoring
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import EXIT_STOPPED, Stopped
 from grpo.system.writer import Writer, checksum, copied, problem_with, save_tensors
+from grpo.training.state import Rollout, StepState, redistribute
 from grpo.types import Completion, Group, MicroBatch, Prompt, Scores
 
 EVERY_STEP = {"every_steps": 1, "keep": 10}
@@ -619,12 +618,12 @@ def test_a_stop_that_one_process_hears_of_stops_all_and_the_rest_of_the_rollout_
 
 
 @pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 2), (3, 2), (2, 5)])
-def test_a_step_under_way_is_dealt_anew_without_losing_a_sequence(before: int, now: int):
+def test_a_step_under_way_is_redistribute_without_losing_a_sequence(before: int, now: int):
     rng = random.Random(0)
     parts = [part_of_a_step(rng, number) for number in range(before)]
-    dealt = [dealt_anew(parts, rank=rank, num_processes=now) for rank in range(now)]
+    dealt = [redistribute(parts, rank=rank, num_processes=now) for rank in range(now)]
 
-    def sequences(steps: list[StepUnderWay], minibatch: int) -> list[list[int]]:
+    def sequences(steps: list[StepState], minibatch: int) -> list[list[int]]:
         passes = [micro for step in steps for micro in step.minibatches[minibatch] if not micro.is_spare]
         return sorted(micro.targets.tolist() for micro in passes)
 
@@ -638,7 +637,7 @@ def test_a_step_under_way_is_dealt_anew_without_losing_a_sequence(before: int, n
     assert all(step.first_update == 3 for step in dealt)
 
 
-def part_of_a_step(rng: random.Random, number: int) -> StepUnderWay:
+def part_of_a_step(rng: random.Random, number: int) -> StepState:
     groups = [
         Group(
             Prompt(2 * number + i, [1, 2, 3], "", "", {}),
@@ -651,8 +650,8 @@ def part_of_a_step(rng: random.Random, number: int) -> StepUnderWay:
     passes = [micro_batch(take(whole, [i]), torch.ones(5)) for i in range(4)]
     meter = Meter()
     meter.mean("x", torch.tensor(float(number)))
-    rollout = Evidence(groups, Scores(advantages, {"f": advantages}, 0, 0), advantages, torch.tensor([0, 1]))
-    return StepUnderWay(rollout, 3, [passes[:2], [*passes[2:], spare()]], meter, {})
+    rollout = Rollout(groups, Scores(advantages, {"f": advantages}, 0, 0), advantages, torch.tensor([0, 1]))
+    return StepState(rollout, 3, [passes[:2], [*passes[2:], empty_micro_batch()]], meter, {})
 
 
 # ---- at the seams ----------------------------------------------------------------------------------------------------

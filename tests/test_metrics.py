@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from grpo.algorithm.batch import micro_batch, pack, spare
+from grpo.algorithm.batch import empty_micro_batch, micro_batch, pack
 from grpo.observe.metrics import Meter, check_reward_names, measure_passes, measure_rollout, step_metrics
 from grpo.observe.sinks import JsonlSink
 from grpo.policy.attention import packed_inputs
@@ -33,7 +33,7 @@ def over_two_processes(mine: Meter, other: Meter) -> Any:
 def test_dealing_is_measured_over_passes_and_processes():
     mine, other = Meter(), Meter()
     measure_passes(mine, [one_group(10, 20, 30), one_group(10, 10)])  # 60 and 20 places
-    measure_passes(other, [one_group(10, 30), spare()])  # 40 places, and none that count
+    measure_passes(other, [one_group(10, 30), empty_micro_batch()])  # 40 places, and none that count
     for meter in (mine, other):
         meter.mean("reward/mean", torch.zeros(1))
         meter.total("throughput/rollout", 0.0)

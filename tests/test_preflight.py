@@ -22,21 +22,21 @@ from grpo.check import templates
 from grpo.run.preflight import (
     Audit,
     Function,
+    GroupStats,
     Preflight,
     PreflightRefused,
     Result,
-    Seen,
     Skipped,
-    Trial,
+    TemplateReport,
     better,
+    diagnose,
+    diagnose_data,
+    group_stats,
     in_both,
     is_refused,
-    judge,
-    judge_data,
     largest_share,
     measure,
     report,
-    see,
 )
 from grpo.system import distributed
 from grpo.system.jsonl import read_jsonl
@@ -47,11 +47,11 @@ nan = math.nan
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def a_group(rewards: list[float], endings: str = "", **changes: Any) -> Seen:
+def a_group(rewards: list[float], endings: str = "", **changes: Any) -> GroupStats:
     """A letter of `endings` per completion: e for an end token, s for a stop text, c for cut off."""
     names: dict[str, Any] = {"e": "end token", "s": "stop text", "c": "cut off"}
     kinds = [names[letter] for letter in endings or "e" * len(rewards)]
-    seen = Seen(kinds, [False] * len(rewards), [10] * len(rewards), rewards, {"it": rewards}, "text")
+    seen = GroupStats(kinds, [False] * len(rewards), [10] * len(rewards), rewards, {"it": rewards}, "text")
     return replace(seen, **changes)
 
 
@@ -83,7 +83,7 @@ def test_endings_and_emptiness_of_completions() -> None:
         Completion([2], [0], "<think> \n", "stop"),
     ]
     scores = Scores(torch.tensor([[9.0] * 4, [1.0, 2.0, 3.0, 4.0]]), {"f": torch.zeros(2, 4)}, 0, 0)
-    seen = see(Group(prompt, completions), scores, 1, end_token_ids=[2, 3])
+    seen = group_stats(Group(prompt, completions), scores, 1, end_token_ids=[2, 3])
     assert seen.endings == ["end token", "stop text", "cut off", "end token"]
     assert seen.empty == [False, False, False, True]
     assert seen.lens == [2, 2, 2, 1]
@@ -100,7 +100,7 @@ def test_the_bound_is_that_share_under_which_no_signal_has_a_chance_of_five_perc
 
 # ---- verdicts --------------------------------------------------------------------------------------------------------
 
-HEALTHY = Trial(
+HEALTHY = TemplateReport(
     template="chat",
     num_groups=32,
     group_size=8,
@@ -172,14 +172,14 @@ def constant(reward: float, **means: float) -> dict[str, Any]:
 )
 def test_what_is_said_of_a_template(changes: dict[str, Any], level: str, said: str) -> None:
     trial = replace(HEALTHY, **changes)
-    problems = judge(trial)
+    problems = diagnose(trial)
     assert [(each.level, said in each.text) for each in problems] == [(level, True)]
     assert is_refused(trial) == (level == "refuse")
 
 
 def test_nothing_is_said_of_a_template_that_is_fine() -> None:
-    assert judge(HEALTHY) == []
-    assert judge(replace(HEALTHY, functions=HEALTHY.functions | {"watched": Function(0.0, 0.0, 0.0)})) == []
+    assert diagnose(HEALTHY) == []
+    assert diagnose(replace(HEALTHY, functions=HEALTHY.functions | {"watched": Function(0.0, 0.0, 0.0)})) == []
 
 
 def test_the_better_template_has_signal_from_more_functions_or_clearly_more_signal() -> None:
@@ -202,10 +202,10 @@ def test_the_data_are_judged_by_what_is_dropped_and_by_what_leaks() -> None:
         "what is 1+1?\n"
     ]
     audits = [Audit("training questions", 100, 10, ["row 3"], 0), Audit("held-out questions", 50, 0, [], 4)]
-    dropped, leaked = judge_data(audits, ["Why?"], num_held_out=46)
+    dropped, leaked = diagnose_data(audits, ["Why?"], num_held_out=46)
     assert dropped.text.startswith("10 of 100 training questions have an answer that cannot be graded and are dropped.")
     assert leaked.text.startswith("1 of 46 held-out questions are training questions too, e.g. 'Why?'")
-    assert judge_data([Audit("training questions", 100, 9, [], 9)], [], num_held_out=0) == []
+    assert diagnose_data([Audit("training questions", 100, 9, [], 9)], [], num_held_out=0) == []
 
 
 def test_the_report_shows_numbers_reasons_and_the_better_template() -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 from grpo.rewards import accuracy, exact_match, format, language, overlong, repetition
-from grpo.rewards.extraction import last_box, last_number
-from grpo.rewards.values import Unread, read
+from grpo.rewards.verifier.extraction import last_box, last_number
+from grpo.rewards.verifier.reading import read
+from grpo.rewards.verifier.values import Unread
 
 from grpo.scoring.worker import Outcome
 

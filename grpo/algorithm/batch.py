@@ -219,7 +219,7 @@ def _packing(
     )
 
 
-def spare() -> MicroBatch:
+def empty_micro_batch() -> MicroBatch:
     """One sequence of two tokens and no weight: a process without work runs it to keep in step with the others."""
     one, zero = torch.ones(1, dtype=torch.long), torch.zeros(1)
     batch = Batch(torch.zeros(2, dtype=torch.long), torch.tensor([0, 2]), one, one, zero, zero)

@@ -14,25 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Objective:
-    """The values that make `grpo_loss` one algorithm or another; config.AlgorithmConfig says what each means.
-
-    What is left out here does nothing: REINFORCE remains.
-    """
-
-    ratio: str = "token"
-    clip: str = "surrogate"
-    clip_low: float | None = None
-    clip_high: float | None = None
-    importance: str = "none"
-    importance_level: str = "token"
-    importance_low: float | None = None
-    importance_high: float | None = None
-    kl_coef: float = 0.0
-    kl_estimator: str = "k3"
-    entropy_coef: float = 0.0
+from grpo.algorithm.objective import Objective
 
 
 @dataclass(frozen=True)

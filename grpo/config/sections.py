@@ -23,7 +23,7 @@ from pydantic import (
     field_validator,
 )
 
-from grpo.algorithm.loss import Objective
+from grpo.algorithm.objective import Objective
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Location = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -418,6 +418,9 @@ class WatchdogConfig(Section):
     """The mean reward is 0 or another constant, or has fallen to half and stays there."""
     signal: Action = "warn"
     """No group has rewards that differ, so the steps are for nothing."""
+    reward_hacking: Action = "warn"
+    """One odd form of answer_forms.py takes over the right answers (sums that are not worked out, lists, empty thoughts), or the
+    right answers increase while those that state the gold answer do not. Some such answers are printed: read them."""
     patience: PositiveInt = 10
     """Steps over which a rule looks before it speaks. Raise it for small, noisy rollouts; lower it where a step is dear."""
     max_skipped: PositiveInt = 3

@@ -16,9 +16,9 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,116 +29,24 @@ from transformers import PreTrainedTokenizerBase
 from grpo.config import DataConfig, ModelConfig
 from grpo.data import registry as benchmarks
 from grpo.data.prompts import build_prompts
+from grpo.evaluation.asked import PROMPT_FORMATS, Settings, Task
+from grpo.evaluation.results import SAMPLE_KEYS, as_json, conclude, earlier_results, seconds_of
 from grpo.inference import model as inference
 from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
-from grpo.scoring.answers import OF_THE_QUESTION, answer, by_question, columns_of, is_right
+from grpo.scoring.answers import answer
 from grpo.scoring.reward import Reward, resolve_function
 from grpo.scoring.scorer import Scorer
-from grpo.scoring.statistics import estimate
 from grpo.system import distributed
 from grpo.system.distributed import Processes
-from grpo.system.jsonl import append_jsonl, iterate_jsonl, json_line, read_jsonl
+from grpo.system.jsonl import append_jsonl, json_line, read_jsonl
 from grpo.system.out_of_memory import retry_with_fewer_sequences
 from grpo.system.terminal import say
-from grpo.system.writer import replace_text, to_json
-from grpo.types import VOTE, Prompt, Sampling
-
-BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+from grpo.system.writer import replace_text
+from grpo.types import VOTE
 
 
 @dataclass(frozen=True)
-class Presentation:
-    """How a question is put to the model, and where its answer is looked for."""
-
-    template: str  # see grpo/data/prompts.py
-    source: str  # see rewards/accuracy.py
-    suffix: str = ""  # of the question
-
-
-PRESENTATIONS = {
-    "r1_zero": Presentation("r1_zero", "answer_tag"),
-    "r1_zero_think": Presentation("r1_zero_think", "answer_tag"),
-    "chat": Presentation("chat", "anywhere"),
-    "chat_boxed": Presentation("chat", "anywhere", BOXED),
-    "none": Presentation("none", "anywhere"),
-    "none_boxed": Presentation("none", "anywhere", BOXED),
-}
-"""By name. Only the paper's template asks for the tag, so only there it has to be; elsewhere a base is not held to a form."""
-
-SOURCES = {
-    "answer_tag": "the last <answer> </answer> only",
-    "anywhere": "the last <answer> </answer>, else the last \\boxed{}, else the last number",
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is asked, and all that the answers depend on."""
-
-    model: str  # a directory or an id of the hub
-    benchmarks: list[str]
-    templates: list[str]
-    data: dict[str, str] = field(default_factory=dict)  # a file for a benchmark
-    revision: str = "main"
-    num_samples: int | None = None  # None: what each benchmark recommends
-    temperature: float = 0.6
-    top_p: float = 0.95
-    max_completion_tokens: int = 4096
-    stop: list[str] = field(default_factory=list)  # texts that end a completion
-    num_questions: int | None = None  # the first of each benchmark; None: all
-    system_prompt: str | None = None  # of the chat templates; None: what the tokenizer's template says by itself
-    dtype: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises ValueError: a name that is not known, or settings that contradict each other."""
-        benchmarks.check_names(self.benchmarks, self.data)
-        for name in self.templates:
-            if name not in PRESENTATIONS or self.templates.count(name) > 1:
-                raise ValueError(
-                    f"--templates has {name!r}; it is one of {', '.join(PRESENTATIONS)}, each at most once. Correct it."
-                )
-        if self.system_prompt is not None and not any(
-            PRESENTATIONS[name].template == "chat" for name in self.templates
-        ):
-            raise ValueError(
-                f"--system-prompt is {self.system_prompt!r}; only the chat templates have a system message, and --templates is "
-                f"{','.join(self.templates)}. Remove it, or add chat or chat_boxed."
-            )
-        if self.revision != "main" and Path(self.model).is_dir():
-            raise ValueError(
-                f"--revision is {self.revision!r}; --model is the directory {self.model!r}, which has none, so it has no effect. "
-                "Remove it."
-            )
-        if "" in self.stop:
-            raise ValueError(
-                '--stop has ""; every completion contains it and would end with its first token. Remove it.'
-            )
-        if self.temperature == 0 and (self.num_samples or 1) > 1:
-            raise ValueError(
-                f"--samples is {self.num_samples}; at --temperature 0 all samples of a question are the same. Set it to 1, or "
-                "raise --temperature."
-            )
-        if self.temperature == 0 and self.top_p < 1:
-            raise ValueError(
-                f"--top-p is {self.top_p}; at --temperature 0 the likeliest token is taken and it has no effect. Remove it."
-            )
-
-    def samples_of(self, benchmark: str) -> int:
-        """How often each question is answered."""
-        if self.temperature == 0:
-            return 1
-        return self.num_samples or benchmarks.default_samples(benchmark)
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(
-            self.max_completion_tokens, temperature=self.temperature, top_p=self.top_p, stop=tuple(self.stop)
-        )
-
-
-@dataclass(frozen=True)
-class Means:
+class Runtime:
     """What the answers do not depend on, but the time."""
 
     engine: str = "auto"
@@ -147,26 +55,6 @@ class Means:
     num_workers: int = 2
     timeout_seconds: float = 10.0
     trust_remote_code: bool = False  # run the Python code that comes with the model
-
-
-@dataclass(frozen=True)
-class Paper:
-    """One benchmark in one template."""
-
-    benchmark: str
-    template: str
-    num_samples: int
-    prompts: list[Prompt]
-    num_ungradable: int  # questions left out, because their gold answer cannot be graded
-
-    @property
-    def key(self) -> dict[str, str]:
-        return {"benchmark": self.benchmark, "template": self.template}
-
-    @property
-    def keys(self) -> list[tuple[str, str, int]]:
-        """Of its questions."""
-        return [(self.benchmark, self.template, prompt.row) for prompt in self.prompts]
 
 
 def default_out(model: str) -> Path:
@@ -214,23 +102,23 @@ def _options_named() -> Iterator[None]:
 
 
 @_options_named()
-def take(settings: Settings, out: Path, means: Means) -> dict[str, Any]:
+def evaluate(settings: Settings, out: Path, runtime: Runtime) -> dict[str, Any]:
     """Answer what is not answered yet, and return what results.json holds. Every process calls it.
 
     Raises:
         ValueError: whatever is wrong with settings, data or model, before the model is loaded.
     """
-    model = ModelConfig(name=settings.model, revision=settings.revision, trust_remote_code=means.trust_remote_code)
+    model = ModelConfig(name=settings.model, revision=settings.revision, trust_remote_code=runtime.trust_remote_code)
     tokenizer = load_tokenizer(model)
     processes = distributed.join()
     rows = processes.on_main(lambda: {name: _rows(settings, name) for name in settings.benchmarks})
-    with _scorers(settings, means) as scorers, ExitStack() as held:
-        papers = [
-            _paper(settings, name, template, rows[name], tokenizer, scorers[PRESENTATIONS[template].source], processes)
+    with _scorers(settings, runtime) as scorers, ExitStack() as held:
+        tasks = [
+            _task(settings, name, template, rows[name], tokenizer, scorers[PROMPT_FORMATS[template].source], processes)
             for name in settings.benchmarks
             for template in settings.templates
         ]
-        asked = [prompt.token_ids for paper in papers for prompt in paper.prompts]
+        asked = [prompt.token_ids for task in tasks for prompt in task.prompts]
         check_vocabulary(model, tokenizer, asked)
         longest = max(map(len, asked))
         config = inference.sampling_config(
@@ -239,24 +127,24 @@ def take(settings: Settings, out: Path, means: Means) -> dict[str, Any]:
             dtype=settings.dtype,
             max_prompt_tokens=longest,
             max_completion_tokens=settings.max_completion_tokens,
-            engine=means.engine,
-            max_sequences=means.max_sequences,
-            kv_cache_gib=means.kv_cache_gib,
-            trust_remote_code=means.trust_remote_code,
+            engine=runtime.engine,
+            max_sequences=runtime.max_sequences,
+            kv_cache_gib=runtime.kv_cache_gib,
+            trust_remote_code=runtime.trust_remote_code,
         )
         processes.on_main(lambda: held.enter_context(_claimed(out, settings, rows)))
-        done = processes.on_main(lambda: _finished(out / "samples.jsonl", papers))
+        done = processes.on_main(lambda: _finished(out / "samples.jsonl", tasks))
         sampler = inference.load(config, tokenizer)
-        results = processes.on_main(lambda: _earlier_results(out))
-        for paper in papers:
+        results = processes.on_main(lambda: earlier_results(out))
+        for task in tasks:
             started = time.perf_counter()
-            _answer(paper, done, sampler, scorers[PRESENTATIONS[paper.template].source], settings, out)
+            _answer(task, done, sampler, scorers[PROMPT_FORMATS[task.template].source], settings, out)
             processes.barrier()
-            is_new = done.isdisjoint(paper.keys)
-            seconds = time.perf_counter() - started if is_new else _seconds(results, paper)
-            # the others wait for it, so that nobody writes the next paper's samples while these are read
-            results = processes.on_main(partial(_conclude, paper, results, settings, out, seconds=seconds))
-    return _as_json(settings, results)
+            is_new = done.isdisjoint(task.keys)
+            seconds = time.perf_counter() - started if is_new else seconds_of(results, task)
+            # the others wait for it, so that nobody writes the next task's samples while these are read
+            results = processes.on_main(partial(conclude, task, results, settings, out, seconds=seconds))
+    return as_json(settings, results)
 
 
 # ---- the questions ---------------------------------------------------------------------------------------------------
@@ -267,10 +155,10 @@ def _rows(settings: Settings, name: str) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _scorers(settings: Settings, means: Means) -> Iterator[dict[str, Scorer]]:
+def _scorers(settings: Settings, runtime: Runtime) -> Iterator[dict[str, Scorer]]:
     """By where they look for the answer."""
-    sources = {PRESENTATIONS[template].source for template in settings.templates}
-    scorers = {source: _scorer(source, settings, means) for source in sorted(sources)}
+    sources = {PROMPT_FORMATS[template].source for template in settings.templates}
+    scorers = {source: _scorer(source, settings, runtime) for source in sorted(sources)}
     try:
         yield scorers
     finally:
@@ -278,7 +166,7 @@ def _scorers(settings: Settings, means: Means) -> Iterator[dict[str, Scorer]]:
             scorer.close()
 
 
-def _scorer(source: str, settings: Settings, means: Means) -> Scorer:
+def _scorer(source: str, settings: Settings, runtime: Runtime) -> Scorer:
     rewards = [
         Reward(resolve_function("accuracy"), args={"source": source}),
         Reward(resolve_function("format"), weight=0),
@@ -289,13 +177,13 @@ def _scorer(source: str, settings: Settings, means: Means) -> Scorer:
         rewards,
         columns=["question", "answer"],
         max_completion_tokens=settings.max_completion_tokens,
-        num_workers=means.num_workers,
-        timeout_seconds=means.timeout_seconds,
+        num_workers=runtime.num_workers,
+        timeout_seconds=runtime.timeout_seconds,
         memory_gib=4.0,
     )
 
 
-def _paper(
+def _task(
     settings: Settings,
     name: str,
     template: str,
@@ -303,8 +191,8 @@ def _paper(
     tokenizer: PreTrainedTokenizerBase,
     scorer: Scorer,
     processes: Processes,
-) -> Paper:
-    how = PRESENTATIONS[template]
+) -> Task:
+    how = PROMPT_FORMATS[template]
     system_prompt = settings.system_prompt if how.template == "chat" else None
     data = DataConfig(template=how.template, system_prompt=system_prompt, max_prompt_tokens=NO_LIMIT)  # type: ignore[arg-type]
     asked = [{**row, "question": row["question"] + how.suffix} for row in rows]
@@ -324,7 +212,7 @@ def _paper(
             f"--benchmarks {name}: not one of the {len(rows)} questions has an answer that can be graded; the first: "
             f"{reasons[0]}. Correct the column answer of the data."
         )
-    return Paper(name, template, settings.samples_of(name), own, len(rows) - len(own))
+    return Task(name, template, settings.samples_of(name), own, len(rows) - len(own))
 
 
 NO_LIMIT = 2**30
@@ -335,7 +223,7 @@ NO_LIMIT = 2**30
 
 
 def _answer(
-    paper: Paper,
+    task: Task,
     done: set[tuple[str, str, int]],
     sampler: inference.Sampler,
     scorer: Scorer,
@@ -344,14 +232,14 @@ def _answer(
 ) -> None:
     """Answer this process's share of what is not done, and write it down as it comes."""
     processes = sampler.processes
-    left = [each for each, key in zip(paper.prompts, paper.keys, strict=True) if key not in done]
+    left = [each for each, key in zip(task.prompts, task.keys, strict=True) if key not in done]
     mine = left[processes.rank :: processes.world_size]
     if not left:
         return
     if processes.is_main:
-        again = f", {len(paper.prompts) - len(left):,} of them before" * (len(left) < len(paper.prompts))
-        say(f"{paper.benchmark}, {paper.template}: {len(paper.prompts):,} questions x {paper.num_samples}{again}")
-    book = _Book(out / "samples.jsonl", paper, total=len(mine), speaks=processes.is_main)
+        again = f", {len(task.prompts) - len(left):,} of them before" * (len(left) < len(task.prompts))
+        say(f"{task.benchmark}, {task.template}: {len(task.prompts):,} questions x {task.num_samples}{again}")
+    book = _Book(out / "samples.jsonl", task, total=len(mine), speaks=processes.is_main)
 
     def sample() -> None:
         answer(
@@ -359,7 +247,7 @@ def _answer(
             generator=sampler.generator,
             scorer=scorer,
             sampling=settings.sampling,
-            num_samples=paper.num_samples,
+            num_samples=task.num_samples,
             seed=settings.seed,
             on_rows=book.add,
         )
@@ -376,14 +264,14 @@ class _Book:
     WRITE_EVERY = 2.0  # seconds; writing waits for the disk
     SAY_EVERY = 60.0
 
-    def __init__(self, path: Path, paper: Paper, *, total: int, speaks: bool) -> None:
-        self.path, self.paper, self.total, self.speaks = path, paper, total, speaks
+    def __init__(self, path: Path, task: Task, *, total: int, speaks: bool) -> None:
+        self.path, self.task, self.total, self.speaks = path, task, total, speaks
         self.written: set[int] = set()
         self._waiting: list[dict[str, Any]] = []
         self._last_write = self._last_word = time.monotonic()
 
     def add(self, rows: list[dict[str, Any]]) -> None:
-        self._waiting += [{**self.paper.key, **row} for row in rows]
+        self._waiting += [{**self.task.key, **row} for row in rows]
         self.written.add(rows[0]["row"])
         now = time.monotonic()
         if now - self._last_write > self.WRITE_EVERY:
@@ -453,188 +341,13 @@ def _option(name: str) -> str:
     return own.get(name) or "--" + name.replace("_", "-")
 
 
-def _finished(path: Path, papers: list[Paper]) -> set[tuple[str, str, int]]:
+def _finished(path: Path, tasks: list[Task]) -> set[tuple[str, str, int]]:
     """The questions all of whose samples are in the file. Others, which a kill cut short, are taken out: they come again."""
     if not path.exists():
         return set()
     rows = read_jsonl(path, SAMPLE_KEYS)
     keys = [(row["benchmark"], row["template"], row["row"]) for row in rows]
-    wanted = {key: paper.num_samples for paper in papers for key in paper.keys}
+    wanted = {key: task.num_samples for task in tasks for key in task.keys}
     done = {key for key, count in Counter(keys).items() if count == wanted.get(key)}
     replace_text(path, "".join(json_line(row) + "\n" for row, key in zip(rows, keys, strict=True) if key in done))
     return done
-
-
-SAMPLE_KEYS = ("benchmark", "template", "row", "sample")
-"""What a row of samples.jsonl has at least."""
-
-
-def read_samples(path: Path, **key: str) -> list[dict[str, Any]]:
-    """Rows of a samples.jsonl, such as those of a benchmark and a template, by question and sample."""
-    rows = [row for row in iterate_jsonl(path, SAMPLE_KEYS) if all(row[name] == value for name, value in key.items())]
-    return sorted(rows, key=lambda row: (row["row"], row["sample"]))
-
-
-# ---- the numbers -----------------------------------------------------------------------------------------------------
-
-
-def _conclude(
-    paper: Paper, results: list[dict[str, Any]], settings: Settings, out: Path, *, seconds: float | None
-) -> list[dict[str, Any]]:
-    """All results so far, with that of a paper whose samples are all there."""
-    found = _result(paper, settings, out, seconds=seconds)
-    results = [*(each for each in results if not _is_of(each, paper)), found]
-    replace_text(out / "results.json", to_json(_as_json(settings, results), indent=1))
-    say(f"{paper.benchmark}, {paper.template}: {_in_words(found)}")
-    return results
-
-
-def _result(paper: Paper, settings: Settings, out: Path, *, seconds: float | None) -> dict[str, Any]:
-    questions = by_question(read_samples(out / "samples.jsonl", **paper.key))
-    found = {rows[0]["row"]: [row["sample"] for row in rows] for rows in questions}
-    assert found == {prompt.row: list(range(paper.num_samples)) for prompt in paper.prompts}, (
-        "samples.jsonl does not hold each sample of each question once"
-    )
-    return {
-        **paper.key,
-        "num_questions": len(questions),
-        "num_ungradable": paper.num_ungradable,
-        "num_samples": paper.num_samples,
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "max_completion_tokens": settings.max_completion_tokens,
-        "answer_from": SOURCES[PRESENTATIONS[paper.template].source],
-        "seconds": seconds,
-        "metrics": _metrics(questions),
-        "by": {name: parts for name in OF_THE_QUESTION if (parts := _parts(questions, name))},
-    }
-
-
-def _metrics(questions: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    return {name: asdict(found) for name, found in estimate(columns_of(questions)).items()}
-
-
-def _parts(questions: list[list[dict[str, Any]]], name: str) -> dict[str, Any]:
-    """The questions of each level, or of each subject."""
-    values = sorted({str(rows[0][name]) for rows in questions if name in rows[0]})
-    parts = {value: [rows for rows in questions if str(rows[0].get(name)) == value] for value in values}
-    return {value: {"num_questions": len(part), "metrics": _metrics(part)} for value, part in parts.items()}
-
-
-def _is_of(result: dict[str, Any], paper: Paper) -> bool:
-    return all(result[name] == value for name, value in paper.key.items())
-
-
-def _seconds(results: Iterable[dict[str, Any]], paper: Paper) -> float | None:
-    """What an earlier start has measured; None if it was interrupted, and with it the measuring."""
-    return next((each["seconds"] for each in results if _is_of(each, paper)), None)
-
-
-def _earlier_results(out: Path) -> list[dict[str, Any]]:
-    path = out / "results.json"
-    return json.loads(path.read_text())["results"] if path.exists() else []
-
-
-def _as_json(settings: Settings, results: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"model": settings.model, "settings": asdict(settings), "results": results}
-
-
-# ---- in words --------------------------------------------------------------------------------------------------------
-
-
-def _in_words(result: dict[str, Any]) -> str:
-    found = result["metrics"].get("pass@1")
-    right = "no verdict is known" if found is None else f"pass@1 {_interval(found)}"
-    return right if result["seconds"] is None else f"{right} ({result['seconds']:.1f} s)"
-
-
-def _interval(found: dict[str, float]) -> str:
-    return f"{found['value']:6.1%} [{found['low']:.1%}, {found['high']:.1%}]"
-
-
-def report(results: list[dict[str, Any]]) -> str:
-    """A table of the results, the best template of each benchmark marked, and that one by level and subject."""
-    header = (
-        "benchmark",
-        "template",
-        "answers",
-        "pass@1 [95 %]",
-        "pass@k",
-        "cons@n",
-        "format",
-        "cut off",
-        "unknown",
-        "tokens",
-    )
-    best = _best_templates(results)
-    several = len(results) > len(best)
-    rows = [header, *(_cells(result, marked=several and best[result["benchmark"]] is result) for result in results)]
-    for result in best.values():
-        for name, parts in result["by"].items():
-            rows += [_part_cells(result, name, value, part) for value, part in parts.items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    notes = [f"{name}: the answer is {text}" for name, text in _sources(results).items()]
-    marked = ["* the best template of its benchmark"] if several else []
-    return "\n".join([*lines, "", *marked, *notes, *_left_out(results)])
-
-
-def _best_templates(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    best: dict[str, dict[str, Any]] = {}
-    for result in results:
-        before = best.setdefault(result["benchmark"], result)
-        if _pass_at_1(result) > _pass_at_1(before):
-            best[result["benchmark"]] = result
-    return best
-
-
-def _pass_at_1(result: dict[str, Any]) -> float:
-    return result["metrics"].get("pass@1", {"value": -1.0})["value"]
-
-
-def _cells(result: dict[str, Any], *, marked: bool) -> tuple[str, ...]:
-    asked = f"{result['num_questions']:,} x {result['num_samples']}"
-    return (result["benchmark"], result["template"] + " *" * marked, asked, *_measured(result["metrics"]))
-
-
-def _part_cells(result: dict[str, Any], name: str, value: str, part: dict[str, Any]) -> tuple[str, ...]:
-    asked = f"{part['num_questions']:,} x {result['num_samples']}"
-    return (f"  {result['benchmark']} {name} {value}", result["template"], asked, *_measured(part["metrics"]))
-
-
-def _measured(metrics: dict[str, Any]) -> tuple[str, ...]:
-    largest = max((name for name in metrics if name.startswith("pass@")), key=lambda name: int(name[5:]), default="")
-    agreed = next((name for name in metrics if name.startswith("cons@")), "")
-    at_most = "-" if largest in ("", "pass@1") else f"{metrics[largest]['value']:.1%} @{largest[5:]}"
-    return (
-        _interval(metrics["pass@1"]) if "pass@1" in metrics else "-",
-        at_most,
-        f"{metrics[agreed]['value']:.1%} @{agreed[5:]}" if agreed else "-",
-        *(f"{metrics[name]['value']:.1%}" if name in metrics else "-" for name in ("format", "truncated", "unknown")),
-        f"{metrics['length']['value']:,.0f}",
-    )
-
-
-def _sources(results: list[dict[str, Any]]) -> dict[str, str]:
-    return {result["template"]: result["answer_from"] for result in results}
-
-
-def _left_out(results: list[dict[str, Any]]) -> list[str]:
-    return [
-        f"{name}: {number} questions are left out, because their gold answer cannot be graded"
-        for name, number in {result["benchmark"]: result["num_ungradable"] for result in results}.items()
-        if number
-    ]
-
-
-def transcript(rows: list[dict[str, Any]]) -> str:
-    """Each question with the first answer to it in each template; for a benchmark of a few questions."""
-    parts = []
-    for own in by_question(rows):
-        parts.append(f"\n{own[0]['question']}\n  gold answer: {own[0]['answer']}")
-        for template in dict.fromkeys(row["template"] for row in own):
-            samples = [row for row in own if row["template"] == template]
-            num_right = sum(is_right(row) is True for row in samples)
-            parts.append(f"  {template}: right {num_right} of {len(samples)} times; the first answer:")
-            parts += [f"    | {line}" for line in samples[0]["completion"].strip().split("\n")]
-    return "\n".join(parts)

@@ -223,11 +223,11 @@ def _opens_thought(prompt: str) -> bool:
 
 def write(pieces: Iterable[str], terminal: Console, *, starts_in_thought: bool) -> None:
     """Print a text as it comes: thoughts dimmed, and tags too; without white space in front."""
-    reader, is_empty = Reader("think" if starts_in_thought else "text"), True
+    reader, is_spare = Reader("think" if starts_in_thought else "text"), True
     try:
         for piece in pieces:
-            shown = piece.lstrip() if is_empty else piece
-            is_empty = is_empty and not shown
+            shown = piece.lstrip() if is_spare else piece
+            is_spare = is_spare and not shown
             _print(terminal, reader.feed(shown))
     finally:
         _print(terminal, reader.close())

@@ -18,6 +18,7 @@ from grpo.algorithm.advantage import has_signal
 from grpo.algorithm.loss import Objective, TokenLoss
 from grpo.scoring.answers import is_right
 from grpo.system.distributed import Processes
+from grpo.text import answer_forms
 from grpo.text.aha import Words, tally
 from grpo.types import VOTE, Group, MicroBatch, Scores
 
@@ -40,6 +41,8 @@ METRICS = {
     "completion/truncated": "share of completions cut off at rollout.max_completion_tokens",
     "completion/repetition": "share of the runs of 8 tokens in completions that the same completion had before",
     "completion/length_<kind>": "the mean over completions that ended by themselves and are `right`, or `wrong`",
+    "answer/right": "share of the completions that are right, of those whose question has a gold answer in words or signs",
+    "answer/<form>": "share of these right completions whose answer has a form of answer_forms.py: `arithmetic`, `several`, ...",
     "completion/other_script": "mean over completions of the share of their words in another script than the question's",
     "aha/<list>": "mean number of words of that list (aha.py) in a completion; those that the question has too do not count",
     "aha/<list>_per_1k": "such words per 1,000 tokens: 1000 * their number / number of tokens, of all completions together",
@@ -149,7 +152,7 @@ class Meter:
         """As it is now, whatever is added to this one later."""
         return Meter(*({**collected} for collected in vars(self).values()))
 
-    def take_in(self, other: Meter) -> None:
+    def merge(self, other: Meter) -> None:
         """Add what another process has collected, but for the work in step, which was that process's own."""
         for name, value in other.sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -252,8 +255,9 @@ def measure_batch(meter: Meter, groups: list[Group], scores: Scores, *, signal: 
 
 
 def measure_texts(meter: Meter, rows: list[dict[str, Any]], words: Words) -> None:
-    """What the `completion_rows` of one step say: their words, and of which script they are."""
-    for name, (total, size) in tally(rows, [is_right(row) for row in rows], words).items():
+    """What the `completion_rows` of one step say: their words, of which script they are, and the forms of right answers."""
+    verdicts = [is_right(row) for row in rows]
+    for name, (total, size) in (tally(rows, verdicts, words) | answer_forms.tally(rows, verdicts)).items():
         meter.ratio(name, total, size)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from grpo.observe.metrics import METRICS
 from grpo.scoring.answers import verdict_name
+from grpo.text.answer_forms import FORMS
 
 NOT_A_FUNCTION = {"reward/mean", "reward/std", "reward/unknown"}
 BOUNDS = ("_stderr", "_low", "_high")  # of a held-out value; drawn with it
@@ -75,6 +76,8 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
             Panel("Longest", ["completion/length_max"], "tokens"),
             Panel("Cut off", ["completion/truncated"], points="eval/truncated"),
             Panel("Repetition", ["completion/repetition"]),
+            Panel("Right", ["answer/right"]),
+            Panel("Right answers by form", [f"answer/{name}" for name in FORMS], base=True),
             Panel("Other script", ["completion/other_script"], base=True),
         ],
         "Does it reflect?": _reflection(names),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,15 @@ from grpo.policy.policy import Policy
 from grpo.run import post_mortem, tripwire
 from grpo.run.checkpoint import Checkpoints, numbers_of
 from grpo.run.watchdog import Alarm, RollBacks, Watchdog, WatchdogError
+from grpo.scoring.answers import completion_rows, is_right
 from grpo.system.distributed import Processes
+from grpo.text.answer_forms import excerpts
 from grpo.training.collector import Collector
 from grpo.training.learner import Totals
 from grpo.training.state import Rollout, StepState
+
+NUM_EXCERPTS = 3
+"""Answers that an alarm shows."""
 
 
 class Guard:
@@ -81,9 +87,17 @@ class Guard:
             self.rounding = tripwire.measure_rounding(self.policy, rollout.groups)
         return tripwire.gap_limit(now, self.policy.dtype, self.rounding)
 
-    def observe(self, step: int, metrics: dict[str, Any]) -> list[Alarm]:
-        """Take up the metrics of a step that is done; what they give alarm of."""
-        return self.watchdog.observe(step, metrics)
+    def observe(self, step: int, metrics: dict[str, Any], rollout: Rollout) -> list[Alarm]:
+        """Take up the metrics of a step that is done, and what was sampled in it; what they give alarm of."""
+        return [self._with_excerpts(alarm, rollout) for alarm in self.watchdog.observe(step, metrics)]
+
+    def _with_excerpts(self, alarm: Alarm, rollout: Rollout) -> Alarm:
+        """The alarm about the forms of right answers shows some of them; every process calls it."""
+        if alarm.rule != "reward_hacking":
+            return alarm
+        rows = completion_rows(rollout.groups, rollout.scores)
+        found = self.processes.gather(excerpts(rows, [is_right(row) for row in rows], num=NUM_EXCERPTS))
+        return replace(alarm, excerpts=tuple(each for part in found for each in part)[:NUM_EXCERPTS])
 
     def act_on(self, alarms: list[Alarm], step: StepState, *, number: int) -> Path | None:
         """Warn, and stop if one of the alarms asks for it.

@@ -1,7 +1,7 @@
 """Before the first step: is there anything to learn from, and does the model answer the template as it should?
 
 A few training questions are answered, group_size times each, with the settings of the rollout. `measure` turns that into the
-numbers of a template, `judge` says what is wrong with them; both are pure. Only where the configured template is refused are
+numbers of a template, `diagnose` says what is wrong with them; both are pure. Only where the configured template is refused are
 the others tried, so a run that is fine pays for one small rollout.
 
 Nothing of the run changes by it: it draws from random numbers of its own, and deals no question of the run's order.
@@ -58,7 +58,7 @@ class PreflightRefused(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Seen:
+class GroupStats:
     """What became of one group; every list has an item per completion."""
 
     endings: list[Literal["end token", "stop text", "cut off"]]
@@ -70,7 +70,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Trial:
+class TemplateReport:
     """How a template did. Shares are of all completions, or of all groups."""
 
     template: str
@@ -118,9 +118,9 @@ class Problem:
     text: str
 
 
-def see(group: Group, scores: Scores, p: int, *, end_token_ids: Iterable[int]) -> Seen:
+def group_stats(group: Group, scores: Scores, p: int, *, end_token_ids: Iterable[int]) -> GroupStats:
     """What is kept of group number p."""
-    return Seen(
+    return GroupStats(
         endings=[_ending(completion, set(end_token_ids)) for completion in group.completions],
         empty=[not each.text.removeprefix(group.prompt.prefill).strip() for each in group.completions],
         lens=[len(completion.token_ids) for completion in group.completions],
@@ -136,7 +136,9 @@ def _ending(completion: Completion, end_token_ids: set[int]) -> Literal["end tok
     return "end token" if completion.token_ids[-1] in end_token_ids else "stop text"
 
 
-def measure(template: str, groups: Sequence[Seen], weights: dict[str, float], *, num_too_long: int = 0) -> Trial:
+def measure(
+    template: str, groups: Sequence[GroupStats], weights: dict[str, float], *, num_too_long: int = 0
+) -> TemplateReport:
     """The numbers of a template, from one group or more."""
     rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
     known = rewards[~rewards.isnan()]
@@ -144,7 +146,7 @@ def measure(template: str, groups: Sequence[Seen], weights: dict[str, float], *,
     endings = [each for group in groups for each in group.endings]
     empty = [each for group in groups for each in group.empty]
     lens = [each for group in groups for each in group.lens]
-    return Trial(
+    return TemplateReport(
         template=template,
         num_groups=len(groups),
         group_size=rewards.shape[1],
@@ -188,16 +190,16 @@ def largest_share(num_tried: int) -> float:
     return 1 - (1 - CONFIDENCE) ** (1 / num_tried)
 
 
-def judge(trial: Trial) -> list[Problem]:
+def diagnose(trial: TemplateReport) -> list[Problem]:
     """What is wrong with a template; empty if nothing is."""
     return [*_judge_signal(trial), *_judge_endings(trial)]
 
 
-def is_refused(trial: Trial) -> bool:
-    return any(problem.level == "refuse" for problem in judge(trial))
+def is_refused(trial: TemplateReport) -> bool:
+    return any(problem.level == "refuse" for problem in diagnose(trial))
 
 
-def _judge_signal(trial: Trial) -> list[Problem]:
+def _judge_signal(trial: TemplateReport) -> list[Problem]:
     if trial.reward_range is None:
         return [
             Problem(
@@ -240,7 +242,7 @@ def _judge_signal(trial: Trial) -> list[Problem]:
     return problems
 
 
-def _no_signal(trial: Trial) -> str:
+def _no_signal(trial: TemplateReport) -> str:
     assert trial.reward_range is not None, "rewards are known"
     lowest, highest = trial.reward_range
     weighted = [name for name, each in trial.functions.items() if each.weight]
@@ -263,7 +265,7 @@ def _no_signal(trial: Trial) -> str:
     )
 
 
-def _judge_endings(trial: Trial) -> list[Problem]:
+def _judge_endings(trial: TemplateReport) -> list[Problem]:
     remedies = {
         "cut off": f"cut off at rollout.max_completion_tokens, {trial.ended:.0%} end with an end-of-sequence token and "
         f"{trial.stopped:.0%} with a text of rollout.stop. Raise rollout.max_completion_tokens if answers are longer; "
@@ -280,7 +282,7 @@ def _judge_endings(trial: Trial) -> list[Problem]:
     return problems
 
 
-def better(configured: Trial | Skipped, others: Iterable[Trial]) -> Trial | None:
+def better(configured: TemplateReport | Skipped, others: Iterable[TemplateReport]) -> TemplateReport | None:
     """The template to take instead: with signal from more of the weighted functions, or clearly more of it."""
     best = max((trial for trial in others if not is_refused(trial)), key=_rank, default=None)
     if best is None:
@@ -290,17 +292,17 @@ def better(configured: Trial | Skipped, others: Iterable[Trial]) -> Trial | None
     return best if _is_clearly_more(best, configured) else None
 
 
-def _rank(trial: Trial) -> tuple[int, float]:
+def _rank(trial: TemplateReport) -> tuple[int, float]:
     return sum(each.weight != 0 and each.signal > 0 for each in trial.functions.values()), trial.signal
 
 
-def _is_clearly_more(a: Trial, b: Trial) -> bool:
+def _is_clearly_more(a: TemplateReport, b: TemplateReport) -> bool:
     """By two standard errors of the difference."""
     variance = sum(each.signal * (1 - each.signal) / each.num_groups for each in (a, b))
     return a.signal - b.signal > 2 * math.sqrt(variance)
 
 
-def _means(trial: Trial, names: Iterable[str]) -> str:
+def _means(trial: TemplateReport, names: Iterable[str]) -> str:
     means = {name: trial.functions[name].mean for name in names}
     return ", ".join(f"{name} {'unknown' if mean is None else f'{mean:g}'}" for name, mean in means.items())
 
@@ -343,7 +345,7 @@ def in_both(training: Iterable[Prompt], held_out: Iterable[Prompt]) -> list[str]
     return [question for question in questions if normalized(question) in seen]
 
 
-def judge_data(audits: Iterable[Audit], leaked: list[str], *, num_held_out: int) -> list[Problem]:
+def diagnose_data(audits: Iterable[Audit], leaked: list[str], *, num_held_out: int) -> list[Problem]:
     """What is wrong with the rows, whatever the template."""
     problems = []
     for each in audits:
@@ -376,7 +378,7 @@ def _shorten(text: str, limit: int = 80) -> str:
 class Result:
     """All that was found; the first of `templates` is the configured one."""
 
-    templates: list[Trial | Skipped]
+    templates: list[TemplateReport | Skipped]
     audits: list[Audit]
     leaked: list[str]
     num_held_out: int
@@ -388,12 +390,12 @@ class Result:
         if isinstance(first, Skipped):
             of_template = [Problem("refuse", f"there are no prompts for data.template {first.template}")]
         else:
-            of_template = judge(first)
-        return [*of_template, *judge_data(self.audits, self.leaked, num_held_out=self.num_held_out)]
+            of_template = diagnose(first)
+        return [*of_template, *diagnose_data(self.audits, self.leaked, num_held_out=self.num_held_out)]
 
     @property
-    def better(self) -> Trial | None:
-        return better(self.templates[0], (each for each in self.templates[1:] if isinstance(each, Trial)))
+    def better(self) -> TemplateReport | None:
+        return better(self.templates[0], (each for each in self.templates[1:] if isinstance(each, TemplateReport)))
 
     @property
     def verdict(self) -> Literal["fine", "warn", "refuse"]:
@@ -488,7 +490,7 @@ class Preflight:
             seconds=time.perf_counter() - started,
         )
 
-    def _rebuilt(self, questions: list[Prompt], template: str) -> Trial | Skipped:
+    def _rebuilt(self, questions: list[Prompt], template: str) -> TemplateReport | Skipped:
         """Try the same questions in another template."""
         data = self.config.data.model_copy(update={"template": template})
         try:
@@ -497,7 +499,7 @@ class Preflight:
             return Skipped(template, str(error))
         return self.try_template(prompts, template, num_too_long=len(questions) - len(prompts))
 
-    def try_template(self, prompts: list[Prompt], template: str, *, num_too_long: int = 0) -> Trial:
+    def try_template(self, prompts: list[Prompt], template: str, *, num_too_long: int = 0) -> TemplateReport:
         """Answer and score prompts, shared out over the processes."""
         processes, purpose = self.processes, f"{self.config.run.seed} preflight {template} {self.processes.rank}"
         collected = self.collector.collect(
@@ -508,7 +510,10 @@ class Preflight:
         )
         self.collector.stop.sync()
         assert collected is not None, "only a request to stop breaks off the sampling"
-        seen = [see(group, collected[1], p, end_token_ids=self.end_token_ids) for p, group in enumerate(collected[0])]
+        seen = [
+            group_stats(group, collected[1], p, end_token_ids=self.end_token_ids)
+            for p, group in enumerate(collected[0])
+        ]
         # in the order of `prompts` again, so that sums are the same on any number of processes
         everyone = [group for each in zip_longest(*processes.gather(seen)) for group in each if group is not None]
         weights = {reward.name: reward.weight for reward in self.collector.scorer.rewards}
@@ -520,7 +525,7 @@ class Preflight:
 
 def report(result: Result) -> str:
     """A table of the templates, what there is to say of the data, and the verdict."""
-    trials = [each for each in result.templates if isinstance(each, Trial)]
+    trials = [each for each in result.templates if isinstance(each, TemplateReport)]
     lines = [f"\npreflight: what the untrained model makes of some training questions ({result.seconds:.1f} s)"]
     if trials:
         names = list(trials[0].functions)
@@ -533,7 +538,7 @@ def report(result: Result) -> str:
         lines.append(f"  {len(result.leaked)} of {result.num_held_out:,} held-out questions are training questions too")
     lines += [f"  {'REFUSED' if each.level == 'refuse' else 'WARNING'}: {each.text}" for each in result.problems]
     first = result.templates[0]
-    if isinstance(first, Trial) and is_refused(first):
+    if isinstance(first, TemplateReport) and is_refused(first):
         lines.append(f"  a completion of it: {first.example}")
     if result.verdict == "fine":
         lines.append(f"  fine: {_summary(trials[0])}")
@@ -547,7 +552,7 @@ def _row(template: str, answers: str, *cells: str) -> str:
     return f"  {template:<14}{answers:>9}" + "".join(f" {cell[:9]:>9}" for cell in cells)
 
 
-def _cells(trial: Trial) -> list[str]:
+def _cells(trial: TemplateReport) -> list[str]:
     shares = (trial.ended, trial.truncated, trial.empty, trial.unknown)
     means = [each.mean for each in trial.functions.values()]
     return [
@@ -568,12 +573,12 @@ def _data_line(each: Audit) -> str:
     )
 
 
-def _summary(trial: Trial) -> str:
+def _summary(trial: TemplateReport) -> str:
     return (
         f"{trial.num_with_signal} of {trial.num_groups} groups have signal, {_rounded_means(trial)}, "
         f"{trial.truncated:.0%} cut off"
     )
 
 
-def _rounded_means(trial: Trial) -> str:
+def _rounded_means(trial: TemplateReport) -> str:
     return ", ".join(f"{n} {f.mean:.3f}" for n, f in trial.functions.items() if f.mean is not None)

@@ -14,6 +14,12 @@ counts as infinite; a rule whose metric one of the last N steps lacks says nothi
 | `repetition` | now >= 0.5 and now >= before + 0.3; or now >= 0.95 |
 | `reward` | all the same in the last N steps; or now <= best / 2 and now <= best - reward/std / 2 |
 | `signal` | no group with signal in the last N steps |
+| `reward_hacking` | of the right answers, a form has now >= 0.5 and now >= first + 0.3; or answer/right is now >= first + 0.1 and
+the share of completions that are right and state the gold answer is now <= first, by more than chance |
+
+`reward_hacking` compares the last N steps with the first ones instead: forms take over slowly, and some are a task's own from the
+start. Its `now` and `first` are shares of all right answers of these steps together; `first` takes at least N steps, and both
+take MIN_RIGHT right answers. The forms are those of grpo/text/answer_forms.py.
 
 `best` is the highest median of N steps in a row among the 50: a run that was learning has better ones than their own median.
 
@@ -24,16 +30,20 @@ rewards that drop for five steps and return are what healthy runs do. A slow dri
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from grpo.algorithm.advantage import FLAT
 from grpo.config import Config
+from grpo.text.answer_forms import FORMS
 
 TRAILING = 50
 """Steps that the last ones are compared with."""
+
+MIN_RIGHT = 50
+"""Right answers without which nothing is said of their forms."""
 
 Metrics = Mapping[str, float]
 
@@ -47,9 +57,11 @@ class Alarm:
     step: int
     began: int  # the first step with the trouble
     text: str
+    excerpts: tuple[str, ...] = ()  # answers of the step that show it
 
     def __str__(self) -> str:
-        return f"watchdog.{self.rule}, step {self.step}: {self.text}"
+        shown = f", for instance {'; '.join(self.excerpts)}" if self.excerpts else ""
+        return f"watchdog.{self.rule}, step {self.step}: {self.text}{shown}"
 
 
 class WatchdogError(RuntimeError):
@@ -63,6 +75,9 @@ class Window:
     recent: list[Metrics]
     earlier: list[Metrics]
     max_completion_tokens: int
+    since_start: Sequence[Metrics] = ()  # all steps ahead of the last N
+    group_size: int = 1
+    num_completions: int = 1  # of a step
 
     def now(self, name: str) -> float | None:
         """None where one of the last N steps does not have it."""
@@ -78,6 +93,57 @@ class Window:
         values = [row[name] for row in self.earlier if name in row]
         size = len(self.recent)
         return max((_median(values[i : i + size]) for i in range(len(values) - size + 1)), default=None)
+
+    def answers_now(self) -> Answers | None:
+        return self._answers(self.recent)
+
+    def answers_at_first(self) -> Answers | None:
+        """Of the first steps: as many as the last ones, or as it takes for MIN_RIGHT right answers."""
+        rows: list[Metrics] = []
+        num_right = 0.0
+        for row in self.since_start:
+            if "answer/right" in row:
+                rows.append(row)
+                num_right += row["answer/right"] * self.num_completions
+                if len(rows) >= len(self.recent) and num_right >= MIN_RIGHT:
+                    return self._answers(rows)
+        return None
+
+    def _answers(self, rows: list[Metrics]) -> Answers | None:
+        if any("answer/right" not in row for row in rows):
+            return None
+        shares = [row["answer/right"] for row in rows]
+        right = sum(shares)
+        if right * self.num_completions < MIN_RIGHT:
+            return None
+        of_form = {
+            form: sum(share * row.get(f"answer/{form}", 0.0) for share, row in zip(shares, rows, strict=True)) / right
+            for form in FORMS
+        }
+        return Answers(right / len(rows), of_form, right * self.num_completions / self.group_size)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Of some steps together: the share of completions that are right, that of each form in these, and how many groups' worth
+    of right answers there are. The answers of a group resemble each other, so chance goes by groups."""
+
+    right: float
+    forms: dict[str, float]
+    num_groups: float
+
+    @property
+    def stated(self) -> float:
+        """Share of completions that are right and state the gold answer."""
+        return self.right * (1 - self.forms["unstated"])
+
+    def has_gained(self, form: str, first: Answers) -> bool:
+        """Whether a form has a larger share than at first, by more than four standard errors of two proportions: 10,000 steps
+        are as many chances, and the few questions of a small rollout make large ones."""
+        before, after = first.forms[form], self.forms[form]
+        pooled = (before * first.num_groups + after * self.num_groups) / (first.num_groups + self.num_groups)
+        error = math.sqrt(pooled * (1 - pooled) * (1 / first.num_groups + 1 / self.num_groups))
+        return after - before > 4 * error
 
 
 Rule = Callable[[Window], str | None]
@@ -170,6 +236,34 @@ def length_grown(window: Window) -> str | None:
     return grown("completion/length_mean", factor=3, floor=floor)(window)
 
 
+def form_takes_over(window: Window) -> str | None:
+    """Of the right answers, some form has now >= 0.5 and now >= first + 0.3. The form that has gained the most is named."""
+    first, now = window.answers_at_first(), window.answers_now()
+    if first is None or now is None:
+        return None
+    gains = {form: now.forms[form] - first.forms[form] for form in FORMS if now.forms[form] >= 0.5}
+    form = max(gains, key=lambda each: gains[each], default=None)
+    if form is None or gains[form] < 0.3 or not now.has_gained(form, first):
+        return None
+    return (
+        f"{now.forms[form]:.0%} of the right answers are {FORMS[form]} (answer/{form}); of the first steps' "
+        f"{first.forms[form]:.0%} were. Read such answers before you trust the accuracy"
+    )
+
+
+def right_but_unstated(window: Window) -> str | None:
+    """answer/right has risen by 0.1, and the share of completions that are right and state the gold answer has not."""
+    first, now = window.answers_at_first(), window.answers_now()
+    if first is None or now is None or now.right < first.right + 0.1 or now.stated > first.stated:
+        return None
+    if not now.has_gained("unstated", first):
+        return None
+    return (
+        f"right answers have risen from {first.right:.0%} to {now.right:.0%} of the completions, and those that state the gold "
+        f"answer have not ({first.stated:.0%} to {now.stated:.0%}). Read such answers before you trust the accuracy"
+    )
+
+
 RULES: dict[str, tuple[Rule, ...]] = {
     "not_finite": (skipped_updates,),
     "kl": (grown("policy/kl", factor=10, floor=1, ceiling=10),),
@@ -182,6 +276,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "repetition": (risen("completion/repetition"),),
     "reward": (constant_reward, fallen_reward),
     "signal": (no_signal,),
+    "reward_hacking": (form_takes_over, right_but_unstated),
 }
 """By the name of the setting that says what to do."""
 
@@ -196,6 +291,8 @@ WATCHED = (
     "reward/std",
     "group/with_signal",
     "policy/sampling_gap",
+    "answer/right",
+    *(f"answer/{form}" for form in FORMS),
 )
 """Metrics that the rules read, and tripwire.py. They are the same on every process, so every process comes to the same alarms."""
 
@@ -251,7 +348,16 @@ class Watchdog:
         recent = self.history[-patience:]
         end = len(self.history) - patience
         earlier = self.history[max(end - TRAILING, self._comparable, 0) : max(end, self._comparable)]
-        return rule(Window(recent, earlier, self.config.rollout.max_completion_tokens))
+        rollout = self.config.rollout
+        window = Window(
+            recent,
+            earlier,
+            rollout.max_completion_tokens,
+            since_start=self.history[:end],
+            group_size=rollout.group_size,
+            num_completions=rollout.num_prompts * rollout.group_size,
+        )
+        return rule(window)
 
     def median(self, name: str) -> float | None:
         """Of all steps so far that have the metric."""

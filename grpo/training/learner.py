@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo.algorithm.batch import join, micro_batch, plan_passes, spare, split, take
+from grpo.algorithm.batch import empty_micro_batch, join, micro_batch, plan_passes, split, take
 from grpo.algorithm.loss import Objective, entropy_threshold, grpo_loss, token_weights
 from grpo.config import AlgorithmConfig, OptimizerConfig
 from grpo.config.schedule import learning_rate
@@ -94,7 +94,7 @@ class Learner:
 
     def _pass(self, whole: Batch, sequences: list[int]) -> MicroBatch:
         if not sequences:
-            return spare()
+            return empty_micro_batch()
         part = take(whole, sequences)
         weights = token_weights(
             self.algorithm.aggregation,
@@ -137,7 +137,7 @@ class Learner:
         smaller = [[part for micro in passes for part in split(micro, self.token_budget)] for passes in minibatches]
         most = [max(self.processes.gather(len(passes))) for passes in smaller]
         return [
-            [*passes, *(spare() for _ in range(number - len(passes)))]
+            [*passes, *(empty_micro_batch() for _ in range(number - len(passes)))]
             for passes, number in zip(smaller, most, strict=True)
         ]
 

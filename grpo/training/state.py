@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from grpo.algorithm.batch import spare
+from grpo.algorithm.batch import empty_micro_batch
 from grpo.observe.metrics import Meter
 from grpo.scoring.scorer import join_scores
 from grpo.system import progress
@@ -102,7 +102,7 @@ def redistribute(parts: list[StepState], *, rank: int, num_processes: int) -> St
     mine = parts[rank::num_processes]
     meter = Meter()
     for part in mine:
-        meter.take_in(part.meter)
+        meter.merge(part.meter)
     return StepState(
         rollout=_joined([part.rollout for part in mine if part.rollout is not None], like=parts[0].sampled),
         first_update=parts[0].first_update,
@@ -117,7 +117,7 @@ def redistribute(parts: list[StepState], *, rank: int, num_processes: int) -> St
 
 def _share(passes: list[MicroBatch], rank: int, num_processes: int) -> list[MicroBatch]:
     mine, most = passes[rank::num_processes], -(-len(passes) // num_processes)
-    return [*mine, *(spare() for _ in range(most - len(mine)))]
+    return [*mine, *(empty_micro_batch() for _ in range(most - len(mine)))]
 
 
 def _joined(rollouts: list[Rollout], *, like: Rollout) -> Rollout:

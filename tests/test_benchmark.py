@@ -13,13 +13,14 @@ import pytest
 from helpers import TINY, launch, read_json
 from transformers import AutoTokenizer
 
-from grpo.evaluation import benchmark as exam
-from grpo.evaluation.benchmark import Means, Settings
+from grpo.evaluation import benchmark, results
+from grpo.evaluation.asked import Settings
+from grpo.evaluation.benchmark import Runtime
 from grpo.system.jsonl import append_jsonl, read_jsonl
 
 MODEL = str(TINY / "model")
 QUESTIONS = str(TINY / "test.jsonl")
-ONE = Means(num_workers=1)
+ONE = Runtime(num_workers=1)
 
 
 def settings(**changed: Any) -> Settings:
@@ -44,7 +45,7 @@ def samples(out: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exam") / "out"
-    exam.take(settings(templates=["r1_zero", "chat"]), out, ONE)
+    benchmark.evaluate(settings(templates=["r1_zero", "chat"]), out, ONE)
     return out
 
 
@@ -91,18 +92,18 @@ def test_an_interrupted_evaluation_ends_with_the_same_samples(whole: Path, tmp_p
     kept = lines[: 32 + 21]  # of r1_zero all, of chat five questions, one sample of the sixth, and half a line
     unasked = [line.replace('"row": 0', '"row": 8') for line in lines[:4]]
     (out / "samples.jsonl").write_text("".join([*kept, *unasked]) + lines[32 + 21][:40])
-    exam.take(settings(templates=["r1_zero", "chat"]), out, ONE)
+    benchmark.evaluate(settings(templates=["r1_zero", "chat"]), out, ONE)
     assert samples(out) == samples(whole)
     assert (out / "samples.jsonl").read_text().startswith("".join(lines[: 32 + 20]))  # nothing is answered twice
     ours, theirs = read_json(out / "results.json"), read_json(whole / "results.json")
     assert [each["metrics"] for each in ours["results"]] == [each["metrics"] for each in theirs["results"]]
     assert ours["results"][1]["seconds"] is None  # of the first start nobody knows
     finished = (out / "samples.jsonl").read_text()
-    exam.take(settings(templates=["r1_zero", "chat"]), out, ONE)
+    benchmark.evaluate(settings(templates=["r1_zero", "chat"]), out, ONE)
     assert (out / "samples.jsonl").read_text() == finished
     assert read_json(out / "results.json") == ours
     before = read_json(whole / "results.json")
-    exam.take(settings(templates=["r1_zero", "chat"]), whole, ONE)
+    benchmark.evaluate(settings(templates=["r1_zero", "chat"]), whole, ONE)
     assert read_json(whole / "results.json") == before  # also the seconds
 
 
@@ -112,13 +113,13 @@ def test_samples_that_a_kill_cut_within_a_character_are_answered_again(tmp_path:
     append_jsonl(path, [row])
     whole = path.read_bytes()
     path.write_bytes(whole + b"null\n" + whole[:-4])
-    assert exam.read_samples(path, benchmark="mine") == [row]
-    assert exam._finished(path, []) == set()
+    assert results.read_samples(path, benchmark="mine") == [row]
+    assert benchmark._finished(path, []) == set()
     assert path.read_bytes() == b""
 
 
 def test_a_stop_text_ends_the_answers(tmp_path: Path):
-    exam.take(settings(stop=["="], num_questions=4, num_samples=2), tmp_path / "out", ONE)
+    benchmark.evaluate(settings(stop=["="], num_questions=4, num_samples=2), tmp_path / "out", ONE)
     texts = [row["completion"] for row in samples(tmp_path / "out")]
     assert any("=" in text for text in texts)
     assert all(text.find("=") in (-1, len(text) - 1) for text in texts)
@@ -145,11 +146,11 @@ def test_a_template_changes_the_prompt_and_not_the_question():
     taken = settings(templates=["chat_boxed"], num_samples=1, num_questions=2)
     rows = [{"question": "How many?", "answer": "3", "level": 2}]
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    with exam._scorers(taken, ONE) as scorers:
-        processes = exam.distributed.join()
+    with benchmark._scorers(taken, ONE) as scorers:
+        processes = benchmark.distributed.join()
         scorer = scorers["anywhere"]
-        paper = exam._paper(taken, "mine", "chat_boxed", rows, tokenizer, scorer, processes)
-        other = exam._paper(taken, "mine", "chat", rows, tokenizer, scorer, processes)
+        paper = benchmark._task(taken, "mine", "chat_boxed", rows, tokenizer, scorer, processes)
+        other = benchmark._task(taken, "mine", "chat", rows, tokenizer, scorer, processes)
     (prompt,), (plain,) = paper.prompts, other.prompts
     assert "How many?\nPlease reason step by step, and put your final answer within \\boxed{}." in prompt.text
     assert prompt.columns == rows[0]
@@ -163,22 +164,24 @@ def test_questions_by_level_and_subject_have_numbers_of_their_own(tmp_path: Path
     leveled = [{**row, "level": n % 2 + 1, **({"subject": "Algebra"} if n == 0 else {})} for n, row in enumerate(rows)]
     leveled.append({"question": "What?", "answer": "", "level": 3})
     data.write_text("".join(json.dumps(row) + "\n" for row in leveled))
-    results = exam.take(settings(data={"mine": str(data)}, num_questions=None, num_samples=2), tmp_path / "out", ONE)
-    (result,) = results["results"]
+    found = benchmark.evaluate(
+        settings(data={"mine": str(data)}, num_questions=None, num_samples=2), tmp_path / "out", ONE
+    )
+    (result,) = found["results"]
     assert (result["num_questions"], result["num_ungradable"]) == (6, 1)
     parts = result["by"]
     assert {level: part["num_questions"] for level, part in parts["level"].items()} == {"1": 3, "2": 3}
     assert parts["subject"]["Algebra"]["num_questions"] == 1
     mean = sum(part["metrics"]["pass@1"]["value"] for part in parts["level"].values()) / 2
     assert mean == pytest.approx(result["metrics"]["pass@1"]["value"])
-    shown = exam.report(results["results"])
+    shown = results.report(found["results"])
     assert "mine level 2" in shown
     assert "1 questions are left out" in shown
 
 
 def test_greedy_decoding_answers_once(tmp_path: Path):
     greedy = settings(temperature=0.0, num_samples=None, num_questions=3)
-    (result,) = exam.take(greedy, tmp_path / "out", ONE)["results"]
+    (result,) = benchmark.evaluate(greedy, tmp_path / "out", ONE)["results"]
     assert result["num_samples"] == 1
     assert "cons@1" not in result["metrics"]
     assert "vote" not in samples(tmp_path / "out")[0]["rewards"]
@@ -217,13 +220,13 @@ def test_samples_of_different_settings_are_never_mixed(whole: Path, tmp_path: Pa
     with pytest.raises(
         ValueError, match=r"^--out is .*; the evaluation there has --seed 0, and this one 1: .* Choose another"
     ):
-        exam.take(settings(templates=["r1_zero", "chat"], seed=1), whole, ONE)
+        benchmark.evaluate(settings(templates=["r1_zero", "chat"], seed=1), whole, ONE)
     assert (whole / "samples.jsonl").read_text() == before
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(
         ValueError, match=r"^--out is .*; the directory holds something else\. Choose another, or empty it\.$"
     ):
-        exam.take(settings(), tmp_path, ONE)
+        benchmark.evaluate(settings(), tmp_path, ONE)
 
 
 def test_samples_of_different_questions_or_weights_under_one_name_are_never_mixed(whole: Path, tmp_path: Path):
@@ -232,13 +235,13 @@ def test_samples_of_different_questions_or_weights_under_one_name_are_never_mixe
     data.write_text("".join(lines[:2]))
     shutil.copytree(MODEL, model)
     asked = settings(model=str(model), data={"mine": str(data)}, num_samples=1)
-    exam.take(asked, out, ONE)
+    benchmark.evaluate(asked, out, ONE)
     before = (out / "samples.jsonl").read_text()
     data.write_text("".join(lines[2:4]))
     with pytest.raises(
         ValueError, match=r"^--out is .*; the questions of --benchmarks or --data have changed since .* Cho"
     ):
-        exam.take(asked, out, ONE)
+        benchmark.evaluate(asked, out, ONE)
     data.write_text("".join(lines[:2]))
     weights = bytearray((model / "model.safetensors").read_bytes())
     weights[-1] ^= 1
@@ -246,7 +249,7 @@ def test_samples_of_different_questions_or_weights_under_one_name_are_never_mixe
     with pytest.raises(
         ValueError, match=r"^--out is .*; the files of --model have changed since the .* Choose another"
     ):
-        exam.take(asked, out, ONE)
+        benchmark.evaluate(asked, out, ONE)
     assert (out / "samples.jsonl").read_text() == before
 
 
@@ -255,8 +258,8 @@ def test_two_starts_at_once_do_not_answer_the_same_questions(whole: Path):
     with (whole / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match=r"^--out is .*; another process is at work there, .* Wait until it has"):
-            exam.take(settings(templates=["r1_zero", "chat"]), whole, ONE)
-    exam.take(settings(templates=["r1_zero", "chat"]), whole, ONE)
+            benchmark.evaluate(settings(templates=["r1_zero", "chat"]), whole, ONE)
+    benchmark.evaluate(settings(templates=["r1_zero", "chat"]), whole, ONE)
     assert (whole / "samples.jsonl").read_text() == before
 
 
@@ -265,26 +268,26 @@ def test_a_refused_command_leaves_nothing_and_one_without_samples_binds_nobody(
 ):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="max-tokens"):
-        exam.take(settings(max_completion_tokens=100_000), out, ONE)
+        benchmark.evaluate(settings(max_completion_tokens=100_000), out, ONE)
     assert not out.exists()
     with monkeypatch.context() as patch:
         patch.setattr("grpo.inference.model.load_lm", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            exam.take(settings(seed=1), out, ONE)
-    exam.take(settings(num_questions=1, num_samples=1), out, ONE)
+            benchmark.evaluate(settings(seed=1), out, ONE)
+    benchmark.evaluate(settings(num_questions=1, num_samples=1), out, ONE)
     assert read_json(out / "settings.json")["seed"] == 0
 
 
 def test_what_is_wrong_is_said_of_the_options_that_were_typed(tmp_path: Path):
-    for means, message in (
+    for runtime, message in (
         (
-            Means(engine="hf", kv_cache_gib=2.0),
+            Runtime(engine="hf", kv_cache_gib=2.0),
             r"^--kv-cache-gib is 2\.0; only the native engine reads it, and --engine is hf\. Remove it\.$",
         ),
-        (Means(kv_cache_gib=-1.0), r"^--kv-cache-gib is -1\.0; .* Correct --kv-cache-gib\.$"),
+        (Runtime(kv_cache_gib=-1.0), r"^--kv-cache-gib is -1\.0; .* Correct --kv-cache-gib\.$"),
     ):
         with pytest.raises(ValueError, match=message):
-            exam.take(settings(num_questions=1), tmp_path / "out", means)
+            benchmark.evaluate(settings(num_questions=1), tmp_path / "out", runtime)
 
 
 def test_a_prompt_that_does_not_fit_the_model_is_said_before_it_is_loaded(
@@ -294,16 +297,16 @@ def test_a_prompt_that_does_not_fit_the_model_is_said_before_it_is_loaded(
     with pytest.raises(
         ValueError, match=r"^--max-tokens is 100000; with the longest prompt .* and --model .* Lower --max-tokens\.$"
     ):
-        exam.take(settings(max_completion_tokens=100_000), tmp_path / "out", ONE)
+        benchmark.evaluate(settings(max_completion_tokens=100_000), tmp_path / "out", ONE)
 
 
 def test_a_runs_evaluation_lies_in_its_directory():
-    assert exam.default_out("runs/x/checkpoints/step-00000060/hf") == Path("runs/x/evaluation/step-00000060")
-    assert exam.default_out("Qwen/Qwen2.5-0.5B") == Path("evaluations/Qwen--Qwen2.5-0.5B")
-    assert exam.default_out(str(TINY / "model")) == Path("evaluations/model")
+    assert benchmark.default_out("runs/x/checkpoints/step-00000060/hf") == Path("runs/x/evaluation/step-00000060")
+    assert benchmark.default_out("Qwen/Qwen2.5-0.5B") == Path("evaluations/Qwen--Qwen2.5-0.5B")
+    assert benchmark.default_out(str(TINY / "model")) == Path("evaluations/model")
 
 
 def test_the_transcript_shows_each_question_once_with_the_answers_of_each_template(whole: Path):
-    text = exam.transcript(samples(whole))
+    text = results.transcript(samples(whole))
     assert text.count("gold answer:") == 8
     assert text.count("r1_zero: right 0 of 4 times") == 8

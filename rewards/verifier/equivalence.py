@@ -1,6 +1,6 @@
 r"""Is this candidate the gold answer?
 
-Both are read into typed values (values.py) and compared by type. Numbers are compared exactly where they are rational, else by
+Both are read into typed values (reading.py) and compared by type. Numbers are compared exactly where they are rational, else by
 their digits (expressions.py); a decimal may stand for an irrational number if it agrees to six places. Plain numbers take a short
 way. A time limit around it is still wanted: the sizes of numbers are bounded, their computation is not timed.
 """
@@ -16,9 +16,10 @@ from typing import Any
 
 from mpmath import mp
 
-from . import values
+from .cleaning import clean
 from .expressions import Node, NoValueError, TooLargeError, evaluate, is_real, num, point, same_expression
 from .extraction import has_disguise, last_box
+from .reading import read
 from .values import (
     Based,
     Clock,
@@ -27,6 +28,7 @@ from .values import (
     Listing,
     Matrix,
     Named,
+    Piece,
     Ratio,
     Record,
     Region,
@@ -37,9 +39,8 @@ from .values import (
     Value,
     Words,
     as_region,
-    clean,
-    read,
 )
+from .vocabulary import UNITS
 
 MAX_CHARS = 256  # the longest gold answer of MATH, OlympiadBench and Minerva has 210
 _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
@@ -182,6 +183,8 @@ def _same(gold: Value, candidate: Value) -> bool:
 
 
 def _same_scalar(gold: Scalar, candidate: Scalar) -> bool:
+    if gold.unit and not candidate.unit and candidate.node.symbols:
+        candidate = _with_letters_as_unit(candidate)
     if gold.unit and candidate.unit and gold.unit != candidate.unit:
         return False
     number = _rational(gold.node)
@@ -196,6 +199,20 @@ def _same_scalar(gold: Scalar, candidate: Scalar) -> bool:
     # no question has both: a number above one was asked for in percent, any other is the number that the percentage is
     asked_in_percent = number is None or abs(number) > 1
     return _same_number(gold.node, candidate.node if asked_in_percent else _hundredth(candidate.node))
+
+
+def _with_letters_as_unit(value: Scalar) -> Scalar:
+    """5m^2 where a unit is asked for: letters behind a number that are units, and no symbols."""
+    node, powers = value.node, dict[str, int]()
+    while node.op in ("mul", "div"):
+        sign = 1 if node.op == "mul" else -1
+        node, factor = node.parts
+        letter, power = (factor.parts[0], factor.parts[1].number) if factor.op == "pow" else (factor, Fraction(1))
+        name = UNITS.get(letter.name) if letter.op == "sym" else None
+        if name is None or power.denominator != 1 or not power:
+            return value
+        powers[name] = powers.get(name, 0) + sign * int(power)
+    return value if node.symbols else Scalar(node, tuple(sorted(powers.items())), value.is_percent)
 
 
 def _hundredth(node: Node) -> Node:
@@ -290,7 +307,7 @@ def _same_region(gold: Region, candidate: Region) -> bool:
     return True
 
 
-def _same_piece(gold: values.Piece, candidate: values.Piece) -> bool:
+def _same_piece(gold: Piece, candidate: Piece) -> bool:
     ends = (gold.is_low_closed, gold.is_high_closed) == (candidate.is_low_closed, candidate.is_high_closed)
     return ends and _same_number(gold.low, candidate.low) and _same_number(gold.high, candidate.high)
 
@@ -350,7 +367,7 @@ def _as_relation(value: Value) -> Relation | None:
 
 _BY_TYPE: dict[type, Callable[[Any, Any], bool]] = {
     Scalar: _same_scalar,
-    Based: lambda a, b: int(a.digits, a.base) == int(b.digits, b.base),
+    Based: lambda a, b: a.number == b.number,
     Listing: _same_listing,
     Tuple: lambda a, b: a.bracket == b.bracket and _same_items(a.items, b.items),
     Named: _same_named,
@@ -415,9 +432,10 @@ def _both_ordered(gold: Value, candidate: Value) -> bool | None:
 def _base_and_number(gold: Value, candidate: Value) -> bool | None:
     """Digits in a base are that number; where they are the gold answer, the bare digits will do, but not the decimal number."""
     if isinstance(gold, Based) and isinstance(candidate, Scalar):
-        return candidate.node.op == "num" and candidate.node.name == gold.digits and not candidate.unit
+        sign, node = ("-", candidate.node.parts[0]) if candidate.node.op == "neg" else ("", candidate.node)
+        return node.op == "num" and sign + node.name == gold.digits and not candidate.unit
     if isinstance(candidate, Based) and isinstance(gold, Scalar):
-        return _rational(gold.node) == int(candidate.digits, candidate.base) and not gold.unit
+        return _rational(gold.node) == candidate.number and not gold.unit
     return None
 
 

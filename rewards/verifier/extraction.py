@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 
-from .values import Unread, read
+from .reading import read
+from .values import Unread
 
 MAX_TAG_CHARS = 2_000  # an answer tag without a box that is longer than this holds an essay, not an answer
 MAX_WHOLE_CHARS = 100  # of words and digits that are read as one value: "15 square centimeters"
+MAX_UNIT_CHARS = 40
 MAX_OPEN_BRACES = 1_000  # a text that opens more without closing them is no answer
 
 _BOX_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
@@ -154,13 +156,22 @@ def final_expression(content: str) -> str | None:
     content = without_emphasis(content)
     math = last_math(content)
     if math is not None and not _NUMBER.search(content, math[1]):
-        return math[0]
+        return _with_unit(math[0], content[math[1] :])
     if is_prose(content) and any(character.isdigit() for character in content):
         if _ENDS_IN_ITS_NUMBER.search(content):
             return last_number(content)
         is_whole = len(content) <= MAX_WHOLE_CHARS and not isinstance(read(content), Unread)
         return content if is_whole else last_number(content)
     return content
+
+
+def _with_unit(expression: str, rest: str) -> str:
+    """An expression with the words behind it, if both are one value: of "It is $980$ cm." 980 cm; of "$980$ in all" 980."""
+    rest = rest.strip().rstrip(".")
+    if not rest or len(rest) > MAX_UNIT_CHARS:
+        return expression
+    whole = f"{expression} {rest}"
+    return expression if isinstance(read(whole), Unread) else whole
 
 
 def from_answer_tag(completion: str) -> str | None:

@@ -1,0 +1,25 @@
+"""What makes the loss one algorithm or another: a value, which the configuration holds without importing torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The values that make `grpo_loss` one algorithm or another; config.AlgorithmConfig says what each means.
+
+    What is left out here does nothing: REINFORCE remains.
+    """
+
+    ratio: str = "token"
+    clip: str = "surrogate"
+    clip_low: float | None = None
+    clip_high: float | None = None
+    importance: str = "none"
+    importance_level: str = "token"
+    importance_low: float | None = None
+    importance_high: float | None = None
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
