@@ -3,7 +3,7 @@
 seconds.json has what the slower tests took (`--write-seconds`, on one worker or several). By it
 
 - several workers (`pytest -n 2 --dist loadgroup`) begin with what takes longest, so that none is left alone with it at the end;
-- `-m "not slow"` leaves out what takes longer than a second: `make check`.
+- `-m "not slow"` leaves out what takes longer than 0.3 seconds: `make check`.
 
 A test that has a fixture of its module's stays with the others that have, so that no fixture is made twice; and all that is fast
 stays with its module.
@@ -51,7 +51,7 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- which tests run where, and when ---------------------------------------------------------------------------------
 
 SECONDS = Path(__file__).with_name("seconds.json")
-SLOW = 1.0
+SLOW = 0.3
 """Seconds from which on a test is slow; also the least that is written down."""
 ALONE = 4.0
 """Seconds from which on a test without fixtures of its module may run away from its module."""

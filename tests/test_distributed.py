@@ -140,7 +140,7 @@ def test_a_sharded_run_resumes_where_it_stopped(tmp_path: Path, zero: int, optio
 ACCELERATE_CONFIG = """
 compute_environment: LOCAL_MACHINE
 distributed_type: DEEPSPEED
-num_processes: 2
+num_processes: {processes}
 num_machines: 1
 machine_rank: 0
 main_process_port: 0
@@ -150,22 +150,22 @@ deepspeed_config: {{zero_stage: {zero}, gradient_accumulation_steps: 1, gradient
 """
 
 
-def launch_with_config_file(tmp_path: Path, *, zero: int) -> subprocess.CompletedProcess[str]:
+def launch_with_config_file(tmp_path: Path, *, zero: int, processes: int) -> subprocess.CompletedProcess[str]:
     path = tmp_path / "accelerate.yaml"
-    path.write_text(ACCELERATE_CONFIG.format(zero=zero))
+    path.write_text(ACCELERATE_CONFIG.format(zero=zero, processes=processes))
     settings = ["evaluation.num_questions=0", "distributed.zero_stage=2", f"run.dir={tmp_path / 'run'}"]
     return launch_script(*settings, launcher=("--config_file", str(path)))
 
 
 def test_accelerates_own_configuration_file_may_set_the_number_of_processes(tmp_path: Path):
-    done = launch_with_config_file(tmp_path, zero=2)
+    done = launch_with_config_file(tmp_path, zero=2, processes=2)
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads((tmp_path / "run/environment.json").read_text())["processes"] == 2
     assert done.stdout.count("training questions") == 1  # one process speaks
 
 
 def test_a_zero_stage_that_accelerates_file_contradicts_is_refused(tmp_path: Path):
-    done = launch_with_config_file(tmp_path, zero=3)
+    done = launch_with_config_file(tmp_path, zero=3, processes=1)
     assert done.returncode != 0
     assert (
         "error: distributed.zero_stage is 2; accelerate's own configuration file or option says zero_stage 3"

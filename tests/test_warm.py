@@ -39,13 +39,15 @@ def run(code: str, *arguments: str, **variables: str):
 )
 def test_a_fork_prints_and_ends_as_python_does(code: str, returncode: int):
     command = ["-c", code, "an", "--option"]
-    environment = {name: value for name, value in clean_environment().items() if name != "PYTHONUNBUFFERED"}
-    started = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=30, env=environment)
-    if returncode == 120:  # what the two of them say of it is not the same
-        started.stderr = ""
+    started = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=30, env=clean_environment()
+    )
     forked = warm.run(command, timeout=30, env=clean_environment())
-    assert started.returncode == returncode
-    assert (forked.returncode, forked.stdout, forked.stderr) == (returncode, started.stdout, started.stderr)
+    if returncode == 120 and "PYTHONUNBUFFERED" in os.environ:  # then it is the call itself that fails
+        returncode = 1
+    assert (started.returncode, forked.returncode) == (returncode, returncode)
+    assert forked.stdout == started.stdout
+    assert forked.stderr == started.stderr or returncode == 120, "at its end Python says that it could not write, too"
 
 
 SHOWS = """
@@ -103,7 +105,8 @@ def test_a_run_that_does_not_end_is_killed_and_what_it_said_is_shown():
         warm.run(["-c", "print('begun', flush=True)\nimport time\ntime.sleep(60)"], timeout=1)
 
 
-def test_a_rank_that_fails_ends_the_others_and_its_output_is_shown(tmp_path: Path):
+def test_a_rank_that_fails_ends_the_others_and_its_output_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(warm, "GRACE_SECONDS", 1.0)
     (tmp_path / "worker.py").write_text(
         "import os, sys, time\n"
         "print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], flush=True)\n"

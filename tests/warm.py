@@ -46,6 +46,8 @@ matplotlib.pyplot matplotlib.backends.backend_agg
 """
 FROZEN = ("PYTHON", "OMP_", "MKL_", "OPENBLAS_", "TRITON_", "CUDA_", "HF_", "TRANSFORMERS_", "LD_")
 """Beginnings of the names of variables that are read when something is imported."""
+GRACE_SECONDS = 20.0
+"""In which the others of a group can end by themselves, and say why, after one has failed; a launcher gives them 30."""
 PIPE, STDOUT, DEVNULL = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
 
 
@@ -183,8 +185,8 @@ def run_together(
             processes.append(Process(command, env=env, cwd=cwd, stdin=DEVNULL, stdout=out, stderr=err))
         deadline = time.monotonic() + timeout  # without what the parent's imports take
         while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
-            if any(codes):  # the others may have something to say about it; a launcher gives them 30 s
-                deadline = min(deadline, time.monotonic() + 5)
+            if any(codes):
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             time.sleep(0.01)
         is_late = None in codes and not any(codes)
     finally:
