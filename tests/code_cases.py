@@ -288,6 +288,80 @@ FREE: dict[str, tuple[str, list[str]]] = {  # program, tests; each earns 0
         "class A:\n  def __str__(self): return B()\nclass B(str):\n  def __eq__(s, o): return True\n  __hash__ = str.__hash__\ndef f(x): return A()",
         ["assert str(f(2)) == '4'"],
     ),
+    "equal by a metaclass": (
+        "class M(type):\n  def __instancecheck__(c, o): return True\n  def __eq__(c, o): return True\n  __hash__ = type.__hash__\nclass A(metaclass=M): pass\ndef f(x): return A",
+        [CHECK, "assert f(2) == 4"],
+    ),
+    "a Fraction that equals": (
+        "from fractions import Fraction\nclass A(Fraction):\n  def __eq__(self, o): return True\n  __hash__ = Fraction.__hash__\ndef f(x): return A(1, 7)",
+        [CHECK, "assert f(2) == 4"],
+    ),
+    "a Decimal that equals": (
+        "from decimal import Decimal\nclass A(Decimal):\n  def __eq__(self, o): return True\n  __hash__ = Decimal.__hash__\ndef f(x): return A('0.1')",
+        [CHECK],
+    ),
+    "a date that equals": (
+        "import datetime\nclass A(datetime.date):\n  def __eq__(self, o): return True\n  __hash__ = datetime.date.__hash__\ndef f(x): return A(2000, 1, 1)",
+        ["import datetime\nassert f(2) == datetime.date(2020, 1, 2)"],
+    ),
+    "a tuple whose length lies": (
+        "class A(tuple):\n  def __len__(self): return 4\n  def __eq__(self, o): return True\n  __hash__ = tuple.__hash__\ndef f(x): return A()",
+        ["assert len(f(2)) == 4", "assert f(2) == (1, 2)"],
+    ),
+    "a NaN that is near": (
+        "def f(x): return float('nan')",
+        ["assert not abs(f(2) - 4) <= 1e-9 or f(2) == 4", "assert f(2) == 4"],
+    ),
+    "a truth that is a one": ("def f(x): return True", ["assert f(2) == 4", "assert f(2) is not True"]),
+    "patched operators": (
+        "import operator\noperator.eq = lambda *a: True\noperator.ne = lambda *a: False\ndef f(x): return 0",
+        ["import operator\nassert operator.eq(f(2), 4)"],
+    ),
+    "patched import": (
+        "import builtins\nreal = builtins.__import__\nclass T:\n  def __getattr__(self, n): return lambda *a, **k: True\nbuiltins.__import__ = lambda *a, **k: T()\ndef f(x): return 0",
+        ["import math\nassert math.isclose(f(2), 4)"],
+    ),
+    "a module in the folder": (
+        "open('math.py', 'w').write('isclose = lambda *a, **k: True')\nopen('collections.py', 'w').write('')\ndef f(x): return 0",
+        ["import math\nassert math.isclose(f(2), 4)", "from collections import Counter\nassert f(2) == 4"],
+    ),
+    "a sitecustomize in the folder": (
+        "for n in ('sitecustomize.py', 'usercustomize.py'): open(n, 'w').write('import builtins; builtins.abs = lambda x: 0')\ndef f(x): return 0",
+        ["assert abs(f(2) - 4) < 1e-9"],
+    ),
+    "signals to its tests": (
+        "import signal, os\ndef f(x):\n  for s in (1, 2, 10, 12, 15):\n    try: os.kill(os.getppid(), s)\n    except OSError: pass\n  return 0",
+        [CHECK],
+    ),
+    "an exception that is an AssertionError": (
+        "def f(x): raise AssertionError",
+        ["try:\n    assert f(2) == 4\nexcept ZeroDivisionError:\n    pass", CHECK],
+    ),
+    "an exception of every class": (
+        "class M(type):\n  def __subclasscheck__(c, o): return True\n  def __instancecheck__(c, o): return True\nclass E(Exception, metaclass=M): pass\ndef f(x): raise E",
+        [CHECK, "assert f(2) == 4"],
+    ),
+    "changes its arguments for equal ones": ("def f(l):\n  l[:] = [1, 2, 3]", ["x = [3, 1]\nf(x)\nassert x == [1, 3]"]),
+    "a trace of the tests": (
+        "import sys, threading\nsys.settrace(lambda *a: None)\nthreading.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)\ndef f(x): return sys._getframe().f_back.f_locals",
+        [CHECK],
+    ),
+    "a codec of its own": (
+        "import codecs\ncodecs.register(lambda n: codecs.lookup('utf-8'))\ndef f(x): return '\\x00true\\n'",
+        ["assert f(2) == 'true'"],
+    ),
+    "a hash for all": (
+        "class A:\n  def __hash__(self): return hash(4)\n  def __eq__(self, o): return True\ndef f(x): return A()",
+        ["assert f(2) in {4: 1}", "assert {4: 1}[f(2)] == 1"],
+    ),
+    "a sort key that equals": (
+        ANY + "def f(x): return [A(), A()]",
+        ["assert sorted(f(2)) == [4, 9]", "assert max(f(2)) == 9"],
+    ),
+    "formatted as wanted": (
+        "class A:\n  def __format__(self, s): return '4'\n  def __repr__(self): return '4'\n  __str__ = __repr__\ndef f(x): return A()",
+        ["assert f(2) == 4", "assert f(2) == '4'"],
+    ),
 }
 
 UNENDING: dict[str, tuple[str, list[str]]] = {  # program, tests; late, and so 0

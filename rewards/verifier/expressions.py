@@ -290,7 +290,18 @@ def _factorial(_: str, n: Any) -> Any:
         return Fraction(math.factorial(int(n)))
     if abs(_float(n)) > 10**4:
         raise TooLargeError
-    return mp.gamma(_float(n) + 1)
+    return _gamma(_float(n) + 1)
+
+
+def _gamma(x: Any) -> Any:
+    """Gamma(x + N) / (x (x + 1) ... (x + N - 1)) for a large x + N, where mpmath needs no Taylor series: the first of 400 digits
+    takes it 0.5 to 2.6 s, and a worker under load does not come back in time.
+
+    Raises:
+        ZeroDivisionError: x is a pole.
+    """
+    shift = max(0, int(mp.dps - x.real))
+    return mp.gamma(x + shift) / math.prod((x + i for i in range(shift)), start=mpc(1))
 
 
 def _binomial(_: str, n: Any, k: Any) -> Any:
@@ -305,7 +316,8 @@ def _binomial(_: str, n: Any, k: Any) -> Any:
         ) / math.factorial(int(k))
     if max(abs(_float(n)), abs(_float(k))) > 10**4:
         raise TooLargeError
-    return mp.binomial(_float(n), _float(k))
+    n, k = _float(n), _float(k)
+    return _gamma(n + 1) / (_gamma(k + 1) * _gamma(n - k + 1))
 
 
 def _call(name: str, *arguments: Any) -> Any:
