@@ -618,7 +618,7 @@ def test_a_stop_that_one_process_hears_of_stops_all_and_the_rest_of_the_rollout_
 
 
 @pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 2), (3, 2), (2, 5)])
-def test_a_step_under_way_is_redistribute_without_losing_a_sequence(before: int, now: int):
+def test_a_step_under_way_is_redistributed_without_losing_a_sequence(before: int, now: int):
     rng = random.Random(0)
     parts = [part_of_a_step(rng, number) for number in range(before)]
     dealt = [redistribute(parts, rank=rank, num_processes=now) for rank in range(now)]

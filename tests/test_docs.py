@@ -1,5 +1,6 @@
-"""The documents' commands and the README's code run, docs/metrics.md is what the code says, and the wheel is whole."""
+"""The documents' commands and code run, tables and generated pages are what the code says, and the wheel is whole."""
 
+import json
 import os
 import re
 import runpy
@@ -10,6 +11,7 @@ import tempfile
 import zipfile
 from argparse import ArgumentParser, Namespace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,43 +21,65 @@ from accelerate.commands.launch import launch_command_parser
 from helpers import ROOT, clean_environment
 from torch.distributed.run import get_args_parser
 
+from grpo import cli
+from grpo.cli.settings import chosen, settings
 from grpo.config import Config, RewardConfig
+from grpo.config.elsewhere import ELSEWHERE
 from grpo.evaluation.compare import arms_of
 from grpo.observe.metrics import METRICS
 from grpo.scoring.reward import resolve_function
-
-README = (ROOT / "README.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-
+from grpo.system.heartbeat import PEER_LOST
+from grpo.system.stopping import EXIT_STOPPED
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LAUNCHERS = ("python", "accelerate", "torchrun", "deepspeed")
 
 
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text()
+
+
+def blocks(language: str, document: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def block(language: str, document: str, *, beginning: str) -> str:
+    """The only one in that language with that beginning."""
+    (found,) = [each for each in blocks(language, document) if each.startswith(beginning)]
+    return found
+
+
 def commands(document: Path) -> list[str]:
-    """Lines and `inline code` that start one of our programs, or make."""
+    """Lines and `inline code` that start one of our programs, or make. `grpo train` within a sentence is a name."""
     text = document.read_text().replace("\\\n", " ")
-    codes = [line.strip() for line in text.splitlines()] + re.findall(r"`([^`\n]+)`", text)
-    starts = rf"({'|'.join(LAUNCHERS)}) .*(\.py\b|-m grpo)|make [a-z]+( |$)"
+    inline = [code for code in re.findall(r"`([^`\n]+)`", text) if code.removeprefix("grpo ") not in NAMES]
+    codes = [line.strip() for line in text.splitlines()] + inline
+    starts = rf"({'|'.join(LAUNCHERS)}) .*(\.py\b|-m grpo)|grpo [\w-]|make [a-z]+( |$)"
     return [re.sub(" +", " ", code) for code in codes if re.match(starts, code)]
+
+
+NAMES = {*cli.COMMANDS, *(f"check {name}" for name in ("memory", "invariance", "gradients", "steps"))}
 
 
 COMMANDS = [(document, command) for document in DOCUMENTS for command in commands(document)]
 
 
 def program_and_arguments(words: list[str]) -> tuple[str, list[str]]:
-    """What a command line runs, a file or "-m module", and what it is given; the launcher's own options are checked."""
+    """What a command line runs, a file or "grpo COMMAND", and what it is given; the launcher's own options are checked."""
+    redirected = [place for place, word in enumerate(words) if word in (">", "|", "&&")]
+    words = words[: min(redirected, default=len(words))]
+    if words[0] == "grpo":
+        return " ".join(words[:2]), words[2:]
     if words[:2] == ["accelerate", "launch"]:
         launched = launch_command_parser().parse_args(words[2:])
         return launched.training_script, launched.training_script_args
     if words[0] == "torchrun":
         launched = get_args_parser().parse_args(words[1:])
+        if launched.module:
+            return program_and_arguments([launched.training_script, *launched.training_script_args])
         return launched.training_script, launched.training_script_args
     if words[:2] == ["python", "-m"]:
-        return f"-m {words[2]}", words[3:]
+        return program_and_arguments(words[2:])
     place = next(place for place, word in enumerate(words) if word.endswith(".py"))
     assert words[0] == "deepspeed" or place == 1, "a command for python begins with its script"
     return words[place], words[place + 1 :]
@@ -75,15 +99,15 @@ def arguments_of(monkeypatch: pytest.MonkeyPatch):
 
     def arguments_of(program: str, arguments: list[str]) -> Namespace:
         monkeypatch.chdir(ROOT)
-        monkeypatch.syspath_prepend(str((ROOT / program).parent))
         monkeypatch.setattr(sys, "argv", [program, *arguments])
         monkeypatch.setattr(ArgumentParser, "parse_args", parse_and_end)
-        is_module = program.startswith("-m ")
-        start = (
-            partial(runpy.run_module, program.removeprefix("-m ")) if is_module else partial(runpy.run_path, program)
-        )
+        if program.startswith("grpo "):
+            start = partial(cli.main, [program.removeprefix("grpo "), *arguments])
+        else:
+            monkeypatch.syspath_prepend(str((ROOT / program).parent))
+            start = partial(runpy.run_path, program, run_name="__main__")
         with pytest.raises(Parsed) as parsed:
-            start(run_name="__main__")
+            start()
         monkeypatch.setattr(ArgumentParser, "parse_args", parse)
         return parsed.value.args[0]
 
@@ -97,19 +121,30 @@ def load_settings(program: str, options: Namespace) -> list[Config]:
 
         with tempfile.TemporaryDirectory() as scratch:
             return [step.make_config(options, Path("model"), Path(scratch))]
-    settings = list(getattr(options, "set", []))
+    if program == "grpo settings" and not chosen(list(settings()), options.word):
+        raise ValueError(f"no setting has {options.word!r} in its name or meaning")
+    overrides = list(getattr(options, "set", []))
     if hasattr(options, "variant"):
-        return [Config.load(arm.config, arm.overrides) for arm in arms_of(options.configs, options.variant, settings)]
+        return [Config.load(arm.config, arm.overrides) for arm in arms_of(options.configs, options.variant, overrides)]
+    if getattr(options, "config", None) == "my.yaml":
+        with tempfile.TemporaryDirectory() as scratch:
+            own = Path(scratch) / "my.yaml"
+            own.write_text(block("yaml", "README.md", beginning="# my.yaml"))
+            return [Config.load(own, overrides)]
     if getattr(options, "config", None) is not None:
-        return [Config.load(options.config, settings)]
-    assert not settings, f"how {program} reads --set is not known here"
+        return [Config.load(options.config, overrides)]
+    assert not overrides, f"how {program} reads --set is not known here"
     return []
 
 
 def test_the_readme_has_commands_and_code_and_so_have_the_documents():
-    assert sum(document.name == "README.md" for document, _ in COMMANDS) >= 20
+    assert sum(document == ROOT / "README.md" for document, _ in COMMANDS) >= 15
     assert sum(document.name == "performance.md" for document, _ in COMMANDS) >= 10
-    assert len(blocks("python")) >= 2
+    shown = " ".join(command for _, command in COMMANDS)
+    assert [name for name in cli.COMMANDS if f"grpo {name} " not in shown] == [
+        "completion"
+    ]  # it is within eval "$(...)"
+    assert len(blocks("python", "README.md")) == 2
 
 
 @pytest.mark.parametrize(("document", "command"), COMMANDS, ids=[f"{d.name}: {c[:70]}" for d, c in COMMANDS])
@@ -120,7 +155,7 @@ def test_every_command_of_the_documents_is_one_that_its_program_takes(document: 
         return
     program, arguments = program_and_arguments(words)
     if "..." in arguments:  # some are left out
-        assert (ROOT / program).is_file()
+        assert (ROOT / program).is_file() or program.removeprefix("grpo ") in cli.COMMANDS
     else:
         load_settings(program, arguments_of(program, arguments))
 
@@ -133,7 +168,14 @@ def test_every_command_of_the_documents_is_one_that_its_program_takes(document: 
         ("benchmarks/step.py", "--set memory.micro_batch_token=1"),
         ("scripts/train_zero.py", "--config configs/quickstart.yaml --set algorithm.clip=wei"),
         ("scripts/compare.py", "configs/quickstart.yaml --out x --variant a:algorithm.clip_hi=2"),
-        ("-m grpo.check", "momory --config configs/quickstart.yaml"),
+        ("grpo check", "momory --config configs/quickstart.yaml"),
+        ("grpo check", "memory --config configs/quickstart.yaml --set memory.max_sequence=2"),
+        ("grpo train", "--config quikstart"),
+        ("grpo train", "--config quickstart --process 2 --sett a=b"),
+        ("grpo train", "--config my.yaml --set rollout.group_sise=8"),
+        ("grpo settings", "temperatur3"),
+        ("grpo evaluate", "--model runs/quickstart --benchmark"),
+        ("grpo trian", "--config quickstart"),
     ],
 )
 def test_a_command_with_a_wrong_option_or_setting_is_found(program: str, arguments: str, arguments_of):
@@ -146,39 +188,60 @@ def test_every_program_of_the_documents_is_run_by_a_test():
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py") if path != Path(__file__))
     named = [shlex.split(command, comments=True) for _, command in COMMANDS if not command.startswith("make")]
     programs = {program_and_arguments(words)[0] for words in named}
-    assert {"benchmarks/rollout.py", "scripts/train_zero.py", "-m grpo.check"} <= programs
+    assert {"benchmarks/rollout.py", "scripts/train_zero.py", "grpo train", "grpo check"} <= programs
     assert [program for program in sorted(programs) if not is_run(program, tests)] == []
 
 
 def is_run(program: str, tests: str) -> bool:
-    module = program.removeprefix("-m ")
+    """A command also where a test runs its module, or the script that is another name of it."""
+    if program.startswith("grpo "):
+        command = program.removeprefix("grpo ")
+        shims = [path for path in (ROOT / "scripts").glob("*.py") if f"grpo.cli.{command} " in path.read_text()]
+        started = rf"""call\("{command}"|"grpo", "{command}"|run_module\("grpo\.{command}\""""
+        return bool(re.search(started, tests)) or any(is_run(f"scripts/{path.name}", tests) for path in shims)
     name = re.escape(Path(program).name)
-    return bool(
-        re.search(rf"""run_module\("{re.escape(module)}"|["/]{name}"|^ +import {name[:-4]}$""", tests, re.MULTILINE)
-    )
+    return bool(re.search(rf"""["/]{name}"|^ +import {name[:-4]}$""", tests, re.MULTILINE))
 
 
-def test_the_readmes_library_example_runs(tmp_path: Path):
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    code = blocks("python")[0]
+@pytest.mark.parametrize(
+    ("document", "beginning"), [("README.md", "from grpo"), ("docs/getting-started.md", "from grpo")]
+)
+def test_the_documents_library_examples_run(tmp_path: Path, document: str, beginning: str):
+    code = block("python", document, beginning=beginning)
     done = warm.run(["-c", code], cwd=tmp_path, timeout=300, env={**clean_environment(), "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "runs/brief/checkpoints/step-00000002/hf").is_dir()
 
 
-def test_the_readmes_own_reward_works_by_the_name_in_its_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_readmes_own_model_data_and_reward_train(tmp_path: Path):
+    """With the quickstart's model and settings in place of what a GPU would take."""
+    (tmp_path / "my.yaml").write_text(block("yaml", "README.md", beginning="# my.yaml"))
+    (tmp_path / "my_rewards.py").write_text(block("python", "README.md", beginning="# my_rewards.py"))
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text((ROOT / f"configs/quickstart/{name}.jsonl").read_text())
+    small = ["rollout.num_prompts=2", "rollout.group_size=2", "rollout.max_completion_tokens=16", "run.steps=1"]
+    off = ["preflight.num_questions=0", "evaluation.num_questions=2", "data.template=chat", "algorithm.kl_coef=0"]
+    model = f"model.name={ROOT / 'configs/quickstart/model'}"
+    command = ["-m", "grpo", "train", "--config", "my.yaml", "--set", model, *small, *off]
+    done = warm.run(command, cwd=tmp_path, timeout=300, env={**clean_environment(), "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = map(json.loads, (tmp_path / "runs/mine/metrics.jsonl").read_text().splitlines())
+    assert [row["reward/brief"] for row in rows if "reward/brief" in row] == [1.0]  # 16 tokens are fewer than 400 characters
+
+
+def test_the_documents_own_reward_works_by_the_name_in_its_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    Path("my_rewards.py").write_text(blocks("python")[1])
-    (block,) = [block for block in blocks("yaml") if block.startswith("rewards:")]
-    rewards = [RewardConfig(**item) for item in yaml.safe_load(block)["rewards"]]
+    Path("my_rewards.py").write_text(block("python", "docs/rewards.md", beginning="import re"))
+    written = yaml.safe_load(block("yaml", "docs/rewards.md", beginning="rewards:"))
+    rewards = [RewardConfig(**item) for item in written["rewards"]]
     function = resolve_function(rewards[1].function)
     assert function("so <answer>7.005</answer>", "7", **rewards[1].args) == 1.0
     assert function("so <answer>8</answer>", "7", **rewards[1].args) == 0.0
     assert function("so <answer>8</answer>", "seven", **rewards[1].args) is None
 
 
-def test_the_readmes_tree_is_the_tree():
-    tree = README.split("## Files")[1].split("## Departures")[0]
+def test_the_documents_tree_is_the_tree():
+    tree = page("architecture.md").split("## Files")[1].split("## Departures")[0]
     folders: list[str] = []
     listed = set()
     for indent, name in re.findall(r"^    ( *)([\w.-]+(?:/|\.py))(?= )", tree, re.MULTILINE):
@@ -192,30 +255,74 @@ def test_the_readmes_tree_is_the_tree():
         assert list(ROOT.glob(f"*/{name}")) + list(ROOT.glob(f"*/*/{name}")), name
 
 
-def test_the_readmes_schedules_are_valid():
-    (block,) = [block for block in blocks("yaml") if block.startswith("schedules:")]
-    settings = yaml.safe_load((ROOT / "configs/qwen1.5b.yaml").read_text()) | yaml.safe_load(block)
+def test_the_documents_schedules_are_valid():
+    schedules = yaml.safe_load(block("yaml", "docs/getting-started.md", beginning="schedules:"))
+    sections = yaml.safe_load((ROOT / "configs/qwen1.5b.yaml").read_text()) | schedules
     for section, setting in (("rollout", "max_completion_tokens"), ("algorithm", "kl_coef")):
-        settings[section].pop(setting, None)
-    settings["memory"]["micro_batch_tokens"] = 70_000
-    config = Config(**settings)
+        sections[section].pop(setting, None)
+    sections["memory"]["micro_batch_tokens"] = 70_000
+    config = Config(**sections)
     assert config.at(10_000).rollout.max_completion_tokens == 65_536
     assert config.at(500).algorithm.kl_coef == pytest.approx(0.0005)
 
 
-def test_the_readmes_list_of_sources_is_valid():
-    (block,) = [block for block in blocks("yaml") if block.startswith("data:")]
-    config = Config(**yaml.safe_load(block), model={"name": "m"}, run={"dir": "d", "steps": 1})
+def test_the_documents_list_of_sources_is_valid():
+    data = yaml.safe_load(block("yaml", "docs/data.md", beginning="data:"))
+    config = Config(**data, model={"name": "m"}, run={"dir": "d", "steps": 1})
     assert list((config.data.weights or {}).values()) == [3, 1]
 
 
-def test_the_readmes_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_the_documents_links_lead_somewhere(document: Path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = document.parent / name if name else document
+        assert path.exists(), target
+        if anchor:
+            assert anchor in headings(path), target
+
+
+def headings(document: Path) -> set[str]:
+    """As a link names them."""
+    titles = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_index_has_every_page():
+    linked = set(re.findall(r"\]\(([^)#]+\.md)\)", page("README.md")))
+    pages = {str(path.relative_to(ROOT / "docs")) for path in DOCUMENTS[1:]} - {"README.md"}
+    assert pages - linked == set()
+
+
+def test_the_page_of_settings_is_what_the_command_writes():
+    done = warm.run(["-m", "grpo", "settings", "--markdown"], cwd=ROOT, timeout=100)
+    assert page("settings.md") == done.stdout, "grpo settings --markdown > docs/settings.md"
+
+
+def test_the_readmes_names_of_other_libraries_are_those_that_the_error_answers():
+    readme = (ROOT / "README.md").read_text().split("## Names for users")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?) \| (.*?) \| (.+) \|$", readme, re.MULTILINE)
+    assert len(rows) >= 8
+    for trl, verl, ours in rows:
+        settings_here = re.findall(r"`(\w+\.\w+|rewards)", ours)
+        for library in (trl, verl):
+            for place, theirs in enumerate(re.findall(r"`([\w.]+)`", library)):
+                name = ELSEWHERE.get(theirs, ELSEWHERE.get(theirs.split(".")[-1]))
+                assert name is not None, theirs
+                assert settings_here[min(place, len(settings_here) - 1)] in name, theirs
+
+
+def test_the_table_of_exit_codes_is_that_of_the_command():
+    table = page("reliability.md").split("## Exit codes")[1].split("\n## ")[0]
+    told = (import_module("grpo.cli.train").__doc__ or "").split("Exit code")[1]
+    assert re.findall(r"^\| (\d+) \|", table, re.MULTILINE) == re.findall(r"(\d+): ", told)
+    assert (str(EXIT_STOPPED), str(PEER_LOST)) == ("75", "76")
 
 
 def test_metrics_are_documented_with_their_formulas():
-    documented = (ROOT / "docs" / "metrics.md").read_text()
+    documented = page("metrics.md")
     rows = dict(re.findall(r"^\| `([^`]+)` \| (.+) \|$", documented, re.MULTILINE))
     assert rows == {name: formula.replace("|", "\\|") for name, formula in METRICS.items()}
 
@@ -241,7 +348,7 @@ def test_the_wheel_holds_the_rewards_within_the_library_and_nothing_of_the_tests
 
 
 def test_every_test_that_the_reliability_table_names_exists():
-    table, file, missing = (ROOT / "docs/reliability.md").read_text(), "", []
+    table, file, missing = page("reliability.md"), "", []
     named = re.findall(r"`(test_\w+\.py)?::(test_\w+)`", table)
     for name, test in named:
         file = name or file

@@ -467,7 +467,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_cost_a_run_its_end(tmp_path: Pa
     (run / "curves.png").mkdir()
     curves, page = report.at_the_end(run)
     assert curves.startswith("warning: IsADirectoryError")
-    assert f"scripts/report.py {run} --png" in curves
+    assert f"grpo report {run} --png" in curves
     assert page == f"report     {run / 'report.html'}"
 
 

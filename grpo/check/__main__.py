@@ -1,12 +1,12 @@
 """Checks of a configuration on this machine, before a long run.
 
-python -m grpo.check memory --config configs/qwen1.5b.yaml
-python -m grpo.check invariance --config configs/qwen1.5b.yaml --processes 1 2
-python -m grpo.check gradients --config configs/qwen1.5b.yaml --out gradients.json
-python -m grpo.check steps --config configs/qwen1.5b.yaml --steps 15 --seeds 0 1 2
+grpo check memory --config configs/qwen1.5b.yaml
+grpo check invariance --config configs/qwen1.5b.yaml --processes 1 2
+grpo check gradients --config configs/qwen1.5b.yaml --out gradients.json
+grpo check steps --config configs/qwen1.5b.yaml --steps 15 --seeds 0 1 2
 
 memory      Steps of the longest possible prompts and completions: memory and seconds of each phase, and what to lower if they do
-            not fit. One process; scripts/train_zero.py --dry-run does the same with all that a launcher starts.
+            not fit. One process; `grpo train --dry-run` does the same on every GPU.
 invariance  One update on the same completions with other token budgets, ZeRO stages and numbers of processes, compared.
 gradients   The gradient of the fast update, part by part, against that of the plain model in float32.
 steps       The first steps of the run with the fast update and with the plain one, side by side.
@@ -24,7 +24,7 @@ from grpo.observe.console import errors_for_users
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m grpo.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="grpo check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="memory | invariance | gradients | steps")
     for name in ("memory", "invariance", "gradients", "steps"):

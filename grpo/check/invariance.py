@@ -93,7 +93,7 @@ def _counts(config: Config, asked: Sequence[int] | None) -> list[int]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; this check launches its variants itself. Start it with "
-            "python -m grpo.check, without accelerate launch or torchrun."
+            "grpo check, without accelerate launch or torchrun."
         )
     gpus = torch.cuda.device_count()
     possible = [n for n in (1, 2, gpus) if 1 <= n <= min(gpus or 2, config.rollout.num_prompts)]

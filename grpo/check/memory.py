@@ -194,8 +194,7 @@ def report(config: Config, metrics: dict[str, float], memory: GpuMemory, *, worl
     spare_gpus = torch.cuda.device_count() - world_size
     if spare_gpus > 0:
         lines.append(
-            f"{world_size} of {world_size + spare_gpus} GPUs were used. For all of them: accelerate launch scripts/train_zero.py "
-            "--dry-run --config ..."
+            f"{world_size} of {world_size + spare_gpus} GPUs were used. For all of them: grpo train --dry-run --config ..."
         )
     return "\n".join(lines)
 

@@ -490,12 +490,12 @@ def _header(scaled: Scaled, source: Path, out: Path, num_questions: int | None) 
         if num_questions is None
         else f"{questions / num_questions:.2f} epochs"
     )
-    launch = f"accelerate launch --num_processes {hardware.gpus} scripts/train_zero.py --config {out}"
+    launch = f"grpo train --processes {hardware.gpus} --config {out}"
     short = f"{hours[1]:.1f} with a quarter, {hours[2]:.1f} if all are cut off"
     every = _rollouts_per_reference(recipe)
     has_fewer = scaled.prompts_per_update < recipe.prompts_per_minibatch
     return [
-        f"{source.name} for {scaled.shape.name}, by scripts/scale_down.py, for {hardware.gpus} x {hardware.gpu} with "
+        f"{source.name} for {scaled.shape.name}, by `grpo scale`, for {hardware.gpus} x {hardware.gpu} with "
         f"{hardware.memory_gib:g} GiB. The estimates are those of grpo/check/scale.py;",
         "the first command measures them, the second trains. What has no reason beside it is the recipe's:",
         f"  {launch} --dry-run",

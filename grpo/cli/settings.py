@@ -3,7 +3,7 @@
 grpo settings                 all of them
 grpo settings rollout         of one section
 grpo settings temperature     those whose name or meaning has the word
-grpo settings --markdown      as a page of documentation
+grpo settings --markdown      as a page of documentation: docs/settings.md
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+
+PAGE_HEAD = """# Settings
+
+`grpo settings --markdown > docs/settings.md` writes this page.
+
+"""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ def main() -> None:
     found = chosen(list(settings()), arguments.word)
     if not found:
         raise SystemExit(f"error: no setting has {arguments.word!r} in its name or meaning. `grpo settings` lists all.")
-    print(as_markdown(found) if arguments.markdown else "\n".join(map(as_text, found)))
+    print(PAGE_HEAD + as_markdown(found) if arguments.markdown else "\n".join(map(as_text, found)))
 
 
 def settings() -> Iterator[Setting]:

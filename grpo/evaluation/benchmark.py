@@ -1,5 +1,5 @@
 """A model answers benchmarks as DeepSeek-R1's evaluation does: several samples of each question at temperature 0.6, in whatever
-templates are asked for. scripts/evaluate.py is the command.
+templates are asked for. `grpo evaluate` is the command.
 
     OUT/settings.json     what is asked of which model; another start with the same goes on where this one ended
     OUT/samples.jsonl     every sample with its verdict
@@ -324,7 +324,7 @@ CONTENTS = {
 
 
 def _option(name: str) -> str:
-    """How scripts/evaluate.py spells a field of Settings."""
+    """How `grpo evaluate` spells a field of Settings."""
     own = {"num_samples": "--samples", "num_questions": "--questions", "max_completion_tokens": "--max-tokens"}
     return own.get(name) or "--" + name.replace("_", "-")
 

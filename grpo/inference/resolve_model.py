@@ -1,4 +1,4 @@
-"""Which model a person means, and the settings of the run that it comes from: for scripts/sample.py and scripts/chat.py."""
+"""Which model a person means, and the settings of the run that it comes from: for `grpo sample` and `grpo chat`."""
 
 from __future__ import annotations
 

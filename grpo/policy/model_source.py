@@ -157,7 +157,7 @@ def not_loaded(config: ModelConfig, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return (
             f"model.name is {config.name!r}; it comes with code of its own, which is not run unless you say so. Read that code, "
-            "and set model.trust_remote_code=true; for sample.py, chat.py and evaluate.py it is --trust-remote-code."
+            "and set model.trust_remote_code=true; for grpo sample, chat and evaluate it is --trust-remote-code."
         )
     return (
         f"model.name is {config.name!r}; it is neither a directory with a model in Hugging Face format nor a model "

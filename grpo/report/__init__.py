@@ -11,7 +11,7 @@ from grpo.report.page import write_page
 __all__ = ["at_the_end", "check_places", "plot_arms", "plot_curves", "save_figures", "write_page"]
 
 COMPLETIONS_AT_THE_END = 4_000
-"""Of each kind, so that a run does not wait for its page; scripts/report.py writes one with more."""
+"""Of each kind, so that a run does not wait for its page; `grpo report` writes one with more."""
 
 
 def check_places(file: Path | None, *directories: Path | None) -> None:
@@ -35,7 +35,7 @@ def check_places(file: Path | None, *directories: Path | None) -> None:
 def at_the_end(run_dir: Path) -> list[str]:
     """Draw a run's curves and write its page; lines that say where they are. A picture must never cost a run its end."""
     page = run_dir / "report.html"
-    again = f"python scripts/report.py {run_dir}"
+    again = f"grpo report {run_dir}"
     pictures: list[tuple[str, Path, Callable[[], object], str]] = [
         ("curves", run_dir / "curves.png", lambda: plot_curves(run_dir), f"{again} --png {run_dir / 'figures'}"),
         ("report", page, lambda: write_page([run_dir], page, max_completions=COMPLETIONS_AT_THE_END), again),

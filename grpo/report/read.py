@@ -44,7 +44,7 @@ class Run:
     config: dict[str, Any]
     environment: dict[str, Any]
     evaluations: list[Row]  # all answers to the held-out questions, with their step
-    results: list[Row]  # of scripts/evaluate.py, each with the `name` of its folder
+    results: list[Row]  # of `grpo evaluate`, each with the `name` of its folder
     roll_backs: list[Row]
     alarms: list[tuple[str, str]]  # of the post-mortems: folder and text
     sources: list[Source]
