@@ -303,6 +303,8 @@ class Trainer:
             self.step = StepState()  # to be sampled again
         self.prompts.position = self.state.position
         saved = self.save(wait=True)
+        if self.processes.is_main:
+            report.at_the_end(self.log.directory)
         settings = ("run.resume=auto", f"run.dir={as_override(str(self.log.directory))}", *interrupted.settings)
         self.close()  # first: the last words stand beneath the display
         self.processes.say(
