@@ -103,13 +103,22 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     if not equals:
         raise ValueError(f"--set {override!r}: an override reads section.setting=value, such as run.steps=10.")
+    put(settings, path.strip(), _read_value(value, override))
+
+
+def put(settings: dict[str, Any], path: str, value: Any) -> None:
+    """Set what `path`, such as `run.steps` or `rewards.0.weight`, names.
+
+    Raises:
+        ValueError: it leads through something that is no section.
+    """
     node: Any = settings
-    *parents, last = path.strip().split(".")
+    *parents, last = path.split(".")
     for name in parents:
         if isinstance(node, dict) and node.get(name) is None:
             node[name] = {}
         node = node[_child_key(node, name, path)]
-    node[_child_key(node, last, path)] = _read_value(value, override)
+    node[_child_key(node, last, path)] = value
 
 
 def _read_value(text: str, override: str) -> Any:
