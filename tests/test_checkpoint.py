@@ -386,9 +386,9 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     trainer = Trainer(tiny_config(tmp_path / "run", checkpoint=saving, run={"steps": 4}))
     own = trainer.checkpoints.save
 
-    def save(state, **options):
+    def save(state, step, **options):
         with no_room() if state.step == 2 else no_room(2**40):
-            path = own(state, **options)
+            path = own(state, step, **options)
             if background and state.step == 2:
                 trainer.checkpoints._pending.writer.wait()
             return path
@@ -668,12 +668,12 @@ def test_a_stop_saves_even_if_the_background_save_before_it_failed(tmp_path: Pat
     trainer = Trainer(tiny_config(tmp_path / "run", checkpoint=saving, run={"steps": 4}))
     own, calls = trainer.checkpoints.save, []
 
-    def save(state, **options):
+    def save(state, step, **options):
         calls.append(state.step)
         if len(calls) > 1:
-            return own(state, **options)
+            return own(state, step, **options)
         with no_room():
-            path = own(state, **options)
+            path = own(state, step, **options)
             trainer.checkpoints._pending.writer.wait()
             os.kill(os.getpid(), signal.SIGTERM)  # before anyone has asked what became of it
             return path
