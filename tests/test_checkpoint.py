@@ -28,7 +28,7 @@ from grpo.observe.metrics import Meter
 from grpo.policy.model_source import complete_checkpoints
 from grpo.run import checkpoint, inputs
 from grpo.run.checkpoint import CheckpointError, changed_setting, name_of, numbers_of
-from grpo.scoring import scorer as scoring
+from grpo.scoring import reward as scoring
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import EXIT_STOPPED, Stopped
 from grpo.system.writer import Writer, checksum, copied, problem_with, save_tensors
@@ -838,7 +838,7 @@ def short(completion, factor=factor):
 
 def given_run(directory: Path, **settings: object) -> Trainer:
     sys.modules.pop("reward_parts", None)
-    scoring._files.clear()
+    scoring.loaded_files.clear()
     rewards = [{"function": f"{directory / 'reward_short.py'}:short"}]
     data = {"name": str(directory / "train.jsonl"), "eval_name": str(directory / "test.jsonl")}
     sections = {"data": data, "rewards": rewards, "evaluation": {"num_questions": 2}}
