@@ -1,4 +1,4 @@
-"""GRPO with verifiable rewards: `from grpo import Trainer, Config, Reward`."""
+"""GRPO with verifiable rewards: `from grpo import Trainer, Config, Reward, Callback`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,10 +7,16 @@ if TYPE_CHECKING:
     from grpo.config import Config
     from grpo.scoring.reward import Reward
     from grpo.trainer import Trainer
+    from grpo.training.callback import Callback
 
-__all__ = ["Config", "Reward", "Trainer"]
+__all__ = ["Callback", "Config", "Reward", "Trainer"]
 
-_HOMES = {"Config": "grpo.config", "Reward": "grpo.scoring.scorer", "Trainer": "grpo.trainer"}
+_HOMES = {
+    "Callback": "grpo.training.callback",
+    "Config": "grpo.config",
+    "Reward": "grpo.scoring.reward",
+    "Trainer": "grpo.trainer",
+}
 
 
 # grpo.rewards is a subpackage in a wheel. In a checkout its folder, rewards/, lies beside this one.

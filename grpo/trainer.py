@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,26 +23,34 @@ from grpo.observe.metrics import measure_texts, step_metrics
 from grpo.policy.policy import Policy
 from grpo.run import checkpoint
 from grpo.run.guard import Guard
+from grpo.run.preflight import PreflightRefused
 from grpo.scoring.answers import completion_rows
 from grpo.scoring.reward import Reward
 from grpo.system import progress
 from grpo.system.out_of_memory import or_ask_for_less
 from grpo.system.stopping import EXIT_STOPPED, Interrupted, Stopped
+from grpo.training.callback import Callback
 from grpo.training.collector import How
 from grpo.training.learner import Learner
 from grpo.training.state import Rollout, RunState, StepClock, StepState
 from grpo.types import Group, MicroBatch, Scores
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 class Trainer:
     """Trains a language model with GRPO on rule-based rewards.
 
     Args:
-        config: see grpo/config/sections.py.
+        config: a Config (`grpo settings` tells every setting), a YAML file, the name of a configuration that comes with the
+            library, or a model; see Config.of.
         rewards: reward functions (or `Reward`s, which add a weight, a name and arguments) instead of `config.rewards`.
         train_dataset: rows instead of those of `config.data.name`: a `datasets.Dataset`, a `pandas.DataFrame` or a list of
             dictionaries.
         eval_dataset: rows instead of those of `config.data.eval_name`.
+        settings: over those of `config`, by name: {"run.steps": 100, "rollout.group_size": 8}.
+        callbacks: called after steps, evaluations and checkpoints, and at the end.
 
     Raises:
         ValueError: whatever is wrong with the settings, the data or the rewards; before the model is loaded.
@@ -53,14 +61,17 @@ class Trainer:
 
     def __init__(
         self,
-        config: Config,
+        config: Config | str | Path,
         *,
         rewards: Sequence[Callable[..., Any] | Reward] | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
+        settings: Mapping[str, Any] | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
+        self.callbacks = callbacks
         parts = assemble(
-            config,
+            Config.of(config, settings or {}),
             rewards=rewards,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -103,9 +114,14 @@ class Trainer:
                     if self._is_last() or _due(self.state.step, self.config.checkpoint.every_steps):
                         self.checkpoints.try_to(self.save)
                     self._evaluate_if_due()
-                self.save(wait=True)
+                last = self.save(wait=True)
+                for callback in self.callbacks:
+                    callback.on_end(last)
             except Interrupted as interrupted:
                 self._leave(interrupted)
+            except PreflightRefused:
+                self.close()
+                raise
             finally:
                 self.log.close()
         return self._finish()
@@ -247,6 +263,8 @@ class Trainer:
         metrics["watchdog/alarms"] = len(alarms)
         self.log.log(self.state.step, metrics)
         good = self.guard.act_on(alarms, self.step, number=self.state.step)
+        for callback in self.callbacks:
+            callback.on_step(self.state.step, metrics, rollout)
         if good is not None:
             self._roll_back(good)
         self.step = StepState()
@@ -261,7 +279,9 @@ class Trainer:
         due = step == 0 or self._is_last() or _due(step, self.config.evaluation.every_steps)
         if self.held_out.prompts and due and not self.held_out.is_evaluated(step):
             self._follow_schedules()
-            self.held_out.evaluate(step, seed=self._seed("evaluation"))
+            rows = self.held_out.evaluate(step, seed=self._seed("evaluation"))
+            for callback in self.callbacks:
+                callback.on_evaluation(step, rows)
 
     def _is_last(self) -> bool:
         return self.state.step >= self.config.run.steps
@@ -269,7 +289,10 @@ class Trainer:
     @progress.phase("saving")
     def save(self, *, wait: bool = False) -> Path:
         """Write a checkpoint of the current state; every process calls it. See Checkpoints.save."""
-        return self.checkpoints.save(self.state, self.step, policy=self.policy, wait=wait)
+        saved = self.checkpoints.save(self.state, self.step, policy=self.policy, wait=wait)
+        for callback in self.callbacks:
+            callback.on_save(self.state.step, saved)
+        return saved
 
     def _restore(self, found: Path) -> None:
         self.state, self.step = checkpoint.restore(found, policy=self.policy, processes=self.processes)
@@ -303,6 +326,8 @@ class Trainer:
             self.step = StepState()  # to be sampled again
         self.prompts.position = self.state.position
         saved = self.save(wait=True)
+        if self.processes.is_main:
+            report.at_the_end(self.log.directory)
         settings = ("run.resume=auto", f"run.dir={as_override(str(self.log.directory))}", *interrupted.settings)
         self.close()  # first: the last words stand beneath the display
         self.processes.say(
@@ -322,6 +347,12 @@ class Trainer:
             "\n".join([f"\nmetrics    {directory / 'metrics.jsonl'}", *pictures, f"model      {last / 'hf'}"])
         )
         return last
+
+    def metrics(self) -> DataFrame:
+        """What has been logged so far, a row for each step and each evaluation; empty on other processes than the main one."""
+        import pandas
+
+        return pandas.DataFrame(self.log.metrics() if self.processes.is_main else [])
 
     def close(self) -> None:
         """End the reward workers and the logs; for a trainer that is stepped by hand."""

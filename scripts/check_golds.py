@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grpo.rewards.accuracy import accuracy
-from grpo.rewards.verifier.equivalence import Gold, is_equivalent, read_gold
+from grpo.rewards.verifier.equivalence import Gold, read_gold, same_value
 
 
 def spellings(gold: str) -> dict[str, str]:
@@ -107,7 +107,7 @@ def refused(gold: str) -> list[tuple[str, str]]:
 
 
 def equal_pairs(golds: list[str]) -> Iterator[tuple[str, str]]:
-    """All pairs of different texts of which one is paid under the other."""
+    """All pairs of different texts whose values are equal, one as the answer under the other."""
     read = [gold for gold in map(read_gold, golds) if isinstance(gold, Gold)]
     by_number: dict[Fraction, list[Gold]] = defaultdict(list)
     others = []
@@ -119,9 +119,9 @@ def equal_pairs(golds: list[str]) -> Iterator[tuple[str, str]]:
     numbers = [gold for same in by_number.values() for gold in same]
     for same in by_number.values():
         yield from ((a.text, b.text) for i, a in enumerate(same) for b in same[:i])
-    for i, candidate in enumerate(others):  # a candidate is read once, and meets all golds
+    for i, candidate in enumerate(others):
         for gold in (*others[:i], *numbers):
-            if is_equivalent(candidate.text, gold) or is_equivalent(gold.text, candidate):
+            if same_value(gold.value, candidate.value) or same_value(candidate.value, gold.value):
                 yield gold.text, candidate.text
 
 

@@ -28,7 +28,7 @@ from grpo.observe.metrics import Meter
 from grpo.policy.model_source import complete_checkpoints
 from grpo.run import checkpoint, inputs
 from grpo.run.checkpoint import CheckpointError, changed_setting, name_of, numbers_of
-from grpo.scoring import scorer as scoring
+from grpo.scoring import reward as scoring
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import EXIT_STOPPED, Stopped
 from grpo.system.writer import Writer, checksum, copied, problem_with, save_tensors
@@ -386,9 +386,9 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     trainer = Trainer(tiny_config(tmp_path / "run", checkpoint=saving, run={"steps": 4}))
     own = trainer.checkpoints.save
 
-    def save(state, **options):
+    def save(state, step, **options):
         with no_room() if state.step == 2 else no_room(2**40):
-            path = own(state, **options)
+            path = own(state, step, **options)
             if background and state.step == 2:
                 trainer.checkpoints._pending.writer.wait()
             return path
@@ -524,7 +524,8 @@ runpy.run_path("scripts/train_zero.py", run_name="__main__")
 
 
 def test_the_script_goes_on_by_itself_after_a_shortage(tmp_path: Path):
-    settings = ["run.steps=3", "evaluation.num_questions=0", f"run.dir={tmp_path / 'run'}"]
+    small = ["run.steps=3", "rollout.num_prompts=8", "evaluation.num_questions=0", "preflight.num_questions=0"]
+    settings = [*small, f"run.dir={tmp_path / 'run'}"]
     arguments = ["--config", "configs/quickstart.yaml", "--set", *settings]
     done = subprocess.run(
         [sys.executable, "-c", SHORT_SCRIPT, *arguments],
@@ -668,12 +669,12 @@ def test_a_stop_saves_even_if_the_background_save_before_it_failed(tmp_path: Pat
     trainer = Trainer(tiny_config(tmp_path / "run", checkpoint=saving, run={"steps": 4}))
     own, calls = trainer.checkpoints.save, []
 
-    def save(state, **options):
+    def save(state, step, **options):
         calls.append(state.step)
         if len(calls) > 1:
-            return own(state, **options)
+            return own(state, step, **options)
         with no_room():
-            path = own(state, **options)
+            path = own(state, step, **options)
             trainer.checkpoints._pending.writer.wait()
             os.kill(os.getpid(), signal.SIGTERM)  # before anyone has asked what became of it
             return path
@@ -838,7 +839,7 @@ def short(completion, factor=factor):
 
 def given_run(directory: Path, **settings: object) -> Trainer:
     sys.modules.pop("reward_parts", None)
-    scoring._files.clear()
+    scoring.loaded_files.clear()
     rewards = [{"function": f"{directory / 'reward_short.py'}:short"}]
     data = {"name": str(directory / "train.jsonl"), "eval_name": str(directory / "test.jsonl")}
     sections = {"data": data, "rewards": rewards, "evaluation": {"num_questions": 2}}

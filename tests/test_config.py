@@ -267,7 +267,7 @@ def test_a_bad_override_is_refused(tmp_path: Path, override: str, message: str):
 def test_a_key_given_twice_is_refused(tmp_path: Path):
     path = tmp_path / "c.yaml"
     path.write_text("run: {dir: a, steps: 1}\nrun: {dir: b, steps: 2}\n")
-    with pytest.raises(ValueError, match="key 'run' is given twice"):
+    with pytest.raises(ValueError, match=rf"key 'run' is given twice, the second time in line 2 of {path}\. Keep one"):
         Config.load(path)
 
 

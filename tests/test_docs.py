@@ -225,8 +225,9 @@ def test_the_readmes_own_model_data_and_reward_train(tmp_path: Path):
     command = ["-m", "grpo", "train", "--config", "my.yaml", "--set", model, *small, *off]
     done = warm.run(command, cwd=tmp_path, timeout=300, env={**clean_environment(), "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]
+    # 16 tokens are fewer than 400 characters
     rows = map(json.loads, (tmp_path / "runs/mine/metrics.jsonl").read_text().splitlines())
-    assert [row["reward/brief"] for row in rows if "reward/brief" in row] == [1.0]  # 16 tokens are fewer than 400 characters
+    assert [row["reward/brief"] for row in rows if "reward/brief" in row] == [1.0]
 
 
 def test_the_documents_own_reward_works_by_the_name_in_its_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -12,7 +12,7 @@ from grpo import Trainer
 from grpo.run.watchdog import Watchdog, WatchdogError
 from grpo.system.jsonl import read_jsonl
 from grpo.text.aha import values
-from grpo.text.answer_forms import tally
+from grpo.text.answer_forms import FORMS, tally
 from grpo.types import Completion, Prompt
 
 Answer = Callable[[random.Random, int], str]
@@ -124,6 +124,20 @@ def test_the_healthy_runs_of_gsm8k_give_no_alarm(tmp_path: Path, name: str):
             for s, r in enumerate(curve(*points, steps=140))
         ]
         assert alarms_of(tmp_path, rows) == []
+
+
+QUICKSTART = """
+0.12 0.13 0.16 0.19 0.18 0.25 0.20 0.18 0.23 0.30 0.31 0.40 0.48 0.41 0.51 0.54 0.66 0.71 0.77 0.84 0.78 0.83 0.85 0.80 0.90 0.94
+0.89 0.86
+"""
+"""answer/right of a real run of configs/quickstart.yaml (seed 0, one CPU), in which every answer/<form> was 0 in every step."""
+
+
+def test_the_quickstart_gives_no_alarm(tmp_path: Path):
+    rows = [{"answer/right": float(r)} | {f"answer/{form}": 0.0 for form in FORMS} for r in QUICKSTART.split()]
+    assert alarms_of(tmp_path, rows, rollout={"num_prompts": 16, "group_size": 8}) == []
+    odd = [row | ({"answer/several": 0.8} if step > 12 else {}) for step, row in enumerate(rows)]
+    assert alarms_of(tmp_path, odd, rollout={"num_prompts": 16, "group_size": 8}) != []
 
 
 def fraction(rng: random.Random) -> str:

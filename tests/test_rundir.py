@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, tiny_config
+from helpers import TINY, read_json, tiny_config
 
 from grpo.config import Config, DataConfig, RunConfig
-from grpo.observe.rundir import RunLog, claim
+from grpo.observe.rundir import RunLog, claim, record
+from grpo.system.build import own_version
 from grpo.system.distributed import Processes
 
 
@@ -42,3 +43,25 @@ def test_a_full_disk_at_the_start_is_said_with_the_setting_and_no_row_is_lost(tm
     with pytest.raises(ValueError, match=r"^run.dir is .* cannot be written to: .*No space left"):
         log.open(resumed_step=1)
     assert (tmp_path / "metrics.jsonl").read_text() == rows
+
+
+def test_a_file_as_the_directory_is_refused_and_a_used_one_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").write_text("")
+    for resume in ("never", "auto"):
+        with pytest.raises(ValueError, match=r"^run.dir is '.*/file'; it is a file, .* Name another\.$"):
+            claim(RunConfig(dir=str(tmp_path / "file"), steps=1, resume=resume))
+    assert claim(RunConfig(dir=str(tmp_path / "run"), steps=1)) == tmp_path / "run"
+    assert capsys.readouterr().out == ""
+    assert claim(RunConfig(dir=str(tmp_path / "run"), steps=1)) == tmp_path / "run-2"
+    assert (
+        f"run.dir {tmp_path / 'run'} is used already; this run goes to {tmp_path / 'run-2'}" in capsys.readouterr().out
+    )
+
+
+def test_what_a_run_ran_on_is_written_down(tmp_path: Path):
+    record(tmp_path, tiny_config(tmp_path), Processes(0, 1, torch.device("cpu")))
+    written = read_json(tmp_path / "environment.json")
+    assert written["device"] == "cpu"
+    assert written["processor"]
+    assert written["commit"] is None or len(written["commit"].rstrip("+")) == 40
+    assert written["grpo"] == own_version()

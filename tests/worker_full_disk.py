@@ -16,12 +16,12 @@ own = trainer.checkpoints.save
 without_pictures()
 
 
-def save(state, **options):
+def save(state, step, **options):
     full = state.step == 2 and trainer.processes.rank == 1
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if full else soft, hard))
     try:
-        return own(state, **options)
+        return own(state, step, **options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

@@ -6,10 +6,6 @@ import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-
-DISTRIBUTION = "grpo-zero"
-"""On PyPI; `grpo` there is somebody else's."""
 
 COMMANDS = {
     "train": "train a model, on every GPU of this machine",
@@ -40,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(overview())
         return
     if name in ("-V", "--version"):
-        print(f"grpo {installed_version()}")
+        from grpo.system.build import own_version
+
+        print(f"grpo {own_version() or 'of a folder that is not installed'}")
         return
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -54,10 +52,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def overview() -> str:
     lines = [f"  {name:<15}{what}" for name, what in COMMANDS.items()]
     return "\n".join(["grpo COMMAND ...; grpo COMMAND --help says more.\n", *lines, "\n  --version"])
-
-
-def installed_version() -> str:
-    try:
-        return version(DISTRIBUTION)
-    except PackageNotFoundError:
-        return "of a folder that is not installed"

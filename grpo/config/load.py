@@ -34,7 +34,9 @@ class _StrictLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = {key for key in keys if keys.count(key) > 1}
         if twice:
-            raise ValueError(f"{node.start_mark}: key {sorted(twice)[0]!r} is given twice. Keep one of them.")
+            again = [key for key, _ in node.value if self.construct_object(key, deep=True) in twice][-1]
+            where = f"line {again.start_mark.line + 1} of {self.name}"
+            raise ValueError(f"key {sorted(twice)[0]!r} is given twice, the second time in {where}. Keep one of them.")
         return super().construct_mapping(node, deep=deep)
 
 
@@ -68,9 +70,18 @@ def read_text(path: Path, setting: str) -> str:
         raise ValueError(f"{setting}; the file cannot be read: {error}. Save it as UTF-8.") from error
 
 
-def read_yaml(text: str) -> Any:
-    """As a configuration is read. Raises ValueError for a key that is given twice, and yaml.YAMLError."""
-    return yaml.load(text, _StrictLoader)
+def read_yaml(text: str, *, where: str = "the text") -> Any:
+    """As a configuration is read. Raises ValueError for a key that is given twice, and yaml.YAMLError.
+
+    Args:
+        where: the file's name, for the error.
+    """
+    loader = _StrictLoader(text)
+    loader.name = where
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def write_yaml(value: Any, **options: Any) -> str:
@@ -80,7 +91,7 @@ def write_yaml(value: Any, **options: Any) -> str:
 
 def read_settings(text: str, where: str) -> dict[str, Any]:
     try:
-        settings = read_yaml(text)
+        settings = read_yaml(text, where=where)
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not valid YAML: {error}") from None
     if not isinstance(settings, dict):
@@ -92,13 +103,22 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     if not equals:
         raise ValueError(f"--set {override!r}: an override reads section.setting=value, such as run.steps=10.")
+    put(settings, path.strip(), _read_value(value, override))
+
+
+def put(settings: dict[str, Any], path: str, value: Any) -> None:
+    """Set what `path`, such as `run.steps` or `rewards.0.weight`, names.
+
+    Raises:
+        ValueError: it leads through something that is no section.
+    """
     node: Any = settings
-    *parents, last = path.strip().split(".")
+    *parents, last = path.split(".")
     for name in parents:
         if isinstance(node, dict) and node.get(name) is None:
             node[name] = {}
         node = node[_child_key(node, name, path)]
-    node[_child_key(node, last, path)] = _read_value(value, override)
+    node[_child_key(node, last, path)] = value
 
 
 def _read_value(text: str, override: str) -> Any:

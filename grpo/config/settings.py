@@ -7,7 +7,7 @@ message has the setting as spelled, the value, the rule and the remedy.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 from grpo.config import shipped
 from grpo.config.combinations import check_combinations, check_rewards, check_schedules, check_vllm_sampling, scheduled
 from grpo.config.elsewhere import ELSEWHERE
-from grpo.config.load import apply_override, read_settings, read_text, write_yaml
+from grpo.config.load import apply_override, put, read_settings, read_text, write_yaml
 from grpo.config.sections import (
     SHAPES_OF_SOURCES,
     AlgorithmConfig,
@@ -46,6 +46,9 @@ from grpo.types import Sampling
 LOWEST_LORA_RATE = 1e-5
 """At this rate merged bfloat16 weights hold 2 % of a first update and 58 % of the sum of 26 (lora.py); below it, less."""
 
+
+STEPS_OF_A_MODEL = 200
+"""Of a run of which nothing is said but its model: enough to see whether the reward rises."""
 
 OF_THE_RATIO = ("ratio", "clip", "clip_low", "clip_high")
 """Settings of the algorithm without effect where the ratio is 1."""
@@ -105,12 +108,32 @@ class Config(Section):
         Args:
             path: or the name of a configuration that comes with the library, such as `quickstart`.
         """
-        file = shipped.find(path)
-        settings = read_settings(read_text(file, f"--config is {str(path)!r}"), str(file))
-        shipped.look_beside(file, settings)
+        settings = read_file(path)
         for override in overrides:
             apply_override(settings, override)
         return cls(**settings)
+
+    @classmethod
+    def of(cls, source: Config | str | Path, settings: Mapping[str, Any]) -> Config:
+        """A configuration with other settings, by their names.
+
+        Args:
+            source: a Config; a YAML file or the name of a configuration that comes with the library, as in `load`; else the model
+                to train, with defaults for the rest and `run.dir` named after it.
+            settings: such as {"run.steps": 100, "rewards.0.weight": 0.5}; values as they are, not as YAML.
+        """
+        if isinstance(source, Config) and not settings:
+            return source
+        if isinstance(source, Config):
+            values = source.model_dump(exclude_unset=True)
+        elif Path(source).suffix in (".yaml", ".yml") or str(source) in shipped.names():
+            values = read_file(source)
+        else:
+            run = {"dir": f"runs/{Path(source).name}", "steps": STEPS_OF_A_MODEL}
+            values = {"model": {"name": str(source)}, "run": run}
+        for name, value in settings.items():
+            put(values, name, value)
+        return cls(**values)
 
     def to_yaml(self) -> str:
         return write_yaml(self.model_dump())
@@ -313,6 +336,14 @@ def _unknown_key(spelled: str, key: str, section: type[BaseModel], prefix: str) 
         return f"{spelled} is not a setting here. {ELSEWHERE[key]}"
     hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(section.model_fields)}."
     return f"{spelled} is not a setting. {hint}"
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The settings of a YAML file, or of the configuration of that name that comes with the library; see Config.load."""
+    file = shipped.find(path)
+    settings = read_settings(read_text(file, f"--config is {str(path)!r}"), str(file))
+    shipped.look_beside(file, settings)
+    return settings
 
 
 def setting_names() -> list[str]:

@@ -22,8 +22,10 @@ from grpo.observe.console import LineSink, show_samples
 from grpo.observe.display import DisplaySink, console_sink
 from grpo.observe.sinks import InBackground, JsonlSink, Sink, TensorBoardSink, WandbSink, end_wandb_service
 from grpo.scoring.answers import is_right, summarize, training_rows, verdict_name
+from grpo.system.build import commit, own_version, processor
 from grpo.system.distributed import Processes
 from grpo.system.jsonl import append_jsonl, iterate_backwards, iterate_jsonl, read_jsonl, read_metrics, rewind_jsonl
+from grpo.system.terminal import say
 from grpo.system.writer import replace_text, to_json
 from grpo.text import aha
 from grpo.types import Group, Scores
@@ -41,13 +43,19 @@ def claim(config: RunConfig) -> Path:
     Creating it is the claim, so two runs started together do not share one; nor do two that resume, for one of them has its lock.
 
     Raises:
-        ValueError: another process is at work in the directory to resume in, or it cannot be written to.
+        ValueError: another process is at work in the directory to resume in, it cannot be written to, or is a file.
     """
     wanted = Path(config.dir)
+    if wanted.exists() and not wanted.is_dir():
+        raise ValueError(
+            f"run.dir is {str(wanted)!r}; it is a file, and everything that a run produces goes into a directory. Name another."
+        )
     with _writing(wanted):
         directory = wanted if config.resume == "auto" else _new(wanted)
         directory.mkdir(parents=True, exist_ok=True)
         _lock(directory)
+    if directory != wanted:
+        say(f"run.dir {wanted} is used already; this run goes to {directory} (run.resume=auto goes on in the first)")
     return directory
 
 
@@ -95,11 +103,14 @@ def _lock(directory: Path) -> None:
 def record(directory: Path, config: Config, processes: Processes) -> None:
     """Write the resolved configuration and what the run runs on."""
     replace_text(directory / "config.yaml", config.to_yaml())
-    device = torch.cuda.get_device_name() if processes.device.type == "cuda" else platform.processor() or "cpu"
+    device = torch.cuda.get_device_name() if processes.device.type == "cuda" else "cpu"
     environment = {
         "command": sys.argv,
+        "grpo": own_version(),
+        "commit": commit(),
         "processes": processes.world_size,
         "device": device,
+        "processor": processor(),
         "python": platform.python_version(),
         **{name: version(name) for name in RECORDED},
     }

@@ -35,15 +35,17 @@ class HeldOut:
         self.log = log
         self.processes = processes
 
-    def evaluate(self, step: int, *, seed: int) -> None:
-        """After `step` training steps.
+    def evaluate(self, step: int, *, seed: int) -> list[dict[str, Any]]:
+        """After `step` training steps; the answers of all processes with their rewards.
 
         Raises:
             Interrupted: on all processes, if one of them was asked to stop.
         """
         mine = self.collector.run(lambda: self._answer(seed))
         self.collector.stop.sync()
-        self.log.log_evaluation(step, in_order(self.processes.gather(mine), self.prompts))
+        rows = in_order(self.processes.gather(mine), self.prompts)
+        self.log.log_evaluation(step, rows)
+        return rows
 
     def is_evaluated(self, step: int) -> bool:
         return self.processes.on_main(lambda: bool(self.log.evaluation(step)))

@@ -136,7 +136,7 @@ def is_equivalent(candidate: str, gold: Gold) -> bool:
                 number.value == gold.number.value and clean(candidate) == gold.text
             )
     value = _read_candidate(candidate)
-    return value is not None and _same(gold.value, value)
+    return value is not None and same_value(gold.value, value)
 
 
 @lru_cache(maxsize=1024)  # the wrong answers of a group repeat each other
@@ -166,12 +166,12 @@ def plain_number(text: str) -> Number | None:
 # ---- by type ---------------------------------------------------------------------------------------------------------
 
 
-def _same(gold: Value, candidate: Value) -> bool:
+def same_value(gold: Value, candidate: Value) -> bool:
     """Whether two values are equal. The unlike types that may be are in _MIXED; all others are not."""
     if isinstance(gold, Either):
-        return any(_same(reading, candidate) for reading in gold.readings)
+        return any(same_value(reading, candidate) for reading in gold.readings)
     if isinstance(candidate, Either):
-        return any(_same(gold, reading) for reading in candidate.readings)
+        return any(same_value(gold, reading) for reading in candidate.readings)
     for kind, compare in _MIXED:
         if isinstance(gold, kind) or isinstance(candidate, kind):
             verdict = compare(gold, candidate)
@@ -277,7 +277,7 @@ def _is_written_number(node: Node) -> bool:
 
 
 def _same_items(gold: Sequence[Value], candidate: Sequence[Value]) -> bool:
-    return len(gold) == len(candidate) and all(map(_same, gold, candidate))
+    return len(gold) == len(candidate) and all(map(same_value, gold, candidate))
 
 
 def _same_listing(gold: Listing, candidate: Listing) -> bool:
@@ -286,7 +286,7 @@ def _same_listing(gold: Listing, candidate: Listing) -> bool:
         return False
     left = list(candidate.items)
     for item in gold.items:
-        match = next((at for at, other in enumerate(left) if _same(item, other)), None)
+        match = next((at for at, other in enumerate(left) if same_value(item, other)), None)
         if match is None:
             return False
         del left[match]
@@ -352,7 +352,7 @@ def _same_ratio(gold: Ratio, candidate: Ratio) -> bool:
 
 def _same_named(gold: Named, candidate: Named) -> bool:
     if gold.name == candidate.name:
-        return _same(gold.value, candidate.value)
+        return same_value(gold.value, candidate.value)
     a, b = _as_relation(gold), _as_relation(candidate)
     return a is not None and b is not None and bool(a.right.symbols) and _same_relation(a, b)
 
@@ -396,9 +396,9 @@ def _relation_and_name(gold: Value, candidate: Value) -> bool | None:
 def _named_and_plain(gold: Value, candidate: Value) -> bool | None:
     """A name may be left out, or added to a value in which it does not occur."""
     if isinstance(gold, Named) and not isinstance(candidate, Named | Region | Relation | Congruence):
-        return _same(gold.value, candidate)
+        return same_value(gold.value, candidate)
     if isinstance(candidate, Named) and not isinstance(gold, Named | Region | Relation | Congruence):
-        return candidate.name not in _symbols(gold) and _same(gold, candidate.value)
+        return candidate.name not in _symbols(gold) and same_value(gold, candidate.value)
     return None
 
 
