@@ -524,8 +524,7 @@ runpy.run_path("scripts/train_zero.py", run_name="__main__")
 
 
 def test_the_script_goes_on_by_itself_after_a_shortage(tmp_path: Path):
-    small = ["run.steps=3", "rollout.num_prompts=8", "evaluation.num_questions=0", "preflight.num_questions=0"]
-    settings = [*small, f"run.dir={tmp_path / 'run'}"]
+    settings = ["run.steps=3", "evaluation.num_questions=0", f"run.dir={tmp_path / 'run'}"]
     arguments = ["--config", "configs/quickstart.yaml", "--set", *settings]
     done = subprocess.run(
         [sys.executable, "-c", SHORT_SCRIPT, *arguments],
