@@ -7,7 +7,7 @@ setup: .venv/installed
 
 # Train a tiny model on the CPU in about two minutes.
 quickstart: setup
-	.venv/bin/accelerate launch scripts/train_zero.py --config configs/quickstart.yaml
+	.venv/bin/grpo train --config quickstart
 
 # A worker per core; docs/testing.md says which tests run where.
 PYTEST = .venv/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder

@@ -108,7 +108,7 @@ def test_every_setting_is_told_with_its_meaning_type_and_default():
     assert [each.name for each in chosen(every, "kl_coef")] == ["algorithm.kl_coef"]
     assert "optimizer.offload" not in as_markdown(chosen(every, "lora"))
     assert "| `lora.rank` | whole number | `0` | Train low-rank adapters" in as_markdown(every)
-    assert call("settings", "no such thing").returncode == 1
+    assert call("settings", "no such thing").returncode == 2
 
 
 def test_names_of_other_libraries_are_answered_with_ours():

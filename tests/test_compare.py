@@ -194,6 +194,7 @@ def test_a_run_has_stopped_if_it_says_so_whatever_the_exit_code_of_its_launcher(
 def test_a_signal_has_the_runs_save_and_is_waited_for_and_no_other_run_is_begun(
     config: Path, tmp_path: Path, number: int
 ):
+    signal.signal(number, signal.SIG_DFL)  # these tests may have been started with nohup
     runs = planned(config, tmp_path / "out", 6, 0)
 
     def signal_once_it_runs() -> None:

@@ -42,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = chosen(list(settings()), arguments.word)
     if not found:
-        raise SystemExit(f"error: no setting has {arguments.word!r} in its name or meaning. `grpo settings` lists all.")
+        parser.error(f"no setting has {arguments.word!r} in its name or meaning. `grpo settings` lists all.")
     print(PAGE_HEAD + as_markdown(found) if arguments.markdown else "\n".join(map(as_text, found)))
 
 
