@@ -42,9 +42,7 @@ def main() -> None:
         if arguments.out.exists():
             raise ValueError(f"--out is {arguments.out}; it is there already. Remove it, or name another file.")
         if not arguments.out.parent.is_dir():
-            raise ValueError(
-                f"--out is {arguments.out}; there is no directory {arguments.out.parent}. Make it first."
-            )
+            raise ValueError(f"--out is {arguments.out}; there is no directory {arguments.out.parent}. Make it first.")
         recipe = Config.load(arguments.config)
         max_tokens = arguments.max_tokens or min(scale.USUAL_TOKENS, recipe.rollout.max_completion_tokens)
         hardware = scale.Hardware(arguments.gpus, arguments.gpu_memory, arguments.gpu)
