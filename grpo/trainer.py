@@ -83,6 +83,7 @@ class Trainer:
         self.collector, self.learner, self.policy = parts.collector, parts.learner, parts.learner.policy
         self.preflight, self.held_out = parts.preflight, parts.held_out
         self.checkpoints, self.log = parts.checkpoints, parts.log
+        self.directory = parts.log.directory  # of the run
         self.clock = StepClock(parts.processes)
         self.state, self.step = RunState(), StepState()
         if parts.found is not None:
@@ -107,7 +108,7 @@ class Trainer:
             try:
                 self._follow_schedules()
                 if self.state == RunState() and self.step.rollout is None:  # not on resume
-                    self.preflight.before_training(self.log.directory)
+                    self.preflight.before_training(self.directory)
                 self._evaluate_if_due()
                 while not self._is_last():
                     self.train_step()
@@ -327,8 +328,8 @@ class Trainer:
         self.prompts.position = self.state.position
         saved = self.save(wait=True)
         if self.processes.is_main:
-            report.at_the_end(self.log.directory)
-        settings = ("run.resume=auto", f"run.dir={as_override(str(self.log.directory))}", *interrupted.settings)
+            report.at_the_end(self.directory)
+        settings = ("run.resume=auto", f"run.dir={as_override(str(self.directory))}", *interrupted.settings)
         self.close()  # first: the last words stand beneath the display
         self.processes.say(
             f"stopped: {interrupted}. Saved to {saved}; {' '.join(settings)} goes on from there. Exit code {EXIT_STOPPED}."
@@ -340,7 +341,7 @@ class Trainer:
     def _finish(self) -> Path:
         """Draw the curves, show samples, and say where everything lies."""
         self.collector.scorer.close()
-        directory, last = self.log.directory, self.checkpoints.directory / checkpoint.name_of(self.state.step)
+        directory, last = self.directory, self.checkpoints.directory / checkpoint.name_of(self.state.step)
         self.log.show_samples(self.state.step)
         pictures = report.at_the_end(directory) if self.processes.is_main else []
         self.processes.say(

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -25,6 +26,13 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+for _number in (
+    signal.SIGINT,
+    signal.SIGHUP,
+):  # which a shell's `&` and nohup have ignored, here and in what tests start
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

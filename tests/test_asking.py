@@ -92,7 +92,10 @@ def test_options_win_over_the_run_and_a_model_without_one_is_sampled_as_r1_is_ev
         (["--temperature", "nan"], "--temperature is nan; it is at least 0. Set 0"),
         (["--top-p", "0"], "--top-p is 0.0; it is above 0 and at most 1. Set 1"),
         (["--max-tokens", "0"], "--max-tokens is 0; an answer has at least 1 token. Raise it."),
-        (["--config", "nowhere.yaml"], "--config is 'nowhere.yaml'; there is no such file."),
+        (
+            ["--config", "nowhere.yaml"],
+            "--config is 'nowhere.yaml'; there is no such file, and no configuration of that name",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused(run: Path, words: list[str], said: str):
@@ -466,7 +469,7 @@ def test_a_piped_question_gets_the_answer_alone(run: Path, script: Callable[...,
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--row", "5000"], "error: --row is 5000; there are 4,000 rows, counted from 0. Choose 0 to 3999."),
+        (["--row", "5000"], "error: --row is 5000; there are 200 rows, counted from 0. Choose 0 to 199."),
         (
             ["--question", "a", "--answer", "1", "--answer", "2"],
             "error: --answer is given 2 times with 1 of --question; ",

@@ -69,8 +69,8 @@ def test_the_script_runs_every_arm_and_prints_the_table_and_where_it_is(
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "scripts" / "compare.py"), run_name="__main__")
     assert ended.value.code == 0
-    ((*_, two, processes, script),) = launched
-    assert (two, processes, script) == ("--num_processes", "2", str(ROOT / "scripts" / "train_zero.py"))
+    ((*_, two, processes, by_name, module),) = launched
+    assert (two, processes, by_name, module) == ("--num_processes", "2", "-m", "grpo.cli.train")
     printed = capsys.readouterr().out
     table = next(out.glob("*.md")).read_text()
     for arm in ("base", "drgrpo"):
@@ -194,7 +194,6 @@ def test_a_run_has_stopped_if_it_says_so_whatever_the_exit_code_of_its_launcher(
 def test_a_signal_has_the_runs_save_and_is_waited_for_and_no_other_run_is_begun(
     config: Path, tmp_path: Path, number: int
 ):
-    signal.signal(number, signal.SIG_DFL)  # these tests may have been started with nohup
     runs = planned(config, tmp_path / "out", 6, 0)
 
     def signal_once_it_runs() -> None:

@@ -201,7 +201,7 @@ def test_a_run_stopped_in_the_middle_of_a_draw_goes_on_as_if_it_had_not_been(tmp
     short_above(resumed, 4)  # and what it draws, it draws once, however often sampling is tried
     resumed.train()
     rows, others = steps_of(tmp_path / "whole"), steps_of(tmp_path / "stopped")
-    assert rows[1]["rollout/draws"] > 1
+    assert max(row["rollout/draws"] for row in rows[1:]) > 1
     for row in (*rows, *others):
         for name in [name for name in row if name.startswith(("rollout/", "policy/sampling_gap"))]:
             del row[name]  # fewer ran at once, so the recorded log-probabilities are rounded otherwise

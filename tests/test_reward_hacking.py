@@ -237,8 +237,8 @@ def hacked(run: Path, action: str, **settings: object) -> Trainer:
     }
     questions = [{"question": f"{n} apples?", "answer": str(n)} for n in range(20, 60)]
     trainer = Trainer(tiny_config(run, **sections), rewards=[worth], train_dataset=questions)
-    trainer.generator = Hacker()
-    trainer.generator.trainer = trainer
+    trainer.collector.generator = Hacker()
+    trainer.collector.generator.trainer = trainer
     return trainer
 
 

@@ -72,7 +72,17 @@ def train(config: Config) -> int:
     except Stopped as stopped:
         if stopped.settings:  # out of memory: go on in a fresh process, in place of this one
             distributed.leave_environment()
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], "--set", *stopped.settings])
+            again = [
+                sys.executable,
+                "-m",
+                "grpo.cli.train",
+                *sys.argv[1:],
+                "--processes",
+                "1",
+                "--set",
+                *stopped.settings,
+            ]
+            os.execv(sys.executable, again)
         exit_code = EXIT_STOPPED
     except PreflightRefused:  # on all processes; what is wrong has been printed
         exit_code = 1
