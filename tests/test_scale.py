@@ -233,7 +233,7 @@ def test_the_script_scales_no_length_up_and_leaves_no_file_where_it_fails(tmp_pa
     assert "  max_completion_tokens: 256 # as the recipe" in done.stdout.splitlines(), done.stderr
     assert Config.load(out).rollout.max_completion_tokens == 256
     done = run("--config", str(recipe), "--out", str(tmp_path / "nowhere" / "my.yaml"))
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("error: --out is "), done.stderr
 
 
