@@ -30,7 +30,7 @@ from grpo.system import progress
 from grpo.system.out_of_memory import or_ask_for_less
 from grpo.system.stopping import EXIT_STOPPED, Interrupted, Stopped
 from grpo.training.callback import Callback
-from grpo.training.collector import How
+from grpo.training.collector import SamplingPlan
 from grpo.training.learner import Learner
 from grpo.training.state import Rollout, RunState, StepClock, StepState
 from grpo.types import Group, MicroBatch, Scores
@@ -179,10 +179,10 @@ class Trainer:
             seen=self.state.groups_seen,
             with_signal=self.state.groups_with_signal,
         )
-        how = How(self.now.sampling, rollout.group_size, seed=self._seed_of_draw)
+        plan = SamplingPlan(self.now.sampling, rollout.group_size, seed=self._seed_of_draw)
         with self._time("step"):
             groups, scores = self.collector.fill(
-                sampler, self.prompts.draw, how, signal=self._signal, meter=meter, clock=self._time
+                sampler, self.prompts.draw, plan, signal=self._signal, meter=meter, clock=self._time
             )
             minibatch = sampler.minibatch_of(
                 rank=self.processes.rank, num_minibatches=self.config.algorithm.num_minibatches

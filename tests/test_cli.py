@@ -126,10 +126,29 @@ def test_names_of_other_libraries_are_answered_with_ours():
 
 @pytest.mark.parametrize(
     ("codes", "expected"),
-    [([0, 0], 0), ([75, 75], 75), ([PEER_LOST, 1], 1), ([PEER_LOST, -9], 137), ([PEER_LOST, PEER_LOST], PEER_LOST)],
+    [
+        ([0, 0], 0),
+        ([75, 75], 75),
+        ([PEER_LOST, 1], 1),
+        ([PEER_LOST, -9], 137),
+        ([PEER_LOST, PEER_LOST], PEER_LOST),
+        ([-15, 3], 3),
+    ],
 )
 def test_the_exit_code_of_a_run_is_that_of_the_process_that_failed(codes: list[int], expected: int):
     assert launch.exit_code(codes) == expected
+
+
+def test_who_waits_for_a_process_that_died_at_its_start_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It died before there was a process group, so that nobody else can tell."""
+    (tmp_path / "dies.py").write_text(
+        "import os, time\nif os.environ['RANK'] == '1':\n    raise SystemExit(3)\ntime.sleep(100)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(launch, "PATIENCE", 1.0)
+    started = time.monotonic()
+    assert launch.run("dies", [], num_processes=2) == 3
+    assert 1 < time.monotonic() - started < 50
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 from grpo.system.heartbeat import PEER_LOST
-from grpo.system.stopping import SIGNALS
+from grpo.system.stopping import EXIT_STOPPED, SIGNALS
 
 LAUNCHED = "GRPO_LAUNCHED"
 """Set in the processes that are started here; see stopping.LAUNCHERS."""
+
+PATIENCE = 240.0
+"""Seconds; a little more than heartbeat takes to tell that all wait for each other."""
+
+LOOK_SECONDS = 0.1
 
 
 def num_processes(wanted: int | None) -> int:
@@ -37,8 +44,8 @@ def num_processes(wanted: int | None) -> int:
 def run(module: str, arguments: Sequence[str], *, num_processes: int) -> int:
     """Run a module in that many processes, which find each other; the exit code of the run.
 
-    Every signal that asks for a stop is handed on. The processes end each other where one of them fails (system/heartbeat.py), so
-    here nobody is killed, and nothing is printed beside what they print.
+    Every signal that asks for a stop is handed on. Where one fails, the others end by themselves (system/heartbeat.py); those that
+    do not, because they have not met yet or hang, are ended after PATIENCE seconds. Nothing is printed beside what they print.
     """
     environment = {
         **os.environ,
@@ -50,28 +57,42 @@ def run(module: str, arguments: Sequence[str], *, num_processes: int) -> int:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
     command = [sys.executable, "-m", module, *arguments]
-    processes = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(num_processes)
-    ]
+    processes: list[subprocess.Popen[bytes]] = []
 
-    def hand_on(number: int, _: FrameType | None) -> None:
+    def hand_on(number: int, _: FrameType | None = None) -> None:
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
-    before = {number: signal.signal(number, hand_on) for number in SIGNALS}
+    before = {number: signal.signal(number, hand_on) for number in SIGNALS}  # first: none may come before it is heard
     try:
+        for rank in range(num_processes):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=environment | own))
+        _wait(processes, hand_on)
         return exit_code([process.wait() for process in processes])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+def _wait(processes: Sequence[subprocess.Popen[bytes]], end: Callable[[int], None]) -> None:
+    """Until all have ended; PATIENCE seconds after the first that failed, the others are ended."""
+    deadlines: list[tuple[float, int]] = []
+    while None in (codes := [process.poll() for process in processes]):
+        if not deadlines and any(code not in (None, 0, EXIT_STOPPED) for code in codes):
+            failed = time.monotonic()
+            deadlines = [(failed + PATIENCE, signal.SIGTERM), (failed + 2 * PATIENCE, signal.SIGKILL)]
+        if deadlines and time.monotonic() > deadlines[0][0]:
+            end(deadlines.pop(0)[1])
+            deadlines = deadlines or [(math.inf, signal.SIGKILL)]
+        time.sleep(LOOK_SECONDS)
+
+
 def exit_code(codes: Sequence[int]) -> int:
     """Of a run, from those of its processes: that of the one that failed, if the others ended because of it."""
-    own = [code for code in codes if code not in (0, PEER_LOST)]
-    code = own[0] if own else max(codes)
+    own = sorted((code for code in codes if code not in (0, PEER_LOST)), key=lambda code: code < 0)
+    code = own[0] if own else max(codes)  # what a signal has ended comes after what ended by itself
     return 128 - code if code < 0 else code  # as a shell counts a signal
 
 

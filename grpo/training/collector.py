@@ -34,7 +34,7 @@ def untimed(phase: str) -> AbstractContextManager[None]:
 
 
 @dataclass(frozen=True)
-class How:
+class SamplingPlan:
     """How the questions of a step are sampled."""
 
     sampling: Sampling
@@ -102,7 +102,7 @@ class Collector:
         self,
         sampler: DynamicSampler,
         draw: Callable[[int], list[Prompt]],
-        how: How,
+        plan: SamplingPlan,
         *,
         signal: Callable[[Scores], Tensor],
         meter: Meter,
@@ -123,7 +123,7 @@ class Collector:
         while size := sampler.next_size():
             number = len(scores)
             collected = self.collect(
-                draw(size), how.sampling, num_completions=how.num_completions, seed=how.seed(number), clock=clock
+                draw(size), plan.sampling, num_completions=plan.num_completions, seed=plan.seed(number), clock=clock
             )
             sampler.add(self.stop.sync([] if collected is None else signal(collected[1]).tolist()))
             assert collected is not None, "only a request to stop breaks off the sampling"

@@ -175,7 +175,7 @@ class Learner:
             if number < len(minibatch) - 1:
                 self.policy.backward(result.loss, last=False)
             else:
-                sums = self.processes.add_up(mine_of(total, meter, *flags))
+                sums = self.processes.add_up(local_sums(total, meter, *flags))
                 self.policy.backward(unless_finite(result.loss, sums[0]), last=True)
         loss, gaps, num_tokens, *counts = sums.tolist()
         return Totals(loss, gaps, num_tokens, tuple(counts))
@@ -201,7 +201,7 @@ class Learner:
         return due
 
 
-def mine_of(loss: Tensor, meter: Meter, *more: float) -> Tensor:
+def local_sums(loss: Tensor, meter: Meter, *more: float) -> Tensor:
     """This process's part of the loss, the sum and the number of the step's gaps so far, and more to add up; (3 + more,)."""
     gaps = meter.sums.get("policy/sampling_gap", 0.0), meter.counts.get("policy/sampling_gap", 0.0)
     return torch.stack(
