@@ -44,8 +44,9 @@ def num_processes(wanted: int | None) -> int:
 def run(module: str, arguments: Sequence[str], *, num_processes: int) -> int:
     """Run a module in that many processes, which find each other; the exit code of the run.
 
-    Every signal that asks for a stop is handed on. Where one fails, the others end by themselves (system/heartbeat.py); those$
-    that do not, because they have not met yet or hang, are ended after PATIENCE seconds. Nothing is printed beside what they print.
+    Every signal that asks for a stop is handed on. Where one fails, the others end by themselves (system/heartbeat.py). Those
+    that do not, because they have not met yet or hang, are ended after PATIENCE seconds. Nothing is printed
+    beside what they print.
     """
     environment = {
         **os.environ,
