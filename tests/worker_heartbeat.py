@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import linecache
 import os
 import signal
 import socket
@@ -24,7 +25,7 @@ from grpo.system import heartbeat, progress
 from grpo.system.distributed import Processes
 from grpo.system.stopping import StopRequest
 
-LIMIT = 4.0  # seconds
+LIMIT = 5.0  # seconds
 LIMITS = heartbeat.Limits(beat=LIMIT / 10, silence=LIMIT, stall=1.5 * LIMIT, stop=0.5 * LIMIT)
 LONG = 3 * LIMIT  # twice what a stall takes
 NUM_PROCESSES = 3
@@ -115,6 +116,13 @@ def write_a_file() -> None:
         ctypes.CDLL(None).sleep(int(LONG))
 
 
+def read_source_slowly(rank: int) -> None:
+    """The line of code that a process says it waits in comes from a file, here on a disk that does not answer."""
+    linecache.getline = lambda filename, lineno: str(ctypes.CDLL(None).sleep(int(LONG)))
+    StopRequest(None).abortable(draw_tokens)
+    everyone(rank).sum(1.0)
+
+
 def own_code(rank: int) -> None:
     """A script that steps a trainer by hand, and does something else between two steps."""
     if rank == 1:
@@ -157,6 +165,7 @@ SCENARIOS = {
     "never joined, and asked to stop": Scenario(gather_once_less, asked=1),
     "one draws tokens": Scenario(work_before_they_meet(draw_tokens), at_once=True),
     "one writes a file": Scenario(work_before_they_meet(write_a_file), at_once=True),
+    "source on a slow disk": Scenario(read_source_slowly, at_once=True),
     "one is in its own code": Scenario(own_code, at_once=True),
 }
 

@@ -2,8 +2,8 @@
 
 A collective waits inside C for all processes. If one of them dies, the others mostly get an error with gloo, but wait until the
 group's timeout with NCCL; and where there are several machines, the launcher of one does not watch the processes of another. If
-one is in another collective than the rest, all wait until the timeout. So two threads of each process talk to the others through
-a store in rank 0, which outlives the launcher and its store. This ends a process with exit code `PEER_LOST` and a line that names
+one is in another collective than the rest, all wait until the timeout. So threads of each process talk to the others through a
+store in rank 0, which outlives the launcher and its store. This ends a process with exit code `PEER_LOST` and a line that names
 the rank:
 
 - Another failed with an exception. It says so itself, before its traceback; only the first of several is heard.
@@ -105,7 +105,7 @@ class Heartbeat:
         self._previous_hook = sys.excepthook
         sys.excepthook = self._on_uncaught
         atexit.register(stop)
-        for work in (self._listen, self._watch_store):
+        for work in (self._listen, self._watch_store, self._say_where):
             threading.Thread(target=work, name="heartbeat", daemon=True).start()
 
     def leave(self) -> None:
@@ -149,7 +149,6 @@ class Heartbeat:
         observer = progress.Observer(self._limits.beat)
         while not self._over.wait(self._limits.beat):
             try:
-                self._store.set(_place_key(self.rank), progress.describe())
                 with self._speaking:
                     if self._over.is_set():  # nothing may follow the goodbye
                         return
@@ -192,6 +191,12 @@ class Heartbeat:
                     f"the store at {self._address}, in rank 0, has not answered for {self._limits.silence:g} s: "
                     f"{self._name(0)} is frozen, or its machine or the network is gone"
                 )
+
+    def _say_where(self) -> None:
+        """Not in `_listen`: the line of code is read from a disk that may be slow, and a beat waits for nothing."""
+        with contextlib.suppress(RuntimeError):  # without the store there is nobody to tell
+            while not self._over.wait(self._limits.beat):
+                self._store.set(_place_key(self.rank), progress.describe())
 
     def _on_uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """Only the process that failed first shows a traceback."""
