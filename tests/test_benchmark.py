@@ -334,7 +334,11 @@ def test_without_a_limit_answers_are_as_long_as_the_model_or_its_run_allows(tmp_
     found = benchmark.evaluate(
         settings(model=str(trained), max_completion_tokens=None, num_questions=1), tmp_path / "o", ONE
     )
-    assert found["max_completion_tokens"] == read_json(tmp_path / "o" / "settings.json")["max_completion_tokens"] == 77
+    assert (
+        found["results"][0]["max_completion_tokens"]
+        == read_json(tmp_path / "o" / "settings.json")["max_completion_tokens"]
+        == 77
+    )
 
 
 def test_questions_share_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

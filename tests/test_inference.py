@@ -135,3 +135,12 @@ def test_a_model_that_is_not_clearly_faster_with_all_threads_has_one(
     before = list(threads)
     inference.use_fastest_threads(torch.nn.Linear(1, 1))
     assert threads == before
+
+
+def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/nope", "runs/nope/checkpoints", "a/b/c", "./x", "/x"):
+        with pytest.raises(ValueError, match=rf"^--model is '{name}'; there is no such directory"):
+            model_directory(name)
+    assert model_directory("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"

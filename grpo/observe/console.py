@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import tempfile
 import time
 import traceback
 from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from grpo.system import heartbeat
+from grpo.system.stopping import RunError
 from grpo.system.terminal import SilencedConsole, printable, say
 
 WIDE = 9
@@ -120,10 +123,12 @@ def positive(text: str) -> int:
 
 
 @contextmanager
-def errors_for_users() -> Iterator[None]:
-    """A ValueError of ours speaks for itself: print it and exit with 2. One out of a library keeps its traceback.
+def errors_for_users(directory: Path | None = None) -> Iterator[None]:
+    """What is wrong, in a sentence instead of a traceback, and the exit code.
 
-    Nor has Ctrl-C one.
+    A ValueError of ours speaks for itself: 2. One out of a library keeps its traceback. A run may end by design (a reward's
+    error, the watchdog, a checkpoint that cannot be written), or because a disk is full or must not be written to: 1. The
+    traceback then goes to a file in `directory`, the run's, or in a temporary one, which is named. Ctrl-C: 130, without one.
     """
     try:
         yield
@@ -134,6 +139,32 @@ def errors_for_users() -> Iterator[None]:
             raise
         print_of_rank(f"error: {error}", f"error on rank {os.environ.get('RANK')}: {error}")
         raise SystemExit(2) from None
+    except (RunError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
+            raise
+        said = error.sentence if isinstance(error, RunError) else f"{error}. Free some space, or write elsewhere."
+        kept = _keep_traceback(error, directory)
+        said += f"\nThe traceback is in {kept}." if kept is not None else ""
+        print_of_rank(f"error: {said}", f"error on rank {os.environ.get('RANK')}: {said}")
+        raise SystemExit(1) from None
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+"""Of the machine, which no change to the program mends."""
+
+
+def _keep_traceback(error: Exception, directory: Path | None) -> Path | None:
+    """The file that it was written to; None if no disk takes it."""
+    rank = os.environ.get("RANK", "0")
+    name = "traceback.txt" if rank == "0" else f"traceback-rank-{rank}.txt"
+    text = "".join(traceback.format_exception(error))
+    for place in (lambda: directory, lambda: Path(tempfile.mkdtemp(prefix="grpo-"))):
+        with suppress(OSError):
+            folder = place()
+            if folder is not None:
+                (folder / name).write_text(text)
+                return folder / name
+    return None
 
 
 def _is_ours(origin: Path) -> bool:
