@@ -19,7 +19,7 @@ from rich.text import Text
 
 from grpo.system import heartbeat
 from grpo.system.stopping import RunError
-from grpo.system.terminal import SilencedConsole, printable, say
+from grpo.system.terminal import SilencedConsole, printable, say, show
 
 WIDE = 9
 
@@ -63,10 +63,10 @@ class LineSink:
             self.columns = {t: n for t, n in self.columns.items() if n in metrics or not n.startswith("rollout/")}
         if self._lines % self.HEADER_EVERY == 0:
             titles = " ".join(f"{t[:WIDE]:>{WIDE}}" for t in ("step", *self.columns, "time left"))
-            self.console.print(titles, style="dim", markup=False)
+            show(self.console, titles, style="dim")
         cells = [f"{step}/{self.num_steps}", *(number(metrics.get(name)) for name in self.columns.values())]
         left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
-        self.console.print(" ".join(f"{cell:>{WIDE}}" for cell in (*cells, left)), markup=False)
+        show(self.console, " ".join(f"{cell:>{WIDE}}" for cell in (*cells, left)))
         self._lines += 1
 
     def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
@@ -89,7 +89,7 @@ def show_evaluation(console: Console, step: int, metrics: Mapping[str, float]) -
     evaluated = {n: v for n, v in metrics.items() if n.startswith("eval/") and not n.endswith(("_low", "_high"))}
     if evaluated:
         shown = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in evaluated.items())
-        console.print(Text.assemble((f"held-out, step {step}:", "bold"), f"  {shown}"))
+        show(console, Text.assemble((f"held-out, step {step}:", "bold"), f"  {shown}"))
 
 
 def number(value: float | None) -> str:
@@ -109,10 +109,10 @@ def show_samples(before: list[dict[str, Any]], after: list[dict[str, Any]], num_
     answered = {row["question"]: row for row in before if row["sample"] == 0}
     pairs = [(answered[row["question"]], row) for row in after if row["sample"] == 0 and row["question"] in answered]
     for old, new in pairs[:num_samples]:
-        terminal.print(printable(f"\nQuestion: {old['question']}\nGold answer: {old['answer']}"))
+        show(terminal, printable(f"\nQuestion: {old['question']}\nGold answer: {old['answer']}"))
         for label, row in (("before", old), ("after", new)):
             verdicts = ", ".join(f"{name} {value}" for name, value in row["rewards"].items())
-            terminal.print(printable(f"  {label} ({verdicts}): {row['completion'].strip()}"))
+            show(terminal, printable(f"  {label} ({verdicts}): {row['completion'].strip()}"))
 
 
 def positive(text: str) -> int:
