@@ -347,7 +347,7 @@ def test_questions_share_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     draw = "grpo.rollout.hf.draw"
     real = sampling.draw
     monkeypatch.setattr(draw, lambda logits, *rest, **more: batches.append(len(logits)) or real(logits, *rest, **more))
-    benchmark.evaluate(settings(), tmp_path / "out", ONE)
+    benchmark.evaluate(settings(), tmp_path / "out", Runtime(engine="hf", num_workers=1))
     assert set(batches) == {32}
     assert len(batches) <= 48
 
