@@ -19,7 +19,7 @@ from grpo.observe.sinks import check_sinks
 from grpo.policy.families import check_family
 from grpo.policy.language_model import resolve_dtype
 from grpo.policy.model_source import with_resolved_name
-from grpo.policy.policy import Policy
+from grpo.policy.policy import MakeOptimizer, Policy
 from grpo.policy.tokenizer import check_context, check_vocabulary, load_tokenizer
 from grpo.rollout import check_engine, make_generator
 from grpo.run import checkpoint, inputs
@@ -35,7 +35,7 @@ from grpo.system.distributed import TrainingProcesses
 from grpo.system.stopping import StopAgreement, StopRequest
 from grpo.training.collector import Collector
 from grpo.training.learner import Learner
-from grpo.training.rollout import RolloutMaker
+from grpo.training.rollout import Advantage, RolloutMaker
 from grpo.types import Prompt
 
 Rows = Iterable[Mapping[str, Any]]
@@ -77,6 +77,8 @@ def assemble(
     eval_dataset: Rows | None,
     policy_class: type[Policy],
     learner_class: type[Learner],
+    optimizer: MakeOptimizer | None = None,
+    advantage: Advantage | None = None,
 ) -> Parts:
     """The parts of a Trainer; see there.
 
@@ -106,7 +108,7 @@ def assemble(
     found = checkpoint.find(checkpoints.directory, config, processes, given=given)
     processes.say(config.summary(num_rows=len(prompts.prompts), world_size=processes.world_size))
 
-    policy = policy_class(config, tokenizer, processes)
+    policy = policy_class(config, tokenizer, processes, optimizer=optimizer)
     learner = learner_class(
         policy,
         config.algorithm,
@@ -135,7 +137,9 @@ def assemble(
         prompts=prompts,
         collector=collector,
         learner=learner,
-        rollouts=RolloutMaker(collector, learner, prompts, signal_from=signal_from, words=log.words),
+        rollouts=RolloutMaker(
+            collector, learner, prompts, signal_from=signal_from, words=log.words, advantage=advantage
+        ),
         preflight=preflight,
         held_out=HeldOut(held_out, config.evaluation, config.eval_sampling, collector, log, processes),
         checkpoints=checkpoints,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from grpo.assembly import Rows, assemble
 from grpo.config import Config
 from grpo.observe.metrics import step_metrics
-from grpo.policy.policy import Policy
+from grpo.policy.policy import MakeOptimizer, Policy
 from grpo.run.guard import Guard
 from grpo.run.loop import Loop
 from grpo.run.preflight import PreflightRefused
@@ -19,6 +19,7 @@ from grpo.scoring.reward import Reward
 from grpo.system.stopping import Interrupted
 from grpo.training.callback import Callback
 from grpo.training.learner import Learner
+from grpo.training.rollout import Advantage
 from grpo.training.state import Rollout, RunState, StepClock, StepState
 from grpo.types import MicroBatch
 
@@ -38,6 +39,10 @@ class Trainer(Loop):
         eval_dataset: rows instead of those of `config.data.eval_name`.
         settings: over those of `config`, by name: {"run.steps": 100, "rollout.group_size": 8}.
         callbacks: called after steps, evaluations and checkpoints, and at the end.
+        optimizer: a function from the list of trained parameters to their torch optimizer, instead of AdamW. The learning rate
+            remains that of `optimizer.learning_rate` and its schedule.
+        advantage: a function from rewards (questions, completions), NaN where unknown, to advantages of the same shape, instead
+            of what `algorithm.baseline` and `algorithm.normalize_by_std` say.
 
     Raises:
         ValueError: whatever is wrong with the settings, the data or the rewards; before the model is loaded.
@@ -55,6 +60,8 @@ class Trainer(Loop):
         eval_dataset: Rows | None = None,
         settings: Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
+        optimizer: MakeOptimizer | None = None,
+        advantage: Advantage | None = None,
     ) -> None:
         self.callbacks = callbacks
         parts = assemble(
@@ -64,6 +71,8 @@ class Trainer(Loop):
             eval_dataset=eval_dataset,
             policy_class=self.policy_class,
             learner_class=self.learner_class,
+            optimizer=optimizer,
+            advantage=advantage,
         )
         self.config, self.processes, self.stop = parts.config, parts.processes, parts.stop
         self.prompts, self.rollouts = parts.prompts, parts.rollouts

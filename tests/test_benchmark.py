@@ -13,8 +13,13 @@ import pytest
 from helpers import TINY, launch, read_json
 from transformers import AutoTokenizer
 
+from grpo.config import ModelConfig
 from grpo.evaluation import benchmark, results
 from grpo.evaluation.asked import Runtime, Settings
+from grpo.inference.resolve_model import num_positions
+from grpo.observe.bar import Bar
+from grpo.rollout import sampling
+from grpo.system import progress
 from grpo.system.jsonl import append_jsonl, read_jsonl
 
 MODEL = str(TINY / "model")
@@ -309,3 +314,54 @@ def test_the_transcript_shows_each_question_once_with_the_answers_of_each_templa
     text = results.transcript(samples(whole))
     assert text.count("gold answer:") == 8
     assert text.count("r1_zero: right 0 of 4 times") == 8
+
+
+def test_without_a_limit_answers_are_as_long_as_the_model_or_its_run_allows(tmp_path: Path):
+    model = ModelConfig(name=MODEL)
+    positions = num_positions(model)
+    assert positions == 1024  # fewer than MOST_TOKENS
+    assert benchmark.default_max_tokens(model, 30) == positions - 30
+    with pytest.raises(
+        ValueError, match=rf"^--model is .*, which knows {positions} positions; the longest prompt has "
+    ):
+        benchmark.default_max_tokens(model, positions)
+    trained = tmp_path / "checkpoints" / "step-00000001" / "hf"
+    shutil.copytree(MODEL, trained)
+    (tmp_path / "config.yaml").write_text(
+        "model: {name: m}\nrollout: {max_completion_tokens: 77}\nrun: {dir: x, steps: 1}\n"
+    )
+    assert benchmark.default_max_tokens(ModelConfig(name=str(trained)), 30) == 77
+    found = benchmark.evaluate(
+        settings(model=str(trained), max_completion_tokens=None, num_questions=1), tmp_path / "o", ONE
+    )
+    assert (
+        found["results"][0]["max_completion_tokens"]
+        == read_json(tmp_path / "o" / "settings.json")["max_completion_tokens"]
+        == 77
+    )
+
+
+def test_questions_share_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """8 questions x 4 samples take as many passes as the longest answer has tokens, not 8 times as many."""
+    batches = []
+    draw = "grpo.rollout.hf.draw"
+    real = sampling.draw
+    monkeypatch.setattr(draw, lambda logits, *rest, **more: batches.append(len(logits)) or real(logits, *rest, **more))
+    benchmark.evaluate(settings(), tmp_path / "out", Runtime(engine="hf", num_workers=1))
+    assert set(batches) == {32}
+    assert len(batches) <= 48
+
+
+def test_the_bar_knows_how_much_is_left_before_the_first_answer_and_after_it(monkeypatch: pytest.MonkeyPatch):
+    now = 100.0
+    monkeypatch.setattr("grpo.observe.bar.time.monotonic", lambda: now)
+    bar = Bar("mine, chat", total=8, most_tokens=8 * 100, shown=False)
+    assert bar.words() == "0 of 8 questions"
+    now = 102.0
+    progress.drew(40)
+    assert bar.words() == "0 of 8 questions, 20 tokens/s, at most 00:00:38 left"  # 760 tokens at 20 a second
+    progress.drew(60)
+    bar.add(2)
+    assert bar.words() == "2 of 8 questions, 50 tokens/s, 00:00:06 left"  # a second each
+    now = 103.0
+    assert bar.words().endswith(", 00:00:05 left")

@@ -935,3 +935,20 @@ def test_a_checkpoint_that_brings_code_along_is_refused_and_its_code_is_not_run(
     with pytest.raises(ValueError, match=r"is not loaded, because what it holds may run code \(posix.mkdir\)"):
         Trainer(tiny_config(run, checkpoint=EVERY_STEP, run={"steps": 2, "resume": "auto"}))
     assert not (tmp_path / "was-run").exists()
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trainer = Trainer(tiny_config(tmp_path / "run", run={"steps": 1}))
+    needed = checkpoint.num_bytes(trainer.policy)
+    weights = sum(weight.numel() for weight in trainer.policy.lm.parameters())
+    assert needed == 16 * weights  # float32 for transformers, and float32 with two averages to go on from
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda directory: needed - 1)
+    monkeypatch.setattr(trainer, "train_step", lambda: pytest.fail("it trained"))
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"^a checkpoint takes about .* GiB are free at .* Free some space, "
+    ):
+        trainer.train()
+    monkeypatch.undo()
+    saved = trainer.train()
+    written = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
+    assert needed < written < 1.2 * needed

@@ -1,5 +1,6 @@
 """The command `grpo`: what it finds, how fast it answers, and how it starts and stops the processes of a run."""
 
+import errno
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from grpo.cli.settings import as_markdown, chosen, settings
 from grpo.config import Config, setting_names
 from grpo.config.elsewhere import ELSEWHERE
 from grpo.config.shipped import names
+from grpo.observe.console import errors_for_users
 from grpo.system.heartbeat import PEER_LOST
 
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "deepspeed", "accelerate")
@@ -180,3 +182,41 @@ def test_the_quickstart_trains_in_an_empty_directory_in_two_processes_and_stops_
     assert "accelerate" not in said
     (saved,) = (tmp_path / "runs/quickstart/checkpoints").glob("step-*")
     assert read_json(saved / "state.json")["world_size"] == 2
+
+
+FAULTY = """
+def faulty(completion, question):
+    if "Finn" in question:
+        raise KeyError("gold")
+    return 0.0
+"""
+
+
+def test_a_rewards_error_is_its_sentence_with_the_sample_and_the_traceback_is_in_a_file(tmp_path: Path):
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    settings = ["run.steps=1", "run.dir=run", "rewards=[{function: faulty.py:faulty}]", "preflight.on_failure=warn"]
+    done = call("train", "--config", "quickstart", "--set", *settings, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.startswith(
+        "error: Reward faulty raised an exception: KeyError: 'gold' (faulty.py, line 4). This is a bug in the reward"
+    )
+    assert "  question: '" in done.stderr
+    *_, last = done.stderr.splitlines()
+    kept = tmp_path / last.removeprefix("The traceback is in ").removesuffix(".")
+    assert kept == tmp_path / "run" / "traceback.txt"
+    assert 'raise KeyError("gold")' in kept.read_text()
+
+
+def test_a_disk_error_keeps_its_traceback_where_it_can_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    full = OSError(errno.ENOSPC, "No space left on device", "x")
+    with pytest.raises(SystemExit) as end, errors_for_users(tmp_path / "gone"):
+        raise full
+    assert end.value.code == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "error: [Errno 28] No space left on device: 'x'. Free some space, or write elsewhere."
+    kept = Path(second.removeprefix("The traceback is in ").removesuffix("."))
+    assert kept.parent.name.startswith("grpo-")
+    assert "raise full" in kept.read_text()
+    with pytest.raises(FileNotFoundError), errors_for_users(tmp_path):
+        (tmp_path / "missing").read_text()

@@ -233,6 +233,22 @@ def test_what_a_sequence_draws_depends_on_neither_slots_nor_neighbours(policy: P
     assert tokens_of(native(policy).sample(prompts, Sampling(90), num_completions=3, seed=6)) != tokens_of(expected)
 
 
+def test_prompts_with_seeds_of_their_own_draw_the_same_in_both_engines_and_beside_any_others(policy: Policy):
+    prompts = [replace(prompt, seed=11 + prompt.row) for prompt in some_prompts(5)]
+    for sampling in (Sampling(24), Sampling(24, temperature=0.6, top_p=0.9)):
+        expected = tokens_of(native(policy).sample(prompts, sampling, num_completions=3, seed=5))
+        together = HFGenerator(policy, max_sequences=8).sample(prompts, sampling, num_completions=3, seed=6)
+        assert tokens_of(together) == expected
+        alone = HFGenerator(policy, max_sequences=8).sample(prompts[3:4], sampling, num_completions=3, seed=7)
+        assert tokens_of(alone) == expected[9:12]
+        for ours, theirs in zip(
+            together[0].completions,
+            native(policy).sample(prompts[:1], sampling, num_completions=3, seed=5)[0].completions,
+            strict=True,
+        ):
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
 def small_cache(policy: Policy, *, sequences: float, tokens: int) -> float:
     """GiB that hold so many sequences of so many tokens."""
     config = policy.lm.config
@@ -271,7 +287,7 @@ def test_a_cache_too_small_is_refused_by_its_setting(policy: Policy):
     with pytest.raises(ValueError, match=r"memory\.kv_cache_gib is 1e\+06; .* GiB are free"):
         native(policy, kv_cache_gib=1e6, max_sequences=10**8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("grpo.rollout.engine._free_bytes", lambda device: 1000)
+        patch.setattr("grpo.rollout.engine.free_bytes", lambda device: 1000)
         with pytest.raises(
             ValueError, match=r"memory\.kv_cache_gib is null .* Free memory, lower data\.max_prompt_tokens"
         ):

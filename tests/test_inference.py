@@ -105,3 +105,42 @@ def test_a_checkpoint_loads_where_others_load_models_from(run: Trainer):
 def test_vllm_is_refused_where_nothing_is_trained():
     with pytest.raises(ValueError, match=r"^rollout\.engine is vllm; .* Set it to auto\.$"):
         sampling_config("x", max_prompt_tokens=8, max_completion_tokens=8, engine="vllm")
+
+
+def test_a_cpus_memory_bounds_what_is_sampled_at_once(monkeypatch: pytest.MonkeyPatch):
+    lm = load(str(TINY / "model")).model.lm
+    config = lm.config
+    head_dim = config.hidden_size // config.num_attention_heads
+    keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 128 * 4  # of two pages
+    each = keys_and_values + 8 * 4 * config.vocab_size
+    monkeypatch.setattr(inference, "free_bytes", lambda device: 4 * (7 * each + 5))
+    assert inference.max_sequences_in_memory(lm, 100) == 7
+    assert load(str(TINY / "model"), max_completion_tokens=32).generator.max_sequences == 7
+    monkeypatch.setattr(inference, "free_bytes", lambda device: 1)
+    assert inference.max_sequences_in_memory(lm, 100) == 1
+
+
+@pytest.mark.parametrize(("with_all", "taken"), [(0.5, 4), (0.9, 1), (4.0, 1)])
+def test_a_model_that_is_not_clearly_faster_with_all_threads_has_one(
+    with_all: float, taken: int, monkeypatch: pytest.MonkeyPatch
+):
+    threads = [4]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(inference, "_timed_step", lambda lm: 1.0 if threads[-1] == 1 else with_all)
+    inference.use_fastest_threads(torch.nn.Linear(1, 1))
+    assert threads[-1] == taken
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    before = list(threads)
+    inference.use_fastest_threads(torch.nn.Linear(1, 1))
+    assert threads == before
+
+
+def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/nope", "runs/nope/checkpoints", "a/b/c", "./x", "/x"):
+        with pytest.raises(ValueError, match=rf"^--model is '{name}'; there is no such directory"):
+            model_directory(name)
+    assert model_directory("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"

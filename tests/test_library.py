@@ -1,5 +1,7 @@
 """The library as people use it: from a model's name, with settings by name, callbacks, and metrics as a table."""
 
+import logging
+import math
 import os
 import signal
 from collections.abc import Mapping
@@ -7,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import TINY, tiny_config, tiny_settings
 
 from grpo import Callback, Config, Trainer
-from grpo.system.jsonl import read_metrics
+from grpo.observe.console import LineSink
+from grpo.observe.display import console_sink
+from grpo.report.figures import plot_curves
+from grpo.system.jsonl import read_jsonl, read_metrics
 from grpo.system.stopping import Stopped
+from grpo.system.terminal import logger, say
+from grpo.training.rollout import own_advantages
 from grpo.training.state import Rollout
 
 ROWS = [{"question": f"What is {a}+{b}?", "answer": str(a + b)} for a in range(2, 6) for b in range(2, 6)]
@@ -112,3 +120,121 @@ def test_settings_by_name_go_over_a_configuration_a_file_and_a_shipped_one(tmp_p
         Config.of("Qwen/Qwen2.5-0.5B", {"run.step": 3})
     with pytest.raises(ValueError, match=r"--config is 'missing.yaml'; there is no such file"):
         Config.of("missing.yaml", {})
+
+
+STEP = {"time/step": 0.5, "reward/mean": 0.25}
+
+
+def test_the_console_is_a_handler_of_the_logger_and_can_be_silenced_and_routed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(logger, "handlers", list(logger.handlers))
+    monkeypatch.setattr(logger, "level", logger.level)
+    assert logger is logging.getLogger("grpo")
+    records: list[logging.LogRecord] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record)
+
+    say("12 questions")
+    LineSink(num_steps=2, reward_names=[]).log(1, STEP)
+    assert "12 questions\n" in (printed := capsys.readouterr().out)
+    assert "1/2" in printed
+    logger.addHandler(Kept())
+    logger.setLevel(logging.WARNING)
+    say("12 questions")
+    LineSink(num_steps=2, reward_names=[]).log(1, STEP)
+    say("warning: the entropy collapses")
+    assert capsys.readouterr().out == "warning: the entropy collapses\n"
+    assert [(each.levelname, each.getMessage()) for each in records] == [("WARNING", "warning: the entropy collapses")]
+    logger.setLevel(logging.INFO)
+    logger.handlers[:] = [handler for handler in logger.handlers if isinstance(handler, Kept)]
+    LineSink(num_steps=2, reward_names=[]).log(2, STEP)
+    assert capsys.readouterr().out == ""
+    assert "2/2" in records[-1].getMessage()
+    monkeypatch.setattr("grpo.observe.display.can_repaint", lambda *_: True)
+    sink = console_sink(title="", num_steps=1, first_step=0, reward_names=[], rows=[])
+    assert isinstance(sink, LineSink)  # a display would paint on the terminal all the same
+
+
+def test_drawing_curves_leaves_the_backend_of_the_plots_alone(tmp_path: Path):
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("svg")
+    (tmp_path / "config.yaml").write_text("model: {name: m}\nrun: {dir: x, steps: 1}\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5, "time/step": 1.0}\n')
+    assert plot_curves(tmp_path).read_bytes().startswith(b"\x89PNG")
+    assert mpl.get_backend() == "svg"
+    assert plt.get_fignums() == []
+
+
+def own(tmp_path: Path, **arguments: Any) -> Trainer:
+    settings = {**SMALL, "run.dir": str(tmp_path / "run"), "run.steps": 1, "optimizer.learning_rate": 0.5}
+    return Trainer(str(TINY / "model"), rewards=[brevity], train_dataset=ROWS, settings=settings, **arguments)
+
+
+def weights_of(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([weight.detach().flatten() for weight in trainer.policy.lm.parameters()]).clone()
+
+
+def test_an_optimizer_and_an_advantage_by_function_are_those_that_train(tmp_path: Path):
+    """With plain gradient descent the step is the learning rate times the gradient, whose norm is the metric."""
+    seen: list[torch.Tensor] = []
+
+    def ranks(rewards: torch.Tensor) -> torch.Tensor:
+        seen.append(rewards)
+        return rewards.argsort(1).argsort(1) - (rewards.shape[1] - 1) / 2
+
+    trainer = own(tmp_path, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=9.0), advantage=ranks)
+    before = weights_of(trainer)
+    metrics = trainer.train_step()
+    step = float((weights_of(trainer) - before).norm())
+    clipped = min(metrics["optimizer/grad_norm"], trainer.config.optimizer.max_grad_norm)
+    assert step == pytest.approx(metrics["optimizer/learning_rate"] * clipped, rel=1e-3)
+    assert step > 0
+    assert seen[0].shape == (4, 4)
+    trainer.save(wait=True)
+    trainer.close()
+    advantages = {row["advantage"] for row in read_jsonl(trainer.directory / "completions.jsonl")}
+    assert advantages == {-1.5, -0.5, 0.5, 1.5}
+    again = Trainer(
+        Config.of(trainer.config, {"run.resume": "auto", "run.steps": 2, "run.dir": str(trainer.directory)}),
+        rewards=[brevity],
+        train_dataset=ROWS,
+        advantage=ranks,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=9.0),
+    )
+    assert torch.equal(weights_of(again), weights_of(trainer))
+    again.close()
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (
+            lambda rewards: rewards.sum(1),
+            r"^advantage returned a tensor of the shape \(4,\); for rewards of the shape \(4, 4\)",
+        ),
+        (lambda rewards: 1, r"^advantage returned int; for rewards of the shape"),
+        (
+            lambda rewards: rewards / 0 - rewards / 0,
+            r"^advantage returned \[nan, .* each known reward has a finite advantage",
+        ),
+    ],
+)
+def test_an_advantage_that_is_none_is_refused(returned: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        own_advantages(returned, torch.ones(4, 4))
+
+
+def test_an_unknown_reward_has_no_advantage():
+    given = own_advantages(lambda rewards: torch.zeros_like(rewards), torch.tensor([[1.0, math.nan]]))
+    assert given[0, 0] == 0
+    assert given[0, 1].isnan()
+
+
+def test_what_makes_no_optimizer_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"^optimizer returned int; it is called with the list of trained parameters"):
+        own(tmp_path, optimizer=lambda parameters: 1)

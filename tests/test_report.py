@@ -22,8 +22,9 @@ from grpo.observe.metrics import METRICS
 from grpo.report import save_figures, write_page
 from grpo.report.figures import _draw, plot_curves, smooth
 from grpo.report.panels import Panel, formula, sections
-from grpo.report.read import read_runs, wilson
+from grpo.report.read import read_runs
 from grpo.report.summary import columns, headline, held_out, intervals
+from grpo.scoring.statistics import wilson
 
 HOSTILE = [
     "</script><script>alert(1)</script>",

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from grpo.scoring.statistics import estimate, majority, pass_at_k, powers_of_two
+from grpo.scoring.statistics import Estimate, estimate, majority, pass_at_k, powers_of_two
 
 
 def test_pass_at_k_is_the_share_of_all_subsets_with_a_right_sample():
@@ -106,3 +106,14 @@ def test_the_numbers_of_gsm8k_take_less_than_a_second():
     found = estimate(columns)
     assert time.perf_counter() - started < 3  # 0.3 s on a quiet core
     assert found["pass@1"].low < found["pass@1"].value < found["pass@1"].high < found["pass@16"].value
+
+
+def test_where_all_questions_agree_the_interval_of_a_share_is_wilsons_and_not_of_zero_width():
+    found = estimate(
+        {"pass@1": np.array([1.0] * 10 + [math.nan]), "length": np.ones(11), "format": np.array([0.0] * 11)}
+    )
+    assert (found["pass@1"].value, found["pass@1"].high) == (1.0, 1.0)
+    assert found["pass@1"].low == pytest.approx(0.7225, abs=1e-4)  # Wilson, 10 of 10
+    assert found["format"].low == 0.0
+    assert found["format"].high == pytest.approx(1.96**2 / (11 + 1.96**2), abs=1e-3)
+    assert found["length"] == Estimate(1.0, 1.0, 1.0)

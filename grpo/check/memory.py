@@ -15,6 +15,7 @@ import os
 import resource
 import sys
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -139,8 +140,10 @@ def fullest_pass(config: Config, completion_tokens: int, *, world_size: int) -> 
 class EndlessPolicy(Policy):
     """Its completions run to their limit, because no token ends them."""
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, processes: TrainingProcesses) -> None:
-        super().__init__(config, tokenizer, processes)
+    def __init__(
+        self, config: Config, tokenizer: PreTrainedTokenizerBase, processes: TrainingProcesses, **options: Any
+    ) -> None:
+        super().__init__(config, tokenizer, processes, **options)
         self.end_token_ids = []
 
 

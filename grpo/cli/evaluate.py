@@ -90,9 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-tokens",
         type=positive,
-        default=asked.Settings.max_completion_tokens,
         metavar="N",
-        help="of a completion; the paper: 32768; default: %(default)s",
+        help="of a completion; the paper: 32768; default: the run's, else 4096, or what the model has positions for",
     )
     parser.add_argument(
         "--stop", nargs="+", default=[], metavar="TEXT", help="ends a completion, such as </answer>; see rollout.stop"

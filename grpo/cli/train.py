@@ -68,7 +68,8 @@ def train(config: Config) -> int:
         trainer = Trainer(config)
     exit_code = 0
     try:
-        trainer.train()
+        with errors_for_users(trainer.directory):
+            trainer.train()
     except Stopped as stopped:
         if stopped.settings:  # out of memory: go on in a fresh process, in place of this one
             distributed.leave_environment()

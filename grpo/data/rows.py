@@ -100,7 +100,7 @@ def _source_rows(
     option = f"{setting.removesuffix('name')}split" if source.split else f"data.{'eval_' * evaluation}split"
     table = load_table(source.name, subset, split, setting, revision, split_setting=option)
     fields = _own_fields(source, _fields(config, own, reads_answer), setting.removesuffix("name"))
-    return _prepared(table, fields, setting)
+    return _prepared(table, fields, setting, name=source.name)
 
 
 def prepare_rows(
@@ -199,7 +199,7 @@ def _own_fields(source: SourceConfig, fields: Fields, prefix: str) -> Fields:
 # ---- question and answer ---------------------------------------------------------------------------------------------
 
 
-def _prepared(rows: Iterable[Mapping[str, Any]], fields: Fields, setting: str) -> list[Row]:
+def _prepared(rows: Iterable[Mapping[str, Any]], fields: Fields, setting: str, *, name: str = "") -> list[Row]:
     pattern = re.compile(fields.regex) if fields.regex is not None else None
     prepared = []
     for number, row in enumerate(rows):
@@ -208,7 +208,8 @@ def _prepared(rows: Iterable[Mapping[str, Any]], fields: Fields, setting: str) -
             refuse_row(row, where)
         prepared.append({**row, **_question(row, fields, where), "answer": _answer(row, fields, pattern, where)})
     if not prepared:
-        raise ValueError(f"{setting} holds no rows. Name a data set with at least one.")
+        found = f" ({name})" if name else ""
+        raise ValueError(f"{setting} holds no rows{found}. Name a data set with at least one.")
     return prepared
 
 

@@ -48,7 +48,7 @@ class Settings:
     num_samples: int | None = None  # None: what each benchmark recommends
     temperature: float = 0.6
     top_p: float = 0.95
-    max_completion_tokens: int = 4096
+    max_completion_tokens: int | None = None  # None: see default_max_tokens in benchmark.py
     stop: list[str] = field(default_factory=list)  # texts that end a completion
     num_questions: int | None = None  # the first of each benchmark; None: all
     system_prompt: str | None = None  # of the chat templates; None: what the tokenizer's template says by itself
@@ -97,6 +97,7 @@ class Settings:
 
     @property
     def sampling(self) -> Sampling:
+        assert self.max_completion_tokens is not None, "evaluate has found out what the model allows"
         return Sampling(
             self.max_completion_tokens, temperature=self.temperature, top_p=self.top_p, stop=tuple(self.stop)
         )

@@ -26,12 +26,14 @@ from typing import Any
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config import DataConfig, ModelConfig
+from grpo.config import Config, DataConfig, ModelConfig
 from grpo.data import registry as benchmarks
 from grpo.data.prompts import build_prompts
 from grpo.evaluation.asked import PROMPT_FORMATS, Runtime, Settings, Task
 from grpo.evaluation.results import SAMPLE_KEYS, as_json, conclude, earlier_results, seconds_of
 from grpo.inference import model as inference
+from grpo.inference.resolve_model import num_positions, run_directory
+from grpo.observe.bar import Bar
 from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
 from grpo.scoring.answers import answer
 from grpo.scoring.reward import Reward, resolve_function
@@ -109,12 +111,16 @@ def evaluate(settings: Settings, out: Path, runtime: Runtime) -> dict[str, Any]:
         asked = [prompt.token_ids for task in tasks for prompt in task.prompts]
         check_vocabulary(model, tokenizer, asked)
         longest = max(map(len, asked))
+        if settings.max_completion_tokens is None:
+            settings = replace(settings, max_completion_tokens=default_max_tokens(model, longest))
+        for scorer in scorers.values():
+            scorer.max_completion_tokens = settings.sampling.max_tokens
         config = inference.sampling_config(
             settings.model,
             revision=settings.revision,
             dtype=settings.dtype,
             max_prompt_tokens=longest,
-            max_completion_tokens=settings.max_completion_tokens,
+            max_completion_tokens=settings.sampling.max_tokens,
             engine=runtime.engine,
             max_sequences=runtime.max_sequences,
             kv_cache_gib=runtime.kv_cache_gib,
@@ -133,6 +139,29 @@ def evaluate(settings: Settings, out: Path, runtime: Runtime) -> dict[str, Any]:
             # the others wait for it, so that nobody writes the next task's samples while these are read
             results = processes.on_main(partial(conclude, task, results, settings, out, seconds=seconds))
     return as_json(settings, results)
+
+
+MOST_TOKENS = 4096
+"""Of a completion, by default, where neither the run nor the model allows fewer."""
+
+
+def default_max_tokens(model: ModelConfig, longest_prompt: int) -> int:
+    """The run's own limit if the model comes from one, else MOST_TOKENS; less where the model knows too few positions for it.
+
+    Raises:
+        ValueError: the longest prompt leaves no room for a completion.
+    """
+    run = run_directory(model.name)
+    usual = MOST_TOKENS if run is None else Config.load(run / "config.yaml").sampling.max_tokens
+    positions = num_positions(model)
+    if positions is None:
+        return usual
+    if positions <= longest_prompt:
+        raise ValueError(
+            f"--model is {model.name!r}, which knows {positions} positions; the longest prompt has {longest_prompt} tokens, "
+            "which leaves none for an answer. Leave long questions out of the data, or take another model."
+        )
+    return min(usual, positions - longest_prompt)
 
 
 # ---- the questions ---------------------------------------------------------------------------------------------------
@@ -164,7 +193,7 @@ def _scorer(source: str, settings: Settings, runtime: Runtime) -> Scorer:
     return Scorer(
         rewards,
         columns=["question", "answer"],
-        max_completion_tokens=settings.max_completion_tokens,
+        max_completion_tokens=settings.max_completion_tokens or MOST_TOKENS,  # to be set once the prompts are known
         num_workers=runtime.num_workers,
         timeout_seconds=runtime.timeout_seconds,
         memory_gib=4.0,
@@ -227,7 +256,10 @@ def _answer(
     if processes.is_main:
         again = f", {len(task.prompts) - len(left):,} of them before" * (len(left) < len(task.prompts))
         say(f"{task.benchmark}, {task.template}: {len(task.prompts):,} questions x {task.num_samples}{again}")
-    book = _Book(out / "samples.jsonl", task, total=len(mine), speaks=processes.is_main)
+    most_tokens = len(mine) * task.num_samples * settings.sampling.max_tokens
+    name = f"{task.benchmark}, {task.template}"
+    bar = Bar(name, total=len(mine), most_tokens=most_tokens, shown=processes.is_main)
+    book = _Book(out / "samples.jsonl", task, bar)
 
     def sample() -> None:
         answer(
@@ -241,7 +273,8 @@ def _answer(
         )
 
     try:
-        retry_with_fewer_sequences(sample, sampler.generator, rank=processes.rank)
+        with bar:
+            retry_with_fewer_sequences(sample, sampler.generator, rank=processes.rank)
     finally:
         book.flush()
 
@@ -250,23 +283,19 @@ class _Book:
     """Samples on their way into the file that all processes write to, the samples of a question at once."""
 
     WRITE_EVERY = 2.0  # seconds; writing waits for the disk
-    SAY_EVERY = 60.0
 
-    def __init__(self, path: Path, task: Task, *, total: int, speaks: bool) -> None:
-        self.path, self.task, self.total, self.speaks = path, task, total, speaks
+    def __init__(self, path: Path, task: Task, bar: Bar) -> None:
+        self.path, self.task, self.bar = path, task, bar
         self.written: set[int] = set()
         self._waiting: list[dict[str, Any]] = []
-        self._last_write = self._last_word = time.monotonic()
+        self._last_write = time.monotonic()
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         self._waiting += [{**self.task.key, **row} for row in rows]
         self.written.add(rows[0]["row"])
-        now = time.monotonic()
-        if now - self._last_write > self.WRITE_EVERY:
+        self.bar.add()
+        if time.monotonic() - self._last_write > self.WRITE_EVERY:
             self.flush()
-        if self.speaks and now - self._last_word > self.SAY_EVERY:
-            self._last_word = now
-            say(f"  {len(self.written):,} of {self.total:,} questions of this process are answered")
 
     def flush(self) -> None:
         with self.path.with_suffix(".lock").open("w") as lock:

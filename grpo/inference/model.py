@@ -10,22 +10,28 @@ Started by torchrun or `accelerate launch`, every process has the whole model an
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config import Config, ModelConfig
+from grpo.policy.families import attribute
 from grpo.policy.language_model import lay_out, load_lm, resolve_dtype
 from grpo.policy.model_source import source_of
 from grpo.policy.policy import SampledModel
 from grpo.policy.tokenizer import check_context
 from grpo.rollout import make_generator
+from grpo.rollout.paged import PagedCache, num_pages_for
 from grpo.system import distributed, progress
 from grpo.system.distributed import Processes
+from grpo.system.out_of_memory import free_bytes
 from grpo.system.writer import checksum
 from grpo.types import Generator
 
@@ -103,8 +109,67 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sampler:
     lm = _merged(load_lm(config.model, dtype=resolve_dtype(config.model.dtype)), config.model)
     lm.requires_grad_(False).eval()
     lay_out(lm, processes.device)
+    if processes.device.type == "cpu":
+        use_fastest_threads(lm)
+        most = max_sequences_in_memory(lm, config.max_sequence_tokens)
+        if config.memory.max_sequences > most:
+            memory = config.memory.model_copy(update={"max_sequences": most})
+            config = config.model_copy(update={"memory": memory})
     model = SampledModel(lm, config.model, tokenizer, processes)
     return Sampler(model, make_generator(config, model))
+
+
+def max_sequences_in_memory(lm: PreTrainedModel, num_tokens: int) -> int:
+    """How many sequences of so many tokens a CPU's memory holds at once, with their logits, in MEMORY_SHARE of what is free.
+
+    A GPU says when its memory is full; on a CPU the system kills the process.
+    """
+    config = lm.config.get_text_config()
+    heads = attribute(config, "num_attention_heads") or 1
+    kv_heads = attribute(config, "num_key_value_heads") or heads
+    head_dim = attribute(config, "head_dim") or config.hidden_size // heads
+    dtype = next(lm.parameters()).dtype
+    page = PagedCache.bytes_per_page(
+        num_layers=config.num_hidden_layers, num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype
+    )
+    each = num_pages_for(num_tokens) * page + LOGITS_COPIES * 4 * config.vocab_size
+    return max(1, int(MEMORY_SHARE * free_bytes(torch.device("cpu")) / each))
+
+
+MEMORY_SHARE = 0.25
+
+LOGITS_COPIES = 8
+"""In float32, that drawing a token has in memory at once: scaled, sorted, cumulative in float64, ..."""
+
+
+def use_fastest_threads(lm: PreTrainedModel) -> None:
+    """Let torch use one thread instead of one for each processor, if a step is not clearly faster with more.
+
+    For a small model they wait for each other, and for the processes that grade: 256 questions x 4 completions of the
+    quickstart's model took 283 s with two threads on two processors, and 72 s with one. OMP_NUM_THREADS decides if it is set.
+    """
+    usual = torch.get_num_threads()
+    if usual == 1 or "OMP_NUM_THREADS" in os.environ:
+        return
+    seconds = {}
+    for number in (usual, 1):
+        torch.set_num_threads(number)
+        _timed_step(lm)
+        seconds[number] = min(_timed_step(lm) for _ in range(3))
+    if seconds[usual] * WORTH_THREADS < seconds[1]:
+        torch.set_num_threads(usual)
+
+
+WORTH_THREADS = 1.3
+"""How much faster a step has to be with all threads."""
+
+
+def _timed_step(lm: PreTrainedModel) -> float:
+    """Seconds that 64 sequences of one token take."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        lm(input_ids=torch.zeros(64, 1, dtype=torch.int64), use_cache=False)
+    return time.perf_counter() - start
 
 
 def _merged(lm: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:

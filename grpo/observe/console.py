@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import tempfile
 import time
 import traceback
 from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from rich.console import Console
 from rich.text import Text
 
 from grpo.system import heartbeat
-from grpo.system.terminal import SilencedConsole, printable, say
+from grpo.system.stopping import RunError
+from grpo.system.terminal import SilencedConsole, printable, say, show
 
 WIDE = 9
 
@@ -60,10 +63,10 @@ class LineSink:
             self.columns = {t: n for t, n in self.columns.items() if n in metrics or not n.startswith("rollout/")}
         if self._lines % self.HEADER_EVERY == 0:
             titles = " ".join(f"{t[:WIDE]:>{WIDE}}" for t in ("step", *self.columns, "time left"))
-            self.console.print(titles, style="dim", markup=False)
+            show(self.console, titles, style="dim")
         cells = [f"{step}/{self.num_steps}", *(number(metrics.get(name)) for name in self.columns.values())]
         left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
-        self.console.print(" ".join(f"{cell:>{WIDE}}" for cell in (*cells, left)), markup=False)
+        show(self.console, " ".join(f"{cell:>{WIDE}}" for cell in (*cells, left)))
         self._lines += 1
 
     def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
@@ -86,7 +89,7 @@ def show_evaluation(console: Console, step: int, metrics: Mapping[str, float]) -
     evaluated = {n: v for n, v in metrics.items() if n.startswith("eval/") and not n.endswith(("_low", "_high"))}
     if evaluated:
         shown = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in evaluated.items())
-        console.print(Text.assemble((f"held-out, step {step}:", "bold"), f"  {shown}"))
+        show(console, Text.assemble((f"held-out, step {step}:", "bold"), f"  {shown}"))
 
 
 def number(value: float | None) -> str:
@@ -106,10 +109,10 @@ def show_samples(before: list[dict[str, Any]], after: list[dict[str, Any]], num_
     answered = {row["question"]: row for row in before if row["sample"] == 0}
     pairs = [(answered[row["question"]], row) for row in after if row["sample"] == 0 and row["question"] in answered]
     for old, new in pairs[:num_samples]:
-        terminal.print(printable(f"\nQuestion: {old['question']}\nGold answer: {old['answer']}"))
+        show(terminal, printable(f"\nQuestion: {old['question']}\nGold answer: {old['answer']}"))
         for label, row in (("before", old), ("after", new)):
             verdicts = ", ".join(f"{name} {value}" for name, value in row["rewards"].items())
-            terminal.print(printable(f"  {label} ({verdicts}): {row['completion'].strip()}"))
+            show(terminal, printable(f"  {label} ({verdicts}): {row['completion'].strip()}"))
 
 
 def positive(text: str) -> int:
@@ -120,10 +123,12 @@ def positive(text: str) -> int:
 
 
 @contextmanager
-def errors_for_users() -> Iterator[None]:
-    """A ValueError of ours speaks for itself: print it and exit with 2. One out of a library keeps its traceback.
+def errors_for_users(directory: Path | None = None) -> Iterator[None]:
+    """What is wrong, in a sentence instead of a traceback, and the exit code.
 
-    Nor has Ctrl-C one.
+    A ValueError of ours speaks for itself: 2. One out of a library keeps its traceback. A run may end by design (a reward's
+    error, the watchdog, a checkpoint that cannot be written), or because a disk is full or must not be written to: 1. The
+    traceback then goes to a file in `directory`, the run's, or in a temporary one, which is named. Ctrl-C: 130, without one.
     """
     try:
         yield
@@ -134,6 +139,32 @@ def errors_for_users() -> Iterator[None]:
             raise
         print_of_rank(f"error: {error}", f"error on rank {os.environ.get('RANK')}: {error}")
         raise SystemExit(2) from None
+    except (RunError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
+            raise
+        said = error.sentence if isinstance(error, RunError) else f"{error}. Free some space, or write elsewhere."
+        kept = _keep_traceback(error, directory)
+        said += f"\nThe traceback is in {kept}." if kept is not None else ""
+        print_of_rank(f"error: {said}", f"error on rank {os.environ.get('RANK')}: {said}")
+        raise SystemExit(1) from None
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+"""Of the machine, which no change to the program mends."""
+
+
+def _keep_traceback(error: Exception, directory: Path | None) -> Path | None:
+    """The file that it was written to; None if no disk takes it."""
+    rank = os.environ.get("RANK", "0")
+    name = "traceback.txt" if rank == "0" else f"traceback-rank-{rank}.txt"
+    text = "".join(traceback.format_exception(error))
+    for place in (lambda: directory, lambda: Path(tempfile.mkdtemp(prefix="grpo-"))):
+        with suppress(OSError):
+            folder = place()
+            if folder is not None:
+                (folder / name).write_text(text)
+                return folder / name
+    return None
 
 
 def _is_ours(origin: Path) -> bool:

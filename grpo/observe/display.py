@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from grpo.observe.console import ESTIMATE_OVER, LineSink, console, number, show_evaluation
 from grpo.scoring.answers import is_right
-from grpo.system.terminal import Region, can_repaint, printable
+from grpo.system.terminal import ConsoleHandler, Region, can_repaint, logger, printable
 from grpo.text.thinking import Kind, parts
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -196,8 +197,11 @@ class DisplaySink:
 def console_sink(
     *, title: str, num_steps: int, first_step: int, reward_names: list[str], rows: list[dict[str, Any]]
 ) -> DisplaySink | LineSink:
-    """A display on a terminal, else lines."""
-    if not can_repaint(sys.stdout, os.environ):
+    """A display on a terminal, else lines; the latter also if the logger's are not to go to the terminal as they are."""
+    routed = not (
+        logger.isEnabledFor(logging.INFO) and any(isinstance(each, ConsoleHandler) for each in logger.handlers)
+    )
+    if routed or not can_repaint(sys.stdout, os.environ):
         return LineSink(num_steps=num_steps, reward_names=reward_names)
     return DisplaySink(
         Dashboard(title=title, num_steps=num_steps, first_step=first_step, reward_names=reward_names, rows=rows)

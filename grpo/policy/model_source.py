@@ -38,9 +38,15 @@ def model_directory(name: str, *, setting: str = "--model") -> str:
     """
     path = Path(name)
     if not path.exists():
-        if name.startswith(("/", "./", "../", "~")):
+        folder = path.parts[0] if "/" in name else ""
+        if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
             raise ValueError(
                 f"{setting} is {name!r}; there is no such directory. Correct the path, or name a model of the hub."
+            )
+        if folder and Path(folder).is_dir():  # the hub would be asked for it for a minute where there is no network
+            raise ValueError(
+                f"{setting} is {name!r}; there is no such directory in {folder}/. Correct the path; for a model of the hub of "
+                f"this name, start where there is no directory {folder}."
             )
         return name
     newest_first = reversed(complete_checkpoints(path / "checkpoints"))

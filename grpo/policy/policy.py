@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -120,9 +120,17 @@ class Policy(SampledModel):
 
     Args:
         processes: where to put it; every process must construct it, since loading is a collective under ZeRO-3.
+        optimizer: makes one of the trained parameters, instead of AdamW as `config.optimizer` has it.
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, processes: TrainingProcesses) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        processes: TrainingProcesses,
+        *,
+        optimizer: MakeOptimizer | None = None,
+    ) -> None:
         lm = load_lm(config.model, dtype=resolve_dtype(config.model.dtype))
         super().__init__(lm, config.model, tokenizer, processes)
         self._sharded = config.distributed.zero_stage == 3
@@ -136,7 +144,7 @@ class Policy(SampledModel):
         own = None if self._sharded else self.plain_logprobs()  # before its kernels are others
         with progress.busy("setting up DeepSpeed"):  # which may compile
             self.engine, self.optimizer = processes.accelerator.prepare(
-                self._packed(self.lm), _adamw(self.lm, config.optimizer, processes.device)
+                self._packed(self.lm), _optimizer(self.lm, config.optimizer, processes.device, optimizer)
             )
         _count_from_zero(self.engine.basic_optimizer)
         self.lm.set_attn_implementation("packed")
@@ -461,6 +469,26 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
         module.train(training)
 
 
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+"""Trained parameters -> their optimizer. The learning rate of each step is still that of `optimizer.learning_rate` and its
+schedule, and gradients are clipped to `optimizer.max_grad_norm`."""
+
+
+def _optimizer(
+    lm: nn.Module, config: OptimizerConfig, device: torch.device, make: MakeOptimizer | None
+) -> torch.optim.Optimizer:
+    """Raises ValueError if what was given makes no optimizer."""
+    if make is None:
+        return _adamw(lm, config, device)
+    made = make(list(trained_parameters(lm)))
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ValueError(
+            f"optimizer returned {type(made).__name__}; it is called with the list of trained parameters and returns a "
+            "torch.optim.Optimizer of them. Return one, as in optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)."
+        )
+    return made
+
+
 def _adamw(lm: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
     options: dict[str, Any] = {"fused": True} if device.type == "cuda" else {}
     return torch.optim.AdamW(
@@ -476,4 +504,5 @@ def _count_from_zero(optimizer: torch.optim.Optimizer) -> None:
     """Forget a step that was none: without ZeRO in bfloat16, DeepSpeed makes room for AdamW's moments by a step with gradients of
     zero. Counted, it would make the first update 0.73 times as large as in the other stages, as if the moments had decayed."""
     for state in optimizer.state.values():
-        state["step"] *= 0
+        if "step" in state:  # one that somebody brought may count nothing
+            state["step"] *= 0

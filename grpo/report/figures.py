@@ -30,7 +30,7 @@ COLORS = (
     "#85817a",
 )  # as page.css has them
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1.5, 2)))
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 9,
     "axes.titleweight": "bold",
@@ -53,13 +53,16 @@ STYLE: dict[str, Any] = {
 
 def plot_curves(run_dir: Path) -> Path:
     """Draw the six curves that say most as `curves.png` in the run's directory and return its path."""
-    plt = _pyplot()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     runs = read_runs([run_dir], max_completions=0)
     panels = {panel.title: panel for panel in _panels(runs)}
     verdict = next((panel.title for panel in panels.values() if f"reward/{runs[0].verdict}" in panel.lines), "")
     chosen = [panels[title] for title in ("Reward", verdict, *OVERVIEW) if title in panels]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 3, figsize=(10, 5), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 5), layout="constrained")  # without pyplot, whose backend is the user's
+        axes = figure.subplots(2, 3)
         for axis, panel in zip(axes.flat, chosen, strict=False):
             _draw(axis, panel, runs)
         for axis in axes.flat[len(chosen) :]:
@@ -67,7 +70,6 @@ def plot_curves(run_dir: Path) -> Path:
         figure.suptitle(run_dir.name, x=0.01, ha="left", fontsize=11)
         path = run_dir / "curves.png"
         figure.savefig(path, dpi=140)
-        plt.close(figure)
     return path
 
 
@@ -80,29 +82,34 @@ def save_figures(run_dirs: list[Path], directory: Path, *, suffix: str) -> list[
     Raises:
         ValueError: a directory is not that of a run.
     """
-    plt = _pyplot()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     runs = read_runs(run_dirs, max_completions=0)
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
-    with plt.rc_context(STYLE):
+    with mpl.rc_context(STYLE):
         for panel in _panels(runs):
-            figure, axis = plt.subplots(figsize=(3.4, 2.3), layout="constrained")
+            figure = Figure(figsize=(3.4, 2.3), layout="constrained")
+            axis = figure.subplots()
             _draw(axis, panel, runs)
             path = directory / f"{_file_name(panel)}.{suffix}"
             figure.savefig(path, dpi=300)
-            plt.close(figure)
             paths.append(path)
     return paths
 
 
 def plot_arms(arms: Mapping[str, Sequence[Path]], path: Path) -> Path:
     """Draw over training what tells algorithms apart: the mean over each arm's runs, and the runs pale beneath it."""
-    plt = _pyplot()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     runs = {arm: [*chain(*(read_runs([each], max_completions=0) for each in own))] for arm, own in arms.items()}
     verdict = next(iter(runs.values()))[0].verdict
     names = {f"reward/{verdict}": f"{verdict}, sampled", **OF_ARMS}
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 3, figsize=(10, 5), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 5), layout="constrained")  # without pyplot, whose backend is the user's
+        axes = figure.subplots(2, 3)
         for axis, (name, title) in zip(axes.flat, names.items(), strict=True):
             for (arm, own), color in zip(runs.items(), cycle(COLORS)):
                 series = [_series(run, name) for run in own]
@@ -117,7 +124,6 @@ def plot_arms(arms: Mapping[str, Sequence[Path]], path: Path) -> Path:
             axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
         figure.savefig(path, dpi=140)
-        plt.close(figure)
     return path
 
 
@@ -138,15 +144,6 @@ def _mean(series: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.n
         for step, value in zip(steps, each, strict=True):
             values.setdefault(step, []).append(value)
     return np.array(sorted(values)), np.array([np.mean(values[step]) for step in sorted(values)])
-
-
-def _pyplot() -> Any:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def _panels(runs: list[Run]) -> list[Panel]:

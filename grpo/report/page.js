@@ -345,6 +345,12 @@ function buildCurves() {
     { rootMargin: "300px" },
   );
   charts.forEach((chart) => observer.observe(chart.card));
+  window.addEventListener("beforeprint", () => {
+    for (const chart of charts) {
+      chart.inView = true; // also what was never scrolled to
+      chart.draw();
+    }
+  });
   window.addEventListener("resize", later(redraw));
 }
 
@@ -489,7 +495,7 @@ function benchmarks(runs) {
         : null,
       table(["model", "template", ...(several ? ["sampled"] : []), ...metrics], rows, benchmark),
       ...splits(own),
-    ];
+    ].filter((part) => part !== null);
   });
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
@@ -235,15 +234,3 @@ def _evenly(sizes: Counter[Hashable], limit: int) -> set[Hashable]:
         return set(units) if limit else set()
     count = min(len(units), max(2, len(units) * limit // total))
     return {units[round(i * (len(units) - 1) / max(count - 1, 1))] for i in range(count)}
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % score interval of a share seen in `count` independent trials (Wilson, 1927).
-
-    Of several samples per question, `share` is the mean over questions and `count` the number of questions: values between 0 and
-    1 vary at most as much as verdicts do, so the interval is no narrower than it should be.
-    """
-    z = 1.959964
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)

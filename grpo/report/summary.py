@@ -10,8 +10,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from grpo.config import Config
-from grpo.report.read import Row, Run, Source, wilson
+from grpo.report.read import Row, Run, Source
 from grpo.scoring.answers import is_right
+from grpo.scoring.statistics import wilson
 from grpo.system.writer import to_json
 from grpo.types import VOTE
 

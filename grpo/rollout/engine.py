@@ -17,10 +17,8 @@ number of rows of a step only through rounding: matrix products of different sha
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections import deque
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,12 +32,12 @@ from grpo.rollout.decoder import LENGTH, TOKEN, Chunk, Decoder
 from grpo.rollout.grouping import Grouping
 from grpo.rollout.layers import can_fuse
 from grpo.rollout.paged import PAGE, PagedCache, num_pages_for
-from grpo.rollout.sampling import sequence_seeds
+from grpo.rollout.sampling import completion_seeds
 from grpo.rollout.slots import FEWEST_SEQUENCES, READ_AHEAD, Prefix, Sequence, Slots
 from grpo.rollout.stop_criteria import Ending, token_limit
 from grpo.system import progress
 from grpo.system.distributed import GIB
-from grpo.system.out_of_memory import is_out_of_memory
+from grpo.system.out_of_memory import free_bytes, is_out_of_memory
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 
 READ_TOKENS = 16384
@@ -148,15 +146,6 @@ def _longest(prompts: list[Prompt], sampling: Sampling) -> int:
     return max(len(prompt.token_ids) + token_limit(prompt, sampling) for prompt in prompts)
 
 
-def _seeds(prompts: list[Prompt], *, seed: int, num_completions: int) -> list[int]:
-    """Of each completion."""
-    seeds = sequence_seeds(seed, len(prompts) * num_completions).view(len(prompts), num_completions)
-    for own, prompt in zip(seeds, prompts, strict=True):
-        if prompt.seed is not None:
-            own.copy_(sequence_seeds(prompt.seed, num_completions))
-    return seeds.flatten().tolist()
-
-
 class Call:
     """One call of `sample`, from the prompts of a grouping to its completions."""
 
@@ -172,7 +161,9 @@ class Call:
     ) -> None:
         self.decoder, self.ending, self.grouping, self.sampling = decoder, ending, grouping, sampling
         decoder.begin(sampling)
-        seeds = _seeds(grouping.prompts[::num_completions], seed=seed, num_completions=num_completions)
+        seeds = completion_seeds(
+            grouping.prompts[::num_completions], seed=seed, num_completions=num_completions
+        ).tolist()
         sequences = [
             Sequence(index, prompt.token_ids, token_limit(prompt, sampling), own)
             for index, (prompt, own) in enumerate(zip(grouping.prompts, seeds, strict=True))
@@ -195,7 +186,7 @@ class Call:
             if before is not None:
                 self._take_in(before)
             before = chunk
-            progress.tick()
+            progress.drew(0 if chunk is None else chunk.num_places)
 
     def _launch(self, before: Chunk | None) -> Chunk | None:
         """The next steps of all that run and do not come to their limits in the chunk before; None if there are none."""
@@ -281,7 +272,7 @@ def make_decoder(
     shape = _cache_shape(lm)
     page_bytes = PagedCache.bytes_per_page(**shape, dtype=weight.dtype)
     fewest = FEWEST_SEQUENCES * pages_each + 1  # page 0 is nobody's
-    free = _free_bytes(weight.device)
+    free = free_bytes(weight.device)
     budget = free / 2 if gib is None else gib * GIB
     # besides its own pages a sequence holds its prefix's last, part-filled one
     ample = math.ceil((num_slots * (pages_each + 1) + fewest) / (1 - READ_AHEAD))
@@ -308,15 +299,6 @@ def _cache_shape(lm: PreTrainedModel) -> dict[str, int]:
     """As the layers hand keys and values to their attention, which `_unsupported_by_design` has found to be alike."""
     calls, _ = attention_calls(lm)
     return {"num_layers": len(calls), "num_kv_heads": calls[0].num_kv_heads, "head_dim": calls[0].key_dim}
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    assert available is not None, "Linux says how much memory is available"
-    return int(available.group(1)) * 1024
 
 
 CHECKED_TOKENS = 2 * PAGE + 20

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo.types import Sampling
+from grpo.types import Prompt, Sampling
 
 KNOBS = ("temperature", "top_k", "top_p", "min_p")
 """What `knobs` holds, in this order, as float32."""
@@ -97,3 +97,12 @@ def sequence_seeds(seed: int, num_sequences: int) -> Tensor:
     """(num_sequences,) int64: a seed for each sequence of a rollout."""
     start = mix(torch.tensor([seed], dtype=torch.int64) * GOLDEN)
     return mix(start + torch.arange(1, num_sequences + 1) * GOLDEN)
+
+
+def completion_seeds(prompts: list[Prompt], *, seed: int, num_completions: int) -> Tensor:
+    """(len(prompts) * num_completions,) int64: of each completion; by the prompt's own seed where it has one, else by `seed`."""
+    seeds = sequence_seeds(seed, len(prompts) * num_completions).view(len(prompts), num_completions)
+    for own, prompt in zip(seeds, prompts, strict=True):
+        if prompt.seed is not None:
+            own.copy_(sequence_seeds(prompt.seed, num_completions))
+    return seeds.flatten()

@@ -36,7 +36,8 @@ from grpo.policy.policy import Policy
 from grpo.run import inputs, reshard
 from grpo.run.reshard import Layout
 from grpo.system import progress
-from grpo.system.distributed import Processes
+from grpo.system.distributed import GIB, Processes
+from grpo.system.stopping import RunError
 from grpo.system.terminal import say
 from grpo.system.writer import Writer, flush, load_tensors, problem_with, save_tensors
 from grpo.training.state import Rollout, RunState, StepState, redistribute
@@ -45,7 +46,7 @@ from grpo.types import Completion, Group, MicroBatch, Packing, Prompt, Scores
 REFERENCE = "reference.safetensors"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint could not be written. Those before it are untouched."""
 
 
@@ -189,6 +190,19 @@ class Checkpoints:
             raise CheckpointError(f"{problem}. The run must not build on it. Remove it, and resume.")
         progress.last_checkpoint = checkpoint
 
+    def check_room(self, policy: Policy) -> None:
+        """Before training, which may take hours until the first checkpoint is due; every process calls it.
+
+        Raises:
+            CheckpointError: the disk has no room for one.
+        """
+        needed, free = num_bytes(policy), self.processes.on_main(lambda: free_bytes(self.directory))
+        if needed > free:
+            raise CheckpointError(
+                f"a checkpoint takes about {needed / GIB:.3g} GiB, and {free / GIB:.3g} GiB are free at {self.directory.parent}. "
+                "Free some space, or set run.dir to a directory on another disk."
+            )
+
     def _check(self, errors: list[str | None], final: Path) -> None:
         for rank, error in enumerate(errors):
             if error is not None:
@@ -201,6 +215,25 @@ class Checkpoints:
 
     def _room(self) -> str:
         return f"{shutil.disk_usage(self.directory.parent).free / 2**30:.2f} GiB are free there."
+
+
+TRAINING_BYTES = 12
+"""For each trained weight: itself and the optimizer's two averages, in float32."""
+
+
+def num_bytes(policy: Policy) -> int:
+    """About what a checkpoint takes: the model as it is exported, and the training state of what is trained."""
+    total = 0
+    for weight in policy.lm.parameters():
+        number = getattr(weight, "ds_numel", weight.numel())  # under ZeRO-3 this process holds a share
+        total += number * (weight.element_size() + TRAINING_BYTES * weight.requires_grad)
+    return total
+
+
+def free_bytes(directory: Path) -> int:
+    """Of the disk that it lies on, or will."""
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
 
 
 def _prepare(partial: Path) -> str | None:

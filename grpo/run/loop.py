@@ -78,6 +78,7 @@ class Loop:
         """
         with self.stop.request, progress.phase("training"):
             try:
+                self.checkpoints.check_room(self.policy)
                 if self.state == RunState() and self.step.rollout is None:  # not on resume
                     self._before_first_step()
                 self._evaluate_if_due()

@@ -23,6 +23,7 @@ from grpo.algorithm.batch import micro_batch, pack
 from grpo.config import Config
 from grpo.data.prompts import TEMPLATES, build_prompts
 from grpo.policy.policy import Policy
+from grpo.system.stopping import RunError
 from grpo.types import Batch, Completion, Generator, Group, Prompt
 
 GAP_LIMITS = {torch.float32: 0.001, torch.bfloat16: 0.04}
@@ -34,7 +35,7 @@ GAP_FACTOR = 3
 FLOAT32_ROUNDING = 1e-5
 
 
-class SamplingGapError(RuntimeError):
+class SamplingGapError(RunError):
     """Tokens were not sampled from the policy that is trained on them."""
 
 

@@ -37,6 +37,7 @@ from typing import Any
 
 from grpo.algorithm.advantage import FLAT
 from grpo.config import Config
+from grpo.system.stopping import RunError
 from grpo.text.answer_forms import FORMS
 
 TRAILING = 50
@@ -64,7 +65,7 @@ class Alarm:
         return f"watchdog.{self.rule}, step {self.step}: {self.text}{shown}"
 
 
-class WatchdogError(RuntimeError):
+class WatchdogError(RunError):
     """A rule stopped the run."""
 
 

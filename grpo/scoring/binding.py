@@ -250,7 +250,8 @@ class Task:
         shown = "\n".join(f"  {name}: {_shorten(value, 2000)}" for name, value in self.sample.items())
         return RewardError(
             f"Reward {self.bound.reward.name} {what}. This is a bug in the reward: what the model writes badly must "
-            f"score 0 inside of it. The sample:\n{shown}\n{printable(worker_traceback)}".rstrip()
+            f"score 0 inside of it. The sample:\n{shown}",
+            printable(worker_traceback),
         )
 
 

@@ -20,6 +20,7 @@ import torch
 
 from grpo.config import RewardConfig, read_text
 from grpo.scoring.worker import SourceFile
+from grpo.system.stopping import RunError
 
 loaded_files: dict[str, SourceFile] = {}  # modules that resolve_function loaded from a path; workers load the same text
 
@@ -35,8 +36,20 @@ FORMS: dict[str, str] = {
 """How a function can be called."""
 
 
-class RewardError(RuntimeError):
+class RewardError(RunError):
     """A bug in a reward function: it raised an exception or returned what is not a reward."""
+
+    def __init__(self, message: str, worker_traceback: str = "") -> None:
+        """Args: worker_traceback: of the process that the function ran in."""
+        super().__init__(f"{message}\n{worker_traceback}".rstrip())
+        self._message = message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self),)
+
+    @property
+    def sentence(self) -> str:
+        return self._message
 
 
 @dataclass(frozen=True)

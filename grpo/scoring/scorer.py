@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -356,7 +357,8 @@ def _shown_with_its_sample(tasks: list[Task]) -> Iterator[None]:
         yield
     except FunctionBug as bug:
         task = tasks[bug.call]
-        raise task.error("raised an exception", f"{task.how_called}\n{bug.worker_traceback}") from None
+        what = f"raised an exception: {_where_and_what(bug.worker_traceback)}"
+        raise task.error(what, f"{task.how_called}\n{bug.worker_traceback}") from None
 
 
 def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
@@ -393,3 +395,10 @@ def join_scores(parts: Sequence[Scores]) -> Scores:
         },
         extras=[group for each in parts for group in each.extras],
     )
+
+
+def _where_and_what(worker_traceback: str) -> str:
+    """KeyError: 'gold' (my_rewards.py, line 4): the last lines of a traceback, for a sentence."""
+    *_, last = worker_traceback.rstrip().splitlines() or [""]
+    places = re.findall(r'File "([^"]+)", line (\d+)', worker_traceback)
+    return f"{last} ({Path(places[-1][0]).name}, line {places[-1][1]})" if places else last

@@ -106,7 +106,8 @@ def estimate(columns: Mapping[str, Values], *, seed: int = 0) -> dict[str, Estim
     The interval is the percentile bootstrap (Efron 1979) over questions: each resample draws Q of the Q questions with
     replacement, with all that was measured on them, and the bounds are the 2.5 and 97.5 % quantiles of its mean. So it tells how
     much the number may move with other questions and other samples of the same model; not with another training run. All columns
-    are measured on the same resamples. Where all questions have the same value it is that value: nothing can be told then.
+    are measured on the same resamples. Where all questions have the same value no resample differs, though other questions might:
+    of a share the interval is then Wilson's, of anything else it is the value.
 
     Args:
         columns: (Q,) a value for each question, NaN where there is none.
@@ -128,8 +129,27 @@ def estimate(columns: Mapping[str, Values], *, seed: int = 0) -> dict[str, Estim
     with np.errstate(invalid="ignore"):  # a resample may hold no question that has a value
         means = (counts @ table) / (counts @ there.astype(np.float64))
     low, high = np.nanquantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-    values = table.sum(0) / there.sum(0)
-    return {
-        name: Estimate(float(values[i]), float(min(low[i], values[i])), float(max(high[i], values[i])))
-        for i, name in enumerate(known)
-    }
+    values, num_known = table.sum(0) / there.sum(0), there.sum(0)
+    found = {}
+    for i, name in enumerate(known):
+        value, ends = float(values[i]), (low[i], high[i])
+        if name not in NO_SHARES and 0 <= value <= 1 and np.ptp(table[there[:, i], i]) == 0:
+            ends = wilson(value, int(num_known[i]))
+        found[name] = Estimate(value, float(min(ends[0], value)), float(max(ends[1], value)))
+    return found
+
+
+NO_SHARES = ("length",)
+"""Of what is told of a benchmark (answers.columns_of), the columns that are no share of answers."""
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % score interval of a share seen in `count` independent trials (Wilson, 1927).
+
+    Of several samples per question, `share` is the mean over questions and `count` the number of questions: values between 0 and
+    1 vary at most as much as verdicts do, so the interval is no narrower than it should be.
+    """
+    z = 1.959964
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)

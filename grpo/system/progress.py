@@ -57,6 +57,17 @@ def tick() -> None:
     _ticks += 1
 
 
+num_tokens_drawn = 0
+"""By this process since it started; where completions share passes, those behind the end of one are counted too."""
+
+
+def drew(number: int) -> None:
+    """So many tokens are drawn."""
+    global num_tokens_drawn
+    num_tokens_drawn += number
+    tick()
+
+
 def watch_this_thread() -> None:
     """Of this process, the thread that calls this is the one that works."""
     global _worker

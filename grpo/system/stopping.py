@@ -54,6 +54,15 @@ _parent = os.getppid()  # when this is imported, which is early
 T = TypeVar("T")
 
 
+class RunError(RuntimeError):
+    """A run ends by design, because something is wrong with what it was given or where it writes; the message says all of it."""
+
+    @property
+    def sentence(self) -> str:
+        """What a person who started a command reads; the traceback of the process that runs rewards is no part of it."""
+        return str(self)
+
+
 class Stopped(SystemExit):
     """The run was asked to stop, and has saved where it stood."""
 

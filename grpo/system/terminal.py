@@ -11,6 +11,7 @@ own stays behind.)
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import re
 import sys
@@ -48,9 +49,46 @@ def printable(text: str) -> str:
 def say(text: str, *, file: TextIO | None = None) -> None:
     """Print a line on stdout, or on `file`, made safe for a terminal. It never raises.
 
-    A log on a full disk, a closed pipe or a terminal that is gone costs the line, and neither the run nor its exit code.
+    A log on a full disk, a closed pipe or a terminal that is gone costs the line, and neither the run nor its exit code. What
+    goes to stdout goes through the logger, so that whoever uses the library can silence it or send it elsewhere.
     """
-    stream = sys.stdout if file is None else file
+    if file is not None:
+        _print(text, file)
+    else:
+        start = text.lstrip().partition(":")[0]
+        logger.log({"warning": logging.WARNING, "error": logging.ERROR}.get(start, logging.INFO), "%s", text)
+
+
+logger = logging.getLogger("grpo")
+"""Of all that the library says. Its one handler prints on stdout: `logger.setLevel(logging.WARNING)` leaves warnings,
+`logger.handlers.clear()` nothing, `logger.addHandler(...)` writes it to another place too. Nothing is handed on to the root
+logger, whose handlers would print it a second time."""
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints as `say` and `show` were asked to."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        show = getattr(record, "show", None)
+        if show is None:
+            _print(record.getMessage(), sys.stdout)
+        else:
+            show()
+
+
+if not logger.handlers:
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(ConsoleHandler())
+
+
+def show(console: Console, line: str | Text, *, style: str | None = None) -> None:
+    """Print a line of a run on a console of rich, through the logger."""
+    plain = line if isinstance(line, str) else line.plain
+    logger.info("%s", plain, extra={"show": lambda: console.print(line, style=style, markup=False)})
+
+
+def _print(text: str, stream: TextIO | None) -> None:
     if stream is None:  # Python's own, of a process that was started without
         return
     encoding = getattr(stream, "encoding", None) or "utf-8"

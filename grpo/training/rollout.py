@@ -30,11 +30,20 @@ class RolloutMaker:
         prompts: the order in which questions are dealt.
         signal_from: name of the reward by which dynamic sampling chooses groups.
         words: that are counted in the completions.
+        advantage: (P, G) rewards to (P, G) advantages, instead of `group_advantages`.
     """
 
     def __init__(
-        self, collector: Collector, learner: Learner, prompts: PromptOrder, *, signal_from: str, words: Words
+        self,
+        collector: Collector,
+        learner: Learner,
+        prompts: PromptOrder,
+        *,
+        signal_from: str,
+        words: Words,
+        advantage: Advantage | None = None,
     ) -> None:
+        self.advantage = advantage
         self.collector = collector
         self.learner = learner
         self.prompts = prompts
@@ -82,7 +91,9 @@ class RolloutMaker:
             minibatch = sampler.minibatch_of(rank=processes.rank, num_minibatches=config.algorithm.num_minibatches)
             with clock("logprobs"):
                 advantages, step.minibatches = retry(
-                    lambda: prepare_updates(groups, scores.rewards, minibatch, config.algorithm, self.learner, meter)
+                    lambda: prepare_updates(
+                        groups, scores.rewards, minibatch, config.algorithm, self.learner, meter, self.advantage
+                    )
                 )
         measure_texts(meter, completion_rows(groups, scores), self.words)
         step.first_update, state.position = state.optimizer_steps, self.prompts.position
@@ -94,8 +105,41 @@ class RolloutMaker:
         return has_signal(scores.values[self.signal_from].masked_fill(scores.rewards.isnan(), math.nan))
 
 
+Advantage = Callable[[Tensor], Tensor]
+"""Rewards (P, G), NaN where one is unknown, of the questions of one process -> advantages (P, G)."""
+
+
+def own_advantages(advantage: Advantage, rewards: Tensor) -> Tensor:
+    """What a user's function makes of the rewards; NaN where a reward is unknown, whose completion is not trained on.
+
+    Raises:
+        ValueError: it returned something else than a finite number for each known reward.
+    """
+    given = advantage(rewards.clone())
+    if not isinstance(given, Tensor) or given.shape != rewards.shape:
+        found = f"a tensor of the shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(
+            f"advantage returned {found}; for rewards of the shape {tuple(rewards.shape)}, questions by completions, it returns "
+            "a tensor of the same shape. Correct the function."
+        )
+    given = given.to(rewards.dtype).masked_fill(rewards.isnan(), math.nan)
+    if not given[~rewards.isnan()].isfinite().all():
+        row = int((~given.isfinite() & ~rewards.isnan()).any(1).nonzero()[0])
+        raise ValueError(
+            f"advantage returned {given[row].tolist()} for the rewards {rewards[row].tolist()}; each known reward has a finite "
+            "advantage. Mind groups whose rewards are all equal, and unknown ones, which are NaN."
+        )
+    return given
+
+
 def prepare_updates(
-    groups: list[Group], rewards: Tensor, minibatch: Tensor, algorithm: AlgorithmConfig, learner: Learner, meter: Meter
+    groups: list[Group],
+    rewards: Tensor,
+    minibatch: Tensor,
+    algorithm: AlgorithmConfig,
+    learner: Learner,
+    meter: Meter,
+    advantage: Advantage | None = None,
 ) -> tuple[Tensor, list[list[MicroBatch]]]:
     """The advantages, and this process's passes over each minibatch of each epoch. Every process calls it.
 
@@ -110,9 +154,12 @@ def prepare_updates(
     """
     if algorithm.kl_in == "reward":
         rewards = _with_kl_penalties(groups, rewards, minibatch, algorithm.kl_coef, learner, meter)
-    advantages = group_advantages(
-        rewards, normalize_by_std=algorithm.normalize_by_std, baseline=algorithm.baseline
-    ).float()
+    if advantage is not None:
+        advantages = own_advantages(advantage, rewards).float()
+    else:
+        advantages = group_advantages(
+            rewards, normalize_by_std=algorithm.normalize_by_std, baseline=algorithm.baseline
+        ).float()
     parts = [(minibatch == number).nonzero().flatten().tolist() for number in range(algorithm.num_minibatches)]
     without = algorithm.filter_truncated
     batches = [pack([groups[p] for p in part], advantages[part], without_truncated=without) for part in parts]
