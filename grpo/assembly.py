@@ -82,7 +82,7 @@ def assemble(
     Raises:
         ValueError: whatever is wrong with the settings, the data or the rewards; before the model is loaded.
     """
-    functions = _reward_functions(config, rewards)
+    functions = reward_functions(config, rewards)
     check_reward_names(reward.name for reward in functions)
     config = with_resolved_name(config)
     request = StopRequest(config.run.max_hours)
@@ -155,15 +155,7 @@ def _questions(
         rows = _rows(config, train_dataset, functions, evaluation=False)
         wanted = config.evaluation.num_questions
         eval_rows = _rows(config, eval_dataset, functions, evaluation=True) if wanted else []
-    scorer = Scorer(
-        functions,
-        **_columns(rows, eval_rows),
-        max_completion_tokens=config.rollout.max_completion_tokens,
-        num_workers=config.scoring.num_workers,
-        timeout_seconds=config.scoring.timeout_seconds,
-        memory_gib=config.scoring.memory_gib,
-        environment=config.scoring.environment,
-    )
+    scorer = _scorer(config, functions, rows, eval_rows)
     scorer.check_limits(config.completion_limits)
     eval_rows = eval_rows[:wanted]
     named = scorer.named_columns()
@@ -185,6 +177,41 @@ def _questions(
         weights=config.data.weights if train_dataset is None else None,
     )
     return Questions(order, held_out, scorer, audits)
+
+
+def held_out_questions(
+    config: Config,
+    processes: TrainingProcesses,
+    tokenizer: PreTrainedTokenizerBase,
+    functions: list[Reward],
+    eval_dataset: Rows | None,
+) -> tuple[list[Prompt], Scorer]:
+    """The questions of the evaluation alone, and who grades their answers.
+
+    Raises:
+        ValueError: see assemble.
+    """
+    with processes.accelerator.main_process_first():
+        rows = _rows(config, eval_dataset, functions, evaluation=True)[: config.evaluation.num_questions]
+    scorer = _scorer(config, functions, rows, rows)
+    for notice in [*scorer.notices(), *_gaps(scorer.named_columns(), rows, "held-out questions")]:
+        processes.say(notice)
+    prompts, _ = _gradable(rows, "held-out questions", config, processes, tokenizer, scorer)
+    return prompts, scorer
+
+
+def _scorer(
+    config: Config, functions: list[Reward], rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]]
+) -> Scorer:
+    return Scorer(
+        functions,
+        **_columns(rows, eval_rows),
+        max_completion_tokens=config.rollout.max_completion_tokens,
+        num_workers=config.scoring.num_workers,
+        timeout_seconds=config.scoring.timeout_seconds,
+        memory_gib=config.scoring.memory_gib,
+        environment=config.scoring.environment,
+    )
 
 
 def _gradable(
@@ -211,7 +238,7 @@ def _gradable(
     return prompts, audit(what, rows, reasons, num_prompts=len(prompts))
 
 
-def _reward_functions(config: Config, rewards: Sequence[Callable[..., Any] | Reward] | None) -> list[Reward]:
+def reward_functions(config: Config, rewards: Sequence[Callable[..., Any] | Reward] | None) -> list[Reward]:
     if rewards is None:
         return resolve_rewards(config.rewards)
     for setting in config.schedules:

@@ -16,6 +16,7 @@ from grpo.config.sections import (
     DataConfig,
     DistributedConfig,
     LoRAConfig,
+    OptimizerConfig,
     Section,
     SourceConfig,
     VLLMConfig,
@@ -103,7 +104,12 @@ def check_combinations(config: Config) -> None:
     _check_objective(config.algorithm)
     _check_offload(config.distributed)
     _check_lora(config.lora)
-    _check_watchdog(config)
+    check_watchdog(config)
+    _check_rate(config.optimizer)
+    if config.watchdog.loss != "warn":
+        raise ValueError(
+            f"watchdog.loss is {config.watchdog.loss!r}; it watches the loss of rows, and there are none here. Remove it."
+        )
     if "" in rollout.stop:
         raise ValueError(
             'rollout.stop holds ""; every completion contains it and would end with its first token. Remove it.'
@@ -356,6 +362,14 @@ def _check_objective(algorithm: AlgorithmConfig) -> None:
         )
 
 
+def _check_rate(optimizer: OptimizerConfig) -> None:
+    if optimizer.schedule == "constant" and optimizer.final_rate_share:
+        raise ValueError(
+            f"optimizer.final_rate_share is {optimizer.final_rate_share:g}; it has no effect while optimizer.schedule is "
+            "constant. Set that to linear or cosine, or remove it."
+        )
+
+
 def _check_offload(distributed: DistributedConfig) -> None:
     for name, lowest in (("offload_optimizer", 1), ("offload_parameters", 3)):
         if getattr(distributed, name) and distributed.zero_stage < lowest:
@@ -375,7 +389,7 @@ def _check_lora(lora: LoRAConfig) -> None:
         raise ValueError("lora.target_modules is []; nothing would be trained. Name layers, or set it to all-linear.")
 
 
-def _check_watchdog(config: Config) -> None:
+def check_watchdog(config: Config) -> None:
     settings, checkpoint = config.watchdog, config.checkpoint
     rolls_back = [name for name, value in settings if value == "roll_back"]
     if config.algorithm.kl_coef == 0 and settings.kl != "warn":

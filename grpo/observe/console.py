@@ -24,26 +24,44 @@ ESTIMATE_OVER = 10
 """Steps whose mean duration gives the time left."""
 
 
+OF_ROLLOUTS = {
+    "reward": "reward/mean",
+    "<rewards>": "",
+    "signal": "group/with_signal",
+    "length": "completion/length_mean",
+    "cut off": "completion/truncated",
+    "entropy": "policy/entropy",
+    "KL": "policy/kl",
+    "tok/s": "throughput/rollout",
+    "slots": "rollout/slots",
+    "KV GiB": "rollout/kv_gib",
+    "s/step": "time/step",
+}
+OF_ROWS = {
+    "loss": "supervised/loss",
+    "accuracy": "supervised/accuracy",
+    "entropy": "policy/entropy",
+    "gradient": "optimizer/grad_norm",
+    "rate": "optimizer/learning_rate",
+    "epoch": "progress/epoch",
+    "rows": "supervised/rows",
+    "tok/s": "throughput/update",
+    "s/step": "time/step",
+}
+"""What a line shows of a step, title -> metric: of reinforcement learning, with the functions in place of <rewards>, and of
+supervised training."""
+
+
 class LineSink:
-    """Rewards, length, KL and the rollout's speed and memory of each step in columns, with the time left by the last steps."""
+    """A line for each step with the metrics in columns, and the time left by the last steps."""
 
     HEADER_EVERY = 20
 
-    def __init__(self, *, num_steps: int, reward_names: list[str]) -> None:
+    def __init__(self, *, num_steps: int, reward_names: list[str], columns: Mapping[str, str] = OF_ROLLOUTS) -> None:
         self.num_steps = num_steps
-        self.columns = {
-            "reward": "reward/mean",
-            **{name: f"reward/{name}" for name in reward_names},
-            "signal": "group/with_signal",
-            "length": "completion/length_mean",
-            "cut off": "completion/truncated",
-            "entropy": "policy/entropy",
-            "KL": "policy/kl",
-            "tok/s": "throughput/rollout",
-            "slots": "rollout/slots",
-            "KV GiB": "rollout/kv_gib",
-            "s/step": "time/step",
-        }
+        self.columns: dict[str, str] = {}
+        for title, name in columns.items():
+            self.columns |= {title: name} if name else {each: f"reward/{each}" for each in reward_names}
         self.console = console()
         self._lines = 0
         self._seconds: list[float] = []

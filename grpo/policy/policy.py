@@ -215,7 +215,7 @@ class Policy(SampledModel):
             ):
                 there = ids.to(self.processes.device)
                 hidden = lm.base_model(input_ids=there[None], use_cache=False).last_hidden_state[0]
-                logprobs, _ = token_logprobs(
+                logprobs, *_ = token_logprobs(
                     hidden[prompt_len - 1 : -1],
                     there[prompt_len:],
                     output_head(lm),
@@ -253,14 +253,15 @@ class Policy(SampledModel):
             lora.share_unadapted(replica, self.lm)
         return replica
 
-    def logprobs(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of the completion tokens of a micro-batch on this device, with gradient; (T,)."""
+    def logprobs(self, micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability and entropy of the completion tokens of a micro-batch on this device, with gradient, and whether each
+        is the likeliest; (T,)."""
         progress.tick()
         self.engine.train()
         return self.engine(micro)
 
     @torch.no_grad()
-    def before_update(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+    def before_update(self, micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         """What `logprobs` says, without gradient."""
         progress.tick()
         return self.engine(micro)

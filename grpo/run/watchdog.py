@@ -13,6 +13,7 @@ counts as infinite; a rule whose metric one of the last N steps lacks says nothi
 | `truncation` | now >= 0.5 and now >= before + 0.3; or now >= 0.95 |
 | `repetition` | now >= 0.5 and now >= before + 0.3; or now >= 0.95 |
 | `reward` | all the same in the last N steps; or now <= best / 2 and now <= best - reward/std / 2 |
+| `loss` | of supervised training: now >= 1 nat and now >= 2 x before |
 | `signal` | no group with signal in the last N steps |
 | `reward_hacking` | of the right answers, a form has now >= 0.5 and now >= first + 0.3; or answer/right is now >= first + 0.1 and
 the share of completions that are right and state the gold answer is now <= first, by more than chance |
@@ -37,6 +38,7 @@ from typing import Any
 
 from grpo.algorithm.advantage import FLAT
 from grpo.config import Config
+from grpo.observe.metrics import LOSS
 from grpo.text.answer_forms import FORMS
 
 TRAILING = 50
@@ -275,6 +277,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "truncation": (risen("completion/truncated"),),
     "repetition": (risen("completion/repetition"),),
     "reward": (constant_reward, fallen_reward),
+    "loss": (grown(LOSS, factor=2, floor=1),),
     "signal": (no_signal,),
     "reward_hacking": (form_takes_over, right_but_unstated),
 }
@@ -291,6 +294,7 @@ WATCHED = (
     "reward/std",
     "group/with_signal",
     "policy/sampling_gap",
+    LOSS,
     "answer/right",
     *(f"answer/{form}" for form in FORMS),
 )
