@@ -180,6 +180,11 @@ class SupervisedConfig(Settings):
                 )
 
     @property
+    def max_sequence_tokens(self) -> int:
+        """Of the longest row that there may be."""
+        return self.data.max_tokens
+
+    @property
     def parts(self) -> Config:
         """The same model, memory, held-out questions and so on as settings of reinforcement learning, for parts that both have.
 
