@@ -101,10 +101,11 @@ def console(*, markup: bool = True) -> Console:
 
 def show_evaluation(console: Console, step: int, metrics: Mapping[str, float]) -> None:
     """What held-out questions gave, if anything among the metrics is of them."""
-    evaluated = {n: v for n, v in metrics.items() if n.startswith("eval/") and not n.endswith(("_low", "_high"))}
-    if evaluated:
-        shown = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in evaluated.items())
-        console.print(Text.assemble((f"held-out, step {step}:", "bold"), f"  {shown}"))
+    for what, prefix in (("held-out", "eval/"), ("held-out rows", "supervised/held_out_")):
+        evaluated = {n: v for n, v in metrics.items() if n.startswith(prefix) and not n.endswith(("_low", "_high"))}
+        if evaluated:
+            shown = "  ".join(f"{name.removeprefix(prefix)} {value:.3f}" for name, value in evaluated.items())
+            console.print(Text.assemble((f"{what}, step {step}:", "bold"), f"  {shown}"))
 
 
 def number(value: float | None) -> str:
