@@ -251,7 +251,8 @@ def test_longer_rows_are_dropped_and_counted_or_refused_and_never_cut(tokenizer)
     [
         ({"data": {"nmae": "x"}}, "data.nmae is not a setting. Did you mean data.name"),
         ({"training": {"epoch": 2}}, "training.epoch is not a setting. Did you mean training.epochs"),
-        ({"rollout": {"group_size": 2}}, "rollout is not a setting"),
+        ({"rollout": {"group_size": 2}}, "rollout is not a setting here. `grpo train` reads it"),
+        ({"training": {"num_train_epochs": 2}}, "a name of TRL; here it is training.epochs"),
         ({"data": {"name": "reasoning_gym:chain_sum"}}, "a task makes questions"),
         ({"training": {"tokens_per_update": 100}}, "training.tokens_per_update is 100; one row may have 200 tokens"),
         ({"memory": {"micro_batch_tokens": 100}}, "memory.micro_batch_tokens is 100; one row may have 200"),
@@ -449,7 +450,7 @@ def test_a_trained_model_says_what_its_rows_say_and_ends(tmp_path: Path):
     evaluated = [row for row in read_jsonl(tmp_path / "run/evaluations.jsonl") if row["step"] == 60]
     assert [row["completion"] for row in evaluated] == [row["completion"] for row in rows[:2]]
     assert [row["finish_reason"] for row in evaluated] == ["stop", "stop"]
-    assert (tmp_path / "run/report.html").stat().st_size > 100_000
+    assert (tmp_path / "run/report.html").stat().st_size > 50_000
 
 
 RESUMED = {

@@ -74,6 +74,11 @@ class Settings(Section):
         """Raises ValueError: what may not be combined is."""
 
     @classmethod
+    def elsewhere(cls) -> dict[str, str]:
+        """What other libraries, or another command, call a setting -> what to do."""
+        return ELSEWHERE
+
+    @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
         """Read a YAML file and apply overrides such as `rollout.group_size=8`, in order.
 
@@ -357,8 +362,9 @@ def _unknown_key(spelled: str, key: str, section: type[BaseModel], root: type[Se
     """The nearest name within the section; else where in the whole tree a setting of that name lives."""
     near = [f"{prefix}{name}" for name in difflib.get_close_matches(str(key), section.model_fields, n=1)]
     near = near or [name for name in setting_names(root) if name.split(".")[-1] == key]
-    if str(key) in ELSEWHERE:
-        return f"{spelled} is not a setting here. {ELSEWHERE[key]}"
+    elsewhere = root.elsewhere()
+    if str(key) in elsewhere:
+        return f"{spelled} is not a setting here. {elsewhere[key]}"
     hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(section.model_fields)}."
     return f"{spelled} is not a setting. {hint}"
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from grpo.config.combinations import TASK_PREFIX, check_watchdog
+from grpo.config.elsewhere import ELSEWHERE, SUPERVISED
 from grpo.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -216,6 +217,13 @@ class SupervisedConfig(Settings):
         ).model_copy(update={"watchdog": self.watchdog})
         check_watchdog(parts)
         return parts
+
+    @classmethod
+    def elsewhere(cls) -> dict[str, str]:
+        """See Settings."""
+        of_the_other = [name for name in Config.model_fields if name not in cls.model_fields]
+        text = "`grpo train` reads it, and supervised training has no use for it. Remove it."
+        return ELSEWHERE | SUPERVISED | dict.fromkeys(of_the_other, text)
 
     @classmethod
     def run_of(cls, model: str) -> dict[str, Any]:
