@@ -20,6 +20,7 @@ from grpo.policy.families import check_family
 from grpo.policy.language_model import resolve_dtype
 from grpo.policy.model_source import with_resolved_name
 from grpo.policy.policy import Policy
+from grpo.policy.teacher import check_teacher
 from grpo.policy.tokenizer import check_context, check_vocabulary, load_tokenizer
 from grpo.rollout import check_engine, make_generator
 from grpo.run import checkpoint, inputs
@@ -93,6 +94,7 @@ def assemble(
     use_chat_template(tokenizer, config.data)
     check_context(config)
     check_family(config.model)
+    check_teacher(config, tokenizer)
     check_engine(config)
     check_sinks(config)
     signal_from = _signal_from(config, functions)
@@ -249,7 +251,7 @@ def reward_functions(config: Config, rewards: Sequence[Callable[..., Any] | Rewa
                 "them there, or remove the schedule."
             )
     given = [reward if isinstance(reward, Reward) else Reward(reward) for reward in rewards]
-    if not any(reward.weight for reward in given):
+    if not given or not (any(reward.weight for reward in given) or config.teacher.name):
         raise ValueError(
             f"rewards is {[reward.name for reward in given]} without any weight; at least one reward must count for something. "
             "Give one of them a weight other than 0."
@@ -264,7 +266,8 @@ def _signal_from(config: Config, rewards: list[Reward]) -> str:
         raise ValueError(
             f"rollout.signal_from is {wanted!r}; the rewards of this run are {', '.join(names)}. Name one of them."
         )
-    return wanted or verdict_name(reward.name for reward in rewards if reward.weight)
+    weighted = [reward.name for reward in rewards if reward.weight]
+    return wanted or verdict_name(weighted or names)
 
 
 def _rows(config: Config, given: Rows | None, rewards: list[Reward], *, evaluation: bool) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from grpo.config.sections import (
     ScoringConfig,
     Section,
     SourceConfig,
+    TeacherConfig,
     VLLMConfig,
 )
 from grpo.config.settings import (
@@ -60,6 +61,7 @@ __all__ = [
     "Settings",
     "SourceConfig",
     "SupervisedConfig",
+    "TeacherConfig",
     "VLLMConfig",
     "as_override",
     "read_text",

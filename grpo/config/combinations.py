@@ -19,6 +19,7 @@ from grpo.config.sections import (
     OptimizerConfig,
     Section,
     SourceConfig,
+    TeacherConfig,
     VLLMConfig,
     WatchdogConfig,
 )
@@ -106,6 +107,7 @@ def check_combinations(config: Config) -> None:
     _check_lora(config.lora)
     check_watchdog(config)
     _check_rate(config.optimizer)
+    _check_teacher(config)
     if config.watchdog.loss != "warn":
         raise ValueError(
             f"watchdog.loss is {config.watchdog.loss!r}; it watches the loss of rows, and there are none here. Remove it."
@@ -273,7 +275,7 @@ def check_rewards(config: Config) -> None:
         raise ValueError(
             f"rewards has {VOTE!r} with a weight; its values are names of answers and no rewards. Give it weight 0."
         )
-    if not any(reward.weight for reward in config.rewards):
+    if not config.rewards or not (config.has_weighted_reward or config.teacher.name):
         raise ValueError(
             f"rewards is {[reward.function for reward in config.rewards]} without any weight; at least one reward must "
             "count for something, throughout the run. Give one of them a weight other than 0."
@@ -359,6 +361,35 @@ def _check_objective(algorithm: AlgorithmConfig) -> None:
             f"algorithm.importance_high is {high} and importance_low {low:g}; with algorithm.importance {algorithm.importance} "
             "they are bounds of a weight that is 1 where nothing is wrong, so 1 must lie between them. Set them, such as to 2 "
             "and null (TIS), or 5 and 0.5 (IcePop)."
+        )
+
+
+def _check_teacher(config: Config) -> None:
+    teacher, algorithm, default = config.teacher, config.algorithm, TeacherConfig.model_fields
+    if teacher.name is None:
+        if teacher.revision != default["revision"].default:
+            raise ValueError(
+                f"teacher.revision is {teacher.revision!r}; there is no teacher. Set teacher.name, or remove it."
+            )
+        return
+    said = f"teacher.name is {teacher.name!r}"
+    if algorithm.kl_coef == 0:
+        raise ValueError(
+            f"{said}; nothing is learned from it, because algorithm.kl_coef is 0. Set that to 1, or remove the teacher."
+        )
+    if algorithm.kl_in == "loss" and algorithm.kl_estimator == "k1":
+        raise ValueError(
+            f"{said}; algorithm.kl_estimator k1 in the loss has no gradient on average: nothing would be learned. Set it to k2."
+        )
+    if algorithm.reference_refresh_steps:
+        raise ValueError(
+            f"{said}; algorithm.reference_refresh_steps is {algorithm.reference_refresh_steps}, and a policy that becomes the "
+            "reference would take the teacher's place. Remove one of the two."
+        )
+    if not config.has_weighted_reward and config.preflight.num_questions:
+        raise ValueError(
+            f"{said} and no reward has a weight; the preflight asks whether rewards tell answers apart. Set "
+            "preflight.num_questions to 0."
         )
 
 

@@ -49,6 +49,17 @@ class ModelConfig(Section):
     """Run the Python code that comes with a model whose family transformers does not know. Read it first: it can do anything."""
 
 
+class TeacherConfig(Section):
+    """On-policy distillation: the policy samples, and learns from what another model makes of each of its tokens."""
+
+    name: Location | None = None
+    """A model, named as in `model.name`, that takes the place of the reference: algorithm.kl_coef weighs the KL to it. With
+    algorithm.kl_estimator k2 the gradient is that of a policy whose advantage is, for every token, log pi_teacher - log pi. Its
+    vocabulary must be the policy's. null: the reference is the starting model."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub model."""
+
+
 class SourceConfig(Section):
     """One of several sources of questions in `data.name` or `data.eval_name`."""
 

@@ -38,6 +38,7 @@ from grpo.config.sections import (
     ScoringConfig,
     Section,
     SourceConfig,
+    TeacherConfig,
     VLLMConfig,
     WatchdogConfig,
 )
@@ -127,6 +128,7 @@ class Config(Settings):
     """Everything that defines a run of reinforcement learning; raises as Settings."""
 
     model: ModelConfig
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     vllm: VLLMConfig = Field(default_factory=VLLMConfig)
@@ -199,6 +201,19 @@ class Config(Settings):
         }
 
     # What follows from the settings, each worked out here and nowhere else.
+
+    @property
+    def teacher_model(self) -> ModelConfig | None:
+        """The model that takes the reference's place, in the policy's precision."""
+        if self.teacher.name is None:
+            return None
+        own = {"name": self.teacher.name, "revision": self.teacher.revision, "resize_embeddings": False}
+        return self.model.model_copy(update=own)
+
+    @property
+    def has_weighted_reward(self) -> bool:
+        """Whether any reward counts for something."""
+        return any(reward.weight for reward in self.rewards)
 
     @property
     def sampling(self) -> Sampling:

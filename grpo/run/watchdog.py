@@ -315,7 +315,7 @@ class Watchdog:
         self.steps: list[int] = []
         self.history: list[Metrics] = []
         self._streaks = dict.fromkeys(
-            _rules(), 0
+            _rules(config), 0
         )  # for how many steps without a break each rule has had something to say
         for row in rows:
             if "time/step" in row:  # not an evaluation
@@ -336,7 +336,7 @@ class Watchdog:
             self._comparable = len(self.history) - 1
         alarms = []
         settings = self.config.watchdog
-        for name, rule in _rules():
+        for name, rule in _rules(self.config):
             action = getattr(settings, name)
             patience = settings.max_skipped if name == "not_finite" else settings.patience
             text = self._ask(rule, patience)
@@ -381,8 +381,13 @@ def _is_jump(before: float, now: float) -> bool:
     return abs(now - before) > max(abs(now), abs(before)) / 4
 
 
-def _rules() -> list[tuple[str, Rule]]:
-    return [(name, rule) for name, rules in RULES.items() for rule in rules]
+OF_REWARDS = ("reward", "signal", "reward_hacking")
+"""Rules that have nothing to say where no reward counts for anything, as in distillation."""
+
+
+def _rules(config: Config) -> list[tuple[str, Rule]]:
+    left_out = () if config.has_weighted_reward else OF_REWARDS
+    return [(name, rule) for name, rules in RULES.items() if name not in left_out for rule in rules]
 
 
 class RollBacks:
