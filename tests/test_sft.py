@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -636,3 +637,19 @@ def test_a_run_of_the_script_that_is_stopped_by_its_time_exits_with_75(tmp_path:
     done = warm.run(command, cwd=tmp_path, timeout=200, env={**clean_environment(), "PYTHONPATH": str(ROOT)})
     assert done.returncode == EXIT_STOPPED, done.stderr[-3000:]
     assert "run.resume=auto" in done.stdout
+
+
+def test_the_page_of_documentation_has_code_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/sft.md").read_text(), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    exec(code, {})
+    assert (tmp_path / "runs/sft-example/checkpoints/step-00000002/hf").is_dir()
+
+
+def test_the_benchmark_measures_both(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sft
+
+    sft.main(["--updates", "1", "--rows-per-update", "8"])
+    assert re.search(r"grpo +[\d,]+ tokens/s\nplain +[\d,]+ tokens/s\ngrpo is [\d.]+ times", capsys.readouterr().out)
