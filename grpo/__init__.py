@@ -1,20 +1,23 @@
-"""GRPO with verifiable rewards: `from grpo import Trainer, Config, Reward, Callback`."""
+"""GRPO with verifiable rewards, and supervised training: `from grpo import Trainer, SupervisedTrainer, Reward, Callback`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grpo.config import Config
+    from grpo.config import Config, SupervisedConfig
     from grpo.scoring.reward import Reward
+    from grpo.sft.trainer import SupervisedTrainer
     from grpo.trainer import Trainer
     from grpo.training.callback import Callback
 
-__all__ = ["Callback", "Config", "Reward", "Trainer"]
+__all__ = ["Callback", "Config", "Reward", "SupervisedConfig", "SupervisedTrainer", "Trainer"]
 
 _HOMES = {
     "Callback": "grpo.training.callback",
     "Config": "grpo.config",
     "Reward": "grpo.scoring.reward",
+    "SupervisedConfig": "grpo.config",
+    "SupervisedTrainer": "grpo.sft.trainer",
     "Trainer": "grpo.trainer",
 }
 

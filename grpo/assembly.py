@@ -20,6 +20,7 @@ from grpo.policy.families import check_family
 from grpo.policy.language_model import resolve_dtype
 from grpo.policy.model_source import with_resolved_name
 from grpo.policy.policy import MakeOptimizer, Policy
+from grpo.policy.teacher import check_teacher
 from grpo.policy.tokenizer import check_context, check_vocabulary, load_tokenizer
 from grpo.rollout import check_engine, make_generator
 from grpo.run import checkpoint, inputs
@@ -85,7 +86,7 @@ def assemble(
     Raises:
         ValueError: whatever is wrong with the settings, the data or the rewards; before the model is loaded.
     """
-    functions = _reward_functions(config, rewards)
+    functions = reward_functions(config, rewards)
     check_reward_names(reward.name for reward in functions)
     config = with_resolved_name(config)
     request = StopRequest(config.run.max_hours)
@@ -95,6 +96,7 @@ def assemble(
     use_chat_template(tokenizer, config.data)
     check_context(config)
     check_family(config.model)
+    check_teacher(config, tokenizer)
     check_engine(config)
     check_sinks(config)
     signal_from = _signal_from(config, functions)
@@ -160,15 +162,7 @@ def _questions(
         rows = _rows(config, train_dataset, functions, evaluation=False)
         wanted = config.evaluation.num_questions
         eval_rows = _rows(config, eval_dataset, functions, evaluation=True) if wanted else []
-    scorer = Scorer(
-        functions,
-        **_columns(rows, eval_rows),
-        max_completion_tokens=config.rollout.max_completion_tokens,
-        num_workers=config.scoring.num_workers,
-        timeout_seconds=config.scoring.timeout_seconds,
-        memory_gib=config.scoring.memory_gib,
-        environment=config.scoring.environment,
-    )
+    scorer = _scorer(config, functions, rows, eval_rows)
     scorer.check_limits(config.completion_limits)
     eval_rows = eval_rows[:wanted]
     named = scorer.named_columns()
@@ -190,6 +184,41 @@ def _questions(
         weights=config.data.weights if train_dataset is None else None,
     )
     return Questions(order, held_out, scorer, audits)
+
+
+def held_out_questions(
+    config: Config,
+    processes: TrainingProcesses,
+    tokenizer: PreTrainedTokenizerBase,
+    functions: list[Reward],
+    eval_dataset: Rows | None,
+) -> tuple[list[Prompt], Scorer]:
+    """The questions of the evaluation alone, and who grades their answers.
+
+    Raises:
+        ValueError: see assemble.
+    """
+    with processes.accelerator.main_process_first():
+        rows = _rows(config, eval_dataset, functions, evaluation=True)[: config.evaluation.num_questions]
+    scorer = _scorer(config, functions, rows, rows)
+    for notice in [*scorer.notices(), *_gaps(scorer.named_columns(), rows, "held-out questions")]:
+        processes.say(notice)
+    prompts, _ = _gradable(rows, "held-out questions", config, processes, tokenizer, scorer)
+    return prompts, scorer
+
+
+def _scorer(
+    config: Config, functions: list[Reward], rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]]
+) -> Scorer:
+    return Scorer(
+        functions,
+        **_columns(rows, eval_rows),
+        max_completion_tokens=config.rollout.max_completion_tokens,
+        num_workers=config.scoring.num_workers,
+        timeout_seconds=config.scoring.timeout_seconds,
+        memory_gib=config.scoring.memory_gib,
+        environment=config.scoring.environment,
+    )
 
 
 def _gradable(
@@ -216,7 +245,7 @@ def _gradable(
     return prompts, audit(what, rows, reasons, num_prompts=len(prompts))
 
 
-def _reward_functions(config: Config, rewards: Sequence[Callable[..., Any] | Reward] | None) -> list[Reward]:
+def reward_functions(config: Config, rewards: Sequence[Callable[..., Any] | Reward] | None) -> list[Reward]:
     if rewards is None:
         return resolve_rewards(config.rewards)
     for setting in config.schedules:
@@ -226,7 +255,7 @@ def _reward_functions(config: Config, rewards: Sequence[Callable[..., Any] | Rew
                 "them there, or remove the schedule."
             )
     given = [reward if isinstance(reward, Reward) else Reward(reward) for reward in rewards]
-    if not any(reward.weight for reward in given):
+    if not given or not (any(reward.weight for reward in given) or config.teacher.name):
         raise ValueError(
             f"rewards is {[reward.name for reward in given]} without any weight; at least one reward must count for something. "
             "Give one of them a weight other than 0."
@@ -241,7 +270,8 @@ def _signal_from(config: Config, rewards: list[Reward]) -> str:
         raise ValueError(
             f"rollout.signal_from is {wanted!r}; the rewards of this run are {', '.join(names)}. Name one of them."
         )
-    return wanted or verdict_name(reward.name for reward in rewards if reward.weight)
+    weighted = [reward.name for reward in rewards if reward.weight]
+    return wanted or verdict_name(weighted or names)
 
 
 def _rows(config: Config, given: Rows | None, rewards: list[Reward], *, evaluation: bool) -> list[dict[str, Any]]:

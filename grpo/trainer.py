@@ -48,6 +48,7 @@ class Trainer(Loop):
         ValueError: whatever is wrong with the settings, the data or the rewards; before the model is loaded.
     """
 
+    config: Config
     policy_class: type[Policy] = Policy
     learner_class: type[Learner] = Learner
 

@@ -72,6 +72,7 @@ class Completion:
     logprobs: list[float]
     text: str
     finish_reason: FinishReason
+    trained: list[bool] | None = None  # which tokens are trained on, where others speak in between; None: all
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ class Batch:
     prompt_index: Tensor  # (B,) int64, the same number for the same prompt
     advantages: Tensor  # (B,)
     sampling_logprobs: Tensor  # (T,) of the completion tokens, as the generator sampled them
+    trained: Tensor | None = None  # (T,) bool, which completion tokens have a place in the loss; None: all
 
     @property
     def num_sequences(self) -> int:
@@ -169,6 +171,15 @@ class Batch:
     @property
     def completion_lens(self) -> Tensor:
         return self.sequence_lens - self.prompt_lens
+
+    @property
+    def trained_lens(self) -> Tensor:
+        """(B,) how many tokens of each completion have a place in the loss."""
+        lens = self.completion_lens
+        if self.trained is None:
+            return lens
+        ends = self.trained.cumsum(0)[lens.cumsum(0) - 1]
+        return ends.diff(prepend=ends.new_zeros(1))
 
 
 @dataclass(frozen=True)

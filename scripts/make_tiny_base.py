@@ -56,6 +56,7 @@ from transformers import (
 
 SEED = 0
 NUM_TRAIN, NUM_TEST = 4000, 256
+NUM_WORKED = 300
 MAX_TOTAL = 60
 MAX_NEW_TOKENS = 64
 MAX_POSITIONS = 1024
@@ -339,6 +340,17 @@ def write_rows(path: Path, problems: list[Problem]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_worked(path: Path, problems: list[Problem]) -> None:
+    """Rows for supervised training: each question with a thought that guesses, checks and works, and its answer."""
+    rng = random.Random(0)
+    rows = []
+    for problem in problems:
+        thought, answer = think_again(rng, problem)
+        completion = TAGGED.format(thought=thought, answer=answer)
+        rows.append({"question": problem.question, "answer": str(answer), "completion": completion})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def draw_sets(seed: int) -> tuple[list[Problem], list[Problem]]:
     """Train and test problems; no question occurs twice in the two sets together."""
     rng = random.Random(seed)
@@ -362,6 +374,7 @@ def main() -> None:
     train, test = draw_sets(args.seed)
     write_rows(args.out / "train.jsonl", train)
     write_rows(args.out / "test.jsonl", test)
+    write_worked(args.out / "worked.jsonl", train[-NUM_WORKED:])
 
     corpus = documents(args.seed + 1, unless={problem.question for problem in test})
     tokenizer = build_tokenizer(take(corpus, 4000))

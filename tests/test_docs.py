@@ -23,7 +23,7 @@ from torch.distributed.run import get_args_parser
 
 from grpo import cli
 from grpo.cli.settings import chosen, settings
-from grpo.config import Config, RewardConfig
+from grpo.config import AnyConfig, Config, RewardConfig, SupervisedConfig
 from grpo.config.elsewhere import ELSEWHERE
 from grpo.evaluation.compare import arms_of
 from grpo.observe.metrics import METRICS
@@ -114,7 +114,7 @@ def arguments_of(monkeypatch: pytest.MonkeyPatch):
     return arguments_of
 
 
-def load_settings(program: str, options: Namespace) -> list[Config]:
+def load_settings(program: str, options: Namespace) -> list[AnyConfig]:
     """Every configuration that a program would load with these options; a wrong key or value raises."""
     if program == "benchmarks/step.py":
         import step
@@ -132,7 +132,8 @@ def load_settings(program: str, options: Namespace) -> list[Config]:
             own.write_text(block("yaml", "README.md", beginning="# my.yaml"))
             return [Config.load(own, overrides)]
     if getattr(options, "config", None) is not None:
-        return [Config.load(options.config, overrides)]
+        is_supervised = program in ("grpo sft", "scripts/train_sft.py")
+        return [(SupervisedConfig if is_supervised else Config).load(options.config, overrides)]
     assert not overrides, f"how {program} reads --set is not known here"
     return []
 

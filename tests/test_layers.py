@@ -23,6 +23,7 @@ LAYERS = [
     "run",
     "assembly",
     "trainer",
+    "sft",
     "inference",
     "evaluation",
     "check",

@@ -200,7 +200,7 @@ def test_gradients_through_flash_attention_equal_those_in_float32(fused: bool):
             fuse_kernels(model)
         model.set_attn_implementation("packed")
         hidden = model.base_model(**packed_inputs(micro)).last_hidden_state[0]
-        logprobs, _ = token_logprobs(
+        logprobs, *_ = token_logprobs(
             hidden[micro.source_index], micro.targets, output_head(model), temperature=0.7, chunk_tokens=50
         )
         gradients.append(torch.autograd.grad(logprobs.mean(), list(model.parameters())))
@@ -227,9 +227,11 @@ def test_the_kernels_over_logits_equal_the_plain_formulas(
     logits[:, 7] = float("-inf")
     logits[3] += 500
     targets = torch.randint(8, size, (33,), device=device)
+    targets[:9] = logits[:9].argmax(-1)
     ours = logprob_kernels.row_statistics(logits, targets, 0.7)
     plain = logprobs.plain_row_statistics(logits, targets, 0.7)
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-4)  # logits of up to 700 in float32
+    assert plain[3][:9].all()
     gradient = torch.randn((), device=device).expand(33)
     other = logits.clone()
     of_entropy = (plain[1], torch.randn(33, device=device)) if with_entropy else None
@@ -245,14 +247,18 @@ def test_chunked_logprobs_and_entropy_equal_the_plain_formula(chunk_tokens: int,
     hidden = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
     head = torch.nn.Linear(8, 50, bias=False, dtype=torch.float64)
     targets = torch.randint(50, (10,))
-    logprobs, entropy = token_logprobs(hidden, targets, head, temperature=temperature, chunk_tokens=chunk_tokens)
+    targets[:3] = head(hidden)[:3].argmax(-1)
+    logprobs, entropy, likeliest = token_logprobs(
+        hidden, targets, head, temperature=temperature, chunk_tokens=chunk_tokens
+    )
     distribution = torch.distributions.Categorical(logits=head(hidden).float() / temperature)
     torch.testing.assert_close(logprobs, distribution.log_prob(targets))
     torch.testing.assert_close(entropy, distribution.entropy())
+    assert likeliest.tolist() == (head(hidden).argmax(-1) == targets).tolist()
     weights, bonuses = torch.randn(2, 10)
 
     for of_logprobs, of_entropy in ((weights, None), (None, bonuses), (weights, bonuses)):
-        logprobs, entropy = token_logprobs(hidden, targets, head, temperature=temperature, chunk_tokens=chunk_tokens)
+        logprobs, entropy, _ = token_logprobs(hidden, targets, head, temperature=temperature, chunk_tokens=chunk_tokens)
         pairs = [(logprobs, distribution.log_prob(targets), of_logprobs), (entropy, distribution.entropy(), of_entropy)]
         ours, plain = (
             sum((factor * pair[which]).sum() for *pair, factor in pairs if factor is not None) for which in (0, 1)

@@ -94,7 +94,7 @@ def test_a_function_that_cannot_tell_is_left_out_of_a_group_or_makes_the_sum_unk
     assert_equal(weighted_sum(values, torch.tensor([1.0, 2.0])), [[2, nan, 1], [2, 4, 6]])
     # b at weight 0 has no say, not even its NaN; then no weighted function applies to group 1
     assert_equal(weighted_sum(values, torch.tensor([1.0, 0.0])), [[1, 0, 1], [nan, nan, nan]])
-    assert_equal(weighted_sum(values, torch.tensor([0.0, 0.0])), [[nan] * 3] * 2)
+    assert_equal(weighted_sum(values, torch.tensor([0.0, 0.0])), [[0.0] * 3] * 2)
 
 
 def test_none_is_unknown_and_not_wrong() -> None:

@@ -74,7 +74,7 @@ def run(stage: int, dtype: str, offload: bool, kind: str) -> dict[str, object]:
     metrics = trainer.train_step()
     kept = equal(before, weights(trainer))
     counted = trainer.state.optimizer_steps - state["optimizer_steps"]
-    trainer.prompts.position = state["position"]
+    trainer.state.position = state["position"]
     trainer.train_step()
     after = weights(trainer)
     trainer.close()

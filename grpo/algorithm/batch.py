@@ -7,7 +7,7 @@ holds. Splitting never changes the gradient, because every token's weight follow
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import groupby
 
@@ -39,7 +39,24 @@ def pack(groups: list[Group], advantages: Tensor, *, without_truncated: bool = F
         prompt_index=torch.tensor([number for number, _, _, _ in kept], dtype=torch.long),
         advantages=torch.tensor([advantage for _, _, _, advantage in kept], dtype=torch.float32),
         sampling_logprobs=torch.tensor([x for _, _, c, _ in kept for x in c.logprobs], dtype=torch.float32),
+        trained=_trained([completion for _, _, completion, _ in kept]),
     )
+
+
+def _trained(completions: list[Completion]) -> Tensor | None:
+    if all(completion.trained is None for completion in completions):
+        return None
+    masks = [[True] * len(c.token_ids) if c.trained is None else c.trained for c in completions]
+    return torch.tensor([each for mask in masks for each in mask], dtype=torch.bool)
+
+
+def share_prompts(batch: Batch) -> Batch:
+    """The same sequences, those with equal prompts numbered as completions of one prompt."""
+    numbers: dict[tuple[int, ...], int] = {}
+    starts, lens = batch.cu_seqlens[:-1].tolist(), batch.prompt_lens.tolist()
+    prompts = [tuple(batch.tokens[s : s + n].tolist()) for s, n in zip(starts, lens, strict=True)]
+    index = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
+    return replace(batch, prompt_index=torch.tensor(index, dtype=torch.long))
 
 
 def join(batches: list[Batch]) -> Batch:
@@ -54,6 +71,15 @@ def join(batches: list[Batch]) -> Batch:
         prompt_index=torch.cat([b.prompt_index + first for b, first in zip(batches, first_prompts, strict=True)]),
         advantages=torch.cat([batch.advantages for batch in batches]),
         sampling_logprobs=torch.cat([batch.sampling_logprobs for batch in batches]),
+        trained=_joined_masks(batches),
+    )
+
+
+def _joined_masks(batches: list[Batch]) -> Tensor | None:
+    if all(batch.trained is None for batch in batches):
+        return None
+    return torch.cat(
+        [torch.ones_like(b.sampling_logprobs, dtype=torch.bool) if b.trained is None else b.trained for b in batches]
     )
 
 
@@ -148,13 +174,15 @@ def take(batch: Batch, sequences: list[int]) -> Batch:
     """The given sequences of a batch, in the given order."""
     chosen = torch.tensor(sequences, dtype=torch.long)
     lens, completion_lens = batch.sequence_lens[chosen], batch.completion_lens
+    completion_tokens = _spans(_offsets(completion_lens)[chosen], completion_lens[chosen])
     return Batch(
         tokens=batch.tokens[_spans(batch.cu_seqlens[chosen], lens)],
         cu_seqlens=_offsets(lens),
         prompt_lens=batch.prompt_lens[chosen],
         prompt_index=batch.prompt_index[chosen],
         advantages=batch.advantages[chosen],
-        sampling_logprobs=batch.sampling_logprobs[_spans(_offsets(completion_lens)[chosen], completion_lens[chosen])],
+        sampling_logprobs=batch.sampling_logprobs[completion_tokens],
+        trained=None if batch.trained is None else batch.trained[completion_tokens],
     )
 
 
@@ -253,6 +281,7 @@ def split(micro: MicroBatch, token_budget: int) -> list[MicroBatch]:
         chosen = torch.tensor(sequences)
         tokens = _spans(starts[chosen], batch.completion_lens[chosen])
         part = micro_batch(take(batch, sequences), micro.weights[tokens])
+        part.advantages = micro.advantages[tokens]
         part.old_logprobs, part.ref_logprobs, part.selected = (
             None if known is None else known.cpu()[tokens]
             for known in (micro.old_logprobs, micro.ref_logprobs, micro.selected)

@@ -236,7 +236,7 @@ def _update(policy: Policy) -> None:
         advantages=torch.ones(1),
         sampling_logprobs=torch.zeros(6),
     )
-    logprobs, _ = policy.logprobs(micro_batch(batch, weights=torch.ones(6)).to(policy.processes.device))
+    logprobs, *_ = policy.logprobs(micro_batch(batch, weights=torch.ones(6)).to(policy.processes.device))
     policy.backward(-logprobs.mean(), last=True)
     norm = policy.optimizer_step(1e-3)
     assert 0 < norm < float("inf"), f"the gradient of {type(policy.lm).__name__} has the norm {norm}"

@@ -130,9 +130,9 @@ class Work:
         micro.ref_logprobs = micro.sampling_logprobs if self.config.algorithm.kl_in_loss else None
         return micro
 
-    def loss(self, model: Callable[[MicroBatch], tuple[Tensor, Tensor]], micro: MicroBatch) -> Tensor:
+    def loss(self, model: Callable[[MicroBatch], tuple[Tensor, Tensor, Tensor]], micro: MicroBatch) -> Tensor:
         """As Trainer's, on-policy."""
-        logprobs, entropy = model(micro)
+        logprobs, entropy, _ = model(micro)
         return grpo_loss(
             logprobs,
             micro.advantages,

@@ -42,21 +42,22 @@ class PlainLM(PackedLM):
         super().__init__(lm, **options)
         self.alone = alone
 
-    def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         """See PackedLM."""
         inputs = {"input_ids": micro.tokens[None], "use_cache": False} if self.alone else packed_inputs(micro)
         hidden = self.lm.base_model(**inputs).last_hidden_state.squeeze(0)[micro.source_index]
         size = self.logprobs_of.chunk_tokens
         chunks = zip(hidden.split(size), micro.targets.split(size), strict=True)
         parts = [checkpoint(self._logprobs, *chunk, use_reentrant=False) for chunk in chunks]
-        logprobs, entropies = zip(*parts, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies)
+        logprobs, entropies, likeliest = zip(*parts, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies), torch.cat(likeliest)
 
-    def _logprobs(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = output_head(self.lm)(hidden).float() / self.temperature
         all_logprobs = logits.log_softmax(-1)
         entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
-        return all_logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
+        chosen = all_logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        return chosen, entropy, chosen == all_logprobs.amax(-1)
 
 
 def use_own_rotary(lm: PreTrainedModel) -> None:

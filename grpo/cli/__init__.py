@@ -9,6 +9,7 @@ from importlib import import_module
 
 COMMANDS = {
     "train": "train a model, on every GPU of this machine",
+    "sft": "train a model on rows: prompts with completions, conversations",
     "preflight": "is there anything to learn from, and in which template?",
     "check": "memory, invariance, gradients, steps: what to run before a long run",
     "scale": "write a recipe for the GPUs you own",

@@ -3,6 +3,7 @@
 grpo settings                 all of them
 grpo settings rollout         of one section
 grpo settings temperature     those whose name or meaning has the word
+grpo settings sft             of supervised training, what is not as above
 grpo settings --markdown      as a page of documentation: docs/settings.md
 """
 
@@ -13,12 +14,15 @@ import re
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+
+if TYPE_CHECKING:
+    from grpo.config.settings import Settings
 
 PAGE_HEAD = """# Settings
 
@@ -47,15 +51,26 @@ def main() -> None:
 
 
 def settings() -> Iterator[Setting]:
-    """All of them, in the order of the sections."""
-    from grpo.config.sections import RewardConfig, ScheduleConfig
+    """All of them, in the order of the sections; then those of supervised training that are not the same."""
     from grpo.config.settings import Config
+    from grpo.config.supervised import SupervisedConfig
+
+    first = list(_settings(Config))
+    yield from first
+    known = {each.name: each for each in first}
+    for each in _settings(SupervisedConfig):
+        if known.get(each.name) != each:
+            yield replace(each, name=f"sft {each.name}")
+
+
+def _settings(config: type[Settings]) -> Iterator[Setting]:
+    from grpo.config.sections import RewardConfig, ScheduleConfig
 
     listed: dict[str, tuple[str, type[BaseModel]]] = {
         "rewards": ("rewards.<number>", RewardConfig),
         "schedules": ("schedules.<setting>", ScheduleConfig),
     }
-    for section, field in Config.model_fields.items():
+    for section, field in config.model_fields.items():
         prefix, model = listed.get(section, (section, field.annotation))
         assert isinstance(model, type), f"section {section} is not a model"
         assert issubclass(model, BaseModel), f"section {section} is not a model"
@@ -68,7 +83,7 @@ def chosen(every: list[Setting], word: str | None) -> list[Setting]:
     if word is None:
         return every
     whole = re.compile(rf"\b{re.escape(word)}", re.IGNORECASE)
-    of_section = [each for each in every if each.name.split(".")[0] == word]
+    of_section = [each for each in every if word in (each.name.split(".")[0], each.name.split()[0])]
     named = [each for each in every if word.lower() in each.name.lower()]
     return of_section or named or [each for each in every if whole.search(each.meaning)]
 

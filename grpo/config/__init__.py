@@ -18,6 +18,7 @@ from grpo.config.sections import (
     EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
+    PlaceConfig,
     PreflightConfig,
     RewardConfig,
     RunConfig,
@@ -25,31 +26,42 @@ from grpo.config.sections import (
     ScoringConfig,
     Section,
     SourceConfig,
+    TeacherConfig,
     VLLMConfig,
 )
 from grpo.config.settings import (
     Config,
+    Settings,
     setting_names,
 )
+from grpo.config.supervised import SupervisedConfig
+
+AnyConfig = Config | SupervisedConfig
+"""Of a run of either kind."""
 
 __all__ = [
     "COLUMN_IN_BRACES",
     "OF_CHAT",
     "TASK_PREFIX",
     "AlgorithmConfig",
+    "AnyConfig",
     "Config",
     "DataConfig",
     "DistributedConfig",
     "EvaluationConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PlaceConfig",
     "PreflightConfig",
     "RewardConfig",
     "RunConfig",
     "ScheduleConfig",
     "ScoringConfig",
     "Section",
+    "Settings",
     "SourceConfig",
+    "SupervisedConfig",
+    "TeacherConfig",
     "VLLMConfig",
     "as_override",
     "read_text",

@@ -16,8 +16,10 @@ from grpo.config.sections import (
     DataConfig,
     DistributedConfig,
     LoRAConfig,
+    OptimizerConfig,
     Section,
     SourceConfig,
+    TeacherConfig,
     VLLMConfig,
     WatchdogConfig,
 )
@@ -103,7 +105,13 @@ def check_combinations(config: Config) -> None:
     _check_objective(config.algorithm)
     _check_offload(config.distributed)
     _check_lora(config.lora)
-    _check_watchdog(config)
+    check_watchdog(config)
+    _check_rate(config.optimizer)
+    _check_teacher(config)
+    if config.watchdog.loss != "warn":
+        raise ValueError(
+            f"watchdog.loss is {config.watchdog.loss!r}; it watches the loss of rows, and there are none here. Remove it."
+        )
     if "" in rollout.stop:
         raise ValueError(
             'rollout.stop holds ""; every completion contains it and would end with its first token. Remove it.'
@@ -267,7 +275,7 @@ def check_rewards(config: Config) -> None:
         raise ValueError(
             f"rewards has {VOTE!r} with a weight; its values are names of answers and no rewards. Give it weight 0."
         )
-    if not any(reward.weight for reward in config.rewards):
+    if not config.rewards or not (config.has_weighted_reward or config.teacher.name):
         raise ValueError(
             f"rewards is {[reward.function for reward in config.rewards]} without any weight; at least one reward must "
             "count for something, throughout the run. Give one of them a weight other than 0."
@@ -356,6 +364,43 @@ def _check_objective(algorithm: AlgorithmConfig) -> None:
         )
 
 
+def _check_teacher(config: Config) -> None:
+    teacher, algorithm, default = config.teacher, config.algorithm, TeacherConfig.model_fields
+    if teacher.name is None:
+        if teacher.revision != default["revision"].default:
+            raise ValueError(
+                f"teacher.revision is {teacher.revision!r}; there is no teacher. Set teacher.name, or remove it."
+            )
+        return
+    said = f"teacher.name is {teacher.name!r}"
+    if algorithm.kl_coef == 0:
+        raise ValueError(
+            f"{said}; nothing is learned from it, because algorithm.kl_coef is 0. Set that to 1, or remove the teacher."
+        )
+    if algorithm.kl_in == "loss" and algorithm.kl_estimator == "k1":
+        raise ValueError(
+            f"{said}; algorithm.kl_estimator k1 in the loss has no gradient on average: nothing would be learned. Set it to k2."
+        )
+    if algorithm.reference_refresh_steps:
+        raise ValueError(
+            f"{said}; algorithm.reference_refresh_steps is {algorithm.reference_refresh_steps}, and a policy that becomes the "
+            "reference would take the teacher's place. Remove one of the two."
+        )
+    if not config.has_weighted_reward and config.preflight.num_questions:
+        raise ValueError(
+            f"{said} and no reward has a weight; the preflight asks whether rewards tell answers apart. Set "
+            "preflight.num_questions to 0."
+        )
+
+
+def _check_rate(optimizer: OptimizerConfig) -> None:
+    if optimizer.schedule == "constant" and optimizer.final_rate_share:
+        raise ValueError(
+            f"optimizer.final_rate_share is {optimizer.final_rate_share:g}; it has no effect while optimizer.schedule is "
+            "constant. Set that to linear or cosine, or remove it."
+        )
+
+
 def _check_offload(distributed: DistributedConfig) -> None:
     for name, lowest in (("offload_optimizer", 1), ("offload_parameters", 3)):
         if getattr(distributed, name) and distributed.zero_stage < lowest:
@@ -375,7 +420,7 @@ def _check_lora(lora: LoRAConfig) -> None:
         raise ValueError("lora.target_modules is []; nothing would be trained. Name layers, or set it to all-linear.")
 
 
-def _check_watchdog(config: Config) -> None:
+def check_watchdog(config: Config) -> None:
     settings, checkpoint = config.watchdog, config.checkpoint
     rolls_back = [name for name, value in settings if value == "roll_back"]
     if config.algorithm.kl_coef == 0 and settings.kl != "warn":

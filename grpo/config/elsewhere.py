@@ -1,6 +1,6 @@
 """What TRL and verl call a setting -> what it is called here: for whoever comes from there."""
 
-ELSEWHERE = {
+ELSEWHERE = {"training": "It is a section of supervised training: `grpo sft --config ...`."} | {
     name: f"That is a name of TRL or verl; here it is {ours}."
     for names, ours in {
         ("beta", "kl_loss_coef"): "algorithm.kl_coef",
@@ -60,3 +60,22 @@ ELSEWHERE = {
     for name in names
 }
 """By their names. docs/algorithms.md has the settings of each algorithm."""
+
+SUPERVISED = {
+    name: f"That is a name of TRL; here it is {ours}."
+    for names, ours in {
+        ("num_train_epochs",): "training.epochs",
+        ("max_steps",): "run.steps",
+        ("max_length", "max_seq_length"): "data.max_tokens (rows are never cut)",
+        ("per_device_train_batch_size", "gradient_accumulation_steps"): "training.rows_per_update (and "
+        "memory.micro_batch_tokens, the tokens of a pass)",
+        ("packing", "packing_strategy", "padding_free"): "always so: rows are packed without padding",
+        ("assistant_only_loss", "completion_only_loss"): "always so; data.loss_on tells all turns or the last",
+        ("dataset_text_field", "formatting_func"): "data.form, with data.completion_column",
+        ("lr_scheduler_type",): "optimizer.schedule",
+        ("warmup_ratio",): "optimizer.warmup_steps",
+        ("chat_template_path",): "data.chat_template",
+    }.items()
+    for name in names
+}
+"""The same of supervised training."""

@@ -12,7 +12,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
 }
-"""Factor of the peak rate against progress in [0, 1] since the end of warm-up."""
+"""From 1 to 0, or constant, against progress in [0, 1] since the end of warm-up."""
 
 
 def learning_rate(config: OptimizerConfig, *, step: int, num_steps: int) -> float:
@@ -20,4 +20,5 @@ def learning_rate(config: OptimizerConfig, *, step: int, num_steps: int) -> floa
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = min((step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1), 1.0)
-    return config.learning_rate * SCHEDULES[config.schedule](progress)
+    last = config.final_rate_share
+    return config.learning_rate * (last + (1 - last) * SCHEDULES[config.schedule](progress))

@@ -49,6 +49,17 @@ class ModelConfig(Section):
     """Run the Python code that comes with a model whose family transformers does not know. Read it first: it can do anything."""
 
 
+class TeacherConfig(Section):
+    """On-policy distillation: the policy samples, and learns from what another model makes of each of its tokens."""
+
+    name: Location | None = None
+    """A model, named as in `model.name`, that takes the place of the reference: algorithm.kl_coef weighs the KL to it. With
+    algorithm.kl_estimator k2 the gradient is that of a policy whose advantage is, for every token, log pi_teacher - log pi. Its
+    vocabulary must be the policy's. null: the reference is the starting model."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub model."""
+
+
 class SourceConfig(Section):
     """One of several sources of questions in `data.name` or `data.eval_name`."""
 
@@ -329,7 +340,9 @@ class OptimizerConfig(Section):
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What the learning rate does after warm-up; linear and cosine end at 0 with the last step."""
+    """What the learning rate does after warm-up; linear and cosine end at final_rate_share with the last step."""
+    final_rate_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the peak rate at which linear and cosine end."""
     max_grad_norm: PositiveFloat = 1.0
     """The gradient is scaled down to this global L2 norm."""
 
@@ -416,6 +429,8 @@ class WatchdogConfig(Section):
     """Far more of the completions is repetition than before, or nearly all of it."""
     reward: Action = "warn"
     """The mean reward is 0 or another constant, or has fallen to half and stays there."""
+    loss: Action = "warn"
+    """Of supervised training (`grpo sft`): the loss of the rows runs away."""
     signal: Action = "warn"
     """No group has rewards that differ, so the steps are for nothing."""
     reward_hacking: Action = "warn"
@@ -448,13 +463,13 @@ class LoggingConfig(Section):
     list of grpo/text/aha.py takes its place. What a word matches is said there."""
 
 
-class RunConfig(Section):
+class PlaceConfig(Section):
+    """Where a run goes, and how it goes on."""
+
     dir: Location
     """Where everything the run produces goes."""
-    steps: PositiveInt
-    """Training steps; one is a rollout of num_prompts questions and all its updates."""
     seed: NonNegativeInt = 0
-    """Of the prompt order and the sampling."""
+    """Of the order of questions or rows, and of the sampling."""
     deterministic: bool = True
     """Repeat and resume a run to the bit on the same GPUs. false: the backward pass of attention adds in whatever order."""
     max_hours: PositiveFloat | None = None
@@ -464,6 +479,11 @@ class RunConfig(Section):
     the next free of dir-2, dir-3, ... is taken."""
     accept_changes: bool = False
     """Resume although the questions or the source of the rewards are not those that the checkpoint was written with."""
+
+
+class RunConfig(PlaceConfig):
+    steps: PositiveInt
+    """Training steps; one is a rollout of num_prompts questions and all its updates."""
 
 
 class ScheduleConfig(Section):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -38,6 +38,7 @@ from grpo.config.sections import (
     ScoringConfig,
     Section,
     SourceConfig,
+    TeacherConfig,
     VLLMConfig,
     WatchdogConfig,
 )
@@ -54,15 +55,80 @@ OF_THE_RATIO = ("ratio", "clip", "clip_low", "clip_high")
 """Settings of the algorithm without effect where the ratio is 1."""
 
 
-class Config(Section):
-    """Everything that defines a run.
+class Settings(Section):
+    """A tree of sections, read from YAML and overrides.
 
     Raises:
         ValueError: an unknown key (with the nearest known one), a value of the wrong type or out of range, or a
             combination that cannot work.
     """
 
+    def __init__(self, **settings: Any) -> None:
+        _refuse_unknown_keys(settings, type(self), type(self))
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ValueError("\n".join(_explain(detail) for detail in error.errors())) from None
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError: what may not be combined is."""
+
+    @classmethod
+    def elsewhere(cls) -> dict[str, str]:
+        """What other libraries, or another command, call a setting -> what to do."""
+        return ELSEWHERE
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
+        """Read a YAML file and apply overrides such as `rollout.group_size=8`, in order.
+
+        The value of an override is read as YAML; a list item is addressed by its number: `rewards.0.weight=0.5`. What the file
+        names of model and data and is not in the working directory is looked for beside the file.
+
+        Args:
+            path: or the name of a configuration that comes with the library, such as `quickstart`.
+        """
+        settings = read_file(path)
+        for override in overrides:
+            apply_override(settings, override)
+        return cls(**settings)
+
+    @classmethod
+    def of(cls, source: Self | str | Path, settings: Mapping[str, Any]) -> Self:
+        """A configuration with other settings, by their names.
+
+        Args:
+            source: a configuration; a YAML file or the name of one that comes with the library, as in `load`; else the model
+                to train, with defaults for the rest and `run.dir` named after it.
+            settings: such as {"run.steps": 100, "rewards.0.weight": 0.5}; values as they are, not as YAML.
+        """
+        if isinstance(source, cls) and not settings:
+            return source
+        if isinstance(source, cls):
+            values = source.model_dump(exclude_unset=True)
+        elif Path(str(source)).suffix in (".yaml", ".yml") or str(source) in shipped.names():
+            values = read_file(str(source))
+        else:
+            values = {"model": {"name": str(source)}, "run": cls.run_of(str(source))}
+        for name, value in settings.items():
+            put(values, name, value)
+        return cls(**values)
+
+    @classmethod
+    def run_of(cls, model: str) -> dict[str, Any]:
+        """The section `run` of a run of which nothing is said but its model."""
+        return {"dir": f"runs/{Path(model).name}"}
+
+    def to_yaml(self) -> str:
+        return write_yaml(self.model_dump())
+
+
+class Config(Settings):
+    """Everything that defines a run of reinforcement learning; raises as Settings."""
+
     model: ModelConfig
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     vllm: VLLMConfig = Field(default_factory=VLLMConfig)
@@ -85,12 +151,11 @@ class Config(Section):
     planned and checked, and which evaluations use; leave it out or set it to that."""
     run: RunConfig
 
-    def __init__(self, **settings: Any) -> None:
-        _refuse_unknown_keys(settings, type(self))
-        try:
-            super().__init__(**settings)
-        except ValidationError as error:
-            raise ValueError("\n".join(_explain(detail) for detail in error.errors())) from None
+    def __init__(self, **settings: Any) -> None:  # for type checkers, which would want the sections as objects
+        super().__init__(**settings)
+
+    def check(self) -> None:
+        """See Settings."""
         check_schedules(self)
         check_combinations(self)
         for stage in self._stages():
@@ -99,44 +164,9 @@ class Config(Section):
                 check_vllm_sampling(stage)
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Config:
-        """Read a YAML file and apply overrides such as `rollout.group_size=8`, in order.
-
-        The value of an override is read as YAML; a list item is addressed by its number: `rewards.0.weight=0.5`. What the file
-        names of model and data and is not in the working directory is looked for beside the file.
-
-        Args:
-            path: or the name of a configuration that comes with the library, such as `quickstart`.
-        """
-        settings = read_file(path)
-        for override in overrides:
-            apply_override(settings, override)
-        return cls(**settings)
-
-    @classmethod
-    def of(cls, source: Config | str | Path, settings: Mapping[str, Any]) -> Config:
-        """A configuration with other settings, by their names.
-
-        Args:
-            source: a Config; a YAML file or the name of a configuration that comes with the library, as in `load`; else the model
-                to train, with defaults for the rest and `run.dir` named after it.
-            settings: such as {"run.steps": 100, "rewards.0.weight": 0.5}; values as they are, not as YAML.
-        """
-        if isinstance(source, Config) and not settings:
-            return source
-        if isinstance(source, Config):
-            values = source.model_dump(exclude_unset=True)
-        elif Path(source).suffix in (".yaml", ".yml") or str(source) in shipped.names():
-            values = read_file(source)
-        else:
-            run = {"dir": f"runs/{Path(source).name}", "steps": STEPS_OF_A_MODEL}
-            values = {"model": {"name": str(source)}, "run": run}
-        for name, value in settings.items():
-            put(values, name, value)
-        return cls(**values)
-
-    def to_yaml(self) -> str:
-        return write_yaml(self.model_dump())
+    def run_of(cls, model: str) -> dict[str, Any]:
+        """See Settings."""
+        return {**super().run_of(model), "steps": STEPS_OF_A_MODEL}
 
     def at(self, optimizer_step: int) -> Config:
         """The settings of the training step whose first update is this one."""
@@ -171,6 +201,19 @@ class Config(Section):
         }
 
     # What follows from the settings, each worked out here and nowhere else.
+
+    @property
+    def teacher_model(self) -> ModelConfig | None:
+        """The model that takes the reference's place, in the policy's precision."""
+        if self.teacher.name is None:
+            return None
+        own = {"name": self.teacher.name, "revision": self.teacher.revision, "resize_embeddings": False}
+        return self.model.model_copy(update=own)
+
+    @property
+    def has_weighted_reward(self) -> bool:
+        """Whether any reward counts for something."""
+        return any(reward.weight for reward in self.rewards)
 
     @property
     def sampling(self) -> Sampling:
@@ -314,26 +357,29 @@ LISTED_SECTIONS: dict[str, type[BaseModel]] = {
 """What an entry of a list is, where the entries of the list have settings."""
 
 
-def _refuse_unknown_keys(settings: dict[str, Any], section: type[BaseModel], prefix: str = "") -> None:
+def _refuse_unknown_keys(
+    settings: dict[str, Any], section: type[BaseModel], root: type[Settings], prefix: str = ""
+) -> None:
     for key, value in settings.items():
         if key not in section.model_fields:
-            raise ValueError(_unknown_key(f"{prefix}{key}", key, section, prefix))
+            raise ValueError(_unknown_key(f"{prefix}{key}", key, section, root, prefix))
         inner = section.model_fields[key].annotation
         if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, BaseModel):
-            _refuse_unknown_keys(value, inner, f"{prefix}{key}.")
+            _refuse_unknown_keys(value, inner, root, f"{prefix}{key}.")
         listed = LISTED_SECTIONS.get(f"{prefix}{key}")
         if listed is not None and isinstance(value, list):
             for i, item in enumerate(value):
                 if isinstance(item, dict):
-                    _refuse_unknown_keys(item, listed, f"{prefix}{key}.{i}.")
+                    _refuse_unknown_keys(item, listed, root, f"{prefix}{key}.{i}.")
 
 
-def _unknown_key(spelled: str, key: str, section: type[BaseModel], prefix: str) -> str:
+def _unknown_key(spelled: str, key: str, section: type[BaseModel], root: type[Settings], prefix: str) -> str:
     """The nearest name within the section; else where in the whole tree a setting of that name lives."""
     near = [f"{prefix}{name}" for name in difflib.get_close_matches(str(key), section.model_fields, n=1)]
-    near = near or [name for name in setting_names() if name.split(".")[-1] == key]
-    if str(key) in ELSEWHERE:
-        return f"{spelled} is not a setting here. {ELSEWHERE[key]}"
+    near = near or [name for name in setting_names(root) if name.split(".")[-1] == key]
+    elsewhere = root.elsewhere()
+    if str(key) in elsewhere:
+        return f"{spelled} is not a setting here. {elsewhere[key]}"
     hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(section.model_fields)}."
     return f"{spelled} is not a setting. {hint}"
 
@@ -346,10 +392,10 @@ def read_file(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-def setting_names() -> list[str]:
+def setting_names(of: type[Settings] = Config) -> list[str]:
     """Every setting as `section.name`."""
     names = []
-    for section, field in Config.model_fields.items():
+    for section, field in of.model_fields.items():
         listed: dict[str, Any] = {"rewards": RewardConfig, "schedules": ScheduleConfig}
         inner = listed.get(section, field.annotation)
         assert isinstance(inner, type), f"section {section} is not a model"

@@ -41,7 +41,7 @@ def find(given: str | Path) -> Path:
     )
 
 
-LOCATIONS = (("model", "name"), ("data", "name"), ("data", "eval_name"), ("data", "chat_template"))
+LOCATIONS = (("model", "name"), ("teacher", "name"), ("data", "name"), ("data", "eval_name"), ("data", "chat_template"))
 """Settings that may be paths."""
 
 

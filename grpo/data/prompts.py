@@ -137,7 +137,7 @@ def chat_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, data:
     Raises:
         ValueError: there is no template, or it fails, or leaves out the system message.
     """
-    text = _render(messages, tokenizer, data, add_generation_prompt=True)
+    text = render(messages, tokenizer, data, add_generation_prompt=True)
     if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
         raise ValueError(
             f"{'data.system_prompt' if data.system_prompt is not None else 'the system message of a conversation'} is "
@@ -156,16 +156,17 @@ def _opening(messages: list[Message], text: str, tokenizer: PreTrainedTokenizerB
     """What a chat template that does not know `add_generation_prompt` writes between a question and its answer."""
     reply = {"role": "assistant", "content": _REPLY}
     try:
-        whole = _render([*messages, reply], tokenizer, data, add_generation_prompt=False)
+        whole = render([*messages, reply], tokenizer, data, add_generation_prompt=False)
     except ValueError:  # one that has no answers in it
         return ""
     between, found, _ = whole.removeprefix(text).rpartition(_REPLY)
     return between.rstrip(" ") if found and whole.startswith(text) else ""
 
 
-def _render(
+def render(
     messages: list[Message], tokenizer: PreTrainedTokenizerBase, data: DataConfig, *, add_generation_prompt: bool
 ) -> str:
+    """A conversation in the tokenizer's chat template. Raises ValueError if the template refuses it."""
     try:
         return str(
             tokenizer.apply_chat_template(
@@ -191,13 +192,13 @@ def _other_place(data: DataConfig) -> str:
 
 def _takes(messages: list[Message], tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> bool:
     try:
-        _render(messages, tokenizer, data, add_generation_prompt=True)
+        render(messages, tokenizer, data, add_generation_prompt=True)
     except ValueError:
         return False
     return True
 
 
-def _check_chat(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
+def check_chat(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
     """Raises ValueError: there is no chat template, or it has no use for one of `data.chat_template_kwargs`."""
     if not tokenizer.chat_template:
         raise ValueError(
@@ -324,7 +325,7 @@ def fill(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, conf
     """
     template = TEMPLATES[config.template]
     if template.is_chat:
-        _check_chat(tokenizer, config)
+        check_chat(tokenizer, config)
     with time_limit(len(questions)):
         return [template.fill(question, tokenizer, config) for question in questions]
 

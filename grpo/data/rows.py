@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time
 from decimal import Decimal
@@ -101,6 +101,53 @@ def _source_rows(
     table = load_table(source.name, subset, split, setting, revision, split_setting=option)
     fields = _own_fields(source, _fields(config, own, reads_answer), setting.removesuffix("name"))
     return _prepared(table, fields, setting, name=source.name)
+
+
+def written_rows(
+    config: DataConfig, given: Iterable[Mapping[str, Any]] | None, *, setting: str = "data.name"
+) -> Iterator[tuple[Row, Fields, str]]:
+    """The training rows as they are written, each with where its question is and what errors call it.
+
+    Args:
+        given: rows of a program instead of those of `data.name`; `setting` is then what errors blame.
+
+    Raises:
+        ValueError: no such data set, or a row is none.
+    """
+    fields = _fields(config, False, False)
+    sources: list[tuple[Iterable[Mapping[str, Any]], Fields, str, Row]] = []
+    if given is not None:
+        sources = [(given_rows(given, setting), fields, setting, {})]
+    elif config.name is None:
+        raise ValueError(
+            "data.name is missing; supervised training needs rows. Set data.name, or pass train_dataset to SupervisedTrainer."
+        )
+    elif isinstance(config.name, str):
+        table = load_table(
+            config.name, config.subset, config.split, setting, config.revision, split_setting="data.split"
+        )
+        sources = [(table, fields, setting, {})]
+    else:
+        for number, source in enumerate(config.name):
+            own, prefix = f"{setting}.{number}.name", f"{setting}.{number}."
+            split, option = (source.split, f"{prefix}split") if source.split else (config.split, "data.split")
+            subset = source.subset or config.subset
+            table = load_table(
+                source.name, subset, split, own, source.revision or config.revision, split_setting=option
+            )
+            sources.append((table, _own_fields(source, fields, prefix), own, {DATA_NAME: source.label}))
+    for rows, where_question, name, label in sources:
+        for number, row in enumerate(rows):
+            where = f"row {number} of {name}"
+            if not isinstance(row, Mapping):
+                refuse_row(row, where)
+            yield {**row, **label}, where_question, where
+
+
+def has_question(row: Mapping[str, Any], fields: Fields) -> bool:
+    """Whether a row has the columns that its question is made of."""
+    names = COLUMN_IN_BRACES.findall(fields.question)
+    return all(name in row or name.split(".")[0] in row for name in names)
 
 
 def prepare_rows(
@@ -206,14 +253,14 @@ def _prepared(rows: Iterable[Mapping[str, Any]], fields: Fields, setting: str, *
         where = f"row {number} of {setting}"
         if not isinstance(row, Mapping):
             refuse_row(row, where)
-        prepared.append({**row, **_question(row, fields, where), "answer": _answer(row, fields, pattern, where)})
+        prepared.append({**row, **question_in(row, fields, where), "answer": _answer(row, fields, pattern, where)})
     if not prepared:
         found = f" ({name})" if name else ""
         raise ValueError(f"{setting} holds no rows{found}. Name a data set with at least one.")
     return prepared
 
 
-def _question(row: Mapping[str, Any], fields: Fields, where: str) -> Row:
+def question_in(row: Mapping[str, Any], fields: Fields, where: str) -> Row:
     """The row's columns in their places of the template; or the turns of a conversation, and the last of them as the question."""
     if (column := COLUMN_IN_BRACES.fullmatch(fields.question)) is not None:
         cell = _cell(row, column[1], fields.question_setting, where)

@@ -27,26 +27,44 @@ ESTIMATE_OVER = 10
 """Steps whose mean duration gives the time left."""
 
 
+OF_ROLLOUTS = {
+    "reward": "reward/mean",
+    "<rewards>": "",
+    "signal": "group/with_signal",
+    "length": "completion/length_mean",
+    "cut off": "completion/truncated",
+    "entropy": "policy/entropy",
+    "KL": "policy/kl",
+    "tok/s": "throughput/rollout",
+    "slots": "rollout/slots",
+    "KV GiB": "rollout/kv_gib",
+    "s/step": "time/step",
+}
+OF_ROWS = {
+    "loss": "supervised/loss",
+    "accuracy": "supervised/accuracy",
+    "entropy": "policy/entropy",
+    "gradient": "optimizer/grad_norm",
+    "rate": "optimizer/learning_rate",
+    "epoch": "progress/epoch",
+    "rows": "supervised/rows",
+    "tok/s": "throughput/update",
+    "s/step": "time/step",
+}
+"""What a line shows of a step, title -> metric: of reinforcement learning, with the functions in place of <rewards>, and of
+supervised training."""
+
+
 class LineSink:
-    """Rewards, length, KL and the rollout's speed and memory of each step in columns, with the time left by the last steps."""
+    """A line for each step with the metrics in columns, and the time left by the last steps."""
 
     HEADER_EVERY = 20
 
-    def __init__(self, *, num_steps: int, reward_names: list[str]) -> None:
+    def __init__(self, *, num_steps: int, reward_names: list[str], columns: Mapping[str, str] = OF_ROLLOUTS) -> None:
         self.num_steps = num_steps
-        self.columns = {
-            "reward": "reward/mean",
-            **{name: f"reward/{name}" for name in reward_names},
-            "signal": "group/with_signal",
-            "length": "completion/length_mean",
-            "cut off": "completion/truncated",
-            "entropy": "policy/entropy",
-            "KL": "policy/kl",
-            "tok/s": "throughput/rollout",
-            "slots": "rollout/slots",
-            "KV GiB": "rollout/kv_gib",
-            "s/step": "time/step",
-        }
+        self.columns: dict[str, str] = {}
+        for title, name in columns.items():
+            self.columns |= {title: name} if name else {each: f"reward/{each}" for each in reward_names}
         self.console = console()
         self._lines = 0
         self._seconds: list[float] = []
@@ -86,10 +104,11 @@ def console(*, markup: bool = True) -> Console:
 
 def show_evaluation(console: Console, step: int, metrics: Mapping[str, float]) -> None:
     """What held-out questions gave, if anything among the metrics is of them."""
-    evaluated = {n: v for n, v in metrics.items() if n.startswith("eval/") and not n.endswith(("_low", "_high"))}
-    if evaluated:
-        shown = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in evaluated.items())
-        show(console, Text.assemble((f"held-out, step {step}:", "bold"), f"  {shown}"))
+    for what, prefix in (("held-out", "eval/"), ("held-out rows", "supervised/held_out_")):
+        evaluated = {n: v for n, v in metrics.items() if n.startswith(prefix) and not n.endswith(("_low", "_high"))}
+        if evaluated:
+            shown = "  ".join(f"{name.removeprefix(prefix)} {value:.3f}" for name, value in evaluated.items())
+            show(console, Text.assemble((f"{what}, step {step}:", "bold"), f"  {shown}"))
 
 
 def number(value: float | None) -> str:

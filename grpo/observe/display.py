@@ -15,7 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from grpo.observe.console import ESTIMATE_OVER, LineSink, console, number, show_evaluation
+from grpo.observe.console import ESTIMATE_OVER, OF_ROLLOUTS, LineSink, console, number, show_evaluation
+from grpo.observe.metrics import LOSS
 from grpo.scoring.answers import is_right
 from grpo.system.terminal import ConsoleHandler, Region, can_repaint, logger, printable
 from grpo.text.thinking import Kind, parts
@@ -36,7 +37,14 @@ COMPLETION_ROWS = 2
 EXCERPT = 2000
 """Characters of a completion's beginning and of its end that are kept to be shown."""
 
-MAIN = {"length": "completion/length_mean", "KL": "policy/kl", "entropy": "policy/entropy"}
+MAIN = {
+    "loss": LOSS,
+    "held-out loss": "supervised/held_out_loss",
+    "next token": "supervised/accuracy",
+    "length": "completion/length_mean",
+    "KL": "policy/kl",
+    "entropy": "policy/entropy",
+}
 MORE = {
     "reflection / 1k": "aha/reflection_per_1k",
     "signal": "group/with_signal",
@@ -158,7 +166,10 @@ class Dashboard:
         shares = [
             f"{name} {share:.0%}" for name in PHASES if (share := self.last.get(f"time/{name}", 0.0) / seconds) >= 0.005
         ]
-        said = [f"{number(seconds)} s a step ({', '.join(shares)})", f"{number(self.last['throughput/rollout'])} tok/s"]
+        rate = self.last.get(
+            "throughput/rollout", self.last.get("throughput/update")
+        )  # supervised training has no rollout
+        said = [f"{number(seconds)} s a step ({', '.join(shares)})", f"{number(rate)} tok/s"]
         if "memory/step" in self.last:
             said.append(f"{number(self.last['memory/step'])} GiB")
         troubles = [
@@ -195,14 +206,20 @@ class DisplaySink:
 
 
 def console_sink(
-    *, title: str, num_steps: int, first_step: int, reward_names: list[str], rows: list[dict[str, Any]]
+    *,
+    title: str,
+    num_steps: int,
+    first_step: int,
+    reward_names: list[str],
+    rows: list[dict[str, Any]],
+    columns: Mapping[str, str] = OF_ROLLOUTS,
 ) -> DisplaySink | LineSink:
     """A display on a terminal, else lines; the latter also if the logger's are not to go to the terminal as they are."""
     routed = not (
         logger.isEnabledFor(logging.INFO) and any(isinstance(each, ConsoleHandler) for each in logger.handlers)
     )
     if routed or not can_repaint(sys.stdout, os.environ):
-        return LineSink(num_steps=num_steps, reward_names=reward_names)
+        return LineSink(num_steps=num_steps, reward_names=reward_names, columns=columns)
     return DisplaySink(
         Dashboard(title=title, num_steps=num_steps, first_step=first_step, reward_names=reward_names, rows=rows)
     )

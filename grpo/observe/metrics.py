@@ -6,9 +6,9 @@ docs/metrics.md shows METRICS as a table; a test keeps the two the same.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from grpo.system.distributed import Processes
 from grpo.text import answer_forms
 from grpo.text.aha import Words, tally
 from grpo.types import VOTE, Group, MicroBatch, Scores
+
+LOSS = "supervised/loss"
 
 METRICS = {
     "reward/mean": "mean of the weighted reward over all of the step's sampled completions whose reward is known",
@@ -63,6 +65,12 @@ METRICS = {
     "policy/kl_penalty": "mean over the batch's completions of what the KL takes from their reward, with algorithm.kl_in reward",
     "policy/sampling_gap": "mean over trained tokens of |log-probability in the trainer - when sampled|, before an update",
     "policy/sampling_gap_max": "largest of these gaps",
+    LOSS: "mean over the step's trained tokens of the rows of -log p(token), in nats, before the update",
+    "supervised/accuracy": "share of these tokens that the model found likeliest, given what comes before them in the row",
+    "supervised/tokens": "trained tokens of the step",
+    "supervised/rows": "rows of the step",
+    "supervised/held_out_loss": "the loss of the rows that were set aside, over all their trained tokens",
+    "supervised/held_out_accuracy": "the accuracy of the same",
     "optimizer/loss": "mean over the step's optimizer steps of the loss, with what it has of KL and entropy, over all processes",
     "optimizer/grad_norm": "mean over the step's optimizer steps of the gradient's global L2 norm before clipping",
     "optimizer/learning_rate": "learning rate of the step's last optimizer step",
@@ -92,7 +100,7 @@ METRICS = {
     "throughput/update": "tokens (of each completion and its prompt) of all processes per second of updating",
     "schedule/<setting>": "the value of a setting that follows a schedule (schedules), in this step",
     "watchdog/alarms": "rules of the watchdog that had something to say after the step",
-    "progress/epoch": "questions dealt so far, as a multiple of the training set",
+    "progress/epoch": "questions, or rows of supervised training, dealt so far, as a multiple of the training set",
     "eval/<function>": "mean of that function's value over the held-out questions it gave a verdict on",
     "eval/<function>_stderr": "standard error of that mean over questions, each with the mean of its samples",
     "eval/pass@<k>": "probability that one of k = 1, 2, 4, ... samples of a question is right, unbiased (Chen et al. 2021)",
@@ -143,7 +151,7 @@ class Meter:
     """
 
     sums: dict[str, float | Tensor] = field(default_factory=dict)
-    counts: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float | Tensor] = field(default_factory=dict)
     maxima: dict[str, float | Tensor] = field(default_factory=dict)
     totals: dict[str, float] = field(default_factory=dict)
     work: dict[str, list[float]] = field(default_factory=dict)
@@ -171,7 +179,7 @@ class Meter:
         """The same for rewards, of which NaN entries are unknown and do not count."""
         self.mean(name, values[~values.isnan()])
 
-    def ratio(self, name: str, total: float, size: float) -> None:
+    def ratio(self, name: str, total: float | Tensor, size: float | Tensor) -> None:
         """Add to a mean of which only the sum is known, and of how much."""
         self.sums[name] = self.sums.get(name, 0.0) + total
         self.counts[name] = self.counts.get(name, 0.0) + size
@@ -192,7 +200,7 @@ class Meter:
 
     def reduce(self, processes: Processes) -> dict[str, float]:
         """The step's metrics over all processes. A mean over nothing is left out."""
-        self.sums, self.maxima = _numbers(self.sums), _numbers(self.maxima)
+        self.sums, self.counts, self.maxima = map(_numbers, (self.sums, self.counts, self.maxima))
         meters = processes.gather(self)
         reduced: dict[str, float] = {}
         for name in _names(meter.counts for meter in meters):
@@ -297,13 +305,26 @@ def measure_passes(meter: Meter, passes: list[MicroBatch]) -> None:
             meter.total(TOKENS_READ, float(len(micro.tokens)))
 
 
+class Predicted(NamedTuple):
+    """What the policy says of the completion tokens of a pass, without gradient; each (T,)."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    likeliest: Tensor  # bool: no token was likelier there
+
+
+Measure = Callable[[Meter, MicroBatch, Objective, Predicted, TokenLoss], None]
+"""Takes up what one forward pass of an update gave."""
+
+
 def measure_micro_batch(
-    meter: Meter, micro: MicroBatch, objective: Objective, logprobs: Tensor, entropy: Tensor, result: TokenLoss
+    meter: Meter, micro: MicroBatch, objective: Objective, predicted: Predicted, result: TokenLoss
 ) -> None:
-    """What one forward pass of the update gave; every tensor (T,). The tokens of a spare pass do not count."""
+    """A Measure of tokens that were sampled. The tokens of a spare pass do not count."""
     if micro.is_spare:
         return
-    meter.mean("policy/entropy", entropy)
+    logprobs = predicted.logprobs
+    meter.mean("policy/entropy", predicted.entropy)
     if micro.ref_logprobs is not None:
         meter.mean("policy/kl", result.kl)
     meter.mean("policy/ratio_mean", result.ratio)
@@ -322,18 +343,51 @@ def measure_micro_batch(
     meter.max("policy/sampling_gap_max", gap)
 
 
+def measure_rows(
+    meter: Meter, micro: MicroBatch, objective: Objective, predicted: Predicted, result: TokenLoss
+) -> None:
+    """A Measure of rows that are learned: of their trained tokens."""
+    measure_tokens(meter, micro, predicted, loss=LOSS, accuracy="supervised/accuracy", entropy="policy/entropy")
+
+
+def measure_tokens(meter: Meter, micro: MicroBatch, predicted: Predicted, **names: str) -> None:
+    """Add to the means that are called `loss`, `accuracy` and `entropy`, over the trained tokens of a pass."""
+    if micro.is_spare:
+        return
+    trained = micro.weights > 0
+    values = {"loss": -predicted.logprobs, "accuracy": predicted.likeliest, "entropy": predicted.entropy}
+    for name, metric in names.items():
+        meter.ratio(metric, torch.where(trained, values[name].double(), 0.0).sum(), trained.sum())
+
+
+def measure_dealt_rows(meter: Meter, passes: list[MicroBatch]) -> None:
+    """How many rows this process has in its passes of a step, and how many tokens of them are trained on."""
+    real = [micro for micro in passes if not micro.is_spare]
+    meter.total("supervised/tokens", float(sum((micro.weights > 0).sum() for micro in real)))
+    meter.total("supervised/rows", float(sum(len(micro.completion_lens) for micro in real)))
+
+
+def supervised_metrics(meter: Meter, seconds: dict[str, float], processes: Processes) -> dict[str, float]:
+    """All metrics of a step of supervised training; see step_metrics."""
+    return _of_passes(meter.reduce(processes), seconds)
+
+
+def _of_passes(metrics: dict[str, float], seconds: dict[str, float]) -> dict[str, float]:
+    read = metrics.pop(TOKENS_READ, 0.0)
+    metrics["batch/shared"] = 1 - read / metrics["throughput/update"] if read else 0.0
+    metrics["throughput/update"] = metrics.get("throughput/update", 0.0) / seconds["update"]
+    return metrics | {f"time/{name}": value for name, value in seconds.items()}
+
+
 def step_metrics(meter: Meter, seconds: dict[str, float], processes: Processes) -> dict[str, float]:
     """All metrics of a step, from what each process collected and from the main process's clock."""
     metrics = meter.reduce(processes)
     variance = metrics.pop(SQUARED_REWARD, 0.0) - metrics.get("reward/mean", 0.0) ** 2
     metrics["reward/std"] = max(variance, 0.0) ** 0.5
-    read = metrics.pop(TOKENS_READ, 0.0)
-    metrics["batch/shared"] = 1 - read / metrics["throughput/update"] if read else 0.0
     metrics["throughput/rollout"] /= seconds["rollout"]
     busy = metrics.pop(REWARD_SECONDS, 0.0)
     metrics["throughput/scoring"] = metrics["throughput/scoring"] / busy if busy else 0.0
-    metrics["throughput/update"] = metrics.get("throughput/update", 0.0) / seconds["update"]
-    return metrics | {f"time/{name}": value for name, value in seconds.items()}
+    return _of_passes(metrics, seconds)
 
 
 SQUARED_REWARD = "reward/squared"

@@ -6,7 +6,7 @@ import fcntl
 import math
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -17,8 +17,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from grpo.config import Config, RunConfig
-from grpo.observe.console import LineSink, show_samples
+from grpo.config import AnyConfig, PlaceConfig
+from grpo.observe.console import OF_ROLLOUTS, LineSink, show_samples
 from grpo.observe.display import DisplaySink, console_sink
 from grpo.observe.sinks import InBackground, JsonlSink, Sink, TensorBoardSink, WandbSink, end_wandb_service
 from grpo.scoring.answers import is_right, summarize, training_rows, verdict_name
@@ -37,7 +37,7 @@ STEP = ("step",)
 RECORDED = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "mpmath")
 
 
-def claim(config: RunConfig) -> Path:
+def claim(config: PlaceConfig) -> Path:
     """Create and return the run's directory: `run.dir` itself to resume or if it is new; else the first of dir-2, dir-3, ...
 
     Creating it is the claim, so two runs started together do not share one; nor do two that resume, for one of them has its lock.
@@ -100,7 +100,7 @@ def _lock(directory: Path) -> None:
     _locks[path] = file
 
 
-def record(directory: Path, config: Config, processes: Processes) -> None:
+def record(directory: Path, config: AnyConfig, processes: Processes) -> None:
     """Write the resolved configuration and what the run runs on."""
     replace_text(directory / "config.yaml", config.to_yaml())
     device = torch.cuda.get_device_name() if processes.device.type == "cuda" else "cpu"
@@ -120,7 +120,22 @@ def record(directory: Path, config: Config, processes: Processes) -> None:
 class RunLog:
     """Everything a run writes down. Only the main process writes; the others call the same methods without effect."""
 
-    def __init__(self, directory: Path, config: Config, processes: Processes, *, reward_names: list[str]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: AnyConfig,
+        processes: Processes,
+        *,
+        reward_names: list[str],
+        num_steps: int | None = None,
+        columns: Mapping[str, str] = OF_ROLLOUTS,
+    ) -> None:
+        """Args:
+        num_steps: of the run, where `run.steps` does not say.
+        columns: what a line of the console shows: title -> metric.
+        """
+        self.num_steps = num_steps or config.run.steps or 0
+        self.columns = columns
         self.directory = directory
         self.config = config
         self.processes = processes
@@ -160,10 +175,11 @@ class RunLog:
             self.sinks.append(TensorBoardSink(self.directory, first_step=last + 1, words=self.words, history=history))
         self.console = console_sink(
             title=self.directory.name,
-            num_steps=self.config.run.steps,
+            num_steps=self.num_steps,
             first_step=resumed_step or 0,
             reward_names=self.reward_names,
             rows=history,
+            columns=self.columns,
         )
         self.sinks.append(self.console)
 

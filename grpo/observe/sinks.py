@@ -16,7 +16,7 @@ from queue import Full, Queue
 from threading import Thread
 from typing import Any, Protocol
 
-from grpo.config import Config
+from grpo.config import AnyConfig
 from grpo.scoring.answers import is_right
 from grpo.system.jsonl import append_jsonl
 from grpo.system.terminal import say
@@ -455,7 +455,7 @@ def _untrained(metric: str) -> str:
     return f"{metric}_untrained"
 
 
-def check_sinks(config: Config) -> None:
+def check_sinks(config: AnyConfig) -> None:
     """Raises:
     ValueError: a package that logging needs is missing.
     """

@@ -80,8 +80,9 @@ class PackedLM(nn.Module):
         self.temperature = temperature
         self.logprobs_of = LogprobHead(lm, chunk_tokens=chunk_tokens)
 
-    def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy (nats) of each completion token at the sampling temperature; (T,) and (T,)."""
+    def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability and entropy (nats) of each completion token at the sampling temperature, and whether it is the
+        likeliest; each (T,)."""
         hidden = self.lm.base_model(**packed_inputs(micro)).last_hidden_state.squeeze(0)
         return self.logprobs_of(hidden[micro.source_index], micro.targets, self.temperature)
 
@@ -101,7 +102,7 @@ class LogprobHead(nn.Module):
         self.register_parameter("bias", layer.bias)
         self._logits = output_head(lm, lambda hidden: type(layer).forward(self, hidden))
 
-    def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """See token_logprobs."""
         return token_logprobs(hidden, targets, self._logits, temperature=temperature, chunk_tokens=self.chunk_tokens)
 

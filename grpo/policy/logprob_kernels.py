@@ -11,28 +11,39 @@ BLOCK = 4096
 """Logits of a row that a program holds at once."""
 
 
-def row_statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def row_statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`logprobs.plain_row_statistics`, reading the logits once."""
     num_rows, size = logits.shape
     logprobs, entropy, normalizer = torch.empty((3, num_rows), dtype=torch.float32, device=logits.device)
+    likeliest = torch.empty(num_rows, dtype=torch.bool, device=logits.device)
     _row_statistics[(num_rows,)](
         logits,
         targets,
         logprobs,
         entropy,
         normalizer,
+        likeliest,
         size,
         logits.stride(0),
         1 / temperature,
         BLOCK=BLOCK,
         num_warps=8,
     )
-    return logprobs, entropy, normalizer
+    return logprobs, entropy, normalizer, likeliest
 
 
 @triton.jit
 def _row_statistics(
-    logits_ptr, target_ptr, logprob_ptr, entropy_ptr, normalizer_ptr, size, stride, scale, BLOCK: tl.constexpr
+    logits_ptr,
+    target_ptr,
+    logprob_ptr,
+    entropy_ptr,
+    normalizer_ptr,
+    likeliest_ptr,
+    size,
+    stride,
+    scale,
+    BLOCK: tl.constexpr,
 ):
     """Running maximum, and sums of exp(x - maximum) and of that times x - maximum, corrected whenever the maximum rises."""
     row = tl.program_id(0).to(tl.int64)
@@ -56,6 +67,7 @@ def _row_statistics(
     tl.store(logprob_ptr + row, chosen - normalizer)
     tl.store(entropy_ptr + row, tl.log(total) - weighted / total)
     tl.store(normalizer_ptr + row, normalizer)
+    tl.store(likeliest_ptr + row, chosen >= top)
 
 
 def replace_by_gradient(

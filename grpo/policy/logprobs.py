@@ -1,4 +1,4 @@
-"""Hidden states -> log-probabilities and entropy of the completion tokens, chunked over tokens.
+"""Hidden states -> log-probabilities and entropy of the completion tokens and whether each is the likeliest, chunked over tokens.
 
 A `(T, V)` tensor of logits would be the peak of a step's memory (16k tokens of a 152k vocabulary are 5 GB in bfloat16 and 10 in
 float32, and the backward pass wants as much again), so logits exist for `chunk_tokens` tokens at a time, in the model's own
@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 def token_logprobs(
     hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], *, temperature: float, chunk_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, and entropy of the distribution it was drawn from.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each target, entropy of the distribution it was drawn from, and whether it is the likeliest there.
 
         logprob_t = log softmax(head(hidden_t) / temperature)[target_t]
         entropy_t = - sum_v p_v log p_v,  p = softmax(head(hidden_t) / temperature)
@@ -32,7 +32,7 @@ def token_logprobs(
         head: (N, H) -> (N, V) logits, a new tensor that nothing else needs.
 
     Returns:
-        logprobs (T,) and entropy (T,) in nats, both float32.
+        logprobs (T,) and entropy (T,) in nats, both float32; likeliest (T,) bool, without gradient.
     """
     parts = []
     for h, y in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
@@ -40,13 +40,13 @@ def token_logprobs(
             parts.append(checkpoint(_chunk, h, y, head, temperature, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(_chunk(h, y, head, temperature))
-    logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+    logprobs, entropies, likeliest = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies), torch.cat(likeliest)
 
 
 def _chunk(
     hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], temperature: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return _LogSoftmaxAt.apply(head(hidden), targets, temperature)
 
 
@@ -54,19 +54,22 @@ class _LogSoftmaxAt(torch.autograd.Function):
     """log softmax(logits / temperature)[target] and the entropy, row by row; the gradient takes the place of the logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         if logits.is_cuda:
             from grpo.policy.logprob_kernels import row_statistics
         else:
             row_statistics = plain_row_statistics
-        logprobs, entropy, normalizer = row_statistics(logits, targets, temperature)
+        logprobs, entropy, normalizer, likeliest = row_statistics(logits, targets, temperature)
         ctx.save_for_backward(logits, targets, normalizer, entropy)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)  # a loss without the entropy gives None for it
-        return logprobs, entropy
+        ctx.mark_non_differentiable(likeliest)
+        return logprobs, entropy, likeliest
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None, entropy_gradient: Tensor | None) -> tuple[Tensor, None, None]:
+    def backward(
+        ctx: Any, gradient: Tensor | None, entropy_gradient: Tensor | None, _: None
+    ) -> tuple[Tensor, None, None]:
         logits, targets, normalizer, entropy = ctx.saved_tensors
         if logits.is_cuda:
             from grpo.policy.logprob_kernels import replace_by_gradient
@@ -78,15 +81,17 @@ class _LogSoftmaxAt(torch.autograd.Function):
         return logits, None, None
 
 
-def plain_row_statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each target, entropy, and logarithm of the softmax's denominator; each (N,) for logits (N, V)."""
+def plain_row_statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probability of each target, entropy, logarithm of the softmax's denominator, and whether no token is likelier than the
+    target; each (N,) for logits (N, V)."""
     scaled = logits.float() / temperature
     normalizer = scaled.logsumexp(-1)
-    logprobs = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normalizer
+    chosen = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    logprobs, likeliest = chosen - normalizer, chosen == scaled.amax(-1)
     all_logprobs = scaled.sub_(normalizer.unsqueeze(-1))
     probabilities = all_logprobs.exp()
     terms = torch.where(probabilities > 0, probabilities * all_logprobs, 0)  # an impossible token's logit may be -inf
-    return logprobs, -terms.sum(-1), normalizer
+    return logprobs, -terms.sum(-1), normalizer, likeliest
 
 
 def plain_replace_by_gradient(

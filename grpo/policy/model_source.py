@@ -80,6 +80,9 @@ def with_resolved_name(config: Config) -> Config:
     name = model_directory(config.model.name, setting="model.name")
     if name != config.model.name:
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
+    if config.teacher.name is not None:
+        teacher = {"name": model_directory(config.teacher.name, setting="teacher.name")}
+        config = config.model_copy(update={"teacher": config.teacher.model_copy(update=teacher)})
     adapter = source_of(config.model).adapter
     if adapter is not None:
         _check_adapter(adapter, config)

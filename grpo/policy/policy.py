@@ -149,14 +149,18 @@ class Policy(SampledModel):
         _count_from_zero(self.engine.basic_optimizer)
         self.lm.set_attn_implementation("packed")
         # a PackedLM, or DeepSpeed's engine around one
-        self.reference = self._load_reference() if config.algorithm.kl_coef > 0 else None
+        wants_reference = config.algorithm.kl_coef > 0 and config.teacher_model is None
+        self.reference = self._load_reference() if wants_reference else None
         self.reference_moved = False  # it is no longer the starting model
         unset_hf_deepspeed_config()  # from here on, loading a model must not shard it
+        own_reference = self.reference
+        if config.teacher_model is not None:
+            self.reference = self._load_teacher(config.teacher_model)
         self._replica = self._load_replica() if self._sharded or self.adapters else None
         if self._replica is not None:
             copy_buffers(self._replica, self.lm)
-            if self.reference is not None:
-                copy_buffers(self._replica, self.reference.lm)
+            if own_reference is not None:
+                copy_buffers(self._replica, own_reference.lm)
         if self.adapters:
             self.sync()  # they may not start at nothing
         self._check_forward(*(own or self.plain_logprobs()))
@@ -223,7 +227,7 @@ class Policy(SampledModel):
             ):
                 there = ids.to(self.processes.device)
                 hidden = lm.base_model(input_ids=there[None], use_cache=False).last_hidden_state[0]
-                logprobs, _ = token_logprobs(
+                logprobs, *_ = token_logprobs(
                     hidden[prompt_len - 1 : -1],
                     there[prompt_len:],
                     output_head(lm),
@@ -237,7 +241,20 @@ class Policy(SampledModel):
         """A frozen copy of the starting point, sharded like the policy under ZeRO-3; with adapters the policy's own model."""
         if self.adapters:
             return self.engine
-        lm = load_lm(self._config.model, dtype=self.dtype)
+        return self._frozen(load_lm(self._config.model, dtype=self.dtype))
+
+    def _load_teacher(self, model: ModelConfig) -> Any:
+        """Another model in the reference's place, sharded like the policy under ZeRO-3. It is loaded whole: its buffers are exact
+        then; see copy_buffers."""
+        lm = load_lm(model, dtype=self.dtype)
+        exact = {name: buffer.clone() for name, buffer in lm.named_buffers()}
+        teacher = self._frozen(lm)
+        for name, buffer in lm.named_buffers():
+            path, _, last = name.rpartition(".")
+            lm.get_submodule(path)._buffers[last] = exact[name].to(buffer.device)
+        return teacher
+
+    def _frozen(self, lm: PreTrainedModel) -> Any:
         lm.requires_grad_(False)
         packed = self._packed(lm)
         if self._sharded:
@@ -261,14 +278,15 @@ class Policy(SampledModel):
             lora.share_unadapted(replica, self.lm)
         return replica
 
-    def logprobs(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of the completion tokens of a micro-batch on this device, with gradient; (T,)."""
+    def logprobs(self, micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability and entropy of the completion tokens of a micro-batch on this device, with gradient, and whether each
+        is the likeliest; (T,)."""
         progress.tick()
         self.engine.train()
         return self.engine(micro)
 
     @torch.no_grad()
-    def before_update(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+    def before_update(self, micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         """What `logprobs` says, without gradient."""
         progress.tick()
         return self.engine(micro)
@@ -299,7 +317,8 @@ class Policy(SampledModel):
         """The reference's log-probabilities of a micro-batch; (T,)."""
         assert self.reference is not None, "no reference was loaded, because kl_coef is 0"
         progress.tick()
-        with lora.reference_active(self.adapters) if self.adapters else nullcontext():
+        of_policy = self.adapters and self.reference is self.engine
+        with lora.reference_active(self.adapters) if of_policy else nullcontext():
             return self.reference(micro)[0]
 
     def _settle(self) -> None:

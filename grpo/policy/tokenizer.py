@@ -36,23 +36,34 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def check_context(config: Config) -> None:
     """Raises ValueError if a sequence may grow longer than the positions the model knows."""
-    model = model_config(config.model).get_text_config()
+    check_positions(
+        config.model,
+        config.max_sequence_tokens,
+        said=f"rollout.max_completion_tokens is {config.rollout.max_completion_tokens}; with data.max_prompt_tokens "
+        f"({config.data.max_prompt_tokens}) a sequence may have",
+    )
+
+
+def check_positions(config: ModelConfig, longest: int, *, said: str) -> None:
+    """Raises ValueError if the model does not know so many positions.
+
+    Args:
+        said: the setting and its value, and what may have so many tokens, for the error.
+    """
+    model = model_config(config).get_text_config()
     limit = attribute(model, "max_position_embeddings")
     changing = sorted(rope_types(model) & set(CHANGING_ROPE))
     original = attribute(model, "original_max_position_embeddings") or (
         (model.rope_parameters or {}).get("original_max_position_embeddings", limit) if changing else limit
     )
-    if changing and original is not None and config.max_sequence_tokens > original:
+    if changing and original is not None and longest > original:
         raise ValueError(
-            f"model.name is {config.model.name!r}; its rotary embedding ({changing[0]}) changes for all packed sequences once "
-            f"one of them is longer than {original} tokens, and a sequence may have {config.max_sequence_tokens} "
-            "(data.max_prompt_tokens + rollout.max_completion_tokens). Lower one of the two, or use another model."
+            f"{said} {longest} tokens, and the rotary embedding ({changing[0]}) of model.name {config.name!r} changes for all "
+            f"packed sequences once one of them is longer than {original} tokens. Lower it, or use another model."
         )
-    if limit is not None and config.max_sequence_tokens > limit:
+    if limit is not None and longest > limit:
         raise ValueError(
-            f"rollout.max_completion_tokens is {config.rollout.max_completion_tokens}; with data.max_prompt_tokens "
-            f"({config.data.max_prompt_tokens}) a sequence may have {config.max_sequence_tokens} tokens, and model.name "
-            f"{config.model.name!r} knows {limit} positions. Lower one of the two."
+            f"{said} {longest} tokens, and model.name {config.name!r} knows {limit} positions. Lower one of the two."
         )
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from grpo.observe.metrics import METRICS
+from grpo.observe.metrics import LOSS, METRICS
 from grpo.scoring.answers import verdict_name
 from grpo.text.answer_forms import FORMS
 
@@ -57,6 +57,8 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
     return {
         "Is it learning?": [
             Panel("Reward", ["reward/mean"]),
+            Panel("Loss of rows", [LOSS], "nats", points="supervised/held_out_loss"),
+            Panel("Next tokens", ["supervised/accuracy"], points="supervised/held_out_accuracy"),
             _function(verdict),
             *map(_function, other),
             *(

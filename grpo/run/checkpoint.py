@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import xxhash
 
-from grpo.config import Config
+from grpo.config import AnyConfig, Config
 from grpo.observe.metrics import Meter
 from grpo.policy.model_source import complete_checkpoints
 from grpo.policy.policy import Policy
@@ -62,7 +62,7 @@ class _Pending:
 class Checkpoints:
     """Writes the checkpoints of a run. Every process has one, and all call the same methods at the same time."""
 
-    def __init__(self, directory: Path, config: Config, processes: Processes, *, given: dict[str, str]) -> None:
+    def __init__(self, directory: Path, config: AnyConfig, processes: Processes, *, given: dict[str, str]) -> None:
         """Args: given: digests of what the run was given; see grpo/run/inputs.py."""
         self.directory = directory
         self.config = config
@@ -315,7 +315,7 @@ def _checksum_of(record: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
 
 
-def find(directory: Path, config: Config, processes: Processes, *, given: dict[str, str]) -> Path | None:
+def find(directory: Path, config: AnyConfig, processes: Processes, *, given: dict[str, str]) -> Path | None:
     """The newest checkpoint to resume that is as it was written, or None to start anew. Every process calls it.
 
     Newer ones that are not are renamed to `.corrupt`, and a line says so.
@@ -410,7 +410,7 @@ MAY_CHANGE = {
 """What may differ between a run and its resumption without making it another experiment."""
 
 
-def _check_resumable(checkpoint: Path, config: Config) -> None:
+def _check_resumable(checkpoint: Path, config: AnyConfig) -> None:
     before, now = read_state(checkpoint)["config"], config.model_dump(mode="json")
     name = changed_setting(before, now, may_change=MAY_CHANGE)
     if name is not None:
@@ -453,12 +453,12 @@ def changed_setting(before: dict[str, Any], now: dict[str, Any], *, may_change: 
     return None
 
 
-def _longer(checkpoint: Path, config: Config) -> str:
+def _longer(checkpoint: Path, config: AnyConfig) -> str:
     """What is said where completions may be longer than before: of all that may change, this alone changes what is learned."""
-    before, now = (
-        read_state(checkpoint)["config"]["rollout"]["max_completion_tokens"],
-        config.rollout.max_completion_tokens,
-    )
+    if not isinstance(config, Config):
+        return ""
+    before = read_state(checkpoint)["config"]["rollout"]["max_completion_tokens"]
+    now = config.rollout.max_completion_tokens
     return (
         ""
         if before == now

@@ -29,6 +29,7 @@ class Guard:
 
     Args:
         config: of the run.
+        collector: None where nothing is sampled to train on.
         log: open; its metrics and roll-backs so far are taken up.
     """
 
@@ -36,7 +37,7 @@ class Guard:
         self,
         config: Config,
         policy: Policy,
-        collector: Collector,
+        collector: Collector | None,
         checkpoints: Checkpoints,
         log: RunLog,
         processes: Processes,
@@ -69,6 +70,7 @@ class Guard:
         if gaps <= limit * num_tokens:
             return
         assert self.rounding is not None, "the limit was made of it"
+        assert self.collector is not None, "the tokens were sampled"
         causes = tripwire.diagnose(
             self.policy,
             self.collector.generator,

@@ -25,9 +25,15 @@ from grpo.types import Prompt
 HELD_OUT = "held-out questions"
 
 
-def digests(prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt], rewards: Sequence[Reward]) -> dict[str, str]:
+def digests(
+    prompts: Sequence[Prompt],
+    eval_prompts: Sequence[Prompt],
+    rewards: Sequence[Reward],
+    *,
+    what: str = "the training questions",
+) -> dict[str, str]:
     """By what a person calls it. Held-out questions have their number in the name, since another number of them may be asked."""
-    found = {"the training questions": _of_prompts(prompts)}
+    found = {what: _of_prompts(prompts)}
     if eval_prompts:
         found[f"the {len(eval_prompts)} {HELD_OUT}"] = _of_prompts(eval_prompts)
     return found | {f"the reward {reward.name}": _of_reward(reward) for reward in rewards}

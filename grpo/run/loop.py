@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo import report
-from grpo.config import Config
+from grpo.config import AnyConfig
 from grpo.observe.rundir import RunLog
 from grpo.policy.policy import Policy
 from grpo.run import checkpoint
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Loop:
     """What a trainer does around its steps. Every process has one, and all call the same methods at the same time."""
 
-    config: Config
+    config: AnyConfig
     processes: Processes
     stop: StopAgreement
     checkpoints: Checkpoints
@@ -99,8 +99,14 @@ class Loop:
         say_where_all_lies(self.directory, last / "hf", self.processes)
         return last
 
+    @property
+    def num_steps(self) -> int:
+        """Training steps of the whole run."""
+        assert self.config.run.steps is not None, "a trainer whose settings do not say it fills this in"
+        return self.config.run.steps
+
     def _is_last(self) -> bool:
-        return self.state.step >= self.config.run.steps
+        return self.state.step >= self.num_steps
 
     @progress.phase("evaluation")
     def _evaluate_if_due(self) -> None:

@@ -97,7 +97,7 @@ def _write_tensors(directory: Path, rollout: Rollout, rank: int) -> None:
 def _sampled(rollout: Rollout) -> dict[str, Tensor]:
     batch = pack(rollout.groups, rollout.advantages.nan_to_num())  # of unknown reward too
     batch.advantages = rollout.advantages.flatten().clone()
-    return vars(batch)
+    return {name: value for name, value in vars(batch).items() if value is not None}
 
 
 PER_TOKEN = ("targets", "advantages", "weights", "sampling_logprobs", "old_logprobs", "ref_logprobs", "selected")

@@ -13,6 +13,7 @@ counts as infinite; a rule whose metric one of the last N steps lacks says nothi
 | `truncation` | now >= 0.5 and now >= before + 0.3; or now >= 0.95 |
 | `repetition` | now >= 0.5 and now >= before + 0.3; or now >= 0.95 |
 | `reward` | all the same in the last N steps; or now <= best / 2 and now <= best - reward/std / 2 |
+| `loss` | of supervised training: now >= 1 nat and now >= 2 x before |
 | `signal` | no group with signal in the last N steps |
 | `reward_hacking` | of the right answers, a form has now >= 0.5 and now >= first + 0.3; or answer/right is now >= first + 0.1 and
 the share of completions that are right and state the gold answer is now <= first, by more than chance |
@@ -37,6 +38,7 @@ from typing import Any
 
 from grpo.algorithm.advantage import FLAT
 from grpo.config import Config
+from grpo.observe.metrics import LOSS
 from grpo.system.stopping import RunError
 from grpo.text.answer_forms import FORMS
 
@@ -276,6 +278,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "truncation": (risen("completion/truncated"),),
     "repetition": (risen("completion/repetition"),),
     "reward": (constant_reward, fallen_reward),
+    "loss": (grown(LOSS, factor=2, floor=1),),
     "signal": (no_signal,),
     "reward_hacking": (form_takes_over, right_but_unstated),
 }
@@ -292,6 +295,7 @@ WATCHED = (
     "reward/std",
     "group/with_signal",
     "policy/sampling_gap",
+    LOSS,
     "answer/right",
     *(f"answer/{form}" for form in FORMS),
 )
@@ -312,7 +316,7 @@ class Watchdog:
         self.steps: list[int] = []
         self.history: list[Metrics] = []
         self._streaks = dict.fromkeys(
-            _rules(), 0
+            _rules(config), 0
         )  # for how many steps without a break each rule has had something to say
         for row in rows:
             if "time/step" in row:  # not an evaluation
@@ -333,7 +337,7 @@ class Watchdog:
             self._comparable = len(self.history) - 1
         alarms = []
         settings = self.config.watchdog
-        for name, rule in _rules():
+        for name, rule in _rules(self.config):
             action = getattr(settings, name)
             patience = settings.max_skipped if name == "not_finite" else settings.patience
             text = self._ask(rule, patience)
@@ -378,8 +382,13 @@ def _is_jump(before: float, now: float) -> bool:
     return abs(now - before) > max(abs(now), abs(before)) / 4
 
 
-def _rules() -> list[tuple[str, Rule]]:
-    return [(name, rule) for name, rules in RULES.items() for rule in rules]
+OF_REWARDS = ("reward", "signal", "reward_hacking")
+"""Rules that have nothing to say where no reward counts for anything, as in distillation."""
+
+
+def _rules(config: Config) -> list[tuple[str, Rule]]:
+    left_out = () if config.has_weighted_reward else OF_REWARDS
+    return [(name, rule) for name, rules in RULES.items() if name not in left_out for rule in rules]
 
 
 class RollBacks:

@@ -366,7 +366,8 @@ def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
 
     A function that can't tell for any completion of a group does not apply to that prompt (a code checker on a maths
     question): it is left out of that group's sum. If it can't tell for some, the sum of those completions is NaN. A
-    group to which no function applies is NaN throughout. Functions of weight 0 have no part in any of this.
+    group to which no function applies is NaN throughout. Functions of weight 0 have no part in any of this; where
+    no other is left, as in distillation, the reward is 0.
 
     Args:
         values: (F, P, G).
@@ -378,7 +379,7 @@ def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     values, weights = values[weights != 0], weights[weights != 0, None, None]
     applies = ~values.isnan().all(dim=-1, keepdim=True)  # (F, P, 1)
     total = (weights * values.where(applies, 0.0)).sum(dim=0)
-    return total.where(applies.any(dim=0), math.nan)
+    return total.where(applies.any(dim=0) if len(values) else torch.tensor(True), math.nan)
 
 
 def join_scores(parts: Sequence[Scores]) -> Scores:

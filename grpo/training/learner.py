@@ -15,7 +15,7 @@ from grpo.algorithm.batch import empty_micro_batch, join, micro_batch, plan_pass
 from grpo.algorithm.loss import Objective, entropy_threshold, grpo_loss, token_weights
 from grpo.config import AlgorithmConfig, OptimizerConfig
 from grpo.config.schedule import learning_rate
-from grpo.observe.metrics import Meter, measure_micro_batch, measure_passes
+from grpo.observe.metrics import Measure, Meter, Predicted, measure_micro_batch, measure_passes
 from grpo.policy.policy import Policy
 from grpo.training.state import RunState
 from grpo.types import Batch, MicroBatch
@@ -38,6 +38,7 @@ class Learner:
         optimizer_steps: of the whole run, for the schedule of the learning rate.
         token_budget: tokens of a pass.
         max_completion_tokens: for the aggregation `constant`.
+        measure: takes up what a pass gave.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class Learner:
         optimizer_steps: int,
         token_budget: int,
         max_completion_tokens: int,
+        measure: Measure = measure_micro_batch,
     ) -> None:
         self.policy = policy
+        self.measure = measure
         self.processes = policy.processes
         self.algorithm = algorithm
         self.objective = algorithm.objective
@@ -86,7 +89,10 @@ class Learner:
         makes no gradient, such completions count, but need no pass. If there are no others all of them get one, so that the
         sampling gap is still measured, which may be why nothing is rewarded.
         """
-        whole = join(self.processes.gather(mine)) if self.processes.world_size > 1 else mine
+        return self.deal_whole(join(self.processes.gather(mine)) if self.processes.world_size > 1 else mine)
+
+    def deal_whole(self, whole: Batch) -> list[MicroBatch]:
+        """The same of a minibatch that every process has all of."""
         needed = list(range(whole.num_sequences))
         if not self.algorithm.every_token_counts:
             needed = whole.advantages.nonzero().flatten().tolist() or needed
@@ -99,11 +105,13 @@ class Learner:
         part = take(whole, sequences)
         weights = token_weights(
             self.algorithm.aggregation,
-            part.completion_lens,
+            part.trained_lens,
             num_completions=whole.num_sequences,
-            num_tokens=int(whole.completion_lens.sum()),
+            num_tokens=int(whole.trained_lens.sum()),
             max_completion_tokens=self.max_completion_tokens,
         )
+        if part.trained is not None:
+            weights = torch.zeros(len(part.trained)).masked_scatter_(part.trained, weights)
         return micro_batch(part, weights)
 
     def _fix(self, minibatch: list[MicroBatch]) -> None:
@@ -112,7 +120,7 @@ class Learner:
         for micro in minibatch:
             there = micro.to(self.processes.device)
             if algorithm.updates_per_rollout > 1 or algorithm.top_entropy < 1:
-                micro.old_logprobs, entropy = self.policy.before_update(there)
+                micro.old_logprobs, entropy, _ = self.policy.before_update(there)
                 entropies.append(entropy[: 0 if micro.is_spare else None].cpu())
             if algorithm.kl_in_loss:
                 micro.ref_logprobs = self.policy.ref_logprobs(there)
@@ -157,7 +165,7 @@ class Learner:
         """
         total = torch.zeros((), device=self.processes.device)
         for number, micro in enumerate(micro.to(self.processes.device) for micro in minibatch):
-            logprobs, entropy = self.policy.logprobs(micro)
+            logprobs, entropy, likeliest = self.policy.logprobs(micro)
             result = grpo_loss(
                 logprobs,
                 micro.advantages,
@@ -171,7 +179,8 @@ class Learner:
                 selected=micro.selected,
             )
             total += result.loss.detach()
-            measure_micro_batch(meter, micro, self.objective, logprobs.detach(), entropy.detach(), result)
+            predicted = Predicted(logprobs.detach(), entropy.detach(), likeliest)
+            self.measure(meter, micro, self.objective, predicted, result)
             passes.append((micro, logprobs.detach()))
             if number < len(minibatch) - 1:
                 self.policy.backward(result.loss, last=False)

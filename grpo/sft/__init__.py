@@ -1,0 +1,1 @@
+"""Supervised training: rows that are learned as they stand, with the learner of reinforcement learning."""

@@ -1,0 +1,204 @@
+"""A configuration -> the parts of a SupervisedTrainer. Whatever is wrong with it is said before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo.assembly import Rows, held_out_questions, reward_functions
+from grpo.config import AlgorithmConfig, Config, SupervisedConfig
+from grpo.data.prompts import use_chat_template
+from grpo.observe import rundir
+from grpo.observe.console import OF_ROWS
+from grpo.observe.metrics import measure_rows
+from grpo.observe.rundir import RunLog
+from grpo.observe.sinks import check_sinks
+from grpo.policy.families import check_family
+from grpo.policy.language_model import resolve_dtype
+from grpo.policy.model_source import with_resolved_name
+from grpo.policy.policy import Policy
+from grpo.policy.tokenizer import check_context, check_positions, check_vocabulary, load_tokenizer
+from grpo.rollout import make_generator
+from grpo.run import checkpoint, inputs
+from grpo.run.checkpoint import Checkpoints
+from grpo.run.held_out import HeldOut
+from grpo.scoring.reward import Reward
+from grpo.scoring.scorer import Scorer
+from grpo.sft.order import RowOrder, set_aside
+from grpo.sft.rows import read_rows
+from grpo.system import distributed
+from grpo.system.distributed import TrainingProcesses
+from grpo.system.stopping import StopAgreement, StopRequest
+from grpo.training.collector import Collector
+from grpo.training.learner import Learner
+from grpo.types import Group, Prompt
+
+
+def cross_entropy(aggregation: str) -> AlgorithmConfig:
+    """The values of the loss that make it cross-entropy.
+
+    With clip `weight`, no bounds and the policy itself as pi_old, S_t = A_t log pi(t); a row's advantage is 1. So the loss of
+    loss.py is - sum_t w_t log pi(t), in value and in gradient, where w_t is 1 / (trained tokens of the update) with aggregation
+    `token`, and 1 / (rows * trained tokens of the row) with `sequence`.
+    """
+    values = {"clip": "weight", "clip_low": None, "clip_high": None, "kl_coef": 0.0, "aggregation": aggregation}
+    return AlgorithmConfig.model_validate(values)
+
+
+@dataclass
+class Parts:
+    """What a SupervisedTrainer is made of."""
+
+    config: SupervisedConfig
+    shared: Config  # config.parts
+    processes: TrainingProcesses
+    stop: StopAgreement
+    order: RowOrder
+    aside: list[Group]  # rows whose loss is measured
+    learner: Learner
+    collector: Collector | None  # None: no question is asked
+    held_out: HeldOut | None
+    checkpoints: Checkpoints
+    log: RunLog  # not open yet
+    found: Path | None  # the checkpoint to resume
+
+
+def assemble(
+    config: SupervisedConfig,
+    *,
+    rewards: Sequence[Callable[..., Any] | Reward] | None,
+    train_dataset: Rows | None,
+    eval_dataset: Rows | None,
+    policy_class: type[Policy],
+    learner_class: type[Learner],
+) -> Parts:
+    """The parts of a SupervisedTrainer; see there.
+
+    Raises:
+        ValueError: whatever is wrong with the settings, the rows or the rewards; before the model is loaded.
+    """
+    asks = config.evaluation.num_questions > 0
+    if asks and eval_dataset is None and config.data.eval_name is None:
+        raise ValueError(
+            f"evaluation.num_questions is {config.evaluation.num_questions}; data.eval_name is missing, and rows are no "
+            "questions. Set data.eval_name, pass eval_dataset, or set evaluation.num_questions to 0."
+        )
+    shared = with_resolved_name(config.parts)
+    config = config.model_copy(update={"model": shared.model})
+    functions = reward_functions(shared, rewards) if asks else []
+    request = StopRequest(config.run.max_hours)
+    processes = distributed.start(shared, dtype=resolve_dtype(config.model.dtype))
+    tokenizer = load_tokenizer(config.model)
+    use_chat_template(tokenizer, config.data)
+    check_positions(
+        config.model, config.data.max_tokens, said=f"data.max_tokens is {config.data.max_tokens}; a row may have"
+    )
+    if asks:
+        check_context(shared)
+    check_family(config.model)
+    check_sinks(config)
+    learned, aside = _rows(config, tokenizer, processes, train_dataset)
+    prompts: list[Prompt] = []
+    scorer: Scorer | None = None
+    if asks:
+        prompts, scorer = held_out_questions(shared, processes, tokenizer, functions, eval_dataset)
+    _check_vocabulary(config, tokenizer, [*learned, *aside], prompts)
+    order = RowOrder(
+        learned,
+        config.training,
+        seed=config.run.seed,
+        num_updates=config.run.steps,
+        weights=config.data.weights if train_dataset is None else None,
+    )
+
+    directory = Path(processes.on_main(lambda: str(rundir.claim(config.run))))
+    if scorer is not None:
+        scorer.log_to(directory / "rewards.log")
+    rows = [group.prompt for group in learned]
+    given = processes.on_main(lambda: inputs.digests(rows, prompts, functions, what="the rows"))
+    checkpoints = Checkpoints(directory / "checkpoints", config, processes, given=given)
+    found = checkpoint.find(checkpoints.directory, config, processes, given=given)
+    processes.say(summary(config, order, aside, world_size=processes.world_size))
+
+    policy = policy_class(shared, tokenizer, processes)
+    learner = learner_class(
+        policy,
+        cross_entropy(config.training.aggregation),
+        config.optimizer,
+        optimizer_steps=order.num_updates,
+        token_budget=config.memory.micro_batch_tokens,
+        max_completion_tokens=config.data.max_tokens,
+        measure=measure_rows,
+    )
+    stop = StopAgreement(request, processes)
+    log = RunLog(
+        directory,
+        config,
+        processes,
+        reward_names=[reward.name for reward in functions],
+        num_steps=order.num_updates,
+        columns=OF_ROWS,
+    )
+    collector = None if scorer is None else Collector(make_generator(shared, policy), scorer, stop, rank=processes.rank)
+    return Parts(
+        config=config,
+        shared=shared,
+        processes=processes,
+        stop=stop,
+        order=order,
+        aside=aside,
+        learner=learner,
+        collector=collector,
+        held_out=None
+        if collector is None
+        else HeldOut(prompts, shared.evaluation, shared.eval_sampling, collector, log, processes),
+        checkpoints=checkpoints,
+        log=log,
+        found=found,
+    )
+
+
+def _rows(
+    config: SupervisedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    processes: TrainingProcesses,
+    given: Rows | None,
+) -> tuple[list[Group], list[Group]]:
+    """Rows to learn from and rows set aside; says how many, and what was dropped."""
+    with processes.accelerator.main_process_first():
+        rows = read_rows(config.data, tokenizer, given=given, model=config.model.name)
+    learned, aside = set_aside(rows.groups, config.evaluation.num_rows, seed=config.run.seed)
+    dropped = "".join(f"; {count:,} dropped: {why}" for why, count in rows.dropped.items())
+    processes.say("\n".join([f"{len(rows.groups):,} rows{dropped}", *rows.notes]))
+    return learned, aside
+
+
+def _check_vocabulary(
+    config: SupervisedConfig, tokenizer: PreTrainedTokenizerBase, groups: list[Group], prompts: list[Prompt]
+) -> None:
+    of_rows = [ids for group in groups for ids in (group.prompt.token_ids, group.completions[0].token_ids)]
+    check_vocabulary(config.model, tokenizer, [*of_rows, *(prompt.token_ids for prompt in prompts)])
+
+
+def summary(config: SupervisedConfig, order: RowOrder, aside: list[Group], *, world_size: int) -> str:
+    """The numbers people ask for first."""
+    tokens = sum(order.sizes)
+    trained = sum(
+        len(c.token_ids) if c.trained is None else sum(c.trained) for group in order.groups for c in group.completions
+    )
+    limit = "" if order.max_tokens is None else f", and no more than {order.max_tokens:,} tokens"
+    dealt = order.last or order.num_updates * order.max_rows
+    return "\n".join(
+        [
+            f"rows                   {len(order.groups):,} with {tokens:,} tokens, {trained:,} of them trained on; "
+            f"{len(aside):,} set aside",
+            f"rows per update        up to {order.max_rows}{limit}, over {world_size} process{'es' * (world_size > 1)}",
+            f"updates                {order.num_updates:,} = {dealt / len(order.groups):.2f} epochs"
+            + (" at most" if order.last is None and order.max_tokens is not None else ""),
+            f"longest row            {max(order.sizes):,} tokens (data.max_tokens {config.data.max_tokens:,})",
+        ]
+    )

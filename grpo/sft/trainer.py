@@ -1,0 +1,202 @@
+"""The loop of supervised training: deal rows, pack, update."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from grpo.algorithm.batch import pack, share_prompts
+from grpo.assembly import Rows
+from grpo.config import SupervisedConfig
+from grpo.observe.metrics import (
+    Meter,
+    Predicted,
+    measure_dealt_rows,
+    measure_passes,
+    measure_tokens,
+    supervised_metrics,
+)
+from grpo.policy.policy import Policy
+from grpo.run.guard import Guard
+from grpo.run.loop import Loop
+from grpo.scoring.reward import Reward
+from grpo.sft.assembly import assemble
+from grpo.system.stopping import Interrupted
+from grpo.training.callback import Callback
+from grpo.training.learner import Learner
+from grpo.training.state import Rollout, RunState, StepClock, StepState
+from grpo.types import Batch, Group, MicroBatch, Scores
+
+
+class SupervisedTrainer(Loop):
+    """Trains a language model on rows: prompts with completions, conversations, or token ids.
+
+    A step is one update. Its rows are one batch whatever the number of processes: packed without padding, equal prompts once.
+
+    Args:
+        config: a SupervisedConfig, a YAML file, the name of a configuration that comes with the library, or a model; see
+            SupervisedConfig.of.
+        train_dataset: rows instead of those of `config.data.name`: a `datasets.Dataset`, a `pandas.DataFrame` or a list of
+            dictionaries.
+        eval_dataset: held-out questions with answers instead of those of `config.data.eval_name`.
+        rewards: reward functions that grade the answers to held-out questions, instead of `config.rewards`.
+        settings: over those of `config`, by name: {"training.epochs": 3}.
+        callbacks: called after steps, evaluations and checkpoints, and at the end. The rollout that they are given is the rows.
+
+    Raises:
+        ValueError: whatever is wrong with the settings, the rows or the rewards; before the model is loaded.
+    """
+
+    config: SupervisedConfig
+    policy_class: type[Policy] = Policy
+    learner_class: type[Learner] = Learner
+
+    def __init__(
+        self,
+        config: SupervisedConfig | str | Path,
+        *,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        rewards: Sequence[Callable[..., Any] | Reward] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.callbacks = callbacks
+        parts = assemble(
+            SupervisedConfig.of(config, settings or {}),
+            rewards=rewards,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            policy_class=self.policy_class,
+            learner_class=self.learner_class,
+        )
+        self.config, self.processes, self.stop = parts.config, parts.processes, parts.stop
+        self.order, self.aside = parts.order, parts.aside
+        self.learner, self.policy = parts.learner, parts.learner.policy
+        self.collector, self.held_out = parts.collector, parts.held_out
+        self.checkpoints, self.log = parts.checkpoints, parts.log
+        self.directory = parts.log.directory  # of the run
+        self.clock = StepClock(parts.processes)
+        self.state, self.step = RunState(), StepState()
+        if parts.found is not None:
+            self._restore(parts.found)
+        self.log.open(resumed_step=None if parts.found is None else self.state.step)
+        self.guard = Guard(parts.shared, self.policy, parts.collector, self.checkpoints, self.log, self.processes)
+
+    @property
+    def num_steps(self) -> int:
+        """See Loop."""
+        return self.order.num_updates
+
+    def train_step(self) -> dict[str, float]:
+        """One update on the next rows; the step's metrics over all processes.
+
+        Raises:
+            Interrupted: on all processes; only within `train`, which handles what asks for it.
+        """
+        if self.stop.reason:
+            raise Interrupted(self.stop.reason)
+        step = self.step
+        with self._time("step"), self._time("update"):
+            rows = self.order.draw()
+            rollout = self._as_rollout(rows)
+            passes = self._deal(rows)
+            measure_passes(step.meter, passes)
+            measure_dealt_rows(step.meter, passes)
+            self._update(passes, rollout)
+        step.rollout, self.state.position = rollout, self.order.position
+        self.state.step += 1
+        return self._end_step(rollout)
+
+    # ---- the parts of a step -----------------------------------------------------------------------------------------
+
+    def _as_rollout(self, rows: list[Group]) -> Rollout:
+        """This process's part of the rows, as what a post-mortem is written from; each has the advantage 1."""
+        mine = rows[self.processes.rank :: self.processes.world_size]
+        ones = torch.ones(len(mine), 1)
+        return Rollout(mine, Scores(ones.double(), {}, 0, 0), ones, torch.zeros(len(mine), dtype=torch.long))
+
+    def _deal(self, rows: list[Group]) -> list[MicroBatch]:
+        """This process's passes over rows that every process has drawn."""
+        return self.learner.deal_whole(batch_of(rows))
+
+    def _update(self, passes: list[MicroBatch], rollout: Rollout) -> None:
+        meter = self.step.meter
+        flags = (self.stop.request.reason is not None, self.checkpoints.is_written)
+        totals = self._or_ask_for_less(lambda: self.learner.accumulate(passes, meter, rollout.passes, flags))
+        self.learner.update(totals, self.state, meter, rate_factor=self.guard.roll_backs.rate_factor)
+        interrupted, written = totals.flags
+        if interrupted:
+            self.stop.agree()
+        if written == self.processes.world_size:
+            self.checkpoints.try_to(self.checkpoints.finish)
+
+    def _end_step(self, rollout: Rollout) -> dict[str, float]:
+        """Log what the step gave, and act on what that gives alarm of."""
+        metrics = supervised_metrics(self.step.meter, self.step.seconds, self.processes) | self.state.metrics()
+        metrics["progress/epoch"] = self.order.epoch
+        alarms = self.guard.observe(self.state.step, metrics, rollout)
+        metrics["watchdog/alarms"] = len(alarms)
+        self.log.log(self.state.step, metrics)
+        good = self.guard.act_on(alarms, self.step, number=self.state.step)
+        for callback in self.callbacks:
+            callback.on_step(self.state.step, metrics, rollout)
+        self.step = StepState()
+        if good is not None:
+            self._roll_back(good)
+        return metrics
+
+    # ---- what the run's course asks for ------------------------------------------------------------------------------
+
+    def _evaluate(self) -> list[dict[str, Any]] | None:
+        step, held_out = self.state.step, self.held_out
+        if self.aside and not self.processes.on_main(lambda: self._is_measured(step)):
+            self.log.log(step, self.held_out_loss())
+        if held_out is None or held_out.is_evaluated(step):
+            return None
+        held_out.collector.generator.sync()
+        state = SimpleNamespace(global_step=step, max_steps=self.num_steps, epoch=self.order.epoch)
+        held_out.collector.follow({}, max_completion_tokens=held_out.sampling.max_tokens, trainer_state=state)
+        return held_out.evaluate(step, seed=self._seed("evaluation"))
+
+    def held_out_loss(self) -> dict[str, float]:
+        """Loss and accuracy of the rows that were set aside, over all processes."""
+        meter = Meter()
+        for micro in self._deal(self.aside):
+            there = micro.to(self.processes.device)
+            predicted = Predicted(*self.policy.before_update(there))
+            measure_tokens(
+                meter, there, predicted, loss="supervised/held_out_loss", accuracy="supervised/held_out_accuracy"
+            )
+        return meter.reduce(self.processes)
+
+    def _is_measured(self, step: int) -> bool:
+        return any(row["step"] == step and "supervised/held_out_loss" in row for row in self.log.metrics())
+
+    def save(self, *, wait: bool = False) -> Path:
+        """See Loop."""
+        self.policy.sync()  # sampling, which otherwise needs the whole weights, is rare here
+        return super().save(wait=wait)
+
+    def _take_up(self) -> None:
+        self.order.position = self.state.position
+
+    def close(self) -> None:
+        """End the reward workers and the logs; for a trainer that is stepped by hand."""
+        super().close()
+        if self.collector is not None:
+            self.collector.scorer.close()
+
+    def _seed(self, purpose: str) -> int:
+        what = f"{self.config.run.seed} {purpose} {self.state.step} {self.processes.rank}"
+        return random.Random(what).getrandbits(62)
+
+
+def batch_of(rows: list[Group]) -> Batch:
+    """Rows as the learner takes them: each with the advantage 1; equal prompts are one."""
+    return share_prompts(pack(rows, torch.ones(len(rows), 1)))
