@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from grpo.evaluation import benchmark, results
 from grpo.evaluation.asked import Runtime, Settings
+from grpo.evaluation.sample_file import finished
 from grpo.system.jsonl import append_jsonl, read_jsonl
 
 MODEL = str(TINY / "model")
@@ -113,7 +114,7 @@ def test_samples_that_a_kill_cut_within_a_character_are_answered_again(tmp_path:
     whole = path.read_bytes()
     path.write_bytes(whole + b"null\n" + whole[:-4])
     assert results.read_samples(path, benchmark="mine") == [row]
-    assert benchmark._finished(path, []) == set()
+    assert finished(path, results.QUESTION_KEYS, {}) == set()
     assert path.read_bytes() == b""
 
 
