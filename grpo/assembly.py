@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config import Config
+from grpo.data.pass_rates import within_pass_rates
 from grpo.data.prompts import PromptOrder, build_prompts, use_chat_template
 from grpo.data.rows import load_rows, missing, prepare_rows
 from grpo.observe import rundir
@@ -153,6 +154,8 @@ def _questions(
 ) -> Questions:
     with processes.accelerator.main_process_first():
         rows = _rows(config, train_dataset, functions, evaluation=False)
+        kept, left_out = within_pass_rates(rows, config.data)
+        rows = [row for row, is_kept in zip(rows, kept, strict=True) if is_kept]
         wanted = config.evaluation.num_questions
         eval_rows = _rows(config, eval_dataset, functions, evaluation=True) if wanted else []
     scorer = Scorer(
@@ -168,6 +171,8 @@ def _questions(
     eval_rows = eval_rows[:wanted]
     named = scorer.named_columns()
     gaps = [*_gaps(named, rows, "training questions"), *_gaps(named, eval_rows, "held-out questions")]
+    for why, num in left_out.items():
+        processes.say(f"{num:,} training questions left out: {why}")
     for notice in [*scorer.notices(), *gaps]:
         processes.say(notice)
     prompts, first = _gradable(rows, "training questions", config, processes, tokenizer, scorer)

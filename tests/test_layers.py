@@ -25,6 +25,7 @@ LAYERS = [
     "trainer",
     "inference",
     "evaluation",
+    "rejection",
     "check",
     "cli",
     "__main__",

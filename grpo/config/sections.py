@@ -26,6 +26,7 @@ from pydantic import (
 from grpo.algorithm.objective import Objective
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Location = Annotated[str, AfterValidator(os.path.expanduser)]
 """A hub id or a local path, which may begin with `~`."""
 
@@ -133,6 +134,12 @@ class DataConfig(Section):
     """What the chat template is given besides messages, such as {enable_thinking: false}. `chat` only."""
     max_prompt_tokens: PositiveInt = 512
     """Rows whose prompt is longer are dropped, and counted."""
+    pass_rates: Location | None = None
+    """File with how often a model has answered each training question right, as `grpo reject` writes it (*.pass_rates.jsonl).
+    Questions are found in it by text and gold answer; those it does not know are left out, and counted. null: all questions."""
+    pass_rate: tuple[Share, Share] = (0.0, 1.0)
+    """Of `pass_rates`, the least and the largest share of right answers of a question to train on, both included: [0.1, 0.9]
+    leaves out what is too hard or too easy to learn from."""
 
     @field_validator("name", "eval_name", mode="before")
     @classmethod
