@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.config import Config
 from grpo.data.pass_rates import within_pass_rates
-from grpo.data.prompts import PromptOrder, build_prompts, use_chat_template
+from grpo.data.prompts import PromptOrder, build_prompts, check_kinds, use_chat_template
 from grpo.data.rows import load_rows, missing, prepare_rows
 from grpo.observe import rundir
 from grpo.observe.metrics import check_reward_names
@@ -156,6 +156,7 @@ def _questions(
         rows = _rows(config, train_dataset, functions, evaluation=False)
         kept, left_out = within_pass_rates(rows, config.data)
         rows = [row for row, is_kept in zip(rows, kept, strict=True) if is_kept]
+        check_kinds(rows, config.data)
         wanted = config.evaluation.num_questions
         eval_rows = _rows(config, eval_dataset, functions, evaluation=True) if wanted else []
     scorer = Scorer(

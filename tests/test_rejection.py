@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from grpo.rejection.reject import table_of
 from grpo.rejection.rewriting import Kept, Rewriter, check_template, prompts_of, rewritten
 from grpo.rejection.rules import Rules, falls_of_row, judge, pass_rate
 from grpo.rollout.grouping import all_at_once
+from grpo.system import distributed
 from grpo.system.jsonl import read_jsonl
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 
@@ -423,31 +426,72 @@ def test_the_verifier_sees_the_rewritten_text_and_the_rows_own_prompt():
     assert [each.text for each in groups[0].completions] == [" 14", " 15"]
 
 
-def test_rows_whose_answer_does_not_survive_the_rewriting_are_dropped(whole: Path, tmp_path: Path):
-    """The tiny model rewrites nothing, it answers anew what it is asked: sometimes right, mostly wrong."""
+class Writer:
+    """Puts solutions into other words: of every three the second loses its answer, and the third becomes hard to read."""
+
+    def sample(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        num_completions: int,
+        seed: int,
+        on_group: OnGroup | None = None,
+    ) -> list[Group]:
+        groups = []
+        for prompt in prompts:
+            solution = prompt.text.partition("SOLUTION")[2].removesuffix("\nAssistant:")
+            good = f"Gladly. <rewritten>{solution.replace('<think>', '<think> In other words:')}</rewritten>"
+            last = [good, "It is -1.", good.replace("In other words", "换句话说")][prompt.row % 3]
+            texts = ["<rewritten><think>Oh</think> <answer>-1</answer></rewritten>", last]
+            groups.append(Group(prompt, [Completion([1], [0.0], text, "stop") for text in texts[:num_completions]]))
+        return all_at_once(groups, on_group)
+
+
+def test_rows_whose_answer_does_not_survive_the_rewriting_are_dropped(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     out, template = tmp_path / "rows.jsonl", tmp_path / "template.txt"
-    template.write_text("{question}{completion}")
-    how = ["--rewrite-with", str(TINY / "model"), "--rewrite-template", str(template), "--rewrite-temperature", "1"]
-    asked = [*SETTINGS, "--num-questions", "24", "--samples", "8", "--max-tokens", "48", "--workers", "1"]
-    plain = run(tmp_path / "plain.jsonl", asked=asked)
-    found = run(out, *how, "--rewrite-samples", "4", asked=asked)
-    before, after = read_jsonl(tmp_path / "plain.jsonl"), read_jsonl(out)
-    lost = [each for each in read_jsonl(out.with_suffix(".dropped.jsonl")) if each["reason"] == "answer_lost"]
-    assert 0 < len(after) == found["num_kept"] < len(before) == plain["num_kept"]
-    assert found["first"]["answer_lost"] == len(lost) > 0
-    assert all(each["detail"].startswith("wrong: accuracy 0") for each in lost)
+    shutil.copytree(whole.with_suffix(".samples"), out.with_suffix(".samples"))
+    template.write_text("{question} SOLUTION {completion}")
+    how = ["--rewrite-with", str(TINY / "model"), "--rewrite-template", str(template), "--rewrite-samples", "2"]
+    with monkeypatch.context() as patch:
+        writer = SimpleNamespace(generator=Writer(), processes=distributed.join())
+        patch.setattr("grpo.inference.model.load", lambda *_: writer)
+        found = run(out, "--per-question", "2", *how)
+    before, after = read_jsonl(whole), read_jsonl(out)
+    fallen = {(each["row"], each["sample"]): each for each in read_jsonl(out.with_suffix(".dropped.jsonl"))}
+    assert len(before) > 5
+    assert [(each["row"], each["sample"]) for each in after] == [(each["row"], each["sample"]) for each in before[::3]]
+    for own, other in zip(after, before[::3], strict=True):
+        assert own["original"] == other["completion"]
+        assert own["completion"] == " " + other["completion"].strip().replace("<think>", "<think> In other words:")
+        assert own["prompt"] == other["prompt"]
+        assert own["rewards"]["accuracy"] == 1
+        assert own["source"] == {**other["source"], "rewritten_by": own["source"]["rewritten_by"]}
+        assert not {"prompt_ids", "completion_ids"} & set(own)
+    for number, other in enumerate(before):
+        if number % 3:
+            row = fallen[other["row"], other["sample"]]
+            assert row["reason"] == ["", "answer_lost", "rewrite_unreadable"][number % 3]
+            assert row["detail"].startswith(["", "wrong: accuracy 0", "mixed_scripts: 换句话说"][number % 3]) or (
+                row["detail"].startswith("language: ")
+            )
+    assert found["num_kept"] == len(after)
     assert sum(found["first"].values()) + found["num_kept"] == found["num_samples"]
-    originals = {(each["row"], each["sample"]): each for each in before}
-    for each in after:
-        original = originals[each["row"], each["sample"]]
-        assert each["original"] == original["completion"]
-        assert each["prompt"] == original["prompt"]
-        assert each["rewards"]["accuracy"] == 1
-        assert "completion_ids" not in each
-        assert "prompt_ids" not in each
-        assert each["source"]["rewritten_by"]["model"] == str(TINY / "model")
     again = files(out)
-    run(out, *how, "--rewrite-samples", "4", asked=asked)
+    run(out, "--per-question", "2", *how)  # and loads no model
     assert files(out) == again
     with pytest.raises(ValueError, match=r"the rows that are to be rewritten have changed since"):
-        run(out, *how, "--rewrite-samples", "4", "--per-question", "1", asked=asked)
+        run(out, "--per-question", "1", *how)
+
+
+def test_a_real_model_rewrites(whole: Path, tmp_path: Path):
+    """The tiny model can't: it answers what it is asked, as a rule wrongly."""
+    out, template = tmp_path / "rows.jsonl", tmp_path / "template.txt"
+    shutil.copytree(whole.with_suffix(".samples"), out.with_suffix(".samples"))
+    template.write_text("{completion} {question}")
+    found = run(out, "--per-question", "2", "--rewrite-with", str(TINY / "model"), "--rewrite-template", str(template))
+    samples = read_jsonl(out.with_suffix(".rewrites") / "samples.jsonl")
+    assert sorted(each["row"] for each in samples) == list(range(len(read_jsonl(whole))))
+    assert found["any"]["answer_lost"] > 0

@@ -132,6 +132,9 @@ class DataConfig(Section):
     """File with the Jinja text of a chat template that takes the place of the tokenizer's; checkpoints hold it. `chat` only."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """What the chat template is given besides messages, such as {enable_thinking: false}. `chat` only."""
+    kind_column: str | None = None
+    """Column that says what kind of question a row is, such as `kind` or, of several sources, `data_name`. Rewards, held-out
+    answers and language consistency then have metrics of each kind besides those of all. null: of all only."""
     max_prompt_tokens: PositiveInt = 512
     """Rows whose prompt is longer are dropped, and counted."""
     pass_rates: Location | None = None

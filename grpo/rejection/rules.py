@@ -26,8 +26,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from grpo.scoring.answers import RIGHT
 from grpo.text import readable
+
+ROUNDING = 1e-9
+"""A reward may add up parts of 1 in floating point; as in scoring/answers.py."""
 
 Choice = Literal["first", "shortest", "longest"]
 
@@ -124,7 +126,7 @@ OPTIONS = {
 def is_right(rewards: Mapping[str, float | None], required: Mapping[str, float]) -> bool | None:
     """Whether every required reward reaches its least value; None if one can't tell and none is below."""
     values = [(rewards[name], least) for name, least in required.items()]
-    if any(value is not None and value < least - (1 - RIGHT) for value, least in values):
+    if any(value is not None and value < least - ROUNDING for value, least in values):
         return False
     return None if any(value is None for value, _ in values) else True
 
@@ -183,7 +185,7 @@ def falls_of_row(
         below = (
             f"{name} {value:g}"
             for name, least in required.items()
-            if (value := rewards[name]) is not None and value < least
+            if (value := rewards[name]) is not None and value < least - ROUNDING
         )
         falls.append(Fall("wrong", _named(below)))
     if row["finish_reason"] != "stop":

@@ -82,6 +82,7 @@ def completion_rows(groups: list[Group], scores: Scores) -> list[dict[str, Any]]
                     "reward": _null_if_nan(float(scores.rewards[p, g])),
                     "rewards": {name: _null_if_nan(float(values[p, g])) for name, values in scores.values.items()},
                     **({"extra": extra} if extra else {}),
+                    **({} if group.prompt.kind is None else {"kind": group.prompt.kind}),
                 }
             )
     return rows
@@ -140,6 +141,11 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
         if values and name != VOTE:  # whose values are names
             metrics[f"eval/{name}"] = sum(values) / len(values)
             metrics[f"eval/{name}_stderr"] = _standard_error(_means(questions, partial(_reward, name)))
+        metrics |= {
+            f"kind/{kind}/eval_{name}": sum(known) / len(known)
+            for kind in sorted({row["kind"] for row in rows if "kind" in row})
+            if name != VOTE and (known := _known(row["rewards"][name] for row in rows if row.get("kind") == kind))
+        }
     for name, found in estimate(verdict_columns(questions)).items():
         metrics[f"eval/{name}"] = found.value
         if name.startswith("pass@"):
