@@ -171,10 +171,15 @@ def _questions(
     scorer.check_limits(config.completion_limits)
     eval_rows = eval_rows[:wanted]
     named = scorer.named_columns()
-    gaps = [*_gaps(named, rows, "training questions"), *_gaps(named, eval_rows, "held-out questions")]
+    gaps = [
+        text
+        for asked, what in ((rows, "training questions"), (eval_rows, "held-out questions"))
+        for reward in scorer.rewards
+        for text in _gaps(reward, named[reward.name], asked, what)
+    ]
     for why, num in left_out.items():
         processes.say(f"{num:,} training questions left out: {why}")
-    for notice in [*scorer.notices(), *gaps]:
+    for notice in [*scorer.notices(), *scorer.check_routes(rows, "training questions"), *gaps]:
         processes.say(notice)
     prompts, first = _gradable(rows, "training questions", config, processes, tokenizer, scorer)
     held_out: list[Prompt] = []
@@ -265,13 +270,13 @@ def _columns(rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]]) -> dic
     return {"columns": [name for name in training if name in held_out], "elsewhere": elsewhere}
 
 
-def _gaps(named: dict[str, list[str]], rows: list[dict[str, Any]], what: str) -> Iterator[str]:
-    """Which rewards ask for a column that some rows have nothing in."""
-    for reward, names in named.items():
-        for name in names:
-            gaps = missing(rows, name) if rows and name in rows[0] else []
-            if gaps:
-                yield (
-                    f"reward {reward} asks for {name!r}; {len(gaps):,} of {len(rows):,} {what} have none (the first: "
-                    f"row {gaps[0]}), and it is given None for them"
-                )
+def _gaps(reward: Reward, named: list[str], rows: list[dict[str, Any]], what: str) -> Iterator[str]:
+    """Which columns a reward asks for that some of the rows it is asked about have nothing in."""
+    asked = [row for row in rows if reward.is_asked(row)]
+    for name in named:
+        gaps = missing(asked, name) if asked and name in asked[0] else []
+        if gaps:
+            yield (
+                f"reward {reward.name} asks for {name!r}; {len(gaps):,} of {len(asked):,} {what} have none (the first: "
+                f"row {gaps[0]}), and it is given None for them"
+            )

@@ -26,6 +26,7 @@ from grpo.config.sections import (
     Section,
     SourceConfig,
     VLLMConfig,
+    as_text,
 )
 from grpo.config.settings import (
     Config,
@@ -52,6 +53,7 @@ __all__ = [
     "SourceConfig",
     "VLLMConfig",
     "as_override",
+    "as_text",
     "read_text",
     "read_yaml",
     "setting_names",

@@ -5,6 +5,7 @@ A default lives here and nowhere else. What may not be combined is in combinatio
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import fields
 from typing import Annotated, Any, Literal
@@ -223,9 +224,26 @@ class RewardConfig(Section):
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments handed to the function; of a class, those that it is made with, and those that its objects are called
     with."""
+    only: dict[str, list[str]] = Field(default_factory=dict)
+    """Which questions it is asked about, by columns of the data: `{kind: math}`, or several values, `{kind: [chat, writing]}`.
+    Others it has no part in: their reward is the sum over the functions that are asked. Empty: all questions."""
     form: Literal["completion", "texts", "messages"] | None = None
     """How it is called. completion: once for each, as text. texts, messages: once for a group, with lists of texts, or of
     messages as TRL has them in conversations. null: as its parameters and their annotations say; see scoring/binding.py."""
+
+    @field_validator("only", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """A single value needs no list, and a number or `true` is what it is as text in JSON."""
+        if not isinstance(value, dict):
+            return value
+        listed = {name: each if isinstance(each, list) else [each] for name, each in value.items()}
+        return {name: [as_text(item) for item in each] for name, each in listed.items()}
+
+
+def as_text(value: Any) -> Any:
+    """A plain value of a column as it is compared: true and 1 as JSON has them."""
+    return json.dumps(value) if isinstance(value, (bool, int, float)) else value
 
 
 class ScoringConfig(Section):
