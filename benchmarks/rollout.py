@@ -43,7 +43,7 @@ from grpo.inference.model import Sampler, load, sampling_config
 from grpo.observe.console import positive
 from grpo.policy.policy import SampledModel
 from grpo.policy.tokenizer import load_tokenizer
-from grpo.rollout.decoder import CHUNK, Decoder
+from grpo.rollout.decoder import Decoder
 from grpo.rollout.paged import PAGE, num_pages_for
 from grpo.rollout.slots import Sequence
 from grpo.rollout.stop_criteria import Ending
@@ -251,7 +251,7 @@ def launches_of(decoder: Decoder) -> Iterator[list[tuple[float, int]]]:
     def watched(rows: list[Sequence]) -> Any:
         at = time.perf_counter()
         chunk = decode(rows)
-        launches.append((at, chunk.num_places // CHUNK))
+        launches.append((at, chunk.num_places // decoder.chunk))
         return chunk
 
     decoder.decode = watched
@@ -267,8 +267,8 @@ def time_a_step(decoder: Decoder, at: int, sampling: Sampling, *, with_kernels: 
 
     On a GPU it is a captured graph. With kernels, the costliest of them are printed.
     """
-    num_steps = TIMED_CHUNKS * CHUNK
-    rows = made_up(decoder, at, num_steps=2 * num_steps + CHUNK)
+    num_steps = TIMED_CHUNKS * decoder.chunk
+    rows = made_up(decoder, at, num_steps=2 * num_steps + decoder.chunk)
     decoder.begin(sampling)
     decoder.decode(rows)  # compiles and captures, if that has not been done yet
     synchronize()

@@ -36,6 +36,7 @@ from grpo.system.distributed import TrainingProcesses
 from grpo.system.stopping import StopAgreement, StopRequest
 from grpo.training.collector import Collector
 from grpo.training.learner import Learner
+from grpo.training.rollout import RolloutMaker
 from grpo.types import Prompt
 
 Rows = Iterable[Mapping[str, Any]]
@@ -61,11 +62,11 @@ class Parts:
     prompts: PromptOrder
     collector: Collector
     learner: Learner
+    rollouts: RolloutMaker
     preflight: Preflight
     held_out: HeldOut
     checkpoints: Checkpoints
     log: RunLog  # not open yet
-    signal_from: str  # name of the reward by which dynamic sampling chooses groups
     found: Path | None  # the checkpoint to resume
 
 
@@ -135,11 +136,11 @@ def assemble(
         prompts=prompts,
         collector=collector,
         learner=learner,
+        rollouts=RolloutMaker(collector, learner, prompts, signal_from=signal_from, words=log.words),
         preflight=preflight,
         held_out=HeldOut(held_out, config.evaluation, config.eval_sampling, collector, log, processes),
         checkpoints=checkpoints,
         log=log,
-        signal_from=signal_from,
         found=found,
     )
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo.rollout.paged import PAGE, plain_decode_attention
+from grpo.rollout import plain_kernels
+from grpo.rollout.paged import PAGE
 from grpo.rollout.sampling import knobs_of, mix, plain_draw, sequence_seeds, uniform
 from grpo.types import Sampling
 
@@ -166,7 +167,9 @@ def test_attention_over_pages_equals_plain_torch_and_keeps_nan_neighbours_out(
                 cache[table[row, number], :, min(free, PAGE) :] = float("nan")
     q = torch.randn(rows, heads, head_dim, device=DEVICE)
     actual = kernels.decode_attention(q, keys, values, table, lens, scale=0.2, window=window)
-    expected = plain_decode_attention(q, keys, values.nan_to_num(), table, lens, scale=0.2, window=window)
+    expected = plain_kernels.decode_attention(
+        q, keys.nan_to_num(), values.nan_to_num(), table, lens, scale=0.2, window=window
+    )
     assert actual.isfinite().all()
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
@@ -189,7 +192,9 @@ def test_plain_attention_equals_loops(window: int):
     keys, values = torch.randn(6, 2, PAGE, 8), torch.randn(6, 2, PAGE, 8)
     table, lens = torch.tensor([[3, 1], [5, 2]], dtype=torch.int32), torch.tensor([100, 7], dtype=torch.int32)
     q = torch.randn(2, 4, 8)
-    actual = plain_decode_attention(q, keys, values, table, lens, scale=0.3, window=window if window < 1000 else None)
+    actual = plain_kernels.decode_attention(
+        q, keys, values, table, lens, scale=0.3, window=window if window < 1000 else None
+    )
     for row in range(2):
         expected = slow_attention(q[row], keys, values, table[row].tolist(), int(lens[row]), window)
         torch.testing.assert_close(actual[row], expected)

@@ -75,4 +75,4 @@ def test_there_is_no_circle():
 
 
 def test_the_test_sees_imports():
-    assert {"grpo.types", "grpo.config", "grpo.algorithm.batch"} <= GRAPH["grpo.trainer"]
+    assert {"grpo.types", "grpo.config", "grpo.run.loop"} <= GRAPH["grpo.trainer"]

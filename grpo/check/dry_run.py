@@ -31,7 +31,7 @@ def rehearse(config: Config, trainer_class: type[AnyTrainer], **changes: dict[st
         run = {"resume": "never", **changes.pop("run", {}), "dir": str(Path(directory) / "run")}
         trainer = trainer_class(changed(config, **quiet, **changes, run=run))
         trainer.close()
-    trainer.collector.scorer, trainer.signal_from = RandomRewards(), "random"
+    trainer.collector.scorer, trainer.rollouts.signal_from = RandomRewards(), "random"
     trainer.collector.retries = False  # a shortage of memory is what a check is to find
     return trainer
 

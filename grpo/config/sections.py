@@ -187,7 +187,7 @@ class RolloutConfig(Section):
     """Texts that end a completion, such as `</answer>`, besides the end-of-sequence tokens. They stay part of it."""
     engine: Literal["auto", "native", "hf", "vllm"] = "auto"
     """What samples; see grpo/rollout. native: grpo's own, on the policy's weights. hf: transformers' `generate`, slow. vllm: an
-    optional extra. auto: native on CUDA if it supports the model, else hf."""
+    optional extra. auto: native if it supports the model, else hf."""
     fused_layers: bool = True
     """Let the native engine run its fused kernels for the families it has them for. false: the model's own layers."""
 

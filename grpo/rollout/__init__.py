@@ -26,7 +26,7 @@ def check_engine(config: Config) -> None:
 
 
 def make_generator(config: Config, policy: SampledModel) -> Generator:
-    """The engine that `rollout.engine` names; `auto` takes the native one on CUDA if it supports the model.
+    """The engine that `rollout.engine` names; `auto` takes the native one if it supports the model.
 
     Raises:
         ValueError: the engine cannot run this model here.
@@ -40,7 +40,7 @@ def make_generator(config: Config, policy: SampledModel) -> Generator:
 
         assert isinstance(policy, Policy), "vLLM takes its weights from a policy that is trained"
         return VLLMGenerator(policy, config)
-    if engine == "native" or (engine == "auto" and policy.processes.device.type == "cuda"):
+    if engine in ("native", "auto"):
         from grpo.rollout.engine import NativeGenerator, unsupported
 
         with progress.busy("compiling the kernels of the native engine"):

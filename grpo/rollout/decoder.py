@@ -27,9 +27,9 @@ from grpo.rollout.slots import Prefix, Sequence
 from grpo.system import progress
 from grpo.types import Sampling
 
-CHUNK = 4
+CHUNK, CPU_CHUNK = 4, 2
 """Steps per launch. A sequence is taken out one chunk after the one in which it ends; so more steps waste more on ended rows,
-and fewer leave the host too little time to prepare the next launch."""
+and fewer leave the host too little time to prepare the next launch, which a CPU does not do meanwhile."""
 
 TOKEN, LENGTH, REMAINING = range(3)  # rows of the state: newest token, tokens before it, tokens it may still draw
 
@@ -46,8 +46,8 @@ class Chunk:
 
     rows: list[Sequence]
     num_places: int  # rows of the graph times steps
-    tokens: Tensor  # (CHUNK, slots) int32, on the host
-    logprobs: Tensor  # (CHUNK, slots) float32
+    tokens: Tensor  # (steps, slots) int32, on the host
+    logprobs: Tensor  # (steps, slots) float32
     lens: Tensor  # (slots,) int32, tokens before the newest of each row after the last step
     event: torch.cuda.Event | None
 
@@ -77,14 +77,15 @@ class Decoder:
     ) -> None:
         self.lm, self.cache, self.fused = lm, cache, fused
         self.device = cache.keys.device
+        self.chunk = CHUNK if self.device.type == "cuda" else CPU_CHUNK
         self.ends = torch.tensor(end_token_ids, dtype=torch.int32, device=self.device)
         self.state = self._zeros(3, num_slots)
         self.seeds = self._zeros(num_slots, dtype=torch.int64)
         self.table = self._zeros(num_slots, pages_each)
         self.knobs = self._zeros(len(KNOBS), dtype=torch.float32)
         self.step_number = self._zeros(1, dtype=torch.int64)
-        self.tokens = self._zeros(CHUNK, num_slots)
-        self.logprobs = self._zeros(CHUNK, num_slots, dtype=torch.float32)
+        self.tokens = self._zeros(self.chunk, num_slots)
+        self.logprobs = self._zeros(self.chunk, num_slots, dtype=torch.float32)
         self.truncated = False
         self._columns: dict[Sequence, int] = {}  # where each row of the last launch is
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
@@ -142,11 +143,11 @@ class Decoder:
         return self._pinned(values.astype(np.int64)).to(self.device, non_blocking=True)
 
     def decode(self, rows: list[Sequence]) -> Chunk:
-        """Launch CHUNK steps of these sequences. One that was in the last launch goes on from there."""
+        """Launch a chunk of steps of these sequences. One that was in the last launch goes on from there."""
         size = self._size(len(rows))
         graph = self._graph(size) if self.device.type == "cuda" else None
         self._stage(rows)
-        for _ in range(CHUNK):
+        for _ in range(self.chunk):
             if graph is None:
                 self._step(size)
             else:
@@ -195,7 +196,7 @@ class Decoder:
         if self.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
-        return Chunk(rows, size * CHUNK, tokens, logprobs, lens, event)
+        return Chunk(rows, size * self.chunk, tokens, logprobs, lens, event)
 
     def _download(self, source: Tensor) -> Tensor:
         target = torch.empty(source.shape, dtype=source.dtype, pin_memory=self.device.type == "cuda")

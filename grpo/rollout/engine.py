@@ -30,7 +30,7 @@ from grpo.config import Config
 from grpo.policy.families import attention_calls, attribute
 from grpo.policy.policy import FORWARD_TOLERANCE, SampledModel
 from grpo.policy.tokenizer import CHANGING_ROPE, rope_types
-from grpo.rollout.decoder import CHUNK, LENGTH, TOKEN, Chunk, Decoder
+from grpo.rollout.decoder import LENGTH, TOKEN, Chunk, Decoder
 from grpo.rollout.grouping import Grouping
 from grpo.rollout.layers import can_fuse
 from grpo.rollout.paged import PAGE, PagedCache, num_pages_for
@@ -202,10 +202,14 @@ class Call:
         while prefixes := self.slots.read_ahead(READ_TOKENS):
             self.decoder.read(prefixes)
             progress.tick()
-        self.decoder.copy(self.slots.start(CHUNK))
-        self.slots.grow(2 * CHUNK)  # the steps of the chunk before are not counted yet
+        self.decoder.copy(self.slots.start(self.decoder.chunk))
+        self.slots.grow(2 * self.decoder.chunk)  # the steps of the chunk before are not counted yet
         under_way = set() if before is None else set(before.rows)
-        rows = [sequence for sequence in self.slots.running if sequence.remaining > CHUNK or sequence not in under_way]
+        rows = [
+            sequence
+            for sequence in self.slots.running
+            if sequence.remaining > self.decoder.chunk or sequence not in under_way
+        ]
         if not rows:
             return None
         self.timeline.append((time.perf_counter(), len(rows)))
@@ -217,6 +221,7 @@ class Call:
         """Append what each sequence of a chunk drew, and make completions of those that have ended."""
         chunk.wait()
         if not chunk.logprobs[:, : len(chunk.rows)].isfinite().all():
+            self.decoder.cache.clear()
             raise FloatingPointError(
                 "the policy's logits are not finite numbers, so no token can be drawn from them: its weights are broken. Go on "
                 "from an older checkpoint with model.name=.../hf and a lower optimizer.learning_rate."

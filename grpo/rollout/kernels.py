@@ -20,7 +20,7 @@ from torch import Tensor
 def decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lens: Tensor, *, scale: float, window: int | None
 ) -> Tensor:
-    """`paged.plain_decode_attention`; with few sequences, several programs share one and a second kernel joins their parts."""
+    """`plain_kernels.decode_attention`; with few sequences, several programs share one and a second kernel joins their parts."""
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads, page = keys.shape[1:3]
     group = num_heads // num_kv_heads

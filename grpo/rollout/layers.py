@@ -1,8 +1,9 @@
 """Tokens through a model's layers with paged attention: the newest tokens of many sequences, or whole prompts.
 
 `model_layers` runs the model's own forward, for every family. `FusedLayers` runs the same weights through a third as many
-kernels, for the families whose decoder layer is the one of Llama. Neither copies a weight: projections that read the same input
-become one product where their weights lie end to end in memory, which `policy.lay_out` sees to.
+kernels, or on a CPU half as many operations, for the families whose decoder layer is that of Llama. Neither copies a weight:
+projections that read the same input become one product where their weights lie end to end in memory, which `policy.lay_out` sees
+to.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from grpo.rollout.paged import Places, attend
+from grpo.rollout.paged import Places, attend, kernels_for
 
 FUSED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """`model_type`s whose layers FusedLayers knows; SmolLM and SmolLM2 are `llama`."""
@@ -38,7 +39,6 @@ def can_fuse(lm: PreTrainedModel) -> bool:
     return (
         config.model_type in FUSED_FAMILIES
         and config.hidden_act == "silu"
-        and next(lm.parameters()).is_cuda
         and getattr(config, "partial_rotary_factor", 1.0) in (None, 1.0)
     )
 
@@ -46,14 +46,15 @@ def can_fuse(lm: PreTrainedModel) -> bool:
 class FusedLayers:
     """The decoder layers of Llama, Mistral, Qwen2 and Qwen3 on the kernels of kernels.py; called like `model_layers`."""
 
-    def __init__(self, lm: PreTrainedModel) -> None:
+    def __init__(self, lm: PreTrainedModel, kernels: Any = None) -> None:
+        """Args: kernels: a module like kernels.py; None: the one for the device of the weights."""
         self.base: Any = lm.base_model  # its modules are the ones of Llama
+        self.kernels = kernels or kernels_for(next(lm.parameters()))
         layers: Any = self.base.layers
-        self.layers = [_Layer(layer) for layer in layers]
+        self.layers = [_Layer(layer, self.kernels) for layer in layers]
 
     def __call__(self, lm: PreTrainedModel, tokens: Tensor, positions: Tensor, places: Places) -> Tensor:
-        from grpo.rollout.kernels import add_rms_norm
-
+        add_rms_norm = self.kernels.add_rms_norm
         x, residual = self.base.embed_tokens(tokens), None
         cos, sin = (part.squeeze(0) for part in self.base.rotary_emb(x, positions.unsqueeze(0)))
         for number, layer in enumerate(self.layers):
@@ -66,7 +67,8 @@ class FusedLayers:
 
 
 class _Layer:
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, kernels: Any) -> None:
+        self.kernels = kernels
         attention, mlp = layer.self_attn, layer.mlp
         self.norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.qkv = Joined([attention.q_proj, attention.k_proj, attention.v_proj])
@@ -82,17 +84,13 @@ class _Layer:
         self.window = sliding_window(attention)
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor, number: int, places: Places) -> Tensor:
-        from grpo.rollout.kernels import rotate_and_store
-
         q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in self.qkv(x))
         keys, values = places.cache.keys[number], places.cache.values[number]
-        q, k = rotate_and_store(q, k, v, cos, sin, keys, values, places.write, **self.head_norms)
+        q, k = self.kernels.rotate_and_store(q, k, v, cos, sin, keys, values, places.write, **self.head_norms)
         return self.o_proj(attend(q, k, v, places, number, scale=self.scaling, window=self.window).flatten(1))
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        from grpo.rollout.kernels import silu_mul
-
-        return self.down_proj(silu_mul(*self.gate_up(x)))
+        return self.down_proj(self.kernels.silu_mul(*self.gate_up(x)))
 
 
 def sliding_window(attention: Any) -> int | None:

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from grpo.policy.attention import check_arguments, varlen_attention
+from grpo.rollout import plain_kernels
 
 PAGE = 64
 """Positions in a page. On average half a page per completion stays empty; smaller pages cost more lookups."""
@@ -64,6 +64,11 @@ class PagedCache:
         for source, target in zip(sources.split(COPIED_PAGES), targets.split(COPIED_PAGES), strict=True):
             self.keys[:, target] = self.keys[:, source]
             self.values[:, target] = self.values[:, source]
+
+    def clear(self) -> None:
+        """Forget what the pages hold: where weights broke it is no number, and would spoil whoever writes there next."""
+        self.keys.zero_()
+        self.values.zero_()
 
     def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keep keys and values, (N, kv_heads, head_dim), at `places` (N,): page * PAGE + position in the page."""
@@ -117,27 +122,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, places: Places, layer: int, *, scale
     assert places.block_table is not None, "a decoding step has a block table"
     assert places.lens is not None, "a decoding step has lengths"
     keys, values = places.cache.keys[layer], places.cache.values[layer]
-    if q.is_cuda:
-        from grpo.rollout.kernels import decode_attention
-
-        return decode_attention(q, keys, values, places.block_table, places.lens, scale=scale, window=window)
-    return plain_decode_attention(q, keys, values, places.block_table, places.lens, scale=scale, window=window)
+    attention = kernels_for(q).decode_attention
+    return attention(q, keys, values, places.block_table, places.lens, scale=scale, window=window)
 
 
-def plain_decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lens: Tensor, *, scale: float, window: int | None
-) -> Tensor:
-    """The same in plain torch: for the CPU, and what the kernel is tested against.
+def kernels_for(tensor: Tensor) -> Any:
+    """The module of kernels for a tensor's device."""
+    if tensor.is_cuda:
+        from grpo.rollout import kernels  # which needs Triton
 
-    Args:
-        q: (B, heads, D).
-        keys, values: (pages, kv_heads, PAGE, D).
-    """
-    pages = block_table[:, : num_pages_for(int(lens.max()))].long()
-    k, v = (x[pages].transpose(1, 2).flatten(2, 3) for x in (keys, values))  # (B, kv_heads, positions, D)
-    age = lens.unsqueeze(1) - 1 - torch.arange(k.shape[2], device=q.device)
-    seen = (age >= 0) if window is None else (age >= 0) & (age < window)
-    k, v = (x.where(seen[:, None, :, None], 0) for x in (k, v))  # what lies behind the end, even NaN, does not count
-    grouped = q.shape[1] != k.shape[1]
-    mask = seen[:, None, None]
-    return scaled_dot_product_attention(q.unsqueeze(2), k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[:, :, 0]
+        return kernels
+    return plain_kernels

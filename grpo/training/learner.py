@@ -17,6 +17,7 @@ from grpo.config import AlgorithmConfig, OptimizerConfig
 from grpo.config.schedule import learning_rate
 from grpo.observe.metrics import Meter, measure_micro_batch, measure_passes
 from grpo.policy.policy import Policy
+from grpo.training.state import RunState
 from grpo.types import Batch, MicroBatch
 
 
@@ -184,21 +185,37 @@ class Learner:
         """The learning rate of an optimizer step, counted from 0."""
         return learning_rate(self.optimizer, step=optimizer_step, num_steps=self.optimizer_steps)
 
-    def step(self, rate: float) -> float | None:
-        """Change the weights; the norm of the gradient, or None if it was not finite and nothing was changed."""
-        norm = self.policy.optimizer_step(rate)
-        return norm if math.isfinite(norm) else None
+    def update(self, totals: Totals, state: RunState, meter: Meter, *, rate_factor: float = 1.0) -> None:
+        """Change the weights by the gradient that `accumulate` has left; left out on all processes if it is not finite.
 
-    def refresh_reference_if_due(self, *, before: int, after: int) -> bool:
+        Args:
+            totals: what `accumulate` returned.
+            state: its optimizer steps and learning rate follow.
+            rate_factor: times the scheduled learning rate.
+        """
+        rate = self.rate(state.optimizer_steps) * rate_factor
+        norm = self.policy.optimizer_step(rate)
+        skipped = not math.isfinite(norm)
+        meter.total("optimizer/skipped", float(skipped and self.processes.is_main))
+        if skipped:
+            self.processes.say(
+                f"warning: the loss ({totals.loss}) or its gradient is not finite; an update of step {state.step + 1} is left out"
+            )
+            return
+        state.optimizer_steps += 1
+        state.learning_rate = rate
+        meter.mean("optimizer/grad_norm", torch.tensor(norm))
+        meter.mean("optimizer/loss", torch.tensor(totals.loss))
+
+    def refresh_reference_if_due(self, *, before: int, after: int) -> None:
         """Make the policy the reference where a rollout's optimizer steps passed a multiple of reference_refresh_steps.
 
         One without a known reward has fewer steps, so they may not end on it.
         """
         every = self.algorithm.reference_refresh_steps
-        due = bool(every) and after // every > before // every
-        if due:
+        if every and after // every > before // every:
             self.policy.refresh_reference()
-        return due
+            self.processes.say(f"the reference is the policy after optimizer step {after} from here on")
 
 
 def local_sums(loss: Tensor, meter: Meter, *more: float) -> Tensor:

@@ -29,6 +29,10 @@ class RunState:
     groups_seen: float = 0.0  # in the last steps, fading; see grpo/algorithm/dynamic_sampling.py
     groups_with_signal: float = 0.0  # of these
 
+    def metrics(self) -> dict[str, float]:
+        """Of the step that is done."""
+        return {"optimizer/learning_rate": self.learning_rate, "optimizer/steps": self.optimizer_steps}
+
 
 @dataclass
 class Rollout:

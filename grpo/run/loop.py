@@ -1,0 +1,164 @@
+"""The course of a run: steps until the last, evaluations and checkpoints between them, stopped and resumed at any point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpo import report
+from grpo.config import Config
+from grpo.observe.rundir import RunLog
+from grpo.policy.policy import Policy
+from grpo.run import checkpoint
+from grpo.run.checkpoint import Checkpoints
+from grpo.run.ending import say_how_to_go_on, say_where_all_lies
+from grpo.run.guard import Guard
+from grpo.system import progress
+from grpo.system.distributed import Processes
+from grpo.system.out_of_memory import or_ask_for_less
+from grpo.system.stopping import Interrupted, StopAgreement, Stopped
+from grpo.training.callback import Callback
+from grpo.training.state import RunState, StepClock, StepState
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+class Loop:
+    """What a trainer does around its steps. Every process has one, and all call the same methods at the same time."""
+
+    config: Config
+    processes: Processes
+    stop: StopAgreement
+    checkpoints: Checkpoints
+    log: RunLog
+    guard: Guard
+    policy: Policy
+    callbacks: Sequence[Callback]
+    clock: StepClock
+    state: RunState
+    step: StepState
+    directory: Path  # of the run
+
+    # ---- what a trainer fills in -------------------------------------------------------------------------------------
+
+    def train_step(self) -> dict[str, float]:
+        """One training step; its metrics over all processes."""
+        raise NotImplementedError
+
+    def _before_first_step(self) -> None:
+        """What a new run begins with, and a resumed one does not."""
+
+    def _evaluate(self) -> list[dict[str, Any]] | None:
+        """The held-out answers of all processes after the last step; None: there are no questions, or it was done before."""
+        raise NotImplementedError
+
+    def _take_up(self) -> None:
+        """Bring the trainer's own parts to where the restored state stands."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the reward workers and the logs; for a trainer that is stepped by hand."""
+        self.log.close()
+
+    # ---- the course --------------------------------------------------------------------------------------------------
+
+    def train(self) -> Path:
+        """Run all steps that are left, with the evaluations and checkpoints that are due.
+
+        Returns:
+            The last checkpoint; its `hf/` is a directory that `AutoModelForCausalLM.from_pretrained` loads.
+
+        Raises:
+            Stopped: SIGTERM, SIGINT or the end of `run.max_hours` came, or a single process was short of memory in an update;
+                where the run stands is saved. After a shortage, `settings` are what to go on with.
+            PreflightRefused: there is nothing to learn from.
+        """
+        with self.stop.request, progress.phase("training"):
+            try:
+                if self.state == RunState() and self.step.rollout is None:  # not on resume
+                    self._before_first_step()
+                self._evaluate_if_due()
+                while not self._is_last():
+                    self.train_step()
+                    if self._is_last() or _due(self.state.step, self.config.checkpoint.every_steps):
+                        self.checkpoints.try_to(self.save)
+                    self._evaluate_if_due()
+                last = self.save(wait=True)
+                for callback in self.callbacks:
+                    callback.on_end(last)
+            except Interrupted as interrupted:
+                raise self._leave(interrupted) from interrupted
+            finally:
+                self.log.close()
+        self.close()
+        self.log.show_samples(self.state.step)
+        say_where_all_lies(self.directory, last / "hf", self.processes)
+        return last
+
+    def _is_last(self) -> bool:
+        return self.state.step >= self.config.run.steps
+
+    @progress.phase("evaluation")
+    def _evaluate_if_due(self) -> None:
+        """Before the first step, after the last, and as configured between; not again for a step that a run resumes at."""
+        step = self.state.step
+        due = step == 0 or self._is_last() or _due(step, self.config.evaluation.every_steps)
+        if due and (rows := self._evaluate()) is not None:
+            for callback in self.callbacks:
+                callback.on_evaluation(step, rows)
+
+    @progress.phase("saving")
+    def save(self, *, wait: bool = False) -> Path:
+        """Write a checkpoint of the current state; every process calls it. See Checkpoints.save."""
+        saved = self.checkpoints.save(self.state, self.step, policy=self.policy, wait=wait)
+        for callback in self.callbacks:
+            callback.on_save(self.state.step, saved)
+        return saved
+
+    def _restore(self, found: Path) -> None:
+        self.state, self.step = checkpoint.restore(found, policy=self.policy, processes=self.processes)
+        self._take_up()
+
+    def _roll_back(self, good: Path) -> None:
+        self._restore(good)
+        self.log.close()
+        self.log.open(resumed_step=self.state.step)
+        self.guard.rewind(self.state.step)
+        factor = self.guard.roll_backs.rate_factor
+        self.processes.say(f"from here on at {factor:g} times the learning rate, with other random numbers")
+
+    def _or_ask_for_less(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns; out of memory, ask to leave with a checkpoint of the step, to go on with smaller passes."""
+        return or_ask_for_less(
+            work,
+            longest=self.config.max_sequence_tokens,
+            tokens=self.config.memory.micro_batch_tokens,
+            may_leave=self.stop.request.is_handled and self.processes.world_size == 1,
+            where=f"phase {self.clock.phase} of step {self.state.step + 1}",
+            undo=self.step.undo(),
+        )
+
+    def _leave(self, interrupted: Interrupted) -> Stopped:
+        if self.step.rollout is None:
+            self.step = StepState()  # to be done again
+        saved = self.save(wait=True)
+        if self.processes.is_main:
+            report.at_the_end(self.directory)
+        self.close()  # first: the last words stand beneath the display
+        return say_how_to_go_on(interrupted, self.directory, saved, self.stop.request, self.processes)
+
+    def metrics(self) -> DataFrame:
+        """What has been logged so far, a row for each step and each evaluation; empty on other processes than the main one."""
+        import pandas
+
+        return pandas.DataFrame(self.log.metrics() if self.processes.is_main else [])
+
+    def _time(self, phase: str) -> AbstractContextManager[None]:
+        return self.clock.phase_of(self.step, phase)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
