@@ -18,6 +18,7 @@ import shutil
 import signal
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 # of this run alone, also in processes that tests start
@@ -80,7 +81,18 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return int(max(1, min(round(cores), gib // 3, 8)))
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # before xdist, which reads the groups in the same hook, and before `-m`
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    group_and_order(config, items)
+    yield
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest 9.2 does not read the groups that pytest-xdist 3.8 writes into a test's id: each test would be its own, in silence."""
+    assert hasattr(pytest.Item, "_nodeid"), "install pytest<9.2, as pyproject.toml says"
+
+
+def group_and_order(config: pytest.Config, items: list[pytest.Item]) -> None:
     seconds: dict[str, float] = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
     groups: dict[str, list[pytest.Item]] = defaultdict(list)
     for number, item in enumerate(items):

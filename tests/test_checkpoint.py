@@ -48,10 +48,10 @@ def names(run: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("kills", "options"),
     [
-        (14, []),
-        (8, ["--lora", "4", "--background"]),
-        (7, ["--processes", "2", "--zero", "2"]),
-        (7, ["--processes", "2", "--zero", "3", "--background"]),
+        (6, []),
+        (4, ["--lora", "4", "--background"]),
+        (4, ["--processes", "2", "--zero", "2"]),
+        (4, ["--processes", "2", "--zero", "3", "--background"]),
     ],
 )
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(

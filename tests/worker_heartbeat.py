@@ -80,10 +80,16 @@ def sleep_and_meet(rank: int) -> None:
     wait_for_all(rank)
 
 
+def hears_of(pid: int) -> Path:
+    """There once the process handles signals."""
+    return OUT / f"{pid}.hears"
+
+
 def gather_once_less(rank: int) -> None:
     """As a trainer whose processes differ in the number of passes: one is in the next phase, and in another collective."""
     others = dist.new_group([0, 1, 2])
     with StopRequest(None) as stopping:
+        hears_of(os.getpid()).touch()
         if rank == 2:
             with progress.phase("saving"):
                 stopping.abortable(lambda: dist.barrier(group=others))
@@ -227,6 +233,8 @@ def watch(name: str, pids: list[int]) -> list[dict[str, float]]:
 
 def strike(scenario: Scenario, pids: list[int]) -> None:
     if scenario.asked is not None:
+        while not hears_of(pids[scenario.asked]).exists():
+            time.sleep(0.02)
         os.kill(pids[scenario.asked], signal.SIGTERM)
     if scenario.blow is None:
         return

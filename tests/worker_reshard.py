@@ -86,6 +86,6 @@ if __name__ == "__main__":
     out = Path(sys.argv[1])
     for case in json.loads(sys.argv[2]):
         run(out, **case)
-    assert [thread.name for thread in threading.enumerate()].count("heartbeat") == 2
+    assert [thread.name for thread in threading.enumerate()].count("heartbeat") == 3
     torch.distributed.barrier()
     distributed.stop()
