@@ -14,8 +14,8 @@ mend:
 They have one tokenizer, the quickstart's with WORDS, so that the student can learn from the other's tokens. They have never seen
 a reward. The questions are the quickstart's.
 
-Measured with the default seed on two cores beside much other work (716 s and about 1,000 s; idle, a few minutes). The test set, at
-most 64 new tokens:
+Measured with the default seed on two cores beside much other work (716 s and about 1,000 s; idle, a few minutes). The test
+set, at most 64 new tokens:
 
     model      decoding                        right    well-formed    "Wait"    Han    tokens
     base       temperature 1, 1,024 samples    11.5 %        47.5 %     4.7 %  6.0 %      20.5

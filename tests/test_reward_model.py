@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,12 @@ def test_an_encoder_reads_a_pair_with_its_two_kinds_of_text(tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
     tokenizer.chat_template = None
     tokenizer.save_pretrained(own)
+    written = json.loads((own / "tokenizer_config.json").read_text())
+    written |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+    }
+    (own / "tokenizer_config.json").write_text(json.dumps(written))
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -129,6 +136,7 @@ def test_an_encoder_reads_a_pair_with_its_two_kinds_of_text(tmp_path: Path):
         initializer_range=0.3,
     )
     BertForSequenceClassification(config).save_pretrained(own)
+    assert set(AutoTokenizer.from_pretrained(own)(QUESTION, "3")["token_type_ids"]) == {0, 1}
     expected = [by_hand(own, QUESTION, text) for text in TEXTS]
     assert len({round(each, 4) for each in expected}) == 4
     assert scores(reward_model(str(own))) == pytest.approx(expected, abs=1e-5)
