@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config import Config
-from grpo.data.prompts import PromptOrder, build_prompts, use_chat_template
+from grpo.data.pass_rates import within_pass_rates
+from grpo.data.prompts import PromptOrder, build_prompts, check_kinds, use_chat_template
 from grpo.data.rows import load_rows, missing, prepare_rows
 from grpo.observe import rundir
 from grpo.observe.metrics import check_reward_names
@@ -160,14 +161,18 @@ def _questions(
 ) -> Questions:
     with processes.accelerator.main_process_first():
         rows = _rows(config, train_dataset, functions, evaluation=False)
+        kept, left_out = within_pass_rates(rows, config.data)
+        rows = [row for row, is_kept in zip(rows, kept, strict=True) if is_kept]
+        check_kinds(rows, config.data)
         wanted = config.evaluation.num_questions
         eval_rows = _rows(config, eval_dataset, functions, evaluation=True) if wanted else []
     scorer = _scorer(config, functions, rows, eval_rows)
     scorer.check_limits(config.completion_limits)
     eval_rows = eval_rows[:wanted]
-    named = scorer.named_columns()
-    gaps = [*_gaps(named, rows, "training questions"), *_gaps(named, eval_rows, "held-out questions")]
-    for notice in [*scorer.notices(), *gaps]:
+    gaps = [*_gaps(scorer, rows, "training questions"), *_gaps(scorer, eval_rows, "held-out questions")]
+    for why, num in left_out.items():
+        processes.say(f"{num:,} training questions left out: {why}")
+    for notice in [*scorer.notices(), *scorer.check_routes(rows, "training questions"), *gaps]:
         processes.say(notice)
     prompts, first = _gradable(rows, "training questions", config, processes, tokenizer, scorer)
     held_out: list[Prompt] = []
@@ -201,7 +206,7 @@ def held_out_questions(
     with processes.accelerator.main_process_first():
         rows = _rows(config, eval_dataset, functions, evaluation=True)[: config.evaluation.num_questions]
     scorer = _scorer(config, functions, rows, rows)
-    for notice in [*scorer.notices(), *_gaps(scorer.named_columns(), rows, "held-out questions")]:
+    for notice in [*scorer.notices(), *_gaps(scorer, rows, "held-out questions")]:
         processes.say(notice)
     prompts, _ = _gradable(rows, "held-out questions", config, processes, tokenizer, scorer)
     return prompts, scorer
@@ -294,13 +299,15 @@ def _columns(rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]]) -> dic
     return {"columns": [name for name in training if name in held_out], "elsewhere": elsewhere}
 
 
-def _gaps(named: dict[str, list[str]], rows: list[dict[str, Any]], what: str) -> Iterator[str]:
-    """Which rewards ask for a column that some rows have nothing in."""
-    for reward, names in named.items():
-        for name in names:
-            gaps = missing(rows, name) if rows and name in rows[0] else []
+def _gaps(scorer: Scorer, rows: list[dict[str, Any]], what: str) -> Iterator[str]:
+    """Which rewards ask for a column that some of the rows they are asked about have nothing in."""
+    named = scorer.named_columns()
+    for reward in scorer.rewards:
+        asked = [row for row in rows if reward.is_asked(row)]
+        for name in named[reward.name]:
+            gaps = missing(asked, name) if asked and name in asked[0] else []
             if gaps:
                 yield (
-                    f"reward {reward} asks for {name!r}; {len(gaps):,} of {len(rows):,} {what} have none (the first: "
+                    f"reward {reward.name} asks for {name!r}; {len(gaps):,} of {len(asked):,} {what} have none (the first: "
                     f"row {gaps[0]}), and it is given None for them"
                 )

@@ -34,6 +34,7 @@ class Prompt:
         None  # of its completions' random numbers, where they are not to follow from the call and its other prompts
     )
     messages: list[dict[str, str]] | None = None  # what the chat template was given; None: another template
+    kind: str | None = None  # of question, as data.kind_column says; metrics are told apart by it
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Reward functions: strings and numbers in, a number out (None: can't tell). A YAML uses the names they have here."""
 
 from .accuracy import accuracy
+from .classifier import RewardModel as reward_model
 from .code import code
 from .countdown import countdown
+from .endpoint import Judge as judge
 from .exact_match import exact_match
 from .format import format
 from .language import language
@@ -17,9 +19,11 @@ __all__ = [
     "countdown",
     "exact_match",
     "format",
+    "judge",
     "language",
     "overlong",
     "reasoning_gym",
     "repetition",
+    "reward_model",
     "vote",
 ]

@@ -269,9 +269,15 @@ def learning_rate_share(step: int, num_steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS) * (FINAL_LEARNING_RATE_SHARE + (1 - FINAL_LEARNING_RATE_SHARE) * cosine)
 
 
-def pretrain(model: Qwen2ForCausalLM, data: Iterator[tuple[torch.Tensor, torch.Tensor]], *, num_steps: int) -> None:
+def pretrain(
+    model: Qwen2ForCausalLM,
+    data: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    num_steps: int,
+    learning_rate: float = LEARNING_RATE,
+) -> None:
     """Next-token training in place, reporting the mean loss every 250 steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, num_steps))
     began, losses, num_tokens = time.perf_counter(), [], 0
     model.train()
@@ -315,8 +321,8 @@ def check_tokenizer(tokenizer: Qwen2Tokenizer, folder: Path, corpus: Iterator[st
 
 
 @torch.no_grad()
-def measure(folder: Path, problems: list[Problem], *, temperature: float) -> dict[str, float]:
-    """Shares of right, well-formed and reflecting answers of the saved model, and their mean length in tokens."""
+def answers(folder: Path, problems: list[Problem], *, temperature: float) -> tuple[list[str], list[int]]:
+    """An answer of the saved model to each problem, and its number of tokens."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     torch.manual_seed(SEED)
@@ -325,13 +331,19 @@ def measure(folder: Path, problems: list[Problem], *, temperature: float) -> dic
     output = model.generate(**prompts, max_new_tokens=MAX_NEW_TOKENS, do_sample=temperature > 0, **sampling)
     completions = output[:, prompts.input_ids.shape[1] :]
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    right = [ANSWER.findall(text)[-1:] == [str(problem.answer)] for text, problem in zip(texts, problems, strict=True)]
     lengths = (completions != tokenizer.pad_token_id).sum(1).add(1).clamp(max=MAX_NEW_TOKENS)
+    return texts, lengths.tolist()
+
+
+def measure(folder: Path, problems: list[Problem], *, temperature: float) -> dict[str, float]:
+    """Shares of right, well-formed and reflecting answers of the saved model, and their mean length in tokens."""
+    texts, lengths = answers(folder, problems, temperature=temperature)
+    right = [ANSWER.findall(text)[-1:] == [str(problem.answer)] for text, problem in zip(texts, problems, strict=True)]
     return {
         "accuracy": sum(right) / len(texts),
         "format": sum(WELL_FORMED.fullmatch(text) is not None for text in texts) / len(texts),
         "wait": sum("Wait" in text for text in texts) / len(texts),
-        "length": lengths.double().mean().item(),
+        "length": sum(lengths) / len(lengths),
     }
 
 

@@ -88,7 +88,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """pytest 9.2 does not read the groups that pytest-xdist 3.8 writes into the ids of tests: each would be its own, in silence."""
+    """pytest 9.2 ignores the groups that pytest-xdist 3.8 writes into the ids of tests: each would be its own, in silence."""
     assert hasattr(pytest.Item, "_nodeid"), "install pytest<9.2, as pyproject.toml says"
 
 

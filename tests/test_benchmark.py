@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from grpo.config import ModelConfig
 from grpo.evaluation import benchmark, results
 from grpo.evaluation.asked import Runtime, Settings
+from grpo.evaluation.sample_file import finished
 from grpo.inference.resolve_model import num_positions
 from grpo.observe.bar import Bar
 from grpo.rollout import sampling
@@ -118,7 +119,7 @@ def test_samples_that_a_kill_cut_within_a_character_are_answered_again(tmp_path:
     whole = path.read_bytes()
     path.write_bytes(whole + b"null\n" + whole[:-4])
     assert results.read_samples(path, benchmark="mine") == [row]
-    assert benchmark._finished(path, []) == set()
+    assert finished(path, results.QUESTION_KEYS, {}) == set()
     assert path.read_bytes() == b""
 
 

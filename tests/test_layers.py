@@ -26,6 +26,7 @@ LAYERS = [
     "sft",
     "inference",
     "evaluation",
+    "rejection",
     "check",
     "cli",
     "__main__",

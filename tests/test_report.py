@@ -420,7 +420,7 @@ def test_the_headline_adds_up_time_and_tokens(tmp_path: Path):
 
 def test_every_metric_is_in_one_panel_and_has_its_formula():
     example = {"<function>": "accuracy", "<list>": "reflection", "<kind>": "right", "<k>": "4", "<n>": "4"}
-    example |= {"<setting>": "algorithm.kl_coef", "<name>": "found", "<form>": "arithmetic"}
+    example |= {"<setting>": "algorithm.kl_coef", "<name>": "found", "<form>": "arithmetic", "<question_kind>": "maths"}
     names = [re.sub(r"<\w+>", lambda found: example[found[0]], name) for name in METRICS]
     panels = [panel for section in sections([*names, "eval/pass@1"]) for panel in section.panels]
     drawn = [name for panel in panels for name in [*panel.lines, *panel.alone, panel.points] if name]

@@ -15,6 +15,7 @@ COMMANDS = {
     "scale": "write a recipe for the GPUs you own",
     "settings": "every setting with its meaning and its default",
     "evaluate": "answer benchmarks, several samples a question",
+    "reject": "keep a model's own answers that are worth learning from: rejection sampling",
     "sample": "a group of completions for a question, with what each reward made of it",
     "chat": "talk to a model",
     "report": "one page to look at a run, or to compare several",

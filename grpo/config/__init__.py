@@ -28,6 +28,7 @@ from grpo.config.sections import (
     SourceConfig,
     TeacherConfig,
     VLLMConfig,
+    as_text,
 )
 from grpo.config.settings import (
     Config,
@@ -64,6 +65,7 @@ __all__ = [
     "TeacherConfig",
     "VLLMConfig",
     "as_override",
+    "as_text",
     "read_text",
     "read_yaml",
     "setting_names",

@@ -150,6 +150,16 @@ def check_combinations(config: Config) -> None:
         )
     _check_task(config.data)
     _check_sources(config.data)
+    low, high = config.data.pass_rate
+    if low > high:
+        raise ValueError(
+            f"data.pass_rate is [{low:g}, {high:g}]; the smaller bound comes first. Set it to [{high:g}, {low:g}]."
+        )
+    if config.data.pass_rates is None and config.data.pass_rate != (0.0, 1.0):
+        raise ValueError(
+            f"data.pass_rate is [{low:g}, {high:g}]; without data.pass_rates nobody knows the pass rates, so it has no effect. "
+            "Name the file in data.pass_rates, or remove it."
+        )
     for name in ("question_template", "eval_question_template"):
         if getattr(config.data, name) is not None:
             _check_question_template(config.data, name)

@@ -5,6 +5,7 @@ A default lives here and nowhere else. What may not be combined is in combinatio
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import fields
 from typing import Annotated, Any, Literal
@@ -26,6 +27,7 @@ from pydantic import (
 from grpo.algorithm.objective import Objective
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Location = Annotated[str, AfterValidator(os.path.expanduser)]
 """A hub id or a local path, which may begin with `~`."""
 
@@ -142,8 +144,17 @@ class DataConfig(Section):
     """File with the Jinja text of a chat template that takes the place of the tokenizer's; checkpoints hold it. `chat` only."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """What the chat template is given besides messages, such as {enable_thinking: false}. `chat` only."""
+    kind_column: str | None = None
+    """Column that says what kind of question a row is, such as `kind` or, of several sources, `data_name`. Rewards, held-out
+    answers and language consistency then have metrics of each kind besides those of all. null: of all only."""
     max_prompt_tokens: PositiveInt = 512
     """Rows whose prompt is longer are dropped, and counted."""
+    pass_rates: Location | None = None
+    """File with how often a model has answered each training question right, as `grpo reject` writes it (*.pass_rates.jsonl).
+    Questions are found in it by text and gold answer; those it does not know are left out, and counted. null: all questions."""
+    pass_rate: tuple[Share, Share] = (0.0, 1.0)
+    """Of `pass_rates`, the least and the largest share of right answers of a question to train on, both included: [0.1, 0.9]
+    leaves out what is too hard or too easy to learn from."""
 
     @field_validator("name", "eval_name", mode="before")
     @classmethod
@@ -224,9 +235,26 @@ class RewardConfig(Section):
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments handed to the function; of a class, those that it is made with, and those that its objects are called
     with."""
+    only: dict[str, list[str]] = Field(default_factory=dict)
+    """Which questions it is asked about, by columns of the data: `{kind: math}`, or several values, `{kind: [chat, writing]}`.
+    Others it has no part in: their reward is the sum over the functions that are asked. Empty: all questions."""
     form: Literal["completion", "texts", "messages"] | None = None
     """How it is called. completion: once for each, as text. texts, messages: once for a group, with lists of texts, or of
     messages as TRL has them in conversations. null: as its parameters and their annotations say; see scoring/binding.py."""
+
+    @field_validator("only", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """A single value needs no list, and a number or `true` is what it is as text in JSON."""
+        if not isinstance(value, dict):
+            return value
+        listed = {name: each if isinstance(each, list) else [each] for name, each in value.items()}
+        return {name: [as_text(item) for item in each] for name, each in listed.items()}
+
+
+def as_text(value: Any) -> Any:
+    """A plain value of a column as it is compared: true and 1 as JSON has them."""
+    return json.dumps(value) if isinstance(value, (bool, int, float)) else value
 
 
 class ScoringConfig(Section):

@@ -41,7 +41,14 @@ def find(given: str | Path) -> Path:
     )
 
 
-LOCATIONS = (("model", "name"), ("teacher", "name"), ("data", "name"), ("data", "eval_name"), ("data", "chat_template"))
+LOCATIONS = (
+    ("model", "name"),
+    ("teacher", "name"),
+    ("data", "name"),
+    ("data", "eval_name"),
+    ("data", "chat_template"),
+    ("data", "pass_rates"),
+)
 """Settings that may be paths."""
 
 

@@ -298,7 +298,8 @@ def build_prompts(
             dropped[too_long] += 1
         else:
             messages = conversation(questions[number], config) if template.is_chat else None
-            prompts.append(Prompt(number, token_ids, text, prefill_of(text), row, messages=messages))
+            kind = kind_of(row, config)
+            prompts.append(Prompt(number, token_ids, text, prefill_of(text), row, messages=messages, kind=kind))
     if not prompts and dropped[ENDED]:
         chat, raw = "Name a file with another chat template (data.chat_template)", "Remove it from the questions"
         raise ValueError(
@@ -312,6 +313,39 @@ def build_prompts(
             f"tokens, so none is left. Set data.max_prompt_tokens >= {shortest}."
         )
     return prompts, dropped
+
+
+def kind_of(row: Mapping[str, Any], config: DataConfig) -> str | None:
+    """What data.kind_column says of a row; None if it says nothing."""
+    kind = None if config.kind_column is None else row.get(config.kind_column)
+    return None if kind is None else str(kind)
+
+
+MOST_KINDS = 32
+"""Of questions. Each has metrics of its own."""
+
+
+def check_kinds(rows: Sequence[Mapping[str, Any]], config: DataConfig) -> None:
+    """Raises ValueError: no question has `data.kind_column`, or they are of too many kinds, or one cannot be a name."""
+    if config.kind_column is None:
+        return
+    kinds = sorted({kind for row in rows if (kind := kind_of(row, config)) is not None})
+    if not kinds:
+        raise ValueError(
+            f"data.kind_column is {config.kind_column!r}; not one training question has something in it. The columns are "
+            f"{', '.join(rows[0])}. Name one of them, or remove data.kind_column."
+        )
+    if len(kinds) > MOST_KINDS:
+        raise ValueError(
+            f"data.kind_column is {config.kind_column!r}; the questions are of {len(kinds):,} kinds, such as {kinds[0][:40]!r}, "
+            f"and each would have metrics of its own. Name a column of at most {MOST_KINDS} values."
+        )
+    for kind in kinds:
+        if not kind.isprintable() or kind != kind.strip() or not kind:
+            raise ValueError(
+                f"data.kind_column is {config.kind_column!r}; a question is of the kind {kind!r}, which cannot be part of a "
+                "metric's name. Let it have letters and other visible signs."
+            )
 
 
 ENDED = "prompt ends with an end-of-sequence token"

@@ -11,13 +11,11 @@ ends with the same samples as one that was not, on any number of processes, up t
 
 from __future__ import annotations
 
-import fcntl
 import json
 import random
 import time
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +28,8 @@ from grpo.config import Config, DataConfig, ModelConfig
 from grpo.data import registry as benchmarks
 from grpo.data.prompts import build_prompts
 from grpo.evaluation.asked import PROMPT_FORMATS, Runtime, Settings, Task
-from grpo.evaluation.results import SAMPLE_KEYS, as_json, conclude, earlier_results, seconds_of
+from grpo.evaluation.results import QUESTION_KEYS, as_json, conclude, earlier_results, seconds_of
+from grpo.evaluation.sample_file import Book, claimed, finished
 from grpo.inference import model as inference
 from grpo.inference.resolve_model import num_positions, run_directory
 from grpo.observe.bar import Bar
@@ -40,10 +39,8 @@ from grpo.scoring.reward import Reward, resolve_function
 from grpo.scoring.scorer import Scorer
 from grpo.system import distributed
 from grpo.system.distributed import Processes
-from grpo.system.jsonl import append_jsonl, json_line, read_jsonl
 from grpo.system.out_of_memory import retry_with_fewer_sequences
 from grpo.system.terminal import say
-from grpo.system.writer import replace_text
 from grpo.types import VOTE
 
 
@@ -127,7 +124,8 @@ def evaluate(settings: Settings, out: Path, runtime: Runtime) -> dict[str, Any]:
             trust_remote_code=runtime.trust_remote_code,
         )
         processes.on_main(lambda: held.enter_context(_claimed(out, settings, rows)))
-        done = processes.on_main(lambda: _finished(out / "samples.jsonl", tasks))
+        wanted = {key: task.num_samples for task in tasks for key in task.keys}
+        done = processes.on_main(lambda: finished(out / "samples.jsonl", QUESTION_KEYS, wanted))
         sampler = inference.load(config, tokenizer)
         results = processes.on_main(lambda: earlier_results(out))
         for task in tasks:
@@ -259,7 +257,7 @@ def _answer(
     most_tokens = len(mine) * task.num_samples * settings.sampling.max_tokens
     name = f"{task.benchmark}, {task.template}"
     bar = Bar(name, total=len(mine), most_tokens=most_tokens, shown=processes.is_main)
-    book = _Book(out / "samples.jsonl", task, bar)
+    book = Book(out / "samples.jsonl", task.key, bar)
 
     def sample() -> None:
         answer(
@@ -279,71 +277,19 @@ def _answer(
         book.flush()
 
 
-class _Book:
-    """Samples on their way into the file that all processes write to, the samples of a question at once."""
-
-    WRITE_EVERY = 2.0  # seconds; writing waits for the disk
-
-    def __init__(self, path: Path, task: Task, bar: Bar) -> None:
-        self.path, self.task, self.bar = path, task, bar
-        self.written: set[int] = set()
-        self._waiting: list[dict[str, Any]] = []
-        self._last_write = time.monotonic()
-
-    def add(self, rows: list[dict[str, Any]]) -> None:
-        self._waiting += [{**self.task.key, **row} for row in rows]
-        self.written.add(rows[0]["row"])
-        self.bar.add()
-        if time.monotonic() - self._last_write > self.WRITE_EVERY:
-            self.flush()
-
-    def flush(self) -> None:
-        with self.path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            append_jsonl(self.path, self._waiting)
-        self._waiting = []
-        self._last_write = time.monotonic()
+def _claimed(out: Path, settings: Settings, rows: dict[str, list[dict[str, Any]]]) -> AbstractContextManager[None]:
+    wanted = {
+        **asdict(settings),
+        "model_files": inference.fingerprint(settings.model, settings.revision),
+        "questions": {name: xxhash.xxh3_128(json.dumps(own).encode()).hexdigest() for name, own in rows.items()},
+    }
+    return claimed(out, wanted, option="--out", difference=_difference, results=["results.json"])
 
 
-@contextmanager
-def _claimed(out: Path, settings: Settings, rows: dict[str, list[dict[str, Any]]]) -> Iterator[None]:
-    """Make the directory, or see that it holds the same evaluation, and keep other starts out of it."""
-    found = {path.name for path in out.iterdir()} if out.exists() else set()
-    if "settings.json" not in found and found - {"lock"}:
-        raise ValueError(f"--out is {str(out)!r}; the directory holds something else. Choose another, or empty it.")
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"--out is {str(out)!r}; another process is at work there, and both would answer the same questions. Wait until "
-                "it has ended, or choose another --out."
-            ) from None
-        wanted = {
-            **asdict(settings),
-            "model_files": inference.fingerprint(settings.model, settings.revision),
-            "questions": {name: xxhash.xxh3_128(json.dumps(own).encode()).hexdigest() for name, own in rows.items()},
-        }
-        if any((out / name).exists() for name in ("samples.jsonl", "results.json")):
-            _check_same(out, wanted)
-        replace_text(out / "settings.json", json.dumps(wanted, indent=1))
-        yield
-
-
-def _check_same(out: Path, wanted: dict[str, Any]) -> None:
-    before = json.loads((out / "settings.json").read_text())
-    for name, value in wanted.items():
-        if before.get(name) == value:
-            continue
-        if name in CONTENTS:
-            difference = f"{CONTENTS[name]} since the evaluation there began"
-        else:
-            difference = f"the evaluation there has {_option(name)} {before.get(name)!r}, and this one {value!r}"
-        raise ValueError(
-            f"--out is {str(out)!r}; {difference}: their samples must not be mixed. Choose another --out, or the same settings "
-            "to go on."
-        )
+def _difference(name: str, before: Any, now: Any) -> str:
+    if name in CONTENTS:
+        return f"{CONTENTS[name]} since the evaluation there began"
+    return f"the evaluation there has {_option(name)} {before!r}, and this one {now!r}"
 
 
 CONTENTS = {
@@ -356,15 +302,3 @@ def _option(name: str) -> str:
     """How `grpo evaluate` spells a field of Settings."""
     own = {"num_samples": "--samples", "num_questions": "--questions", "max_completion_tokens": "--max-tokens"}
     return own.get(name) or "--" + name.replace("_", "-")
-
-
-def _finished(path: Path, tasks: list[Task]) -> set[tuple[str, str, int]]:
-    """The questions all of whose samples are in the file. Others, which a kill cut short, are taken out: they come again."""
-    if not path.exists():
-        return set()
-    rows = read_jsonl(path, SAMPLE_KEYS)
-    keys = [(row["benchmark"], row["template"], row["row"]) for row in rows]
-    wanted = {key: task.num_samples for task in tasks for key in task.keys}
-    done = {key for key, count in Counter(keys).items() if count == wanted.get(key)}
-    replace_text(path, "".join(json_line(row) + "\n" for row, key in zip(rows, keys, strict=True) if key in done))
-    return done

@@ -15,7 +15,8 @@ from grpo.system.jsonl import iterate_jsonl
 from grpo.system.terminal import say
 from grpo.system.writer import replace_text, to_json
 
-SAMPLE_KEYS = ("benchmark", "template", "row", "sample")
+QUESTION_KEYS = ("benchmark", "template", "row")
+SAMPLE_KEYS = (*QUESTION_KEYS, "sample")
 """What a row of samples.jsonl has at least."""
 
 

@@ -18,7 +18,7 @@ from grpo.algorithm.advantage import has_signal
 from grpo.algorithm.loss import Objective, TokenLoss
 from grpo.scoring.answers import is_right
 from grpo.system.distributed import Processes
-from grpo.text import answer_forms
+from grpo.text import answer_forms, language
 from grpo.text.aha import Words, tally
 from grpo.types import VOTE, Group, MicroBatch, Scores
 
@@ -46,6 +46,10 @@ METRICS = {
     "answer/right": "share of the completions that are right, of those whose question has a gold answer in words or signs",
     "answer/<form>": "share of these right completions whose answer has a form of answer_forms.py: `arithmetic`, `several`, ...",
     "completion/other_script": "mean over completions of the share of their words in another script than the question's",
+    "language/consistency": "mean over completions of the share of the thought's words that are in the question's script",
+    "language/consistency/<question_kind>": "the same over questions of a kind (data.kind_column)",
+    "language/mixed": "share of completions, of those with words, that have words of another script and not of the question",
+    "language/mixed/<question_kind>": "the same over questions of a kind",
     "aha/<list>": "mean number of words of that list (aha.py) in a completion; those that the question has too do not count",
     "aha/<list>_per_1k": "such words per 1,000 tokens: 1000 * their number / number of tokens, of all completions together",
     "aha/<list>_share": "share of completions with at least one such word",
@@ -101,6 +105,14 @@ METRICS = {
     "schedule/<setting>": "the value of a setting that follows a schedule (schedules), in this step",
     "watchdog/alarms": "rules of the watchdog that had something to say after the step",
     "progress/epoch": "questions, or rows of supervised training, dealt so far, as a multiple of the training set",
+    "kind/<question_kind>/reward": "reward/mean over the completions of questions of a kind (data.kind_column)",
+    "kind/<question_kind>/length": "mean number of completion tokens of the same",
+    "kind/<question_kind>/<function>": "reward/<function> over the same; absent where the function gave no verdict",
+    "kind/<question_kind>/eval_<function>": "eval/<function> over the held-out questions of the kind",
+    "language/eval_consistency": "language/consistency of the held-out answers",
+    "language/eval_consistency/<question_kind>": "the same over questions of a kind",
+    "language/eval_mixed": "language/mixed of the held-out answers",
+    "language/eval_mixed/<question_kind>": "the same over questions of a kind",
     "eval/<function>": "mean of that function's value over the held-out questions it gave a verdict on",
     "eval/<function>_stderr": "standard error of that mean over questions, each with the mean of its samples",
     "eval/pass@<k>": "probability that one of k = 1, 2, 4, ... samples of a question is right, unbiased (Chen et al. 2021)",
@@ -113,10 +125,10 @@ METRICS = {
     "aha/eval_<list>_share": "aha/<list>_share of the held-out answers",
 }
 """Formula of each metric. `<function>` stands for the name of a reward function; `<list>` for that of a word list: `reflection`,
-`verification`, `backtracking`, `subgoals`, or one of logging.reflection_words. Right is a verdict of 1, of the reward `accuracy`
-if there is one, else the first. Trained tokens are those of completions with a known reward in groups of the batch, less
-what algorithm.filter_truncated leaves out; where the others make no gradient and no pass reads them
-(AlgorithmConfig.every_token_counts), only of those whose advantage is not 0, if any."""
+`verification`, `backtracking`, `subgoals`, or one of logging.reflection_words; `<question_kind>` for a value of
+data.kind_column. Right is a verdict of 1, of the reward `accuracy` if there is one, else the first. Trained tokens are those
+of completions with a known reward in groups of the batch, less what algorithm.filter_truncated leaves out; where the others
+make no gradient and no pass reads them (AlgorithmConfig.every_token_counts), only of those whose advantage is not 0, if any."""
 
 
 def check_reward_names(names: Iterable[str]) -> None:
@@ -230,6 +242,14 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores) -> None:
     for name, values in scores.values.items():
         if name != VOTE:
             meter.mean_of_known(f"reward/{name}", values)
+    for p, group in enumerate(groups):
+        if group.prompt.kind is not None:
+            kind = f"kind/{group.prompt.kind}"
+            meter.mean_of_known(f"{kind}/reward", scores.rewards[p])
+            meter.mean(f"{kind}/length", torch.tensor([float(len(c.token_ids)) for c in group.completions]))
+            for name, values in scores.values.items():
+                if name != VOTE:
+                    meter.mean_of_known(f"{kind}/{name}", values[p])
     meter.mean("reward/unknown", scores.rewards.isnan().double())
     for name, logged in scores.metrics.items():
         meter.mean(f"logged/{name}", torch.tensor(logged, dtype=torch.float64))
@@ -265,7 +285,8 @@ def measure_batch(meter: Meter, groups: list[Group], scores: Scores, *, signal: 
 def measure_texts(meter: Meter, rows: list[dict[str, Any]], words: Words) -> None:
     """What the `completion_rows` of one step say: their words, of which script they are, and the forms of right answers."""
     verdicts = [is_right(row) for row in rows]
-    for name, (total, size) in (tally(rows, verdicts, words) | answer_forms.tally(rows, verdicts)).items():
+    tallied = tally(rows, verdicts, words) | answer_forms.tally(rows, verdicts) | language.tally(rows)
+    for name, (total, size) in tallied.items():
         meter.ratio(name, total, size)
 
 

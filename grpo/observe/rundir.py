@@ -27,7 +27,7 @@ from grpo.system.distributed import Processes
 from grpo.system.jsonl import append_jsonl, iterate_backwards, iterate_jsonl, read_jsonl, read_metrics, rewind_jsonl
 from grpo.system.terminal import say
 from grpo.system.writer import replace_text, to_json
-from grpo.text import aha
+from grpo.text import aha, language
 from grpo.types import Group, Scores
 
 ROLL_BACKS = "roll_backs.jsonl"
@@ -217,7 +217,10 @@ class RunLog:
         if self.files is not None:
             self.files.append("evaluations.jsonl", [{"step": step, **row} for row in rows])
         verdicts = [is_right(row) for row in rows]
-        self.log(step, summarize(rows) | aha.evaluation_metrics(rows, verdicts, self.words))
+        self.log(
+            step,
+            summarize(rows) | aha.evaluation_metrics(rows, verdicts, self.words) | language.evaluation_metrics(rows),
+        )
 
     def evaluation(self, step: int) -> list[dict[str, Any]]:
         """The rows logged for `step`; empty if it has not been evaluated. Mostly it is the last, or the first."""

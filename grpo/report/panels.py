@@ -53,6 +53,9 @@ def _is_function(name: str) -> bool:
 
 def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]:
     verdict = verdict_name(functions) if functions else "accuracy"
+    kinds = [
+        name.removeprefix("kind/").removesuffix("/length") for name in names if re.fullmatch(r"kind/.+/length", name)
+    ]
     other = [name for name in functions if name not in (verdict, "format")]
     return {
         "Is it learning?": [
@@ -80,7 +83,26 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
             Panel("Repetition", ["completion/repetition"]),
             Panel("Right", ["answer/right"]),
             Panel("Right answers by form", [f"answer/{name}" for name in FORMS], base=True),
+        ],
+        "In which language does it think?": [
+            Panel(
+                "Words in the question's language",
+                ["language/consistency"],
+                points="language/eval_consistency",
+                base=True,
+            ),
+            Panel("Answers with other scripts", ["language/mixed"], points="language/eval_mixed", base=True),
+            *(
+                Panel(f"{title}: {kind}", [f"language/{name}/{kind}"], points=f"language/eval_{name}/{kind}", base=True)
+                for name, title in (("consistency", "Question's language"), ("mixed", "Other scripts"))
+                for kind in kinds
+            ),
             Panel("Other script", ["completion/other_script"], base=True),
+        ],
+        "What of each kind of question?": [
+            Panel(f"{kind}: {name}", [f"kind/{kind}/{name}"], points=f"kind/{kind}/eval_{name}")
+            for name in ("reward", *functions, "length")
+            for kind in kinds
         ],
         "Does it reflect?": _reflection(names),
         "Is it healthy?": [

@@ -17,6 +17,9 @@ from grpo.types import VOTE, Generator, Group, Prompt, Sampling, Scores
 OnRows = Callable[[list[dict[str, Any]]], None]
 """Called with the rows of a question, when all of its samples are scored."""
 
+RowsOf = Callable[[list[Group], Scores], list[dict[str, Any]]]
+"""Makes rows of groups and their scores, one for each completion."""
+
 
 def answer(
     prompts: list[Prompt],
@@ -27,15 +30,21 @@ def answer(
     num_samples: int,
     seed: int,
     on_rows: OnRows | None = None,
+    rows_of: RowsOf | None = None,
 ) -> list[dict[str, Any]]:
-    """Answer each prompt `num_samples` times; a row per answer, in the order of the prompts."""
+    """Answer each prompt `num_samples` times; a row per answer, in the order of the prompts.
+
+    Args:
+        rows_of: makes the rows; None: evaluation_rows.
+    """
+    rows_of = rows_of or evaluation_rows
     groups: dict[int, Group] = {}
     rows: dict[int, list[dict[str, Any]]] = {}
     with scorer.begin(len(prompts)) as scoring:
 
         def take_in() -> None:
             for p, scores in scoring.finished():
-                rows[p] = evaluation_rows([groups.pop(p)], scores)
+                rows[p] = rows_of([groups.pop(p)], scores)
                 if on_rows is not None:
                     on_rows(rows[p])
 
@@ -73,6 +82,7 @@ def completion_rows(groups: list[Group], scores: Scores) -> list[dict[str, Any]]
                     "reward": _null_if_nan(float(scores.rewards[p, g])),
                     "rewards": {name: _null_if_nan(float(values[p, g])) for name, values in scores.values.items()},
                     **({"extra": extra} if extra else {}),
+                    **({} if group.prompt.kind is None else {"kind": group.prompt.kind}),
                 }
             )
     return rows
@@ -131,6 +141,11 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
         if values and name != VOTE:  # whose values are names
             metrics[f"eval/{name}"] = sum(values) / len(values)
             metrics[f"eval/{name}_stderr"] = _standard_error(_means(questions, partial(_reward, name)))
+        metrics |= {
+            f"kind/{kind}/eval_{name}": sum(known) / len(known)
+            for kind in sorted({row["kind"] for row in rows if "kind" in row})
+            if name != VOTE and (known := _known(row["rewards"][name] for row in rows if row.get("kind") == kind))
+        }
     for name, found in estimate(verdict_columns(questions)).items():
         metrics[f"eval/{name}"] = found.value
         if name.startswith("pass@"):

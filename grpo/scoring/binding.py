@@ -42,6 +42,11 @@ class BoundFunction:
         return self.form != "completion"
 
     @property
+    def in_process(self) -> bool:
+        """Whether the function is called in the training process, as a model on its GPU is, and not in a worker."""
+        return bool(getattr(self.function, "in_process", False))
+
+    @property
     def logs(self) -> tuple[str, ...]:
         return tuple(name for name in self.names if name in LOGS)
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from grpo.config import RewardConfig, read_text
+from grpo.config import RewardConfig, as_text, read_text
 from grpo.scoring.worker import SourceFile
 from grpo.system.stopping import RunError
 
@@ -61,6 +61,11 @@ class Reward:
     name: str = ""  # in the metrics; empty: the function's own
     args: dict[str, Any] = field(default_factory=dict)  # further keyword arguments
     form: Form | None = None  # how it is called; None: as its parameters say
+    only: Mapping[str, Sequence[str]] = field(default_factory=dict)  # values of columns that a question has; empty: any
+
+    def is_asked(self, columns: Mapping[str, Any]) -> bool:
+        """Whether `only` lets it be asked about a question with these columns."""
+        return all(as_text(columns.get(name)) in values for name, values in self.only.items())
 
     def __post_init__(self) -> None:
         """Raises ValueError if the function is a class, or there is no such form."""
@@ -96,7 +101,7 @@ def _configured(config: RewardConfig) -> Reward:
         named = inspect.signature(function).parameters
         own = {name: value for name, value in args.items() if name in named}
         function, args = _instance(config.function, function, own), {n: v for n, v in args.items() if n not in own}
-    return Reward(function, weight=config.weight, name=config.name or "", args=args, form=config.form)
+    return Reward(function, weight=config.weight, name=config.name or "", args=args, form=config.form, only=config.only)
 
 
 def _instance(spec: str, kind: type, args: dict[str, Any]) -> Callable[..., Any]:

@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import re
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,11 +34,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo.config import as_text
 from grpo.data.rows import canonical
 from grpo.scoring import verdict_cache
-from grpo.scoring.binding import Task, asks_for, bind, bind_check
-from grpo.scoring.reward import LARGEST, Form, Reward, loaded_files, modules_of
-from grpo.scoring.worker import FunctionBug, Outcome
+from grpo.scoring.binding import BoundFunction, Task, asks_for, bind, bind_check
+from grpo.scoring.reward import LARGEST, Form, Reward, loaded_files, modules_of, nearest
+from grpo.scoring.worker import FunctionBug, Logged, Outcome
 from grpo.scoring.worker_pool import Errand, WorkerPool
 from grpo.system import progress
 from grpo.types import Completion, Group, Scores
@@ -91,16 +94,22 @@ class Scorer:
         self.trainer_state = SimpleNamespace(global_step=0, max_steps=0, epoch=0.0)  # as far as TRL's is known here
         self.timeout_seconds = timeout_seconds
         columns, elsewhere = list(columns), elsewhere or {}
+        for reward in rewards:
+            _check_only(reward, [*columns, *elsewhere])
+        own_variables = [name for reward in rewards for name in getattr(reward.function, "environment", ())]
         self._scorers = [bind(reward, columns, elsewhere) for reward in rewards]
         self._checkers = [check for reward in rewards if (check := bind_check(reward, columns, elsewhere)) is not None]
         with progress.busy("starting the reward workers"):
             self._pool = WorkerPool(
-                [bound.pickled() for bound in [*self._scorers, *self._checkers]],
+                [_unused() if bound.in_process else bound.pickled() for bound in [*self._scorers, *self._checkers]],
                 files=[loaded_files[name] for name in modules_of(rewards) if name in loaded_files],
                 num_workers=num_workers,
                 memory_gib=memory_gib,
-                environment=environment,
+                environment=[*environment, *own_variables],
             )
+        for bound in self._scorers:
+            if bound.in_process:
+                bound.function.load()  # type: ignore[attr-defined] # before a step waits for it
 
     def score(self, groups: list[Group]) -> Scores:
         """What every function says of every completion, and the weighted sum; see `weighted_sum` for "can't tell".
@@ -138,7 +147,7 @@ class Scorer:
         """
         if not self._checkers:
             return [None] * len(rows)
-        calls = (canonical(checker.arguments(row)) for row in rows for checker in self._checkers)
+        calls = (canonical(checker.arguments(row)) for row in rows for checker in self._asked_about(row))
         key = verdict_cache.key(calls, [checker.function for checker in self._checkers])
         kept = None if key is None else verdict_cache.load(key, len(rows))
         if kept is not None:
@@ -161,17 +170,44 @@ class Scorer:
 
     def _check(self, rows: Sequence[dict[str, Any]]) -> tuple[list[str | None], bool]:
         """The first reason against each row, and whether all calls came to an end: another time a slow one may."""
+        number = {id(checker): len(self._scorers) + c for c, checker in enumerate(self._checkers)}
         tasks = [
-            Task(checker, len(self._scorers) + c, row, checker.arguments(row), self.timeout_seconds)
-            for row in rows
-            for c, checker in enumerate(self._checkers)
+            Task(checker, number[id(checker)], row, checker.arguments(row), self.timeout_seconds, p)
+            for p, row in enumerate(rows)
+            for checker in self._asked_about(row)
         ]
         with _shown_with_its_sample(tasks), progress.busy("checking rows", math.inf):  # each has its time limit
             outcomes = self._pool.run([task.call for task in tasks])
-        reasons = [task.reason(outcome) for task, outcome in zip(tasks, outcomes, strict=True)]
-        num = len(self._checkers)
-        first = [next((r for r in reasons[i * num : (i + 1) * num] if r is not None), None) for i in range(len(rows))]
+        first: list[str | None] = [None] * len(rows)
+        for task, outcome in zip(tasks, outcomes, strict=True):
+            reason = task.reason(outcome)
+            first[task.p] = first[task.p] if first[task.p] is not None else reason
         return first, all(outcome.kind == "value" for outcome in outcomes)
+
+    def _asked_about(self, row: Mapping[str, Any]) -> list[BoundFunction]:
+        """The functions that check the row."""
+        return [checker for checker in self._checkers if checker.reward.is_asked(row)]
+
+    def check_routes(self, rows: Sequence[Mapping[str, Any]], what: str) -> list[str]:
+        """What `only` of the rewards leaves without a reward, in words.
+
+        Raises:
+            ValueError: a reward is asked about none of the rows, or no row has a reward with a weight.
+        """
+        for number, reward in enumerate(self.rewards):
+            if reward.only and not any(map(reward.is_asked, rows)):
+                there = {name: sorted({str(as_text(row.get(name))) for row in rows})[:5] for name in reward.only}
+                raise ValueError(
+                    f"rewards.{number}.only of {reward.name} is {dict(reward.only)}; not one of the {len(rows):,} {what} is so: "
+                    f"their values are {there}. Correct rewards.{number}.only, or remove the reward."
+                )
+        weighty = [reward for reward in self.rewards if reward.weight != 0]
+        left = sum(not any(reward.is_asked(row) for reward in weighty) for row in rows)
+        if left and left == len(rows):
+            raise ValueError(
+                f"rewards.*.only: not one of the {left:,} {what} has a reward with a weight. Add one for them."
+            )
+        return [f"{left:,} of the {what} have no reward (rewards.*.only): nothing is learned from them"] if left else []
 
     def named_columns(self) -> dict[str, list[str]]:
         """The columns that each function names among its parameters, by its reward."""
@@ -216,9 +252,11 @@ class Scorer:
         listed = {as_messages: self._listed(group, as_messages=as_messages) for as_messages in (False, True)}
         usual: Form = "texts" if group.prompt.messages is None else "messages"
         for f, bound in enumerate(self._scorers):
+            if not bound.reward.is_asked(group.prompt.columns):
+                continue
             if bound.is_listed:
                 own = listed[(bound.form or usual) == "messages"]
-                seconds = self.timeout_seconds * len(singles)
+                seconds = max(self.timeout_seconds * len(singles), getattr(bound.function, "least_seconds", 0.0))
                 yield Task(bound, f, own, bound.arguments(own), seconds, p, 0, len(singles))
             else:
                 for g, single in enumerate(singles):
@@ -269,6 +307,9 @@ class Scoring:
         self._tasks: list[Task] = []
         self._sizes: list[int | None] = [None] * num_groups  # completions of each group; None: still to come
         self._unreported: dict[int, range] = {}  # the tasks of each group that `finished` has not told of
+        self._handed: list[int] = []  # the tasks that are the errand's calls, in its order
+        self._call_of: dict[int, int] = {}  # by such a task, the number of its call
+        self._made: dict[int, Outcome] = {}  # by task, the calls made in this process
 
     def add(self, p: int, group: Group) -> None:
         """Hand group number p to the workers, and return at once.
@@ -280,23 +321,48 @@ class Scoring:
         self._sizes[p] = len(group.completions)
         tasks = list(self._scorer.tasks(p, group))
         self._unreported[p] = range(len(self._tasks), len(self._tasks) + len(tasks))
+        handed = [place for place, task in enumerate(tasks, len(self._tasks)) if not task.bound.in_process]
         self._tasks += tasks
-        with _shown_with_its_sample(self._tasks):
-            self._errand.add([task.call for task in tasks])
+        self._call_of |= {place: len(self._handed) + call for call, place in enumerate(handed)}
+        self._handed += handed
+        with _shown_with_its_sample(self._handed_tasks):
+            self._errand.add([self._tasks[place].call for place in handed])
+        for place in self._unreported[p]:
+            if self._tasks[place].bound.in_process:
+                self._made[place] = _call_here(self._tasks[place])
+
+    @property
+    def _handed_tasks(self) -> list[Task]:
+        return [self._tasks[place] for place in self._handed]
 
     def result(self) -> Scores:
         """Wait for what is not scored yet; see `Scorer.score`."""
         assert None not in self._sizes, "a group never came"
-        with _shown_with_its_sample(self._tasks), progress.busy("calling rewards", math.inf):  # each has its time limit
+        with (
+            _shown_with_its_sample(self._handed_tasks),
+            progress.busy("calling rewards", math.inf),
+        ):  # each has its time limit
             outcomes = self._errand.result()
-        return self._scores(range(len(self._sizes)), self._tasks, outcomes)
+        made = self._made | dict(zip(self._handed, outcomes, strict=True))
+        return self._scores(range(len(self._sizes)), self._tasks, [made[place] for place in range(len(self._tasks))])
 
     def finished(self) -> list[tuple[int, Scores]]:
         """The groups that are scored by now, each once, with their scores (1, G); does not wait."""
-        made = self._errand.made
-        done = [p for p, tasks in self._unreported.items() if all(task in made for task in tasks)]
+        done = [p for p, tasks in self._unreported.items() if all(self._outcome(task) is not None for task in tasks)]
         own = {p: self._unreported.pop(p) for p in done}
-        return [(p, self._scores([p], [self._tasks[t] for t in own[p]], [made[t] for t in own[p]])) for p in done]
+        return [
+            (
+                p,
+                self._scores(
+                    [p], [self._tasks[t] for t in own[p]], [made for t in own[p] if (made := self._outcome(t))]
+                ),
+            )
+            for p in done
+        ]
+
+    def _outcome(self, place: int) -> Outcome | None:
+        """Of a task, if it has ended."""
+        return self._made.get(place) or self._errand.made.get(self._call_of.get(place, -1))
 
     def _scores(self, places: Sequence[int], tasks: list[Task], outcomes: list[Outcome]) -> Scores:
         """Of the groups at these places."""
@@ -359,6 +425,35 @@ def _shown_with_its_sample(tasks: list[Task]) -> Iterator[None]:
         task = tasks[bug.call]
         what = f"raised an exception: {_where_and_what(bug.worker_traceback)}"
         raise task.error(what, f"{task.how_called}\n{bug.worker_traceback}") from None
+
+
+def _call_here(task: Task) -> Outcome:
+    """A call in this process, as of a model that is on its GPU; nothing limits its time."""
+    logged = Logged()
+    began = time.monotonic()
+    try:
+        with progress.busy(f"calling the reward {task.bound.reward.name}", math.inf):
+            value = task.bound.function(**task.arguments, **{name: getattr(logged, name) for name in task.bound.logs})
+    except torch.OutOfMemoryError:  # of the GPU, which sampling shares: fewer sequences at once may fit
+        raise
+    except Exception:
+        raise task.error("raised an exception", f"{task.how_called}\n{traceback.format_exc()}") from None
+    return Outcome("value", value, time.monotonic() - began, logged.metrics, logged.columns)
+
+
+def _unused() -> bytes:
+    """What a worker knows in the place of a function that is called elsewhere."""
+    return pickle.dumps(None)
+
+
+def _check_only(reward: Reward, columns: Sequence[str]) -> None:
+    """Raises ValueError: `only` goes by a column that the data does not have."""
+    for name in reward.only:
+        if name not in columns:
+            raise ValueError(
+                f"rewards.*.only of {reward.name} goes by the column {name!r}; {nearest(name, columns)}. Correct the name, or "
+                "add the column to the data."
+            )
 
 
 def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:

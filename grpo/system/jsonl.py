@@ -11,7 +11,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -57,6 +58,27 @@ def _appending(path: Path) -> Iterator[BinaryIO]:
     except OSError:
         with contextlib.suppress(OSError):
             os.truncate(path, size)
+        raise
+
+
+@contextmanager
+def replacing_jsonl(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that writes rows, one at a time, to a file that takes the place of `path` when all of them are on the disk.
+
+    Raises:
+        OSError: `path` is as before; so it is after any other exception.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            yield lambda row: print(json_line(row), file=file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
         raise
 
 

@@ -264,18 +264,41 @@ def other_script(text: str, question: str) -> float | None:
     return 1 - of_text[of_question.index(max(of_question))] / num_words
 
 
+def runs_of_other_scripts(text: str, question: str) -> list[list[str]]:
+    """The words that `other_script` is the share of, in order: those with no word of the question's script between them are one
+    run. A Chinese character is a word."""
+    if _is_latin(text) and _is_latin(question):
+        return []
+    of_question = _scripts(question)
+    own = of_question.index(max(of_question))
+    runs: list[list[str]] = []
+    before = own
+    for match in _SCRIPTS.finditer(_NO_WORDS.sub(" ", text)):
+        script = _number_of(match)
+        if script != own:
+            if script == before:
+                runs[-1].append(match[0])
+            else:
+                runs.append([match[0]])
+        before = script
+    return runs
+
+
 def _is_latin(text: str) -> bool:
     return text.isascii() or not _OTHER_LETTER.search(text)
 
 
 def _scripts(text: str) -> list[int]:
     """How many words are Latin, Chinese, and in other scripts; the first is taken for a question without words."""
-    chinese = latin = other = 0
+    counts = [0, 0, 0]
     for match in _SCRIPTS.finditer(_NO_WORDS.sub(" ", text)):
-        chinese += match[1] is not None
-        latin += match[2] is not None
-        other += match[1] is None and match[2] is None
-    return [latin, chinese, other]
+        counts[_number_of(match)] += 1
+    return counts
+
+
+def _number_of(match: re.Match[str]) -> int:
+    """Of a word's script in `_scripts`."""
+    return 1 if match[1] is not None else 0 if match[2] is not None else 2
 
 
 # ---- excerpts --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,240 @@
+"""Sample questions many times, and keep the answers that are worth learning from: rejection sampling.
+
+grpo reject --model runs/quickstart --samples 8 --out rows/zero.jsonl
+grpo reject --model runs/quickstart --questions more.jsonl --samples 8 --require accuracy=1 format=1 --out rows/more.jsonl
+grpo reject --model runs/gsm8k --samples 16 --pass-rate 0.1 0.9 --per-question 2 --out rows/gsm8k.jsonl
+grpo reject --model runs/gsm8k --samples 16 --out rows/cold.jsonl --rewrite-with Qwen/Qwen2.5-7B-Instruct
+
+docs/rejection.md has the rules, in their order. Started again with the same questions and sampling, it goes on where it was
+interrupted; other thresholds are applied to the samples that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from grpo.cli.model_options import add_options
+from grpo.observe.console import errors_for_users, positive
+from grpo.system.terminal import say
+
+
+def main() -> None:
+    parser = _parser()
+    options = parser.parse_args()
+    if not options.rewrite_with:
+        for name in ("rewrite_template", "rewrite_temperature", "rewrite_max_tokens", "rewrite_samples"):
+            if getattr(options, name) is not None:
+                parser.error(
+                    f"--{name.replace('_', '-')} has no effect without --rewrite-with. Leave it out, or name a model."
+                )
+    with errors_for_users():
+        from grpo.rejection.reject import table_of
+        from grpo.system import distributed
+
+        found = run(options)
+        if os.environ.get("RANK", "0") == "0":
+            out = Path(options.out)
+            say(f"\n{table_of(found)}\n\nrows       {out}\ndropped    {out.with_suffix('.dropped.jsonl')}")
+            say(f"pass rates {out.with_suffix('.pass_rates.jsonl')}")
+        distributed.stop()
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    from grpo.data.pass_rates import within_pass_rates
+    from grpo.data.prompts import build_prompts
+    from grpo.data.rows import load_rows
+    from grpo.evaluation.asked import Runtime
+    from grpo.inference.inspect import columns_of, make_scorer
+    from grpo.inference.resolve_model import choose, said, trusted_rewards
+    from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
+    from grpo.rejection.reject import Asked, reject
+    from grpo.rejection.rules import Rules
+    from grpo.scoring.binding import reads_answer
+    from grpo.scoring.reward import resolve_rewards
+    from grpo.system import distributed
+
+    out = Path(options.out)
+    if out.suffix != ".jsonl":
+        raise ValueError(f"--out is {options.out!r}; the rows are JSON lines. Let its name end with .jsonl.")
+    rules = Rules(
+        require=_required(options.require),
+        **{each.name: _value(each.name, options) for each in fields(Rules) if each.name != "require"},
+    )
+    chosen = choose(options)
+    chosen = replace(chosen, settings=_with_questions(chosen.settings, options.questions))
+    tokenizer = load_tokenizer(chosen.model)
+    data = chosen.data(tokenizer, options.template, options.system)
+    if data.name is None:
+        raise ValueError(
+            "--questions is missing; the model belongs to no run that has some. Name a file, or a YAML with data."
+        )
+    rewards = resolve_rewards(trusted_rewards(chosen, options))
+    processes = distributed.join()
+    rows = load_rows(data, reads_answer=reads_answer(rewards))[: options.num_questions]
+    rates, left_out = within_pass_rates(rows, data)
+    asked = Asked(chosen.model, chosen.sampling, options.samples, options.seed, _rewriting(options, chosen.sampling))
+    scoring = chosen.settings.scoring.model_copy(update={"num_workers": options.workers})
+    with make_scorer(rewards, columns=columns_of(rows), sampling=chosen.sampling, scoring=scoring) as scorer:
+        reasons = processes.on_main(lambda: scorer.check_rows(rows, say=processes.say))
+        prompts, dropped = build_prompts(rows, tokenizer, data)
+        prompts = [p for p in prompts if reasons[p.row] is None and rates[p.row]]
+        for reason in filter(None, reasons):
+            dropped[f"answer cannot be graded, e.g. {reason}"] += 1
+        if not prompts:
+            raise ValueError(
+                f"--questions: not one of {len(rows):,} questions can be asked: "
+                f"{'; '.join(f'{n:,}: {why}' for why, n in (dropped + left_out).items())}. Name others."
+            )
+        check_vocabulary(chosen.model, tokenizer, [prompt.token_ids for prompt in prompts])
+        processes.say(
+            f"model {chosen.model.name}, template {data.template}, {said(chosen.sampling)}, seed {options.seed}"
+        )
+        for why, num in (dropped + left_out).items():
+            processes.say(f"without {num:,} of the questions: {why}")
+        runtime = Runtime(
+            engine=options.engine,
+            max_sequences=options.max_sequences,
+            kv_cache_gib=options.kv_cache_gib,
+            trust_remote_code=options.trust_remote_code,
+        )
+        return reject(asked, prompts, scorer, rules, out, runtime)
+
+
+def _with_questions(settings: Any, questions: str | None) -> Any:
+    """The settings with other questions: a YAML's whole section `data`, or a file with the columns as they are named there."""
+    from grpo.config import Config
+
+    if questions is None:
+        return settings
+    if questions.endswith((".yaml", ".yml")):
+        return settings.model_copy(update={"data": Config.load(questions).data})
+    return settings.model_copy(
+        update={"data": settings.data.model_copy(update={"name": questions, "pass_rates": None})}
+    )
+
+
+def _rewriting(options: argparse.Namespace, sampling: Any) -> Any:
+    from grpo.config import ModelConfig, read_text
+    from grpo.policy.model_source import model_directory
+    from grpo.rejection.reject import Rewriting
+    from grpo.rejection.rewriting import TEMPLATE
+
+    if not options.rewrite_with:
+        return None
+    template = TEMPLATE
+    if options.rewrite_template is not None:
+        path = Path(options.rewrite_template)
+        if not path.is_file():
+            raise ValueError(f"--rewrite-template is {str(path)!r}; there is no such file. Correct the path.")
+        template = read_text(path, f"--rewrite-template is {str(path)!r}")
+    model = ModelConfig(
+        name=model_directory(options.rewrite_with, setting="--rewrite-with"),
+        trust_remote_code=options.trust_remote_code,
+    )
+    own = replace(
+        sampling,
+        temperature=0.6 if options.rewrite_temperature is None else options.rewrite_temperature,
+        top_p=0.95 if options.rewrite_temperature is None else 1.0,
+        max_tokens=options.rewrite_max_tokens or sampling.max_tokens,
+        stop=(),
+    )
+    return Rewriting(model, template, own, options.rewrite_samples or 1)
+
+
+def _required(given: list[str]) -> dict[str, float]:
+    found = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            found[name] = float(value or 1)
+        except ValueError:
+            raise ValueError(f"--require has {text!r}; it is NAME, or NAME=VALUE with a number. Correct it.") from None
+    return found
+
+
+def _value(name: str, options: argparse.Namespace) -> Any:
+    value = getattr(options, name)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _parser() -> argparse.ArgumentParser:
+    from grpo.rejection.rules import Rules
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument(
+        "--questions",
+        metavar="FILE_OR_YAML",
+        help="a data set, with the columns of the run's; or a YAML, whose section data says it; default: the run's own",
+    )
+    parser.add_argument("--num-questions", type=positive, metavar="N", help="only the first N")
+    parser.add_argument("--samples", type=positive, default=16, metavar="N", help="per question; default: %(default)s")
+    parser.add_argument("--out", required=True, metavar="ROWS.jsonl", help="kept rows; the other files lie beside it")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling; default: %(default)s")
+    parser.add_argument(
+        "--trust-rewards", action="store_true", help="run reward functions that the run's configuration names"
+    )
+    rules = parser.add_argument_group("rules")
+    rules.add_argument(
+        "--require",
+        nargs="+",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="rewards that a right row has, with their least values, else 1; default: accuracy, or the first reward",
+    )
+    for name, what in (
+        ("min_thought_words", "words of a thought"),
+        ("max_foreign_words", "words of another script that the question does not have"),
+        ("loop_size", "words and signs of what may loop"),
+        ("loop_times", "times that make it a loop"),
+        ("max_paragraph_words", "words of a paragraph"),
+        ("max_thought_code", "code blocks of a thought"),
+        ("per_question", "rows of a question"),
+    ):
+        _rule(rules, name, int, what, getattr(Rules, name))
+    _rule(rules, "min_language", float, "share of the words that are in the question's language", Rules.min_language)
+    _rule(rules, "max_loop", float, "share of a text in loops", Rules.max_loop)
+    rules.add_argument(
+        "--pass-rate",
+        nargs=2,
+        type=float,
+        default=list(Rules.pass_rate),
+        metavar=("LEAST", "MOST"),
+        help="share of a question's samples that are right; default: 0 1",
+    )
+    rules.add_argument(
+        "--choose",
+        choices=("first", "shortest", "longest"),
+        default=Rules.choose,
+        help="which rows of a question, where more pass; default: %(default)s, in the order of sampling",
+    )
+    rewriting = parser.add_argument_group("rewriting")
+    rewriting.add_argument("--rewrite-with", metavar="M", help="a model that rewrites the kept rows; as --model")
+    rewriting.add_argument("--rewrite-template", metavar="FILE", help="text with {question} and {completion}")
+    rewriting.add_argument("--rewrite-temperature", type=float, metavar="T", help="default: 0.6, with top-p 0.95")
+    rewriting.add_argument("--rewrite-max-tokens", type=positive, metavar="N", help="default: as --max-tokens")
+    rewriting.add_argument("--rewrite-samples", type=positive, metavar="N", help="attempts at a row; default: 1")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--engine", choices=("auto", "native", "hf"), default="auto", help="see rollout.engine")
+    machine.add_argument("--max-sequences", type=positive, default=512, metavar="N", help="sampled at once on a GPU")
+    machine.add_argument("--kv-cache-gib", type=float, metavar="GIB", help="default: up to half of the free memory")
+    workers = max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+    machine.add_argument("--workers", type=positive, default=workers, metavar="N", help="processes that grade answers")
+    return parser
+
+
+def _rule(group: Any, name: str, kind: type, what: str, default: Any) -> None:
+    metavar = "SHARE" if kind is float else "N"
+    bound = name.partition("_")[0]
+    least = {"min": "least ", "max": "most "}.get(bound, "")
+    group.add_argument(
+        f"--{name.replace('_', '-')}",
+        type=kind,
+        default=default,
+        metavar=metavar,
+        help=f"{least}{what}; default: {default}",
+    )

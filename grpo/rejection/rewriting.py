@@ -1,0 +1,147 @@
+"""A model rewrites kept rows into a form that is easy to read, and only those whose answer survives stay.
+
+DeepSeek-R1 (arXiv 2501.12948v2) lets DeepSeek-V3 and people rewrite R1-Zero's answers for the cold start. Its prompt is not
+published in full: TEMPLATE is ours, and `--rewrite-template` takes another. The rewriting model never sees the gold answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo.config import DataConfig
+from grpo.data.prompts import build_prompts
+from grpo.inference.resolve_model import LONG
+from grpo.rejection.rules import Fall
+from grpo.rejection.sampling import Row, seed_of
+from grpo.types import Generator, Group, OnGroup, Prompt, Sampling
+
+TEMPLATE = """Below are a question and a solution to it. Rewrite the solution so that it is easy to read: in the language of the \
+question only, in short paragraphs, without repetition. Keep every step that matters, and keep the final answer exactly as it \
+is. Keep the form too: where the solution has <think> and </think>, or <answer> and </answer>, yours has them. Write the \
+rewritten solution between <rewritten> and </rewritten>.
+
+Question:
+{question}
+
+Solution:
+{completion}"""
+
+PLACES = ("{question}", "{completion}")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A row that passed all rules, with the prompt that it answers."""
+
+    prompt: Prompt
+    row: Row
+    pass_rate: float | None
+
+
+def check_template(template: str, option: str) -> None:
+    """Raises ValueError: the template has no place for the question or for the completion."""
+    for place in PLACES:
+        if place not in template:
+            raise ValueError(
+                f"{option} has no {place}; the rewriting model is shown the question and the solution there. Add it."
+            )
+
+
+def prompts_of(kept: Sequence[Kept], template: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Prompt]:
+    """A prompt for each row: its number is the row's place, its columns are those of the question, for the verifier.
+
+    Raises:
+        ValueError: see build_prompts.
+    """
+    data = DataConfig(template="chat" if tokenizer.chat_template else "none", max_prompt_tokens=LONG)
+    rows = [{"question": _filled(template, each), "answer": None} for each in kept]
+    prompts, dropped = build_prompts(rows, tokenizer, data)
+    if dropped:
+        raise ValueError(
+            f"--rewrite-template: {dropped.total()} prompts for the rewriting model are none: {', '.join(dropped)}. "
+            "Correct the template."
+        )
+    return [
+        replace(
+            prompt,
+            columns=own.prompt.columns,
+            seed=seed_of(seed, "rewrite", own.prompt.row, own.row["sample"]),
+        )
+        for prompt, own in zip(prompts, kept, strict=True)
+    ]
+
+
+def _filled(template: str, kept: Kept) -> str:
+    values = {"{question}": str(kept.prompt.columns["question"]), "{completion}": kept.row["completion"].strip()}
+    return re.sub("|".join(map(re.escape, PLACES)), lambda place: values[place[0]], template)
+
+
+def rewritten(reply: str, kept: Kept) -> str:
+    """The solution in a reply, in the place of the row's own: with the same beginning that belongs to the prompt.
+
+    It is what stands between the last `<rewritten>` and `</rewritten>`; without them the whole reply, less the rewriting model's
+    own thoughts if two of them begin there.
+    """
+    tagged = re.findall(r"<rewritten>((?:(?!<rewritten>).)*?)</rewritten>", reply, re.DOTALL)
+    text = tagged[-1] if tagged else reply
+    if not tagged and text.count("</think>") > 1:
+        text = text.partition("</think>")[2]
+    text, before = text.strip(), kept.row["completion"]
+    prefill = kept.prompt.prefill
+    if prefill.strip():
+        return prefill + text.removeprefix(prefill.strip()).lstrip()
+    return before[: len(before) - len(before.lstrip())] + text
+
+
+class Rewriter:
+    """A Generator whose completions are the rewritten solutions in the place of the replies, as the verifier is to see them."""
+
+    def __init__(self, generator: Generator, kept: Sequence[Kept]) -> None:
+        self.generator = generator
+        self.kept = kept
+
+    def sample(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        num_completions: int,
+        seed: int,
+        on_group: OnGroup | None = None,
+    ) -> list[Group]:
+        """See Generator."""
+        groups = self.generator.sample(
+            prompts,
+            sampling,
+            num_completions=num_completions,
+            seed=seed,
+            on_group=None if on_group is None else lambda p, group: on_group(p, self._restored(group)),
+        )
+        return [self._restored(group) for group in groups]
+
+    def _restored(self, group: Group) -> Group:
+        kept = self.kept[group.prompt.row]
+        prompt = replace(group.prompt, text=kept.prompt.text, messages=kept.prompt.messages)
+        return Group(prompt, [replace(each, text=rewritten(each.text, kept)) for each in group.completions])
+
+    def sync(self) -> None:
+        self.generator.sync()
+
+    def halve(self) -> str | None:
+        """See Generator."""
+        return self.generator.halve()
+
+    def metrics(self) -> dict[str, float]:
+        return self.generator.metrics()
+
+
+def fall_of(falls: Sequence[Fall]) -> Fall | None:
+    """What a rewritten row is dropped for: its answer is not what it was, or it is not readable after all."""
+    for fall in falls:
+        if fall.rule in ("wrong", "unknown"):
+            return Fall("answer_lost", f"{fall.rule}: {fall.detail}")
+    return Fall("rewrite_unreadable", f"{falls[0].rule}: {falls[0].detail}") if falls else None
