@@ -217,7 +217,9 @@ def test_rewards_come_from_the_library_a_file_and_python(tmp_path: Path):
         return [float(gold in completion[0]["content"]) for completion, gold in zip(completions, answer, strict=True)]
 
     many = {"num_prompts": 16, "group_size": 8}  # of which the untrained model has some right
-    trainer = Trainer(tiny_config(tmp_path / "b", rollout=many), rewards=[in_trl_form, Reward(len_of, weight=0.0, name="chars")])
+    trainer = Trainer(
+        tiny_config(tmp_path / "b", rollout=many), rewards=[in_trl_form, Reward(len_of, weight=0.0, name="chars")]
+    )
     metrics = trainer.train_step()
     trainer.close()
     assert 0 < metrics["reward/in_trl_form"] < 1
