@@ -267,26 +267,25 @@ def time_a_step(decoder: Decoder, at: int, sampling: Sampling, *, with_kernels: 
 
     On a GPU it is a captured graph. With kernels, the costliest of them are printed.
     """
-    num_steps = TIMED_CHUNKS * decoder.chunk
-    rows = made_up(decoder, at, num_steps=2 * num_steps + decoder.chunk)
+    rows = made_up(decoder, at, num_steps=2 * TIMED_STEPS + decoder.chunk)
     decoder.begin(sampling)
     decoder.decode(rows)  # compiles and captures, if that has not been done yet
     synchronize()
     start = time.perf_counter()
     launch(decoder, rows)
-    seconds = (time.perf_counter() - start) / num_steps
+    seconds = (time.perf_counter() - start) / TIMED_STEPS
     if with_kernels:
         with profile(activities=device_activities()) as profiler:
             launch(decoder, rows)
-        print(f"  {num_steps} decoding steps:\n{costliest(profiler)}", flush=True)
+        print(f"  {TIMED_STEPS} decoding steps:\n{costliest(profiler)}", flush=True)
     return len(rows), seconds
 
 
-TIMED_CHUNKS = 4
+TIMED_STEPS = 16
 
 
 def launch(decoder: Decoder, rows: list[Sequence]) -> None:
-    for _ in range(TIMED_CHUNKS):
+    for _ in range(TIMED_STEPS // decoder.chunk):
         decoder.decode(rows)
     synchronize()
 

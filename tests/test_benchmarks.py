@@ -266,9 +266,8 @@ def test_a_step_timed_alone_leaves_the_engine_as_it_was(cache: Path, monkeypatch
     after = rollout.timed_call(sampler, prompts, sampling, 2, seed=3)
     assert num_slots == 4
     assert after.completions == before.completions
-    assert (
-        [size for _, size in after.launches] == [size for _, size in before.launches] == [4, 4]
-    )  # rows, in 2 x 4 steps
+    launches = 3 if rollout.decoder_of(sampler).chunk == 2 else 2  # of 6 steps
+    assert [size for _, size in after.launches] == [size for _, size in before.launches] == [4] * launches  # rows
 
 
 # ---- grading.py, card.py ---------------------------------------------------------------------------------------------
