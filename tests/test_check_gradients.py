@@ -75,7 +75,7 @@ def test_every_part_of_the_fast_update_has_the_plain_models_gradient(
             assert group["one_minus_cosine"] < 5e-9, (each["name"], name)  # 1e-4 of the gradient
             assert group["slope"] == pytest.approx(1, abs=1e-4)
     passes = {each["name"]: each["passes"] for each in variants}
-    assert passes[PLAIN.name] == 12
+    assert 4 <= passes[PLAIN.name] <= 12  # one for each completion of a group with signal
     assert passes["everything, small passes"] > passes["everything"]
     assert not (tmp_path / "run").exists()
     printed = capsys.readouterr().out

@@ -35,6 +35,7 @@ trainer = Trainer(
     tiny_config(
         arguments.out / "run",
         rollout={"num_prompts": max(4, int(os.environ["WORLD_SIZE"]))},
+        algorithm={"kl_coef": 1e-3},  # every token has a gradient, and is in the post-mortem
         distributed={"zero_stage": arguments.zero, **{f"offload_{what}": True for what in arguments.offload}},
         lora={"rank": arguments.lora},
         memory={"micro_batch_tokens": 120},  # several passes, so that ZeRO-3 knows what comes next and fetches it ahead
