@@ -259,7 +259,7 @@ def raising(*args: object, **kwargs: object) -> None:
     ("target", "where", "first"),
     [
         ("grpo.policy.policy.load_lm", "while the model is loaded", "true with distributed.zero_stage 1 instead of 0"),
-        ("grpo.rollout.hf.HFGenerator.sample", "while sampling (rollout)", "memory.max_sequences from 256 to 8"),
+        ("grpo.rollout.engine.NativeGenerator.sample", "while sampling (rollout)", "memory.kv_cache_gib from null"),
         ("grpo.policy.policy.Policy.ref_logprobs", "(logprobs)", "true with distributed.zero_stage 1 instead of 0"),
         ("grpo.policy.policy.Policy.backward", "(update)", "memory.micro_batch_tokens from 512 to 256"),
         ("grpo.policy.policy.Policy.optimizer_step", "(update)", "memory.micro_batch_tokens from 512 to 256"),

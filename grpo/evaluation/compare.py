@@ -151,7 +151,7 @@ def _check_comparable(run: PlannedRun) -> None:
     saved = run.directory / "config.yaml"
     if saved.exists():
         before = read_yaml(saved.read_text())
-        name = changed_setting(before, run.config.model_dump(), may_change=MAY_DIFFER)
+        name = changed_setting(before, run.config.model_dump(mode="json"), may_change=MAY_DIFFER)
         if name is not None:
             raise ValueError(
                 f"--out has {run.directory}; the run there differs from the one asked for in {name}. Choose another --out, or "
