@@ -140,7 +140,7 @@ REJECT = {"name": "r", "kind": "reject"}
         ([{**ZERO, "set": {"run.dir": "x"}}], "stage zero: set has run.dir, which the path itself sets"),
         ([{**ZERO, "model": "b"}, {**ZERO, "name": "b", "model": "zero"}], "in a circle: (zero <- b <- zero|b <- zero <- b)"),
         ([ZERO, {**ZERO, "name": "b", "rows": "zero"}], "stage b: rows is zero, a stage of kind train; it must be one of"),
-        ([ZERO, {**REJECT, "model": "zero", "options": {"sample": 2}}], "stage r: options has 'sample', .* Did you mean samples?"),
+        ([ZERO, {**REJECT, "model": "zero", "options": {"sample": 2}}], "options has 'sample', .* Did you mean samples?"),
         ([ZERO, {**REJECT, "model": "zero", "options": {"out": "x"}}], "stage r: options has 'out'"),
         ([{"name": "s", "kind": "sft", "config": "sft.yaml"}, {**REJECT, "model": "s"}], "stage r: config is missing"),
         ([], "has no list `stages`"),
@@ -167,7 +167,7 @@ def test_a_wrong_folder_override_or_comparison_is_refused(tmp_path: Path):
 def test_a_stage_may_set_the_options_of_its_command_and_no_others(kind: str, command: Any):
     has = {action.dest for action in command._parser()._actions} - {"help"}
     assert set(OPTIONS[kind]) <= has - set(OWN_OPTIONS)
-    assert has - set(OWN_OPTIONS) - set(OPTIONS[kind]) == ({"step", "base"} if kind == "reject" else set())
+    assert has - set(OWN_OPTIONS) - set(OPTIONS[kind]) == ({"base"} if kind == "reject" else set())
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------

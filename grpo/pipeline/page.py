@@ -186,7 +186,7 @@ def _samples(plan: Plan) -> list[Section]:
     return [Section("One question", [RULE, f"{chosen['question']} The answer is {chosen['answer']}."], texts=texts)]
 
 
-def _judged(row: Mapping[str, Any]) -> str:
+def _judged(row: outcome.Row) -> str:
     right = {True: "right", False: "wrong", None: "unknown"}[is_right(row)]
     return f"{right}, {'mixed' if outcome.is_mixed(row) else 'not mixed'}"
 

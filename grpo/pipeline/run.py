@@ -77,8 +77,15 @@ def _run_stage(plan: Plan, stage: Stage, lineage: Lineage, where: str, launch: L
     ended = launch(plan.launch(stage))
     entry["seconds"] += time.monotonic() - began
     if ended.code == 0:
-        entry["status"] = FINISHED
         entry["counts"] = outcome.counts(plan, stage)
+        if entry["counts"].get("rows") == 0:
+            entry["status"] = "failed"
+            lineage.write()
+            raise ValueError(
+                f"stage {stage.name}: no row is kept of {entry['counts']['samples']:,} samples: {page.in_words(entry)}. Ask "
+                f"more questions, or loosen a rule; then delete {plan.directory(stage)}."
+            )
+        entry["status"] = FINISHED
         entry["evaluation"] = outcome.evaluation(plan, stage)
         entry["outputs"] = lineage.outputs(stage)
         lineage.write()

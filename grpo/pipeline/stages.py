@@ -43,6 +43,7 @@ OPTIONS = {
         "num_questions",
         "samples",
         "seed",
+        "step",
         "template",
         "system",
         "temperature",
@@ -202,16 +203,19 @@ class Plan:
         found = [
             Input(key, self.path(value), None if self.stage(value) is None else value) for key, value in stage.named
         ]
+        if "step" in stage.options:  # of the run, not its newest model
+            checkpoint = f"checkpoints/step-{stage.options['step']:08d}"
+            found = [replace(e, path=f"{e.path}/{checkpoint}") if e.label == "model" else e for e in found]
         if stage.kind in TRAINED:
             config = self.config(stage)
             if stage.model is None:
                 found.append(Input("model", config.model.name))
-            names = [config.data.eval_name] if stage.rows else [config.data.name, config.data.eval_name]
-            found += [Input("data", path) for path in _files(names)]
+            own = [] if stage.rows else [config.data.name]
+            found += [Input("data", path) for path in _files([*own, config.data.eval_name])]
         else:
             given = Config.load(stage.config).data if stage.config else None
-            names = [stage.options.get("questions") or (given and given.name)]
-            found += [Input("data", path) for path in _files(names)]
+            named = stage.options.get("questions") or (given and given.name)
+            found += [Input("data", path) for path in _files([named])]
         return found
 
 
@@ -228,7 +232,7 @@ def _files(names: Iterable[Any]) -> list[str]:
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """{section: {name: value}} -> {section.name: value}."""
-    found = {}
+    found: dict[str, Any] = {}
     for section, values in settings.items():
         inner = values.items() if isinstance(values, dict) else [("", values)]
         found |= {f"{section}.{name}".rstrip("."): value for name, value in inner}
@@ -388,9 +392,11 @@ def _with_overrides(stages: list[Stage], overrides: Sequence[str]) -> list[Stage
                 f"--set {override!r}: there is no stage {name!r}, but {', '.join(found)}.{_nearest(name, found)}"
             )
         stage = found[name]
-        part = "set" if stage.kind in TRAINED else "options"
-        value = text if text.lstrip().startswith("#") else read_yaml(text)
-        found[name] = replace(stage, **{part: {**getattr(stage, part), key: value}})
+        value = {key: text if text.lstrip().startswith("#") else read_yaml(text)}
+        if stage.kind in TRAINED:
+            found[name] = replace(stage, set={**stage.set, **value})
+        else:
+            found[name] = replace(stage, options={**stage.options, **value})
     return list(found.values())
 
 
@@ -457,6 +463,9 @@ def _check(stage: Stage, plan: Plan) -> None:
                 f"stage {stage.name}: options has {name!r}, which is no option of grpo {stage.kind} that a stage may set."
                 f"{_nearest(name, OPTIONS[stage.kind])}"
             )
+    step = stage.options.get("step")
+    if step is not None and not isinstance(step, int):
+        raise ValueError(f"stage {stage.name}: step is {step!r}; it is the number of a step. Correct it.")
     for name in ("model.name", "teacher.name", "data.name", "run.dir", "run.resume"):
         if name in stage.set and (
             name.startswith("run.") or getattr(stage, "rows" if name == "data.name" else name[:-5])
