@@ -5,6 +5,7 @@ One run of three small stages, real processes forked from a warm one, is shared 
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import signal
@@ -96,6 +97,8 @@ def test_print_shows_the_launch_line_of_each_stage_and_runs_nothing(tmp_path: Pa
          "run.resume=auto"],
     ]  # fmt: skip
     assert not out.exists()
+    done = warm.run(["scripts/r1.py", str(place), "--out", str(out), "--print"], cwd=ROOT, timeout=100)
+    assert [each.split()[:2] for each in done.stdout.splitlines()] == [each[:2] for each in printed]
 
 
 def test_a_model_of_a_stage_and_a_teacher_become_settings(tmp_path: Path):
@@ -323,6 +326,32 @@ def test_a_stage_that_fails_ends_the_path_with_its_exit_code_and_is_tried_again(
     assert "1/3 zero: it failed with exit code 3" in capsys.readouterr().err
     assert read_json(plan.out / "lineage.json")["stages"]["zero"]["status"] == "failed"
     assert run(plan, lambda _: Ended(143, was_asked=True)) == 75  # grpo reject has no exit code of its own for it
+
+
+def test_a_stage_without_rows_says_so_instead_of_the_next_one(finished: Plan, tmp_path: Path):
+    place, out = moved(finished, tmp_path)
+    for name in ("rows", "start"):
+        shutil.rmtree(out / name)
+    plan = read_plan(place, out)
+
+    def keeping_none(arguments: Sequence[str]) -> Ended:
+        shutil.copytree(finished.out / "rows", out / "rows", dirs_exist_ok=True)
+        table = read_json(out / "rows" / "rows.json")
+        (out / "rows" / "rows.json").write_text(json.dumps({**table, "num_kept": 0}))
+        return Ended(0)
+
+    with pytest.raises(ValueError, match=r"stage rows: no row is kept of 160 samples: .* dropped: wrong"):
+        run(plan, keeping_none)
+    assert read_json(out / "lineage.json")["stages"]["rows"]["status"] == "failed"
+
+
+def test_rows_of_an_early_step_come_from_that_checkpoint(tmp_path: Path):
+    plan = read_plan("r1-tiny", tmp_path)
+    cold_rows, rejected = plan.stages[1], plan.stages[4]
+    assert plan.inputs(cold_rows)[0].path == f"{tmp_path}/zero/checkpoints/step-00000010"
+    assert plan.inputs(rejected)[0].path == f"{tmp_path}/rl1"
+    with pytest.raises(ValueError, match=r"stage cold_rows: step is 'ten'; it is the number of a step"):
+        read_plan("r1-tiny", tmp_path, ["cold_rows:step=ten"])
 
 
 def test_a_signal_is_handed_on_to_the_stage_and_two_do_not_share_a_directory(tmp_path: Path, monkeypatch):
