@@ -27,6 +27,7 @@ from grpo.config import AnyConfig, Config, RewardConfig, SupervisedConfig
 from grpo.config.elsewhere import ELSEWHERE
 from grpo.evaluation.compare import arms_of
 from grpo.observe.metrics import METRICS
+from grpo.pipeline.stages import TRAINED, read_plan
 from grpo.scoring.reward import resolve_function
 from grpo.system.heartbeat import PEER_LOST
 from grpo.system.stopping import EXIT_STOPPED
@@ -124,6 +125,9 @@ def load_settings(program: str, options: Namespace) -> list[AnyConfig]:
     if program == "grpo settings" and not chosen(list(settings()), options.word):
         raise ValueError(f"no setting has {options.word!r} in its name or meaning")
     overrides = list(getattr(options, "set", []))
+    if hasattr(options, "stages"):
+        plan = read_plan(options.stages, options.out, overrides)
+        return [plan.config(stage) for stage in plan.stages if stage.kind in TRAINED]
     if hasattr(options, "variant"):
         return [Config.load(arm.config, arm.overrides) for arm in arms_of(options.configs, options.variant, overrides)]
     if getattr(options, "config", None) == "my.yaml":

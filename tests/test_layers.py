@@ -28,6 +28,7 @@ LAYERS = [
     "evaluation",
     "rejection",
     "check",
+    "pipeline",
     "cli",
     "__main__",
 ]

@@ -16,6 +16,7 @@ COMMANDS = {
     "settings": "every setting with its meaning and its default",
     "evaluate": "answer benchmarks, several samples a question",
     "reject": "keep a model's own answers that are worth learning from: rejection sampling",
+    "r1": "from R1-Zero to R1: cold start, rejection sampling, distillation, in one directory",
     "sample": "a group of completions for a question, with what each reward made of it",
     "chat": "talk to a model",
     "report": "one page to look at a run, or to compare several",

@@ -13,9 +13,14 @@ def folder() -> Path:
     return inside if inside.is_dir() else package.with_name("configs")
 
 
+STAGES = "stages.yaml"
+"""The list of a path's stages, which is no configuration: grpo/pipeline/stages.py."""
+
+
 def names() -> list[str]:
     """Such as `quickstart` and `recipes/dapo-32b`."""
-    return sorted(str(path.relative_to(folder()).with_suffix("")) for path in folder().rglob("*.yaml"))
+    found = (path for path in folder().rglob("*.yaml") if path.name != STAGES)
+    return sorted(str(path.relative_to(folder()).with_suffix("")) for path in found)
 
 
 def shipped(name: str) -> Path:
