@@ -56,7 +56,7 @@ def say(text: str, *, file: TextIO | None = None) -> None:
         _print(text, file)
     else:
         start = text.lstrip().partition(":")[0]
-        logger.log({"warning": logging.WARNING, "error": logging.ERROR}.get(start, logging.INFO), "%s", text)
+        logger.log({"warning": logging.WARNING, "error": logging.ERROR}.get(start, logging.INFO), "%s", printable(text))
 
 
 logger = logging.getLogger("grpo")
@@ -85,7 +85,7 @@ if not logger.handlers:
 def show(console: Console, line: str | Text, *, style: str | None = None) -> None:
     """Print a line of a run on a console of rich, through the logger."""
     plain = line if isinstance(line, str) else line.plain
-    logger.info("%s", plain, extra={"show": lambda: console.print(line, style=style, markup=False)})
+    logger.info("%s", printable(plain), extra={"show": lambda: console.print(line, style=style, markup=False)})
 
 
 def _print(text: str, stream: TextIO | None) -> None:
