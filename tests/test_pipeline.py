@@ -6,6 +6,7 @@ One run of three small stages, real processes forked from a warm one, is shared 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import warm
 import yaml
-from helpers import ROOT, read_json
+from helpers import ROOT, clean_environment, read_json
 
 from grpo.cli import evaluate, r1, reject
 from grpo.config import Config
@@ -59,7 +60,8 @@ def folder_of(place: Path, stages: Any = STAGES) -> Path:
 
 
 def warmly(arguments: Sequence[str]) -> Ended:
-    done = warm.run(["-m", "grpo", *arguments], timeout=200)
+    path = os.environ.get("PYTHONPATH", str(ROOT))  # a run in this process has left RANK and its like behind
+    done = warm.run(["-m", "grpo", *arguments], env={**clean_environment(), "PYTHONPATH": path}, timeout=200)
     assert done.returncode in (0, 75), done.stderr[-3000:]
     return Ended(done.returncode)
 
