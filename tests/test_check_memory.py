@@ -260,6 +260,7 @@ def raising(*args: object, **kwargs: object) -> None:
     [
         ("grpo.policy.policy.load_lm", "while the model is loaded", "true with distributed.zero_stage 1 instead of 0"),
         ("grpo.rollout.engine.NativeGenerator.sample", "while sampling (rollout)", "memory.kv_cache_gib from null"),
+        ("grpo.rollout.hf.HFGenerator.sample", "while sampling (rollout)", "memory.max_sequences from 256 to 8"),
         ("grpo.policy.policy.Policy.ref_logprobs", "(logprobs)", "true with distributed.zero_stage 1 instead of 0"),
         ("grpo.policy.policy.Policy.backward", "(update)", "memory.micro_batch_tokens from 512 to 256"),
         ("grpo.policy.policy.Policy.optimizer_step", "(update)", "memory.micro_batch_tokens from 512 to 256"),
@@ -275,7 +276,12 @@ def test_a_shortage_is_told_with_its_phase_and_its_remedy(
 ):
     monkeypatch.setattr(target, raising)
     budget = 512 if "(update)" in where else 128  # one sequence has 120
-    config = tiny_config(tmp_path / "run", algorithm={"kl_coef": 0.1}, memory={"micro_batch_tokens": budget})
+    config = tiny_config(
+        tmp_path / "run",
+        algorithm={"kl_coef": 0.1},
+        memory={"micro_batch_tokens": budget},
+        rollout={"engine": "hf" if "HFGenerator" in target else "native"},
+    )
     assert memory.check(config) == 1
     error = capsys.readouterr().err
     assert error.startswith("It does not fit: out of memory ")

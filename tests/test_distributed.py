@@ -126,10 +126,7 @@ def test_a_sharded_run_resumes_where_it_stopped(tmp_path: Path, zero: int, optio
     drop = ("time/", "throughput/", "memory/")
     clean = [[{k: v for k, v in row.items() if not k.startswith(drop)} for row in rows] for rows in (whole, halves)]
     assert [row["step"] for row in clean[0]] == [0, 1, 2, 3, 4, 4]
-    norms = [[row.pop("optimizer/grad_norm", 0) for row in rows] for rows in clean]
     assert clean[0][1:] == clean[1]  # the half that was stepped by hand did not evaluate the base model
-    # offloading may add the norm up to another last bit, and nothing else
-    assert norms[0][1:] == (pytest.approx(norms[1], rel=1e-6) if "parameters" in options else norms[1])
     assert clean[0][2]["policy/kl"] > 2 * clean[0][3]["policy/kl"] > 0  # the reference became the policy after step 2
     evaluated = read_jsonl(tmp_path / "whole/evaluations.jsonl")
     assert [(row["step"], row["row"]) for row in evaluated] == [(step, row) for step in (0, 4) for row in range(5)]

@@ -20,7 +20,7 @@ from grpo.system import progress
 from grpo.system.heartbeat import PEER_LOST
 from grpo.system.writer import problem_with
 
-LIMIT = 5.0  # seconds of silence, in worker_heartbeat.py; without progress 1.5 times, and after a signal half of it
+LIMIT = 4.0  # seconds of silence, in worker_heartbeat.py; without progress 1.5 times, and after a signal half of it
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +46,15 @@ def output(ended: Path, name: str, rank: int) -> str:
 @pytest.mark.parametrize(
     ("name", "victim", "message"),
     [
-        ("killed", 1, "rank 1 on .* has died: nothing was heard from it for 5 s"),
-        ("killed in a collective", 1, "rank 1 on .* has died: nothing was heard from it for 5 s"),
-        ("frozen", 2, "rank 2 on .* has died: nothing was heard from it for 5 s"),
+        ("killed", 1, "rank 1 on .* has died: nothing was heard from it for 4 s"),
+        ("killed in a collective", 1, "rank 1 on .* has died: nothing was heard from it for 4 s"),
+        ("frozen", 2, "rank 2 on .* has died: nothing was heard from it for 4 s"),
         (
             "store killed",
             0,
             "the store at 127.0.0.1:[0-9]+, in rank 0, (is gone|has not answered)",
         ),  # rarely so
-        ("store frozen", 0, "has not answered for 5 s: rank 0 on .* is frozen"),
+        ("store frozen", 0, "has not answered for 4 s: rank 0 on .* is frozen"),
     ],
 )
 def test_the_others_end_and_name_the_process_that_died(ended: Path, name: str, victim: int, message: str):

@@ -25,7 +25,7 @@ from grpo.system import heartbeat, progress
 from grpo.system.distributed import Processes
 from grpo.system.stopping import StopRequest
 
-LIMIT = 5.0  # seconds
+LIMIT = 4.0  # seconds
 LIMITS = heartbeat.Limits(beat=LIMIT / 10, silence=LIMIT, stall=1.5 * LIMIT, stop=0.5 * LIMIT)
 LONG = 3 * LIMIT  # twice what a stall takes
 NUM_PROCESSES = 3

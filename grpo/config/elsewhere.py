@@ -1,6 +1,6 @@
 """What TRL and verl call a setting -> what it is called here: for whoever comes from there."""
 
-ELSEWHERE = {"training": "It is a section of supervised training: `grpo sft --config ...`."} | {
+ELSEWHERE = {
     name: f"That is a name of TRL or verl; here it is {ours}."
     for names, ours in {
         ("beta", "kl_loss_coef"): "algorithm.kl_coef",

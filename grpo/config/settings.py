@@ -154,6 +154,11 @@ class Config(Settings):
     def __init__(self, **settings: Any) -> None:  # for type checkers, which would want the sections as objects
         super().__init__(**settings)
 
+    @classmethod
+    def elsewhere(cls) -> dict[str, str]:
+        """See Settings."""
+        return ELSEWHERE | {"training": "It is a section of supervised training: `grpo sft --config ...`."}
+
     def check(self) -> None:
         """See Settings."""
         check_schedules(self)

@@ -166,7 +166,7 @@ def diagnose(
         _temperature(probe, config),
         _template(probe, config),
         *_weights(probe, generator, config, earlier_gap),
-        _left_out(probe),
+        _left_out(probe, rounding),
         Cause(
             min(rounding / max(probe.gap, 1e-9), 1.0),
             f"rounding, which makes {rounding:.3g} nats of this model in this precision",
@@ -281,12 +281,16 @@ def _sampled_again(probe: Probe, generator: Generator, config: Config) -> float:
     return probe.mean((ours - _batch(pairs).sampling_logprobs.to(ours.device)).abs())
 
 
-def _left_out(probe: Probe) -> Cause:
-    """Log-probabilities of what top-k, top-p or min-p left are larger than those of the whole vocabulary, every single one."""
+def _left_out(probe: Probe, rounding: float) -> Cause:
+    """Log-probabilities of what top-k, top-p or min-p left are larger than those of the whole vocabulary, every single one.
+
+    So each token that is smaller by more than rounding speaks against it, however little it is.
+    """
     above = probe.mean((probe.sampled - probe.ours).clamp(min=0))
     below = probe.mean((probe.ours - probe.sampled).clamp(min=0))
+    smaller = probe.mean((probe.ours - probe.sampled > 4 * rounding).float())
     text = (
         f"log-probabilities among the tokens that top-k, top-p or min-p left: {above:.3g} nats of the gap are above the "
-        f"policy's, {below:.3g} below; they would all be above"
+        f"policy's, {below:.3g} below, at {smaller:.0%} of the tokens; they would all be above"
     )
-    return Cause(1 - 10 * below / above if above else 0.0, text)
+    return Cause(1 - 10 * max(below / above, smaller) if above else 0.0, text)
