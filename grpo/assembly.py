@@ -27,6 +27,7 @@ from grpo.rollout import check_engine, make_generator
 from grpo.run import checkpoint, inputs
 from grpo.run.checkpoint import Checkpoints
 from grpo.run.held_out import HeldOut
+from grpo.run.loop import RunParts
 from grpo.run.preflight import Audit, Preflight, audit
 from grpo.scoring.answers import verdict_name
 from grpo.scoring.binding import reads_answer
@@ -53,22 +54,16 @@ class Questions:
     audits: list[Audit]
 
 
-@dataclass
-class Parts:
+@dataclass(kw_only=True)
+class Parts(RunParts):
     """What a Trainer is made of."""
 
     config: Config
-    processes: TrainingProcesses
-    stop: StopAgreement
     prompts: PromptOrder
     collector: Collector
-    learner: Learner
     rollouts: RolloutMaker
     preflight: Preflight
     held_out: HeldOut
-    checkpoints: Checkpoints
-    log: RunLog  # not open yet
-    found: Path | None  # the checkpoint to resume
 
 
 def assemble(
@@ -93,6 +88,8 @@ def assemble(
     request = StopRequest(config.run.max_hours)
     processes = distributed.start(config, dtype=resolve_dtype(config.model.dtype))
     config.check_world_size(processes.world_size)
+    for notice in _without_effect(config, optimizer=optimizer, advantage=advantage):
+        processes.say(notice)
     tokenizer = load_tokenizer(config.model)
     use_chat_template(tokenizer, config.data)
     check_context(config)
@@ -149,6 +146,23 @@ def assemble(
         log=log,
         found=found,
     )
+
+
+REPLACED = {
+    "optimizer": ("optimizer", ("beta1", "beta2", "weight_decay")),
+    "advantage": ("algorithm", ("baseline", "normalize_by_std")),
+}
+"""Argument of Trainer -> the section and the settings that have no effect beside it."""
+
+
+def _without_effect(config: Config, **given: Callable[..., Any] | None) -> Iterator[str]:
+    """Says which settings other than their defaults a function given to Trainer stands in for."""
+    for argument, (section, names) in REPLACED.items():
+        values = getattr(config, section)
+        for name in names:
+            value = getattr(values, name)
+            if given[argument] is not None and value != type(values).model_fields[name].default:
+                yield f"{section}.{name} is {value}, without effect: {argument} was given to Trainer"
 
 
 def _questions(

@@ -12,7 +12,6 @@ from grpo.assembly import Rows, assemble
 from grpo.config import Config
 from grpo.observe.metrics import step_metrics
 from grpo.policy.policy import MakeOptimizer, Policy
-from grpo.run.guard import Guard
 from grpo.run.loop import Loop
 from grpo.run.preflight import PreflightRefused
 from grpo.scoring.reward import Reward
@@ -20,7 +19,7 @@ from grpo.system.stopping import Interrupted
 from grpo.training.callback import Callback
 from grpo.training.learner import Learner
 from grpo.training.rollout import Advantage
-from grpo.training.state import Rollout, RunState, StepClock, StepState
+from grpo.training.state import Rollout
 from grpo.types import MicroBatch
 
 if TYPE_CHECKING:
@@ -49,6 +48,7 @@ class Trainer(Loop):
     """
 
     config: Config
+    after_roll_back = ", with other random numbers"
     policy_class: type[Policy] = Policy
     learner_class: type[Learner] = Learner
 
@@ -64,7 +64,6 @@ class Trainer(Loop):
         optimizer: MakeOptimizer | None = None,
         advantage: Advantage | None = None,
     ) -> None:
-        self.callbacks = callbacks
         parts = assemble(
             Config.of(config, settings or {}),
             rewards=rewards,
@@ -75,20 +74,11 @@ class Trainer(Loop):
             optimizer=optimizer,
             advantage=advantage,
         )
-        self.config, self.processes, self.stop = parts.config, parts.processes, parts.stop
-        self.prompts, self.rollouts = parts.prompts, parts.rollouts
-        self.collector, self.learner, self.policy = parts.collector, parts.learner, parts.learner.policy
+        super().__init__(parts, callbacks)
+        self.config = parts.config
+        self.prompts, self.rollouts, self.collector = parts.prompts, parts.rollouts, parts.collector
         self.preflight, self.held_out = parts.preflight, parts.held_out
-        self.checkpoints, self.log = parts.checkpoints, parts.log
-        self.directory = parts.log.directory  # of the run
-        self.clock = StepClock(parts.processes)
-        self.state, self.step = RunState(), StepState()
-        if parts.found is not None:
-            self._restore(parts.found)
-        self.log.open(resumed_step=None if parts.found is None else self.state.step)
-        self.guard = Guard(
-            self.config, self.policy, self.collector, self.checkpoints, self.log, self.processes
-        )  # once the log is open: it reads what the run has written so far
+        self._begin(parts.found, self.config, self.collector)
 
     def train_step(self) -> dict[str, float]:
         """Sample a rollout, score it, and update the policy on it; the step's metrics over all processes.
@@ -142,34 +132,19 @@ class Trainer(Loop):
         if not minibatch:
             return
         meter, rollout = self.step.meter, self.step.sampled
-        flags = (self.stop.request.reason is not None, self.checkpoints.is_written)
-        totals = self._or_ask_for_less(lambda: self.learner.accumulate(minibatch, meter, rollout.passes, flags))
+        totals = self._or_ask_for_less(lambda: self.learner.accumulate(minibatch, meter, rollout.passes, self._flags))
         self.guard.before_update(totals, rollout, step=self.state.step + 1, now=self.now)
         self.learner.update(totals, self.state, meter, rate_factor=self.guard.roll_backs.rate_factor)
-        interrupted, written = totals.flags
-        if interrupted:
-            self.stop.agree()
-        if written == self.processes.world_size:
-            self.checkpoints.try_to(self.checkpoints.finish)
+        self._act_on(totals.flags)
 
     def _end_step(self, rollout: Rollout) -> dict[str, float]:
-        """Log what the step gave, act on what that gives alarm of, and make room for the next step."""
         self.log.log_completions_if_due(
             self.state.step, rollout.groups, rollout.scores, rollout.advantages, in_batch=rollout.minibatch >= 0
         )
         metrics = step_metrics(self.step.meter, self.step.seconds, self.processes) | self.state.metrics()
         metrics |= {f"schedule/{name}": float(value) for name, value in self.now.scheduled_values().items()}
         metrics["progress/epoch"] = self.state.position / len(self.prompts.prompts)
-        alarms = self.guard.observe(self.state.step, metrics, rollout)
-        metrics["watchdog/alarms"] = len(alarms)
-        self.log.log(self.state.step, metrics)
-        good = self.guard.act_on(alarms, self.step, number=self.state.step)
-        for callback in self.callbacks:
-            callback.on_step(self.state.step, metrics, rollout)
-        if good is not None:
-            self._roll_back(good)
-        self.step = StepState()
-        return metrics
+        return self._close_step(metrics, rollout)
 
     # ---- what the run's course asks for ------------------------------------------------------------------------------
 

@@ -170,8 +170,9 @@ def test_drawing_curves_leaves_the_backend_of_the_plots_alone(tmp_path: Path):
     assert plt.get_fignums() == []
 
 
-def own(tmp_path: Path, **arguments: Any) -> Trainer:
-    settings = {**SMALL, "run.dir": str(tmp_path / "run"), "run.steps": 1, "optimizer.learning_rate": 0.5}
+def own(tmp_path: Path, *, settings: dict[str, Any] | None = None, **arguments: Any) -> Trainer:
+    few = {**SMALL, "run.dir": str(tmp_path / "run"), "run.steps": 1, "optimizer.learning_rate": 0.5}
+    settings = few | (settings or {})
     return Trainer(str(TINY / "model"), rewards=[brevity], train_dataset=ROWS, settings=settings, **arguments)
 
 
@@ -208,6 +209,14 @@ def test_an_optimizer_and_an_advantage_by_function_are_those_that_train(tmp_path
     )
     assert torch.equal(weights_of(again), weights_of(trainer))
     again.close()
+
+
+def test_settings_that_a_function_stands_in_for_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    changed = {"algorithm.normalize_by_std": False, "optimizer.beta1": 0.8}
+    own(tmp_path, advantage=lambda rewards: rewards, settings=changed).close()
+    said = capsys.readouterr().out
+    assert "algorithm.normalize_by_std is False, without effect: advantage was given to Trainer" in said
+    assert "optimizer.beta1" not in said  # nothing stands in for it
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ OF_ROLLOUTS = {
     "entropy": "policy/entropy",
     "KL": "policy/kl",
     "tok/s": "throughput/rollout",
+    "slots": "rollout/slots",
+    "KV GiB": "rollout/kv_gib",
     "s/step": "time/step",
 }
 OF_ROWS = {
@@ -75,6 +77,8 @@ class LineSink:
     def _log_step(self, step: int, metrics: dict[str, float]) -> None:
         self._seconds = [*self._seconds, metrics["time/step"]][-ESTIMATE_OVER:]
         seconds_left = (self.num_steps - step) * sum(self._seconds) / len(self._seconds)
+        if self._lines == 0:  # not every engine has slots
+            self.columns = {t: n for t, n in self.columns.items() if n in metrics or not n.startswith("rollout/")}
         if self._lines % self.HEADER_EVERY == 0:
             titles = " ".join(f"{t[:WIDE]:>{WIDE}}" for t in ("step", *self.columns, "time left"))
             show(self.console, titles, style="dim")

@@ -4,43 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo import report
-from grpo.config import AnyConfig
+from grpo.config import AnyConfig, Config
 from grpo.observe.rundir import RunLog
-from grpo.policy.policy import Policy
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoints
 from grpo.run.ending import say_how_to_go_on, say_where_all_lies
 from grpo.run.guard import Guard
 from grpo.system import progress
-from grpo.system.distributed import Processes
+from grpo.system.distributed import TrainingProcesses
 from grpo.system.out_of_memory import or_ask_for_less
 from grpo.system.stopping import Interrupted, StopAgreement, Stopped
 from grpo.training.callback import Callback
-from grpo.training.state import RunState, StepClock, StepState
+from grpo.training.collector import Collector
+from grpo.training.learner import Learner
+from grpo.training.state import Rollout, RunState, StepClock, StepState
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+
+@dataclass(kw_only=True)
+class RunParts:
+    """What every run is made of, in reinforcement learning and in supervised training."""
+
+    processes: TrainingProcesses
+    stop: StopAgreement
+    learner: Learner
+    checkpoints: Checkpoints
+    log: RunLog  # not open yet
+    found: Path | None  # the checkpoint to resume
 
 
 class Loop:
     """What a trainer does around its steps. Every process has one, and all call the same methods at the same time."""
 
     config: AnyConfig
-    processes: Processes
-    stop: StopAgreement
-    checkpoints: Checkpoints
-    log: RunLog
     guard: Guard
-    policy: Policy
-    callbacks: Sequence[Callback]
-    clock: StepClock
-    state: RunState
-    step: StepState
-    directory: Path  # of the run
+    after_roll_back = ""
+    """What else differs from the steps that were rolled back."""
+
+    def __init__(self, parts: RunParts, callbacks: Sequence[Callback]) -> None:
+        self.callbacks = callbacks
+        self.processes, self.stop = parts.processes, parts.stop
+        self.learner, self.policy = parts.learner, parts.learner.policy
+        self.checkpoints, self.log = parts.checkpoints, parts.log
+        self.directory = parts.log.directory  # of the run
+        self.clock = StepClock(parts.processes)
+        self.state, self.step = RunState(), StepState()
+
+    def _begin(self, found: Path | None, config: Config, collector: Collector | None) -> None:
+        """Take up the checkpoint that was found, and open the log; the guard reads what the run has written so far."""
+        if found is not None:
+            self._restore(found)
+        self.log.open(resumed_step=None if found is None else self.state.step)
+        self.guard = Guard(config, self.policy, collector, self.checkpoints, self.log, self.processes)
 
     # ---- what a trainer fills in -------------------------------------------------------------------------------------
 
@@ -117,6 +139,32 @@ class Loop:
             for callback in self.callbacks:
                 callback.on_evaluation(step, rows)
 
+    @property
+    def _flags(self) -> tuple[bool, bool]:
+        """What a process lets the others know with the sums of an update."""
+        return self.stop.request.reason is not None, self.checkpoints.is_written
+
+    def _act_on(self, flags: tuple[float, ...]) -> None:
+        """Of `flags`, what they come to over all processes."""
+        interrupted, written = flags
+        if interrupted:
+            self.stop.agree()
+        if written == self.processes.world_size:
+            self.checkpoints.try_to(self.checkpoints.finish)
+
+    def _close_step(self, metrics: dict[str, float], rollout: Rollout) -> dict[str, float]:
+        """Log what the step gave, act on what that gives alarm of, and make room for the next step."""
+        alarms = self.guard.observe(self.state.step, metrics, rollout)
+        metrics["watchdog/alarms"] = len(alarms)
+        self.log.log(self.state.step, metrics)
+        good = self.guard.act_on(alarms, self.step, number=self.state.step)
+        for callback in self.callbacks:
+            callback.on_step(self.state.step, metrics, rollout)
+        self.step = StepState()
+        if good is not None:
+            self._roll_back(good)
+        return metrics
+
     @progress.phase("saving")
     def save(self, *, wait: bool = False) -> Path:
         """Write a checkpoint of the current state; every process calls it. See Checkpoints.save."""
@@ -135,7 +183,7 @@ class Loop:
         self.log.open(resumed_step=self.state.step)
         self.guard.rewind(self.state.step)
         factor = self.guard.roll_backs.rate_factor
-        self.processes.say(f"from here on at {factor:g} times the learning rate, with other random numbers")
+        self.processes.say(f"from here on at {factor:g} times the learning rate{self.after_roll_back}")
 
     def _or_ask_for_less(self, work: Callable[[], Any]) -> Any:
         """What `work` returns; out of memory, ask to leave with a checkpoint of the step, to go on with smaller passes."""

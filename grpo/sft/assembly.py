@@ -26,6 +26,7 @@ from grpo.rollout import make_generator
 from grpo.run import checkpoint, inputs
 from grpo.run.checkpoint import Checkpoints
 from grpo.run.held_out import HeldOut
+from grpo.run.loop import RunParts
 from grpo.scoring.reward import Reward
 from grpo.scoring.scorer import Scorer
 from grpo.sft.order import RowOrder, set_aside
@@ -49,22 +50,16 @@ def cross_entropy(aggregation: str) -> AlgorithmConfig:
     return AlgorithmConfig.model_validate(values)
 
 
-@dataclass
-class Parts:
+@dataclass(kw_only=True)
+class Parts(RunParts):
     """What a SupervisedTrainer is made of."""
 
     config: SupervisedConfig
     shared: Config  # config.parts
-    processes: TrainingProcesses
-    stop: StopAgreement
     order: RowOrder
     aside: list[Group]  # rows whose loss is measured
-    learner: Learner
     collector: Collector | None  # None: no question is asked
     held_out: HeldOut | None
-    checkpoints: Checkpoints
-    log: RunLog  # not open yet
-    found: Path | None  # the checkpoint to resume
 
 
 def assemble(

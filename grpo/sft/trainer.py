@@ -22,14 +22,13 @@ from grpo.observe.metrics import (
     supervised_metrics,
 )
 from grpo.policy.policy import Policy
-from grpo.run.guard import Guard
 from grpo.run.loop import Loop
 from grpo.scoring.reward import Reward
 from grpo.sft.assembly import assemble
 from grpo.system.stopping import Interrupted
 from grpo.training.callback import Callback
 from grpo.training.learner import Learner
-from grpo.training.state import Rollout, RunState, StepClock, StepState
+from grpo.training.state import Rollout
 from grpo.types import Batch, Group, MicroBatch, Scores
 
 
@@ -66,7 +65,6 @@ class SupervisedTrainer(Loop):
         settings: Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.callbacks = callbacks
         parts = assemble(
             SupervisedConfig.of(config, settings or {}),
             rewards=rewards,
@@ -75,18 +73,11 @@ class SupervisedTrainer(Loop):
             policy_class=self.policy_class,
             learner_class=self.learner_class,
         )
-        self.config, self.processes, self.stop = parts.config, parts.processes, parts.stop
+        super().__init__(parts, callbacks)
+        self.config = parts.config
         self.order, self.aside = parts.order, parts.aside
-        self.learner, self.policy = parts.learner, parts.learner.policy
         self.collector, self.held_out = parts.collector, parts.held_out
-        self.checkpoints, self.log = parts.checkpoints, parts.log
-        self.directory = parts.log.directory  # of the run
-        self.clock = StepClock(parts.processes)
-        self.state, self.step = RunState(), StepState()
-        if parts.found is not None:
-            self._restore(parts.found)
-        self.log.open(resumed_step=None if parts.found is None else self.state.step)
-        self.guard = Guard(parts.shared, self.policy, parts.collector, self.checkpoints, self.log, self.processes)
+        self._begin(parts.found, parts.shared, self.collector)
 
     @property
     def num_steps(self) -> int:
@@ -127,29 +118,14 @@ class SupervisedTrainer(Loop):
 
     def _update(self, passes: list[MicroBatch], rollout: Rollout) -> None:
         meter = self.step.meter
-        flags = (self.stop.request.reason is not None, self.checkpoints.is_written)
-        totals = self._or_ask_for_less(lambda: self.learner.accumulate(passes, meter, rollout.passes, flags))
+        totals = self._or_ask_for_less(lambda: self.learner.accumulate(passes, meter, rollout.passes, self._flags))
         self.learner.update(totals, self.state, meter, rate_factor=self.guard.roll_backs.rate_factor)
-        interrupted, written = totals.flags
-        if interrupted:
-            self.stop.agree()
-        if written == self.processes.world_size:
-            self.checkpoints.try_to(self.checkpoints.finish)
+        self._act_on(totals.flags)
 
     def _end_step(self, rollout: Rollout) -> dict[str, float]:
-        """Log what the step gave, and act on what that gives alarm of."""
         metrics = supervised_metrics(self.step.meter, self.step.seconds, self.processes) | self.state.metrics()
         metrics["progress/epoch"] = self.order.epoch
-        alarms = self.guard.observe(self.state.step, metrics, rollout)
-        metrics["watchdog/alarms"] = len(alarms)
-        self.log.log(self.state.step, metrics)
-        good = self.guard.act_on(alarms, self.step, number=self.state.step)
-        for callback in self.callbacks:
-            callback.on_step(self.state.step, metrics, rollout)
-        self.step = StepState()
-        if good is not None:
-            self._roll_back(good)
-        return metrics
+        return self._close_step(metrics, rollout)
 
     # ---- what the run's course asks for ------------------------------------------------------------------------------
 
