@@ -194,10 +194,20 @@ def faulty(completion, question):
 """
 
 
-def test_a_rewards_error_is_its_sentence_with_the_sample_and_the_traceback_is_in_a_file(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("command", "own"),
+    [
+        (["train", "--config", "quickstart"], ["preflight.on_failure=warn", "run.steps=1"]),
+        (["sft", "--config", "sft-quickstart"], ["evaluation.num_questions=8", "training.epochs=1"]),
+    ],
+    ids=["train", "sft"],
+)
+def test_a_rewards_error_is_its_sentence_with_the_sample_and_the_traceback_is_in_a_file(
+    tmp_path: Path, command: list[str], own: list[str]
+):
     (tmp_path / "faulty.py").write_text(FAULTY)
-    settings = ["run.steps=1", "run.dir=run", "rewards=[{function: faulty.py:faulty}]", "preflight.on_failure=warn"]
-    done = call("train", "--config", "quickstart", "--set", *settings, cwd=tmp_path)
+    settings = ["run.dir=run", "rewards=[{function: faulty.py:faulty}]", *own]
+    done = call(*command, "--set", *settings, cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
     assert done.stderr.startswith(

@@ -1,4 +1,4 @@
-"""Starts the processes of a run on this machine, one for each GPU, and ends as they do."""
+"""Starts the processes of a run on this machine, one for each GPU, and ends as they do; and what each of them does."""
 
 from __future__ import annotations
 
@@ -11,17 +11,53 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
 
+from grpo.observe.console import errors_for_users
 from grpo.system.heartbeat import PEER_LOST
-from grpo.system.stopping import EXIT_STOPPED, SIGNALS
+from grpo.system.stopping import EXIT_STOPPED, LAUNCHED, SIGNALS, Stopped
 
-LAUNCHED = "GRPO_LAUNCHED"
-"""Set in the processes that are started here; see stopping.LAUNCHERS."""
+if TYPE_CHECKING:
+    from grpo.run.loop import Loop
 
 PATIENCE = 240.0
 """Seconds; a little more than heartbeat takes to tell that all wait for each other."""
 
 LOOK_SECONDS = 0.1
+
+
+def start_processes(module: str, wanted: int | None) -> None:
+    """Run the module in several processes and leave with their exit code, unless one is enough or this is one of them."""
+    if "RANK" not in os.environ and (number := num_processes(wanted)) > 1:
+        raise SystemExit(run(module, sys.argv[1:], num_processes=number))
+
+
+def train(make: Callable[[], Loop], module: str) -> int:
+    """The exit code of a run, in each of its processes.
+
+    Args:
+        make: the trainer; imports what it needs.
+        module: that this process runs, for a start in its place.
+    """
+    with errors_for_users():
+        trainer = make()
+    from grpo.run.preflight import PreflightRefused
+    from grpo.system import distributed
+
+    exit_code = 0
+    try:
+        with errors_for_users(trainer.directory):
+            trainer.train()
+    except Stopped as stopped:
+        if stopped.settings:  # out of memory: go on in a fresh process, in place of this one
+            distributed.leave_environment()
+            given = [*sys.argv[1:], "--processes", "1", "--set", *stopped.settings]
+            os.execv(sys.executable, [sys.executable, "-m", module, *given])
+        exit_code = EXIT_STOPPED
+    except PreflightRefused:  # on all processes; what is wrong has been printed
+        exit_code = 1
+    distributed.stop()  # not after an error: the heartbeat lets the others know of it
+    return exit_code
 
 
 def num_processes(wanted: int | None) -> int:

@@ -37,15 +37,12 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     with errors_for_users():
+        from grpo.pipeline.run import line, run
         from grpo.pipeline.stages import read_plan
 
         plan = read_plan(arguments.stages, arguments.out, arguments.set)
         if arguments.print:
-            import shlex
-
-            say("\n".join(shlex.join(["grpo", *plan.launch(stage)]) for stage in plan.stages))
+            say("\n".join(line(plan, stage) for stage in plan.stages))
             return
-        from grpo.pipeline.run import run
-
         code = run(plan)
     raise SystemExit(code)

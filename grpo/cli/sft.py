@@ -7,14 +7,19 @@ It starts a process on each GPU of this machine, or one where there is none. On 
 launcher starts them: accelerate launch scripts/train_sft.py ..., torchrun -m grpo sft ... Exit codes are those of grpo train.
 """
 
+from __future__ import annotations
+
 import argparse
-import os
-import sys
+from typing import TYPE_CHECKING
 
 from grpo.cli import launch
 from grpo.config import SupervisedConfig
 from grpo.observe.console import errors_for_users, positive
-from grpo.system.stopping import EXIT_STOPPED, Stopped
+
+if TYPE_CHECKING:
+    from grpo import SupervisedTrainer
+
+MODULE = "grpo.cli.sft"
 
 
 def main() -> None:
@@ -29,31 +34,14 @@ def main() -> None:
     arguments = parser.parse_args()
     with errors_for_users():
         config = SupervisedConfig.load(arguments.config, arguments.set)
-        if "RANK" not in os.environ:
-            num_processes = launch.num_processes(arguments.processes)
-            if num_processes > 1:
-                raise SystemExit(launch.run("grpo.cli.sft", sys.argv[1:], num_processes=num_processes))
-    raise SystemExit(train(config))
+        launch.start_processes(MODULE, arguments.processes)
+    raise SystemExit(launch.train(lambda: make_trainer(config), MODULE))
 
 
-def train(config: SupervisedConfig) -> int:
-    """The exit code of a run, in each of its processes."""
-    with errors_for_users():
-        from grpo.sft.trainer import SupervisedTrainer
-        from grpo.system import distributed
+def make_trainer(config: SupervisedConfig) -> SupervisedTrainer:
+    from grpo import SupervisedTrainer
 
-        trainer = SupervisedTrainer(config)
-    exit_code = 0
-    try:
-        trainer.train()
-    except Stopped as stopped:
-        if stopped.settings:  # out of memory: go on in a fresh process, in place of this one
-            distributed.leave_environment()
-            given = [*sys.argv[1:], "--processes", "1", "--set", *stopped.settings]
-            os.execv(sys.executable, [sys.executable, "-m", "grpo.cli.sft", *given])
-        exit_code = EXIT_STOPPED
-    distributed.stop()  # not after an error: the heartbeat lets the others know of it
-    return exit_code
+    return SupervisedTrainer(config)
 
 
 if __name__ == "__main__":

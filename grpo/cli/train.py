@@ -11,14 +11,19 @@ Exit code 0: done; 1: refused by the preflight, or an error; 2: a setting is wro
 run.resume=auto to go on; 76: another process was lost; 130: Ctrl-C before there was anything to save.
 """
 
+from __future__ import annotations
+
 import argparse
-import os
-import sys
+from typing import TYPE_CHECKING
 
 from grpo.cli import launch
 from grpo.config import Config
 from grpo.observe.console import errors_for_users, positive
-from grpo.system.stopping import EXIT_STOPPED, Stopped
+
+if TYPE_CHECKING:
+    from grpo import Trainer
+
+MODULE = "grpo.cli.train"
 
 
 def main() -> None:
@@ -40,11 +45,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with errors_for_users():
         config = Config.load(arguments.config, arguments.set)
-        if "RANK" not in os.environ:
-            num_processes = launch.num_processes(arguments.processes)
-            if num_processes > 1:
-                raise SystemExit(launch.run("grpo.cli.train", sys.argv[1:], num_processes=num_processes))
-    raise SystemExit(dry_run(config) if arguments.dry_run else train(config))
+        launch.start_processes(MODULE, arguments.processes)
+    raise SystemExit(dry_run(config) if arguments.dry_run else launch.train(lambda: make_trainer(config), MODULE))
 
 
 def dry_run(config: Config) -> int:
@@ -58,37 +60,10 @@ def dry_run(config: Config) -> int:
         return exit_code
 
 
-def train(config: Config) -> int:
-    """The exit code of a run, in each of its processes."""
-    with errors_for_users():
-        from grpo import Trainer
-        from grpo.run.preflight import PreflightRefused
-        from grpo.system import distributed
+def make_trainer(config: Config) -> Trainer:
+    from grpo import Trainer
 
-        trainer = Trainer(config)
-    exit_code = 0
-    try:
-        with errors_for_users(trainer.directory):
-            trainer.train()
-    except Stopped as stopped:
-        if stopped.settings:  # out of memory: go on in a fresh process, in place of this one
-            distributed.leave_environment()
-            again = [
-                sys.executable,
-                "-m",
-                "grpo.cli.train",
-                *sys.argv[1:],
-                "--processes",
-                "1",
-                "--set",
-                *stopped.settings,
-            ]
-            os.execv(sys.executable, again)
-        exit_code = EXIT_STOPPED
-    except PreflightRefused:  # on all processes; what is wrong has been printed
-        exit_code = 1
-    distributed.stop()  # not after an error: the heartbeat lets the others know of it
-    return exit_code
+    return Trainer(config)
 
 
 if __name__ == "__main__":

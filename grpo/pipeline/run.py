@@ -17,11 +17,8 @@ from types import FrameType
 from grpo.pipeline import outcome, page
 from grpo.pipeline.lineage import FINISHED, Lineage
 from grpo.pipeline.stages import Plan, Stage
-from grpo.system.stopping import EXIT_STOPPED, SIGNALS
+from grpo.system.stopping import EXIT_STOPPED, LAUNCHED, SIGNALS
 from grpo.system.terminal import say
-
-LAUNCHED = "GRPO_LAUNCHED"
-"""Set in the processes that are started here, so that a run saves and stops when this one is gone; see stopping.LAUNCHERS."""
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,14 @@ WAKE = signal.SIGURG
 
 WATCH_SECONDS = 1.0
 
+LAUNCHED = "GRPO_LAUNCHED"
+"""Set in the processes that a command here starts, so that a run saves and stops when that one is gone."""
+
 LAUNCHERS = {
     "TORCHELASTIC_RUN_ID": "torchrun or accelerate",
     "ACCELERATE_MIXED_PRECISION": "accelerate",
     "CROSS_RANK": "deepspeed",
-    "GRPO_LAUNCHED": "grpo train",
+    LAUNCHED: "grpo train",
 }
 """Environment variables that launchers set, and nothing within the processes that they start."""
 
