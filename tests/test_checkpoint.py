@@ -663,6 +663,19 @@ def test_a_run_resumed_with_fewer_steps_than_it_has_made_ends_at_once(tmp_path: 
     assert steps_of(run) == steps_of(saved_run)
 
 
+def test_a_checkpoint_written_in_the_background_is_complete_with_the_next_update(tmp_path: Path):
+    """And not only with the next save, which may be hours away."""
+    trainer = Trainer(tiny_config(tmp_path / "run", checkpoint={"background": True}))
+    trainer.train_step()
+    trainer.save()
+    while not trainer.checkpoints.is_written:
+        time.sleep(0.01)
+    assert complete_checkpoints(tmp_path / "run/checkpoints") == []
+    trainer.train_step()
+    trainer.close()
+    assert [path.name for path in complete_checkpoints(tmp_path / "run/checkpoints")] == [name_of(1)]
+
+
 def test_a_stop_saves_even_if_the_background_save_before_it_failed(tmp_path: Path):
     saving = {"every_steps": 2, "keep": 10, "background": True}
     trainer = Trainer(tiny_config(tmp_path / "run", checkpoint=saving, run={"steps": 4}))
