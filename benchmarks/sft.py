@@ -13,8 +13,9 @@ Passes are of --pass-tokens tokens, updates of --update-tokens. Tokens are those
 rate is that of the median update after --warmup. All learn the completions' tokens alone, in bfloat16 on CUDA, and recompute
 activations in the backward pass with --checkpointing. The plain loop pads: its passes are rows sorted by length, as many as
 fit a pass when they are padded, torch's AdamW on bfloat16 weights. TRL packs (best fit, rows of --peer-length tokens) and keeps
-weights and optimizer in bfloat16; its attention is --peer-attention, as flash-attn is another package. Ours keeps float32 masters
-and moments. Each is measured in a process of its own, which alone has used the memory that it reports.
+weights and optimizer in bfloat16. Its attention is --peer-attention, which without the package flash-attn reads a mask of all
+pairs of a pass, so that larger passes do not pay: --peer-pass-tokens. Ours keeps float32 masters and moments. Each is measured in
+a process of its own, which alone has used the memory that it reports.
 """
 
 from __future__ import annotations
@@ -51,12 +52,13 @@ def main(given: Sequence[str] | None = None) -> None:
     args = parse_args(given)
     own, updates = in_a_process(measure, args)
     records = [own | {"name": "grpo"}]
+    print(line_of(records[0], records[0]), flush=True)
     for name in args.peers:
         try:
             records.append(in_a_process(PEERS[name], args, updates) | {"name": name})
+            print(line_of(records[-1], records[0]), flush=True)
         except Exception as error:  # it does not take the others' numbers with it
             print(f"{name}: failed with {type(error).__name__}: {str(error)[:300]}", flush=True)
-    print(table(records))
     if args.out:
         with args.out.open("a") as file:
             file.writelines(json.dumps(each | {"device": device_name()}) + "\n" for each in records)
@@ -80,7 +82,7 @@ def parse_args(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--peer-length", type=int, help="tokens of TRL's packed rows; default: the longest row, in 1,024s"
     )
-    parser.add_argument("--peer-rows", type=int, help="TRL's packed rows in a pass; default: as many as fit ours")
+    parser.add_argument("--peer-pass-tokens", type=int, default=8192, help="of TRL's packed rows in a pass")
     parser.add_argument("--peer-attention", default="sdpa", help="TRL's attn_implementation")
     parser.add_argument("--out", type=Path, help="append the results to this file, as lines of JSON")
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks"), help="where the random models are kept")
@@ -220,7 +222,7 @@ def measure_trl(args: argparse.Namespace, updates: list[list[Row]], *, liger: bo
     rows = [{"input_ids": [*p, *c], "labels": [-100] * len(p) + c} for update in updates for p, c in update]
     longest = max(len(row["input_ids"]) for row in rows)
     length = args.peer_length or -(-longest // 1024) * 1024
-    in_a_pass = args.peer_rows or max(1, args.pass_tokens // length)
+    in_a_pass = max(1, args.peer_pass_tokens // length)
     with tempfile.TemporaryDirectory() as scratch:
         settings = SFTConfig(
             output_dir=scratch,
@@ -277,13 +279,11 @@ PEERS = {
 }
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    ours, lines = records[0]["tokens_per_second"], []
-    for each in records:
-        peak = f"{each['peak_gib']:8.1f} GiB" if each["peak_gib"] is not None else ""
-        beside = f"   grpo is {ours / each['tokens_per_second']:.2f} times as fast" if each is not records[0] else ""
-        lines.append(f"{each['name']:<10} {each['tokens_per_second']:>10,.0f} tokens/s{peak}{beside}")
-    return "\n".join(lines)
+def line_of(record: dict[str, Any], ours: dict[str, Any]) -> str:
+    rate, peak = record["tokens_per_second"], record["peak_gib"]
+    memory = f"{peak:8.1f} GiB" if peak is not None else ""
+    beside = f"   grpo is {ours['tokens_per_second'] / rate:.2f} times as fast" if record is not ours else ""
+    return f"{record['name']:<10} {rate:>10,.0f} tokens/s{memory}{beside}"
 
 
 if __name__ == "__main__":

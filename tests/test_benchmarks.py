@@ -213,7 +213,7 @@ def test_supervised_training_is_measured_beside_a_plain_loop_and_trl(run, cache:
     monkeypatch.setattr(sft, "in_a_process", lambda measure, *arguments: measure(*arguments))
     monkeypatch.setattr("trl_step.time", fake_trl.clock)
     monkeypatch.setitem(sys.modules, "trl", fake_trl)
-    shape = "--pass-tokens 256 --update-tokens 512 --updates 2 --warmup 1 --peer-length 128"
+    shape = "--pass-tokens 256 --update-tokens 512 --updates 2 --warmup 1 --peer-length 128 --peer-pass-tokens 256"
     done = run("sft.py", shape, "--peers", "plain", "trl")
     ours, plain, trl = done.records
     for record in (ours, plain):
