@@ -23,6 +23,7 @@ import pytest
 import torch
 import warm
 import yaml
+from browser import KEYS, browser, chromium
 from helpers import ROOT, TINY, clean_environment, tiny_settings
 
 pytest.importorskip("starlette")
@@ -594,3 +595,65 @@ def test_a_server_has_a_description_that_names_its_paths(served: tuple[Server, i
     _, text = ask(served[1], "/metrics")
     for name in ("grpo_pages_free", "grpo_slots", "grpo_requests_total", "grpo_time_to_first_token_seconds_bucket"):
         assert name in text
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(chromium() is None, reason="chromium and chromedriver are not installed")
+def test_the_page_asks_shows_grades_stops_and_says_what_is_wrong(models: list[Hosted], tmp_path: Path):
+    """In a browser, by the keyboard; at the width of a desktop and of a phone."""
+    with serving(models, Limits(api_key="secret")) as (server, port), browser() as page:
+        page.open(f"http://127.0.0.1:{port}/")
+        page.wait("return document.querySelector('#hint').textContent.includes('API key is missing')")
+        page.type("#key", "secret" + KEYS["enter"])
+        page.wait("return document.querySelectorAll('#models input').length == 1")
+        for name, value in (
+            ("n", "3"),
+            ("gold", "12"),
+            ("temperature", "1.3"),
+            ("top_p", "1"),
+            ("seed", "2"),
+            ("max_tokens", "60"),
+        ):
+            page.fill(f"#{name}", value)
+        page.type("#question", QUESTION + KEYS["enter"])
+        page.wait("return document.querySelectorAll('.verdict:not(:empty)').length == 3")
+        asked = {"n": 3, "seed": 2, "temperature": 1.3, "top_p": 1, "max_tokens": 60}
+        headers = {"Authorization": "Bearer secret"}
+        _, reply = ask(port, "/v1/chat/completions", {**WORDS, **asked}, **headers)
+        messages = [choice["message"] for choice in reply["choices"]]
+        shown = page.run("return [...document.querySelectorAll('.reply > .words')].map(each => each.textContent)")
+        assert shown == [message["content"].strip() for message in messages]
+        thought = page.run("return [...document.querySelectorAll('.thoughts .words')].map(each => each.textContent)")
+        assert thought == [(message["reasoning"] or "").lstrip() for message in messages]
+        whole = [f"<think>{each['reasoning'] or ''}</think>{each['content']}" for each in messages]
+        _, graded = ask(port, "/v1/verdict", {"completions": whole, "answer": "12"}, **headers)
+        words = {True: "\u2713 right", False: "\u2717 wrong"}
+        assert page.text(".verdict") == "|".join(words[right] for right in graded["verdicts"])
+        assert f"{reply['usage']['completion_tokens']} tokens" in page.text(".speed")
+        folded = page.run("return [...document.querySelectorAll('.thoughts:not([hidden])')].map(each => each.open)")
+        assert folded
+        assert not all(folded)  # where an answer follows
+
+        page.click("#new")  # without reading again what was said, and stopped with Esc
+        for name, value in (("n", "1"), ("gold", ""), ("max_tokens", "900"), ("temperature", "5")):
+            page.fill(f"#{name}", value)
+        page.type("#question", "Say much" + KEYS["shift"] + KEYS["enter"] + KEYS["shift"] + "and more" + KEYS["enter"])
+        page.wait(
+            "return document.querySelectorAll('.reply.live .words').length && document.querySelector('.speed').textContent"
+        )
+        page.type("body", KEYS["escape"])
+        page.wait("return !document.querySelector('.reply.live') && document.querySelector('#stop').hidden")
+        assert page.text(".asked") == "Say much\nand more"
+        assert page.text(".reply footer span") in ("stopped", "")
+        assert all_is_free(server)
+
+        page.fill("#max_tokens", "5000")
+        page.type("#question", "Too much" + KEYS["enter"])
+        page.wait("return document.querySelector('.problem')?.textContent.includes('max_tokens is 5000')")
+        assert page.run("return document.querySelector('#question').value") == "Too much"  # to be asked again
+        page.resize(390, 844)
+        page.screenshot(tmp_path / "phone.png")
+        assert page.run("return document.documentElement.scrollWidth") <= 390
+        assert page.errors() == []

@@ -14,9 +14,10 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -32,6 +33,7 @@ from grpo.serving.models import Hosted
 from grpo.serving.protocol import GREEDY_BELOW, ApiError, ChatRequest, CompletionRequest, GenerationRequest
 from grpo.serving.replies import ChatReply, CompletionReply
 from grpo.serving.scheduler import Update, Worker
+from grpo.serving.verdicts import Verifier
 from grpo.system.build import own_version
 from grpo.types import Sampling
 
@@ -40,7 +42,20 @@ LARGEST_BODY = 32 * 2**20
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
-R = TypeVar("R", bound=GenerationRequest)
+FOLDER = Path(__file__).parent
+PAGE_FILES = {
+    "chat.html": (FOLDER / "page" / "chat.html", "text/html"),
+    "chat.css": (FOLDER / "page" / "chat.css", "text/css"),
+    "chat.js": (FOLDER / "page" / "chat.js", "text/javascript"),
+    "report.css": (FOLDER.parent / "report" / "page.css", "text/css"),
+}
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
+    "frame-ancestors 'none'; form-action 'none'"
+)
+"""The page loads and asks this server alone."""
+
+R = TypeVar("R", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,7 @@ class Server:
         self.limits = limits
         self.metrics = Metrics()
         self.worker = Worker([hosted.scheduler for hosted in models], self._deliver)
+        self.verifier = Verifier()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._num_open = dict.fromkeys(self.models, 0)  # completions of each model
 
@@ -80,7 +96,10 @@ class Server:
             Route("/v1/models/{model:path}", self.show_model),
             Route("/health", self.health),
             Route("/metrics", self.show_metrics),
+            Route("/v1/verdict", self.verdict, methods=["POST"]),
             Route("/openapi.json", self.describe),
+            Route("/", self.page),
+            *(Route(f"/{name}", self.page) for name in PAGE_FILES),
         ]
         handlers: dict[Any, Any] = {ApiError: _answer_error, HTTPException: _answer_http, Exception: _answer_crash}
         app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
@@ -95,6 +114,7 @@ class Server:
             yield
         finally:
             await run_in_threadpool(self.worker.stop)
+            self.verifier.close()
 
     def _deliver(self, updates: list[Update]) -> None:
         """Called by the worker's thread."""
@@ -132,6 +152,17 @@ class Server:
 
     async def show_model(self, request: Request) -> Response:
         return JSONResponse(_described(self._hosted(request.path_params["model"])))
+
+    async def verdict(self, request: Request) -> Response:
+        asked = await _read(request, protocol.VerdictRequest)
+        found = await run_in_threadpool(self.verifier.verdicts, asked.completions, asked.answer, asked.question)
+        return JSONResponse({"verdicts": found})
+
+    async def page(self, request: Request) -> Response:
+        name = request.url.path.removeprefix("/") or "chat.html"
+        path, kind = PAGE_FILES[name]
+        headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
+        return Response(path.read_bytes(), media_type=kind, headers=headers)
 
     async def health(self, request: Request) -> Response:
         if not self.worker.is_alive:
@@ -187,7 +218,7 @@ class Server:
     async def _answer(self, request: Request, asked: GenerationRequest, reply: ChatReply) -> Response:
         self._admit(reply.generation)
         if asked.stream:
-            return _Stream(self, reply, include_usage=asked.include_usage)
+            return _Stream(self, reply, include_usage=asked.include_usage, continuous=asked.continuous_usage)
         try:
             pieces = await _unless_left(request, _all(reply.generation))
         finally:
@@ -314,10 +345,11 @@ async def _unless_left(request: Request, work: Awaitable[T]) -> T:
 class _Stream(StreamingResponse):
     """Server-sent events, as long as the client is there."""
 
-    def __init__(self, server: Server, reply: ChatReply, *, include_usage: bool) -> None:
+    def __init__(self, server: Server, reply: ChatReply, *, include_usage: bool, continuous: bool) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._events(), media_type="text/event-stream", headers=headers)
-        self._server, self._reply, self._include_usage = server, reply, include_usage
+        self._server, self._reply = server, reply
+        self._include_usage, self._continuous = include_usage, continuous
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation = self._reply.generation
@@ -329,19 +361,25 @@ class _Stream(StreamingResponse):
             self._server._close(generation)
 
     async def _events(self) -> AsyncIterator[str]:
-        reply, more = self._reply, {"usage": None} if self._include_usage else {}
-        yield "".join(_event({**chunk, **more}) for chunk in reply.first_chunks())
+        reply = self._reply
+        yield self._several(reply.first_chunks())
         try:
             async for pieces in reply.generation.pieces():
                 found = [chunk for piece in pieces if (chunk := reply.chunk(piece)) is not None]
                 if found:
-                    yield "".join(_event({**chunk, **more}) for chunk in found)
+                    yield self._several(found)
             if self._include_usage:
                 suffix = ".chunk" if reply.kind.startswith("chat") else ""
                 yield _event({**reply.envelope([], suffix), "usage": reply.generation.usage()})
         except ApiError as error:
             yield _event(error.body())
         yield "data: [DONE]\n\n"
+
+    def _several(self, chunks: list[dict[str, Any]]) -> str:
+        more: dict[str, Any] = {"usage": None} if self._include_usage else {}
+        if self._continuous:
+            more = {"usage": self._reply.generation.usage()}
+        return "".join(_event({**chunk, **more}) for chunk in chunks)
 
 
 def _event(value: dict[str, Any]) -> str:

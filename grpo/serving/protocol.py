@@ -51,6 +51,7 @@ class _Tolerant(BaseModel):
 
 class StreamOptions(_Tolerant):
     include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False  # with every chunk the usage so far, as vLLM has it
 
 
 class TextPart(_Tolerant):
@@ -109,6 +110,10 @@ class GenerationRequest(_Tolerant):
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 class ResponseFormat(_Tolerant):
