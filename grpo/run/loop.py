@@ -45,7 +45,7 @@ class Loop:
 
     config: AnyConfig
     guard: Guard
-    after_roll_back = ""
+    _after_roll_back = ""
     """What else differs from the steps that were rolled back."""
 
     def __init__(self, parts: RunParts, callbacks: Sequence[Callback]) -> None:
@@ -183,7 +183,7 @@ class Loop:
         self.log.open(resumed_step=self.state.step)
         self.guard.rewind(self.state.step)
         factor = self.guard.roll_backs.rate_factor
-        self.processes.say(f"from here on at {factor:g} times the learning rate{self.after_roll_back}")
+        self.processes.say(f"from here on at {factor:g} times the learning rate{self._after_roll_back}")
 
     def _or_ask_for_less(self, work: Callable[[], Any]) -> Any:
         """What `work` returns; out of memory, ask to leave with a checkpoint of the step, to go on with smaller passes."""

@@ -54,14 +54,35 @@ class RewardError(RunError):
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward function and its place in the sum."""
+    """A reward function and its place in the sum; docs/rewards.md has more.
+
+        def brief(completion: str, limit: int) -> float:
+            return 1.0 if len(completion) < limit else 0.0
+
+        Trainer(..., rewards=[accuracy, Reward(brief, weight=0.2, args={"limit": 60})])
+
+    A function is given what its parameters name: `completion`, `prompt`, `answer` and any other column of the data, or, if it is
+    called once for a group, `completions`, `prompts` and so on. It returns a number for each completion, None for "can't tell".
+    It runs in worker processes: a change that it makes to a variable of yours is lost. Return numbers with `log_metric` instead.
+
+    Args:
+        function: or an object that can be called.
+        weight: factor in the sum. 0: only logged.
+        name: in the metrics, reward/<name>; empty: the function's own.
+        args: further keyword arguments.
+        form: completion, texts or messages: how it is called; None: as its parameters say.
+        only: which questions it is asked about, by columns of the data, as in {"kind": ["maths"]}; empty: all.
+
+    Raises:
+        ValueError: the function is a class, or there is no such form.
+    """
 
     function: Callable[..., Any]
-    weight: float = 1.0  # 0: only logged
-    name: str = ""  # in the metrics; empty: the function's own
-    args: dict[str, Any] = field(default_factory=dict)  # further keyword arguments
-    form: Form | None = None  # how it is called; None: as its parameters say
-    only: Mapping[str, Sequence[str]] = field(default_factory=dict)  # values of columns that a question has; empty: any
+    weight: float = 1.0
+    name: str = ""
+    args: dict[str, Any] = field(default_factory=dict)
+    form: Form | None = None
+    only: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def is_asked(self, columns: Mapping[str, Any]) -> bool:
         """Whether `only` lets it be asked about a question with these columns."""
