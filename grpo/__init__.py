@@ -33,6 +33,8 @@ def __getattr__(name: str) -> Any:
     """Import on first use: a reward worker imports this package and must not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'grpo' has no attribute {name!r}")
+    import warnings
     from importlib import import_module
 
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, in a notebook without ipywidgets
     return getattr(import_module(_HOMES[name]), name)

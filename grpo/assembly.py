@@ -27,7 +27,7 @@ from grpo.policy.model_source import with_resolved_name
 from grpo.policy.policy import MakeOptimizer, Policy
 from grpo.policy.teacher import check_teacher
 from grpo.policy.tokenizer import check_context, check_vocabulary, load_tokenizer
-from grpo.rollout import check_engine, make_generator
+from grpo.rollout import ENGINES, check_engine, make_generator
 from grpo.run import checkpoint, inputs
 from grpo.run.checkpoint import Checkpoints
 from grpo.run.held_out import HeldOut
@@ -139,7 +139,9 @@ def assemble(
         tokenizer=tokenizer,
         end_token_ids=policy.end_token_ids,
     )
-    log = RunLog(directory, config, processes, reward_names=[reward.name for reward in scorer.rewards])
+    names = [reward.name for reward in scorer.rewards]
+    engine = ENGINES[type(collector.generator).__name__]
+    log = RunLog(directory, config, processes, reward_names=names, engine=engine)
     return Parts(
         config=config,
         processes=processes,

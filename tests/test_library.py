@@ -20,7 +20,7 @@ from grpo.algorithm.objective import Objective
 from grpo.algorithm.own_loss import use_loss
 from grpo.data.prompts import PromptOrder
 from grpo.observe.console import LineSink
-from grpo.observe.display import console_sink
+from grpo.observe.screen import console_sink
 from grpo.policy.given_model import GivenModel
 from grpo.report.figures import plot_curves
 from grpo.system.jsonl import read_jsonl, read_metrics
@@ -161,7 +161,7 @@ def test_the_console_is_a_handler_of_the_logger_and_can_be_silenced_and_routed(
     LineSink(num_steps=2, reward_names=[]).log(2, STEP)
     assert capsys.readouterr().out == ""
     assert "2/2" in records[-1].getMessage()
-    monkeypatch.setattr("grpo.observe.display.can_repaint", lambda *_: True)
+    monkeypatch.setattr("grpo.observe.screen.can_repaint", lambda *_: True)
     sink = console_sink(title="", num_steps=1, first_step=0, reward_names=[], rows=[])
     assert isinstance(sink, LineSink)  # a display would paint on the terminal all the same
 

@@ -18,7 +18,7 @@ from grpo.run.guard import Guard
 from grpo.system import progress
 from grpo.system.distributed import TrainingProcesses
 from grpo.system.out_of_memory import or_ask_for_less
-from grpo.system.stopping import Interrupted, StopAgreement, Stopped
+from grpo.system.stopping import Interrupted, StopAgreement
 from grpo.training.callback import Callback
 from grpo.training.collector import Collector
 from grpo.training.learner import Learner
@@ -96,6 +96,7 @@ class Loop:
         Raises:
             Stopped: SIGTERM, SIGINT or the end of `run.max_hours` came, or a single process was short of memory in an update;
                 where the run stands is saved. After a shortage, `settings` are what to go on with.
+            StoppedInNotebook: the same in a notebook.
             PreflightRefused: there is nothing to learn from.
         """
         with self.stop.request, progress.phase("training"):
@@ -196,7 +197,7 @@ class Loop:
             undo=self.step.undo(),
         )
 
-    def _leave(self, interrupted: Interrupted) -> Stopped:
+    def _leave(self, interrupted: Interrupted) -> BaseException:
         if self.step.rollout is None:
             self.step = StepState()  # to be done again
         saved = self.save(wait=True)

@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 import sys
+import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,6 +103,58 @@ class Reward:
             raise ValueError(
                 f"reward {self.name} has the form {self.form!r}; it is {', '.join(FORMS)} or None. Correct it."
             )
+
+
+CHANGING = frozenset(
+    [
+        "add",
+        "append",
+        "appendleft",
+        "clear",
+        "discard",
+        "extend",
+        "insert",
+        "pop",
+        "popitem",
+        "remove",
+        "setdefault",
+        "update",
+        "write",
+    ]
+)
+"""Methods that change the object they belong to."""
+
+
+def changed_variables(function: Callable[..., Any]) -> list[str]:
+    """Names of variables outside of a function that its source changes, as far as that can be seen there.
+
+    Of a closure, and of a function of a script or notebook: those of a module may keep a cache, which is nobody's surprise.
+    """
+    function = _unwrapped(function)
+    code = getattr(function, "__code__", None)
+    if code is None or not (code.co_freevars or getattr(function, "__module__", None) == "__main__"):
+        return []
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # typed in without a file, or in the middle of an expression
+        return []
+    outside = {*code.co_freevars, *code.co_names} - {*code.co_varnames}
+    found: dict[str, None] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Nonlocal, ast.Global)):
+            found |= dict.fromkeys(node.names)
+        elif isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.ctx, ast.Store):
+            found |= dict.fromkeys(_root(node.value))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGING:
+            found |= dict.fromkeys(_root(node.func.value))
+    return [name for name in found if name in outside]
+
+
+def _root(node: ast.expr) -> list[str]:
+    """The name that an expression such as `counts["a"].b` begins with, if it does with one."""
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        node = node.value
+    return [node.id] if isinstance(node, ast.Name) else []
 
 
 def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
