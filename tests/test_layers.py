@@ -26,6 +26,7 @@ LAYERS = [
     "sft",
     "inference",
     "evaluation",
+    "export",
     "rejection",
     "check",
     "pipeline",

@@ -645,11 +645,3 @@ def test_the_page_of_documentation_has_code_that_runs(tmp_path: Path, monkeypatc
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     exec(code, {})
     assert (tmp_path / "runs/sft-example/checkpoints/step-00000002/hf").is_dir()
-
-
-def test_the_benchmark_measures_both(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import sft
-
-    sft.main(["--updates", "1", "--rows-per-update", "8"])
-    assert re.search(r"grpo +[\d,]+ tokens/s\nplain +[\d,]+ tokens/s\ngrpo is [\d.]+ times", capsys.readouterr().out)
