@@ -163,7 +163,7 @@ class EndlessPolicy(Policy):
 class EndlessTrainer(Trainer):
     """Trains an EndlessPolicy."""
 
-    policy_class = EndlessPolicy
+    _policy_class = EndlessPolicy
 
 
 def stretched(prompt: Prompt, length: int) -> Prompt:
