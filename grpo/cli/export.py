@@ -1,6 +1,7 @@
-"""Write a trained model as others run it: GGUF for llama.cpp and Ollama, or a plain Hugging Face folder.
+"""Write a trained model as others run it: GGUF with an Ollama Modelfile, or a plain Hugging Face folder, each with a model card.
 
 grpo export runs/quickstart --to gguf --quantization q8_0 --out exported/quickstart
+grpo export runs/quickstart --to folder --out exported/quickstart-hf
 grpo export runs/gsm8k --step 200 --to gguf --quantization bf16 --out exported/gsm8k-200
 
 docs/export.md says how to run them, and how near the quantised ones are.
@@ -22,23 +23,41 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> Path:
-    from grpo.export.export import Asked, export_gguf
+    from grpo.export.export import Asked, export
     from grpo.inference.resolve_model import choose, run_directory
 
-    asked = Asked(choose(options), run_directory(options.model), Path(options.out), options.quantization)
-    return export_gguf(asked)
+    if options.to != "gguf" and options.quantization is not None:
+        raise ValueError(
+            f"--quantization is {options.quantization} with --to {options.to}, where it has no effect. Leave it out."
+        )
+    return export(
+        Asked(
+            choose(options),
+            run_directory(options.model),
+            Path(options.out),
+            options.to,
+            options.quantization or "q8_0",
+            options.think_tokens,
+        )
+    )
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("model", metavar="RUN_OR_DIR", help="a run's directory, a checkpoint, a model or an adapter")
-    made.add_argument("--to", choices=("gguf",), default="gguf", help="default: %(default)s")
+    made.add_argument("--to", choices=("gguf", "folder"), default="gguf", help="default: %(default)s")
     made.add_argument("--out", required=True, metavar="DIR", help="a new folder")
     made.add_argument(
         "--quantization",
-        default="q8_0",
         metavar="TYPE",
-        help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0; default: %(default)s",
+        help="of gguf: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0; default: q8_0",
+    )
+    made.add_argument(
+        "--think-tokens",
+        nargs="?",
+        const="mean",
+        choices=("mean", "sum"),
+        help="make <think> and </think> tokens of their own, with the mean or the sum of their parts' rows",
     )
     made.add_argument("--step", type=int, metavar="N", help="of a run: the checkpoint of step N instead of the newest")
     made.add_argument("--base", action="store_true", help="of a run: the model that it started from")
