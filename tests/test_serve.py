@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,19 +24,24 @@ import torch
 import warm
 import yaml
 from browser import KEYS, browser, chromium
-from helpers import ROOT, TINY, clean_environment, tiny_settings
+from helpers import ROOT, TINY, clean_environment, read_json, tiny_settings
 
 pytest.importorskip("starlette")
 uvicorn = pytest.importorskip("uvicorn")
 
 from openai import APIStatusError, OpenAI  # noqa: E402
+from starlette.responses import JSONResponse  # noqa: E402
 
+from grpo.cli import evaluate as cli_evaluate  # noqa: E402
 from grpo.data.prompts import TEMPLATES, tokenize  # noqa: E402
+from grpo.evaluation import asked, benchmark  # noqa: E402
+from grpo.evaluation.endpoint import Endpoint, HostedModel  # noqa: E402
 from grpo.inference import model as inference  # noqa: E402
 from grpo.policy.tokenizer import load_tokenizer  # noqa: E402
 from grpo.serving.app import Limits, Server  # noqa: E402
 from grpo.serving.models import Hosted, host  # noqa: E402
 from grpo.serving.run import bound  # noqa: E402
+from grpo.system.jsonl import read_jsonl  # noqa: E402
 from grpo.types import Group, Prompt, Sampling  # noqa: E402
 
 QUESTION = "Ava has 5 coins. Ben gives her 7 more. How many coins does Ava have?"
@@ -63,10 +68,12 @@ def options(model: Path | str, **given: Any) -> Namespace:
 
 
 @contextlib.contextmanager
-def serving(models: list[Hosted], limits: Limits | None = None) -> Iterator[tuple[Server, int]]:
+def serving(
+    models: list[Hosted], limits: Limits | None = None, around: Callable[[Any], Any] = lambda app: app
+) -> Iterator[tuple[Server, int]]:
     server = Server(models, limits or Limits(seconds=100))
     listener = bound("127.0.0.1", 0)
-    running = uvicorn.Server(uvicorn.Config(server.app(), log_level="warning", lifespan="on"))
+    running = uvicorn.Server(uvicorn.Config(around(server.app()), log_level="critical", lifespan="on"))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()
     while not running.started:
@@ -657,3 +664,122 @@ def test_the_page_asks_shows_grades_stops_and_says_what_is_wrong(models: list[Ho
         page.screenshot(tmp_path / "phone.png")
         assert page.run("return document.documentElement.scrollWidth") <= 390
         assert page.errors() == []
+
+
+# ---- evaluating what is served ---------------------------------------------------------------------------------------
+
+
+def evaluation(model: str, endpoint: str | None, **given: Any) -> asked.Settings:
+    usual: dict[str, Any] = {
+        "templates": ["r1_zero", "chat"],
+        "temperature": 0,
+        "top_p": 1.0,
+        "max_completion_tokens": 30,
+    }
+    data = {"mine": str(TINY / "test.jsonl")}
+    return asked.Settings(model, ["mine"], data=data, num_questions=6, endpoint=endpoint, **{**usual, **given})
+
+
+def rows_in(out: Path) -> list[dict[str, Any]]:
+    return sorted(read_jsonl(out / "samples.jsonl"), key=lambda row: (row["template"], row["row"], row["sample"]))
+
+
+class Unsteady:
+    """Answers some requests badly, in turns: too many, a crash, a connection that breaks; and refuses one for good."""
+
+    def __init__(self, app: Any, refused: int | None = None) -> None:
+        self.app, self.number, self.refused, self.bodies = app, 0, refused, []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        self.number += 1
+        if self.number == self.refused:
+            return await JSONResponse({"error": {"message": "no more credit"}}, 402)(scope, receive, send)
+        match self.number % 5:
+            case 1:
+                return await JSONResponse({}, 429, headers={"Retry-After": "0"})(scope, receive, send)
+            case 2:
+                return await JSONResponse({}, 503)(scope, receive, send)
+            case 3:
+                raise ConnectionError("the connection breaks: uvicorn sends half a reply, or none")
+        return await self.app(scope, receive, send)
+
+
+def test_a_hosted_model_is_measured_as_one_that_is_loaded(
+    models: list[Hosted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By a server that fails now and then; stopped in the middle, it goes on. Tokens and dollars are those of all starts."""
+    monkeypatch.setattr("grpo.evaluation.endpoint.FIRST_PAUSE", 0.01)
+    local, out = tmp_path / "local", tmp_path / "hosted"
+    benchmark.evaluate(evaluation(str(TINY / "model"), None), local, asked.Runtime(num_workers=1))
+    unsteady: list[Unsteady] = []
+
+    def around(app: Any) -> Any:
+        unsteady.append(Unsteady(app, refused=17))
+        return unsteady[0]
+
+    with serving(models, around=around) as (_, port):
+        endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", concurrency=4, price=(1.0, 1000.0))
+        settings = evaluation("model", endpoint.url)
+        with pytest.raises(ValueError, match=r"HTTP 402: .*no more credit.*the same command goes on"):
+            benchmark.evaluate(settings, out, asked.Runtime(num_workers=1), HostedModel(endpoint, "model"))
+        num_before = len(rows_in(out))
+        assert 0 < num_before < 12
+        first = read_json(out / "usage.json")["usage"]
+        found = benchmark.evaluate(settings, out, asked.Runtime(num_workers=1), HostedModel(endpoint, "model"))
+    ours, theirs = rows_in(out), rows_in(local)
+    for own, other in zip(ours, theirs, strict=True):
+        same = ("row", "template", "finish_reason", "num_tokens", "rewards", "question")
+        assert [own[name] for name in same] == [other[name] for name in same]
+        if own["template"] == "r1_zero":
+            assert own["completion"] == other["completion"]
+        else:
+            assert (
+                own["completion"].replace("</think>", "").lstrip()
+                == other["completion"].replace("</think>", "").lstrip()
+            )
+    metrics = [result["metrics"] for result in found["results"]]
+    assert metrics == [result["metrics"] for result in read_json(local / "results.json")["results"]]
+    whole = read_json(out / "usage.json")
+    usage = whole["usage"]
+    assert usage["requests"] >= 12 > first["requests"] > 0
+    assert usage["retries"] > first["retries"] > 3
+    assert usage["completion_tokens"] >= sum(row["num_tokens"] for row in ours)
+    dollars = (usage["prompt_tokens"] + 1000 * usage["completion_tokens"]) / 1e6
+    assert whole["dollars"] == pytest.approx(dollars)
+
+
+def test_an_endpoint_that_cannot_be_asked_is_said_before_it_is(
+    served: tuple[Server, int], models: list[Hosted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def start(url: str, model: str = "model", **given: Any) -> None:
+        HostedModel(Endpoint(url, **given), model).start(tmp_path)
+
+    with pytest.raises(ValueError, match=r"--endpoint is 'localhost'; it begins with http"):
+        start("localhost")
+    with pytest.raises(ValueError, match=r"it does not answer \(.*refused.*\)\. Start the server"):
+        start("http://127.0.0.1:1/v1")
+    with pytest.raises(ValueError, match=r"--model is 'gpt'; at --endpoint there is model\. Name one"):
+        start(f"http://127.0.0.1:{served[1]}/v1", "gpt")
+    with pytest.raises(ValueError, match=r"--api-key-env is 'NO_KEY'; there is no such"):
+        start("http://127.0.0.1:1/v1", api_key_env="NO_KEY")
+    with pytest.raises(ValueError, match=r"--stop is \['x'\] with --endpoint"):
+        evaluation("model", "http://127.0.0.1:1/v1", stop=["x"])
+    with serving(models, Limits(api_key="secret")) as (_, port):
+        with pytest.raises(ValueError, match=r"it refuses the key \(HTTP 401"):
+            start(f"http://127.0.0.1:{port}/v1")
+        monkeypatch.setenv("A_KEY", "secret")
+        start(f"http://127.0.0.1:{port}/v1", api_key_env="A_KEY")
+    for words, message in (
+        (["--endpoint", "http://x/v1", "--engine", "hf"], "--engine with --endpoint has no effect"),
+        (["--price-in", "3"], "--price-in without --endpoint has no effect"),
+    ):
+        monkeypatch.setattr("sys.argv", ["evaluate", "--model", "x", "--benchmarks", "gsm8k", *words])
+        monkeypatch.setattr("argparse.ArgumentParser.error", _raised)
+        with pytest.raises(ValueError, match=message):
+            cli_evaluate.main()
+
+
+def _raised(parser: Any, message: str) -> None:
+    raise ValueError(message)
