@@ -204,6 +204,35 @@ def test_trls_steps_are_timed_if_they_have_the_tokens_they_should(
     assert "4.00 (8.00x)" in step.side_by_side([own, record])
 
 
+# ---- sft.py ----------------------------------------------------------------------------------------------------------
+
+
+def test_supervised_training_is_measured_beside_a_plain_loop_and_trl(run, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    import sft
+
+    monkeypatch.setattr(sft, "in_a_process", lambda measure, *arguments: measure(*arguments))
+    monkeypatch.setattr("trl_step.time", fake_trl.clock)
+    monkeypatch.setitem(sys.modules, "trl", fake_trl)
+    shape = "--pass-tokens 256 --update-tokens 512 --updates 2 --warmup 1 --peer-length 128 --peer-pass-tokens 256"
+    done = run("sft.py", shape, "--peers", "plain", "trl")
+    ours, plain, trl = done.records
+    for record in (ours, plain):
+        assert len(record["rates"]) == 2
+        assert record["tokens_per_second"] > 0
+    assert trl["rates"] == [2 * 128 / 2] * 2  # of a pass, in which as many are padding; a row is half of our pass
+    beside = ours["tokens_per_second"] / 128
+    assert f"128 tokens/s   grpo is {beside:.2f} times as fast" in done.printed
+
+
+def test_padded_passes_hold_all_rows_and_no_more_than_they_may(monkeypatch: pytest.MonkeyPatch):
+    import sft
+
+    rows = [([1] * 3, [2] * n) for n in (9, 1, 30, 4, 4, 2)]
+    passes = sft.padded_passes(rows, 24)
+    assert sorted(len(c) for part in passes for _, c in part) == [1, 2, 4, 4, 9, 30]
+    assert [len(part) * max(map(len, (p + c for p, c in part))) for part in passes] == [21, 24, 33]  # the longest alone
+
+
 # ---- rollout.py ------------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +300,23 @@ def test_a_step_timed_alone_leaves_the_engine_as_it_was(cache: Path, monkeypatch
 
 
 # ---- grading.py, card.py ---------------------------------------------------------------------------------------------
+
+
+def test_a_server_is_measured_with_exactly_the_tokens_it_was_asked_for(run, cache: Path):
+    pytest.importorskip("uvicorn")
+    shape = "--size tiny --clients 1 3 --rounds 2 --new-tokens 8 --prompt-words 9"
+    done = run("serve.py", shape, "--cache", cache)
+    assert [record["clients"] for record in done.records] == [1, 3]
+    for record in done.records:
+        assert (record["requests"], record["new_tokens"]) == (2 * record["clients"], 8)
+        assert record["prompt_tokens"] >= 9
+        assert record["tokens_per_second"] == pytest.approx(8 * record["requests"] / record["seconds"])
+        assert 0 < record["first_token_p50"] <= record["first_token_p99"] < record["request_p99"] < record["seconds"]
+        assert f"{record['tokens_per_second']:,.0f}" in done.printed
+    with pytest.raises(SystemExit, match="2"):
+        run("serve.py", "--url http://127.0.0.1:1/v1")
+    with pytest.raises(OSError, match=r"refused|failed"):
+        run("serve.py", "--url http://127.0.0.1:1/v1 --name x --clients 1")
 
 
 def test_grading_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
