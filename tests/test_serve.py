@@ -598,6 +598,7 @@ def test_a_server_has_a_description_that_names_its_paths(served: tuple[Server, i
     _, found = ask(served[1], "/openapi.json")
     assert set(found["paths"]) >= {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"}
     fields = found["components"]["schemas"]["ChatRequest"]["properties"]
+    assert fields["model"]["enum"] == ["model"]
     assert {"messages", "top_k", "min_p", "max_completion_tokens", "top_logprobs"} <= set(fields)
     _, text = ask(served[1], "/metrics")
     for name in ("grpo_pages_free", "grpo_slots", "grpo_requests_total", "grpo_time_to_first_token_seconds_bucket"):

@@ -148,7 +148,7 @@ class CompletionRequest(GenerationRequest):
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     echo: bool | None = False
     suffix: Annotated[str, Field(max_length=0)] | None = None
-    best_of: int | None = None
+    best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> CompletionRequest:
@@ -220,13 +220,19 @@ _BRANCHES = {"str", "constrained-str", "int", "TextPart"}
 """What pydantic puts into a place to say which of several types it tried."""
 
 
-def openapi(version: str) -> dict[str, Any]:
-    """The API in OpenAPI's form, for tools that make clients or tests of it."""
+def openapi(version: str, names: list[str]) -> dict[str, Any]:
+    """The API in OpenAPI's form, for tools that make clients or tests of it.
+
+    Args:
+        names: of the models that are served.
+    """
     schemas: dict[str, Any] = {}
     for model in (ChatRequest, CompletionRequest, VerdictRequest):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {})
         schemas[model.__name__] = schema
+        if "model" in schema["properties"]:
+            schema["properties"]["model"] |= {"enum": names}
     text = {"type": "string"}
     schemas["Error"] = {
         "type": "object",
@@ -263,7 +269,7 @@ def openapi(version: str) -> dict[str, Any]:
         return {"get": {"summary": summary, "responses": {"200": answer("the answer", schema, kind), **errors}}}
 
     named = get("one of them")
-    named["get"]["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": text}]
+    named["get"]["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {**text, "enum": names}}]
     return {
         "openapi": "3.1.0",
         "info": {"title": "grpo serve", "version": version},
