@@ -105,8 +105,10 @@ class Clock(TrainerCallback):
 
     def result(self) -> dict[str, Any]:
         step, generation = median(self.steps[self.warmup :]), median(self.generations[self.warmup :])
-        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
         return {
-            "step": step, "generation": generation, "rest": step - generation, "peak_gib": peak,
+            "step": step, "generation": generation, "rest": step - generation, "peak_gib": self.peak_gib(),
             "steps": self.steps, "generations": self.generations,
         }  # fmt: skip
+
+    def peak_gib(self) -> float | None:
+        return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None

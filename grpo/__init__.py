@@ -4,17 +4,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from grpo.algorithm.own_loss import LossInputs
     from grpo.config import Config, SupervisedConfig
     from grpo.scoring.reward import Reward
     from grpo.sft.trainer import SupervisedTrainer
     from grpo.trainer import Trainer
     from grpo.training.callback import Callback
 
-__all__ = ["Callback", "Config", "Reward", "SupervisedConfig", "SupervisedTrainer", "Trainer"]
+__all__ = ["Callback", "Config", "LossInputs", "Reward", "SupervisedConfig", "SupervisedTrainer", "Trainer"]
 
 _HOMES = {
     "Callback": "grpo.training.callback",
     "Config": "grpo.config",
+    "LossInputs": "grpo.algorithm.own_loss",
     "Reward": "grpo.scoring.reward",
     "SupervisedConfig": "grpo.config",
     "SupervisedTrainer": "grpo.sft.trainer",
@@ -31,6 +33,8 @@ def __getattr__(name: str) -> Any:
     """Import on first use: a reward worker imports this package and must not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'grpo' has no attribute {name!r}")
+    import warnings
     from importlib import import_module
 
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, in a notebook without ipywidgets
     return getattr(import_module(_HOMES[name]), name)

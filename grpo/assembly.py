@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.config import Config
+from grpo.algorithm.objective import Objective
+from grpo.algorithm.own_loss import Loss
+from grpo.config import Config, SupervisedConfig
+from grpo.config.settings import Settings
 from grpo.data.pass_rates import within_pass_rates
-from grpo.data.prompts import PromptOrder, build_prompts, check_kinds, use_chat_template
+from grpo.data.prompts import Order, PromptOrder, build_prompts, check_kinds, use_chat_template
 from grpo.data.rows import load_rows, missing, prepare_rows
 from grpo.observe import rundir
 from grpo.observe.metrics import check_reward_names
 from grpo.observe.rundir import RunLog
 from grpo.observe.sinks import check_sinks
 from grpo.policy.families import check_family
+from grpo.policy.given_model import GivenModel
 from grpo.policy.language_model import resolve_dtype
 from grpo.policy.model_source import with_resolved_name
 from grpo.policy.policy import MakeOptimizer, Policy
 from grpo.policy.teacher import check_teacher
 from grpo.policy.tokenizer import check_context, check_vocabulary, load_tokenizer
-from grpo.rollout import check_engine, make_generator
+from grpo.rollout import ENGINES, check_engine, make_generator
 from grpo.run import checkpoint, inputs
 from grpo.run.checkpoint import Checkpoints
 from grpo.run.held_out import HeldOut
@@ -76,6 +80,9 @@ def assemble(
     learner_class: type[Learner],
     optimizer: MakeOptimizer | None = None,
     advantage: Advantage | None = None,
+    loss: Loss | None = None,
+    order: Order | None = None,
+    given_model: GivenModel | None = None,
 ) -> Parts:
     """The parts of a Trainer; see there.
 
@@ -84,11 +91,13 @@ def assemble(
     """
     functions = reward_functions(config, rewards)
     check_reward_names(reward.name for reward in functions)
-    config = with_resolved_name(config)
+    config = config if given_model is not None else with_resolved_name(config)
     request = StopRequest(config.run.max_hours)
     processes = distributed.start(config, dtype=resolve_dtype(config.model.dtype))
     config.check_world_size(processes.world_size)
-    for notice in _without_effect(config, optimizer=optimizer, advantage=advantage):
+    if given_model is not None:
+        config = with_given_model(config, given_model, processes)
+    for notice in _without_effect(config, optimizer=optimizer, advantage=advantage, loss=loss, order=order):
         processes.say(notice)
     tokenizer = load_tokenizer(config.model)
     use_chat_template(tokenizer, config.data)
@@ -98,7 +107,7 @@ def assemble(
     check_engine(config)
     check_sinks(config)
     signal_from = _signal_from(config, functions)
-    questions = _questions(config, processes, tokenizer, functions, train_dataset, eval_dataset)
+    questions = _questions(config, processes, tokenizer, functions, train_dataset, eval_dataset, order)
     prompts, held_out, scorer = questions.order, questions.held_out, questions.scorer
 
     directory = Path(processes.on_main(lambda: str(rundir.claim(config.run))))
@@ -116,6 +125,7 @@ def assemble(
         optimizer_steps=config.optimizer_steps,
         token_budget=config.memory.micro_batch_tokens,
         max_completion_tokens=config.rollout.max_completion_tokens,
+        loss=loss,
     )
     stop = StopAgreement(request, processes)
     collector = Collector(make_generator(config, policy), scorer, stop, rank=processes.rank)
@@ -129,7 +139,9 @@ def assemble(
         tokenizer=tokenizer,
         end_token_ids=policy.end_token_ids,
     )
-    log = RunLog(directory, config, processes, reward_names=[reward.name for reward in scorer.rewards])
+    names = [reward.name for reward in scorer.rewards]
+    engine = ENGINES[type(collector.generator).__name__]
+    log = RunLog(directory, config, processes, reward_names=names, engine=engine)
     return Parts(
         config=config,
         processes=processes,
@@ -148,9 +160,45 @@ def assemble(
     )
 
 
-REPLACED = {
-    "optimizer": ("optimizer", ("beta1", "beta2", "weight_decay")),
-    "advantage": ("algorithm", ("baseline", "normalize_by_std")),
+def settle(
+    kind: type[AnySettings],
+    source: AnySettings | str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: Mapping[str, Any],
+) -> tuple[AnySettings, GivenModel | None]:
+    """The configuration that a trainer's first argument means, and the loaded model if it is one.
+
+    Raises:
+        ValueError: see Config.of and GivenModel.of.
+    """
+    if isinstance(source, (kind, str, Path)):
+        if tokenizer is not None:
+            raise ValueError(
+                "tokenizer was given beside a model that is read from files, whose own tokenizer is used. Pass the loaded model "
+                "with it, or remove it; data.chat_template sets another template."
+            )
+        return kind.of(source, settings), None
+    given = GivenModel.of(source, tokenizer, settings)
+    return kind.of_model(given.name, settings), given
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+AnyNamed = TypeVar("AnyNamed", Config, SupervisedConfig)
+
+
+def with_given_model(config: AnyNamed, given: GivenModel, processes: TrainingProcesses) -> AnyNamed:
+    """The configuration with the directory that the model was written to as `model.name`; every process calls it."""
+    folder = Path(config.run.dir).parent / "models"
+    directory = processes.on_main(lambda: str(given.write_below(folder)))
+    processes.say(f"the model that was given is written to {directory}, from where the run reads it")
+    return config.model_copy(update={"model": config.model.model_copy(update={"name": directory})})
+
+
+OF_THE_LOSS = [field.name for field in fields(Objective) if field.name != "kl_coef"]
+REPLACED: dict[str, tuple[str, list[str]]] = {
+    "optimizer": ("optimizer", ["beta1", "beta2", "weight_decay"]),
+    "advantage": ("algorithm", ["baseline", "normalize_by_std"]),
+    "loss": ("algorithm", [*OF_THE_LOSS, "top_entropy"]),
 }
 """Argument of Trainer -> the section and the settings that have no effect beside it."""
 
@@ -163,6 +211,8 @@ def _without_effect(config: Config, **given: Callable[..., Any] | None) -> Itera
             value = getattr(values, name)
             if given[argument] is not None and value != type(values).model_fields[name].default:
                 yield f"{section}.{name} is {value}, without effect: {argument} was given to Trainer"
+    if given["order"] is not None and config.data.weights is not None:
+        yield "the weights in data.name are without effect: order was given to Trainer"
 
 
 def _questions(
@@ -172,6 +222,7 @@ def _questions(
     functions: list[Reward],
     train_dataset: Rows | None,
     eval_dataset: Rows | None,
+    own_order: Order | None,
 ) -> Questions:
     with processes.accelerator.main_process_first():
         rows = _rows(config, train_dataset, functions, evaluation=False)
@@ -200,7 +251,8 @@ def _questions(
         seed=config.run.seed,
         rank=processes.rank,
         world_size=processes.world_size,
-        weights=config.data.weights if train_dataset is None else None,
+        weights=config.data.weights if train_dataset is None and own_order is None else None,
+        own=own_order,
     )
     return Questions(order, held_out, scorer, audits)
 

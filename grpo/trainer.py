@@ -8,8 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from grpo.assembly import Rows, assemble
+from grpo.algorithm.own_loss import Loss
+from grpo.assembly import Rows, assemble, settle
 from grpo.config import Config
+from grpo.data.prompts import Order
 from grpo.observe.metrics import step_metrics
 from grpo.policy.policy import MakeOptimizer, Policy
 from grpo.run.loop import Loop
@@ -23,15 +25,26 @@ from grpo.training.state import Rollout
 from grpo.types import MicroBatch
 
 if TYPE_CHECKING:
-    pass
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Trainer(Loop):
     """Trains a language model with GRPO on rule-based rewards.
 
+        def brief(completion: str) -> float:
+            return 1.0 if len(completion) < 60 else 0.0
+
+        rows = [{"question": "What is 1+1?", "answer": "2"}, ...]
+        trainer = Trainer("Qwen/Qwen2.5-0.5B", rewards=[brief], train_dataset=rows, settings={"run.steps": 100})
+        checkpoint = trainer.train()  # checkpoint / "hf" is the trained model
+        trainer.metrics()             # a data frame
+
+    `trainer.directory` is the run's, with metrics, completions, a report and checkpoints; `trainer.policy.lm` the model of
+    transformers that is trained; `trainer.state.step` how many steps it has made. A loaded model that is given stays as it is.
+
     Args:
         config: a Config (`grpo settings` tells every setting), a YAML file, the name of a configuration that comes with the
-            library, or a model; see Config.of.
+            library, or a model: its name or folder, or a loaded model of transformers.
         rewards: reward functions (or `Reward`s, which add a weight, a name and arguments) instead of `config.rewards`.
         train_dataset: rows instead of those of `config.data.name`: a `datasets.Dataset`, a `pandas.DataFrame` or a list of
             dictionaries.
@@ -42,19 +55,24 @@ class Trainer(Loop):
             remains that of `optimizer.learning_rate` and its schedule.
         advantage: a function from rewards (questions, completions), NaN where unknown, to advantages of the same shape, instead
             of what `algorithm.baseline` and `algorithm.normalize_by_std` say.
+        loss: a function from `LossInputs`, the tokens of a pass, to the loss of each, instead of the clipped surrogate with its
+            KL and entropy terms.
+        order: a function from the epoch (0, 1, ...) and the rows to the row numbers in the order in which they are asked, instead
+            of a seeded permutation.
+        tokenizer: that of a loaded model; None: the one that lies where the model was loaded from.
 
     Raises:
         ValueError: whatever is wrong with the settings, the data or the rewards; before the model is loaded.
     """
 
     config: Config
-    after_roll_back = ", with other random numbers"
-    policy_class: type[Policy] = Policy
-    learner_class: type[Learner] = Learner
+    _after_roll_back = ", with other random numbers"
+    _policy_class: type[Policy] = Policy
+    _learner_class: type[Learner] = Learner
 
     def __init__(
         self,
-        config: Config | str | Path,
+        config: Config | str | Path | PreTrainedModel,
         *,
         rewards: Sequence[Callable[..., Any] | Reward] | None = None,
         train_dataset: Rows | None = None,
@@ -63,16 +81,23 @@ class Trainer(Loop):
         callbacks: Sequence[Callback] = (),
         optimizer: MakeOptimizer | None = None,
         advantage: Advantage | None = None,
+        loss: Loss | None = None,
+        order: Order | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        resolved, given_model = settle(Config, config, tokenizer, settings or {})
         parts = assemble(
-            Config.of(config, settings or {}),
+            resolved,
             rewards=rewards,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            policy_class=self.policy_class,
-            learner_class=self.learner_class,
+            policy_class=self._policy_class,
+            learner_class=self._learner_class,
             optimizer=optimizer,
             advantage=advantage,
+            loss=loss,
+            order=order,
+            given_model=given_model,
         )
         super().__init__(parts, callbacks)
         self.config = parts.config

@@ -204,6 +204,35 @@ def test_trls_steps_are_timed_if_they_have_the_tokens_they_should(
     assert "4.00 (8.00x)" in step.side_by_side([own, record])
 
 
+# ---- sft.py ----------------------------------------------------------------------------------------------------------
+
+
+def test_supervised_training_is_measured_beside_a_plain_loop_and_trl(run, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    import sft
+
+    monkeypatch.setattr(sft, "in_a_process", lambda measure, *arguments: measure(*arguments))
+    monkeypatch.setattr("trl_step.time", fake_trl.clock)
+    monkeypatch.setitem(sys.modules, "trl", fake_trl)
+    shape = "--pass-tokens 256 --update-tokens 512 --updates 2 --warmup 1 --peer-length 128 --peer-pass-tokens 256"
+    done = run("sft.py", shape, "--peers", "plain", "trl")
+    ours, plain, trl = done.records
+    for record in (ours, plain):
+        assert len(record["rates"]) == 2
+        assert record["tokens_per_second"] > 0
+    assert trl["rates"] == [2 * 128 / 2] * 2  # of a pass, in which as many are padding; a row is half of our pass
+    beside = ours["tokens_per_second"] / 128
+    assert f"128 tokens/s   grpo is {beside:.2f} times as fast" in done.printed
+
+
+def test_padded_passes_hold_all_rows_and_no_more_than_they_may(monkeypatch: pytest.MonkeyPatch):
+    import sft
+
+    rows = [([1] * 3, [2] * n) for n in (9, 1, 30, 4, 4, 2)]
+    passes = sft.padded_passes(rows, 24)
+    assert sorted(len(c) for part in passes for _, c in part) == [1, 2, 4, 4, 9, 30]
+    assert [len(part) * max(map(len, (p + c for p, c in part))) for part in passes] == [21, 24, 33]  # the longest alone
+
+
 # ---- rollout.py ------------------------------------------------------------------------------------------------------
 
 

@@ -21,8 +21,9 @@ from rich.text import Text
 
 from grpo.observe import display
 from grpo.observe.console import errors_for_users, show_samples
-from grpo.observe.display import Dashboard, console_sink, contrast, fold, samples, sparkline, styled_completion
+from grpo.observe.display import Dashboard, contrast, fold, samples, sparkline, styled_completion
 from grpo.observe.rundir import RunLog
+from grpo.observe.screen import console_sink
 from grpo.observe.sinks import JsonlSink, RowsLost
 from grpo.system.distributed import Processes
 from grpo.system.jsonl import read_jsonl
@@ -130,27 +131,39 @@ def shown(board: Dashboard, width: int = 80, height: int = 24) -> list[str]:
 
 
 def test_a_sparkline_goes_from_low_to_high_and_averages_what_does_not_fit():
-    assert sparkline([0.0, 1.0, 7.0, 3.5], 10) == "▁▂█▅"
+    assert sparkline([0.0, 1.0, 7.0, 3.5], 4) == "▁▂█▅"
+    assert sparkline([0.0, 1.0, 7.0, 3.5], 8) == "▁▁▂▂██▅▅"  # a value takes as many places as there are
+    assert sparkline([0.5, 0.75], 2, scale=(0.0, 1.0)) == "▅▆"  # 3.5, rounded to the even 4, and 5.25 of seven steps up
     assert (
         sparkline([0.0, 2.0, 10.0, 12.0, 4.0, 4.0], 3) == "▁█▃"
     )  # means 1, 11, 4: (4 - 1) / 10 of seven steps up is 2.1
-    assert sparkline([2.0, 2.0], 10) == "▁▁"
-    assert sparkline([1.0, float("nan"), 2.0, float("inf")], 10) == "▁ █ "
-    assert sparkline([float("nan")], 10) == " "
+    assert sparkline([2.0, 2.0], 2) == "▁▁"
+    assert sparkline([1.0, float("nan"), 2.0, float("inf")], 4) == "▁ █ "
+    assert sparkline([float("nan")], 1) == " "
 
 
 def test_a_curve_shows_its_first_and_newest_value_and_its_shape():
     lines = shown(dashboard(steps=4))
     assert lines[2].split() == ["reward", "0.100", "0.400", "▁▃▆█"]
-    assert lines[3].split() == ["accuracy", "0.050", "0.200", "▁▃▆█"]
+    assert lines[3].split() == ["accuracy", "0.050", "0.200", "▁▂▂▂"]  # a share, from 0 to 1
     assert lines[5].split() == ["length", "101", "104", "▁▃▆█"]
     assert not any(line.startswith("KL") for line in lines), "a run without a reference has no KL"
     board = dashboard(steps=3, **{"policy/kl": 0.01})
     board.add(3, {"eval/accuracy": 0.25, "eval/accuracy_stderr": 0.1, "eval/length_mean": 90.0})
-    assert [line.split()[:-1] for line in shown(board) if line.startswith(("KL", "held"))] == [
-        ["KL", "0.010", "0.010"],
-        ["held-out", "accuracy", "0.250", "0.250"],
+    assert [line.split() for line in shown(board) if line.startswith(("KL", "held"))] == [
+        ["KL", "0.010", "0.010", "▁▁▁"],
+        ["held-out", "accuracy", "0.250", "0.250", "▃▃▃", "step", "3"],
     ]
+
+
+def test_a_curve_is_as_long_as_the_part_of_the_run_that_is_done():
+    board = dashboard(steps=30)
+    board.about = "a/model, 2 x H200, native engine, runs/mine"
+    lines = shown(board, width=120)
+    assert lines[1] == board.about
+    assert len(lines[3]) == 18 + 9 + 9 + 2 + 82 * 30 // 40
+    done = dashboard(steps=40)
+    assert len(shown(done, width=120)[2]) == 120
 
 
 def test_progress_and_speed_say_how_far_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch):
@@ -378,14 +391,15 @@ def test_a_resumed_run_shows_the_curves_from_their_start():
 def test_without_a_terminal_there_are_plain_lines_and_nothing_else(capsys: pytest.CaptureFixture[str]):
     sink = console_sink(title="run", num_steps=2, first_step=0, reward_names=NAMES, rows=[])
     more = {"group/with_signal": 1.0, "completion/truncated": 0.0, "policy/kl": 5e-4}
-    sink.log(0, {"eval/accuracy": 0.25, "eval/accuracy_stderr": 0.125})
+    of_answers = {"eval/pass@1": 0.25, "eval/length_mean": 20.5, "eval/truncated": 0.0}
+    sink.log(0, {"eval/accuracy": 0.25, "eval/accuracy_stderr": 0.125, **of_answers})
     sink.log_completions(1, [row(0, right=True)])
     sink.log(1, step(1, **more))
     sink.log(2, step(2, **more))
     sink.alarm("kl", "printed by the trainer")
     sink.close()
     assert capsys.readouterr().out.splitlines() == [
-        "held-out, step 0:  accuracy 0.250  accuracy_stderr 0.125",
+        "held-out, step 0:  accuracy 0.250 ± 0.125  length 20.500  cut off 0.000",
         "     step    reward  accuracy    format    signal    length   cut off   entropy        KL     tok/s    s/step time left",
         "      1/2     0.100     0.050     0.500     1.000       101     0.000     0.250     5e-04      9000     2.000  00:00:02",
         "      2/2     0.200     0.100     0.500     1.000       102     0.000     0.250     5e-04      9000     2.000  00:00:00",
@@ -423,7 +437,8 @@ def test_a_run_in_a_terminal_that_is_stopped_by_ctrl_c_leaves_it_clean(tmp_path:
     assert "200 training questions" in lines
     assert any("SIGINT: saving, then stopping" in line for line in lines)
     (place,) = (number for number, line in enumerate(lines) if line.startswith("run "))
-    assert lines[place + 2].startswith("reward")
+    assert lines[place + 1].startswith("quickstart/model, CPU, native engine, /")
+    assert lines[place + 3].startswith("reward")
     assert any(line.startswith("KL") for line in lines)
     assert any(line.startswith("stopped: SIGINT. Saved to ") for line in lines[place:]), (
         "said beneath what remains of the display"

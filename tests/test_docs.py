@@ -1,5 +1,6 @@
 """The documents' commands and code run, tables and generated pages are what the code says, and the wheel is whole."""
 
+import ast
 import json
 import os
 import re
@@ -360,3 +361,54 @@ def test_every_test_that_the_reliability_table_names_exists():
             missing.append(f"{file}::{test}")
     assert len(named) > 70
     assert missing == []
+
+
+def message_templates() -> set[str]:
+    """Every text in the code, with … for what is filled in; neighbouring literals are one."""
+    found = set()
+    for path in [*(ROOT / "grpo").rglob("*.py"), *(ROOT / "rewards").rglob("*.py")]:
+        nodes = [*ast.walk(ast.parse(path.read_text()))]
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if id(node) in docstrings:
+                continue
+            if isinstance(node, ast.JoinedStr):
+                found.add("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+    return found
+
+
+def says(template: str, message: str) -> bool:
+    """Whether the parts of a message between its values follow each other in a text of the code."""
+    place = 0
+    for part in message.split("…"):
+        place = template.find(part.strip(), place)
+        if place < 0:
+            return False
+        place += len(part.strip())
+    return True
+
+
+def test_every_message_on_the_page_of_errors_is_one_of_the_code():
+    templates = message_templates()
+    listed = re.findall(r"^\| `([^`]+)` \|", page("errors.md"), re.MULTILINE)
+    assert len(listed) >= 40
+    assert [message for message in listed if not any(says(template, message) for template in templates)] == []
+    assert not any(says(template, "rollout.group_size is …; no message of ours") for template in templates)
+
+
+def test_the_site_builds_without_a_broken_link(tmp_path: Path):
+    """Links to the source are names there, and its search needs no server."""
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed")
+    pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "site" / "search" / "search_index.js").is_file()  # which, unlike JSON, a page on disk may load
+    for name, up in (("index.html", ""), ("results/gsm8k.html", "../")):
+        html = (tmp_path / "site" / name).read_text()
+        assert f'src="{up}assets/file_worker.js"' in html
+        assert not re.search(r"<(link|script|img)[^>]+(href|src)=.https?://", html), "it fetches something"
+    assert "advantage" in (tmp_path / "site" / "api.html").read_text()
+    assert "(../grpo" not in (tmp_path / "site" / "architecture.html").read_text()

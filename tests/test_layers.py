@@ -27,6 +27,7 @@ LAYERS = [
     "inference",
     "serving",
     "evaluation",
+    "export",
     "rejection",
     "check",
     "pipeline",

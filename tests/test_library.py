@@ -5,22 +5,30 @@ import math
 import os
 import signal
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import TINY, tiny_config, tiny_settings
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo import Callback, Config, Trainer
+from grpo import Callback, Config, LossInputs, SupervisedTrainer, Trainer
+from grpo.algorithm.objective import Objective
+from grpo.algorithm.own_loss import use_loss
+from grpo.data.prompts import PromptOrder
 from grpo.observe.console import LineSink
-from grpo.observe.display import console_sink
+from grpo.observe.screen import console_sink
+from grpo.policy.given_model import GivenModel
 from grpo.report.figures import plot_curves
 from grpo.system.jsonl import read_jsonl, read_metrics
 from grpo.system.stopping import Stopped
 from grpo.system.terminal import logger, say
 from grpo.training.rollout import own_advantages
 from grpo.training.state import Rollout
+from grpo.types import Prompt
 
 ROWS = [{"question": f"What is {a}+{b}?", "answer": str(a + b)} for a in range(2, 6) for b in range(2, 6)]
 SMALL = {
@@ -153,7 +161,7 @@ def test_the_console_is_a_handler_of_the_logger_and_can_be_silenced_and_routed(
     LineSink(num_steps=2, reward_names=[]).log(2, STEP)
     assert capsys.readouterr().out == ""
     assert "2/2" in records[-1].getMessage()
-    monkeypatch.setattr("grpo.observe.display.can_repaint", lambda *_: True)
+    monkeypatch.setattr("grpo.observe.screen.can_repaint", lambda *_: True)
     sink = console_sink(title="", num_steps=1, first_step=0, reward_names=[], rows=[])
     assert isinstance(sink, LineSink)  # a display would paint on the terminal all the same
 
@@ -212,9 +220,10 @@ def test_an_optimizer_and_an_advantage_by_function_are_those_that_train(tmp_path
 
 
 def test_settings_that_a_function_stands_in_for_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    changed = {"algorithm.normalize_by_std": False, "optimizer.beta1": 0.8}
-    own(tmp_path, advantage=lambda rewards: rewards, settings=changed).close()
+    changed = {"algorithm.normalize_by_std": False, "optimizer.beta1": 0.8, "algorithm.clip_high": 0.28}
+    own(tmp_path, advantage=lambda rewards: rewards, loss=of_the_paper, settings=changed).close()
     said = capsys.readouterr().out
+    assert "algorithm.clip_high is 0.28, without effect: loss was given to Trainer" in said
     assert "algorithm.normalize_by_std is False, without effect: advantage was given to Trainer" in said
     assert "optimizer.beta1" not in said  # nothing stands in for it
 
@@ -247,3 +256,213 @@ def test_an_unknown_reward_has_no_advantage():
 def test_what_makes_no_optimizer_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"^optimizer returned int; it is called with the list of trained parameters"):
         own(tmp_path, optimizer=lambda parameters: 1)
+
+
+def of_the_paper(tokens: LossInputs) -> torch.Tensor:
+    """GRPO's surrogate within 0.2, without a KL term."""
+    ratio = (tokens.logprobs - tokens.old_logprobs).exp()
+    return -torch.minimum(ratio * tokens.advantages, ratio.clamp(0.8, 1.2) * tokens.advantages)
+
+
+def test_a_loss_by_function_trains_as_the_settings_that_it_is_equal_to(tmp_path: Path):
+    """Several passes in two minibatches, so that the second is off-policy."""
+    settings = {"algorithm.kl_coef": 0.0, "algorithm.num_minibatches": 2, "run.dir": str(tmp_path / "own")}
+    ours = own(tmp_path, settings=settings | {"run.dir": str(tmp_path / "ours")})
+    theirs = own(tmp_path, settings=settings, loss=of_the_paper)
+    start = weights_of(ours)
+    for trainer in (ours, theirs):
+        metrics = trainer.train_step()
+        assert metrics["optimizer/grad_norm"] > 0
+        trainer.close()
+    assert not torch.equal(weights_of(ours), start)
+    torch.testing.assert_close(weights_of(theirs), weights_of(ours), rtol=0, atol=1e-6)
+
+
+def test_a_loss_is_given_the_whole_of_each_completion_and_those_without_advantage(tmp_path: Path):
+    seen: list[LossInputs] = []
+
+    def spread(tokens: LossInputs) -> torch.Tensor:
+        seen.append(tokens)
+        return -tokens.entropy
+
+    zero = {"algorithm.kl_coef": 0.5, "memory.micro_batch_tokens": 2048}
+    trainer = own(tmp_path, loss=spread, advantage=lambda rewards: torch.zeros_like(rewards), settings=zero)
+    entropy = trainer.train_step()["policy/entropy"]
+    (tokens,) = seen
+    assert len(tokens.completion_lens) == 16
+    for each in (tokens.logprobs, tokens.entropy, tokens.advantages, tokens.old_logprobs, tokens.ref_logprobs):
+        assert each is not None
+        assert each.shape == (int(tokens.completion_lens.sum()),)
+    assert tokens.kl_coef == 0.5
+    assert tokens.ref_logprobs is not None
+    torch.testing.assert_close(tokens.ref_logprobs, tokens.old_logprobs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(tokens.sampling_logprobs, tokens.old_logprobs, rtol=0, atol=1e-3)
+    assert trainer.train_step()["policy/entropy"] > entropy  # the advantages are 0, so it is this loss that did it
+    trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (
+            lambda tokens: tokens.logprobs.sum(),
+            r"^loss returned a tensor of the shape \(\); .* Leave out the sum or mean",
+        ),
+        (lambda tokens: 0.5, r"^loss returned float; it returns the loss of each token, a tensor of the shape \(3,\)"),
+        (lambda tokens: tokens.advantages, r"^loss returned a tensor without gradient"),
+    ],
+)
+def test_what_is_no_loss_is_refused(returned: Any, message: str):
+    logprobs = torch.full((3,), -1.0, requires_grad=True)
+    with pytest.raises(ValueError, match=message):
+        use_loss(returned)(
+            logprobs, torch.ones(3), torch.ones(3), Objective(), completion_lens=torch.tensor([3]), entropy=logprobs
+        )
+
+
+def test_tokens_without_weight_cannot_make_a_loss_infinite():
+    logprobs = torch.tensor([-1.0, -1.0], requires_grad=True)
+    result = use_loss(lambda tokens: (tokens.logprobs - tokens.old_logprobs).exp())(
+        logprobs,
+        torch.ones(2),
+        torch.tensor([1.0, 0.0]),
+        Objective(),
+        completion_lens=torch.tensor([2]),
+        entropy=logprobs,
+        old_logprobs=torch.tensor([-1.0, -1e4]),
+    )
+    result.loss.backward()
+    assert result.loss == 1
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == [1, 0]
+
+
+def test_an_order_by_function_decides_what_is_asked_and_is_taken_up_on_resume(tmp_path: Path):
+    settings = {"run.resume": "auto", "rollout.max_completion_tokens": 4}
+
+    def order(epoch: int, rows: list[dict[str, Any]]) -> list[int]:
+        largest = sorted(range(len(rows)), key=lambda number: -int(rows[number]["answer"]))
+        return largest if epoch == 0 else largest[::-1]
+
+    asked: list[int] = []
+    for num_steps in (3, 5):  # an epoch has four steps
+        trainer = own(tmp_path, settings=settings, order=order)
+        while trainer.state.step < num_steps:
+            trainer.train_step()
+        trainer.save(wait=True)
+        trainer.close()
+    rows = read_jsonl(tmp_path / "run" / "completions.jsonl")
+    asked = [int(row["answer"]) for row in rows[:: SMALL["rollout.group_size"]]]
+    answers = sorted((int(row["answer"]) for row in ROWS), reverse=True)
+    assert asked == [*answers, *answers[::-1][:4]]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (
+            [0, 1],
+            r"^order returned 2 numbers for epoch 0; it returns as many numbers as there are questions, 3, each from 0",
+        ),
+        ([0, 1, 3], r"^order returned the number 3 for epoch 0"),
+        (None, r"^order returned NoneType"),
+    ],
+)
+def test_what_is_no_order_is_refused(returned: Any, message: str):
+    prompts = [Prompt(row, [1], "", "", {"question": "", "answer": ""}) for row in range(3)]
+    with pytest.raises(ValueError, match=message):
+        PromptOrder(prompts, seed=0, rank=0, world_size=1, own=lambda epoch, rows: returned)
+
+
+def loaded() -> tuple[Any, Any]:
+    model = AutoModelForCausalLM.from_pretrained(TINY / "model", dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(TINY / "model")
+
+
+def test_a_loaded_model_is_what_training_starts_from_and_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = loaded()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.25)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    few = {**SMALL, "run.steps": 1, "run.resume": "auto", "optimizer.learning_rate": 0.01}
+
+    def trainer() -> Trainer:
+        return Trainer(model, tokenizer=tokenizer, rewards=[brevity], train_dataset=ROWS, settings=few)
+
+    first = trainer()
+    assert first.directory == Path("runs/model")
+    for name, weight in first.policy.lm.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+    last = first.train()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+    assert not torch.equal(weights_of(first), torch.cat([w.flatten() for w in model.parameters()]))
+    again = trainer()  # the same weights are the same run
+    assert again.state.step == 1
+    again.close()
+    assert len(list(Path("runs/models").iterdir())) == 1
+    stored = AutoModelForCausalLM.from_pretrained(last / "hf", dtype=torch.float32).state_dict()
+    assert torch.equal(stored["model.norm.weight"], first.policy.lm.state_dict()["model.norm.weight"])
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    with pytest.raises(ValueError, match=r"model\.name"):  # other weights are another run
+        trainer()
+
+
+def test_the_tokenizer_of_a_loaded_model_is_found_where_it_was_loaded_from(tmp_path: Path):
+    model, tokenizer = loaded()
+    given = GivenModel.of(model, None, {})
+    assert given.name == "model"
+    assert given.tokenizer.get_vocab() == tokenizer.get_vocab()
+    directory = given.write_below(tmp_path)
+    assert given.write_below(tmp_path) == directory
+    assert AutoTokenizer.from_pretrained(directory).chat_template == tokenizer.chat_template
+
+
+def test_models_that_cannot_be_trained_from_an_object_are_refused(tmp_path: Path):
+    model, tokenizer = loaded()
+    nowhere = AutoModelForCausalLM.from_config(deepcopy(model.config))
+    nowhere.config.name_or_path = ""
+    with torch.device("meta"):
+        meta = AutoModelForCausalLM.from_config(model.config)
+    quantised = AutoModelForCausalLM.from_config(deepcopy(model.config))
+    quantised.config.quantization_config = {"quant_method": "awq"}
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_config(deepcopy(model.config)), LoraConfig(target_modules=["q_proj"])
+    )
+    refused: list[tuple[Any, Any, dict[str, Any], str]] = [
+        (nowhere, None, {}, r"^tokenizer is None; a model needs one, .* Pass tokenizer=AutoTokenizer"),
+        (meta, tokenizer, {}, r"^the model's weight .* is on the meta device"),
+        (quantised, tokenizer, {}, r"^the model's weights are quantised \(awq\)"),
+        (adapted, tokenizer, {}, r"^the model is a PeftModel.*merge_and_unload"),
+        (model.model, tokenizer, {}, r"no output layer over the vocabulary\. Load it with AutoModelForCausalLM"),
+        (torch.compile(model), tokenizer, {}, r"^the model is a OptimizedModule; .* after torch\.compile"),
+        (3, tokenizer, {}, r"^the model is a int; it must be a PreTrainedModel"),
+        (model, "gpt2", {}, r"^tokenizer is a str; it must be a tokenizer of transformers"),
+        (
+            model,
+            tokenizer,
+            {"model.name": "x"},
+            r"^settings holds model\.name; the model of this run is the Qwen2ForCausalLM",
+        ),
+        (str(TINY / "model"), tokenizer, {}, r"^tokenizer was given beside a model that is read from files"),
+    ]
+    for given, its_tokenizer, settings, message in refused:
+        with pytest.raises(ValueError, match=message):
+            Trainer(given, tokenizer=its_tokenizer, rewards=[brevity], train_dataset=ROWS, settings=settings)
+
+
+def test_supervised_training_starts_from_a_loaded_model_too(tmp_path: Path):
+    model, tokenizer = loaded()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.25)
+    rows = [{"prompt": row["question"], "completion": row["answer"]} for row in ROWS]
+    settings = {"run.dir": str(tmp_path / "run"), "distributed.zero_stage": 0, "evaluation.num_questions": 0}
+    settings |= {"data.max_tokens": 256}
+    trainer = SupervisedTrainer(model, tokenizer=tokenizer, train_dataset=rows, settings=settings)
+    for name, weight in trainer.policy.lm.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+    trainer.close()

@@ -237,7 +237,10 @@ def test_the_kernels_over_logits_equal_the_plain_formulas(
     of_entropy = (plain[1], torch.randn(33, device=device)) if with_entropy else None
     logprob_kernels.replace_by_gradient(logits, targets, plain[2], gradient, 0.7, of_entropy=of_entropy)
     logprobs.plain_replace_by_gradient(other, targets, plain[2], gradient, 0.7, of_entropy=of_entropy)
-    torch.testing.assert_close(logits, other, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
+    allowed = (1e-2 if dtype == torch.bfloat16 else 1e-4) * other.abs() + 2e-6  # differences of parts of the size of 1
+    allowed[3] += 3e-4  # exponents of 714 have errors of 6e-5 each
+    assert other.isfinite().all()
+    assert ((logits - other).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 100])

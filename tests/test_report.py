@@ -293,7 +293,7 @@ def test_benchmarks_are_shown_with_their_samples_the_base_model_first(tmp_path: 
 
 
 def test_a_page_without_completions_is_small(tmp_path: Path):
-    assert len(html_of(a_run(tmp_path / "run", steps=100), max_completions=0)) < 90_000
+    assert len(html_of(a_run(tmp_path / "run", steps=100), max_completions=0)) < 95_000
 
 
 @pytest.mark.parametrize(
@@ -500,3 +500,27 @@ def test_what_is_no_file_is_left_out(tmp_path: Path):
     assert (run.environment, run.roll_backs) == ({}, [])
     assert [source.kind for source in run.sources] == []
     assert run.metrics[-1]["step"] == 4
+
+
+def test_a_legend_stands_clear_of_the_axis_and_its_label(tmp_path: Path):
+    """In the small figure of a paper and in the large one of an overview."""
+    runs = read_runs([a_run(tmp_path / "run", steps=12)], max_completions=0)
+    panel = Panel("Reward", ["reward/mean", "reward/accuracy"])
+    for size in ((3.4, 2.3), (10, 8)):
+        figure = Figure(figsize=size, layout="constrained")
+        axis = figure.subplots()
+        _draw(axis, panel, runs)
+        figure.draw_without_rendering()
+        label, legend = (part.get_window_extent() for part in (axis.xaxis.label, axis.get_legend()))
+        assert legend.y1 <= label.y0 + 3  # in pixels at 100 dpi, of which the legend's own padding is most
+        assert label.y0 - legend.y1 < 12
+
+
+def test_the_ways_to_count_one_list_of_words_are_one_chart():
+    names = [f"aha/reflection{measure}{side}" for measure in ("_per_1k", "_share", "") for side in ("", "_right")]
+    (section,) = [each for each in sections(names) if each.title == "Does it reflect?"]
+    assert [(panel.family, panel.measure) for panel in section.panels] == [
+        ("reflection", "per 1k tokens"),
+        ("reflection", "share of answers"),
+        ("reflection", "words"),
+    ]

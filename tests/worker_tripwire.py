@@ -34,7 +34,7 @@ shard_even_small_weights(fetch_ahead=True)
 trainer = Trainer(
     tiny_config(
         arguments.out / "run",
-        rollout={"num_prompts": max(4, int(os.environ["WORLD_SIZE"]))},
+        rollout={"num_prompts": max(4, int(os.environ.get("WORLD_SIZE", "1")))},
         algorithm={"kl_coef": 1e-3},  # every token has a gradient, and is in the post-mortem
         distributed={"zero_stage": arguments.zero, **{f"offload_{what}": True for what in arguments.offload}},
         lora={"rank": arguments.lora},

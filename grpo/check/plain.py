@@ -91,8 +91,8 @@ class PlainLearner(Learner):
 class PlainTrainer(Trainer):
     """A Trainer whose update is plain. Its engine samples as any other's."""
 
-    policy_class = PlainPolicy
-    learner_class = PlainLearner
+    _policy_class = PlainPolicy
+    _learner_class = PlainLearner
 
 
 @contextmanager

@@ -77,7 +77,7 @@ class CountingTrainer(Trainer):
     """Trains a CountingPolicy."""
 
     policy: CountingPolicy
-    policy_class = CountingPolicy
+    _policy_class = CountingPolicy
 
 
 def run(config: Config, directory: Path) -> dict[str, Any] | None:

@@ -110,9 +110,17 @@ class Settings(Section):
         elif Path(str(source)).suffix in (".yaml", ".yml") or str(source) in shipped.names():
             values = read_file(str(source))
         else:
-            values = {"model": {"name": str(source)}, "run": cls.run_of(str(source))}
+            return cls.of_model(str(source), settings)
         for name, value in settings.items():
             put(values, name, value)
+        return cls(**values)
+
+    @classmethod
+    def of_model(cls, name: str, settings: Mapping[str, Any]) -> Self:
+        """A configuration that says nothing but a model's name and `settings`."""
+        values: dict[str, Any] = {"model": {"name": name}, "run": cls.run_of(name)}
+        for setting, value in settings.items():
+            put(values, setting, value)
         return cls(**values)
 
     @classmethod

@@ -12,7 +12,7 @@ import ctypes
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -388,6 +388,13 @@ def _has_ended(text: str, token_ids: list[int], tokenizer: PreTrainedTokenizerBa
     return text.rstrip().endswith(tuple(filter(None, known))) or token_ids[-1] == tokenizer.eos_token_id
 
 
+Order = Callable[[int, list[dict[str, Any]]], Iterable[int]]
+"""The epoch, counted from 0, and the rows of the questions -> the numbers of those rows in the order in which they are asked.
+
+A run that resumes calls it again, and every process does: it has to say the same each time, so random numbers follow from the
+epoch, as in `random.Random(epoch)`."""
+
+
 class PromptOrder:
     """Deals prompts to the processes, epoch after epoch, in an order that depends only on seed and position.
 
@@ -406,14 +413,17 @@ class PromptOrder:
         rank: int,
         world_size: int,
         weights: Mapping[str, float] | None = None,
+        own: Order | None = None,
     ) -> None:
         """
         Args:
             weights: of each source, as the prompts have it in their column `data_name`.
+            own: a user's order instead of the seeded one.
 
         Raises:
-            ValueError: a source has no prompts, or too small a share for one place in an epoch.
+            ValueError: a source has no prompts, or too small a share for one place in an epoch; or `own` gives no order.
         """
+        self.own = own
         self.prompts = prompts
         self.seed = seed
         self.rank = rank
@@ -421,6 +431,8 @@ class PromptOrder:
         self.position = 0
         self._epoch: tuple[int, list[int]] = (-1, [])
         self._sources = [] if weights is None else _shared_out(prompts, weights)
+        if own is not None:
+            self._own_order(own, 0)
 
     def draw(self, num_prompts: int) -> list[Prompt]:
         """This process's share of the next `num_prompts` prompts: every world_size-th, starting at its rank."""
@@ -430,11 +442,30 @@ class PromptOrder:
 
     def _at(self, place: int) -> Prompt:
         epoch, offset = divmod(place, len(self.prompts))
-        if self._epoch[0] != epoch:
+        if self._epoch[0] != epoch and self.own is not None:
+            self._epoch = (epoch, self._own_order(self.own, epoch))
+        elif self._epoch[0] != epoch:
             pool = [number for source in self._sources for number in self._of_source(*source, epoch)]
             order = self._permutation(len(self.prompts), epoch)
             self._epoch = (epoch, [pool[place] for place in order] if pool else order)
         return self.prompts[self._epoch[1][offset]]
+
+    def _own_order(self, own: Order, epoch: int) -> list[int]:
+        """Raises ValueError if what `own` returned does not name a question for each place of the epoch."""
+        num = len(self.prompts)
+        rule = f"it returns as many numbers as there are questions, {num:,}, each from 0 to {num - 1:,}; one may come twice"
+        given = own(epoch, [dict(prompt.columns) for prompt in self.prompts])
+        try:
+            numbers = [int(number) for number in given]
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"order returned {type(given).__name__} ({error}); {rule}. Correct the function."
+            ) from error
+        strange = [number for number in numbers if not 0 <= number < num]
+        if strange or len(numbers) != num:
+            found = f"the number {strange[0]}" if strange else f"{len(numbers):,} numbers"
+            raise ValueError(f"order returned {found} for epoch {epoch}; {rule}. Correct the function.")
+        return numbers
 
     def _of_source(self, members: list[int], num_places: int, epoch: int) -> list[int]:
         """The prompts of a source that an epoch deals."""

@@ -122,7 +122,7 @@ def load_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> SampledMod
         ValueError: the model is not there.
     """
     processes = distributed.join()
-    lm = _merged(load_lm(config.model, dtype=resolve_dtype(config.model.dtype)), config.model)
+    lm = merged(load_lm(config.model, dtype=resolve_dtype(config.model.dtype)), config.model)
     lm.requires_grad_(False).eval()
     lay_out(lm, processes.device)
     if processes.device.type == "cpu":
@@ -183,7 +183,7 @@ def _timed_step(lm: PreTrainedModel) -> float:
     return time.perf_counter() - start
 
 
-def _merged(lm: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+def merged(lm: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     """With the adapter, if `model.name` is one, in its weights."""
     adapter = source_of(config).adapter
     if adapter is not None:

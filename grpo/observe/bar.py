@@ -23,7 +23,7 @@ WIDTH = 24
 
 
 class Bar:
-    """Shows how many of `total` questions are answered, from its first second on.
+    """Shows how many of `total` questions are answered, or of what else the work is, from its first second on.
 
     Until the first is answered, only the tokens that are drawn tell how fast it goes, and each completion may be as long as its
     limit: the time left is then the most it can be. After that it follows from what the answered questions took.
@@ -31,11 +31,12 @@ class Bar:
     Args:
         name: of the work, such as "gsm8k, r1_zero".
         most_tokens: of all completions together, at their limit.
+        unit: of `total`, in the plural; bytes are shown as MB.
         shown: False on other processes than the main one.
     """
 
-    def __init__(self, name: str, *, total: int, most_tokens: int, shown: bool = True) -> None:
-        self.name, self.total, self.most_tokens, self.shown = name, total, most_tokens, shown
+    def __init__(self, name: str, *, total: int, most_tokens: int, shown: bool = True, unit: str = "questions") -> None:
+        self.name, self.total, self.most_tokens, self.shown, self.unit = name, total, most_tokens, shown, unit
         self.done = 0
         self._done_at = 0.0  # seconds from the start to when `done` last grew
         self._start = time.monotonic()
@@ -80,7 +81,12 @@ class Bar:
         seconds = max(time.monotonic() - self._start, 1e-3)
         rate = (progress.num_tokens_drawn - self._tokens_before) / seconds
         speed = f", {rate:,.0f} tokens/s" if rate >= 1 else ""
-        return f"{self.done:,} of {self.total:,} questions{speed}{self._left(seconds)}"
+        return f"{self._count()}{speed}{self._left(seconds)}"
+
+    def _count(self) -> str:
+        if self.unit == "bytes":
+            return f"{self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB"
+        return f"{self.done:,} of {self.total:,} {self.unit}"
 
     def _left(self, seconds: float) -> str:
         if self.done:

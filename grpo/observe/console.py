@@ -107,8 +107,22 @@ def show_evaluation(console: Console, step: int, metrics: Mapping[str, float]) -
     for what, prefix in (("held-out", "eval/"), ("held-out rows", "supervised/held_out_")):
         evaluated = {n: v for n, v in metrics.items() if n.startswith(prefix) and not n.endswith(("_low", "_high"))}
         if evaluated:
-            shown = "  ".join(f"{name.removeprefix(prefix)} {value:.3f}" for name, value in evaluated.items())
+            shown = "  ".join(_evaluation_words({n.removeprefix(prefix): v for n, v in evaluated.items()}))
             show(console, Text.assemble((f"{what}, step {step}:", "bold"), f"  {shown}"))
+
+
+def _evaluation_words(values: Mapping[str, float]) -> Iterator[str]:
+    """Each number once, with its standard error where it has one."""
+    told = {value for name, value in values.items() if f"{name}_stderr" in values}
+    for name, value in values.items():
+        if name.endswith("_stderr") or (name == "pass@1" and value in told):
+            continue
+        error = values.get(f"{name}_stderr")
+        yield f"{EVALUATION_WORDS.get(name, name)} {value:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+
+
+EVALUATION_WORDS = {"length_mean": "length", "truncated": "cut off"}
+"""As in the lines of steps."""
 
 
 def number(value: float | None) -> str:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 import re
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from grpo.observe.console import ESTIMATE_OVER, OF_ROLLOUTS, LineSink, console, number, show_evaluation
+from grpo.observe.console import ESTIMATE_OVER, console, number, show_evaluation
 from grpo.observe.metrics import LOSS
 from grpo.scoring.answers import is_right
-from grpo.system.terminal import ConsoleHandler, Region, can_repaint, logger, printable
+from grpo.system.terminal import Region, printable
 from grpo.text.thinking import Kind, parts
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -76,12 +73,18 @@ class Dashboard:
         first_step: int,
         reward_names: Sequence[str],
         rows: Iterable[Mapping[str, Any]],
+        about: str = "",
     ) -> None:
-        """Args: rows: the metrics so far, of a run that goes on after `first_step`."""
+        """Args:
+        rows: the metrics so far, of a run that goes on after `first_step`.
+        about: what is trained, on what, into which directory.
+        """
         self.title = title
+        self.about = about
         self.num_steps = num_steps
         self.step = first_step
         self.history: dict[str, list[float]] = {}
+        self.evaluated: dict[str, int] = {}  # metrics that not every step has -> the step of their last value
         self.last: Mapping[str, float] = {}  # metrics of the last training step
         self.alarms: dict[str, str] = {}  # the last words of each rule that had any, the newest last
         self.samples: list[Sample] = []
@@ -89,6 +92,8 @@ class Dashboard:
         self._sampled_at = -math.inf
         self._began = self._stepped_at = time.monotonic()
         for row in rows:
+            if "time/step" not in row:
+                self.evaluated |= dict.fromkeys(row, int(row["step"]))
             self._remember({name: value for name, value in row.items() if name != "step"})
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -97,6 +102,8 @@ class Dashboard:
         self._remember(metrics)
         if "time/step" in metrics:
             self._stepped_at = time.monotonic()
+        else:
+            self.evaluated |= dict.fromkeys(metrics, step)
 
     def _remember(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -123,13 +130,15 @@ class Dashboard:
         main = self._curves(self._main_names(), width)[: max(room - 1, 0)]
         heading = [_styled((f"{'':{LABEL}}{'start':>{NUMBER}}{'now':>{NUMBER}}", "dim"))] if main else []
         room -= len(heading) + len(main)
+        about = [_styled((self.about, "dim"))] if self.about and room > 1 else []
+        room -= len(about)
         needed = sum(sample.num_rows(COMPLETION_ROWS) for sample in self.samples) + 1
         shown = self.samples if needed <= room else []
         room -= needed if shown else 0
         more = self._curves(MORE, width)[:room]
         rows_each = COMPLETION_ROWS + (room - len(more)) // max(len(shown), 1)
         texts = [line for sample in shown for line in sample.lines(terminal, rows_each)]
-        return [self._progress(width), *heading, *main, *more, *below, *[Text("")] * bool(texts), *texts]
+        return [self._progress(width), *about, *heading, *main, *more, *below, *[Text("")] * bool(texts), *texts]
 
     def _progress(self, width: int) -> Text:
         now, left = time.monotonic(), ""
@@ -147,16 +156,29 @@ class Dashboard:
         return trained | {f"held-out {name}": f"eval/{name}" for name in self._reward_names}
 
     def _curves(self, names: Mapping[str, str], width: int) -> list[Text]:
-        """A line for each metric that has values: its name, first and newest value, and shape."""
+        """A line for each metric that has values: its name, first and newest value, and shape.
+
+        The shape is as long as the part of the run that is done, like the bar above it, and that of a share goes from 0 to 1.
+        """
         lines = []
+        room = max(width - LABEL - 2 * NUMBER - 2, 0)
         for label, name in names.items():
             values = self.history.get(name)
             if values:
                 start, now = (f"{number(value):>{NUMBER}}" for value in (values[0], values[-1]))
-                shape = sparkline(values, max(width - LABEL - 2 * NUMBER - 2, 0))
-                lines.append(
-                    _styled((f"{label[:LABEL]:{LABEL}}", ""), (start, "dim"), (now, "bold"), (f"  {shape}", "cyan"))
+                at = f"  step {self.evaluated[name]}" if name in self.evaluated else ""
+                length = max(room * min(self.step, self.num_steps) // max(self.num_steps, 1), min(len(values), room))
+                shape = sparkline(
+                    values, min(length, room - len(at)), scale=(0.0, 1.0) if is_share(name, values) else None
                 )
+                pieces = (
+                    (f"{label[:LABEL]:{LABEL}}", ""),
+                    (start, "dim"),
+                    (now, "bold"),
+                    (f"  {shape}", "cyan"),
+                    (at, "dim"),
+                )
+                lines.append(_styled(*pieces))
         return lines
 
     def _speed(self) -> Text:
@@ -205,26 +227,6 @@ class DisplaySink:
         self._region.stop()
 
 
-def console_sink(
-    *,
-    title: str,
-    num_steps: int,
-    first_step: int,
-    reward_names: list[str],
-    rows: list[dict[str, Any]],
-    columns: Mapping[str, str] = OF_ROLLOUTS,
-) -> DisplaySink | LineSink:
-    """A display on a terminal, else lines; the latter also if the logger's are not to go to the terminal as they are."""
-    routed = not (
-        logger.isEnabledFor(logging.INFO) and any(isinstance(each, ConsoleHandler) for each in logger.handlers)
-    )
-    if routed or not can_repaint(sys.stdout, os.environ):
-        return LineSink(num_steps=num_steps, reward_names=reward_names, columns=columns)
-    return DisplaySink(
-        Dashboard(title=title, num_steps=num_steps, first_step=first_step, reward_names=reward_names, rows=rows)
-    )
-
-
 def contrast(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A right and a wrong completion, of one question if one has both; of what there is none is left out."""
     right = [row for row in rows if is_right(row)]
@@ -236,18 +238,32 @@ def contrast(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*right[:1], *wrong[:1]]
 
 
-def sparkline(values: Sequence[float], width: int) -> str:
-    """A character per value, or per mean of equally many neighbours where there are more than `width`; from low to high.
+SHARES = ("group/with_signal", "completion/truncated", "completion/repetition", "supervised/accuracy")
+"""Metrics from 0 to 1; rewards are too, as long as none was outside."""
+
+
+def is_share(name: str, values: Sequence[float]) -> bool:
+    """Whether the curve of a metric is to be seen on a scale from 0 to 1."""
+    may_be = name.startswith(("reward/", "eval/")) and name != "reward/mean"
+    return name in SHARES or (may_be and all(0 <= value <= 1 for value in values if math.isfinite(value)))
+
+
+def sparkline(values: Sequence[float], width: int, scale: tuple[float, float] | None = None) -> str:
+    """`width` characters, each the mean of the values that fall on it, from low to high; a value may take several.
 
     A place without a finite value is empty.
+
+    Args:
+        scale: lowest and highest; None: those of the means.
     """
-    num = min(len(values), width)
-    bins = [values[i * len(values) // num : (i + 1) * len(values) // num] for i in range(num)]
+    size = len(values)
+    bins = [values[i * size // width : max((i + 1) * size // width, i * size // width + 1)] for i in range(width)]
     means = [_mean([value for value in part if math.isfinite(value)]) for part in bins]
     known = [mean for mean in means if mean is not None]
     if not known:
-        return " " * num
-    low, span = min(known), max(known) - min(known)
+        return " " * width
+    low, high = scale or (min(known), max(known))
+    span = high - low
     levels = [None if mean is None else (mean - low) / span if span else 0.0 for mean in means]
     return "".join(" " if level is None else BARS[round(level * (len(BARS) - 1))] for level in levels)
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from grpo.config import AnyConfig, PlaceConfig
-from grpo.observe.console import OF_ROLLOUTS, LineSink, show_samples
-from grpo.observe.display import DisplaySink, console_sink
+from grpo.observe.console import OF_ROLLOUTS, show_samples
+from grpo.observe.screen import Screen, console_sink
 from grpo.observe.sinks import InBackground, JsonlSink, Sink, TensorBoardSink, WandbSink, end_wandb_service
 from grpo.scoring.answers import is_right, summarize, training_rows, verdict_name
 from grpo.system.build import commit, own_version, processor
@@ -129,11 +129,14 @@ class RunLog:
         reward_names: list[str],
         num_steps: int | None = None,
         columns: Mapping[str, str] = OF_ROLLOUTS,
+        engine: str = "",
     ) -> None:
         """Args:
+        engine: that samples, in a word.
         num_steps: of the run, where `run.steps` does not say.
         columns: what a line of the console shows: title -> metric.
         """
+        self.engine = engine
         self.num_steps = num_steps or config.run.steps or 0
         self.columns = columns
         self.directory = directory
@@ -143,7 +146,7 @@ class RunLog:
         self.words = aha.with_own(config.logging.reflection_words)
         self.sinks: list[Sink] = []
         self.files: JsonlSink | None = None
-        self.console: LineSink | DisplaySink | None = None
+        self.console: Screen | None = None
 
     def open(self, *, resumed_step: int | None) -> None:
         """Start writing, after a checkpoint of `resumed_step` if there was one.
@@ -180,8 +183,17 @@ class RunLog:
             reward_names=self.reward_names,
             rows=history,
             columns=self.columns,
+            about=self._about(),
         )
         self.sinks.append(self.console)
+
+    def _about(self) -> str:
+        """What is trained, on what, and where: the heading of a display."""
+        gpu, number = self.processes.device.type == "cuda", self.processes.world_size
+        device = f"{number} x " * (number > 1) + (torch.cuda.get_device_name() if gpu else "CPU")
+        path = Path(self.config.model.name)
+        model = "/".join(path.parts[-2:]) if path.is_dir() else str(path)
+        return ", ".join([model, device, *([self.engine] if self.engine else []), str(self.directory)])
 
     def _rewind(self, last: int) -> None:
         for name in ("metrics", "completions"):

@@ -82,15 +82,23 @@ function nearest(xs, x) {
 }
 
 class Chart {
-  /** @param only the run that a stacked chart is of; null for all runs */
-  constructor(panel, only) {
-    this.panel = panel;
+  /**
+   * @param panels what it can show; the first at first, the others by a switch
+   * @param only the run that a stacked chart is of; null for all runs
+   */
+  constructor(panels, only) {
+    this.panels = panels;
     this.only = only;
+    this.inView = false;
+    this.use(panels[0]);
+    this.build();
+  }
+
+  use(panel) {
+    this.panel = panel;
     this.name = panel.lines[0] || panel.points;
     this.share = !panel.stacked && shares(this.name);
     this.format = this.share ? percent : number;
-    this.inView = false;
-    this.build();
   }
 
   runs() {
@@ -117,7 +125,8 @@ class Chart {
   build() {
     const { panel } = this;
     const title = panel.title + (this.only && page.runs.length > 1 ? `: ${this.only.name}` : "");
-    const described = [...panel.lines, panel.points, ...panel.alone].filter((name) => name && page.formulas[name]);
+    const named = this.panels.flatMap((each) => [...each.lines, each.points, ...each.alone]);
+    const described = named.filter((name) => name && page.formulas[name]);
     const formula = described.map((name) => `${name}: ${page.formulas[name]}`).join("\n");
     this.readout = el("span", { class: "readout", title: "mean of the last steps" });
     this.legend = el("div", { class: "legend" });
@@ -137,29 +146,32 @@ class Chart {
       },
       "i",
     );
-    about.addEventListener("click", () => {
-      this.help.hidden = !this.help.hidden;
-      about.setAttribute("aria-expanded", String(!this.help.hidden));
+    const explain = (open) => {
+      this.help.hidden = !open;
+      about.setAttribute("aria-expanded", String(open));
+    };
+    about.addEventListener("click", () => explain(this.help.hidden));
+    about.addEventListener("blur", () => explain(false));
+    about.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape" || this.help.hidden) return;
+      event.preventDefault(); // an overlay around it stays
+      explain(false);
     });
-    const wide = el(
+    this.wide = el(
       "button",
-      { type: "button", class: "about", "aria-pressed": "false", "aria-label": `Enlarge ${title}`, title: "Enlarge" },
+      { type: "button", class: "about", "aria-label": `Enlarge ${title}`, title: "Enlarge" },
       "\u2922",
     );
-    wide.addEventListener("click", () => {
-      const on = this.card.classList.toggle("wide");
-      wide.setAttribute("aria-pressed", String(on));
-      this.draw();
-    });
+    this.wide.addEventListener("click", () => (this.card.closest("dialog") ? this.overlay.close() : this.enlarge()));
     this.card = el(
       "article",
       { class: "panel" },
       el(
         "div",
         { class: "head" },
-        el("h4", {}, title, panel.unit ? el("small", {}, panel.unit) : null),
+        el("h4", {}, title, this.panels.length > 1 ? this.chooser() : panel.unit ? el("small", {}, panel.unit) : null),
         formula ? about : null,
-        wide,
+        this.wide,
         this.readout,
       ),
       this.help,
@@ -169,6 +181,64 @@ class Chart {
       this.spoken,
     );
     this.listen();
+  }
+
+  /** The switch between what this chart can show. */
+  chooser() {
+    const choice = el(
+      "select",
+      {
+        class: "measure",
+        "aria-label": "What is counted",
+        onchange: () => {
+          this.use(this.panels[Number(choice.value)]);
+          this.draw();
+        },
+      },
+      this.panels.map((panel, i) => el("option", { value: i }, panel.measure)),
+    );
+    return choice;
+  }
+
+  /** Over the page, as large as it has room, until it is closed. */
+  enlarge() {
+    const place = el("div", { class: "panel" });
+    place.style.minHeight = `${this.card.offsetHeight}px`;
+    this.overlay = el("dialog", { class: "overlay", "aria-label": this.panel.title });
+    this.overlay.addEventListener("click", (event) => {
+      if (event.target === this.overlay) this.overlay.close();
+    });
+    this.overlay.addEventListener("close", () => {
+      place.replaceWith(this.card);
+      this.overlay.remove();
+      this.label("Enlarge", "\u2922");
+      this.draw();
+      this.wide.focus();
+    });
+    this.card.replaceWith(place);
+    this.overlay.append(this.card);
+    document.body.append(this.overlay);
+    this.overlay.showModal();
+    this.label("Close", "\u00d7");
+    this.inView = true;
+    this.draw();
+  }
+
+  label(word, sign) {
+    this.wide.textContent = sign;
+    this.wide.title = word;
+    this.wide.setAttribute("aria-label", `${word} ${this.panel.title}`);
+  }
+
+  /** Whether no panel of it changes in any run. */
+  isFlat() {
+    const now = this.panel;
+    const flat = this.panels.every((panel) => {
+      this.use(panel);
+      return this.constant() !== undefined;
+    });
+    this.use(now);
+    return flat;
   }
 
   /** The value that all runs have at all steps; undefined where there is none. */
@@ -186,7 +256,7 @@ class Chart {
     if (!this.inView) return;
     const width = this.svg.clientWidth;
     if (!width) return;
-    this.height = this.card.classList.contains("wide") ? 380 : HEIGHT;
+    this.height = this.card.closest("dialog") ? Math.max(300, Math.round(0.68 * window.innerHeight)) : HEIGHT;
     this.svg.setAttribute("height", this.height);
     this.svg.setAttribute("viewBox", `0 0 ${width} ${this.height}`);
     this.width = width;
@@ -292,7 +362,8 @@ class Chart {
     ];
     this.clip = `url(#${clip})`;
     const ys = ticks(...this.range, this.height > HEIGHT ? 8 : 4);
-    const digits = this.share && ys.length > 1 && ys[1] - ys[0] < 0.0099 ? 1 : 0;
+    const exact = (d) => ys.every((value) => Math.abs(Number((100 * value).toFixed(d)) - 100 * value) < 1e-9);
+    const digits = [0, 1, 2, 3].find(exact) ?? 4;
     for (const value of ys) {
       const y = this.y(value);
       const text = this.share ? `${(100 * value).toFixed(digits)}%` : axisNumber(value, ys);

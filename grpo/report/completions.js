@@ -229,14 +229,17 @@ class Browser {
       groups.get(k).push(i);
     }
     this.groups = [...groups.values()];
-    if (this.current.unit === "step")
+    if (this.current.unit === "step") {
       for (const group of this.groups) group.sort((a, b) => this.matching.has(b) - this.matching.has(a));
+      const hasSignal = (group) => group.some((i) => index.reward[i] !== index.reward[group[0]]);
+      this.groups.sort((a, b) => hasSignal(b) - hasSignal(a)); // those that taught something come first
+    }
     const { current } = this;
     const of =
       current.shown === current.rows
         ? ""
         : ` The page holds ${plural(current.kept, current.unit)} of ${current.units.toLocaleString("en")}, evenly chosen: ${current.shown.toLocaleString("en")} of ${plural(current.rows, "completion")}.`;
-    this.status.textContent = `${plural(rows.length, "completion")} in ${plural(this.groups.length, this.current.unit === "step" ? "group" : "question")}.${of}`;
+    this.status.textContent = `${plural(rows.length, "completion")} in ${plural(this.groups.length, this.current.unit === "step" ? "group" : "question")}.${this.current.unit === "step" ? " Groups with different rewards come first. A is the advantage: how much better than its group." : ""}${of}`;
   }
 
   async append() {

@@ -51,8 +51,8 @@ STYLE: Any = {
 }
 
 
-def plot_curves(run_dir: Path) -> Path:
-    """Draw the six curves that say most as `curves.png` in the run's directory and return its path."""
+def plot_curves(run_dir: Path, path: Path | None = None) -> Path:
+    """Draw the six curves that say most, by default as `curves.png` in the run's directory, and return the file's path."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -68,7 +68,7 @@ def plot_curves(run_dir: Path) -> Path:
         for axis in axes.flat[len(chosen) :]:
             axis.set_axis_off()
         figure.suptitle(run_dir.name, x=0.01, ha="left", fontsize=11)
-        path = run_dir / "curves.png"
+        path = path or run_dir / "curves.png"
         figure.savefig(path, dpi=140)
     return path
 
@@ -157,6 +157,8 @@ def _file_name(panel: Panel) -> str:
 
 
 def _draw(axis: Axes, panel: Panel, runs: list[Run]) -> None:
+    from matplotlib.transforms import ScaledTranslation
+
     several = len(runs) > 1
     names = [] if panel.stacked else panel.lines if several else panel.lines + panel.alone
     for r, run in enumerate(runs):
@@ -178,7 +180,16 @@ def _draw(axis: Axes, panel: Panel, runs: list[Run]) -> None:
         axis.set_ylim(bottom=0)
     labels = axis.get_legend_handles_labels()[1]
     if labels:
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4 if max(map(len, labels)) < 12 else 2)
+        axis.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0.0),
+            bbox_transform=axis.transAxes + ScaledTranslation(0, -BELOW_LABELS / 72, axis.figure.dpi_scale_trans),
+            ncols=4 if max(map(len, labels)) < 12 else 2,
+        )
+
+
+BELOW_LABELS = 27
+"""Points from an axis down to its legend, past the numbers and the label of the axis, whatever the height of the figure."""
 
 
 def _last(name: str) -> str:

@@ -280,7 +280,7 @@ function controls() {
     el("label", {}, "Smoothing", slider, text),
     timed ? el("label", {}, "Over", axis) : null,
     el("button", { type: "button", id: "unzoom", hidden: true, onclick: () => zoom(null) }, "Whole run"),
-    page.runs.length === 1 ? el("span", { class: "muted fine" }, "Bold: mean of the last steps, not smoothed") : null,
+    page.runs.length === 1 ? el("span", { class: "muted fine" }, "Bold: mean of the last steps, not smoothed. Click a point to read what was written there.") : null,
   );
 }
 
@@ -316,10 +316,12 @@ function buildCurves() {
       panel.stacked
         ? page.runs
             .filter((run) => panel.lines.some((name) => run.metrics.values[name]))
-            .map((run) => new Chart(panel, run))
-        : [new Chart(panel, null)],
+            .map((run) => new Chart([panel], run))
+        : panel.family && panel !== ofFamily(section, panel)[0]
+          ? []
+          : [new Chart(ofFamily(section, panel), null)],
     );
-    const flat = made.filter((chart) => chart.constant() !== undefined);
+    const flat = made.filter((chart) => chart.isFlat());
     charts.push(...made.filter((chart) => !flat.includes(chart)));
     const grid = el(
       "div",
@@ -353,6 +355,10 @@ function buildCurves() {
   });
   window.addEventListener("resize", later(redraw));
 }
+
+/** The panels that are one chart with this one: of a list of words, each way to count them. */
+const ofFamily = (section, panel) =>
+  panel.family ? section.panels.filter((each) => each.family === panel.family) : [panel];
 
 function unchanged(chart) {
   return el(
@@ -452,6 +458,12 @@ function heldOut(run) {
   );
 }
 
+/** A checkpoint by the run and the step that a person knows it by. */
+function modelName(path) {
+  const found = /([^/]+)\/checkpoints\/step-0*(\d+)/.exec(path || "");
+  return found ? `${found[1]}, step ${Number(found[2]).toLocaleString("en")}` : lastParts(path);
+}
+
 const SHARE = /^(pass|cons|format|truncated|unknown)/;
 const metricFormat = (name, metric) =>
   SHARE.test(name) || (metric && metric.low >= 0 && metric.high <= 1) ? percent : number;
@@ -477,7 +489,7 @@ function benchmarks(runs) {
     const alike = ways[0].filter((part) => ways.every((way) => way.includes(part)));
     const several = ways.some((way) => way.length > alike.length);
     const rows = own.map((entry, i) => [
-      [entry.name, el("small", { class: "model" }, lastParts(entry.model))],
+      [entry.name, el("small", { class: "model" }, modelName(entry.model))],
       entry.template,
       ...(several ? [el("div", { class: "sampled" }, ways[i].filter((part) => !alike.includes(part)).join(", "))] : []),
       ...metrics.map((name) =>
@@ -571,6 +583,7 @@ function buildSettings() {
         )
       : el("p", { class: "muted" }, several ? "No difference." : "Nothing to show.");
   few.addEventListener("change", show);
+  place.classList.toggle("single", !several);
   place.append(
     el("h2", { id: "settings-title" }, "Settings"),
     el("label", { class: "check" }, few, several ? "differences only" : "only what is not the default"),
@@ -590,10 +603,18 @@ function chooseTheme() {
   });
 }
 
+/** What a run has in common with those that differ from it in their seed and directory alone: seeds of one arm. */
+function armOf(run) {
+  const settings = { ...run.settings };
+  for (const key of ["run.seed", "run.dir", "run.resume", "logging.wandb_name"]) delete settings[key];
+  return Object.keys(settings).length ? JSON.stringify(Object.entries(settings).sort()) : run.name;
+}
+
 async function start() {
   chooseTheme();
   page = await unpack("head");
-  page.runs.forEach((run, i) => (run.color = colorOf(i)));
+  const arms = [...new Set(page.runs.map(armOf))];
+  page.runs.forEach((run) => (run.color = colorOf(arms.indexOf(armOf(run)))));
   buildSummary();
   buildCurves();
   buildEvaluation();

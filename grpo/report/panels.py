@@ -24,6 +24,8 @@ class Panel:
     unit: str = ""
     points: str = ""  # held-out values, drawn as dots with their intervals where there are any
     base: bool = False  # draw the value at step 1, which the untrained model sampled, as a line
+    family: str = ""  # panels of one family are one chart of the page, with a switch between their measures
+    measure: str = ""  # what the switch calls this one
     stacked: bool = False  # areas on top of each other; for one run only
     alone: list[str] = field(
         default_factory=list
@@ -182,8 +184,14 @@ def _reflection(names: list[str]) -> list[Panel]:
             points=f"aha/eval_{each}{measure}" if measure else "",
             base=True,
             alone=[f"aha/{each}{measure}_truncated"],
+            family=each,
+            measure=called,
         )
-        for measure, title, unit in (("_per_1k", "{}", "per 1k tokens"), ("_share", "any {}", ""), ("", "{}", "words"))
+        for measure, title, unit, called in (
+            ("_per_1k", "{}", "per 1k tokens", "per 1k tokens"),
+            ("_share", "any {}", "", "share of answers"),
+            ("", "{}", "words", "words"),
+        )
         for each in lists
     ]
 

@@ -25,6 +25,10 @@ def check_engine(config: Config) -> None:
         check_available(config)
 
 
+ENGINES = {"NativeGenerator": "native engine", "HFGenerator": "transformers' generate", "VLLMGenerator": "vLLM"}
+"""What a display calls each."""
+
+
 def make_generator(config: Config, policy: SampledModel) -> Generator:
     """The engine that `rollout.engine` names; `auto` takes the native one if it supports the model.
 

@@ -18,7 +18,7 @@ from grpo.run.guard import Guard
 from grpo.system import progress
 from grpo.system.distributed import TrainingProcesses
 from grpo.system.out_of_memory import or_ask_for_less
-from grpo.system.stopping import Interrupted, StopAgreement, Stopped
+from grpo.system.stopping import Interrupted, StopAgreement
 from grpo.training.callback import Callback
 from grpo.training.collector import Collector
 from grpo.training.learner import Learner
@@ -45,7 +45,7 @@ class Loop:
 
     config: AnyConfig
     guard: Guard
-    after_roll_back = ""
+    _after_roll_back = ""
     """What else differs from the steps that were rolled back."""
 
     def __init__(self, parts: RunParts, callbacks: Sequence[Callback]) -> None:
@@ -96,6 +96,7 @@ class Loop:
         Raises:
             Stopped: SIGTERM, SIGINT or the end of `run.max_hours` came, or a single process was short of memory in an update;
                 where the run stands is saved. After a shortage, `settings` are what to go on with.
+            StoppedInNotebook: the same in a notebook.
             PreflightRefused: there is nothing to learn from.
         """
         with self.stop.request, progress.phase("training"):
@@ -183,7 +184,7 @@ class Loop:
         self.log.open(resumed_step=self.state.step)
         self.guard.rewind(self.state.step)
         factor = self.guard.roll_backs.rate_factor
-        self.processes.say(f"from here on at {factor:g} times the learning rate{self.after_roll_back}")
+        self.processes.say(f"from here on at {factor:g} times the learning rate{self._after_roll_back}")
 
     def _or_ask_for_less(self, work: Callable[[], Any]) -> Any:
         """What `work` returns; out of memory, ask to leave with a checkpoint of the step, to go on with smaller passes."""
@@ -196,7 +197,7 @@ class Loop:
             undo=self.step.undo(),
         )
 
-    def _leave(self, interrupted: Interrupted) -> Stopped:
+    def _leave(self, interrupted: Interrupted) -> BaseException:
         if self.step.rollout is None:
             self.step = StepState()  # to be done again
         saved = self.save(wait=True)

@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 import sys
+import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,14 +55,35 @@ class RewardError(RunError):
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward function and its place in the sum."""
+    """A reward function and its place in the sum; docs/rewards.md has more.
+
+        def brief(completion: str, limit: int) -> float:
+            return 1.0 if len(completion) < limit else 0.0
+
+        Trainer(..., rewards=[accuracy, Reward(brief, weight=0.2, args={"limit": 60})])
+
+    A function is given what its parameters name: `completion`, `prompt`, `answer` and any other column of the data, or, if it is
+    called once for a group, `completions`, `prompts` and so on. It returns a number for each completion, None for "can't tell".
+    It runs in worker processes: a change that it makes to a variable of yours is lost. Return numbers with `log_metric` instead.
+
+    Args:
+        function: or an object that can be called.
+        weight: factor in the sum. 0: only logged.
+        name: in the metrics, reward/<name>; empty: the function's own.
+        args: further keyword arguments.
+        form: completion, texts or messages: how it is called; None: as its parameters say.
+        only: which questions it is asked about, by columns of the data, as in {"kind": ["maths"]}; empty: all.
+
+    Raises:
+        ValueError: the function is a class, or there is no such form.
+    """
 
     function: Callable[..., Any]
-    weight: float = 1.0  # 0: only logged
-    name: str = ""  # in the metrics; empty: the function's own
-    args: dict[str, Any] = field(default_factory=dict)  # further keyword arguments
-    form: Form | None = None  # how it is called; None: as its parameters say
-    only: Mapping[str, Sequence[str]] = field(default_factory=dict)  # values of columns that a question has; empty: any
+    weight: float = 1.0
+    name: str = ""
+    args: dict[str, Any] = field(default_factory=dict)
+    form: Form | None = None
+    only: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def is_asked(self, columns: Mapping[str, Any]) -> bool:
         """Whether `only` lets it be asked about a question with these columns."""
@@ -81,6 +103,58 @@ class Reward:
             raise ValueError(
                 f"reward {self.name} has the form {self.form!r}; it is {', '.join(FORMS)} or None. Correct it."
             )
+
+
+CHANGING = frozenset(
+    [
+        "add",
+        "append",
+        "appendleft",
+        "clear",
+        "discard",
+        "extend",
+        "insert",
+        "pop",
+        "popitem",
+        "remove",
+        "setdefault",
+        "update",
+        "write",
+    ]
+)
+"""Methods that change the object they belong to."""
+
+
+def changed_variables(function: Callable[..., Any]) -> list[str]:
+    """Names of variables outside of a function that its source changes, as far as that can be seen there.
+
+    Of a closure, and of a function of a script or notebook: those of a module may keep a cache, which is nobody's surprise.
+    """
+    function = _unwrapped(function)
+    code = getattr(function, "__code__", None)
+    if code is None or not (code.co_freevars or getattr(function, "__module__", None) == "__main__"):
+        return []
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # typed in without a file, or in the middle of an expression
+        return []
+    outside = {*code.co_freevars, *code.co_names} - {*code.co_varnames}
+    found: dict[str, None] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Nonlocal, ast.Global)):
+            found |= dict.fromkeys(node.names)
+        elif isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.ctx, ast.Store):
+            found |= dict.fromkeys(_root(node.value))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGING:
+            found |= dict.fromkeys(_root(node.func.value))
+    return [name for name in found if name in outside]
+
+
+def _root(node: ast.expr) -> list[str]:
+    """The name that an expression such as `counts["a"].b` begins with, if it does with one."""
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        node = node.value
+    return [node.id] if isinstance(node, ast.Name) else []
 
 
 def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -38,7 +38,7 @@ from grpo.config import as_text
 from grpo.data.rows import canonical
 from grpo.scoring import verdict_cache
 from grpo.scoring.binding import BoundFunction, Task, asks_for, bind, bind_check
-from grpo.scoring.reward import LARGEST, Form, Reward, loaded_files, modules_of, nearest
+from grpo.scoring.reward import LARGEST, Form, Reward, changed_variables, loaded_files, modules_of, nearest
 from grpo.scoring.worker import FunctionBug, Logged, Outcome
 from grpo.scoring.worker_pool import Errand, WorkerPool
 from grpo.system import progress
@@ -230,9 +230,15 @@ class Scorer:
                 check(limit, **reward.args)
 
     def notices(self) -> list[str]:
-        """What the functions want said before they are used: the texts that their `notice` attributes return."""
+        """What is to be said before the functions are used: what their `notice` attributes return, and what will surprise."""
         texts = [reward.function.notice() for reward in self.rewards if hasattr(reward.function, "notice")]
-        return [text for text in texts if text is not None]
+        own = [
+            f"reward {reward.name} changes {', '.join(names)}; it runs in worker processes, each with its own copy, so yours "
+            "stays as it is. Return numbers with log_metric instead (docs/rewards.md)"
+            for reward in self.rewards
+            if (names := changed_variables(reward.function)) and not getattr(reward.function, "in_process", False)
+        ]
+        return [*(text for text in texts if text is not None), *own]
 
     def log_to(self, path: Path) -> None:
         """Append what the functions print to this file; until then it is dropped."""

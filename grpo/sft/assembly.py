@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.assembly import Rows, held_out_questions, reward_functions
+from grpo.assembly import Rows, held_out_questions, reward_functions, with_given_model
 from grpo.config import AlgorithmConfig, Config, SupervisedConfig
 from grpo.data.prompts import use_chat_template
 from grpo.observe import rundir
@@ -18,6 +18,7 @@ from grpo.observe.metrics import measure_rows
 from grpo.observe.rundir import RunLog
 from grpo.observe.sinks import check_sinks
 from grpo.policy.families import check_family
+from grpo.policy.given_model import GivenModel
 from grpo.policy.language_model import resolve_dtype
 from grpo.policy.model_source import with_resolved_name
 from grpo.policy.policy import Policy
@@ -70,6 +71,7 @@ def assemble(
     eval_dataset: Rows | None,
     policy_class: type[Policy],
     learner_class: type[Learner],
+    given_model: GivenModel | None = None,
 ) -> Parts:
     """The parts of a SupervisedTrainer; see there.
 
@@ -82,11 +84,13 @@ def assemble(
             f"evaluation.num_questions is {config.evaluation.num_questions}; data.eval_name is missing, and rows are no "
             "questions. Set data.eval_name, pass eval_dataset, or set evaluation.num_questions to 0."
         )
-    shared = with_resolved_name(config.parts)
-    config = config.model_copy(update={"model": shared.model})
+    shared = config.parts if given_model is not None else with_resolved_name(config.parts)
     functions = reward_functions(shared, rewards) if asks else []
     request = StopRequest(config.run.max_hours)
     processes = distributed.start(shared, dtype=resolve_dtype(config.model.dtype))
+    if given_model is not None:
+        shared = with_given_model(shared, given_model, processes)
+    config = config.model_copy(update={"model": shared.model})
     tokenizer = load_tokenizer(config.model)
     use_chat_template(tokenizer, config.data)
     check_positions(

@@ -6,12 +6,12 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from grpo.algorithm.batch import pack, share_prompts
-from grpo.assembly import Rows
+from grpo.assembly import Rows, settle
 from grpo.config import SupervisedConfig
 from grpo.observe.metrics import (
     Meter,
@@ -31,6 +31,9 @@ from grpo.training.learner import Learner
 from grpo.training.state import Rollout
 from grpo.types import Batch, Group, MicroBatch, Scores
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 class SupervisedTrainer(Loop):
     """Trains a language model on rows: prompts with completions, conversations, or token ids.
@@ -38,40 +41,44 @@ class SupervisedTrainer(Loop):
     A step is one update. Its rows are one batch whatever the number of processes: packed without padding, equal prompts once.
 
     Args:
-        config: a SupervisedConfig, a YAML file, the name of a configuration that comes with the library, or a model; see
-            SupervisedConfig.of.
+        config: a SupervisedConfig, a YAML file, the name of a configuration that comes with the library, or a model: its name or
+            folder, or a loaded model of transformers.
         train_dataset: rows instead of those of `config.data.name`: a `datasets.Dataset`, a `pandas.DataFrame` or a list of
             dictionaries.
         eval_dataset: held-out questions with answers instead of those of `config.data.eval_name`.
         rewards: reward functions that grade the answers to held-out questions, instead of `config.rewards`.
         settings: over those of `config`, by name: {"training.epochs": 3}.
         callbacks: called after steps, evaluations and checkpoints, and at the end. The rollout that they are given is the rows.
+        tokenizer: that of a loaded model; None: the one that lies where the model was loaded from.
 
     Raises:
         ValueError: whatever is wrong with the settings, the rows or the rewards; before the model is loaded.
     """
 
     config: SupervisedConfig
-    policy_class: type[Policy] = Policy
-    learner_class: type[Learner] = Learner
+    _policy_class: type[Policy] = Policy
+    _learner_class: type[Learner] = Learner
 
     def __init__(
         self,
-        config: SupervisedConfig | str | Path,
+        config: SupervisedConfig | str | Path | PreTrainedModel,
         *,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
         rewards: Sequence[Callable[..., Any] | Reward] | None = None,
         settings: Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        resolved, given_model = settle(SupervisedConfig, config, tokenizer, settings or {})
         parts = assemble(
-            SupervisedConfig.of(config, settings or {}),
+            resolved,
             rewards=rewards,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            policy_class=self.policy_class,
-            learner_class=self.learner_class,
+            policy_class=self._policy_class,
+            learner_class=self._learner_class,
+            given_model=given_model,
         )
         super().__init__(parts, callbacks)
         self.config = parts.config

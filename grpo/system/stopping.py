@@ -76,6 +76,18 @@ class Stopped(SystemExit):
         self.settings = settings
 
 
+class StoppedInNotebook(KeyboardInterrupt):
+    """The same in a notebook, where a SystemExit would be taken for a wish to end the kernel; the cell ends with its sentence."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback: the run has said all of it."""
+        return [f"stopped: {self.reason}"]
+
+
 class Interrupted(Exception):
     """All processes agree to stop, between two updates or before a rollout."""
 
@@ -101,6 +113,7 @@ class StopRequest:
         self._reason: str | None = None
         self._signalled_at: float | None = None
         self._is_abortable = False
+        self._ends_cell = False  # in a notebook, on a second signal
         self._before: dict[int, Any] = {}
         self._watcher: _Watcher | None = None
 
@@ -148,6 +161,8 @@ class StopRequest:
         """In the main thread, once it is back from C."""
         if number != WAKE:
             self._reason = self.reason or signal.Signals(number).name
+        if self._ends_cell:
+            raise KeyboardInterrupt
         if self._is_abortable and self.reason is not None:
             self._is_abortable = False
             raise _Abort
@@ -162,6 +177,9 @@ class StopRequest:
             self._reason = self.reason or name
             progress.stop_was_asked_by(name)
             terminal.say_at_once(f"{name}: saving, then stopping; a second signal stops at once")
+        elif now - self._signalled_at > ONE_REQUEST_SECONDS and terminal.in_notebook():
+            self._ends_cell = True  # and not the kernel, with all that a person has computed in it
+            signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
         elif now - self._signalled_at > ONE_REQUEST_SECONDS:
             terminal.wipe()
             os._exit(128 + number)  # reward workers die with their parent

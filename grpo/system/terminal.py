@@ -36,6 +36,13 @@ def can_repaint(file: TextIO | None, environment: Mapping[str, str]) -> bool:
     return file is not None and file.isatty() and not plain and file.encoding.lower().startswith("utf")
 
 
+def in_notebook() -> bool:
+    """Whether this process is a kernel of Jupyter's, whose outputs can be replaced."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return getattr(shell, "kernel", None) is not None
+
+
 UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What a terminal would obey instead of showing: escape sequences, and what reverses the direction of text. Also lone surrogates,
 which UTF-8 cannot hold, and separators that some take for the end of a line."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grpo.algorithm.batch import empty_micro_batch, join, micro_batch, plan_passes, split, take
 from grpo.algorithm.loss import Objective, entropy_threshold, grpo_loss, token_weights
+from grpo.algorithm.own_loss import Loss, use_loss
 from grpo.config import AlgorithmConfig, OptimizerConfig
 from grpo.config.schedule import learning_rate
 from grpo.observe.metrics import Measure, Meter, Predicted, measure_micro_batch, measure_passes
@@ -39,6 +40,7 @@ class Learner:
         token_budget: tokens of a pass.
         max_completion_tokens: for the aggregation `constant`.
         measure: takes up what a pass gave.
+        loss: a user's, instead of `grpo_loss`; a completion whose advantage is 0 may have a gradient under it.
     """
 
     def __init__(
@@ -51,7 +53,10 @@ class Learner:
         token_budget: int,
         max_completion_tokens: int,
         measure: Measure = measure_micro_batch,
+        loss: Loss | None = None,
     ) -> None:
+        self.loss = grpo_loss if loss is None else use_loss(loss)
+        self.every_token_counts = algorithm.every_token_counts or loss is not None
         self.policy = policy
         self.measure = measure
         self.processes = policy.processes
@@ -94,7 +99,7 @@ class Learner:
     def deal_whole(self, whole: Batch) -> list[MicroBatch]:
         """The same of a minibatch that every process has all of."""
         needed = list(range(whole.num_sequences))
-        if not self.algorithm.every_token_counts:
+        if not self.every_token_counts:
             needed = whole.advantages.nonzero().flatten().tolist() or needed
         plan = plan_passes(take(whole, needed), token_budget=self.token_budget, num_processes=self.processes.world_size)
         return [self._pass(whole, [needed[i] for i in part]) for part in plan[self.processes.rank]]
@@ -166,7 +171,7 @@ class Learner:
         total = torch.zeros((), device=self.processes.device)
         for number, micro in enumerate(micro.to(self.processes.device) for micro in minibatch):
             logprobs, entropy, likeliest = self.policy.logprobs(micro)
-            result = grpo_loss(
+            result = self.loss(
                 logprobs,
                 micro.advantages,
                 micro.weights,

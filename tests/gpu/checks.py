@@ -89,7 +89,7 @@ def training(machine: Machine, name: str, *settings: str, processes: int = 1, **
 
 
 def lora(rank: int = 16) -> tuple[str, ...]:
-    return (f"lora.rank={rank}", "optimizer.learning_rate=5.0e-3")
+    return (f"lora.rank={rank}", "optimizer.learning_rate=2.5e-3")
 
 
 # ---- what must be true of a run ------------------------------------------------------------------------------------------
