@@ -14,6 +14,7 @@ from grpo.serving.decoder import MOST_TOP_LOGPROBS
 
 MOST_CHOICES = 128
 MOST_STOPS, LONGEST_STOP = 16, 1000
+HOTTEST = 100.0
 GREEDY_BELOW = 1e-4
 """Temperatures below this take the likeliest token, which clients that may not say 0 mean; logits over less overflow."""
 
@@ -85,7 +86,7 @@ class GenerationRequest(_Tolerant):
     seed: Seed | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     max_tokens: Positive | None = None
-    temperature: Annotated[float, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=HOTTEST)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -261,7 +262,7 @@ def openapi(version: str, names: list[str]) -> dict[str, Any]:
     def post(summary: str, model: type[BaseModel], *, streams: bool) -> dict[str, Any]:
         good = answer("the answer", anything)
         if streams:
-            good["content"]["text/event-stream"] = {"schema": text}
+            good["content"]["text/event-stream"] = {"schema": {}}
         body = {"required": True, "content": {"application/json": {"schema": _ref(model)}}}
         return {"post": {"summary": summary, "requestBody": body, "responses": {"200": good, **errors}}}
 
