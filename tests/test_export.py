@@ -74,7 +74,8 @@ READ_WHOLE = ("llama", "mistral", "qwen2")
 
 
 def export(model: Path, out: Path, *options: str) -> Path:
-    return run(parser().parse_args([str(model), "--out", str(out), *options]))
+    (made,) = run(parser().parse_args([str(model), "--out", str(out), *options]))
+    return Path(made)
 
 
 def read_back(file: Path, **options: Any) -> Any:
@@ -499,6 +500,24 @@ def test_a_folder_loads_as_the_checkpoint_does(trained: Path, tmp_path: Path):
     assert (folder / "README.md").read_text().startswith("---\nlibrary_name: transformers")
     file = export(folder, tmp_path / "gguf", "--quantization", "f32")
     assert torch.equal(logits_of(read_back(file)), logits_of(original)), "and is exported again"
+
+
+def test_a_run_of_supervised_training_is_exported_too(trained: Path, tmp_path: Path):
+    run_dir = tmp_path / "distilled"
+    shutil.copytree(trained / "checkpoints", run_dir / "checkpoints")
+    rows = [{"name": str(TINY / f"{name}.jsonl")} for name in ("worked", "train")]
+    settings = {
+        "model": {"name": "Qwen/Qwen2.5-0.5B"},
+        "data": {"name": rows},
+        "training": {},
+        "run": {"dir": str(run_dir)},
+    }
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings))
+    text = (export(run_dir, tmp_path / "out", "--to", "folder") / "README.md").read_text()
+    assert (
+        "`Qwen/Qwen2.5-0.5B` after supervised training on `quickstart/worked.jsonl`, `quickstart/train.jsonl`" in text
+    )
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == "Qwen/Qwen2.5-0.5B"
 
 
 def test_tags_become_tokens_made_of_their_parts(tmp_path: Path):

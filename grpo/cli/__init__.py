@@ -19,7 +19,7 @@ COMMANDS = {
     "r1": "from R1-Zero to R1: cold start, rejection sampling, distillation, in one directory",
     "sample": "a group of completions for a question, with what each reward made of it",
     "chat": "talk to a model",
-    "export": "a model as others run it: GGUF with an Ollama Modelfile, a folder",
+    "export": "a model as others run it: GGUF with an Ollama Modelfile, a folder, the hub",
     "serve": "an OpenAI-style server for a model, and a page to talk to it",
     "report": "one page to look at a run, or to compare several",
     "compare": "run configurations with several seeds, and tell what differs",

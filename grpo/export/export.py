@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from grpo.policy.model_source import check_not_quantised, model_config, source_o
 from grpo.policy.tokenizer import end_token_ids, load_tokenizer, vocabulary_size
 from grpo.report.card import FIGURE, card, licence_of, read_run
 from grpo.report.figures import plot_curves
+from grpo.run import hub
 from grpo.run.checkpoint import numbers_of
 from grpo.system import progress
 from grpo.system.terminal import say
@@ -30,7 +33,7 @@ from grpo.system.terminal import say
 SMALL_FILES = 2**20
 """Bytes of a card, a figure and a Modelfile, at most."""
 
-Kind = Literal["gguf", "folder"]
+Kind = Literal["gguf", "folder", "hub"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Asked:
 
     chosen: Chosen
     run: Path | None  # that the model comes from
-    out: Path
+    out: Path  # with --to hub the name of the model there
     kind: Kind = "gguf"
     quantization: str = "q8_0"
     think_tokens: How | None = None
@@ -77,6 +80,36 @@ def export(asked: Asked) -> Path:
     check_destination(asked.out)
     prepared = _prepare(asked)
     return _gguf(asked, prepared) if asked.kind == "gguf" else _folder(asked, prepared)
+
+
+def push(asked: Asked, *, private: bool) -> list[str]:
+    """Push a model to the hub, under the tag of its step, and the completions of its run as a data set.
+
+    Returns:
+        Their addresses.
+
+    Raises:
+        ValueError: nobody is logged in, the name is none of the hub, or it was not reached.
+    """
+    repo = str(asked.out)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise ValueError(f"--to is hub {repo}; the name of a model on the hub is user/name. Correct it.")
+    if not hub.is_logged_in():
+        raise ValueError(f"--to is hub {repo}; nobody is logged in to the hub. Log in with `hf auth login`.")
+    prepared = _prepare(asked)
+    with tempfile.TemporaryDirectory(prefix="grpo-hub-") as scratch:
+        folder = Path(scratch) / "model"
+        whole = _load(asked, prepared)
+        check_room(folder, sum(weight.nbytes for weight in whole.weights().values()) + FOLDER_FILES)
+        write_folder(whole, folder, ends=prepared.ends, chosen=asked.chosen)
+        _write_card(asked, prepared, folder)
+        try:
+            pushed = [hub.push_model(repo, folder, step=step_of(asked.chosen.model.name), private=private)]
+            if asked.run is not None:
+                pushed.append(hub.push_completions(repo, asked.run, private=private) or "")
+        except hub.NotPushed as error:
+            raise ValueError(f"--to is hub {repo}; it was not pushed: {error}. Try again.") from None
+    return [address for address in pushed if address]
 
 
 def _prepare(asked: Asked) -> Prepared:
@@ -265,6 +298,10 @@ def _gguf_usage(asked: Asked) -> str:
     )
 
 
+def _hub_usage(asked: Asked) -> str:
+    return hub.hub_usage(str(asked.out))
+
+
 def _folder_usage(asked: Asked) -> str:
     return (
         "```python\n"
@@ -279,4 +316,4 @@ def _folder_usage(asked: Asked) -> str:
     )
 
 
-USAGE: dict[Kind, Callable[[Asked], str]] = {"gguf": _gguf_usage, "folder": _folder_usage}
+USAGE: dict[Kind, Callable[[Asked], str]] = {"gguf": _gguf_usage, "folder": _folder_usage, "hub": _hub_usage}

@@ -111,9 +111,9 @@ def _front_matter(run: Run | None, base: str, licence: str | None) -> str:
 
 
 def _data_names(run: Run) -> list[str]:
-    data = run.config.get("data", {})
-    sources = data.get("sources") or [data]
-    return [str(source["name"]) for source in sources if isinstance(source, dict) and source.get("name")]
+    name = run.config.get("data", {}).get("name")
+    sources = name if isinstance(name, list) else [{"name": name}]
+    return [str(source["name"]) for source in sources if source["name"]]
 
 
 def _what(name: str, run: Run | None, base: str, step: int | None, licence: str | None) -> str:
@@ -126,7 +126,7 @@ def _what(name: str, run: Run | None, base: str, step: int | None, licence: str 
         return f"`{plain_name(base)}`, exported by `grpo export`. {about}"
     head, data = summary.headline(run), ", ".join(f"`{plain_name(each)}`" for each in _data_names(run)) or "prompts"
     when = f"step {step}" if step is not None else "the starting model"
-    kind = "supervised training" if "supervised" in run.config else "GRPO"
+    kind = "supervised training" if "training" in run.config else "GRPO"
     return (
         f"`{plain_name(base)}` after {kind} on {data}: {when} of {head['planned'] or head['steps']} steps, template "
         f"`{head['template']}`. {about}"
