@@ -77,6 +77,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--name", help="of the model there; with --url")
     parser.add_argument("--api", choices=("completions", "chat"), default="completions")
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="leave out fields that a server may refuse; its events count as tokens then",
+    )
     parser.add_argument("--clients", type=positive, nargs="+", default=[1, 16, 64, 256], help="at once")
     parser.add_argument("--rounds", type=positive, default=3, help="requests of each client")
     parser.add_argument("--prompt-words", type=positive, default=128)
@@ -190,9 +195,8 @@ async def ask(url: str, name: str, text: str, args: argparse.Namespace) -> Asked
         "max_tokens": args.new_tokens,
         "temperature": args.temperature,
         "top_p": args.top_p,
-        "ignore_eos": True,
         "stream": True,
-        "stream_options": {"include_usage": True},
+        **({} if args.plain else {"ignore_eos": True, "stream_options": {"include_usage": True}}),
         **({"messages": [{"role": "user", "content": text}]} if is_chat else {"prompt": text}),
     }
     data = json.dumps(body).encode()

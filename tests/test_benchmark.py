@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from helpers import TINY, launch, read_json
-from transformers import AutoTokenizer
 
 from grpo.config import ModelConfig
 from grpo.evaluation import benchmark, results
@@ -150,12 +149,12 @@ def test_two_processes_share_the_questions_and_give_the_same_samples(whole: Path
 def test_a_template_changes_the_prompt_and_not_the_question():
     taken = settings(templates=["chat_boxed"], num_samples=1, num_questions=2)
     rows = [{"question": "How many?", "answer": "3", "level": 2}]
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    own = benchmark.OwnModel(taken, ONE)
     with benchmark._scorers(taken, ONE) as scorers:
         processes = benchmark.distributed.join()
         scorer = scorers["anywhere"]
-        paper = benchmark._task(taken, "mine", "chat_boxed", rows, tokenizer, scorer, processes)
-        other = benchmark._task(taken, "mine", "chat", rows, tokenizer, scorer, processes)
+        paper = benchmark._task(taken, "mine", "chat_boxed", rows, own, scorer, processes)
+        other = benchmark._task(taken, "mine", "chat", rows, own, scorer, processes)
     (prompt,), (plain,) = paper.prompts, other.prompts
     assert "How many?\nPlease reason step by step, and put your final answer within \\boxed{}." in prompt.text
     assert prompt.columns == rows[0]

@@ -4,9 +4,11 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_trl
@@ -302,8 +304,16 @@ def test_a_step_timed_alone_leaves_the_engine_as_it_was(cache: Path, monkeypatch
 # ---- grading.py, card.py ---------------------------------------------------------------------------------------------
 
 
-def test_a_server_is_measured_with_exactly_the_tokens_it_was_asked_for(run, cache: Path):
+def in_warm(command: list[str], *, text: bool, **given: object) -> warm.Process:
+    return warm.Process(command[1:], **given)
+
+
+def test_a_server_is_measured_with_exactly_the_tokens_it_was_asked_for(
+    run, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
     pytest.importorskip("uvicorn")
+    started = SimpleNamespace(Popen=in_warm, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(importlib.import_module("serve"), "subprocess", started)
     shape = "--size tiny --clients 1 3 --rounds 2 --new-tokens 8 --prompt-words 9"
     done = run("serve.py", shape, "--cache", cache)
     assert [record["clients"] for record in done.records] == [1, 3]

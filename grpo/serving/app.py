@@ -182,7 +182,7 @@ class Server:
         return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def describe(self, request: Request) -> Response:
-        return JSONResponse(protocol.openapi(own_version() or "0"))
+        return JSONResponse(protocol.openapi(own_version() or "0", list(self.models)))
 
     # ---- generating
 

@@ -83,7 +83,7 @@ class Generation:
         ]
         self._inbox: list[Update] = []
         self._something = asyncio.Event()
-        self._num_open = len(seeds)
+        self._num_open, self._has_expired = len(seeds), False
 
     def start(self) -> None:
         n = self.asked.num_choices
@@ -105,27 +105,34 @@ class Generation:
         if open_:
             self.worker.cancel(self.hosted.scheduler, open_)
 
+    def _expire(self) -> None:
+        self._has_expired = True
+        self._something.set()
+
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """What comes, until all choices have ended.
 
         Raises:
             ApiError: it took too long, or the model failed.
         """
-        while self._num_open:
-            left = self.arrived + self.seconds - time.monotonic()
-            try:
-                await asyncio.wait_for(self._something.wait(), max(left, 0))
-            except TimeoutError:
-                raise ApiError(
-                    f"the request has taken {self.seconds:g} seconds, the limit of this server.",
-                    status=504,
-                    type="timeout_error",
-                    code="timeout",
-                ) from None
-            self._something.clear()
-            updates, self._inbox = self._inbox, []
-            if found := [piece for update in updates if (piece := self._piece(update)) is not None]:
-                yield found
+        left = self.arrived + self.seconds - time.monotonic()
+        timer = asyncio.get_running_loop().call_later(left, self._expire)
+        try:
+            while self._num_open:
+                await self._something.wait()  # a loop that is behind finds several updates at once
+                self._something.clear()
+                if self._has_expired:
+                    raise ApiError(
+                        f"the request has taken {self.seconds:g} seconds, the limit of this server.",
+                        status=504,
+                        type="timeout_error",
+                        code="timeout",
+                    )
+                updates, self._inbox = self._inbox, []
+                if found := [piece for update in updates if (piece := self._piece(update)) is not None]:
+                    yield found
+        finally:
+            timer.cancel()
 
     def _piece(self, update: Update) -> Piece | None:
         if update.error is not None:

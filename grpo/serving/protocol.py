@@ -14,6 +14,7 @@ from grpo.serving.decoder import MOST_TOP_LOGPROBS
 
 MOST_CHOICES = 128
 MOST_STOPS, LONGEST_STOP = 16, 1000
+HOTTEST = 100.0
 GREEDY_BELOW = 1e-4
 """Temperatures below this take the likeliest token, which clients that may not say 0 mean; logits over less overflow."""
 
@@ -85,7 +86,7 @@ class GenerationRequest(_Tolerant):
     seed: Seed | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     max_tokens: Positive | None = None
-    temperature: Annotated[float, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=HOTTEST)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -148,7 +149,7 @@ class CompletionRequest(GenerationRequest):
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     echo: bool | None = False
     suffix: Annotated[str, Field(max_length=0)] | None = None
-    best_of: int | None = None
+    best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> CompletionRequest:
@@ -220,13 +221,19 @@ _BRANCHES = {"str", "constrained-str", "int", "TextPart"}
 """What pydantic puts into a place to say which of several types it tried."""
 
 
-def openapi(version: str) -> dict[str, Any]:
-    """The API in OpenAPI's form, for tools that make clients or tests of it."""
+def openapi(version: str, names: list[str]) -> dict[str, Any]:
+    """The API in OpenAPI's form, for tools that make clients or tests of it.
+
+    Args:
+        names: of the models that are served.
+    """
     schemas: dict[str, Any] = {}
     for model in (ChatRequest, CompletionRequest, VerdictRequest):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {})
         schemas[model.__name__] = schema
+        if "model" in schema["properties"]:
+            schema["properties"]["model"] |= {"enum": names}
     text = {"type": "string"}
     schemas["Error"] = {
         "type": "object",
@@ -255,7 +262,7 @@ def openapi(version: str) -> dict[str, Any]:
     def post(summary: str, model: type[BaseModel], *, streams: bool) -> dict[str, Any]:
         good = answer("the answer", anything)
         if streams:
-            good["content"]["text/event-stream"] = {"schema": text}
+            good["content"]["text/event-stream"] = {"schema": {}}
         body = {"required": True, "content": {"application/json": {"schema": _ref(model)}}}
         return {"post": {"summary": summary, "requestBody": body, "responses": {"200": good, **errors}}}
 
@@ -263,7 +270,7 @@ def openapi(version: str) -> dict[str, Any]:
         return {"get": {"summary": summary, "responses": {"200": answer("the answer", schema, kind), **errors}}}
 
     named = get("one of them")
-    named["get"]["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": text}]
+    named["get"]["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {**text, "enum": names}}]
     return {
         "openapi": "3.1.0",
         "info": {"title": "grpo serve", "version": version},
