@@ -1,0 +1,115 @@
+"""Every command in the bash blocks of README and docs/ that can run on a CPU is run, made shorter by settings.
+
+tests/test_docs.py checks that programs take the arguments of all of them; here stands why some do not run.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import warm
+from helpers import QUESTIONS, ROOT, clean_environment
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+FEW = (
+    "run.steps=2 rollout.num_prompts=4 rollout.group_size=4 evaluation.num_questions=4 preflight.num_questions=4 "
+    f"data.name={QUESTIONS}"
+)
+SHORTER = {
+    "grpo train": f"--set {FEW}",
+    "grpo sft": "--set training.epochs=0.2 optimizer.warmup_steps=1 evaluation.num_questions=4",
+    "grpo evaluate": "--questions 4",
+    "grpo reject": "--num-questions 4",
+    "grpo sample": "--group 2",
+}
+"""What is added to a command of each program, so that it takes seconds."""
+
+ELSEWHERE = {
+    r"^make |^source ": "sets up or runs all tests",
+    r"configs/qwen1\.5b|--config qwen1\.5b|gsm8k|Qwen/|r1/20_cold_start|r1/80_distil": "needs the hub, and mostly a GPU",
+    r"^pip install": "needs the package index",
+    r"--config my\.yaml": "tests/test_docs.py runs it with the README's files",
+    r"^grpo r1 r1-tiny( --out .*)?$": "takes minutes; tests/test_r1_tiny.py runs its stages",
+    r"^grpo compare": "trains six runs; tests/test_compare.py does so with smaller ones",
+    r"scripts/check_gpu\.py": "needs GPUs; tests/test_check_gpu.py rehearses it",
+    r"--group 8|,probes|--require accuracy=1|max_oversampling=3": "as a shorter one beside it; tests of that option run it",
+    r"^grpo report runs/a runs/b": "tests/test_report.py compares runs",
+}
+"""Why a command is not run here: what it looks like, and the reason."""
+
+SHOWN = {
+    "grpo train": r"held-out, step 2:  accuracy \d\.\d{3} ± \d\.\d{3}  format .*  length \d+\.\d{3}  cut off \d\.\d{3}",
+    "grpo report": r"runs/quickstart/report\.html  \d\.\d MB",
+    "grpo sample": r"[✓✗?] 2/2  reward .*advantage .*tokens, (ended|cut off)",
+    "grpo chat": r"<think>|answer|\d",
+    "grpo aha": r"reflection",
+    "grpo evaluate": r"mine .*pass@1|pass@1",
+    "grpo reject": r"kept",
+    "grpo export": r"exported/quickstart",
+    "grpo r1": r"grpo (train|sft|reject) .*--",
+    "grpo sft": r"step|loss",
+}
+"""Of the output of each program, what the documents show or a reader looks for."""
+
+
+def commands() -> list[str]:
+    """Each once, without its comment, in the order of the documents; after the commands whose files it reads."""
+    blocks = [text for each in DOCUMENTS for text in re.findall(r"^```bash\n(.*?)^```", each.read_text(), re.M | re.S)]
+    lines = [line for text in blocks for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+    found = dict.fromkeys(shlex.join(shlex.split(line, comments=True)) for line in lines)
+    return sorted(filter(None, found), key=lambda command: "runs/sft-quickstart" in command)
+
+
+def reason_of(command: str) -> str | None:
+    return next((reason for pattern, reason in ELSEWHERE.items() if re.search(pattern, command)), None)
+
+
+RUN_HERE = [command for command in commands() if reason_of(command) is None]
+FIRST = "grpo train --config quickstart"
+
+
+def run(command: str, place: Path) -> str:
+    words = shlex.split(command)
+    assert words[0] == "grpo", f"{command}: say how it is run, or in ELSEWHERE why it is not"
+    more = SHORTER.get(" ".join(words[:2]), "").split()
+    if "--set" in words and "--set" in more:
+        at = words.index("--set") + 1
+        words[at:at] = more[1:]  # before the document's own settings, which win
+    else:
+        words += more
+    environment = {**clean_environment(), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    process = warm.Process(
+        ["-m", *words], cwd=place, env=environment, stdin=warm.PIPE, stdout=warm.PIPE, stderr=warm.STDOUT
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("What is 2+3?\n")  # for chat; the others do not read
+    process.stdin.close()
+    printed = process.stdout.read()
+    assert process.wait(200) == 0, f"{command}: {printed[-3000:]}"
+    return printed
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as the documents' reader has it: a clone, in which the quickstart was run."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    assert re.search(SHOWN["grpo train"], run(FIRST, folder))
+    return folder
+
+
+@pytest.mark.parametrize("command", [each for each in RUN_HERE if each != FIRST])
+def test_a_command_of_the_documents_runs(command: str, place: Path):
+    printed = run(command, place)
+    program = " ".join(shlex.split(command)[:2])
+    assert re.search(SHOWN[program], printed), printed[-3000:]
+
+
+def test_the_list_of_what_is_not_run_has_nothing_too_much():
+    assert FIRST in RUN_HERE
+    assert len(RUN_HERE) >= 10
+    unused = [pattern for pattern in ELSEWHERE if not any(re.search(pattern, command) for command in commands())]
+    assert unused == []
