@@ -11,6 +11,7 @@ Exits with 0 if there are none, with 1 if there are some, and with 2 if a settin
 
 import argparse
 
+from grpo.cli.parser import Parser
 from grpo.config import DataConfig
 from grpo.data import registry as benchmarks
 from grpo.data.contamination import NUM_WORDS, overlaps
@@ -20,7 +21,7 @@ from grpo.system.terminal import say
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", required=True, metavar="FILE_OR_HUB_ID", help="the training questions")
     parser.add_argument("--train-subset", metavar="NAME", help="configuration of a hub data set, such as main")
     parser.add_argument("--train-split", default="train", metavar="NAME")

@@ -12,6 +12,7 @@ import argparse
 import os
 from pathlib import Path
 
+from grpo.cli.parser import Parser
 from grpo.data import registry as benchmarks
 from grpo.evaluation import asked
 from grpo.observe.console import errors_for_users, positive
@@ -63,7 +64,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the Python code that comes with the model"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from grpo.cli.parser import Parser
 from grpo.observe.console import errors_for_users
 from grpo.system.terminal import say
 
@@ -30,7 +31,7 @@ def run(options: argparse.Namespace) -> Path:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("model", metavar="RUN_OR_DIR", help="a run's directory, a checkpoint, a model or an adapter")
     made.add_argument("--to", choices=("gguf",), default="gguf", help="default: %(default)s")
     made.add_argument("--out", required=True, metavar="DIR", help="a new folder")

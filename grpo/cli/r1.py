@@ -12,12 +12,13 @@ else that of the stage that failed.
 
 import argparse
 
+from grpo.cli.parser import Parser
 from grpo.observe.console import errors_for_users
 from grpo.system.terminal import say
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "stages",
         metavar="DIR",

@@ -7,11 +7,12 @@ grpo report runs/a runs/b --out compare.html --png figures --pdf figures
 import argparse
 from pathlib import Path
 
+from grpo.cli.parser import Parser
 from grpo.observe.console import errors_for_users
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="what run.dir named; up to 8")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: report.html in the run's directory, or here for several runs"

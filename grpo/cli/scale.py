@@ -9,12 +9,13 @@ No weights are loaded. What comes out is an estimate; `grpo train --dry-run` mea
 import argparse
 from pathlib import Path
 
+from grpo.cli.parser import Parser
 from grpo.config.shipped import shipped
 from grpo.observe.console import errors_for_users, positive
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config", type=Path, default=shipped("r1_zero_paper"), help="the recipe; default: r1_zero_paper"
     )

@@ -17,6 +17,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from grpo.cli import launch
+from grpo.cli.parser import Parser
 from grpo.config import Config
 from grpo.observe.console import errors_for_users, positive
 
@@ -27,7 +28,7 @@ MODULE = "grpo.cli.train"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config",
         required=True,
