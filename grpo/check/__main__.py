@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grpo import Config
-from grpo.cli.parser import Parser
 from grpo.observe.console import errors_for_users
+from grpo.system.parser import Parser
 
 
 def main() -> None:

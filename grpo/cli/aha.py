@@ -10,9 +10,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from grpo.cli.parser import Parser
 from grpo.config import read_yaml
 from grpo.observe.console import errors_for_users
+from grpo.system.parser import Parser
 from grpo.system.terminal import say
 from grpo.text import aha
 

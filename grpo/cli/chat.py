@@ -11,9 +11,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from grpo.cli.model_options import add_options
-from grpo.cli.parser import Parser
 from grpo.inference.commands import HELP
 from grpo.observe.console import console, errors_for_users
+from grpo.system.parser import Parser
 from grpo.system.terminal import say
 
 if TYPE_CHECKING:

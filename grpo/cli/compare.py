@@ -13,8 +13,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from grpo.cli.parser import Parser
 from grpo.observe.console import errors_for_users, positive
+from grpo.system.parser import Parser
 
 
 def main() -> None:

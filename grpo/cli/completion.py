@@ -7,7 +7,7 @@ eval "$(grpo completion zsh)"
 import argparse
 
 from grpo.cli import COMMANDS
-from grpo.cli.parser import Parser
+from grpo.system.parser import Parser
 
 BASH = """_grpo() {{
   local word="${{COMP_WORDS[COMP_CWORD]}}"

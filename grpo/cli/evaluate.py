@@ -12,10 +12,10 @@ import argparse
 import os
 from pathlib import Path
 
-from grpo.cli.parser import Parser
 from grpo.data import registry as benchmarks
 from grpo.evaluation import asked
 from grpo.observe.console import errors_for_users, positive
+from grpo.system.parser import Parser
 from grpo.system.terminal import say
 
 

@@ -10,8 +10,8 @@ import argparse
 
 from grpo import Config
 from grpo.cli.model_options import TEMPLATES
-from grpo.cli.parser import Parser
 from grpo.observe.console import errors_for_users
+from grpo.system.parser import Parser
 
 
 def main() -> None:

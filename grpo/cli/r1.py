@@ -12,8 +12,8 @@ else that of the stage that failed.
 
 import argparse
 
-from grpo.cli.parser import Parser
 from grpo.observe.console import errors_for_users
+from grpo.system.parser import Parser
 from grpo.system.terminal import say
 
 

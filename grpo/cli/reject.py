@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo.cli.model_options import add_options
-from grpo.cli.parser import Parser
 from grpo.observe.console import errors_for_users, positive
+from grpo.system.parser import Parser
 from grpo.system.terminal import say
 
 

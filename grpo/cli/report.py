@@ -7,8 +7,8 @@ grpo report runs/a runs/b --out compare.html --png figures --pdf figures
 import argparse
 from pathlib import Path
 
-from grpo.cli.parser import Parser
 from grpo.observe.console import errors_for_users
+from grpo.system.parser import Parser
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from grpo.cli.model_options import add_options
-from grpo.cli.parser import Parser
 from grpo.observe.console import console, errors_for_users
+from grpo.system.parser import Parser
 from grpo.system.terminal import is_text
 
 

@@ -9,9 +9,9 @@ No weights are loaded. What comes out is an estimate; `grpo train --dry-run` mea
 import argparse
 from pathlib import Path
 
-from grpo.cli.parser import Parser
 from grpo.config.shipped import shipped
 from grpo.observe.console import errors_for_users, positive
+from grpo.system.parser import Parser
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from grpo.cli.parser import Parser
+from grpo.system.parser import Parser
 
 if TYPE_CHECKING:
     from grpo.config.settings import Settings

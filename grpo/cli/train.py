@@ -17,9 +17,9 @@ import argparse
 from typing import TYPE_CHECKING
 
 from grpo.cli import launch
-from grpo.cli.parser import Parser
 from grpo.config import Config
 from grpo.observe.console import errors_for_users, positive
+from grpo.system.parser import Parser
 
 if TYPE_CHECKING:
     from grpo import Trainer
