@@ -56,7 +56,8 @@ def measure(
     answers = [greedy(original, prompt, num_tokens, ends) for prompt in prompts]
     before = [logprobs_of(original, *pair) for pair in zip(prompts, answers, strict=True)]
     for kind in types:
-        file = export.run(export.parser().parse_args([model, "--quantization", kind, "--out", str(scratch / kind)]))
+        options = export.parser().parse_args([model, "--quantization", kind, "--out", str(scratch / kind)])
+        file = Path(*export.run(options))
         lm = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
         after = [logprobs_of(lm, *pair) for pair in zip(prompts, answers, strict=True)]
         p, q = torch.cat(before), torch.cat(after)

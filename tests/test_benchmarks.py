@@ -302,6 +302,23 @@ def test_a_step_timed_alone_leaves_the_engine_as_it_was(cache: Path, monkeypatch
 # ---- grading.py, card.py ---------------------------------------------------------------------------------------------
 
 
+def test_a_server_is_measured_with_exactly_the_tokens_it_was_asked_for(run, cache: Path):
+    pytest.importorskip("uvicorn")
+    shape = "--size tiny --clients 1 3 --rounds 2 --new-tokens 8 --prompt-words 9"
+    done = run("serve.py", shape, "--cache", cache)
+    assert [record["clients"] for record in done.records] == [1, 3]
+    for record in done.records:
+        assert (record["requests"], record["new_tokens"]) == (2 * record["clients"], 8)
+        assert record["prompt_tokens"] >= 9
+        assert record["tokens_per_second"] == pytest.approx(8 * record["requests"] / record["seconds"])
+        assert 0 < record["first_token_p50"] <= record["first_token_p99"] < record["request_p99"] < record["seconds"]
+        assert f"{record['tokens_per_second']:,.0f}" in done.printed
+    with pytest.raises(SystemExit, match="2"):
+        run("serve.py", "--url http://127.0.0.1:1/v1")
+    with pytest.raises(OSError, match=r"refused|failed"):
+        run("serve.py", "--url http://127.0.0.1:1/v1 --name x --clients 1")
+
+
 def test_grading_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     import grading
 

@@ -234,8 +234,8 @@ def test_what_fits_is_reported_and_nothing_is_left_behind(
 
 def test_on_a_gpu_peaks_and_what_is_left_are_reported(tmp_path: Path):
     metrics = {f"time/{phase}": 1.5 for phase in memory.PHASES} | {"memory/update": 61.234, "memory/step": 61.234}
-    left = memory.GpuMemory(free=17.94, total=79.1, resident=9.0)
-    text = memory.report(long_config(tmp_path), metrics, left, world_size=torch.cuda.device_count() or 1)
+    left = memory.GpuMemory(free=17.94, total=79.1, resident=9.0, processes=torch.cuda.device_count() or 1)
+    text = memory.report(long_config(tmp_path), metrics, left)
     assert re.search(r"^update +1\.50 +61\.23$", text, re.MULTILINE)
     assert "Of the fullest GPU's 79.1 GiB 17.9 are free" in text
     assert "GPUs were used" not in text

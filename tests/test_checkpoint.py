@@ -23,7 +23,7 @@ from test_trainer import steps_of
 
 from grpo import Trainer
 from grpo.algorithm.batch import empty_micro_batch, micro_batch, pack, take
-from grpo.config import Config, as_override
+from grpo.config import Config, RewardConfig, as_override
 from grpo.observe.metrics import Meter
 from grpo.policy.model_source import complete_checkpoints
 from grpo.run import checkpoint, inputs
@@ -910,6 +910,15 @@ def test_another_number_of_held_out_questions_is_no_change_and_another_order_of_
     assert inputs.changed(before, inputs.digests(prompts(1, 2), [], [])) == []
     assert inputs.changed(before, inputs.digests(prompts(1, 2), prompts(3, 5), [])) == ["the 2 held-out questions"]
     assert inputs.changed(before, inputs.digests(prompts(2, 1), prompts(3, 4), [])) == ["the training questions"]
+
+
+def test_what_a_class_of_rewards_was_made_with_counts_as_its_arguments_do():
+    def given(limit: float) -> dict[str, str]:
+        args = {"url": "http://127.0.0.1:1/v1", "model": "m", "timeout_seconds": limit}
+        return inputs.digests([], [], scoring.resolve_rewards([RewardConfig(function="judge", args=args)]))
+
+    assert inputs.changed(given(5), given(5)) == []
+    assert inputs.changed(given(5), given(6)) == ["the reward judge"]
 
 
 def test_a_checkpoint_that_does_not_say_what_it_was_given_resumes_with_a_note(

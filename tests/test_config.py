@@ -41,7 +41,7 @@ def test_every_setting_is_read_in_some_run(tmp_path: Path, monkeypatch: pytest.M
         "preflight": {"num_questions": 2, "on_failure": "warn"},
         "evaluation": {"num_questions": 2},
         "logging": {"wandb": "offline"},
-        "run": {"steps": 2},
+        "run": {"steps": 2, "push_to_hub": "me/model"},  # offline: it is said, and that is all
     }
     everything["checkpoint"] = {"every_steps": 1, "keep": 1}
     configs = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -70,8 +72,9 @@ def test_rows_without_numbers_give_a_token_of_the_vocabulary_and_no_finite_logpr
     logits[0], logits[1, 7], logits[2] = float("nan"), float("inf"), float("-inf")
     knobs = knobs_of(Sampling(1, temperature=temperature)).to(DEVICE)
     positions = torch.zeros(3, dtype=torch.int32, device=DEVICE)
-    for draw in (kernels.draw, plain_draw):
-        tokens, logprobs = draw(logits, sequence_seeds(0, 3).to(DEVICE), positions, knobs, truncated=False)
+    for draw, truncated in itertools.product((kernels.draw, plain_draw), (False, True)):
+        own = knobs_of(Sampling(1, temperature=temperature, top_p=0.9)).to(DEVICE) if truncated else knobs
+        tokens, logprobs = draw(logits, sequence_seeds(0, 3).to(DEVICE), positions, own, truncated=truncated)
         assert bool(((tokens >= 0) & (tokens < 5000)).all())
         assert not logprobs.isfinite().any()
 
@@ -114,6 +117,37 @@ def test_the_kernel_draws_what_plain_torch_draws(sampling: Sampling, dtype: torc
     expected = plain_draw(logits, seeds, positions, knobs, truncated=sampling.truncated)
     assert torch.equal(tokens, expected[0])
     torch.testing.assert_close(logprobs, expected[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("by", ["plain", "kernel"])
+def test_each_row_draws_by_its_own_settings_as_it_would_alone(by: str):
+    """Beside rows that leave tokens out, also one that leaves out none and has tokens of hardly any probability."""
+    draw = plain_draw
+    if by == "kernel":
+        pytest.importorskip("triton")
+        from grpo.rollout.kernels import draw
+    torch.manual_seed(0)
+    logits = torch.randn(len(SETTINGS), 9000, device=DEVICE) * 6
+    seeds = sequence_seeds(3, len(SETTINGS)).to(DEVICE)
+    positions = torch.arange(len(SETTINGS), dtype=torch.int32, device=DEVICE)
+    knobs = torch.stack([knobs_of(sampling) for sampling in SETTINGS]).to(DEVICE)
+    tokens, logprobs = draw(logits, seeds, positions, knobs, truncated=True)
+    for row, sampling in enumerate(SETTINGS):
+        own = slice(row, row + 1)
+        alone = draw(logits[own], seeds[own], positions[own], knobs[row], truncated=sampling.truncated)
+        assert (tokens[own], logprobs[own]) == alone
+
+
+def test_a_row_that_draws_from_everything_does_so_beside_others():
+    """Top-p 1, searched for by sums in float, would leave out what such a sum does not feel."""
+    pytest.importorskip("triton")
+    from grpo.rollout import kernels
+
+    logits = torch.full((2, 9000), -24.0, device=DEVICE)
+    logits[:, 0] = 0.0
+    settings = [Sampling(1), Sampling(1, top_k=3)]
+    knobs = torch.stack([knobs_of(sampling) for sampling in settings]).to(DEVICE)
+    assert kernels._floor(logits, knobs).tolist()[0] == float("-inf")
 
 
 def test_the_kernel_draws_tokens_as_often_as_they_are_likely():

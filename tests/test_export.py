@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 import warm
-from helpers import ROOT, TINY, clean_environment, save_family
+import yaml
+from go_template import render
+from helpers import ROOT, TINY, clean_environment, save_family, tiny_settings
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
@@ -31,10 +34,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from grpo.cli.export import parser, run
 from grpo.config import DataConfig
-from grpo.data.prompts import build_prompts
+from grpo.data.prompts import R1_ZERO, build_prompts, chat_text
 from grpo.data.rows import load_rows
 from grpo.export.families import family_of, permuted, rope_factors
 from grpo.export.gguf_file import QUANTIZATIONS
+from grpo.export.modelfile import go_template, quoted
 from grpo.export.sentencepiece import NO_SCORE, SAMPLES, Pieces
 from grpo.export.vocabulary import pre_tokenizer_of
 
@@ -70,7 +74,8 @@ READ_WHOLE = ("llama", "mistral", "qwen2")
 
 
 def export(model: Path, out: Path, *options: str) -> Path:
-    return run(parser().parse_args([str(model), "--out", str(out), *options]))
+    (made,) = run(parser().parse_args([str(model), "--out", str(out), *options]))
+    return Path(made)
 
 
 def read_back(file: Path, **options: Any) -> Any:
@@ -378,3 +383,161 @@ def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match="No space"):
         export(TINY / "model", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+# --- what lies beside it --------------------------------------------------------------------------------------------------
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+GEMMA = (
+    "{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}{% set turns = messages[1:] %}"
+    "{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}{% for turn in turns %}<start_of_turn>"
+    "{{ 'model' if turn['role'] == 'assistant' else 'user' }}\n{{ first if loop.first else '' }}{{ turn['content'] }}"
+    "<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+NO_SYSTEM = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    '{{ "\\"\\"\\"{{ x }}" if message["role"] == "user" else " -> " }}{{ message["content"] }}{% endfor %}'
+)
+
+
+@pytest.mark.parametrize(
+    "template", [None, CHATML, GEMMA, NO_SYSTEM], ids=["tiny", "chatml", "gemma", "without system"]
+)
+def test_ollamas_template_writes_what_the_chat_template_does(template: str | None):
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    tokenizer.chat_template = template or tokenizer.chat_template
+    data = DataConfig(name="d", template="chat")
+    made = go_template(tokenizer, data, thinks=True, adds_bos=False)
+    assert made is not None
+    says = [("user", "One?"), ("assistant", "Two."), ("user", "Three?"), ("assistant", "Four."), ("user", "Five?")]
+    turns = [{"role": role, "content": text} for role, text in says]
+    system = [{"role": "system", "content": "Be brief."}]
+    for messages in (turns[:1], turns[:3], turns, system + turns[:1], system + turns):
+        if messages[0]["role"] == "system" and template == NO_SYSTEM:
+            continue
+        shown = [{key.title(): value for key, value in message.items()} for message in messages]
+        first = messages[0]["content"] if messages[0]["role"] == "system" else ""
+        assert render(made, {"Messages": shown, "System": first}) == chat_text(messages, tokenizer, data)
+    assert "<think>{{ .Thinking }}</think>" in made, "by which Ollama knows the tags"
+    assert '"""' not in quoted(made)[3:-3]
+
+
+def test_a_run_from_a_base_model_is_asked_in_its_own_words():
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    made = go_template(tokenizer, DataConfig(name="d", template="r1_zero_think"), thinks=True, adds_bos=False)
+    assert made is not None
+    assert render(made, {"Prompt": "2+2?"}) == f"{R1_ZERO.replace('{question}', '2+2?')} <think>"
+    irregular = "{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.chat_template = irregular
+    assert go_template(tokenizer, DataConfig(name="d", template="chat"), thinks=True, adds_bos=False) is None
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's directory, as it is after a checkpoint and an evaluation."""
+    run_dir = tmp_path_factory.mktemp("runs") / "small"
+    hf = run_dir / "checkpoints" / "step-00000003" / "hf"
+    shutil.copytree(TINY / "model", hf)
+    base = tmp_path_factory.mktemp("bases") / "base"
+    shutil.copytree(TINY / "model", base)
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base\n")
+    settings = tiny_settings(run_dir, model={"name": str(base)}, run={"steps": 3}, rollout={"stop": ["\nUser:"]})
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings))
+    rewards = {"accuracy": 1.0, "format": 1.0}
+    answer = {
+        "question": "1+1?",
+        "answer": "2",
+        "completion": "2",
+        "finish_reason": "stop",
+        "num_tokens": 5,
+        "reward": 2.0,
+    }
+    rows = [
+        {"step": s, "row": r, **answer, "rewards": {**rewards, "accuracy": float(s > 0)}, "sample": 0}
+        for s in (0, 3)
+        for r in range(40)
+    ]
+    (run_dir / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run_dir / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5, "reward/accuracy": 0.5}\n')
+    return run_dir
+
+
+def test_a_run_is_exported_with_its_card_and_a_modelfile(trained: Path, tmp_path: Path):
+    file = export(trained, tmp_path / "out", "--quantization", "bf16")
+    assert {path.name for path in file.parent.iterdir()} == {"small-BF16.gguf", "Modelfile", "README.md", "curves.png"}
+    ollama = (file.parent / "Modelfile").read_text()
+    assert ollama.startswith('FROM ./small-BF16.gguf\nTEMPLATE """')
+    for line in (
+        "temperature 0.6",
+        "top_p 0.95",
+        "repeat_penalty 1",
+        "num_ctx 1024",
+        'stop """<|endoftext|>"""',
+        'stop """\nUser:"""',
+    ):
+        assert f"\nPARAMETER {line}\n" in ollama
+    text = (file.parent / "README.md").read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    assert (head["license"], head["tags"]) == ("apache-2.0", ["grpo", "reinforcement-learning", "reasoning"])
+    assert "after GRPO on `data/questions.jsonl`: step 3 of 3 steps" in text
+    # Wilson's interval of 40 right of 40 at 95 %: 40 / (40 + 1.96^2) = 0.912
+    assert "| 3 | 1.000 [0.912, 1.000] | 1.000 [0.912, 1.000] | 5 | 0.0% |" in text
+    assert "| `rollout.group_size` | 4 |" in text
+    assert str(trained) not in text, "nothing of the machine"
+    assert not (trained / "curves.png").exists(), "the run stays as it is"
+
+
+def test_a_folder_loads_as_the_checkpoint_does(trained: Path, tmp_path: Path):
+    folder = export(trained, tmp_path / "out", "--to", "folder")
+    again, original = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, TINY / "model"))
+    assert torch.equal(logits_of(again), logits_of(original))
+    assert (again.generation_config.temperature, again.generation_config.eos_token_id) == (0.6, [0])
+    assert (folder / "README.md").read_text().startswith("---\nlibrary_name: transformers")
+    file = export(folder, tmp_path / "gguf", "--quantization", "f32")
+    assert torch.equal(logits_of(read_back(file)), logits_of(original)), "and is exported again"
+
+
+def test_a_run_of_supervised_training_is_exported_too(trained: Path, tmp_path: Path):
+    run_dir = tmp_path / "distilled"
+    shutil.copytree(trained / "checkpoints", run_dir / "checkpoints")
+    rows = [{"name": str(TINY / f"{name}.jsonl")} for name in ("worked", "train")]
+    settings = {
+        "model": {"name": "Qwen/Qwen2.5-0.5B"},
+        "data": {"name": rows},
+        "training": {},
+        "run": {"dir": str(run_dir)},
+    }
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings))
+    text = (export(run_dir, tmp_path / "out", "--to", "folder") / "README.md").read_text()
+    assert (
+        "`Qwen/Qwen2.5-0.5B` after supervised training on `quickstart/worked.jsonl`, `quickstart/train.jsonl`" in text
+    )
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == "Qwen/Qwen2.5-0.5B"
+
+
+def test_tags_become_tokens_made_of_their_parts(tmp_path: Path):
+    model = save_family(tmp_path / "model", Qwen2Config(**{**SIZES, "vocab_size": 407}))
+    stored = json.loads((model / "tokenizer.json").read_text())
+    stored["added_tokens"] = [each for each in stored["added_tokens"] if "think" not in each["content"]]
+    for number, each in enumerate(stored["added_tokens"][1:]):
+        each["id"] = 403 + number
+    (model / "tokenizer.json").write_text(json.dumps(stored))
+    before = AutoTokenizer.from_pretrained(model)("</think>")["input_ids"]
+    folder = export(model, tmp_path / "out", "--to", "folder", "--think-tokens", "sum")
+    tokenizer, lm = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    (new,) = tokenizer("</think>")["input_ids"]
+    assert len(before) > 1
+    weights = load_file(model / "model.safetensors")
+    for name, weight in (("model.embed_tokens", lm.model.embed_tokens.weight), ("lm_head", lm.lm_head.weight)):
+        torch.testing.assert_close(weight[new], weights[f"{name}.weight"][before].sum(0))
+    fields = fields_of(export(model, tmp_path / "gguf", "--think-tokens"))
+    assert fields["tokenizer.ggml.token_type"][fields["tokenizer.ggml.tokens"].index("<think>")] == 4
+    with pytest.raises(ValueError, match="--think-tokens has no effect"):
+        export(folder, tmp_path / "again", "--think-tokens")
+    with pytest.raises(ValueError, match="--quantization is q8_0 with --to folder, where it has no effect"):
+        export(model, tmp_path / "again", "--to", "folder", "--quantization", "q8_0")

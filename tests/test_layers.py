@@ -25,6 +25,7 @@ LAYERS = [
     "trainer",
     "sft",
     "inference",
+    "serving",
     "evaluation",
     "export",
     "rejection",

@@ -405,3 +405,45 @@ def test_the_measures_of_answers_by_hand():
     same = outcome.difference(rows, rows)["right"]
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
     assert outcome.difference(rows, [answer(9, 1.0, plain)]) == {}
+
+
+def test_the_whole_path_runs_in_short_with_an_exam_at_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """All stages of r1-tiny, each a process that trains, samples or learns for a few seconds: about a minute."""
+    (tmp_path / "quickstart").symlink_to(ROOT / "configs/quickstart")
+    folder = tmp_path / "short"
+    folder.mkdir()
+    for path in R1.iterdir():
+        (folder / path.name).symlink_to(path)
+    stages = yaml.safe_load((R1 / "stages.yaml").read_text())
+    exam = {
+        "benchmarks": "mine",
+        "data": f"mine={ROOT / 'configs/quickstart/test.jsonl'}",
+        "questions": 6,
+        "samples": 1,
+    }
+    stages["stages"].append({"name": "exam", "kind": "evaluate", "model": "rl2", "options": exam})
+    (folder / "stages.yaml").unlink()
+    (folder / "stages.yaml").write_text(yaml.safe_dump(stages))
+    trained = {stage["name"]: stage["kind"] for stage in stages["stages"] if stage["kind"] in ("train", "sft")}
+    short = [f"{name}:evaluation.num_questions=8" for name in trained] + [
+        f"{name}:evaluation.num_samples=1" for name in trained
+    ]
+    short += [f"{name}:{'run.steps=2' if kind == 'train' else 'training.epochs=1'}" for name, kind in trained.items()]
+    short += [f"{name}:rollout.num_prompts=2" for name, kind in trained.items() if kind == "train"]
+    short += ["zero:checkpoint.keep_every=1", "zero:checkpoint.every_steps=1", "cold_rows:step=1"]
+    short += [f"{name}:num_questions=60" for name in ("cold_rows", "rejected")]
+    short += [f"{name}:require=[accuracy=1]" for name in ("cold_rows", "rejected")]
+    plan = read_plan(folder, tmp_path / "out", short)
+    assert run(plan, warmly) == 0
+    found = read_json(plan.out / "lineage.json")["stages"]
+    assert [entry["status"] for entry in found.values()] == ["finished"] * 11
+    assert (
+        found["sft"]["counts"]["rows learned"] > found["distil"]["counts"]["rows learned"] > 0
+    )  # and those of another kind
+    assert found["exam"]["outputs"]
+    said = capsys.readouterr().out
+    for title in (
+        "The path beside as many steps of zero",
+        "The student by distillation, and by reinforcement learning",
+    ):
+        assert f"{title}: " in said

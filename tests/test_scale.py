@@ -13,6 +13,7 @@ import yaml
 from helpers import ROOT, TINY
 from transformers import Qwen2Config
 
+from grpo.check import scale_supervised
 from grpo.check.scale import (
     GPUS,
     Hardware,
@@ -26,7 +27,7 @@ from grpo.check.scale import (
     scale_down,
     shape_of,
 )
-from grpo.config import Config, DistributedConfig
+from grpo.config import Config, DistributedConfig, SupervisedConfig
 
 PAPER = ROOT / "configs" / "r1_zero_paper.yaml"
 DAPO = ROOT / "configs" / "recipes" / "dapo-32b.yaml"
@@ -281,3 +282,53 @@ def test_what_cannot_work_is_refused(shape: Shape, hardware: Hardware, tokens: i
                 Config.load(PAPER), shape, Hardware(1, int(needed) + 1, "h100"), max_tokens=tokens, hours=1000
             ).rollouts
         )
+
+
+# ---- supervised training ---------------------------------------------------------------------------------------------
+
+SFT = ROOT / "configs" / "r1" / "50_sft.yaml"
+
+
+def test_a_supervised_recipe_keeps_its_rows_and_takes_what_fits(tmp_path: Path):
+    recipe = SupervisedConfig.load(SFT)
+    one, two = (Hardware(n, 24, "h100") for n in (1, 2))
+    large = scale_supervised.layout_for(recipe, HALF, two, max_tokens=8192)
+    assert large == Layout(2, offload=False, pass_tokens=65_536, sequences=0)
+    small = scale_supervised.layout_for(recipe, ONE_AND_A_HALF, one, max_tokens=8192)
+    assert small.offload  # 20 bytes a weight are 29 GiB
+    assert sum(scale_supervised.memory_of(recipe, ONE_AND_A_HALF, small, one).values()) < 0.92 * 24
+    text = scale_supervised.as_yaml(
+        recipe, SFT, ONE_AND_A_HALF, one, max_tokens=4096, run_dir="runs/my", out=tmp_path / "my.yaml"
+    )
+    scaled = SupervisedConfig(**yaml.safe_load(text))
+    assert (scaled.training, scaled.optimizer) == (recipe.training, recipe.optimizer)
+    assert (scaled.data.max_tokens, scaled.distributed.offload_optimizer, scaled.run.dir) == (4096, True, "runs/my")
+    seconds = 6 * 1_543_714_304 * 1e6 / (310e12 * 3.35 / 4.8 * 4.8 / 3.35)  # the H100 multiplies as fast as the H200
+    assert f"{seconds:.0f} s for a million tokens of rows, in each of 2 epochs" in text
+
+
+@pytest.mark.parametrize(
+    ("shape", "hardware", "max_tokens", "said"),
+    [
+        (
+            SEVEN,
+            Hardware(1, 24, "h100"),
+            8192,
+            r"--gpu-memory is 24; 7b with 7.62 billion weights needs \d+ GiB on each of 1",
+        ),
+        (HALF, Hardware(1, 80, "h100"), 40_000, "--max-tokens is 40000; 0.5b knows 32768 positions"),
+    ],
+)
+def test_a_supervised_recipe_that_cannot_work_is_refused(shape: Shape, hardware: Hardware, max_tokens: int, said: str):
+    with pytest.raises(ValueError, match=said):
+        scale_supervised.layout_for(SupervisedConfig.load(SFT), shape, hardware, max_tokens=max_tokens)
+
+
+def test_the_command_knows_both_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from grpo.cli import scale as command
+
+    out = tmp_path / "my.yaml"
+    monkeypatch.setattr("sys.argv", ["scale", "--config", str(SFT), "--model", str(TINY / "model"), "--max-tokens", "256",
+                                     "--out", str(out)])  # fmt: skip
+    command.main()
+    assert f"grpo sft --processes 1 --config {out} --dry-run" in out.read_text()

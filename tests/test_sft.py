@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from grpo import SupervisedConfig, SupervisedTrainer
 from grpo.algorithm.batch import share_prompts
 from grpo.algorithm.loss import grpo_loss, token_weights
+from grpo.check import supervised
 from grpo.config import Config
 from grpo.config.supervised import RowsConfig, TrainingConfig
 from grpo.data.prompts import build_prompts
@@ -29,6 +30,7 @@ from grpo.sft.rows import read_rows
 from grpo.sft.trainer import batch_of
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import EXIT_STOPPED, Stopped
+from grpo.training.learner import Learner
 from grpo.types import Group
 
 GREETING = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think> 1 </think> Hello"}]
@@ -645,3 +647,54 @@ def test_the_page_of_documentation_has_code_that_runs(tmp_path: Path, monkeypatc
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     exec(code, {})
     assert (tmp_path / "runs/sft-example/checkpoints/step-00000002/hf").is_dir()
+
+
+# ---- before a run ----------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_learns_the_longest_update_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    learned = []
+
+    def accumulate(learner: Any, passes: list[Any], *rest: Any) -> Any:
+        learned.append(sum(len(micro.tokens) for micro in passes))
+        return own(learner, passes, *rest)
+
+    own = Learner.accumulate
+    monkeypatch.setattr(Learner, "accumulate", accumulate)
+    rows = [{"prompt": "a", "completion": " b" * length} for length in (3, 90, 4, 5, 6, 100)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    config = sft_config(
+        tmp_path / "run",
+        data={"name": str(tmp_path / "rows.jsonl")},
+        training={"rows_per_update": 1, "epochs": 2},
+        evaluation={"num_rows": 0, "num_questions": 2},
+    )
+    assert supervised.check(config) == 0
+    assert learned == [102, 102]
+    said = capsys.readouterr().out
+    assert "The longest of 12 updates, 2 times: 1 rows with 102 tokens. The longest row has 102." in said
+    assert f"12 updates on {2 * (3 + 90 + 4 + 5 + 6 + 100 + 6 * 2)} tokens take about" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_that_does_not_fit_says_what_to_lower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("grpo.policy.policy.Policy.backward", full)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": " b"}))
+    config = sft_config(
+        tmp_path / "run", data={"name": str(tmp_path / "rows.jsonl")}, memory={"micro_batch_tokens": 512}
+    )
+    assert supervised.check(config) == 1
+    said = capsys.readouterr().err
+    assert "It does not fit: out of memory in forward and backward passes or the optimizer step (update)." in said
+    assert "First, set memory.micro_batch_tokens from 512 to 256" in said
+    assert (
+        said.splitlines()[-1]
+        == "If that is not enough, set data.max_tokens from 200 to 100 (longer rows are left out)."
+    )

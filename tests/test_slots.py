@@ -114,3 +114,39 @@ def test_a_sequence_that_ended_while_it_had_no_place_is_not_started_again():
     slots._preempt(second)
     slots.finish([second, first])
     assert not slots
+
+
+@pytest.mark.parametrize("num_pages", [40, 80])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_sequence_can_be_cancelled_wherever_it_is(num_pages: int, seed: int):
+    """Unread, read, running, or where it gave its pages up; others join meanwhile. In the end every page is free."""
+    rng = random.Random(seed)
+    slots = make_slots(
+        [(rng.randint(1, 200), rng.randint(1, 300)) for _ in range(12)], group=3, num_slots=8, num_pages=num_pages
+    )
+    slots.pages_each = num_pages // 3
+    everyone = [sequence for prefix in slots.unread for sequence in prefix.waiting]
+    prefixes, ended, num_cancelled = set[Prefix](), set[Sequence](), 0
+    while slots:
+        if len(everyone) < 60 and rng.random() < 0.3:
+            prompt = [1] * rng.randint(1, 200)
+            own = [Sequence(len(everyone) + n, prompt, 90, seed=0) for n in range(2)]
+            everyone += own
+            slots.unread.append(Prefix(deque(own)))
+        while taken := slots.read_ahead(1000):
+            prefixes.update(taken)
+        slots.start(4)
+        slots.grow(4)
+        for sequence in rng.sample(everyone, 2):
+            if sequence not in ended:
+                slots.cancel(sequence)
+                ended.add(sequence)
+                num_cancelled += 1
+        for sequence in slots.running:
+            sequence.tokens += [7] * min(4, sequence.remaining)
+        finished = [sequence for sequence in slots.running if not sequence.remaining]
+        slots.finish(finished)
+        ended.update(finished)
+        assert owners(slots, prefixes) == Counter(range(1, num_pages + 1)), "a page is lost or has two owners"
+    assert len(ended) == len(everyone) > num_cancelled > 10
+    assert slots.num_free_pages == num_pages

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from grpo.config import Config
+from grpo.config import Config, SupervisedConfig
 
 FEWEST_CHUNK_TOKENS = 128
 """With fewer the logits are no longer what takes the memory."""
@@ -24,6 +24,16 @@ def advice(phase: str, config: Config, *, world_size: int, kv_gib: tuple[float, 
     """
     rungs = LADDERS.get(phase, LADDERS["update"])
     found = [rung(config, world_size=world_size, kv_gib=kv_gib) for rung in rungs]
+    return [text for text in found if text is not None]
+
+
+def supervised_advice(config: SupervisedConfig, *, world_size: int) -> list[str]:
+    """The same for supervised training, in whichever phase."""
+    now, longest, parts = config.memory.micro_batch_tokens, config.data.max_tokens, config.parts
+    rungs = (_chunk, _checkpointing, _offload, _zero_stage)
+    found = [_smaller_passes(now, now, longest), *(rung(parts, world_size=world_size) for rung in rungs)]
+    if longest > 1:
+        found.append(_change("data.max_tokens", longest, longest // 2, "longer rows are left out"))
     return [text for text in found if text is not None]
 
 
@@ -58,7 +68,11 @@ def _max_sequences(config: Config, *, world_size: int, **_: Any) -> str | None:
 def _micro_batch(config: Config, *, world_size: int, **_: Any) -> str | None:
     """Halve the budget, or what a pass has if that is less, down to one sequence: none is ever split."""
     now, longest = config.memory.micro_batch_tokens, config.max_sequence_tokens
-    tokens = min(now, _pass_tokens(config, world_size))
+    return _smaller_passes(now, min(now, _pass_tokens(config, world_size)), longest)
+
+
+def _smaller_passes(now: int, tokens: int, longest: int) -> str | None:
+    """Half of the tokens that a pass has, but no fewer than a sequence may have."""
     then = max(tokens // 2, longest)
     if then > WORTHWHILE * tokens:
         return None

@@ -14,8 +14,10 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +29,7 @@ from grpo.config import Config
 from grpo.observe.console import print_of_rank
 from grpo.policy.policy import Policy
 from grpo.rollout.engine import NativeGenerator
+from grpo.run.loop import Loop
 from grpo.system.distributed import GIB, Processes, TrainingProcesses
 from grpo.system.out_of_memory import is_out_of_memory
 from grpo.trainer import Trainer
@@ -42,6 +45,9 @@ MOST_PARTS = 16
 """The completion lengths that are tried are the longest, half of it, a third, ... and this part of it."""
 
 PHASES = ("rollout", "logprobs", "update", "step")
+AnyLoop = TypeVar("AnyLoop", bound=Loop)
+Advise = Callable[[str, Loop | None, int], list[str]]
+"""What to change, from the phase in which memory ran out, the trainer if there is one, and the number of processes."""
 
 
 def check(config: Config) -> int:
@@ -54,20 +60,27 @@ def check(config: Config) -> int:
     Raises:
         ValueError: as Trainer.
     """
-    trainer = None
+    return tried(
+        lambda: worst_case(config),
+        lambda trainer: report(config, run(trainer), measured(trainer)),
+        partial(_advise, config),
+    )
+
+
+def tried(make: Callable[[], AnyLoop], measure: Callable[[AnyLoop], str], advise: Advise) -> int:
+    """Make a trainer, step it and print what `measure` says, or where memory ran out and what `advise` says; see check."""
+    trainer: AnyLoop | None = None
     try:
-        trainer = worst_case(config)
-        metrics = run(trainer)
+        trainer = make()
+        trainer.processes.say(measure(trainer))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        _explain(error, config, trainer)
+        _explain(error, advise, trainer)
         if os.environ["WORLD_SIZE"] != "1":
             sys.stdout.flush()
             os._exit(1)  # leaving the process group in order would wait for the others
         return 1
-    memory = GpuMemory.now(trainer.processes)
-    trainer.processes.say(report(config, metrics, memory, world_size=trainer.processes.world_size))
     return 0
 
 
@@ -166,6 +179,7 @@ class GpuMemory:
     free: float | None
     total: float | None
     resident: float  # largest resident memory that a process ever had on the host
+    processes: int
 
     @classmethod
     def now(cls, processes: Processes) -> GpuMemory:
@@ -174,38 +188,53 @@ class GpuMemory:
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
         everyone = processes.gather((mine, resident))
         free, total = min(each for each, _ in everyone) if on_gpu else (None, None)
-        return cls(free and free / GIB, total and total / GIB, max(each for _, each in everyone))
+        return cls(free and free / GIB, total and total / GIB, max(each for _, each in everyone), processes.world_size)
 
 
-def report(config: Config, metrics: dict[str, float], memory: GpuMemory, *, world_size: int) -> str:
+def measured(trainer: Loop) -> GpuMemory:
+    """Once the steps are done."""
+    return GpuMemory.now(trainer.processes)
+
+
+def report(config: Config, metrics: dict[str, float], memory: GpuMemory) -> str:
     """What a step took by phase, what is left of the GPU, and how long the run will take at most."""
+    return "\n".join(
+        [*phases(metrics, PHASES), "", *fits(memory), projection(config, metrics), *spare(memory, "train")]
+    )
+
+
+def phases(metrics: dict[str, float], names: Sequence[str]) -> list[str]:
+    """A table of seconds and peaks."""
     lines = [f"\n{'phase':<10}{'seconds':>10}{'peak GiB':>12}"]
-    for phase in PHASES:
+    for phase in names:
         peak = metrics.get(f"memory/{phase}")
         lines.append(f"{phase:<10}{metrics[f'time/{phase}']:>10.2f}{'-' if peak is None else f'{peak:.2f}':>12}")
-    lines.append("")
+    return lines
+
+
+def fits(memory: GpuMemory) -> list[str]:
     if memory.total is None:
-        lines.append(
+        return [
             f"It fits. The largest process took {memory.resident:.2f} GiB of this machine's memory; there is no GPU."
-        )
-    else:
-        lines.append(
-            f"It fits. Of the fullest GPU's {memory.total:.1f} GiB {memory.free:.1f} are free, with all that PyTorch keeps for "
-            "the next step. Peaks are what tensors took at once."
-        )
-    lines.append(projection(config, metrics))
-    spare_gpus = torch.cuda.device_count() - world_size
-    if spare_gpus > 0:
-        lines.append(
-            f"{world_size} of {world_size + spare_gpus} GPUs were used. For all of them: grpo train --dry-run --config ..."
-        )
-    return "\n".join(lines)
+        ]
+    return [
+        f"It fits. Of the fullest GPU's {memory.total:.1f} GiB {memory.free:.1f} are free, with all that PyTorch keeps for the "
+        "next step. Peaks are what tensors took at once."
+    ]
+
+
+def spare(memory: GpuMemory, command: str) -> list[str]:
+    """That there are more GPUs than were used."""
+    gpus = torch.cuda.device_count()
+    if memory.processes >= gpus:
+        return []
+    return [f"{memory.processes} of {gpus} GPUs were used. For all of them: grpo {command} --dry-run --config ..."]
 
 
 def projection(config: Config, metrics: dict[str, float]) -> str:
     """The run's time if every step were as long as these."""
     step = metrics["time/step"]
-    text = f"{config.run.steps:,} such steps take {_duration(config.run.steps * step)}"
+    text = f"{config.run.steps:,} such steps take {duration(config.run.steps * step)}"
     evaluation, seconds = config.evaluation, 0.0
     if evaluation.num_questions:
         every, steps = evaluation.every_steps, config.run.steps
@@ -214,32 +243,31 @@ def projection(config: Config, metrics: dict[str, float]) -> str:
         tokens = times * answers * config.rollout.max_completion_tokens
         seconds = tokens / metrics["throughput/rollout"]
         each = f"{evaluation.num_questions:,} questions" + f" x {evaluation.num_samples}" * (evaluation.num_samples > 1)
-        text += f" and {times} evaluations of {each} about {_duration(seconds)} more"
+        text += f" and {times} evaluations of {each} about {duration(seconds)} more"
     return (
         f"{text}. An upper bound: completions mostly end before their limit. Not in it: scoring (the rewards were random), "
         "checkpoints and loading."
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
-def _explain(error: RuntimeError, config: Config, trainer: Trainer | None) -> None:
+def _explain(error: RuntimeError, advise: Advise, trainer: Loop | None) -> None:
     """Say where memory ran out and what to do."""
     phase = "loading" if trainer is None else trainer.clock.phase
-    generator = None if trainer is None else trainer.collector.generator
     world_size = int(os.environ["WORLD_SIZE"])
-    text = shortage(
-        phase,
-        config,
-        reason=str(error).splitlines()[0],
-        world_size=world_size,
-        kv_gib=generator.kv_gib if isinstance(generator, NativeGenerator) else None,
-    )
+    text = shortage(phase, advise(phase, trainer, world_size), reason=str(error).splitlines()[0])
     print_of_rank(text, f"on rank {os.environ['RANK']} of {world_size}: {text}")
+
+
+def _advise(config: Config, phase: str, trainer: Loop | None, world_size: int) -> list[str]:
+    generator = trainer.collector.generator if isinstance(trainer, Trainer) else None
+    kv_gib = generator.kv_gib if isinstance(generator, NativeGenerator) else None
+    return advice(phase, config, world_size=world_size, kv_gib=kv_gib)
 
 
 WHERE = {
@@ -249,11 +277,9 @@ WHERE = {
 }
 
 
-def shortage(
-    phase: str, config: Config, *, reason: str, world_size: int, kv_gib: tuple[float, float] | None = None
-) -> str:
+def shortage(phase: str, changes: Sequence[str], *, reason: str) -> str:
     """What is said when memory runs out."""
-    first, *more = advice(phase, config, world_size=world_size, kv_gib=kv_gib)
+    first, *more = changes
     lines = [
         f"It does not fit: out of memory {WHERE.get(phase, 'in forward and backward passes or the optimizer step (update)')}.",
         f"  {reason}",

@@ -22,7 +22,7 @@ tenth, time within a fifth. Dynamic sampling is taken to find signal in half of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product, takewhile
 from pathlib import Path
@@ -311,15 +311,15 @@ def _layout(recipe: Config, shape: Shape, hardware: Hardware, *, max_tokens: int
         return size(layout) <= USABLE * hardware.memory_gib
 
     tried = None
-    for (offload, stage), usual in product(_stages(hardware.gpus), (True, False)):
+    for (offload, stage), usual in product(zero_stages(hardware.gpus), (True, False)):
         passes = max(longest, USUAL_PASS if usual else 0)
         tried = Layout(stage, offload, passes, min(most, LEAST_SEQUENCES))
         if not fits(tried):
             continue
-        more = (replace(tried, sequences=count) for count in _doubled(tried.sequences, most))
-        tried = _last_that(fits, first=tried, others=more)
-        larger = (replace(tried, pass_tokens=tokens) for tokens in _doubled(passes, MOST_PASS))
-        return _last_that(fits, first=tried, others=larger)
+        more = (replace(tried, sequences=count) for count in doubled(tried.sequences, most))
+        tried = last_that(fits, first=tried, others=more)
+        larger = (replace(tried, pass_tokens=tokens) for tokens in doubled(passes, MOST_PASS))
+        return last_that(fits, first=tried, others=larger)
     assert tried is not None, "there is a stage to try"
     raise ValueError(
         f"--gpu-memory is {hardware.memory_gib:g}; {shape.name} with {shape.weights / 1e9:.2f} billion weights needs "
@@ -329,18 +329,18 @@ def _layout(recipe: Config, shape: Shape, hardware: Hardware, *, max_tokens: int
     )
 
 
-def _stages(gpus: int) -> list[tuple[bool, int]]:
+def zero_stages(gpus: int) -> list[tuple[bool, int]]:
     stages = (2, 3) if gpus > 1 else (2,)
     return list(product((False, True), stages))
 
 
-def _doubled(first: int, most: int) -> Iterator[int]:
+def doubled(first: int, most: int) -> Iterator[int]:
     while first < most:
         first = min(2 * first, most)
         yield first
 
 
-def _last_that(fits: Callable[[Layout], bool], *, first: Layout, others: Iterable[Layout]) -> Layout:
+def last_that(fits: Callable[[Layout], bool], *, first: Layout, others: Iterable[Layout]) -> Layout:
     for layout in takewhile(fits, others):
         first = layout
     return first
@@ -457,19 +457,27 @@ def as_yaml(scaled: Scaled, source: Path, *, run_dir: str, out: Path, num_questi
         if reward["function"] == "overlong" and "buffer" in reward.get("args", {}):
             reward["args"]["buffer"] = _share_of_length(reward["args"]["buffer"], scaled)
             comments["rewards"] = ["# overlong's buffer: the same share of the most tokens as the recipe's"]
-    lines = [f"# {line}".rstrip() for line in _header(scaled, source, out, num_questions)]
+    reasons = {name: reason for name, (_, reason) in why.items()}
+    text = annotated(settings, reasons, _header(scaled, source, out, num_questions), comments)
+    Config(**read_yaml(text))
+    return text
+
+
+def annotated(
+    settings: dict[str, Any], reasons: Mapping[str, str], header: Sequence[str], comments: Mapping[str, Sequence[str]]
+) -> str:
+    """YAML with lines at its top and above sections, and a reason beside each setting that has one."""
+    lines = [f"# {line}".rstrip() for line in header]
     for section, values in settings.items():
         lines += ["", f"{section}:"]
         if isinstance(values, list):
             lines += [f"  {line}" for line in [*comments.get(section, []), *_dumped(values)]]
             continue
         for setting, value in values.items():
-            reason = why.get(f"{section}.{setting}", (None, ""))[1]
+            reason = reasons.get(f"{section}.{setting}", "")
             first, *rest = _dumped({setting: value})
             lines += [f"  {first}" + (f" # {reason}" if reason else ""), *(f"  {line}" for line in rest)]
-    text = "\n".join(lines) + "\n"
-    Config(**read_yaml(text))
-    return text
+    return "\n".join(lines) + "\n"
 
 
 def _share_of_length(tokens: int, scaled: Scaled) -> int:

@@ -3,14 +3,19 @@
 grpo evaluate --model runs/gsm8k --benchmarks gsm8k --samples 16
 grpo evaluate --model Qwen/Qwen2.5-0.5B --benchmarks gsm8k,math500 --templates r1_zero,chat_boxed
 grpo evaluate --model runs/quickstart --benchmarks mine --data mine=configs/quickstart/test.jsonl --templates chat
+grpo evaluate --endpoint http://127.0.0.1:8000/v1 --model gsm8k --benchmarks gsm8k --templates chat
 
-The model is a run (its newest checkpoint), a checkpoint, a directory in Hugging Face format or an id of the hub. Started
-again with the same settings, an evaluation that was interrupted goes on.
+The model is a run (its newest checkpoint), a checkpoint, a directory in Hugging Face format or an id of the hub; with --endpoint
+it is a name at a server with OpenAI's API. Started again with the same settings, an evaluation that was interrupted goes on.
 """
 
+from __future__ import annotations
+
 import argparse
+import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from grpo.data import registry as benchmarks
 from grpo.evaluation import asked
@@ -18,9 +23,14 @@ from grpo.observe.console import errors_for_users, positive
 from grpo.system.parser import Parser
 from grpo.system.terminal import say
 
+if TYPE_CHECKING:
+    from grpo.evaluation.endpoint import HostedModel
+
 
 def main() -> None:
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments = parser.parse_args()
+    check(parser, arguments)
     with errors_for_users():
         from grpo.evaluation import benchmark, results
         from grpo.policy.model_source import model_directory
@@ -28,7 +38,7 @@ def main() -> None:
 
         names, data = benchmarks.named(arguments)
         settings = asked.Settings(
-            model=model_directory(arguments.model),
+            model=arguments.model if arguments.endpoint else model_directory(arguments.model),
             benchmarks=names,
             templates=arguments.templates.split(","),
             data=data,
@@ -44,7 +54,9 @@ def main() -> None:
             system_prompt=arguments.system_prompt,
             dtype=arguments.dtype,
             seed=arguments.seed,
+            endpoint=arguments.endpoint,
         )
+        hosted = _hosted(arguments) if arguments.endpoint else None
         runtime = asked.Runtime(
             engine=arguments.engine,
             max_sequences=arguments.max_sequences,
@@ -53,19 +65,56 @@ def main() -> None:
             trust_remote_code=arguments.trust_remote_code,
         )
         out = Path(arguments.out) if arguments.out else benchmark.default_out(settings.model)
-        found = benchmark.evaluate(settings, out, runtime)
+        found = benchmark.evaluate(settings, out, runtime, hosted)
     if os.environ.get("RANK", "0") == "0":
         say(
             f"\n{results.report(found['results'])}\n\nsamples    {out / 'samples.jsonl'}\nresults    {out / 'results.json'}"
         )
+        if hosted is not None:
+            hosted.report()
         if benchmarks.PROBES_NAME in names:
             say(results.transcript(results.read_samples(out / "samples.jsonl", benchmark=benchmarks.PROBES_NAME)))
     distributed.stop()
 
 
+def _hosted(arguments: argparse.Namespace) -> HostedModel:
+    from grpo.evaluation.endpoint import Endpoint, HostedModel
+
+    endpoint = Endpoint(
+        arguments.endpoint,
+        api_key_env=arguments.api_key_env,
+        concurrency=arguments.concurrency or Endpoint.concurrency,
+        request=arguments.request or {},
+        price=(arguments.price_in or 0.0, arguments.price_out or 0.0),
+    )
+    return HostedModel(endpoint, arguments.model)
+
+
+LOCAL = ("revision", "dtype", "engine", "max_sequences", "kv_cache_gib", "trust_remote_code")
+REMOTE = ("api_key_env", "concurrency", "request", "price_in", "price_out")
+
+
+def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuse what has no effect."""
+    for name in LOCAL if arguments.endpoint else REMOTE:
+        if getattr(arguments, name) != parser.get_default(name):
+            option = "--" + name.replace("_", "-")
+            where, remedy = ("with", "") if arguments.endpoint else ("without", ", or name an --endpoint")
+            parser.error(f"{option} {where} --endpoint has no effect. Leave it out{remedy}.")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
+    remote = parser.add_argument_group("a model that is hosted elsewhere")
+    remote.add_argument(
+        "--endpoint", metavar="URL", help="with its version: https://api.deepseek.com/v1; --model is a name there"
+    )
+    remote.add_argument("--api-key-env", metavar="NAME", help="environment variable with the key; default: no key")
+    remote.add_argument("--concurrency", type=positive, metavar="N", help="requests at once; default: 32")
+    remote.add_argument("--request", type=_fields, metavar="JSON", help="further fields of each request")
+    remote.add_argument("--price-in", type=_not_negative, metavar="DOLLARS", help="for a million tokens read")
+    remote.add_argument("--price-out", type=_not_negative, metavar="DOLLARS", help="for a million tokens written")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the Python code that comes with the model"
     )
@@ -121,6 +170,16 @@ def _not_negative(text: str) -> float:
     if not 0 <= float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a temperature; it is 0 or more")
     return float(text)
+
+
+def _fields(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return found
 
 
 def _share(text: str) -> float:

@@ -1,4 +1,4 @@
-"""Which model is asked, and how: what `grpo sample` and `grpo chat` share."""
+"""Which model is asked, and how: what `grpo sample`, `chat` and `serve` share."""
 
 from argparse import ArgumentParser
 from typing import get_args
@@ -8,8 +8,12 @@ from grpo.config import DataConfig
 TEMPLATES = get_args(DataConfig.model_fields["template"].annotation)
 
 
-def add_options(parser: ArgumentParser) -> None:
-    """What both commands ask for; inference/resolve_model.py answers it."""
+def add_options(parser: ArgumentParser, *, one_model: bool = True) -> None:
+    """What these commands ask for; inference/resolve_model.py answers it.
+
+    Args:
+        one_model: of a run one checkpoint is chosen here; otherwise a command has options of its own for that.
+    """
     parser.add_argument(
         "--model",
         required=True,
@@ -19,10 +23,11 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the Python code that comes with the model"
     )
-    parser.add_argument(
-        "--step", type=int, metavar="N", help="of a run: the checkpoint of step N instead of the newest"
-    )
-    parser.add_argument("--base", action="store_true", help="of a run: the model that it started from")
+    if one_model:
+        parser.add_argument(
+            "--step", type=int, metavar="N", help="of a run: the checkpoint of step N instead of the newest"
+        )
+        parser.add_argument("--base", action="store_true", help="of a run: the model that it started from")
     parser.add_argument(
         "--config", metavar="YAML", help="template, rewards, sampling and data from here; default: the run's"
     )

@@ -1,6 +1,7 @@
 """Write a recipe for the GPUs you own: the ratios stay, sizes and lengths become what fits into memory and time.
 
 grpo scale --gpus 1 --gpu-memory 80 --model Qwen/Qwen2.5-1.5B --out my.yaml
+grpo scale --config configs/r1/50_sft.yaml --gpus 2 --gpu-memory 80 --model Qwen/Qwen2.5-7B --out sft.yaml
 grpo scale --config configs/recipes/dapo-32b.yaml --gpus 8 --model Qwen/Qwen2.5-7B --hours 48 --out dapo.yaml
 
 No weights are loaded. What comes out is an estimate; `grpo train --dry-run` measures it.
@@ -31,32 +32,65 @@ def main() -> None:
         "--hours", type=_above_zero, default=24, metavar="H", help="for the whole run; default: %(default)s"
     )
     parser.add_argument(
-        "--max-tokens", type=positive, metavar="N", help="of a completion; default: the recipe's, 2048 at most"
+        "--max-tokens",
+        type=positive,
+        metavar="N",
+        help="of a completion; default: the recipe's, 2048 at most; of a row of "
+        "supervised training; default: the recipe's",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the YAML file to write")
     arguments = parser.parse_args()
     with errors_for_users():
-        from grpo import Config
-        from grpo.check import scale
-        from grpo.data.files import load_table
-
         if arguments.out.exists():
             raise ValueError(f"--out is {arguments.out}; it is there already. Remove it, or name another file.")
         if not arguments.out.parent.is_dir():
             raise ValueError(f"--out is {arguments.out}; there is no directory {arguments.out.parent}. Make it first.")
-        recipe = Config.load(arguments.config)
-        max_tokens = arguments.max_tokens or min(scale.USUAL_TOKENS, recipe.rollout.max_completion_tokens)
-        hardware = scale.Hardware(arguments.gpus, arguments.gpu_memory, arguments.gpu)
-        shape = scale.shape_of(arguments.model)
-        scaled = scale.scale_down(recipe, shape, hardware, max_tokens=max_tokens, hours=arguments.hours)
-        name = recipe.data.name if isinstance(recipe.data.name, str) else None
-        local = name is not None and Path(name).is_file()
-        rows = sum(1 for _ in load_table(str(name), None, recipe.data.split, "data.name")) if local else None
-        text = scale.as_yaml(
-            scaled, arguments.config, run_dir=f"runs/{arguments.out.stem}", out=arguments.out, num_questions=rows
-        )
+        text = supervised(arguments) if is_supervised(arguments.config) else reinforcement(arguments)
     arguments.out.write_text(text)
     print(text)
+
+
+def is_supervised(source: Path) -> bool:
+    """Whether it says how rows are learned."""
+    from grpo.config import read_yaml
+
+    settings = read_yaml(source.read_text()) if source.is_file() else None
+    return isinstance(settings, dict) and "training" in settings
+
+
+def supervised(arguments: argparse.Namespace) -> str:
+    """The file's text; `--hours` has no say, as rows are not left out."""
+    from grpo import SupervisedConfig
+    from grpo.check import scale, scale_supervised
+
+    recipe = SupervisedConfig.load(arguments.config)
+    return scale_supervised.as_yaml(
+        recipe,
+        arguments.config,
+        scale.shape_of(arguments.model),
+        scale.Hardware(arguments.gpus, arguments.gpu_memory, arguments.gpu),
+        max_tokens=arguments.max_tokens or recipe.data.max_tokens,
+        run_dir=f"runs/{arguments.out.stem}",
+        out=arguments.out,
+    )
+
+
+def reinforcement(arguments: argparse.Namespace) -> str:
+    from grpo import Config
+    from grpo.check import scale
+    from grpo.data.files import load_table
+
+    recipe = Config.load(arguments.config)
+    max_tokens = arguments.max_tokens or min(scale.USUAL_TOKENS, recipe.rollout.max_completion_tokens)
+    hardware = scale.Hardware(arguments.gpus, arguments.gpu_memory, arguments.gpu)
+    shape = scale.shape_of(arguments.model)
+    scaled = scale.scale_down(recipe, shape, hardware, max_tokens=max_tokens, hours=arguments.hours)
+    name = recipe.data.name if isinstance(recipe.data.name, str) else None
+    local = name is not None and Path(name).is_file()
+    rows = sum(1 for _ in load_table(str(name), None, recipe.data.split, "data.name")) if local else None
+    return scale.as_yaml(
+        scaled, arguments.config, run_dir=f"runs/{arguments.out.stem}", out=arguments.out, num_questions=rows
+    )
 
 
 def _above_zero(text: str) -> float:

@@ -2,6 +2,7 @@
 
 grpo sft --config sft-quickstart
 grpo sft --config configs/r1/20_cold_start.yaml --set training.epochs=3
+grpo sft --config configs/r1/20_cold_start.yaml --dry-run
 
 It starts a process on each GPU of this machine, or one where there is none. On several machines, or with options of its own, a
 launcher starts them: accelerate launch scripts/train_sft.py ..., torchrun -m grpo sft ... Exit codes are those of grpo train.
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="SECTION.SETTING=VALUE", help="override settings"
     )
+    parser.add_argument("--dry-run", action="store_true", help="learn the longest update and say whether it fits")
     parser.add_argument(
         "--processes", type=positive, metavar="N", help="default: one for each GPU of this machine, else one"
     )
@@ -36,7 +38,18 @@ def main() -> None:
     with errors_for_users():
         config = SupervisedConfig.load(arguments.config, arguments.set)
         launch.start_processes(MODULE, arguments.processes)
-    raise SystemExit(launch.train(lambda: make_trainer(config), MODULE))
+    raise SystemExit(dry_run(config) if arguments.dry_run else launch.train(lambda: make_trainer(config), MODULE))
+
+
+def dry_run(config: SupervisedConfig) -> int:
+    """See grpo/check/supervised.py."""
+    with errors_for_users():
+        from grpo.check import supervised
+        from grpo.system import distributed
+
+        exit_code = supervised.check(config)
+        distributed.stop()
+        return exit_code
 
 
 def make_trainer(config: SupervisedConfig) -> SupervisedTrainer:

@@ -17,6 +17,7 @@ from grpo.config.sections import (
     DistributedConfig,
     LoRAConfig,
     OptimizerConfig,
+    PlaceConfig,
     Section,
     SourceConfig,
     TeacherConfig,
@@ -84,6 +85,23 @@ def check_schedules(config: Config) -> None:
         setattr(section, name, int(largest) if is_whole else largest)
 
 
+def check_hub(run: PlaceConfig) -> None:
+    """Raises ValueError if what is said of the hub is no name there, or has no effect."""
+    if run.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", run.push_to_hub):
+        raise ValueError(
+            f"run.push_to_hub is {run.push_to_hub!r}; it is the name of a model on the hub, user/name. Correct it."
+        )
+    for name in ("push_at", "hub_private"):
+        if (
+            run.push_to_hub is None
+            and name in run.model_fields_set
+            and getattr(run, name) != PlaceConfig.model_fields[name].default
+        ):
+            raise ValueError(
+                f"run.{name} is {getattr(run, name)!r}; it has no effect while run.push_to_hub is null. Set it, or remove this."
+            )
+
+
 def check_combinations(config: Config) -> None:
     rollout = config.rollout
     if rollout.group_size < 2:
@@ -139,6 +157,7 @@ def check_combinations(config: Config) -> None:
         raise ValueError(
             "run.accept_changes is true; it has no effect while run.resume is 'never'. Set run.resume to auto, or remove it."
         )
+    check_hub(config.run)
     check_lists("logging.reflection_words", config.logging.reflection_words)
     for name in ("answer_regex", "eval_answer_regex"):
         _check_regex(f"data.{name}", getattr(config.data, name))

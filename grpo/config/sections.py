@@ -507,6 +507,13 @@ class PlaceConfig(Section):
     the next free of dir-2, dir-3, ... is taken."""
     accept_changes: bool = False
     """Resume although the questions or the source of the rewards are not those that the checkpoint was written with."""
+    push_to_hub: str | None = None
+    """A model of the hub, such as `user/name`, to push the result to, with a card; its completions become the data set
+    `user/name-completions`. Without a login or a network a line says so, and the run goes on."""
+    push_at: Literal["end", "checkpoint"] = "end"
+    """checkpoint: push every checkpoint too, in the background. Each is a revision: the tag `step-N`."""
+    hub_private: bool = True
+    """Make repositories that are not there yet visible to their owner alone."""
 
 
 class RunConfig(PlaceConfig):

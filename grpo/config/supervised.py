@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from grpo.config.combinations import TASK_PREFIX, check_watchdog
+from grpo.config.combinations import TASK_PREFIX, check_hub, check_watchdog
 from grpo.config.elsewhere import ELSEWHERE, SUPERVISED
 from grpo.config.sections import (
     CheckpointConfig,
@@ -127,6 +127,7 @@ class SupervisedConfig(Settings):
     def check(self) -> None:
         """See Settings."""
         data, training, evaluation = self.data, self.training, self.evaluation
+        check_hub(self.run)
         names = data.name if isinstance(data.name, list) else [data]
         if any(str(each.name).startswith(TASK_PREFIX) for each in names):
             raise ValueError(

@@ -54,6 +54,7 @@ class Settings:
     system_prompt: str | None = None  # of the chat templates; None: what the tokenizer's template says by itself
     dtype: str = "auto"
     seed: int = 0
+    endpoint: str | None = None  # the address of a server that hosts the model; None: it is loaded here
 
     def __post_init__(self) -> None:
         """Raises ValueError: a name that is not known, or settings that contradict each other."""
@@ -69,6 +70,11 @@ class Settings:
             raise ValueError(
                 f"--system-prompt is {self.system_prompt!r}; only the chat templates have a system message, and --templates is "
                 f"{','.join(self.templates)}. Remove it, or add chat or chat_boxed."
+            )
+        if self.endpoint is not None and self.stop:
+            raise ValueError(
+                f"--stop is {self.stop} with --endpoint; servers cut stop texts off, and with </answer> the answer could not be "
+                "found. Leave it out."
             )
         if self.revision != "main" and Path(self.model).is_dir():
             raise ValueError(

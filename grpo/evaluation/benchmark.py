@@ -19,10 +19,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import xxhash
-from transformers import PreTrainedTokenizerBase
 
 from grpo.config import Config, DataConfig, ModelConfig
 from grpo.data import registry as benchmarks
@@ -41,7 +40,7 @@ from grpo.system import distributed
 from grpo.system.distributed import Processes
 from grpo.system.out_of_memory import retry_with_fewer_sequences
 from grpo.system.terminal import say
-from grpo.types import VOTE
+from grpo.types import VOTE, Generator, Prompt
 
 
 def default_out(model: str) -> Path:
@@ -89,54 +88,100 @@ def _options_named() -> Iterator[None]:
 
 
 @_options_named()
-def evaluate(settings: Settings, out: Path, runtime: Runtime) -> dict[str, Any]:
+def evaluate(settings: Settings, out: Path, runtime: Runtime, hosted: Asks | None = None) -> dict[str, Any]:
     """Answer what is not answered yet, and return what results.json holds. Every process calls it.
+
+    Args:
+        hosted: asks a model that is hosted elsewhere; None: the model is loaded here.
 
     Raises:
         ValueError: whatever is wrong with settings, data or model, before the model is loaded.
     """
-    model = ModelConfig(name=settings.model, revision=settings.revision, trust_remote_code=runtime.trust_remote_code)
-    tokenizer = load_tokenizer(model)
+    asks: Asks = OwnModel(settings, runtime) if hosted is None else hosted
     processes = distributed.join()
     rows = processes.on_main(lambda: {name: _rows(settings, name) for name in settings.benchmarks})
     with _scorers(settings, runtime) as scorers, ExitStack() as held:
         tasks = [
-            _task(settings, name, template, rows[name], tokenizer, scorers[PROMPT_FORMATS[template].source], processes)
+            _task(settings, name, template, rows[name], asks, scorers[PROMPT_FORMATS[template].source], processes)
             for name in settings.benchmarks
             for template in settings.templates
         ]
-        asked = [prompt.token_ids for task in tasks for prompt in task.prompts]
-        check_vocabulary(model, tokenizer, asked)
-        longest = max(map(len, asked))
-        if settings.max_completion_tokens is None:
-            settings = replace(settings, max_completion_tokens=default_max_tokens(model, longest))
+        settings = asks.prepared(settings, [prompt for task in tasks for prompt in task.prompts])
         for scorer in scorers.values():
             scorer.max_completion_tokens = settings.sampling.max_tokens
-        config = inference.sampling_config(
-            settings.model,
-            revision=settings.revision,
-            dtype=settings.dtype,
-            max_prompt_tokens=longest,
-            max_completion_tokens=settings.sampling.max_tokens,
-            engine=runtime.engine,
-            max_sequences=runtime.max_sequences,
-            kv_cache_gib=runtime.kv_cache_gib,
-            trust_remote_code=runtime.trust_remote_code,
-        )
-        processes.on_main(lambda: held.enter_context(_claimed(out, settings, rows)))
+        processes.on_main(lambda: held.enter_context(_claimed(out, settings, rows, asks)))
         wanted = {key: task.num_samples for task in tasks for key in task.keys}
         done = processes.on_main(lambda: finished(out / "samples.jsonl", QUESTION_KEYS, wanted))
-        sampler = inference.load(config, tokenizer)
+        generator = asks.start(out)
         results = processes.on_main(lambda: earlier_results(out))
         for task in tasks:
             started = time.perf_counter()
-            _answer(task, done, sampler, scorers[PROMPT_FORMATS[task.template].source], settings, out)
+            _answer(task, done, generator, scorers[PROMPT_FORMATS[task.template].source], settings, out, processes)
             processes.barrier()
             is_new = done.isdisjoint(task.keys)
             seconds = time.perf_counter() - started if is_new else seconds_of(results, task)
             # the others wait for it, so that nobody writes the next task's samples while these are read
             results = processes.on_main(partial(conclude, task, results, settings, out, seconds=seconds))
     return as_json(settings, results)
+
+
+class Asks(Protocol):
+    """Who asks a model: one that is loaded here, or one that is hosted elsewhere."""
+
+    def prompts(self, rows: list[dict[str, Any]], data: DataConfig) -> list[Prompt]:
+        """Of the rows of a benchmark, in their order."""
+        ...
+
+    def prepared(self, settings: Settings, prompts: list[Prompt]) -> Settings:
+        """With the most tokens of a completion, once all prompts are known. Raises ValueError if they do not fit."""
+        ...
+
+    def files(self) -> str:
+        """What tells the model from others of its name."""
+        ...
+
+    def start(self, out: Path) -> Generator:
+        """What answers."""
+        ...
+
+
+class OwnModel:
+    """A model that is loaded here."""
+
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.model = ModelConfig(
+            name=settings.model, revision=settings.revision, trust_remote_code=runtime.trust_remote_code
+        )
+        self.tokenizer = load_tokenizer(self.model)
+
+    def prompts(self, rows: list[dict[str, Any]], data: DataConfig) -> list[Prompt]:
+        return build_prompts(rows, self.tokenizer, data)[0]
+
+    def prepared(self, settings: Settings, prompts: list[Prompt]) -> Settings:
+        asked = [prompt.token_ids for prompt in prompts]
+        check_vocabulary(self.model, self.tokenizer, asked)
+        longest = max(map(len, asked))
+        if settings.max_completion_tokens is None:
+            settings = replace(settings, max_completion_tokens=default_max_tokens(self.model, longest))
+        self.config = inference.sampling_config(
+            settings.model,
+            revision=settings.revision,
+            dtype=settings.dtype,
+            max_prompt_tokens=longest,
+            max_completion_tokens=settings.sampling.max_tokens,
+            engine=self.runtime.engine,
+            max_sequences=self.runtime.max_sequences,
+            kv_cache_gib=self.runtime.kv_cache_gib,
+            trust_remote_code=self.runtime.trust_remote_code,
+        )
+        return settings
+
+    def files(self) -> str:
+        return inference.fingerprint(self.model.name, self.model.revision)
+
+    def start(self, out: Path) -> Generator:
+        return inference.load(self.config, self.tokenizer).generator
 
 
 MOST_TOKENS = 4096
@@ -203,7 +248,7 @@ def _task(
     name: str,
     template: str,
     rows: list[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    asks: Asks,
     scorer: Scorer,
     processes: Processes,
 ) -> Task:
@@ -211,7 +256,7 @@ def _task(
     system_prompt = settings.system_prompt if how.template == "chat" else None
     data = DataConfig(template=how.template, system_prompt=system_prompt, max_prompt_tokens=NO_LIMIT)  # type: ignore[arg-type]
     asked = [{**row, "question": row["question"] + how.suffix} for row in rows]
-    prompts, _ = build_prompts(asked, tokenizer, data)
+    prompts = asks.prompts(asked, data)
     reasons = processes.on_main(lambda: scorer.check_rows(rows))
     own = [
         replace(
@@ -240,13 +285,13 @@ NO_LIMIT = 2**30
 def _answer(
     task: Task,
     done: set[tuple[str, str, int]],
-    sampler: inference.Sampler,
+    generator: Generator,
     scorer: Scorer,
     settings: Settings,
     out: Path,
+    processes: Processes,
 ) -> None:
     """Answer this process's share of what is not done, and write it down as it comes."""
-    processes = sampler.processes
     left = [each for each, key in zip(task.prompts, task.keys, strict=True) if key not in done]
     mine = left[processes.rank :: processes.world_size]
     if not left:
@@ -262,7 +307,7 @@ def _answer(
     def sample() -> None:
         answer(
             [prompt for prompt in mine if prompt.row not in book.written],
-            generator=sampler.generator,
+            generator=generator,
             scorer=scorer,
             sampling=settings.sampling,
             num_samples=task.num_samples,
@@ -272,15 +317,17 @@ def _answer(
 
     try:
         with bar:
-            retry_with_fewer_sequences(sample, sampler.generator, rank=processes.rank)
+            retry_with_fewer_sequences(sample, generator, rank=processes.rank)
     finally:
         book.flush()
 
 
-def _claimed(out: Path, settings: Settings, rows: dict[str, list[dict[str, Any]]]) -> AbstractContextManager[None]:
+def _claimed(
+    out: Path, settings: Settings, rows: dict[str, list[dict[str, Any]]], asks: Asks
+) -> AbstractContextManager[None]:
     wanted = {
         **asdict(settings),
-        "model_files": inference.fingerprint(settings.model, settings.revision),
+        "model_files": asks.files(),
         "questions": {name: xxhash.xxh3_128(json.dumps(own).encode()).hexdigest() for name, own in rows.items()},
     }
     return claimed(out, wanted, option="--out", difference=_difference, results=["results.json"])

@@ -105,18 +105,29 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sampler:
     Raises:
         ValueError: the model is not there, or the engine cannot run it here.
     """
+    model = load_model(config, tokenizer)
+    lm = model.lm
+    if model.processes.device.type == "cpu":
+        most = max_sequences_in_memory(lm, config.max_sequence_tokens)
+        if config.memory.max_sequences > most:
+            memory = config.memory.model_copy(update={"max_sequences": most})
+            config = config.model_copy(update={"memory": memory})
+    return Sampler(model, make_generator(config, model))
+
+
+def load_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> SampledModel:
+    """The model of a configuration without an engine. Every process calls it.
+
+    Raises:
+        ValueError: the model is not there.
+    """
     processes = distributed.join()
     lm = merged(load_lm(config.model, dtype=resolve_dtype(config.model.dtype)), config.model)
     lm.requires_grad_(False).eval()
     lay_out(lm, processes.device)
     if processes.device.type == "cpu":
         use_fastest_threads(lm)
-        most = max_sequences_in_memory(lm, config.max_sequence_tokens)
-        if config.memory.max_sequences > most:
-            memory = config.memory.model_copy(update={"max_sequences": most})
-            config = config.model_copy(update={"memory": memory})
-    model = SampledModel(lm, config.model, tokenizer, processes)
-    return Sampler(model, make_generator(config, model))
+    return SampledModel(lm, config.model, tokenizer, processes)
 
 
 def max_sequences_in_memory(lm: PreTrainedModel, num_tokens: int) -> int:

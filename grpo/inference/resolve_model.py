@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config import Config, DataConfig, ModelConfig, RewardConfig
+from grpo.config import Config, DataConfig, ModelConfig, RewardConfig, SupervisedConfig, read_yaml
 from grpo.data.prompts import use_chat_template
 from grpo.inference.model import Sampler, load, sampling_config
 from grpo.policy.families import attribute
@@ -122,15 +122,22 @@ def choose(options: Namespace) -> Chosen:
         raise ValueError(f"--step is {options.step} with --base; that is step 0 of the run. Leave one of the two out.")
     path = options.config or (None if directory is None else directory / "config.yaml")
     if options.base and directory is not None:
-        model = Config.load(directory / "config.yaml").model
+        model = settings_of(directory / "config.yaml").model
     else:
         name = model_directory(options.model) if options.step is None else _of_step(directory, options.step)
         model = ModelConfig(name=name)
     model.trust_remote_code = options.trust_remote_code  # not as the run has it, which may be another person's
-    settings = usual_settings(model) if path is None else Config.load(path)
+    settings = usual_settings(model) if path is None else settings_of(Path(path))
     if not options.config and not options.base:  # a checkpoint's tokenizer has its chat template
         settings = settings.model_copy(update={"data": settings.data.model_copy(update={"chat_template": None})})
     return Chosen(model, settings, path is not None, sampling_of(options, settings.sampling))
+
+
+def settings_of(path: Path) -> Config:
+    """What a YAML says; of supervised training, how its held-out questions are asked."""
+    if path.is_file() and "training" in read_yaml(path.read_text(encoding="utf-8")):
+        return SupervisedConfig.load(path).parts
+    return Config.load(path)
 
 
 def usual_settings(model: ModelConfig) -> Config:

@@ -51,8 +51,8 @@ STYLE: Any = {
 }
 
 
-def plot_curves(run_dir: Path) -> Path:
-    """Draw the six curves that say most as `curves.png` in the run's directory and return its path."""
+def plot_curves(run_dir: Path, path: Path | None = None) -> Path:
+    """Draw the six curves that say most, by default as `curves.png` in the run's directory, and return the file's path."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -68,7 +68,7 @@ def plot_curves(run_dir: Path) -> Path:
         for axis in axes.flat[len(chosen) :]:
             axis.set_axis_off()
         figure.suptitle(run_dir.name, x=0.01, ha="left", fontsize=11)
-        path = run_dir / "curves.png"
+        path = path or run_dir / "curves.png"
         figure.savefig(path, dpi=140)
     return path
 

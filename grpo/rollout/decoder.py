@@ -88,7 +88,7 @@ class Decoder:
         self.logprobs = self._zeros(self.chunk, num_slots, dtype=torch.float32)
         self.truncated = False
         self._columns: dict[Sequence, int] = {}  # where each row of the last launch is
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
         self._addresses: list[int] = []
         self._layers: Callable[..., Tensor] = model_layers
@@ -210,22 +210,33 @@ class Decoder:
         places = Places(self.cache, write=page * PAGE + lens % PAGE, block_table=table, lens=lens + 1)
         return output_head(self.lm)(self._layers(self.lm, tokens, lens, places))
 
+    def _draw(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """A token of each row and its log-probability; logits (size, V), positions (size,)."""
+        return draw(logits, self.seeds[: len(logits)], positions, self.knobs, truncated=self.truncated)
+
+    def _is_end(self, drawn: Tensor) -> Tensor:
+        """(size,) whether a token ends its row."""
+        return (drawn.unsqueeze(1) == self.ends).any(1)
+
     def _step(self, size: int) -> None:
         logits = self.logits(size)
         tokens, lens, remaining = self.state[:, :size].unbind(0)
-        drawn, logprobs = draw(logits, self.seeds[:size], lens + 1, self.knobs, truncated=self.truncated)
+        drawn, logprobs = self._draw(logits, lens + 1)
         self.tokens[:, :size].index_copy_(0, self.step_number, drawn.unsqueeze(0))
         self.logprobs[:, :size].index_copy_(0, self.step_number, logprobs.unsqueeze(0))
         self.step_number.add_(1)
         alive = remaining > 0
         lens.add_(alive)
         tokens.copy_(drawn.where(alive, tokens))
-        ended = (drawn.unsqueeze(1) == self.ends).any(1)
-        remaining.sub_(alive.int()).mul_(~(alive & ended))
+        remaining.sub_(alive.int()).mul_(~(alive & self._is_end(drawn)))
+
+    def _variant(self) -> tuple[bool, ...]:
+        """What a captured step depends on, besides its size."""
+        return (self.truncated,)
 
     def _graph(self, size: int) -> torch.cuda.CUDAGraph:
         """A captured step. The step before the capture, which compiles and sets up, has no sequences: it writes to page 0."""
-        key = (size, self.truncated)
+        key = (size, *self._variant())
         if key not in self._graphs:
             state, table = self.state.clone(), self.table.clone()
             self.state.zero_()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -257,9 +258,19 @@ class Call:
         }
 
 
+D = TypeVar("D", bound=Decoder)
+
+
 def make_decoder(
-    lm: PreTrainedModel, end_token_ids: list[int], *, num_slots: int, pages_each: int, gib: float | None, fused: bool
-) -> Decoder:
+    lm: PreTrainedModel,
+    end_token_ids: list[int],
+    *,
+    num_slots: int,
+    pages_each: int,
+    gib: float | None,
+    fused: bool,
+    kind: type[D] = Decoder,  # type: ignore[assignment]
+) -> D:
     """A decoder whose cache holds `num_slots` sequences of full length, or as much as there is memory for.
 
     Args:
@@ -269,7 +280,7 @@ def make_decoder(
         ValueError: there is not enough memory for the fewest sequences that always come to an end.
     """
     weight = next(lm.parameters())
-    shape = _cache_shape(lm)
+    shape = cache_shape(lm)
     page_bytes = PagedCache.bytes_per_page(**shape, dtype=weight.dtype)
     fewest = FEWEST_SEQUENCES * pages_each + 1  # page 0 is nobody's
     free = free_bytes(weight.device)
@@ -288,14 +299,14 @@ def make_decoder(
             "data.max_prompt_tokens or rollout.max_completion_tokens, or raise distributed.zero_stage on more GPUs."
         )
     cache = PagedCache(**shape, num_pages=num_pages, dtype=weight.dtype, device=weight.device)
-    return Decoder(lm, cache, num_slots=num_slots, pages_each=pages_each, end_token_ids=end_token_ids, fused=fused)
+    return kind(lm, cache, num_slots=num_slots, pages_each=pages_each, end_token_ids=end_token_ids, fused=fused)
 
 
 LARGEST_SHARE = 0.9
 """Of the free memory, what a cache may take: logits and the reading of prompts take some besides it."""
 
 
-def _cache_shape(lm: PreTrainedModel) -> dict[str, int]:
+def cache_shape(lm: PreTrainedModel) -> dict[str, int]:
     """As the layers hand keys and values to their attention, which `_unsupported_by_design` has found to be alike."""
     calls, _ = attention_calls(lm)
     return {"num_layers": len(calls), "num_kv_heads": calls[0].num_kv_heads, "head_dim": calls[0].key_dim}
@@ -316,7 +327,9 @@ def unsupported(policy: SampledModel, *, fused: bool) -> str | None:
     with policy.sampling_model("paged") as lm:
         fused = fused and can_fuse(lm)
         pages_each = num_pages_for(tokens.shape[1])
-        decoder = make_decoder(lm, policy.end_token_ids, num_slots=2, pages_each=pages_each, gib=None, fused=fused)
+        decoder: Decoder = make_decoder(
+            lm, policy.end_token_ids, num_slots=2, pages_each=pages_each, gib=None, fused=fused
+        )
         try:
             ours = _teacher_forced(decoder, tokens, temperature=policy.temperature)
             decoder.warm_up(len(tokens))

@@ -389,6 +389,7 @@ def draw(logits: Tensor, seeds: Tensor, positions: Tensor, knobs: Tensor, *, tru
         num_rows * num_blocks,
         SIZE=size,
         BLOCK=BLOCK,
+        KNOBS=row_of_knobs(knobs),
         TRUNCATED=truncated,
     )
     tokens = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
@@ -408,10 +409,16 @@ def draw(logits: Tensor, seeds: Tensor, positions: Tensor, knobs: Tensor, *, tru
         SIZE=size,
         BLOCK=BLOCK,
         BLOCKS=triton.next_power_of_2(num_blocks),
+        KNOBS=row_of_knobs(knobs),
         TRUNCATED=truncated,
         num_warps=8,
     )
     return tokens, logprobs
+
+
+def row_of_knobs(knobs: Tensor) -> int:
+    """How far apart the knobs of two rows are: all rows have the same ones, or each its own."""
+    return 0 if knobs.dim() == 1 else knobs.stride(0)
 
 
 @triton.jit
@@ -430,13 +437,14 @@ def _block_stats(
     plane,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    KNOBS: tl.constexpr,
     TRUNCATED: tl.constexpr,
 ):
     """Of one block of one row: its maximum, the sum of exp(x - maximum), and that sum over what may be drawn."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     raw = tl.load(logits_ptr + row * stride + columns, mask=columns < SIZE, other=float("-inf"))
-    x = _scaled(raw, tl.load(knobs_ptr))
+    x = _scaled(raw, tl.load(knobs_ptr + row * KNOBS))
     top = tl.max(x, 0)
     weights = tl.exp(x - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(weights, 0)
@@ -477,10 +485,11 @@ def _pick(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    KNOBS: tl.constexpr,
     TRUNCATED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(knobs_ptr)
+    temperature = tl.load(knobs_ptr + row * KNOBS)
     blocks = tl.arange(0, BLOCKS)
     ok = blocks < num_blocks
     tops = tl.load(stats_ptr + row * num_blocks + blocks, mask=ok, other=float("-inf"))
@@ -526,14 +535,17 @@ def _uniform(seed, position):
 
 def _floor(logits: Tensor, knobs: Tensor) -> Tensor:
     """(B,) float32, the smallest logit that top-k, top-p and min-p leave."""
-    temperature = knobs[0].where(knobs[0] > 0, 1.0)
+    temperature, top_k, top_p, min_p = knobs.unbind(-1)
+    temperature = temperature.where(temperature > 0, 1.0)
     top = logits.amax(-1).float()
     size = float(logits.shape[1])
-    wanted = knobs[1].where(knobs[1] > 0, size).expand(len(logits)).double()
+    wanted = top_k.where(top_k > 0, size).expand(len(logits)).double()
     floor = _search(logits, knobs, top, wanted, torch.full_like(top, float("-inf")), mass=False)
     mass = _tails(logits, knobs, top, floor.unsqueeze(1), floor, mass=True)[:, 0]
-    floor = _search(logits, knobs, top, knobs[2].double() * mass, floor, mass=True)
-    return floor.maximum(top + knobs[3].log() * temperature)
+    floor = _search(logits, knobs, top, top_p.double() * mass, floor, mass=True)
+    floor = floor.maximum(top + min_p.log() * temperature)
+    truncates = (top_k > 0) | (top_p < 1) | (min_p > 0)
+    return floor if knobs.dim() == 1 else floor.where(truncates, float("-inf"))
 
 
 FANOUT = 16
@@ -579,6 +591,7 @@ def _tails(logits: Tensor, knobs: Tensor, top: Tensor, candidates: Tensor, floor
         SIZE=size,
         BLOCK=BLOCK,
         CANDIDATES=num_candidates,
+        KNOBS=row_of_knobs(knobs),
         MASS=mass,
     )
     return parts.double().sum(0)
@@ -596,13 +609,14 @@ def _block_tails(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     CANDIDATES: tl.constexpr,
+    KNOBS: tl.constexpr,
     MASS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = columns < SIZE
     raw = tl.load(logits_ptr + row * stride + columns, mask=ok, other=float("-inf")).to(tl.float32)
-    temperature = tl.load(knobs_ptr)
+    temperature = tl.load(knobs_ptr + row * KNOBS)
     ok = ok & (raw >= tl.load(floor_ptr + row))
     if MASS:
         weights = tl.where(ok, tl.exp(_scaled(raw, temperature) - _scaled(tl.load(top_ptr + row), temperature)), 0.0)

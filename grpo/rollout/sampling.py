@@ -30,8 +30,8 @@ def draw(logits: Tensor, seeds: Tensor, positions: Tensor, knobs: Tensor, *, tru
         logits: (B, V).
         seeds: (B,) int64, of the row's sequence.
         positions: (B,) int32, of the token to be drawn in its sequence.
-        knobs: (4,) float32, see KNOBS; temperature 0 takes the likeliest token.
-        truncated: whether top_k, top_p or min_p leave anything out; else they are not looked at.
+        knobs: (4,) float32, see KNOBS, for all rows, or (B, 4), of each; temperature 0 takes the likeliest token.
+        truncated: whether top_k, top_p or min_p leave anything out, of any row; else they are not looked at.
 
     Returns:
         tokens (B,) int32 and their log-probabilities (B,) float32 under softmax(logits / temperature) over the whole vocabulary;
@@ -48,8 +48,8 @@ def plain_draw(
     logits: Tensor, seeds: Tensor, positions: Tensor, knobs: Tensor, *, truncated: bool
 ) -> tuple[Tensor, Tensor]:
     """`draw` in plain torch."""
-    temperature = knobs[0]
-    logits = logits.float() / temperature.where(temperature > 0, 1.0)
+    temperature = knobs[..., 0]
+    logits = logits.float() / temperature.where(temperature > 0, 1.0).unsqueeze(-1)
     kept = logits.where(_allowed(logits, knobs), float("-inf")) if truncated else logits
     cumulative = (kept - kept.amax(-1, keepdim=True)).exp().double().cumsum(-1)
     target = uniform(seeds, positions).unsqueeze(1) * cumulative[:, -1:]
@@ -60,16 +60,19 @@ def plain_draw(
 
 def _allowed(logits: Tensor, knobs: Tensor) -> Tensor:
     """(B, V) which tokens top-k, top-p and min-p leave."""
-    _, top_k, top_p, min_p = knobs.tolist()
+    size = logits.shape[1]
+    _, top_k, top_p, min_p = knobs.expand(len(logits), -1).unsqueeze(2).unbind(1)  # (B, 1) each
     ordered = logits.sort(-1, descending=True).values
-    floor = ordered[:, min(int(top_k) or logits.shape[1], logits.shape[1]) - 1].unsqueeze(1)
+    kept = top_k.where(top_k > 0, size).long().clamp_max(size)
+    floor = ordered.gather(1, kept - 1)
     weights = (ordered - ordered[:, :1]).exp().where(ordered >= floor, 0.0).double()
     before = weights.cumsum(-1) - weights
-    last = (before < top_p * weights.sum(-1, keepdim=True)).sum(-1, keepdim=True) - 1
-    floor = floor.maximum(ordered.gather(1, last))
-    if min_p > 0:
-        floor = floor.maximum(ordered[:, :1] + torch.tensor(min_p).log())
-    return logits >= floor
+    last = (before < top_p.double() * weights.sum(-1, keepdim=True)).sum(-1, keepdim=True) - 1
+    last = last.clamp_min(0)  # none where the logits are not numbers
+    floor = floor.maximum(ordered.gather(1, last)).maximum(ordered[:, :1] + min_p.log())
+    # a row that draws from everything does so beside others that do not, too
+    truncates = (top_k > 0) | (top_p < 1) | (min_p > 0)
+    return logits >= floor.where(truncates, float("-inf"))
 
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64

@@ -99,6 +99,33 @@ class Slots:
     def __bool__(self) -> bool:
         return bool(self.unread or self.ready or self.running)
 
+    @property
+    def num_free_pages(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that have no place yet, or gave one up."""
+        return sum(len(prefix.waiting) for prefix in (*self.unread, *self.ready))
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Let go of a sequence that has not ended, wherever it is."""
+        if sequence.prefix is not None:
+            self.finish([sequence])
+            return
+        for queue in (self.unread, self.ready):
+            prefix = next((prefix for prefix in queue if sequence in prefix.waiting), None)
+            if prefix is None:
+                continue
+            prefix.waiting.remove(sequence)
+            if not prefix.waiting:
+                queue.remove(prefix)
+                if not prefix.num_users:
+                    self._free += prefix.pages
+                    prefix.pages = []
+            return
+        raise AssertionError("a sequence that is nowhere was cancelled")
+
     def read_ahead(self, max_tokens: int) -> list[Prefix]:
         """Prefixes to read now, their pages allotted: none while enough completions are ready for the free slots, else as many
         as `max_tokens`, the memory and READ_AHEAD allow."""

@@ -60,6 +60,8 @@ def _of_prompts(prompts: Sequence[Prompt]) -> str:
 def _of_reward(reward: Reward) -> str:
     """Of its arguments, and of the files that it and what it calls are defined in, of its own package or folder."""
     digest = xxhash.xxh3_128(json.dumps(reward.args, sort_keys=True, default=_plain).encode())
+    if reward.made_with:
+        digest.update(json.dumps(reward.made_with, sort_keys=True, default=_plain).encode())
     for function in (reward.function, getattr(reward.function, "check_row", None)):
         if function is not None:
             digest.update(_source_of(function))

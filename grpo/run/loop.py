@@ -15,6 +15,7 @@ from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoints
 from grpo.run.ending import say_how_to_go_on, say_where_all_lies
 from grpo.run.guard import Guard
+from grpo.run.hub import PushToHub
 from grpo.system import progress
 from grpo.system.distributed import TrainingProcesses
 from grpo.system.out_of_memory import or_ask_for_less
@@ -99,6 +100,8 @@ class Loop:
             StoppedInNotebook: the same in a notebook.
             PreflightRefused: there is nothing to learn from.
         """
+        if self.config.run.push_to_hub is not None and not any(isinstance(each, PushToHub) for each in self.callbacks):
+            self.callbacks = [*self.callbacks, PushToHub(self.config, self.directory, self.processes)]
         with self.stop.request, progress.phase("training"):
             try:
                 self.checkpoints.check_room(self.policy)

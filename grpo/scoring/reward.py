@@ -73,6 +73,7 @@ class Reward:
         args: further keyword arguments.
         form: completion, texts or messages: how it is called; None: as its parameters say.
         only: which questions it is asked about, by columns of the data, as in {"kind": ["maths"]}; empty: all.
+        made_with: what `function` was made with, where it is an object; a run that resumes compares it, as `args`.
 
     Raises:
         ValueError: the function is a class, or there is no such form.
@@ -84,6 +85,7 @@ class Reward:
     args: dict[str, Any] = field(default_factory=dict)
     form: Form | None = None
     only: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    made_with: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def is_asked(self, columns: Mapping[str, Any]) -> bool:
         """Whether `only` lets it be asked about a question with these columns."""
@@ -170,12 +172,20 @@ def resolve_rewards(configured: Iterable[RewardConfig]) -> list[Reward]:
 
 
 def _configured(config: RewardConfig) -> Reward:
-    function, args = resolve_function(config.function), config.args
+    function, args, own = resolve_function(config.function), config.args, dict[str, Any]()
     if inspect.isclass(function):
         named = inspect.signature(function).parameters
         own = {name: value for name, value in args.items() if name in named}
         function, args = _instance(config.function, function, own), {n: v for n, v in args.items() if n not in own}
-    return Reward(function, weight=config.weight, name=config.name or "", args=args, form=config.form, only=config.only)
+    return Reward(
+        function,
+        weight=config.weight,
+        name=config.name or "",
+        args=args,
+        form=config.form,
+        only=config.only,
+        made_with=own,
+    )
 
 
 def _instance(spec: str, kind: type, args: dict[str, Any]) -> Callable[..., Any]:

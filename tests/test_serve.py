@@ -1,0 +1,785 @@
+"""`grpo serve` on the quickstart's model: a real server on a port of this machine, OpenAI's own client among those who ask."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import warm
+import yaml
+from browser import KEYS, browser, chromium
+from helpers import ROOT, TINY, clean_environment, read_json, tiny_settings
+
+pytest.importorskip("starlette")
+uvicorn = pytest.importorskip("uvicorn")
+
+from openai import APIStatusError, OpenAI  # noqa: E402
+from starlette.responses import JSONResponse  # noqa: E402
+
+from grpo.cli import evaluate as cli_evaluate  # noqa: E402
+from grpo.data.prompts import TEMPLATES, tokenize  # noqa: E402
+from grpo.evaluation import asked, benchmark  # noqa: E402
+from grpo.evaluation.endpoint import Endpoint, HostedModel  # noqa: E402
+from grpo.inference import model as inference  # noqa: E402
+from grpo.policy.tokenizer import load_tokenizer  # noqa: E402
+from grpo.serving.app import Limits, Server  # noqa: E402
+from grpo.serving.models import Hosted, host  # noqa: E402
+from grpo.serving.run import bound  # noqa: E402
+from grpo.system.jsonl import read_jsonl  # noqa: E402
+from grpo.types import Group, Prompt, Sampling  # noqa: E402
+
+QUESTION = "Ava has 5 coins. Ben gives her 7 more. How many coins does Ava have?"
+WORDS = {"model": "model", "messages": [{"role": "user", "content": QUESTION}]}
+
+
+def options(model: Path | str, **given: Any) -> Namespace:
+    """What the command line gives."""
+    usual = dict.fromkeys(
+        (
+            "config",
+            "template",
+            "system",
+            "temperature",
+            "top_p",
+            "max_tokens",
+            "steps",
+            "name",
+            "kv_cache_gib",
+            "max_context",
+        )
+    )
+    return Namespace(model=str(model), trust_remote_code=False, max_sequences=8, **{**usual, **given})
+
+
+@contextlib.contextmanager
+def serving(
+    models: list[Hosted], limits: Limits | None = None, around: Callable[[Any], Any] = lambda app: app
+) -> Iterator[tuple[Server, int]]:
+    server = Server(models, limits or Limits(seconds=100))
+    listener = bound("127.0.0.1", 0)
+    running = uvicorn.Server(uvicorn.Config(around(server.app()), log_level="critical", lifespan="on"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not running.started:
+        assert thread.is_alive(), "the server has not started"
+        time.sleep(0.01)
+    try:
+        yield server, listener.getsockname()[1]
+    finally:
+        running.should_exit = True
+        thread.join()
+        listener.close()
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[list[Hosted]]:
+    with ExitStack() as stack:
+        yield host(options(TINY / "model", max_tokens=200), stack)
+
+
+@pytest.fixture(scope="module")
+def served(models: list[Hosted]) -> Iterator[tuple[Server, int]]:
+    with serving(models) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(served: tuple[Server, int]) -> OpenAI:
+    return OpenAI(base_url=f"http://127.0.0.1:{served[1]}/v1", api_key="none", max_retries=0)
+
+
+def ask(port: int, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    """Status and JSON of a reply."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    method = "GET" if body is None else "POST"
+    with contextlib.closing(connection):
+        connection.request(method, path, data, {"Content-Type": "application/json", **headers})
+        response = connection.getresponse()
+        text = response.read()
+    is_json = response.headers.get_content_type() == "application/json"
+    return response.status, json.loads(text) if is_json else text.decode()
+
+
+def all_is_free(server: Server) -> bool:
+    """Whether no slot and no page is anybody's; the thread of the device may need a moment for it."""
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        all_slots = [hosted.scheduler.slots for hosted in server.models.values()]
+        idle = all(not slots and slots.num_free_pages == slots.num_pages for slots in all_slots)
+        if idle and not any(server._num_open.values()):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+# ---- the text --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sampler() -> inference.Sampler:
+    """What `grpo sample` samples with."""
+    config = inference.sampling_config(str(TINY / "model"), max_prompt_tokens=200, max_completion_tokens=200)
+    return inference.load(config, load_tokenizer(config.model))
+
+
+def group_of(sampler: inference.Sampler, text: str, data: Any, sampling: Sampling, *, num: int, seed: int) -> Group:
+    (ids,) = tokenize([text], sampler.tokenizer, data)
+    return sampler.generator.sample([Prompt(0, ids, text, "", {})], sampling, num_completions=num, seed=seed)[0]
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 1.0},
+    {"temperature": 1.5, "top_p": 0.9},
+    {"temperature": 1.2, "top_k": 5},
+    {"temperature": 2.0, "min_p": 0.05, "top_k": 50, "top_p": 0.95},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_text_is_that_of_grpo_sample_to_the_token(
+    models: list[Hosted], served: tuple[Server, int], sampler: inference.Sampler, settings: dict[str, Any]
+):
+    """The same prompt, settings, seed and number of completions; beside requests with other settings."""
+    sampling = Sampling(48, **settings)
+    text = TEMPLATES["chat"].fill(QUESTION, sampler.tokenizer, models[0].data)
+    group = group_of(sampler, text, models[0].data, sampling, num=4, seed=11)
+    asked = {"model": "model", "prompt": text, "n": 4, "seed": 11, "max_tokens": 48, "logprobs": 1, **settings}
+    asked = {"top_p": 1, **asked}  # as Sampling has it; the server's is 0.95
+    chat = {**WORDS, **{name: value for name, value in asked.items() if name not in ("prompt", "logprobs")}}
+    others = [{**asked, "temperature": 1.7, "top_k": 3, "seed": 5, "n": 3}, {**asked, "temperature": 0, "top_p": 1}]
+    port = served[1]
+    with ThreadPoolExecutor(4) as threads:
+        beside = [threads.submit(ask, port, "/v1/completions", other) for other in others]
+        ours = threads.submit(ask, port, "/v1/chat/completions", chat)
+        status, reply = ask(port, "/v1/completions", {**asked, "prompt": group.prompt.token_ids})
+        assert [each.result()[0] for each in beside] == [200, 200]
+    assert status == 200
+    assert [choice["text"] for choice in reply["choices"]] == [each.text for each in group.completions]
+    assert [choice["finish_reason"] for choice in reply["choices"]] == [
+        each.finish_reason for each in group.completions
+    ]
+    ends = sampler.model.end_token_ids
+    for choice, completion in zip(reply["choices"], group.completions, strict=True):
+        visible = completion.token_ids[:-1] if completion.token_ids[-1] in ends else completion.token_ids
+        assert choice["logprobs"]["tokens"] == [models[0].token_text(token)[0] for token in visible]
+    num_tokens = sum(len(each.token_ids) for each in group.completions)
+    assert reply["usage"] == {
+        "prompt_tokens": len(group.prompt.token_ids),
+        "completion_tokens": num_tokens,
+        "total_tokens": len(group.prompt.token_ids) + num_tokens,
+    }
+    for choice, completion in zip(ours.result()[1]["choices"], group.completions, strict=True):
+        message = choice["message"]
+        thought = message["reasoning"]
+        assert thought == message["reasoning_content"]
+        before, opened, rest = completion.text.partition("<think>")
+        expected, _, after = rest.partition("</think>")
+        assert (thought or "") == expected
+        assert message["content"] == (before if before.strip() or not opened else "") + after
+
+
+def test_log_probabilities_are_the_models_own(models: list[Hosted], client: OpenAI):
+    """At temperature 1, whatever the tokens were drawn at."""
+    lm, tokenizer = models[0].model.lm, models[0].tokenizer
+    prompt = tokenizer("Ava has 5 coins.")["input_ids"]
+    reply = client.completions.create(
+        model="model",
+        prompt=prompt,
+        max_tokens=12,
+        temperature=1.7,
+        seed=3,
+        logprobs=4,
+        extra_body={"ignore_eos": True},
+    )
+    found = reply.choices[0].logprobs
+    ids = models[0].tokenizer("".join(found.tokens), add_special_tokens=False)["input_ids"]
+    drawn = tokenizer.convert_tokens_to_ids([tokenizer.tokenize(token)[0] for token in found.tokens])
+    assert len(drawn) == 12, ids
+    with torch.no_grad():
+        lm.set_attn_implementation("sdpa")
+        logits = lm(torch.tensor([prompt + drawn])).logits[0, len(prompt) - 1 : -1]
+        lm.set_attn_implementation("paged")
+    expected = logits.float().log_softmax(-1)
+    own = expected.gather(1, torch.tensor(drawn).unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(torch.tensor(found.token_logprobs), own, rtol=0, atol=1e-4)
+    top = expected.topk(4, -1).values
+    torch.testing.assert_close(
+        torch.tensor([list(each.values()) for each in found.top_logprobs]), top, rtol=0, atol=1e-4
+    )
+    assert [len(each) for each in found.top_logprobs] == [4] * 12
+    assert found.text_offset[1] == len(found.tokens[0])
+
+
+def chat(client: OpenAI, **given: Any) -> Any:
+    extra = {name: given.pop(name) for name in ("top_k", "min_p") if name in given}
+    return client.chat.completions.create(**{**WORDS, **given}, extra_body=extra)
+
+
+def test_a_stream_put_together_is_the_answer(client: OpenAI):
+    """With thoughts, several choices, log-probabilities and the usage; OpenAI's client reads it to [DONE]."""
+    asked = {"n": 3, "seed": 2, "temperature": 1.3, "top_p": 1, "max_tokens": 60, "logprobs": True, "top_logprobs": 2}
+    whole = chat(client, **asked)
+    texts: dict[int, dict[str, str]] = {n: {"content": "", "reasoning": "", "reasoning_content": ""} for n in range(3)}
+    tokens: dict[int, list[Any]] = {0: [], 1: [], 2: []}
+    reasons, usage, num_chunks = {}, None, 0
+    for chunk in chat(client, **asked, stream=True, stream_options={"include_usage": True}):
+        num_chunks += 1
+        if not chunk.choices:
+            usage = chunk.usage
+            continue
+        assert chunk.usage is None
+        choice = chunk.choices[0]
+        for name, text in choice.delta.model_dump().items():
+            if name in texts[0] and text:
+                texts[choice.index][name] += text
+        tokens[choice.index] += [] if choice.logprobs is None else choice.logprobs.content
+        reasons[choice.index] = choice.finish_reason or reasons.get(choice.index)
+    assert num_chunks > 12
+    assert usage == whole.usage
+    for choice in whole.choices:
+        own, message = texts[choice.index], choice.message
+        assert own["content"] == message.content
+        assert own["reasoning"] == own["reasoning_content"] == (message.reasoning or "")
+        assert tokens[choice.index] == choice.logprobs.content
+        assert reasons[choice.index] == choice.finish_reason
+    assert any(choice.message.reasoning for choice in whole.choices)
+
+
+def test_stop_texts_are_cut_off_also_within_tokens_and_end_the_work(served: tuple[Server, int], client: OpenAI):
+    """As the engine ends: with the token that completes it, which counts."""
+    asked = {"seed": 1, "temperature": 0, "max_tokens": 100}
+    text = "".join(filter(None, (chat(client, **asked).choices[0].message.reasoning, "")))
+    assert len(text) > 8
+    stop = text[3:7]  # whatever tokens that takes
+    cut = chat(client, **asked, stop=[stop, "never said"])
+    assert cut.choices[0].message.reasoning == text[: text.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+    pieces = [chunk.choices[0].delta for chunk in chat(client, **asked, stop=stop, stream=True) if chunk.choices]
+    assert "".join(getattr(delta, "reasoning", None) or "" for delta in pieces) == text[: text.index(stop)]
+    assert cut.usage.completion_tokens < chat(client, **asked).usage.completion_tokens
+    assert all_is_free(served[0])
+
+
+def test_sixteen_requests_at_once_are_each_as_alone(served: tuple[Server, int]):
+    """On eight slots, with settings, lengths and forms of all kinds."""
+    rng = random.Random(0)
+
+    def body(n: int) -> dict[str, Any]:
+        question = f"{QUESTION} And {n} more?" if n % 3 else QUESTION
+        settings = {"top_p": 1, **SETTINGS[n % len(SETTINGS)]}
+        return {
+            **WORDS,
+            "messages": [{"role": "user", "content": question}],
+            "seed": n,
+            "n": 1 + n % 3,
+            "max_tokens": rng.randint(5, 60),
+            **settings,
+        }
+
+    bodies = [body(n) for n in range(16)]
+    port = served[1]
+    alone = [ask(port, "/v1/chat/completions", each) for each in bodies]
+    assert {status for status, _ in alone} == {200}
+    with ThreadPoolExecutor(16) as threads:
+        together = list(threads.map(lambda each: ask(port, "/v1/chat/completions", each), bodies))
+    assert [reply["choices"] for _, reply in together] == [reply["choices"] for _, reply in alone]
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
+    ({"model": "gpt-4"}, 404, "model", "model is 'gpt-4'; there is model"),
+    ({"model": None}, 400, "model", "model is None; "),
+    ({"messages": []}, 400, "messages", "messages is []; "),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        400,
+        "messages.0.content.0.type",
+        "'image_url'",
+    ),
+    ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role", "'robot'"),
+    ({"temperature": -1}, 400, "temperature", "temperature is -1; input should be greater than or equal to 0"),
+    ({"temperature": "hot"}, 400, "temperature", "temperature is 'hot'; "),
+    ({"top_p": 0}, 400, "top_p", "greater than 0"),
+    ({"max_tokens": -5}, 400, "max_tokens", "max_tokens is -5; "),
+    ({"max_completion_tokens": 10**6}, 400, "max_tokens", "has room for"),
+    ({"n": 0}, 400, "n", "n is 0; "),
+    ({"seed": 2**64}, 400, "seed", "less than or equal"),
+    ({"stop": [""]}, 400, "stop.0", "at least 1 character"),
+    ({"top_logprobs": 2}, 400, None, "without logprobs"),
+    ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "penalties are not computed here"),
+    ({"tools": [{"type": "function"}]}, 400, "tools", "tools are not called here"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format.type", "not held to a form"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages", "surrogate"),
+    ({"messages": [{"role": "user", "content": "coins " * 1200}]}, 400, "messages", "takes 1,024 tokens"),
+    ({"messages": [{"role": "user", "content": "x" * 10_000_000}]}, 400, "messages", "10,000,000 characters"),
+]
+
+
+@pytest.mark.parametrize(("fields", "status", "param", "message"), REFUSED, ids=[str(case[0])[:50] for case in REFUSED])
+def test_what_is_wrong_is_said_in_openais_form(
+    served: tuple[Server, int], fields: dict[str, Any], status: int, param: str | None, message: str
+):
+    found, reply = ask(served[1], "/v1/chat/completions", {**WORDS, **fields})
+    assert (found, set(reply), set(reply["error"])) == (status, {"error"}, {"message", "type", "param", "code"})
+    assert reply["error"]["param"] == param
+    assert message in reply["error"]["message"]
+    assert reply["error"]["type"] == "invalid_request_error"
+
+
+def test_bodies_that_are_no_request_are_refused_and_unknown_fields_are_not(served: tuple[Server, int]):
+    port = served[1]
+    for body in (b"{", b"[]", b"\xff", b'{"model": NaN}', b"[" * 100_000, b'{"a": ' + b"9" * 10_000 + b"}"):
+        status, reply = ask(port, "/v1/chat/completions", body)
+        assert (status, reply["error"]["code"]) == (400, "invalid_json")
+    status, reply = ask(port, "/v1/completions", b" " * (33 * 2**20))
+    assert (status, reply["error"]["code"]) == (413, "too_large")
+    for path, expected in (("/v1/nothing", 404), ("/v1/models/no/such", 404), ("/v1/completions", 405)):
+        assert ask(port, path)[0] == expected
+    for prompt, words in (([], "prompt"), ("", "prompt is empty"), ([[5, 10**6]], "token 1000000"), ([-1], "prompt")):
+        status, reply = ask(port, "/v1/completions", {"model": "model", "prompt": prompt})
+        assert status == 400
+        assert words in reply["error"]["message"]
+    assert ask(port, "/v1/chat/completions", {**WORDS, "max_tokens": 2, "user": "me", "metadata": {"a": 1}})[0] == 200
+    assert ask(port, "/health") == (200, {"status": "ok"})
+
+
+def test_openais_client_gets_its_errors(client: OpenAI):
+    with pytest.raises(APIStatusError, match="there is model") as caught:
+        client.chat.completions.create(model="other", messages=WORDS["messages"])
+    assert (caught.value.status_code, caught.value.code) == (404, "model_not_found")
+    assert [model.id for model in client.models.list()] == ["model"]
+    assert client.models.retrieve("model").model_dump()["max_model_len"] == 1024
+
+
+def test_a_key_other_hosts_and_other_sites_are_checked(models: list[Hosted]):
+    with serving(models, Limits(api_key="séçret")) as (_, port):
+        assert ask(port, "/v1/models")[0] == 401
+        assert ask(port, "/v1/models", Authorization="Bearer wrong")[0] == 401
+        assert ask(port, "/health")[0] == 200
+        right = "Bearer " + "séçret".encode().decode("latin-1")
+        assert ask(port, "/v1/models", Authorization=right)[0] == 200
+        assert ask(port, "/v1/models", Authorization=right, Host="evil.example:80")[0] == 403
+        assert ask(port, "/v1/models", Authorization=right, Origin="https://evil.example")[0] == 403
+        assert ask(port, "/v1/models", Authorization=right, Origin=f"http://127.0.0.1:{port}")[0] == 200
+
+
+# ---- limits, clients that leave, failures ----------------------------------------------------------------------------
+
+LONG = {"model": "model", "prompt": "Ava", "max_tokens": 1000, "ignore_eos": True, "temperature": 1}
+
+
+def test_a_full_queue_and_a_slow_request_are_answered(models: list[Hosted]):
+    with serving(models, Limits(max_queue=4, seconds=1.0)) as (server, port):
+        with ThreadPoolExecutor(2) as threads:
+            first = threads.submit(ask, port, "/v1/completions", {**LONG, "n": 8})
+            while server._num_open["model"] < 8:
+                time.sleep(0.01)
+            second = threads.submit(ask, port, "/v1/completions", {**LONG, "n": 4, "stream": True})
+            while server._num_open["model"] < 12:
+                time.sleep(0.01)
+            status, reply = ask(port, "/v1/completions", LONG)
+            assert (status, reply["error"]["code"]) == (429, "queue_full")
+            status, reply = first.result()
+            assert (status, reply["error"]["code"]) == (504, "timeout")
+            status, text = second.result()
+            assert status == 200
+            assert '"code":"timeout"' in text
+            assert text.endswith("data: [DONE]\n\n")
+        assert all_is_free(server)
+        assert ask(port, "/v1/completions", {**LONG, "max_tokens": 2})[0] == 200
+
+
+def leaving(port: int, body: dict[str, Any], *, after: int) -> None:
+    """Ask, read so many bytes of the reply, and close the connection."""
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(head + data)
+        while after > 0:
+            after -= len(connection.recv(after))
+
+
+def test_a_client_that_leaves_frees_its_slots(served: tuple[Server, int]):
+    """While it waits, while it is written to, streamed or not."""
+    server, port = served
+    before = server.metrics.text()
+    for body, after in (
+        (LONG, 0),
+        ({**LONG, "stream": True}, 300),
+        ({**LONG, "n": 20}, 0),
+        ({**LONG, "stream": True}, 0),
+    ):
+        leaving(port, body, after=after)
+    started = time.monotonic()
+    assert all_is_free(server)
+    assert time.monotonic() - started < 10  # 23 x 1,000 tokens would take longer
+    assert server.metrics.text() != before
+    assert "grpo_clients_left_total" in server.metrics.text()
+
+
+def test_nothing_is_lost_of_a_hundred_requests(served: tuple[Server, int]):
+    """Half of them leave at some time; after the first few, no descriptor is taken for good either."""
+    server, port = served
+    rng = random.Random(1)
+    bodies = [
+        {**LONG, "n": rng.choice([1, 1, 2, 5]), "max_tokens": rng.randint(1, 40), "stream": rng.random() < 0.5}
+        for _ in range(100)
+    ]
+
+    def one(number: int) -> int:
+        if number % 2:
+            leaving(port, bodies[number], after=bodies[number]["stream"] * (number * 7))
+            return 200
+        return ask(port, "/v1/completions", bodies[number])[0]
+
+    with ThreadPoolExecutor(12) as threads:
+        statuses = list(threads.map(one, range(10)))
+        assert all_is_free(server)
+        num_open = len(os.listdir("/proc/self/fd"))
+        statuses += list(threads.map(one, range(10, 100)))
+    assert set(statuses) == {200}
+    assert all_is_free(server)
+    until = time.monotonic() + 10
+    while len(os.listdir("/proc/self/fd")) > num_open and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(os.listdir("/proc/self/fd")) <= num_open
+
+
+def test_the_server_outlives_weights_that_break(models: list[Hosted], served: tuple[Server, int]):
+    port, norm = served[1], models[0].model.lm.model.norm.weight
+    kept = norm.clone()
+    good = ask(port, "/v1/completions", {**LONG, "max_tokens": 9, "seed": 1})
+    norm.data.fill_(float("nan"))
+    status, reply = ask(port, "/v1/completions", {**LONG, "n": 3})
+    assert (status, reply["error"]["type"]) == (500, "server_error")
+    assert "not finite" in reply["error"]["message"]
+    norm.data.copy_(kept)
+    again = ask(port, "/v1/completions", {**LONG, "max_tokens": 9, "seed": 1})
+    assert again[1]["choices"] == good[1]["choices"]
+    assert all_is_free(served[0])
+
+
+def test_requests_that_need_more_pages_than_there_are_take_turns():
+    """Some give up their pages and are read again; the text is the same."""
+    with ExitStack() as stack:
+        page = 2 * 3 * 2 * 32 * 64 * 4 / 2**30
+        small = host(options(TINY / "model", name="model", max_context=320, kv_cache_gib=page * 18), stack)
+        asked = {**LONG, "n": 8, "max_tokens": 300, "seed": 4, "logprobs": 0}
+        with serving(small) as (server, port):
+            _, reply = ask(port, "/v1/completions", asked)
+            assert server.models["model"].scheduler.num_preempted > 0
+            assert all_is_free(server)
+            for choice in reply["choices"]:
+                assert len(choice["logprobs"]["tokens"]) == 300
+        roomy = host(options(TINY / "model", name="model", max_context=320), stack)
+        with serving(roomy) as (_, port):
+            again = ask(port, "/v1/completions", asked)[1]
+        for one, other in zip(again["choices"], reply["choices"], strict=True):
+            assert one["logprobs"]["tokens"] == other["logprobs"]["tokens"]
+
+
+# ---- several checkpoints, the process --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the paper's template with two checkpoints, the second of other weights."""
+    directory = tmp_path_factory.mktemp("serve") / "zero"
+    settings = tiny_settings(directory, data={"template": "r1_zero_think"}, rollout={"temperature": 0.9})
+    for step in (1, 2):
+        folder = directory / "checkpoints" / f"step-{step:08d}" / "hf"
+        shutil.copytree(TINY / "model", folder)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: value * 0.5 if "norm" in name else value for name, value in weights.items()},
+        folder / "model.safetensors",
+    )
+    (directory / "config.yaml").write_text(yaml.safe_dump(settings))
+    return directory
+
+
+def test_checkpoints_of_a_run_are_served_side_by_side_in_its_template(run: Path):
+    with ExitStack() as stack:
+        hosted = host(options(run, steps=["1", "latest", "base"]), stack)
+        assert [each.name for each in hosted] == ["zero:1", "zero:latest", "zero:base"]
+        assert (hosted[0].sampling.temperature, hosted[0].sampling.max_tokens) == (0.9, 24)
+        with serving(hosted) as (_, port):
+            asked = [{**WORDS, "model": each.name, "seed": 3, "temperature": 0} for each in hosted]
+            with ThreadPoolExecutor(3) as threads:
+                replies = list(threads.map(lambda each: ask(port, "/v1/chat/completions", each)[1], asked))
+            first, latest, base = (reply["choices"] for reply in replies)
+            assert first == base != latest
+            assert first[0]["message"]["reasoning"]  # the prompt has opened the thought
+            prompt = TEMPLATES["r1_zero_think"].fill(QUESTION, None, hosted[0].data)
+            raw = ask(port, "/v1/completions", {"model": "zero:1", "prompt": prompt, "temperature": 0})[1]
+            thought, _, rest = raw["choices"][0]["text"].partition("</think>")
+            assert (thought, rest) == (first[0]["message"]["reasoning"], first[0]["message"]["content"])
+            for messages in (
+                [{"role": "system", "content": "x"}, *WORDS["messages"]],
+                [*WORDS["messages"], {"role": "assistant", "content": "5"}, *WORDS["messages"]],
+            ):
+                status, reply = ask(port, "/v1/chat/completions", {**WORDS, "model": "zero:1", "messages": messages})
+                assert status == 400
+                assert "room for one question" in reply["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": ["7"]}, "--step is 7; the run in .* has checkpoints of these steps: 1, 2"),
+        ({"steps": ["one"]}, "--steps has 'one'; a step is a number, latest or base"),
+        ({"steps": ["1", "1"]}, "each step is served once"),
+        ({"max_context": 5000}, "--max-context is 5000; .*knows 1024 positions"),
+        ({"kv_cache_gib": 1e-6}, "--kv-cache-gib is 1e-06; "),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_served_is_said_first(run: Path, given: dict[str, Any], message: str):
+    with ExitStack() as stack, pytest.raises(ValueError, match=message):
+        host(options(run, **{"max_context": 512, **given}), stack)
+
+
+def test_a_model_too_large_for_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("grpo.serving.models.free_bytes", lambda device: 1_000_000)
+    with ExitStack() as stack, pytest.raises(ValueError, match=r"its weights take .* GiB are free"):
+        host(options(TINY / "model"), stack)
+
+
+def test_the_command_ends_what_runs_when_it_is_told_to_end(tmp_path: Path):
+    """SIGTERM in the middle of a stream: it comes to its end, no other begins, and the exit code is 0. The port is taken."""
+    environment = {**clean_environment(), "PYTHONPATH": str(ROOT)}
+    words = ["scripts/serve.py", "--model", str(TINY / "model"), "--port", "0", "--max-sequences", "4"]
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        process = warm.Process(words, cwd=ROOT, env=environment, stdout=out, stderr=out)
+        until = time.monotonic() + 60
+        while "serving at" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.05)
+    port = int(log.read_text().rpartition("/v1")[0].rpartition(":")[2])
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    taken = warm.run([*words[:3], "--port", str(port)], cwd=ROOT, env=environment, timeout=60)
+    assert taken.returncode == 2
+    assert f"error: --port is {port} with --host 127.0.0.1; Address already in use" in taken.stderr
+    extra = {"ignore_eos": True}
+    stream = client.completions.create(model="model", prompt="Ava", max_tokens=600, stream=True, extra_body=extra)
+    next(iter(stream))
+    process.send_signal(signal.SIGTERM)
+    assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+    assert process.wait(timeout=60) == 0, log.read_text()
+    with pytest.raises(ConnectionRefusedError):
+        ask(port, "/health")
+
+
+def test_a_server_has_a_description_that_names_its_paths(served: tuple[Server, int]):
+    _, found = ask(served[1], "/openapi.json")
+    assert set(found["paths"]) >= {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"}
+    fields = found["components"]["schemas"]["ChatRequest"]["properties"]
+    assert {"messages", "top_k", "min_p", "max_completion_tokens", "top_logprobs"} <= set(fields)
+    _, text = ask(served[1], "/metrics")
+    for name in ("grpo_pages_free", "grpo_slots", "grpo_requests_total", "grpo_time_to_first_token_seconds_bucket"):
+        assert name in text
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(chromium() is None, reason="chromium and chromedriver are not installed")
+def test_the_page_asks_shows_grades_stops_and_says_what_is_wrong(models: list[Hosted], tmp_path: Path):
+    """In a browser, by the keyboard; at the width of a desktop and of a phone."""
+    with serving(models, Limits(api_key="secret")) as (server, port), browser() as page:
+        page.open(f"http://127.0.0.1:{port}/")
+        page.wait("return document.querySelector('#hint').textContent.includes('API key is missing')")
+        page.type("#key", "secret" + KEYS["enter"])
+        page.wait("return document.querySelectorAll('#models input').length == 1")
+        for name, value in (
+            ("n", "3"),
+            ("gold", "12"),
+            ("temperature", "1.3"),
+            ("top_p", "1"),
+            ("seed", "2"),
+            ("max_tokens", "60"),
+        ):
+            page.fill(f"#{name}", value)
+        page.type("#question", QUESTION + KEYS["enter"])
+        page.wait("return document.querySelectorAll('.verdict:not(:empty)').length == 3")
+        asked = {"n": 3, "seed": 2, "temperature": 1.3, "top_p": 1, "max_tokens": 60}
+        headers = {"Authorization": "Bearer secret"}
+        _, reply = ask(port, "/v1/chat/completions", {**WORDS, **asked}, **headers)
+        messages = [choice["message"] for choice in reply["choices"]]
+        shown = page.run("return [...document.querySelectorAll('.reply > .words')].map(each => each.textContent)")
+        assert shown == [message["content"].strip() for message in messages]
+        thought = page.run("return [...document.querySelectorAll('.thoughts .words')].map(each => each.textContent)")
+        assert thought == [(message["reasoning"] or "").lstrip() for message in messages]
+        whole = [f"<think>{each['reasoning'] or ''}</think>{each['content']}" for each in messages]
+        _, graded = ask(port, "/v1/verdict", {"completions": whole, "answer": "12"}, **headers)
+        words = {True: "\u2713 right", False: "\u2717 wrong"}
+        assert page.text(".verdict") == "|".join(words[right] for right in graded["verdicts"])
+        assert f"{reply['usage']['completion_tokens']} tokens" in page.text(".speed")
+        folded = page.run("return [...document.querySelectorAll('.thoughts:not([hidden])')].map(each => each.open)")
+        assert folded
+        assert not all(folded)  # where an answer follows
+
+        page.click("#new")  # without reading again what was said, and stopped with Esc
+        for name, value in (("n", "1"), ("gold", ""), ("max_tokens", "900"), ("temperature", "5")):
+            page.fill(f"#{name}", value)
+        page.type("#question", "Say much" + KEYS["shift"] + KEYS["enter"] + KEYS["shift"] + "and more" + KEYS["enter"])
+        page.wait(
+            "return document.querySelectorAll('.reply.live .words').length && document.querySelector('.speed').textContent"
+        )
+        page.type("body", KEYS["escape"])
+        page.wait("return !document.querySelector('.reply.live') && document.querySelector('#stop').hidden")
+        assert page.text(".asked") == "Say much\nand more"
+        assert page.text(".reply footer span") in ("stopped", "")
+        assert all_is_free(server)
+
+        page.fill("#max_tokens", "5000")
+        page.type("#question", "Too much" + KEYS["enter"])
+        page.wait("return document.querySelector('.problem')?.textContent.includes('max_tokens is 5000')")
+        assert page.run("return document.querySelector('#question').value") == "Too much"  # to be asked again
+        page.resize(390, 844)
+        page.screenshot(tmp_path / "phone.png")
+        assert page.run("return document.documentElement.scrollWidth") <= 390
+        assert page.errors() == []
+
+
+# ---- evaluating what is served ---------------------------------------------------------------------------------------
+
+
+def evaluation(model: str, endpoint: str | None, **given: Any) -> asked.Settings:
+    usual: dict[str, Any] = {
+        "templates": ["r1_zero", "chat"],
+        "temperature": 0,
+        "top_p": 1.0,
+        "max_completion_tokens": 30,
+    }
+    data = {"mine": str(TINY / "test.jsonl")}
+    return asked.Settings(model, ["mine"], data=data, num_questions=6, endpoint=endpoint, **{**usual, **given})
+
+
+def rows_in(out: Path) -> list[dict[str, Any]]:
+    return sorted(read_jsonl(out / "samples.jsonl"), key=lambda row: (row["template"], row["row"], row["sample"]))
+
+
+class Unsteady:
+    """Answers some requests badly, in turns: too many, a crash, a connection that breaks; and refuses one for good."""
+
+    def __init__(self, app: Any, refused: int | None = None) -> None:
+        self.app, self.number, self.refused, self.bodies = app, 0, refused, []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        self.number += 1
+        if self.number == self.refused:
+            return await JSONResponse({"error": {"message": "no more credit"}}, 402)(scope, receive, send)
+        match self.number % 5:
+            case 1:
+                return await JSONResponse({}, 429, headers={"Retry-After": "0"})(scope, receive, send)
+            case 2:
+                return await JSONResponse({}, 503)(scope, receive, send)
+            case 3:
+                raise ConnectionError("the connection breaks: uvicorn sends half a reply, or none")
+        return await self.app(scope, receive, send)
+
+
+def test_a_hosted_model_is_measured_as_one_that_is_loaded(
+    models: list[Hosted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By a server that fails now and then; stopped in the middle, it goes on. Tokens and dollars are those of all starts."""
+    monkeypatch.setattr("grpo.evaluation.endpoint.FIRST_PAUSE", 0.01)
+    local, out = tmp_path / "local", tmp_path / "hosted"
+    benchmark.evaluate(evaluation(str(TINY / "model"), None), local, asked.Runtime(num_workers=1))
+    unsteady: list[Unsteady] = []
+
+    def around(app: Any) -> Any:
+        unsteady.append(Unsteady(app, refused=17))
+        return unsteady[0]
+
+    with serving(models, around=around) as (_, port):
+        endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", concurrency=4, price=(1.0, 1000.0))
+        settings = evaluation("model", endpoint.url)
+        with pytest.raises(ValueError, match=r"HTTP 402: .*no more credit.*the same command goes on"):
+            benchmark.evaluate(settings, out, asked.Runtime(num_workers=1), HostedModel(endpoint, "model"))
+        num_before = len(rows_in(out))
+        assert 0 < num_before < 12
+        first = read_json(out / "usage.json")["usage"]
+        found = benchmark.evaluate(settings, out, asked.Runtime(num_workers=1), HostedModel(endpoint, "model"))
+    ours, theirs = rows_in(out), rows_in(local)
+    for own, other in zip(ours, theirs, strict=True):
+        same = ("row", "template", "finish_reason", "num_tokens", "rewards", "question")
+        assert [own[name] for name in same] == [other[name] for name in same]
+        if own["template"] == "r1_zero":
+            assert own["completion"] == other["completion"]
+        else:
+            assert (
+                own["completion"].replace("</think>", "").lstrip()
+                == other["completion"].replace("</think>", "").lstrip()
+            )
+    metrics = [result["metrics"] for result in found["results"]]
+    assert metrics == [result["metrics"] for result in read_json(local / "results.json")["results"]]
+    whole = read_json(out / "usage.json")
+    usage = whole["usage"]
+    assert usage["requests"] >= 12 > first["requests"] > 0
+    assert usage["retries"] > first["retries"] > 3
+    assert usage["completion_tokens"] >= sum(row["num_tokens"] for row in ours)
+    dollars = (usage["prompt_tokens"] + 1000 * usage["completion_tokens"]) / 1e6
+    assert whole["dollars"] == pytest.approx(dollars)
+
+
+def test_an_endpoint_that_cannot_be_asked_is_said_before_it_is(
+    served: tuple[Server, int], models: list[Hosted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def start(url: str, model: str = "model", **given: Any) -> None:
+        HostedModel(Endpoint(url, **given), model).start(tmp_path)
+
+    with pytest.raises(ValueError, match=r"--endpoint is 'localhost'; it begins with http"):
+        start("localhost")
+    with pytest.raises(ValueError, match=r"it does not answer \(.*refused.*\)\. Start the server"):
+        start("http://127.0.0.1:1/v1")
+    with pytest.raises(ValueError, match=r"--model is 'gpt'; at --endpoint there is model\. Name one"):
+        start(f"http://127.0.0.1:{served[1]}/v1", "gpt")
+    with pytest.raises(ValueError, match=r"--api-key-env is 'NO_KEY'; there is no such"):
+        start("http://127.0.0.1:1/v1", api_key_env="NO_KEY")
+    with pytest.raises(ValueError, match=r"--stop is \['x'\] with --endpoint"):
+        evaluation("model", "http://127.0.0.1:1/v1", stop=["x"])
+    with serving(models, Limits(api_key="secret")) as (_, port):
+        with pytest.raises(ValueError, match=r"it refuses the key \(HTTP 401"):
+            start(f"http://127.0.0.1:{port}/v1")
+        monkeypatch.setenv("A_KEY", "secret")
+        start(f"http://127.0.0.1:{port}/v1", api_key_env="A_KEY")
+    for words, message in (
+        (["--endpoint", "http://x/v1", "--engine", "hf"], "--engine with --endpoint has no effect"),
+        (["--price-in", "3"], "--price-in without --endpoint has no effect"),
+    ):
+        monkeypatch.setattr("sys.argv", ["evaluate", "--model", "x", "--benchmarks", "gsm8k", *words])
+        monkeypatch.setattr("argparse.ArgumentParser.error", _raised)
+        with pytest.raises(ValueError, match=message):
+            cli_evaluate.main()
+
+
+def _raised(parser: Any, message: str) -> None:
+    raise ValueError(message)

@@ -1,0 +1,111 @@
+"""Tokens and pieces of text as a server's client sees them, wherever they are cut."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+from helpers import TINY
+
+from grpo.config import ModelConfig
+from grpo.policy.tokenizer import load_tokenizer
+from grpo.rollout.stop_criteria import Ending
+from grpo.serving.text import Answer, Detokenizer, StopFinder, Thoughts
+
+TEXT = "<think>héllo 🎉🎉 wörld ≤ x²\n漢字</think> <answer> 4 </answer>"
+
+
+@pytest.fixture(scope="module")
+def ending() -> Ending:
+    tokenizer = load_tokenizer(ModelConfig(name=str(TINY / "model")))
+    return Ending(tokenizer, [tokenizer.eos_token_id])
+
+
+def cuts(length: int, seed: int) -> list[slice]:
+    """A sequence cut into pieces of one to four."""
+    rng, places = random.Random(seed), [0]
+    while places[-1] < length:
+        places.append(min(places[-1] + rng.randint(1, 4), length))
+    return [slice(*each) for each in itertools.pairwise(places)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_text_comes_as_it_reads_whole(ending: Ending, seed: int):
+    """Of characters of several tokens nothing is shown before the last one; of bytes that are no text all the same."""
+    ids = ending.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    rng = random.Random(seed)
+    for tokens in (ids, [rng.randrange(5, len(ending.tokenizer)) for _ in range(80)]):
+        detokenizer, shown = Detokenizer(ending), ""
+        for cut in cuts(len(tokens), seed):
+            shown += detokenizer.feed(tokens[cut])
+            assert ending.text(tokens).startswith(shown)
+        assert shown + detokenizer.close() == ending.text(tokens)
+    assert len(shown) > 20  # it does not all come at the end
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected", "found"),
+    [
+        ("one two three", ("two",), "one ", "two"),
+        ("aab", ("ab",), "a", "ab"),
+        ("xabcx", ("abcd", "bc"), "xa", "bc"),
+        ("xabcd", ("abcd", "d"), "x", "abcd"),  # both are complete with the same character
+        ("never", ("no", "neve!"), "never", None),
+        ("all", (), "all", None),
+    ],
+)
+def test_a_stop_text_is_cut_off_wherever_the_pieces_are(
+    text: str, stop: tuple[str, ...], expected: str, found: str | None
+):
+    for seed in range(8):
+        finder = StopFinder(stop)
+        shown = "".join(finder.feed(text[cut]) for cut in cuts(len(text), seed))
+        assert (shown + finder.close(), finder.found) == (expected, found)
+        assert finder.feed("more") == ("" if found else "more")
+
+
+def test_what_may_become_a_stop_text_is_held_back():
+    finder = StopFinder(("###",))
+    assert [finder.feed(piece) for piece in ("a#", "#", "b", "##", "#c")] == ["a", "", "##b", "", ""]
+    assert finder.found == "###"
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "reasoning", "content"),
+    [
+        ("<think>2+3</think> 5", False, "2+3", " 5"),
+        ("2+3</think> 5", True, "2+3", " 5"),
+        ("well <think>2</think>a<think>b</think>", False, "2", "well a<think>b</think>"),
+        ("no thought < 5", False, "", "no thought < 5"),
+        ("cut off </thi", True, "cut off </thi", ""),
+        ("<think></think>x", False, "", "x"),
+        ("5</think>x", False, "", "5</think>x"),
+        (" \n<think>2</think> 5", False, "2", " 5"),
+        ("  5 <thin", False, "", "  5 <thin"),
+        ("  ", False, "", "  "),
+    ],
+)
+def test_thoughts_are_told_from_answers_wherever_the_pieces_are(text: str, opened: bool, reasoning: str, content: str):
+    for seed in range(8):
+        thoughts = Thoughts(opened)
+        parts = [part for cut in cuts(len(text), seed) for part in thoughts.feed(text[cut])] + thoughts.close()
+        assert "".join(words for kind, words in parts if kind == "reasoning") == reasoning
+        assert "".join(words for kind, words in parts if kind == "content") == content
+
+
+def test_an_answer_has_the_tokens_to_its_end(ending: Ending):
+    ids = ending.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    for seed in range(8):
+        answer = Answer(ending, (" 4 ",), thinks=False)
+        parts = [part for cut in cuts(len(ids), seed) for part in answer.feed(ids[cut], has_ended=False)]
+        assert answer.finish_reason == "stop"
+        assert answer.tokens == ids[: ending.find(ids, (" 4 ",))[0]]
+        assert "".join(words for kind, words in parts if kind == "content") == " <answer>"
+    end = ending.end_token_ids[0]
+    answer = Answer(ending)
+    assert answer.feed([*ids, end], has_ended=True) == [("content", TEXT)]
+    assert (answer.finish_reason, answer.tokens[-1]) == ("stop", end)
+    answer = Answer(ending)
+    assert answer.feed(ids, has_ended=True) == [("content", TEXT)]
+    assert answer.finish_reason == "length"
