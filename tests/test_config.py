@@ -252,7 +252,7 @@ def test_overrides_are_read_as_yaml_and_reach_into_lists(tmp_path: Path):
     [
         ("rollout.group_size", "section.setting=value"),
         ("rollout.size=3", "rollout.size is not a setting"),
-        ("rewards.7.weight=1", "there is no '7'"),
+        ("rewards.7.weight=1", "'7' is no entry of a list of 2; entries are numbered from 0"),
         ("run.steps.x=1", "there is no 'x' to set in 2"),
         ("model.name=[", "'[' is not valid YAML"),
         ("data.answer_regex=(", "data.answer_regex is '('; it is not a regular expression"),

@@ -16,15 +16,19 @@ import pytest
 import torch
 import warm
 from helpers import ROOT, clean_environment, tiny_config, tiny_settings
+from huggingface_hub.utils import are_progress_bars_disabled
 from rich.console import Console
 from rich.text import Text
 
+from grpo.cli.contamination import watched
 from grpo.observe import display
+from grpo.observe.bar import Bar
 from grpo.observe.console import errors_for_users, show_samples
 from grpo.observe.display import Dashboard, contrast, fold, samples, sparkline, styled_completion
 from grpo.observe.rundir import RunLog
 from grpo.observe.screen import console_sink
 from grpo.observe.sinks import JsonlSink, RowsLost
+from grpo.system import distributed
 from grpo.system.distributed import Processes
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import EXIT_STOPPED
@@ -556,3 +560,18 @@ def test_what_is_said_at_once_survives_any_text_and_a_stdout_that_is_none_or_clo
             say_at_once("half a character \ud800 and \x1b[2J")
             flush_within(2)
     assert capfd.readouterr().err == "half a character \ufffd and \ufffd[2J\n" * 2
+
+
+def test_a_terminal_sees_how_far_a_download_is_and_a_log_does_not(monkeypatch: pytest.MonkeyPatch):
+    for is_terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)  # noqa: B023
+        distributed._quiet()
+        assert are_progress_bars_disabled() is not is_terminal
+
+
+def test_the_search_for_contamination_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch):
+    added: list[int] = []
+    monkeypatch.setattr(Bar, "add", lambda self, number=1: added.append(number))
+    questions = [str(number) for number in range(600)]
+    assert [*watched(questions, "mine")] == questions
+    assert added == [256, 256, 88]

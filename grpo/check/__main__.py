@@ -20,12 +20,11 @@ from pathlib import Path
 
 from grpo import Config
 from grpo.observe.console import errors_for_users
+from grpo.system.parser import Parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="grpo check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="grpo check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="memory | invariance | gradients | steps")
     for name in ("memory", "invariance", "gradients", "steps"):
         command = commands.add_parser(name)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import read_yaml
+from grpo.observe.console import errors_for_users
+from grpo.system.parser import Parser
 from grpo.system.terminal import say
 from grpo.text import aha
 
@@ -20,15 +22,16 @@ TITLES = ("each", "per 1k", "share", "right", "wrong", "cut off")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's directory")
     parser.add_argument("--list", default="reflection", help="whose words choose the samples, and are marked in them")
     parser.add_argument("--samples", type=int, default=3, help="right ones and wrong ones to show, each")
     arguments = parser.parse_args()
-    words = words_of(arguments.run)
-    if arguments.list not in words.lists:
-        parser.error(f"--list is {arguments.list!r}; there is no such list. Take one of {', '.join(words.lists)}.")
-    rows = completions(arguments.run)
+    with errors_for_users():
+        words = words_of(arguments.run)
+        if arguments.list not in words.lists:
+            parser.error(f"--list is {arguments.list!r}; there is no such list. Take one of {', '.join(words.lists)}.")
+        rows = completions(arguments.run)
     show_table(rows, words)
     show_samples(rows, words, arguments.list, arguments.samples)
 
@@ -37,8 +40,8 @@ def words_of(run: Path) -> aha.Words:
     """The built-in lists and those of the run's configuration."""
     path = run / "config.yaml"
     if not path.is_file():
-        raise SystemExit(
-            f"error: {run} is not the directory of a run; there is no {path.name} in it. Name one, such as runs/quickstart."
+        raise ValueError(
+            f"{run} is not the directory of a run; there is no {path.name} in it. Name one, such as runs/quickstart."
         )
     logging = read_yaml(path.read_text())["logging"]
     return aha.with_own(logging.get("reflection_words", {}))  # runs before there was such a setting have none
@@ -50,8 +53,8 @@ def completions(run: Path) -> list[Row]:
     path = run / "completions.jsonl"
     rows = read_jsonl(path, ("step", "completion"))
     if not rows:
-        raise SystemExit(
-            f"error: {path} holds no completions; they are what is counted. Set logging.completions_every > 0 in the next run."
+        raise ValueError(
+            f"{path} holds no completions; they are what is counted. Set logging.completions_every > 0 in the next run."
         )
     return rows
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from grpo.cli.model_options import add_options
 from grpo.inference.commands import HELP
 from grpo.observe.console import console, errors_for_users
+from grpo.system.parser import Parser
 from grpo.system.terminal import say
 
 if TYPE_CHECKING:
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--seed", type=int, help="of the sampling; default: another one each time")
     options = parser.parse_args()

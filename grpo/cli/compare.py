@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 
 from grpo.observe.console import errors_for_users, positive
+from grpo.system.parser import Parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="YAML files, such as those in configs/")
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0], metavar="N", help="run.seed of the runs; default: 0"

@@ -7,6 +7,7 @@ eval "$(grpo completion zsh)"
 import argparse
 
 from grpo.cli import COMMANDS
+from grpo.system.parser import Parser
 
 BASH = """_grpo() {{
   local word="${{COMP_WORDS[COMP_CWORD]}}"
@@ -23,7 +24,7 @@ complete -F _grpo grpo"""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shell", choices=("bash", "zsh"))
     shell = parser.parse_args().shell
     from grpo.config import setting_names

@@ -10,17 +10,33 @@ Exits with 0 if there are none, with 1 if there are some, and with 2 if a settin
 """
 
 import argparse
+from collections.abc import Iterator
 
 from grpo.config import DataConfig
 from grpo.data import registry as benchmarks
 from grpo.data.contamination import NUM_WORDS, overlaps
 from grpo.data.rows import load_rows
+from grpo.observe.bar import Bar
 from grpo.observe.console import errors_for_users
+from grpo.system.parser import Parser
 from grpo.system.terminal import say
+
+ROWS_PER_SIGN = 256
+"""Training questions between two signs of life."""
+
+
+def watched(train: list[str], name: str) -> Iterator[str]:
+    """The questions, with a bar of how many have been compared with a benchmark."""
+    with Bar(name, total=len(train), most_tokens=0) as bar:
+        for number, question in enumerate(train, 1):
+            yield question
+            if number % ROWS_PER_SIGN == 0:
+                bar.add(ROWS_PER_SIGN)
+        bar.add(len(train) % ROWS_PER_SIGN)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", required=True, metavar="FILE_OR_HUB_ID", help="the training questions")
     parser.add_argument("--train-subset", metavar="NAME", help="configuration of a hub data set, such as main")
     parser.add_argument("--train-split", default="train", metavar="NAME")
@@ -47,7 +63,7 @@ def main() -> None:
         train = [row["question"] for row in load_rows(DataConfig(**source, **columns), reads_answer=False)]
         for name in names:
             test = [row["question"] for row in benchmarks.load(name, data.get(name))]
-            found = overlaps(train, test, num_words=arguments.words)
+            found = overlaps(watched(train, name), test, num_words=arguments.words)
             num_found += len(found)
             half = sum(each.share >= 0.5 for each in found)
             say(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from grpo.data import registry as benchmarks
 from grpo.evaluation import asked
 from grpo.observe.console import errors_for_users, positive
+from grpo.system.parser import Parser
 from grpo.system.terminal import say
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
     remote = parser.add_argument_group("a model that is hosted elsewhere")
     remote.add_argument(

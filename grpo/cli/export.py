@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 from grpo.observe.console import errors_for_users
+from grpo.system.parser import Parser
 from grpo.system.terminal import say
 
 
@@ -62,7 +63,7 @@ KINDS = ("gguf", "folder", "hub")
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("model", metavar="RUN_OR_DIR", help="a run's directory, a checkpoint, a model or an adapter")
     made.add_argument(
         "--to",

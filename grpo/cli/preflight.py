@@ -11,10 +11,11 @@ import argparse
 from grpo import Config
 from grpo.cli.model_options import TEMPLATES
 from grpo.observe.console import errors_for_users
+from grpo.system.parser import Parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file, such as those in configs/")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="SECTION.SETTING=VALUE", help="override settings"

@@ -13,11 +13,12 @@ else that of the stage that failed.
 import argparse
 
 from grpo.observe.console import errors_for_users
+from grpo.system.parser import Parser
 from grpo.system.terminal import say
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "stages",
         metavar="DIR",

@@ -19,6 +19,7 @@ from typing import Any
 
 from grpo.cli.model_options import add_options
 from grpo.observe.console import errors_for_users, positive
+from grpo.system.parser import Parser
 from grpo.system.terminal import say
 
 
@@ -164,7 +165,7 @@ def _value(name: str, options: argparse.Namespace) -> Any:
 def _parser() -> argparse.ArgumentParser:
     from grpo.rejection.rules import Rules
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument(
         "--questions",

@@ -8,10 +8,11 @@ import argparse
 from pathlib import Path
 
 from grpo.observe.console import errors_for_users
+from grpo.system.parser import Parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="what run.dir named; up to 8")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: report.html in the run's directory, or here for several runs"

@@ -13,11 +13,12 @@ from typing import Any
 
 from grpo.cli.model_options import add_options
 from grpo.observe.console import console, errors_for_users
+from grpo.system.parser import Parser
 from grpo.system.terminal import is_text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--question", action="append", default=[], metavar="TEXT", help="may be given several times")
     parser.add_argument(

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from grpo.config.shipped import shipped
 from grpo.observe.console import errors_for_users, positive
+from grpo.system.parser import Parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config", type=Path, default=shipped("r1_zero_paper"), help="the recipe; default: r1_zero_paper"
     )

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 
 from grpo.cli.model_options import add_options
 from grpo.observe.console import errors_for_users, positive
+from grpo.system.parser import Parser
 
 API_KEY = "GRPO_API_KEY"
 
@@ -34,7 +35,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, one_model=False)
     parser.add_argument(
         "--steps",

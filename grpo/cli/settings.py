@@ -21,6 +21,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from grpo.system.parser import Parser
+
 if TYPE_CHECKING:
     from grpo.config.settings import Settings
 
@@ -40,7 +42,7 @@ class Setting:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("word", nargs="?", help="a section, a setting, or a word of its meaning")
     parser.add_argument("--markdown", action="store_true", help="as a page of documentation")
     arguments = parser.parse_args()

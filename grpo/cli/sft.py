@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from grpo.cli import launch
 from grpo.config import SupervisedConfig
 from grpo.observe.console import errors_for_users, positive
+from grpo.system.parser import Parser
 
 if TYPE_CHECKING:
     from grpo import SupervisedTrainer
@@ -24,7 +25,7 @@ MODULE = "grpo.cli.sft"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file, or the name of one that comes with the library")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="SECTION.SETTING=VALUE", help="override settings"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from grpo.cli import launch
 from grpo.config import Config
 from grpo.observe.console import errors_for_users, positive
+from grpo.system.parser import Parser
 
 if TYPE_CHECKING:
     from grpo import Trainer
@@ -27,7 +28,7 @@ MODULE = "grpo.cli.train"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config",
         required=True,

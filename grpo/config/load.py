@@ -93,10 +93,19 @@ def read_settings(text: str, where: str) -> dict[str, Any]:
     try:
         settings = read_yaml(text, where=where)
     except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not valid YAML: {error}") from None
+        raise ValueError(
+            f"{where} is not valid YAML{_problem(error)}. Correct it; YAML is indented by spaces."
+        ) from None
     if not isinstance(settings, dict):
         raise ValueError(f"{where} holds {settings!r}; a configuration is a mapping of sections. See configs/.")
     return settings
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """Where and what, in a line; PyYAML says it in five."""
+    mark = getattr(error, "problem_mark", None)
+    where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+    return f"{where}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}"
 
 
 def apply_override(settings: dict[str, Any], override: str) -> None:
@@ -128,7 +137,7 @@ def _read_value(text: str, override: str) -> Any:
     try:
         return read_yaml(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"--set {override!r}: {text!r} is not valid YAML: {error}. Quote it.") from None
+        raise ValueError(f"--set {override!r}: {text!r} is not valid YAML{_problem(error)}. Quote it.") from None
 
 
 def _child_key(node: Any, name: str, path: str) -> str | int:
@@ -136,7 +145,12 @@ def _child_key(node: Any, name: str, path: str) -> str | int:
         return name
     if isinstance(node, list) and name.isdigit() and int(name) < len(node):
         return int(name)
-    raise ValueError(f"--set {path}: there is no {name!r} to set in {node!r}.")
+    if isinstance(node, list):
+        raise ValueError(
+            f"--set {path}: {name!r} is no entry of a list of {len(node)}; entries are numbered from 0. Correct it, or set the "
+            "whole list."
+        )
+    raise ValueError(f"--set {path}: there is no {name!r} to set in {node!r}. Correct the name.")
 
 
 def as_override(text: str) -> str:

@@ -373,9 +373,10 @@ LISTED_SECTIONS: dict[str, type[BaseModel]] = {
 def _refuse_unknown_keys(
     settings: dict[str, Any], section: type[BaseModel], root: type[Settings], prefix: str = ""
 ) -> None:
-    for key, value in settings.items():
+    for key in settings:
         if key not in section.model_fields:
             raise ValueError(_unknown_key(f"{prefix}{key}", key, section, root, prefix))
+    for key, value in settings.items():
         inner = section.model_fields[key].annotation
         if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, BaseModel):
             _refuse_unknown_keys(value, inner, root, f"{prefix}{key}.")

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub.utils
 import torch
 import torch.distributed as dist
 import transformers
@@ -330,6 +331,8 @@ def _quiet() -> None:
     """Keep progress bars of loading, and notices that only library authors can act on, out of a run's output."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    if os.environ.get("RANK", "0") == "0" and sys.stderr is not None and sys.stderr.isatty():
+        huggingface_hub.utils.enable_progress_bars()  # which the line above takes away too: a download may take minutes
     for module in ("torch.distributed", "transformers"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     if not torch.cuda.is_available():

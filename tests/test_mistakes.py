@@ -1,0 +1,167 @@
+"""Mistakes on the command line: each is answered in three lines at most, with the setting, the value and a remedy."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import TINY
+
+from grpo import cli
+
+MODEL = str(TINY / "model")
+QUICKSTART = ["train", "--config", "quickstart", "--set", "preflight.num_questions=0"]
+EVALUATE = ["evaluate", "--model", MODEL, "--benchmarks", "mine"]
+
+FILES = {
+    "empty.jsonl": "",
+    "broken.jsonl": '{"question": "a", "answer": "1"}\n{"question": \n',
+    "columns.jsonl": '{"prompt": "a", "solution": "1"}\n' * 5,
+    "list.jsonl": "[1,2]\n",
+    "null.jsonl": '{"question": null, "answer": "1"}\n' * 3,
+    "text.txt": "hello",
+    "twice.yaml": "model: {name: a}\nrun: {dir: x, steps: 1}\nrun: {dir: y, steps: 1}\n",
+    "tab.yaml": "model:\n\tname: a\n",
+    "list.yaml": "- a\n- b\n",
+    "empty.yaml": "",
+    "without_run.yaml": "model: {name: a}\n",
+    "bad.py": "def f(completion:\n",
+    "one.py": "def g(completion): return 1.0\n",
+    "file": "",
+}
+
+MISTAKES: list[tuple[list[str], str]] = [
+    (["tran"], r"grpo has no command 'tran'\. Did you mean train\?"),
+    (["train"], r"required: --config\. `grpo train --help` lists the options"),
+    (["evaluate", "--model", "x"], r"required: --benchmarks"),
+    (["chat"], r"required: --model"),
+    (
+        [*EVALUATE, "--data", "mine=columns.jsonl", "--samples", "0"],
+        r"--samples: '0' is not a whole number of at least 1",
+    ),
+    (["train", "--config", "quickstart", "--processes", "two"], r"--processes: 'two' is not a whole number"),
+    (["train", "--config", "nope.yaml"], r"--config is 'nope\.yaml'; there is no such file.* Name a YAML file"),
+    (["train", "--config", "quikstart"], r"Did you mean quickstart\?"),
+    (["train", "--config", "twice.yaml"], r"key 'run' is given twice, the second time in line 3 of twice\.yaml"),
+    (
+        ["train", "--config", "tab.yaml"],
+        r"tab\.yaml is not valid YAML, line 2, column 1: found character '\\t'.*spaces",
+    ),
+    (["train", "--config", "list.yaml"], r"list\.yaml holds .*; a configuration is a mapping of sections"),
+    (["train", "--config", "empty.yaml"], r"empty\.yaml holds None; a configuration is a mapping"),
+    (["train", "--config", "without_run.yaml"], r"run is missing; it has no default\. Set run"),
+    (["train", "--config", "sft-quickstart"], r"training is not a setting here.*grpo sft"),
+    (["sft", "--config", "quickstart"], r"rollout is not a setting here.*grpo train"),
+    (["preflight", "--config", "nope"], r"--config is 'nope'; there is no such file"),
+    ([*QUICKSTART, "run.steps"], r"--set 'run\.steps': an override reads section\.setting=value"),
+    ([*QUICKSTART, "run.stepz=3"], r"run\.stepz is not a setting\. Did you mean run\.steps\?"),
+    ([*QUICKSTART, "rolout.group_size=3"], r"rolout is not a setting\. Did you mean rollout\?"),
+    ([*QUICKSTART, "run.steps=abc"], r"run\.steps is 'abc'; input should be a valid integer"),
+    ([*QUICKSTART, "run.steps=-1"], r"run\.steps is -1; input should be greater than 0"),
+    ([*QUICKSTART, "run.steps=1.5"], r"run\.steps is 1\.5; input should be a valid integer"),
+    ([*QUICKSTART, "rollout.fused_layers=maybe"], r"rollout\.fused_layers is 'maybe'; input should be a valid boolean"),
+    (
+        [*QUICKSTART, "optimizer.learning_rate=fast"],
+        r"optimizer\.learning_rate is 'fast'; input should be a valid number",
+    ),
+    ([*QUICKSTART, "algorithm.beta=0.1"], r"algorithm\.beta is not a setting here.*algorithm\.kl_coef"),
+    ([*QUICKSTART, "rollout.group_size=1"], r"rollout\.group_size is 1; .* Set rollout\.group_size >= 2"),
+    ([*QUICKSTART, "rollout.temperature=0"], r"rollout\.temperature is 0; input should be greater than 0"),
+    ([*QUICKSTART, "rollout.top_p=1.5"], r"rollout\.top_p is 1\.5; input should be less than or equal to 1"),
+    ([*QUICKSTART, "distributed.zero_stage=4"], r"distributed\.zero_stage is 4; input should be 0, 1, 2 or 3"),
+    ([*QUICKSTART, "algorithm.num_minibatches=3"], r"algorithm\.num_minibatches is 3; .* Set it to a divisor"),
+    (
+        [*QUICKSTART, "memory.micro_batch_tokens=8"],
+        r"memory\.micro_batch_tokens is 8; .* Set memory\.micro_batch_tokens >= 160",
+    ),
+    ([*QUICKSTART, "data.template=chatml"], r"data\.template is 'chatml'; input should be 'r1_zero'"),
+    ([*QUICKSTART, "model.dtype=fp8"], r"model\.dtype is 'fp8'; input should be 'auto', 'bfloat16' or 'float32'"),
+    ([*QUICKSTART, "rollout.engine=sglang"], r"rollout\.engine is 'sglang'; input should be 'auto', 'native'"),
+    ([*QUICKSTART, "data.answer_regex=["], r"'\[' is not valid YAML, line 1, column 2: .*\. Quote it"),
+    ([*QUICKSTART, "run.resume=yes"], r"run\.resume is True; input should be 'never' or 'auto'"),
+    ([*QUICKSTART, "run.max_hours=soon"], r"run\.max_hours is 'soon'; input should be a valid number"),
+    ([*QUICKSTART, "rewards=accuracy"], r"rewards is 'accuracy'; input should be a valid list"),
+    (
+        [*QUICKSTART, "rewards.7.weight=1"],
+        r"--set rewards\.7\.weight: '7' is no entry of a list of 2; entries are numbered from 0",
+    ),
+    ([*QUICKSTART, "rewards.0.weight=much"], r"rewards\.0\.weight is 'much'; input should be a valid number"),
+    (
+        [*QUICKSTART, "rewards.0.weight=0", "rewards.1.weight=0"],
+        r"rewards is \['accuracy', 'format'\] without any weight",
+    ),
+    ([*QUICKSTART, "rewards.0.function=acuracy"], r"function is 'acuracy'; there is accuracy.*did you mean accuracy\?"),
+    (
+        [*QUICKSTART, "rewards.0.function=nope.py:f"],
+        r"function is 'nope\.py:f'; there is no file .*nope\.py\. Give the path",
+    ),
+    ([*QUICKSTART, "rewards.0.function=one.py:f"], r"one\.py has no function 'f': there is g\. Name one"),
+    ([*QUICKSTART, "rewards.0.function=bad.py:f"], r"the file is not valid Python: .*bad\.py, line 1.*Correct it"),
+    ([*QUICKSTART, "rewards.0.function=no.such:f"], r"the module 'no\.such' cannot be imported: .* Install it"),
+    ([*QUICKSTART, "model.name=./nope"], r"model\.name is './nope'; there is no such directory\. Correct the path"),
+    ([*QUICKSTART, "model.name=folder"], r"model\.name is 'folder'; it is neither a model .* Name one of these"),
+    (
+        [*QUICKSTART, "data.name=missing.jsonl"],
+        r"data\.name is 'missing\.jsonl'; there is no such file\. Correct the path",
+    ),
+    ([*QUICKSTART, "data.name=empty.jsonl"], r"data\.name holds no rows \(empty\.jsonl\)\. Name a data set"),
+    ([*QUICKSTART, "data.name=broken.jsonl"], r"broken\.jsonl, line 2, column 13: not JSON: .*\. Correct the line"),
+    (
+        [*QUICKSTART, "data.name=columns.jsonl"],
+        r"data\.question_column is 'question'; row 0 .* columns prompt, solution\. Name one",
+    ),
+    ([*QUICKSTART, "data.name=list.jsonl"], r"list\.jsonl, item 0: 1 is no row; a row is an object"),
+    ([*QUICKSTART, "data.name=null.jsonl"], r"row 0 of data\.name has no question\. Drop the row"),
+    ([*QUICKSTART, "data.name=text.txt"], r"data\.name is 'text\.txt'; a local file ends in \.json.*Convert the file"),
+    (
+        ["report", "runs/nope"],
+        r"RUN_DIR is 'runs/nope'; neither metrics\.jsonl nor config\.yaml is there.*Give the directory",
+    ),
+    (["report", "folder", "--out", "none/x.html"], r"--out is 'none/x\.html'; .* make 'none' first"),
+    (["sample", "--model", "folder", "--row", "1"], r"--model is 'folder'; it is neither a model"),
+    (["evaluate", "--model", MODEL, "--benchmarks", "gsm9k"], r"--benchmarks has 'gsm9k'; .*did you mean gsm8k\?"),
+    ([*EVALUATE, "--data", "mine=nope.jsonl"], r"--data mine is 'nope\.jsonl'; there is no such file"),
+    ([*EVALUATE, "--data", "nope.jsonl"], r"--data has 'nope\.jsonl'; it reads NAME=FILE"),
+    (
+        [*EVALUATE, "--data", "mine=columns.jsonl", "--templates", "chatml"],
+        r"--templates has 'chatml'; it is one of r1_zero",
+    ),
+    (
+        [*EVALUATE, "--data", "mine=columns.jsonl", "--templates", "chat"],
+        r"there is no column 'question'; .* Rename the column",
+    ),
+    (["settings", "zzzz"], r"no setting has 'zzzz' in its name or meaning\. `grpo settings` lists all"),
+    (["aha", "folder"], r"folder is not the directory of a run; there is no config\.yaml in it\. Name one"),
+    (["r1", "nope"], r"'nope' is no folder of stages: .* Name a folder"),
+    (["check", "memroy", "--config", "quickstart"], r"invalid choice: 'memroy' \(choose from 'memory'"),
+    (["reject", "--model", MODEL, "--out", "rows.txt"], r"--out is 'rows\.txt'; the rows are JSON lines"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    place = tmp_path_factory.mktemp("mistakes")
+    (place / "folder").mkdir()
+    for name, text in FILES.items():
+        (place / name).write_text(text)
+    before = Path.cwd()
+    os.chdir(place)
+    yield place
+    os.chdir(before)
+
+
+@pytest.mark.parametrize(("arguments", "answer"), MISTAKES, ids=[" ".join(given)[-60:] for given, _ in MISTAKES])
+def test_a_mistake_is_answered_in_three_lines_at_most(
+    arguments: list[str], answer: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", [])  # which the command line replaces
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert re.search(answer, said), said
+    assert len(said.splitlines()) <= 3, said
+    assert not [path for path in folder.iterdir() if path.name in ("runs", "lock")]
