@@ -23,6 +23,7 @@ from helpers import ROOT, clean_environment
 from torch.distributed.run import get_args_parser
 
 from grpo import cli
+from grpo.cli import scale
 from grpo.cli.settings import chosen, settings
 from grpo.config import AnyConfig, Config, RewardConfig, SupervisedConfig
 from grpo.config.elsewhere import ELSEWHERE
@@ -137,7 +138,9 @@ def load_settings(program: str, options: Namespace) -> list[AnyConfig]:
             own.write_text(block("yaml", "README.md", beginning="# my.yaml"))
             return [Config.load(own, overrides)]
     if getattr(options, "config", None) is not None:
-        is_supervised = program in ("grpo sft", "scripts/train_sft.py")
+        is_supervised = program in ("grpo sft", "scripts/train_sft.py") or (
+            program == "grpo scale" and scale.is_supervised(Path(options.config))
+        )
         return [(SupervisedConfig if is_supervised else Config).load(options.config, overrides)]
     assert not overrides, f"how {program} reads --set is not known here"
     return []

@@ -27,6 +27,7 @@ from browser import KEYS, browser, chromium
 from helpers import ROOT, TINY, clean_environment, read_json, tiny_settings
 
 pytest.importorskip("starlette")
+pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 
 from openai import APIStatusError, OpenAI  # noqa: E402
