@@ -36,9 +36,10 @@ from grpo.cli.export import parser, run
 from grpo.config import DataConfig
 from grpo.data.prompts import R1_ZERO, build_prompts, chat_text
 from grpo.data.rows import load_rows
+from grpo.export.export import step_of
 from grpo.export.families import family_of, permuted, rope_factors
 from grpo.export.gguf_file import QUANTIZATIONS
-from grpo.export.modelfile import go_template, quoted
+from grpo.export.modelfile import go_template, plainly_quoted, quoted
 from grpo.export.sentencepiece import NO_SCORE, SAMPLES, Pieces
 from grpo.export.vocabulary import pre_tokenizer_of
 
@@ -375,7 +376,8 @@ def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def break_off(self: Any, tensor: Any) -> None:
         written.append(tensor)
-        assert (tmp_path / "out.partial" / "model-Q8_0.gguf").stat().st_size > 1000 or len(written) == 1
+        (partial,) = tmp_path.glob(".out.*")
+        assert (partial / "model-Q8_0.gguf").stat().st_size > 1000 or len(written) == 1
         if len(written) == 5:
             raise OSError(28, "No space left on device")
 
@@ -465,6 +467,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run_dir / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run_dir / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5, "reward/accuracy": 0.5}\n')
     return run_dir
+
+
+def test_plain_values_of_a_modelfile_are_written_without_a_templates_escapes():
+    assert plainly_quoted("a\nb") == '"""a\nb"""'
+    assert plainly_quoted('say "done"') == 'say "done"'
+    assert plainly_quoted('say "it"\nnow') == '"""say "it"\nnow"""'
+    with pytest.raises(ValueError, match=r"the Modelfile cannot hold .* Change them in data\.system_prompt or rollout"):
+        plainly_quoted('one\ntwo "three"')
+
+
+def test_only_a_checkpoint_at_a_steps_end_is_called_by_its_step(tmp_path: Path):
+    assert step_of(str(tmp_path / "step-00000050" / "hf")) == 50
+    for other in ("step-00000050-0003/hf", "step-best/hf", "step-00000050"):
+        assert step_of(str(tmp_path / other)) is None
 
 
 def test_a_run_is_exported_with_its_card_and_a_modelfile(trained: Path, tmp_path: Path):

@@ -1,8 +1,10 @@
 """The library as people use it: from a model's name, with settings by name, callbacks, and metrics as a table."""
 
+import json
 import logging
 import math
 import os
+import shutil
 import signal
 from collections.abc import Mapping
 from copy import deepcopy
@@ -420,6 +422,37 @@ def test_the_tokenizer_of_a_loaded_model_is_found_where_it_was_loaded_from(tmp_p
     directory = given.write_below(tmp_path)
     assert given.write_below(tmp_path) == directory
     assert AutoTokenizer.from_pretrained(directory).chat_template == tokenizer.chat_template
+
+
+def test_other_ends_are_another_model_and_two_that_write_the_same_do_not_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = AutoModelForCausalLM.from_pretrained(TINY / "model")
+    before = GivenModel.of(model, None, {}).write_below(tmp_path)
+    model.generation_config.eos_token_id = [0, 7]
+    after = GivenModel.of(model, None, {}).write_below(tmp_path)
+    assert after != before
+    assert json.loads((after / "generation_config.json").read_text())["eos_token_id"] == [0, 7]
+    shutil.rmtree(after)
+    save = model.save_pretrained
+
+    def meanwhile(directory: Path) -> None:
+        """Another process writes the same."""
+        save(directory)
+        shutil.copytree(directory, after)
+
+    monkeypatch.setattr(model, "save_pretrained", meanwhile)
+    assert GivenModel.of(model, None, {}).write_below(tmp_path) == after
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([before.name, after.name])
+
+
+def test_a_model_with_adapters_in_place_is_refused():
+    model = AutoModelForCausalLM.from_pretrained(TINY / "model")
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(
+        ValueError, match=r"is a Qwen2ForCausalLM with adapters in .*q_proj, put there by get_peft_model"
+    ):
+        GivenModel.of(model, None, {})
 
 
 def test_models_that_cannot_be_trained_from_an_object_are_refused(tmp_path: Path):

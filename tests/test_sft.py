@@ -653,7 +653,7 @@ def test_the_page_of_documentation_has_code_that_runs(tmp_path: Path, monkeypatc
 
 
 def test_a_dry_run_learns_the_longest_update_and_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     learned = []
 
@@ -663,7 +663,7 @@ def test_a_dry_run_learns_the_longest_update_and_leaves_nothing_behind(
 
     own = Learner.accumulate
     monkeypatch.setattr(Learner, "accumulate", accumulate)
-    rows = [{"prompt": "a", "completion": " b" * length} for length in (3, 90, 4, 5, 6, 100)]
+    rows = [{"prompt": f"{length}", "completion": " b" * length} for length in (3, 90, 4, 5, 6, 100)]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     config = sft_config(
         tmp_path / "run",
@@ -672,11 +672,26 @@ def test_a_dry_run_learns_the_longest_update_and_leaves_nothing_behind(
         evaluation={"num_rows": 0, "num_questions": 2},
     )
     assert supervised.check(config) == 0
-    assert learned == [102, 102]
+    sizes = [len(tokenizer.encode(str(length))) + length + 1 for length in (3, 90, 4, 5, 6, 100)]
+    assert learned == [max(sizes)] * 3  # an update of one row has no fuller pass
     said = capsys.readouterr().out
-    assert "The longest of 12 updates, 2 times: 1 rows with 102 tokens. The longest row has 102." in said
-    assert f"12 updates on {2 * (3 + 90 + 4 + 5 + 6 + 100 + 6 * 2)} tokens take about" in said
+    assert (
+        f"The longest of 12 updates, 2 times: 1 rows with {max(sizes)} tokens. The longest row has {max(sizes)}."
+        in said
+    )
+    assert f"12 updates on {2 * sum(sizes)} tokens take about" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_fills_a_pass_of_each_process_as_far_as_rows_can(tokenizer):
+    """Of the update with the most tokens the passes are two of 120, of another one 155."""
+    rows = [{"prompt_ids": [n], "completion_ids": [5] * (size - 1)} for n, size in enumerate((60, 60, 60, 60, 80, 75))]
+    order = RowOrder(read(tokenizer, rows, form="ids"), TrainingConfig(rows_per_update=4), seed=0)
+    assert [order.sizes[group.prompt.row] for group in supervised.fullest(order, 160, num_processes=1)] == [80, 75]
+    two = supervised.fullest(order, 160, num_processes=2)
+    assert [order.sizes[group.prompt.row] for group in two] == [80, 75, 60, 60]
+    few = supervised.fullest(RowOrder(order.groups, TrainingConfig(rows_per_update=1), seed=0), 160, num_processes=1)
+    assert [order.sizes[group.prompt.row] for group in few] == [80]
 
 
 def test_a_dry_run_that_does_not_fit_says_what_to_lower(

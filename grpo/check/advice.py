@@ -27,8 +27,10 @@ def advice(phase: str, config: Config, *, world_size: int, kv_gib: tuple[float, 
     return [text for text in found if text is not None]
 
 
-def supervised_advice(config: SupervisedConfig, *, world_size: int) -> list[str]:
-    """The same for supervised training, in whichever phase."""
+def supervised_advice(phase: str, config: SupervisedConfig, *, world_size: int) -> list[str]:
+    """The same for supervised training: while the model is loaded, or in an update."""
+    if phase == "loading":
+        return advice(phase, config.parts, world_size=world_size)
     now, longest, parts = config.memory.micro_batch_tokens, config.data.max_tokens, config.parts
     rungs = (_chunk, _checkpointing, _offload, _zero_stage)
     found = [_smaller_passes(now, now, longest), *(rung(parts, world_size=world_size) for rung in rungs)]

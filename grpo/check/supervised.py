@@ -1,7 +1,8 @@
 """Does supervised training fit, and how long will it take? The longest update of the run, on this machine and this model.
 
-What is run is the trainer's own step on the rows of the update that has the most tokens. No file is left behind, the updated
-weights are thrown away, and nothing is evaluated.
+What is run is the trainer's own step on the rows of the update that has the most tokens, and, for the peak of memory, once more
+on rows that fill a pass of every process as far as rows can. No file is left behind, the updated weights are thrown away, nothing
+is evaluated.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def check(config: SupervisedConfig) -> int:
     """
 
     def advise(phase: str, trainer: object, world_size: int) -> list[str]:
-        return supervised_advice(config, world_size=world_size)
+        return supervised_advice(phase, config, world_size=world_size)
 
     return memory.tried(lambda: rehearse(config), report, advise)
 
@@ -58,9 +59,12 @@ def rehearse(config: SupervisedConfig) -> SupervisedTrainer:
 
 def report(trainer: SupervisedTrainer) -> str:
     """Learn the update, and what it took."""
-    metrics = [trainer.train_step() for _ in range(NUM_STEPS)][-1]
-    left, order = memory.measured(trainer), trainer.order
+    metrics, order = [trainer.train_step() for _ in range(NUM_STEPS)][-1], trainer.order
     assert isinstance(order, Longest)
+    order.rows = fullest(order, trainer.config.memory.micro_batch_tokens, num_processes=trainer.processes.world_size)
+    filled = trainer.train_step()
+    metrics |= {name: max(metrics[name], filled[name]) for name in metrics if name.startswith("memory/")}
+    left = memory.measured(trainer)
     seconds = memory.duration(order.tokens / metrics["throughput/update"])
     return "\n".join([
         *memory.phases(metrics, ("update", "step")),
@@ -72,11 +76,26 @@ def report(trainer: SupervisedTrainer) -> str:
     ])  # fmt: skip
 
 
+def fullest(order: RowOrder, budget: int, *, num_processes: int) -> list[Group]:
+    """Rows that fill a pass on every process, the longest that still fit first, and no more than an update takes."""
+    most = max(order.max_rows // num_processes, 1)
+    passes: list[list[Group]] = [[] for _ in range(num_processes)]
+    room = [budget] * num_processes
+    for group in sorted(order.groups, key=lambda group: -order.sizes[group.prompt.row]):
+        size = order.sizes[group.prompt.row]
+        place = next((n for n in range(num_processes) if size <= room[n] and len(passes[n]) < most), None)
+        if place is not None:
+            passes[place].append(group)
+            room[place] -= size
+    return [group for taken in passes for group in taken]
+
+
 class Longest(RowOrder):
     """Deals the update that has the most tokens of all in an order."""
 
     def __init__(self, order: RowOrder) -> None:
         self.groups, self.sizes, self.num_updates = order.groups, order.sizes, order.num_updates
+        self.max_rows = order.max_rows
         self._order, self.rows = order._order, []
         self.tokens = self.most = 0
         for _ in range(order.num_updates):

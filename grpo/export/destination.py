@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,10 +40,10 @@ def check_room(out: Path, num_bytes: int) -> None:
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
     """A folder to write in, which is renamed to `out` at the end; removed if that is not reached."""
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a kill
-    partial.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
+        partial.chmod(0o755)  # mkdtemp's is for its owner alone
         yield partial
         for path in sorted(partial.rglob("*")):
             flush(path)

@@ -21,7 +21,7 @@ from grpo.export.think_tokens import MEANING, How, add_think_tokens, give_rows
 from grpo.export.vocabulary import Vocabulary, vocabulary_of
 from grpo.inference.resolve_model import Chosen
 from grpo.observe.bar import Bar
-from grpo.policy.model_source import check_not_quantised, model_config, source_of
+from grpo.policy.model_source import CHECKPOINT_NAME, check_not_quantised, model_config, source_of
 from grpo.policy.tokenizer import end_token_ids, load_tokenizer, vocabulary_size
 from grpo.report.card import FIGURE, card, licence_of, read_run
 from grpo.report.figures import plot_curves
@@ -240,10 +240,11 @@ FOLDER_FILES = 2**25
 
 def write_folder(whole: Whole, folder: Path, *, ends: list[int], chosen: Chosen) -> None:
     """Weights, configuration and tokenizer in Hugging Face format, with the sampling that is proposed."""
+    is_drawn = chosen.sampling.temperature > 0
+    drawing = {"temperature": chosen.sampling.temperature, "top_p": chosen.sampling.top_p} if is_drawn else {}
     whole.lm.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=chosen.sampling.temperature,
-        top_p=chosen.sampling.top_p,
+        do_sample=is_drawn,
+        **drawing,
         eos_token_id=ends,
         pad_token_id=whole.tokenizer.pad_token_id,
         bos_token_id=whole.tokenizer.bos_token_id,
@@ -279,9 +280,12 @@ def _example(prepared: Prepared) -> str:
 
 
 def step_of(model: str) -> int | None:
-    """Of a checkpoint within a run; None for other directories."""
+    """Of a checkpoint at the end of a run's step; None for one within a step, and for other directories."""
     path = Path(model)
-    return numbers_of(path.parent)[0] if path.name == "hf" and path.parent.name.startswith("step-") else None
+    if path.name != "hf" or not CHECKPOINT_NAME.fullmatch(path.parent.name):
+        return None
+    step, updates = numbers_of(path.parent)
+    return step if updates is None else None
 
 
 def _gguf_usage(asked: Asked) -> str:

@@ -43,14 +43,32 @@ def modelfile(
     else:
         lines.append(f"TEMPLATE {quoted(template)}")
     if data.system_prompt is not None:
-        lines.append(f"SYSTEM {quoted(data.system_prompt)}")
+        lines.append(f"SYSTEM {plainly_quoted(data.system_prompt)}")
     lines += [f"PARAMETER {name} {value:g}" for name, value in parameters.items()]
-    lines += [f"PARAMETER stop {quoted(text)}" for text in stop]
+    lines += [f"PARAMETER stop {plainly_quoted(text)}" for text in stop]
     return "\n".join(lines) + "\n"
 
 
+def plainly_quoted(text: str) -> str:
+    """As a value that is no template. Without quotation marks where those of the text could be taken for the end.
+
+    Raises:
+        ValueError: there is no way to write it.
+    """
+    if '"' not in text:
+        return f'"""{text}"""'
+    if "\n" not in text and text == text.strip() and not text.startswith('"'):
+        return text
+    if '"""' not in text and not text.endswith('"'):
+        return f'"""{text}"""'
+    raise ValueError(
+        f"the Modelfile cannot hold {text!r}, as a system prompt or a stop text: its quotation marks would end it. Change them "
+        "in data.system_prompt or rollout.stop."
+    )
+
+
 def quoted(text: str) -> str:
-    """As a Modelfile's value; text within three quotation marks ends at the next three."""
+    """As the value of a template in Go; text within three quotation marks ends at the next three."""
     text = text.replace('"""', '{{ "\\"\\"\\"" }}')
     return f'"""{text}{{{{ "" }}}}"""' if text.endswith('"') else f'"""{text}"""'
 

@@ -175,7 +175,7 @@ def _adds(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
     ids = tokenizer("a", add_special_tokens=True)["input_ids"]
     return {
         "add_bos_token": tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id,
-        "add_eos_token": tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id,
+        "add_eos_token": False,  # also of a tokenizer that appends one: a prompt goes on
     }
 
 

@@ -72,11 +72,13 @@ class GivenModel:
             with progress.busy("writing down the model that was given"):
                 self.tokenizer.save_pretrained(partial)
                 self.lm.config.save_pretrained(partial)
+                if self.lm.generation_config is not None:  # it says which tokens end a completion
+                    self.lm.generation_config.save_pretrained(partial)
                 directory = folder / f"{self.name}-{self._digest(partial)[:DIGITS]}"
                 if not directory.is_dir():
                     self.lm.save_pretrained(partial)
                     os.chmod(partial, 0o777 & ~_umask())
-                    os.replace(partial, directory)
+                    _appear(partial, directory)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return directory
@@ -92,6 +94,15 @@ class GivenModel:
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def _appear(made: Path, directory: Path) -> None:
+    """Rename it, unless another process that was given the same model has been faster."""
+    try:
+        os.replace(made, directory)
+    except OSError:
+        if not directory.is_dir():
+            raise
 
 
 def _umask() -> int:
@@ -114,6 +125,13 @@ def _check_model(model: Any) -> None:
         raise ValueError(
             f"the model is a {kind}; it must be a PreTrainedModel of transformers, or the name of one. "
             + (hint if isinstance(model, nn.Module) else "Pass what AutoModelForCausalLM.from_pretrained returns.")
+        )
+    adapted = next((name for name, module in model.named_modules() if hasattr(module, "base_layer")), None)
+    if adapted is not None or getattr(model, "_hf_peft_config_loaded", False):
+        where = f" in {adapted}" if adapted else ""
+        raise ValueError(
+            f"the model is a {kind} with adapters{where}, put there by get_peft_model or add_adapter; adapters are trained from "
+            "files. Merge them (`merge_and_unload()`), or load the model anew."
         )
     if model.get_output_embeddings() is None:
         raise ValueError(
