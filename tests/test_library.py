@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import random
 import shutil
 import signal
 from collections.abc import Mapping
@@ -374,6 +375,16 @@ def test_what_is_no_order_is_refused(returned: Any, message: str):
     prompts = [Prompt(row, [1], "", "", {"question": "", "answer": ""}) for row in range(3)]
     with pytest.raises(ValueError, match=message):
         PromptOrder(prompts, seed=0, rank=0, world_size=1, own=lambda epoch, rows: returned)
+
+
+def test_an_order_that_is_drawn_anew_each_time_it_is_asked_for_is_refused():
+    prompts = [Prompt(row, [1], "", "", {"question": "", "answer": ""}) for row in range(30)]
+    rng = random.Random(0)
+    with pytest.raises(ValueError, match="order gave two answers for epoch 0; every process asks it"):
+        PromptOrder(prompts, seed=0, rank=0, world_size=1, own=lambda epoch, rows: rng.sample(range(30), 30))
+    PromptOrder(
+        prompts, seed=0, rank=0, world_size=1, own=lambda epoch, rows: random.Random(epoch).sample(range(30), 30)
+    )
 
 
 def loaded() -> tuple[Any, Any]:

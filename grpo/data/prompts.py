@@ -431,8 +431,11 @@ class PromptOrder:
         self.position = 0
         self._epoch: tuple[int, list[int]] = (-1, [])
         self._sources = [] if weights is None else _shared_out(prompts, weights)
-        if own is not None:
-            self._own_order(own, 0)
+        if own is not None and self._own_order(own, 0) != self._own_order(own, 0):
+            raise ValueError(
+                "order gave two answers for epoch 0; every process asks it, and a resumed run asks again. Draw by the epoch: "
+                "random.Random(epoch)."
+            )
 
     def draw(self, num_prompts: int) -> list[Prompt]:
         """This process's share of the next `num_prompts` prompts: every world_size-th, starting at its rank."""
