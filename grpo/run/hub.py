@@ -168,6 +168,9 @@ def _unstage_all() -> None:
         unstage(folder)
 
 
+os.register_at_fork(after_in_child=_staged.clear)  # which are its parent's
+
+
 def remove_leftovers(parent: Path) -> None:
     """Remove what a process that was killed had staged."""
     with suppress(OSError), _staging, progress.busy("removing what was not pushed"):
