@@ -101,7 +101,8 @@ class Loop:
             PreflightRefused: there is nothing to learn from.
         """
         if self.config.run.push_to_hub is not None and not any(isinstance(each, PushToHub) for each in self.callbacks):
-            self.callbacks = [*self.callbacks, PushToHub(self.config, self.directory, self.processes)]
+            push = PushToHub(self.config, self.directory, self.processes, stop_reason=lambda: self.stop.request.reason)
+            self.callbacks = [*self.callbacks, push]
         with self.stop.request, progress.phase("training"):
             try:
                 self.checkpoints.check_room(self.policy)
@@ -204,6 +205,9 @@ class Loop:
         if self.step.rollout is None:
             self.step = StepState()  # to be done again
         saved = self.save(wait=True)
+        for callback in self.callbacks:
+            if isinstance(callback, PushToHub):
+                callback.on_stop()
         if self.processes.is_main:
             report.at_the_end(self.directory)
         self.close()  # first: the last words stand beneath the display
