@@ -16,6 +16,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -691,7 +692,7 @@ class Unsteady:
     """Answers some requests badly, in turns: too many, a crash, a connection that breaks; and refuses one for good."""
 
     def __init__(self, app: Any, refused: int | None = None) -> None:
-        self.app, self.number, self.refused, self.bodies = app, 0, refused, []
+        self.app, self.number, self.refused, self.bodies = app, 0, refused, list[bytes]()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -706,7 +707,14 @@ class Unsteady:
                 return await JSONResponse({}, 503)(scope, receive, send)
             case 3:
                 raise ConnectionError("the connection breaks: uvicorn sends half a reply, or none")
-        return await self.app(scope, receive, send)
+
+        async def noted() -> Any:
+            message = await receive()
+            if message["type"] == "http.request":
+                self.bodies.append(message["body"])
+            return message
+
+        return await self.app(scope, noted, send)
 
 
 def test_a_hosted_model_is_measured_as_one_that_is_loaded(
@@ -722,7 +730,8 @@ def test_a_hosted_model_is_measured_as_one_that_is_loaded(
         unsteady.append(Unsteady(app, refused=17))
         return unsteady[0]
 
-    with serving(models, around=around) as (_, port):
+    own = replace(models[0].sampling, stop=("</answer>",), top_k=1)  # of its run, which is not how it is measured
+    with serving([replace(models[0], sampling=own)], around=around) as (_, port):
         endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", concurrency=4, price=(1.0, 1000.0))
         settings = evaluation("model", endpoint.url)
         with pytest.raises(ValueError, match=r"HTTP 402: .*no more credit.*the same command goes on"):
@@ -732,6 +741,8 @@ def test_a_hosted_model_is_measured_as_one_that_is_loaded(
         first = read_json(out / "usage.json")["usage"]
         found = benchmark.evaluate(settings, out, asked.Runtime(num_workers=1), HostedModel(endpoint, "model"))
     ours, theirs = rows_in(out), rows_in(local)
+    assert any("</answer>" in row["completion"] for row in theirs)  # which the run's stop text would cut off
+    assert all(b'"stop": [], "top_k": 0, "min_p": 0.0' in body for body in unsteady[0].bodies)
     for own, other in zip(ours, theirs, strict=True):
         same = ("row", "template", "finish_reason", "num_tokens", "rewards", "question")
         assert [own[name] for name in same] == [other[name] for name in same]

@@ -41,6 +41,12 @@ MOST_TOKENS = 4096
 LARGEST_REPLY = 64 * 2**20  # bytes
 WRITE_EVERY = 2.0  # seconds
 
+OWN_SERVER = "grpo"
+"""What `grpo serve` says in /v1/models of who owns a model."""
+OWN_FIELDS: dict[str, Any] = {"stop": [], "top_k": 0, "min_p": 0.0}
+"""Sent to it: it would sample as its run did, and cut off the run's stop texts, with </answer> the answer's own tag. Not to
+others, of which some refuse what they do not know."""
+
 
 @dataclass(frozen=True)
 class Endpoint:
@@ -109,6 +115,7 @@ class HostedModel:
         self.endpoint, self.model = endpoint, model
         self.usage = Usage()
         self._path: Path | None = None
+        self._own_fields: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._last_write = 0.0
@@ -152,7 +159,9 @@ class HostedModel:
                 f"--endpoint is {self.endpoint.url!r}; it does not answer ({error}). Start the server, or correct the address."
             ) from None
         data = found.get("data") if isinstance(found, dict) else None
-        names = [str(each.get("id")) for each in data if isinstance(each, dict)] if isinstance(data, list) else []
+        listed = [each for each in data if isinstance(each, dict)] if isinstance(data, list) else []
+        self._own_fields = OWN_FIELDS if any(each.get("owned_by") == OWN_SERVER for each in listed) else {}
+        names = [str(each.get("id")) for each in listed]
         if names and self.model not in names:
             raise ValueError(
                 f"--model is {self.model!r}; at --endpoint there is {', '.join(names[:20])}. Name one of them."
@@ -228,6 +237,7 @@ class HostedModel:
             "top_p": sampling.top_p,
             "seed": seed,
             **({"messages": prompt.messages} if is_chat else {"prompt": prompt.text}),
+            **self._own_fields,
             **self.endpoint.request,
         }
         path = "chat/completions" if is_chat else "completions"

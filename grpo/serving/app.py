@@ -282,7 +282,7 @@ def _sampling(asked: GenerationRequest, usual: Sampling, limit: int) -> Sampling
         top_k=max(of("top_k"), 0),
         top_p=of("top_p"),
         min_p=of("min_p"),
-        stop=asked.stops or usual.stop,
+        stop=usual.stop if asked.stop is None else asked.stops,
     )
 
 
