@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 
 from openai import APIStatusError, OpenAI  # noqa: E402
+from pydantic import ValidationError  # noqa: E402
 from starlette.responses import JSONResponse  # noqa: E402
 
 from grpo.cli import evaluate as cli_evaluate  # noqa: E402
@@ -42,7 +45,16 @@ from grpo.inference import model as inference  # noqa: E402
 from grpo.policy.tokenizer import load_tokenizer  # noqa: E402
 from grpo.serving.app import Limits, Server  # noqa: E402
 from grpo.serving.models import Hosted, host  # noqa: E402
+from grpo.serving.protocol import (  # noqa: E402
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    VerdictRequest,
+    error_of,
+)
 from grpo.serving.run import bound  # noqa: E402
+from grpo.serving.scheduler import Worker  # noqa: E402
 from grpo.system.jsonl import read_jsonl  # noqa: E402
 from grpo.types import Group, Prompt, Sampling  # noqa: E402
 
@@ -331,6 +343,13 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "penalties are not computed here"),
     ({"tools": [{"type": "function"}]}, 400, "tools", "tools are not called here"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format.type", "not held to a form"),
+    (
+        {"chat_template_kwargs": {"chat_template": "{{ 'a' * 1000000 }}"}},
+        400,
+        "chat_template_kwargs",
+        "the server's to set",
+    ),
+    ({"chat_template_kwargs": {"return_tensors": "pt"}}, 400, "chat_template_kwargs", "return_tensors is no argument"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages", "surrogate"),
     ({"messages": [{"role": "user", "content": "coins " * 1200}]}, 400, "messages", "takes 1,024 tokens"),
     ({"messages": [{"role": "user", "content": "x" * 10_000_000}]}, 400, "messages", "10,000,000 characters"),
@@ -363,6 +382,34 @@ def test_bodies_that_are_no_request_are_refused_and_unknown_fields_are_not(serve
         assert words in reply["error"]["message"]
     assert ask(port, "/v1/chat/completions", {**WORDS, "max_tokens": 2, "user": "me", "metadata": {"a": 1}})[0] == 200
     assert ask(port, "/health") == (200, {"status": "ok"})
+
+
+def test_a_wrong_list_costs_as_little_as_its_first_wrong_item():
+    """An error for each of a million items, in each of four types, took seconds and gigabytes."""
+    complete = {"model": "model"}
+    for kind, fields, param in (
+        (CompletionRequest, {**complete, "prompt": [-1] * 50}, "prompt"),
+        (CompletionRequest, {**complete, "prompt": ["a", *[1] * 50]}, "prompt"),
+        (CompletionRequest, {**complete, "prompt": [[0.5] * 50] * 50}, "prompt"),
+        (CompletionRequest, {**complete, "prompt": [[1]] * 200}, "prompt"),
+        (CompletionRequest, {**complete, "prompt": {"a": [1] * 50}}, "prompt"),
+        (ChatRequest, {**WORDS, "messages": [{"role": "user", "content": [{}] * 50}] * 50}, "messages"),
+        (ChatRequest, {**WORDS, "stop": [1] * 50}, "stop"),
+        (VerdictRequest, {"answer": "1", "completions": [1] * 50}, "completions"),
+    ):
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate(fields)
+        assert caught.value.error_count() <= 4
+        assert str(error_of(caught.value).param).startswith(param)
+
+
+def test_what_a_template_writes_is_measured_before_it_is_tokenized(
+    models: list[Hosted], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(models[0].tokenizer, "chat_template", "{{ 'x ' * 10000000 }}{{ add_generation_prompt }}")
+    monkeypatch.setattr("grpo.serving.models.tokenize", None)
+    with pytest.raises(ApiError, match=r"messages has 20,000,004 characters"):
+        models[0].chat_prompt([Message(role="user", content="x")], None)
 
 
 def test_openais_client_gets_its_errors(client: OpenAI):
@@ -480,6 +527,52 @@ def test_the_server_outlives_weights_that_break(models: list[Hosted], served: tu
     again = ask(port, "/v1/completions", {**LONG, "max_tokens": 9, "seed": 1})
     assert again[1]["choices"] == good[1]["choices"]
     assert all_is_free(served[0])
+
+
+def test_a_device_that_is_lost_fails_what_runs_what_waits_and_what_comes(
+    models: list[Hosted], monkeypatch: pytest.MonkeyPatch
+):
+    """An error that stays: nothing more is taken by the device, not even that it forgets. Nobody waits for the time limit."""
+    decoder = models[0].scheduler.decoder
+
+    def lost(*_: Any) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with serving(models) as (server, port), ThreadPoolExecutor(2) as threads:
+        asked = [threads.submit(ask, port, "/v1/completions", {**LONG, "n": 6}) for _ in range(2)]  # for eight slots
+        while server._num_open["model"] < 12:
+            time.sleep(0.01)
+        monkeypatch.setattr(decoder, "forget", lost)
+        monkeypatch.setattr(decoder, "decode", lost)
+        for each in asked:
+            status, reply = each.result()
+            assert (status, reply["error"]["type"]) == (500, "server_error")
+            assert "the server has lost its device" in reply["error"]["message"]
+        assert ask(port, "/health")[0] == ask(port, "/v1/completions", LONG)[0] == 503
+        monkeypatch.setattr(Worker, "is_alive", True)  # as one that was let in just before finds it
+        assert ask(port, "/v1/completions", LONG)[0] == 500
+        monkeypatch.undo()
+        assert all_is_free(server)
+    decoder.forget()
+
+
+def test_a_client_that_does_not_read_its_stream_is_given_up(models: list[Hosted], monkeypatch: pytest.MonkeyPatch):
+    """Sending then waits, as uvicorn's does while the connection's buffers are full."""
+    monkeypatch.setattr("grpo.serving.app.STALLED_SECONDS", 0.2)
+
+    def around(app: Any) -> Any:
+        async def stuck(scope: Any, receive: Any, send: Any) -> None:
+            async def never(message: Any) -> None:
+                await (asyncio.Event().wait() if message["type"] == "http.response.body" else send(message))
+
+            await app(scope, receive, never if scope["type"] == "http" else send)
+
+        return stuck
+
+    with serving(models, Limits(seconds=0.5), around) as (server, port):
+        with pytest.raises((http.client.HTTPException, OSError)):
+            ask(port, "/v1/completions", {**LONG, "stream": True})
+        assert all_is_free(server)
 
 
 def test_requests_that_need_more_pages_than_there_are_take_turns():
@@ -793,6 +886,96 @@ def test_an_endpoint_that_cannot_be_asked_is_said_before_it_is(
         monkeypatch.setattr("argparse.ArgumentParser.error", _raised)
         with pytest.raises(ValueError, match=message):
             cli_evaluate.main()
+
+
+@contextlib.contextmanager
+def scripted(answer: Callable[[BaseHTTPRequestHandler, bytes], None]) -> Iterator[str]:
+    """The address of a server whose requests a function answers."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer(self, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def reply_with(handler: BaseHTTPRequestHandler, status: int, text: str, **headers: str) -> None:
+    handler.send_response(status)
+    for name, value in {"Content-Length": str(len(text)), **headers}.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(text.encode())
+
+
+GOOD = json.dumps({"choices": [{"text": " 12"}], "usage": {"prompt_tokens": 3, "completion_tokens": 1}})
+
+
+def sampled(model: HostedModel, num: int = 1) -> list[str]:
+    prompts = [Prompt(n, [], "What is 5+7?", "", {}) for n in range(num)]
+    groups = model.sample(prompts, Sampling(4), num_completions=1, seed=0)
+    return [completion.text for group in groups for completion in group.completions]
+
+
+def test_a_key_does_not_follow_a_redirect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("A_KEY", "secret")
+    seen = []
+    with scripted(lambda handler, _: (seen.append(dict(handler.headers)), reply_with(handler, 200, GOOD))[1]) as other:
+
+        def moved(handler: BaseHTTPRequestHandler, _: bytes) -> None:
+            reply_with(handler, 302, "", Location=f"{other}/models")
+
+        with scripted(moved) as url:
+            model = HostedModel(Endpoint(url, api_key_env="A_KEY"), "model")
+            with pytest.raises(ValueError, match=rf"HTTP 302: it sends on to '{other}/models'\. Name that address"):
+                model.start(tmp_path)
+            with pytest.raises(ValueError, match=r"refuses a request for 'model': HTTP 302: it sends on to"):
+                sampled(model)
+    assert seen == []
+
+
+def test_requests_that_end_after_another_has_failed_are_counted(tmp_path: Path):
+    """They cost, too."""
+    first, lock = [True], threading.Lock()
+
+    def answer(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        with lock:
+            is_first = bool(body) and bool(first) and first.pop()
+        if not is_first and body:
+            time.sleep(0.5)
+        reply_with(handler, 402, "no credit") if is_first else reply_with(handler, 200, GOOD if body else "{}")
+
+    with scripted(answer) as url:
+        model = HostedModel(Endpoint(url, concurrency=3), "model").start(tmp_path)
+        with pytest.raises(ValueError, match="HTTP 402: no credit"):
+            sampled(model, 3)
+    assert read_json(tmp_path / "usage.json")["usage"]["requests"] == 2
+
+
+def test_an_error_that_breaks_off_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("grpo.evaluation.endpoint.FIRST_PAUSE", 0.01)
+    numbers = []
+
+    def answer(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        numbers.append(len(numbers))
+        if len(numbers) > 1:
+            return reply_with(handler, 200, GOOD)
+        reply_with(handler, 503, "", Content_Length="500")  # of which nothing comes
+        handler.wfile.flush()
+        time.sleep(0.6)
+
+    with scripted(answer) as url:
+        assert sampled(HostedModel(Endpoint(url, timeout_seconds=0.3), "model")) == [" 12"]
 
 
 def _raised(parser: Any, message: str) -> None:

@@ -19,6 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ class HostedModel:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._last_write = 0.0
+        self._opener = urllib.request.build_opener(_StaysThere)
 
     # ---- as Asks
 
@@ -153,6 +155,8 @@ class HostedModel:
                     f"--endpoint is {self.endpoint.url!r}; it refuses the key ({error}). Name the variable that holds one with "
                     "--api-key-env."
                 ) from None
+            if 300 <= error.status < 400:
+                raise ValueError(f"--endpoint is {self.endpoint.url!r}; {error}. Name that address.") from None
             return self  # a server that lists no models may answer
         except Unanswered as error:
             raise ValueError(
@@ -188,7 +192,9 @@ class HostedModel:
         found: list[list[Completion | None]] = [[None] * num_completions for _ in prompts]
         groups: dict[int, Group] = {}
         self._stopped.clear()
-        with ThreadPoolExecutor(self.endpoint.concurrency) as threads:
+        with ExitStack() as stack:
+            stack.callback(self._write, at_once=True)  # once the requests have ended that were under way at an error
+            threads = stack.enter_context(ThreadPoolExecutor(self.endpoint.concurrency))
             todo = iter(
                 (p, g, _seed_of(prompt, int(seeds[p, g]), g, num_completions))
                 for p, prompt in enumerate(prompts)
@@ -215,7 +221,6 @@ class HostedModel:
                 self._stopped.set()
                 for future in waiting:
                     future.cancel()
-                self._write(at_once=True)
 
     def sync(self) -> None:
         """Its weights are its own."""
@@ -298,11 +303,10 @@ class HostedModel:
         request = urllib.request.Request(f"{self.endpoint.url.rstrip('/')}/{path}", data=data, headers=headers)
         seconds = self.endpoint.timeout_seconds if body is not None else 30.0
         try:
-            with urllib.request.urlopen(request, timeout=seconds) as response:
+            with self._opener.open(request, timeout=seconds) as response:
                 text = response.read(LARGEST_REPLY)
         except urllib.error.HTTPError as error:
-            with error:
-                said = f"HTTP {error.code}: {error.read(500).decode(errors='replace')}"
+            said = f"HTTP {error.code}: {_beginning(error)}"
             if error.code in RETRIED:
                 raise Unanswered(said, _retry_after(error.headers.get("Retry-After"))) from None
             raise Refused(said, error.code) from None
@@ -341,6 +345,25 @@ class Refused(Exception):
     def __init__(self, why: str, status: int) -> None:
         super().__init__(why)
         self.status = status
+
+
+class _StaysThere(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: urllib would send the key along, to whatever host it names. A 3xx is an error then."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _beginning(error: urllib.error.HTTPError) -> str:
+    """What a reply that is an error says; its status alone where the connection breaks meanwhile."""
+    if 300 <= error.code < 400:
+        error.close()
+        return f"it sends on to {error.headers.get('Location')!r}"
+    try:
+        with error:
+            return error.read(500).decode(errors="replace")
+    except (OSError, http.client.HTTPException) as broken:
+        return f"({broken})"
 
 
 def _seed_of(prompt: Prompt, usual: int, number: int, num_completions: int) -> int:

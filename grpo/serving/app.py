@@ -40,6 +40,9 @@ from grpo.types import Sampling
 LARGEST_BODY = 32 * 2**20
 """Bytes of a request."""
 
+STALLED_SECONDS = 5.0
+"""After a request's time is over, until a client that does not read its stream is given up."""
+
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 FOLDER = Path(__file__).parent
@@ -354,7 +357,11 @@ class _Stream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation = self._reply.generation
         try:
-            await super().__call__(scope, receive, send)
+            left = generation.arrived + generation.seconds - time.monotonic() + STALLED_SECONDS
+            with contextlib.suppress(
+                TimeoutError
+            ):  # sending waits for a client that does not read, for as long as it likes
+                await asyncio.wait_for(super().__call__(scope, receive, send), left)
         finally:
             if any(answer.finish_reason is None for answer in generation.answers):
                 self._server.metrics.add("grpo_clients_left_total")
