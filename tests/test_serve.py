@@ -43,6 +43,7 @@ from grpo.evaluation import asked, benchmark  # noqa: E402
 from grpo.evaluation.endpoint import Endpoint, HostedModel  # noqa: E402
 from grpo.inference import model as inference  # noqa: E402
 from grpo.policy.tokenizer import load_tokenizer  # noqa: E402
+from grpo.scoring.scorer import Scorer  # noqa: E402
 from grpo.serving.app import Limits, Server  # noqa: E402
 from grpo.serving.models import Hosted, host  # noqa: E402
 from grpo.serving.protocol import (  # noqa: E402
@@ -333,7 +334,8 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"temperature": -1}, 400, "temperature", "temperature is -1; input should be greater than or equal to 0"),
     ({"temperature": 1e300}, 400, "temperature", "less than or equal to 100"),
     ({"temperature": "hot"}, 400, "temperature", "temperature is 'hot'; "),
-    ({"top_p": 0}, 400, "top_p", "greater than 0"),
+    ({"top_p": 0}, 400, "top_p", "greater than or equal to 0.000001"),
+    ({"top_p": 1e-7}, 400, "top_p", "greater than or equal to 0.000001"),
     ({"max_tokens": -5}, 400, "max_tokens", "max_tokens is -5; "),
     ({"max_completion_tokens": 10**6}, 400, "max_tokens", "has room for"),
     ({"n": 0}, 400, "n", "n is 0; "),
@@ -427,6 +429,10 @@ def test_a_key_other_hosts_and_other_sites_are_checked(models: list[Hosted]):
         assert ask(port, "/health")[0] == 200
         right = "Bearer " + "séçret".encode().decode("latin-1")
         assert ask(port, "/v1/models", Authorization=right)[0] == 200
+        assert ask(port, "/v1/models", Authorization=right.replace("Bearer", "bearer"))[0] == 200
+        for path in ("/metrics", "/openapi.json"):
+            assert (ask(port, path)[0], ask(port, path, Authorization=right)[0]) == (401, 200)
+        assert ask(port, "/v1/models", Authorization=right, Host=f"127.0.0.2:{port}")[0] == 200
         assert ask(port, "/v1/models", Authorization=right, Host="evil.example:80")[0] == 403
         assert ask(port, "/v1/models", Authorization=right, Origin="https://evil.example")[0] == 403
         assert ask(port, "/v1/models", Authorization=right, Origin=f"http://127.0.0.1:{port}")[0] == 200
@@ -448,6 +454,8 @@ def test_a_full_queue_and_a_slow_request_are_answered(models: list[Hosted]):
                 time.sleep(0.01)
             status, reply = ask(port, "/v1/completions", LONG)
             assert (status, reply["error"]["code"]) == (429, "queue_full")
+            status, reply = ask(port, "/v1/completions", {**LONG, "n": 13})  # which never can run
+            assert (status, reply["error"]["param"]) == (400, "n")
             status, reply = first.result()
             assert (status, reply["error"]["code"]) == (504, "timeout")
             status, text = second.result()
@@ -455,6 +463,7 @@ def test_a_full_queue_and_a_slow_request_are_answered(models: list[Hosted]):
             assert '"code":"timeout"' in text
             assert text.endswith("data: [DONE]\n\n")
         assert all_is_free(server)
+        assert "grpo_clients_left_total" not in server.metrics.text()
         assert ask(port, "/v1/completions", {**LONG, "max_tokens": 2})[0] == 200
 
 
@@ -485,6 +494,33 @@ def test_a_client_that_leaves_frees_its_slots(served: tuple[Server, int]):
     assert time.monotonic() - started < 10  # 23 x 1,000 tokens would take longer
     assert server.metrics.text() != before
     assert "grpo_clients_left_total" in server.metrics.text()
+
+
+def test_verdicts_wait_in_a_line_of_their_own_that_has_an_end(
+    models: list[Hosted], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Within the time limit, beside the requests for text, and without a file for each gold answer that somebody sends."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("grpo.serving.verdicts.MOST_WAITING", 3)
+    asked = {"completions": ["<answer>12</answer>", "13"] * 5, "answer": "12"}
+    with serving(models) as (server, port), ThreadPoolExecutor(8) as threads:
+        assert ask(port, "/v1/verdict", asked) == (200, {"verdicts": [True, False] * 5})
+        assert list(tmp_path.rglob("*")) == []
+        score, goes_on = Scorer.score, threading.Event()
+        monkeypatch.setattr(Scorer, "score", lambda *each: (goes_on.wait(60), score(*each))[1])
+        usual, server.limits = server.limits, replace(server.limits, seconds=0.3)
+        waiting = [threads.submit(ask, port, "/v1/verdict", asked) for _ in range(3)]
+        while server.verifier._places._value > 0:
+            time.sleep(0.01)
+        server.limits = usual
+        status, reply = ask(port, "/v1/verdict", asked)
+        assert (status, reply["error"]["code"]) == (429, "queue_full")
+        assert ask(port, "/v1/completions", {**LONG, "max_tokens": 2})[0] == 200
+        time.sleep(0.3)  # their time is over
+        goes_on.set()
+        assert {each.result()[0] for each in waiting} == {504}
+        monkeypatch.undo()
+        assert ask(port, "/v1/verdict", asked)[0] == 200
 
 
 def test_nothing_is_lost_of_a_hundred_requests(served: tuple[Server, int]):
@@ -865,6 +901,8 @@ def test_an_endpoint_that_cannot_be_asked_is_said_before_it_is(
 
     with pytest.raises(ValueError, match=r"--endpoint is 'localhost'; it begins with http"):
         start("localhost")
+    with pytest.raises(ValueError, match=r"--request has prompt, n, which each request sets itself"):
+        start("http://127.0.0.1:1/v1", request={"n": 4, "seed": 1, "prompt": "x"})
     with pytest.raises(ValueError, match=r"it does not answer \(.*refused.*\)\. Start the server"):
         start("http://127.0.0.1:1/v1")
     with pytest.raises(ValueError, match=r"--model is 'gpt'; at --endpoint there is model\. Name one"):
@@ -883,7 +921,7 @@ def test_an_endpoint_that_cannot_be_asked_is_said_before_it_is(
         (["--price-in", "3"], "--price-in without --endpoint has no effect"),
     ):
         monkeypatch.setattr("sys.argv", ["evaluate", "--model", "x", "--benchmarks", "gsm8k", *words])
-        monkeypatch.setattr("argparse.ArgumentParser.error", _raised)
+        monkeypatch.setattr("grpo.system.parser.Parser.error", _raised)
         with pytest.raises(ValueError, match=message):
             cli_evaluate.main()
 

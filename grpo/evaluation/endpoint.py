@@ -32,6 +32,9 @@ from grpo.system.terminal import say
 from grpo.system.writer import replace_text
 from grpo.types import Completion, FinishReason, Group, OnGroup, Prompt, Sampling
 
+SET_HERE = ("model", "messages", "prompt", "stream", "n")
+"""Fields that --request may not have: another question, or a reply of another form."""
+
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 """HTTP statuses of a server that may answer another time."""
 
@@ -77,6 +80,8 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not re.match(r"https?://[^/]", self.url):
             raise ValueError(f"--endpoint is {self.url!r}; it begins with http:// or https://. Correct it.")
+        if taken := [name for name in SET_HERE if name in self.request]:
+            raise ValueError(f"--request has {', '.join(taken)}, which each request sets itself. Leave it out.")
         if self.api_key_env is not None and not os.environ.get(self.api_key_env):
             raise ValueError(
                 f"--api-key-env is {self.api_key_env!r}; there is no such environment variable here. Export it, or leave it out."
@@ -277,7 +282,8 @@ class HostedModel:
                 with self._lock:
                     self.usage.retries += 1
                 # not all at the same moment, and at once if the others have failed
-                self._stopped.wait(max(error.pause, pause * random.uniform(0.5, 1.0)))
+                if self._stopped.wait(max(error.pause, pause * random.uniform(0.5, 1.0))):
+                    break
                 pause = min(2 * pause, LONGEST_PAUSE)
             except Refused as error:
                 raise ValueError(

@@ -27,6 +27,7 @@ MOST_STOPS, LONGEST_STOP = 16, 1000
 MOST_MESSAGES = MOST_PARTS = 10_000
 MOST_TOKENS = 2**22  # of a prompt; models know fewer
 HOTTEST = 100.0
+LEAST_TOP_P = 1e-6  # less is lost to rounding in float32
 GREEDY_BELOW = 1e-4
 """Temperatures below this take the likeliest token, which clients that may not say 0 mean; logits over less overflow."""
 
@@ -99,7 +100,7 @@ class GenerationRequest(_Tolerant):
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     max_tokens: Positive | None = None
     temperature: Annotated[float, Field(ge=0, le=HOTTEST)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=LEAST_TOP_P, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     ignore_eos: bool | None = False
