@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -16,6 +17,8 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 
 from openai import APIStatusError, OpenAI  # noqa: E402
+from pydantic import ValidationError  # noqa: E402
 from starlette.responses import JSONResponse  # noqa: E402
 
 from grpo.cli import evaluate as cli_evaluate  # noqa: E402
@@ -39,9 +43,19 @@ from grpo.evaluation import asked, benchmark  # noqa: E402
 from grpo.evaluation.endpoint import Endpoint, HostedModel  # noqa: E402
 from grpo.inference import model as inference  # noqa: E402
 from grpo.policy.tokenizer import load_tokenizer  # noqa: E402
+from grpo.scoring.scorer import Scorer  # noqa: E402
 from grpo.serving.app import Limits, Server  # noqa: E402
 from grpo.serving.models import Hosted, host  # noqa: E402
+from grpo.serving.protocol import (  # noqa: E402
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    VerdictRequest,
+    error_of,
+)
 from grpo.serving.run import bound  # noqa: E402
+from grpo.serving.scheduler import Worker  # noqa: E402
 from grpo.system.jsonl import read_jsonl  # noqa: E402
 from grpo.types import Group, Prompt, Sampling  # noqa: E402
 
@@ -320,7 +334,8 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"temperature": -1}, 400, "temperature", "temperature is -1; input should be greater than or equal to 0"),
     ({"temperature": 1e300}, 400, "temperature", "less than or equal to 100"),
     ({"temperature": "hot"}, 400, "temperature", "temperature is 'hot'; "),
-    ({"top_p": 0}, 400, "top_p", "greater than 0"),
+    ({"top_p": 0}, 400, "top_p", "greater than or equal to 0.000001"),
+    ({"top_p": 1e-7}, 400, "top_p", "greater than or equal to 0.000001"),
     ({"max_tokens": -5}, 400, "max_tokens", "max_tokens is -5; "),
     ({"max_completion_tokens": 10**6}, 400, "max_tokens", "has room for"),
     ({"n": 0}, 400, "n", "n is 0; "),
@@ -330,6 +345,13 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "penalties are not computed here"),
     ({"tools": [{"type": "function"}]}, 400, "tools", "tools are not called here"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format.type", "not held to a form"),
+    (
+        {"chat_template_kwargs": {"chat_template": "{{ 'a' * 1000000 }}"}},
+        400,
+        "chat_template_kwargs",
+        "the server's to set",
+    ),
+    ({"chat_template_kwargs": {"return_tensors": "pt"}}, 400, "chat_template_kwargs", "return_tensors is no argument"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages", "surrogate"),
     ({"messages": [{"role": "user", "content": "coins " * 1200}]}, 400, "messages", "takes 1,024 tokens"),
     ({"messages": [{"role": "user", "content": "x" * 10_000_000}]}, 400, "messages", "10,000,000 characters"),
@@ -364,6 +386,34 @@ def test_bodies_that_are_no_request_are_refused_and_unknown_fields_are_not(serve
     assert ask(port, "/health") == (200, {"status": "ok"})
 
 
+def test_a_wrong_list_costs_as_little_as_its_first_wrong_item():
+    """An error for each of a million items, in each of four types, took seconds and gigabytes."""
+    complete = {"model": "model"}
+    for kind, fields, param in (
+        (CompletionRequest, {**complete, "prompt": [-1] * 50}, "prompt"),
+        (CompletionRequest, {**complete, "prompt": ["a", *[1] * 50]}, "prompt"),
+        (CompletionRequest, {**complete, "prompt": [[0.5] * 50] * 50}, "prompt"),
+        (CompletionRequest, {**complete, "prompt": [[1]] * 200}, "prompt"),
+        (CompletionRequest, {**complete, "prompt": {"a": [1] * 50}}, "prompt"),
+        (ChatRequest, {**WORDS, "messages": [{"role": "user", "content": [{}] * 50}] * 50}, "messages"),
+        (ChatRequest, {**WORDS, "stop": [1] * 50}, "stop"),
+        (VerdictRequest, {"answer": "1", "completions": [1] * 50}, "completions"),
+    ):
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate(fields)
+        assert caught.value.error_count() <= 4
+        assert str(error_of(caught.value).param).startswith(param)
+
+
+def test_what_a_template_writes_is_measured_before_it_is_tokenized(
+    models: list[Hosted], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(models[0].tokenizer, "chat_template", "{{ 'x ' * 10000000 }}{{ add_generation_prompt }}")
+    monkeypatch.setattr("grpo.serving.models.tokenize", None)
+    with pytest.raises(ApiError, match=r"messages has 20,000,004 characters"):
+        models[0].chat_prompt([Message(role="user", content="x")], None)
+
+
 def test_openais_client_gets_its_errors(client: OpenAI):
     with pytest.raises(APIStatusError, match="there is model") as caught:
         client.chat.completions.create(model="other", messages=WORDS["messages"])
@@ -379,6 +429,10 @@ def test_a_key_other_hosts_and_other_sites_are_checked(models: list[Hosted]):
         assert ask(port, "/health")[0] == 200
         right = "Bearer " + "séçret".encode().decode("latin-1")
         assert ask(port, "/v1/models", Authorization=right)[0] == 200
+        assert ask(port, "/v1/models", Authorization=right.replace("Bearer", "bearer"))[0] == 200
+        for path in ("/metrics", "/openapi.json"):
+            assert (ask(port, path)[0], ask(port, path, Authorization=right)[0]) == (401, 200)
+        assert ask(port, "/v1/models", Authorization=right, Host=f"127.0.0.2:{port}")[0] == 200
         assert ask(port, "/v1/models", Authorization=right, Host="evil.example:80")[0] == 403
         assert ask(port, "/v1/models", Authorization=right, Origin="https://evil.example")[0] == 403
         assert ask(port, "/v1/models", Authorization=right, Origin=f"http://127.0.0.1:{port}")[0] == 200
@@ -400,6 +454,8 @@ def test_a_full_queue_and_a_slow_request_are_answered(models: list[Hosted]):
                 time.sleep(0.01)
             status, reply = ask(port, "/v1/completions", LONG)
             assert (status, reply["error"]["code"]) == (429, "queue_full")
+            status, reply = ask(port, "/v1/completions", {**LONG, "n": 13})  # which never can run
+            assert (status, reply["error"]["param"]) == (400, "n")
             status, reply = first.result()
             assert (status, reply["error"]["code"]) == (504, "timeout")
             status, text = second.result()
@@ -407,6 +463,7 @@ def test_a_full_queue_and_a_slow_request_are_answered(models: list[Hosted]):
             assert '"code":"timeout"' in text
             assert text.endswith("data: [DONE]\n\n")
         assert all_is_free(server)
+        assert "grpo_clients_left_total" not in server.metrics.text()
         assert ask(port, "/v1/completions", {**LONG, "max_tokens": 2})[0] == 200
 
 
@@ -437,6 +494,33 @@ def test_a_client_that_leaves_frees_its_slots(served: tuple[Server, int]):
     assert time.monotonic() - started < 10  # 23 x 1,000 tokens would take longer
     assert server.metrics.text() != before
     assert "grpo_clients_left_total" in server.metrics.text()
+
+
+def test_verdicts_wait_in_a_line_of_their_own_that_has_an_end(
+    models: list[Hosted], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Within the time limit, beside the requests for text, and without a file for each gold answer that somebody sends."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("grpo.serving.verdicts.MOST_WAITING", 3)
+    asked = {"completions": ["<answer>12</answer>", "13"] * 5, "answer": "12"}
+    with serving(models) as (server, port), ThreadPoolExecutor(8) as threads:
+        assert ask(port, "/v1/verdict", asked) == (200, {"verdicts": [True, False] * 5})
+        assert list(tmp_path.rglob("*")) == []
+        score, goes_on = Scorer.score, threading.Event()
+        monkeypatch.setattr(Scorer, "score", lambda *each: (goes_on.wait(60), score(*each))[1])
+        usual, server.limits = server.limits, replace(server.limits, seconds=0.3)
+        waiting = [threads.submit(ask, port, "/v1/verdict", asked) for _ in range(3)]
+        while server.verifier._places._value > 0:
+            time.sleep(0.01)
+        server.limits = usual
+        status, reply = ask(port, "/v1/verdict", asked)
+        assert (status, reply["error"]["code"]) == (429, "queue_full")
+        assert ask(port, "/v1/completions", {**LONG, "max_tokens": 2})[0] == 200
+        time.sleep(0.3)  # their time is over
+        goes_on.set()
+        assert {each.result()[0] for each in waiting} == {504}
+        monkeypatch.undo()
+        assert ask(port, "/v1/verdict", asked)[0] == 200
 
 
 def test_nothing_is_lost_of_a_hundred_requests(served: tuple[Server, int]):
@@ -479,6 +563,52 @@ def test_the_server_outlives_weights_that_break(models: list[Hosted], served: tu
     again = ask(port, "/v1/completions", {**LONG, "max_tokens": 9, "seed": 1})
     assert again[1]["choices"] == good[1]["choices"]
     assert all_is_free(served[0])
+
+
+def test_a_device_that_is_lost_fails_what_runs_what_waits_and_what_comes(
+    models: list[Hosted], monkeypatch: pytest.MonkeyPatch
+):
+    """An error that stays: nothing more is taken by the device, not even that it forgets. Nobody waits for the time limit."""
+    decoder = models[0].scheduler.decoder
+
+    def lost(*_: Any) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with serving(models) as (server, port), ThreadPoolExecutor(2) as threads:
+        asked = [threads.submit(ask, port, "/v1/completions", {**LONG, "n": 6}) for _ in range(2)]  # for eight slots
+        while server._num_open["model"] < 12:
+            time.sleep(0.01)
+        monkeypatch.setattr(decoder, "forget", lost)
+        monkeypatch.setattr(decoder, "decode", lost)
+        for each in asked:
+            status, reply = each.result()
+            assert (status, reply["error"]["type"]) == (500, "server_error")
+            assert "the server has lost its device" in reply["error"]["message"]
+        assert ask(port, "/health")[0] == ask(port, "/v1/completions", LONG)[0] == 503
+        monkeypatch.setattr(Worker, "is_alive", True)  # as one that was let in just before finds it
+        assert ask(port, "/v1/completions", LONG)[0] == 500
+        monkeypatch.undo()
+        assert all_is_free(server)
+    decoder.forget()
+
+
+def test_a_client_that_does_not_read_its_stream_is_given_up(models: list[Hosted], monkeypatch: pytest.MonkeyPatch):
+    """Sending then waits, as uvicorn's does while the connection's buffers are full."""
+    monkeypatch.setattr("grpo.serving.app.STALLED_SECONDS", 0.2)
+
+    def around(app: Any) -> Any:
+        async def stuck(scope: Any, receive: Any, send: Any) -> None:
+            async def never(message: Any) -> None:
+                await (asyncio.Event().wait() if message["type"] == "http.response.body" else send(message))
+
+            await app(scope, receive, never if scope["type"] == "http" else send)
+
+        return stuck
+
+    with serving(models, Limits(seconds=0.5), around) as (server, port):
+        with pytest.raises((http.client.HTTPException, OSError)):
+            ask(port, "/v1/completions", {**LONG, "stream": True})
+        assert all_is_free(server)
 
 
 def test_requests_that_need_more_pages_than_there_are_take_turns():
@@ -691,7 +821,7 @@ class Unsteady:
     """Answers some requests badly, in turns: too many, a crash, a connection that breaks; and refuses one for good."""
 
     def __init__(self, app: Any, refused: int | None = None) -> None:
-        self.app, self.number, self.refused, self.bodies = app, 0, refused, []
+        self.app, self.number, self.refused, self.bodies = app, 0, refused, list[bytes]()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -706,7 +836,14 @@ class Unsteady:
                 return await JSONResponse({}, 503)(scope, receive, send)
             case 3:
                 raise ConnectionError("the connection breaks: uvicorn sends half a reply, or none")
-        return await self.app(scope, receive, send)
+
+        async def noted() -> Any:
+            message = await receive()
+            if message["type"] == "http.request":
+                self.bodies.append(message["body"])
+            return message
+
+        return await self.app(scope, noted, send)
 
 
 def test_a_hosted_model_is_measured_as_one_that_is_loaded(
@@ -722,7 +859,8 @@ def test_a_hosted_model_is_measured_as_one_that_is_loaded(
         unsteady.append(Unsteady(app, refused=17))
         return unsteady[0]
 
-    with serving(models, around=around) as (_, port):
+    own = replace(models[0].sampling, stop=("</answer>",), top_k=1)  # of its run, which is not how it is measured
+    with serving([replace(models[0], sampling=own)], around=around) as (_, port):
         endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", concurrency=4, price=(1.0, 1000.0))
         settings = evaluation("model", endpoint.url)
         with pytest.raises(ValueError, match=r"HTTP 402: .*no more credit.*the same command goes on"):
@@ -732,6 +870,8 @@ def test_a_hosted_model_is_measured_as_one_that_is_loaded(
         first = read_json(out / "usage.json")["usage"]
         found = benchmark.evaluate(settings, out, asked.Runtime(num_workers=1), HostedModel(endpoint, "model"))
     ours, theirs = rows_in(out), rows_in(local)
+    assert any("</answer>" in row["completion"] for row in theirs)  # which the run's stop text would cut off
+    assert all(b'"stop": [], "top_k": 0, "min_p": 0.0' in body for body in unsteady[0].bodies)
     for own, other in zip(ours, theirs, strict=True):
         same = ("row", "template", "finish_reason", "num_tokens", "rewards", "question")
         assert [own[name] for name in same] == [other[name] for name in same]
@@ -761,6 +901,8 @@ def test_an_endpoint_that_cannot_be_asked_is_said_before_it_is(
 
     with pytest.raises(ValueError, match=r"--endpoint is 'localhost'; it begins with http"):
         start("localhost")
+    with pytest.raises(ValueError, match=r"--request has prompt, n, which each request sets itself"):
+        start("http://127.0.0.1:1/v1", request={"n": 4, "seed": 1, "prompt": "x"})
     with pytest.raises(ValueError, match=r"it does not answer \(.*refused.*\)\. Start the server"):
         start("http://127.0.0.1:1/v1")
     with pytest.raises(ValueError, match=r"--model is 'gpt'; at --endpoint there is model\. Name one"):
@@ -779,9 +921,99 @@ def test_an_endpoint_that_cannot_be_asked_is_said_before_it_is(
         (["--price-in", "3"], "--price-in without --endpoint has no effect"),
     ):
         monkeypatch.setattr("sys.argv", ["evaluate", "--model", "x", "--benchmarks", "gsm8k", *words])
-        monkeypatch.setattr("argparse.ArgumentParser.error", _raised)
+        monkeypatch.setattr("grpo.system.parser.Parser.error", _raised)
         with pytest.raises(ValueError, match=message):
             cli_evaluate.main()
+
+
+@contextlib.contextmanager
+def scripted(answer: Callable[[BaseHTTPRequestHandler, bytes], None]) -> Iterator[str]:
+    """The address of a server whose requests a function answers."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer(self, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def reply_with(handler: BaseHTTPRequestHandler, status: int, text: str, **headers: str) -> None:
+    handler.send_response(status)
+    for name, value in {"Content-Length": str(len(text)), **headers}.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(text.encode())
+
+
+GOOD = json.dumps({"choices": [{"text": " 12"}], "usage": {"prompt_tokens": 3, "completion_tokens": 1}})
+
+
+def sampled(model: HostedModel, num: int = 1) -> list[str]:
+    prompts = [Prompt(n, [], "What is 5+7?", "", {}) for n in range(num)]
+    groups = model.sample(prompts, Sampling(4), num_completions=1, seed=0)
+    return [completion.text for group in groups for completion in group.completions]
+
+
+def test_a_key_does_not_follow_a_redirect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("A_KEY", "secret")
+    seen = []
+    with scripted(lambda handler, _: (seen.append(dict(handler.headers)), reply_with(handler, 200, GOOD))[1]) as other:
+
+        def moved(handler: BaseHTTPRequestHandler, _: bytes) -> None:
+            reply_with(handler, 302, "", Location=f"{other}/models")
+
+        with scripted(moved) as url:
+            model = HostedModel(Endpoint(url, api_key_env="A_KEY"), "model")
+            with pytest.raises(ValueError, match=rf"HTTP 302: it sends on to '{other}/models'\. Name that address"):
+                model.start(tmp_path)
+            with pytest.raises(ValueError, match=r"refuses a request for 'model': HTTP 302: it sends on to"):
+                sampled(model)
+    assert seen == []
+
+
+def test_requests_that_end_after_another_has_failed_are_counted(tmp_path: Path):
+    """They cost, too."""
+    first, lock = [True], threading.Lock()
+
+    def answer(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        with lock:
+            is_first = bool(body) and bool(first) and first.pop()
+        if not is_first and body:
+            time.sleep(0.5)
+        reply_with(handler, 402, "no credit") if is_first else reply_with(handler, 200, GOOD if body else "{}")
+
+    with scripted(answer) as url:
+        model = HostedModel(Endpoint(url, concurrency=3), "model").start(tmp_path)
+        with pytest.raises(ValueError, match="HTTP 402: no credit"):
+            sampled(model, 3)
+    assert read_json(tmp_path / "usage.json")["usage"]["requests"] == 2
+
+
+def test_an_error_that_breaks_off_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("grpo.evaluation.endpoint.FIRST_PAUSE", 0.01)
+    numbers = []
+
+    def answer(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        numbers.append(len(numbers))
+        if len(numbers) > 1:
+            return reply_with(handler, 200, GOOD)
+        reply_with(handler, 503, "", Content_Length="500")  # of which nothing comes
+        handler.wfile.flush()
+        time.sleep(0.6)
+
+    with scripted(answer) as url:
+        assert sampled(HostedModel(Endpoint(url, timeout_seconds=0.3), "model")) == [" 12"]
 
 
 def _raised(parser: Any, message: str) -> None:

@@ -7,6 +7,9 @@ import random
 
 import pytest
 from helpers import TINY
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from grpo.config import ModelConfig
 from grpo.policy.tokenizer import load_tokenizer
@@ -42,6 +45,38 @@ def test_text_comes_as_it_reads_whole(ending: Ending, seed: int):
             assert ending.text(tokens).startswith(shown)
         assert shown + detokenizer.close() == ending.text(tokens)
     assert len(shown) > 20  # it does not all come at the end
+
+
+BYTE_FALLBACK_SEQUENCES = 100
+
+
+def test_bytes_that_are_tokens_of_their_own_are_read_together():
+    """As SentencePiece writes what its vocabulary lacks: one byte that is not finished spoils all bytes before it."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "x", "y", "▁", "▁a"]
+    model = BPE(vocab={word: number for number, word in enumerate(words)}, merges=[], byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    ending = Ending(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"), [])
+
+    def ids(text: str) -> list[int]:
+        return [words.index(each) if each in words else 1 + byte for each in text for byte in each.encode()]
+
+    assert ending.text(ids("x😀😀😀y")) == "x😀😀😀y"
+    rng = random.Random(0)
+    for seed in range(BYTE_FALLBACK_SEQUENCES):
+        tokens = ids("x😀😀😀y" if not seed else "".join(rng.choices("xy😀漢é", k=30)))
+        if seed % 2:  # also a byte that is no text, in the middle or at the end
+            place = 1 + rng.choice([n for n, token in enumerate(tokens) if token > 256] or [-1])
+            tokens[place:place] = [1 + rng.randrange(128, 256)]
+        detokenizer, shown = Detokenizer(ending), ""
+        for cut in cuts(len(tokens), seed):
+            shown += detokenizer.feed(tokens[cut])
+            assert ending.text(tokens).startswith(shown)
+        assert shown + detokenizer.close() == ending.text(tokens)
+        assert seed % 2 or len(shown) == len(ending.text(tokens))  # what is whole is given out before the end
+    late = Detokenizer(ending)  # a byte behind a whole character makes both unreadable, when one of them was shown
+    assert [late.feed(ids("漢")), late.feed([256])] == ["漢", ""]
+    assert (late.feed([*ids("x"), 256])[-1], late.close()) == ("x", "\N{REPLACEMENT CHARACTER}")
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def render(
         )
     except Exception as error:  # a template is a program, and whatever it raises says what is wrong with it
         roles = ", ".join(message["role"] for message in messages)
-        is_system = messages[0]["role"] == "system" and _takes(messages[1:], tokenizer, data)
+        is_system = len(messages) > 1 and messages[0]["role"] == "system" and _takes(messages[1:], tokenizer, data)
         remedy = f"{_other_place(data)}, or name" if is_system else "Name"
         raise ValueError(
             f"data.template is 'chat'; the tokenizer's chat template refuses a conversation of the roles {roles}: "

@@ -19,6 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from grpo.system.terminal import say
 from grpo.system.writer import replace_text
 from grpo.types import Completion, FinishReason, Group, OnGroup, Prompt, Sampling
 
+SET_HERE = ("model", "messages", "prompt", "stream", "n")
+"""Fields that --request may not have: another question, or a reply of another form."""
+
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 """HTTP statuses of a server that may answer another time."""
 
@@ -40,6 +44,12 @@ MOST_TOKENS = 4096
 
 LARGEST_REPLY = 64 * 2**20  # bytes
 WRITE_EVERY = 2.0  # seconds
+
+OWN_SERVER = "grpo"
+"""What `grpo serve` says in /v1/models of who owns a model."""
+OWN_FIELDS: dict[str, Any] = {"stop": [], "top_k": 0, "min_p": 0.0}
+"""Sent to it: it would sample as its run did, and cut off the run's stop texts, with </answer> the answer's own tag. Not to
+others, of which some refuse what they do not know."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,8 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not re.match(r"https?://[^/]", self.url):
             raise ValueError(f"--endpoint is {self.url!r}; it begins with http:// or https://. Correct it.")
+        if taken := [name for name in SET_HERE if name in self.request]:
+            raise ValueError(f"--request has {', '.join(taken)}, which each request sets itself. Leave it out.")
         if self.api_key_env is not None and not os.environ.get(self.api_key_env):
             raise ValueError(
                 f"--api-key-env is {self.api_key_env!r}; there is no such environment variable here. Export it, or leave it out."
@@ -109,9 +121,11 @@ class HostedModel:
         self.endpoint, self.model = endpoint, model
         self.usage = Usage()
         self._path: Path | None = None
+        self._own_fields: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._last_write = 0.0
+        self._opener = urllib.request.build_opener(_StaysThere)
 
     # ---- as Asks
 
@@ -146,13 +160,17 @@ class HostedModel:
                     f"--endpoint is {self.endpoint.url!r}; it refuses the key ({error}). Name the variable that holds one with "
                     "--api-key-env."
                 ) from None
+            if 300 <= error.status < 400:
+                raise ValueError(f"--endpoint is {self.endpoint.url!r}; {error}. Name that address.") from None
             return self  # a server that lists no models may answer
         except Unanswered as error:
             raise ValueError(
                 f"--endpoint is {self.endpoint.url!r}; it does not answer ({error}). Start the server, or correct the address."
             ) from None
         data = found.get("data") if isinstance(found, dict) else None
-        names = [str(each.get("id")) for each in data if isinstance(each, dict)] if isinstance(data, list) else []
+        listed = [each for each in data if isinstance(each, dict)] if isinstance(data, list) else []
+        self._own_fields = OWN_FIELDS if any(each.get("owned_by") == OWN_SERVER for each in listed) else {}
+        names = [str(each.get("id")) for each in listed]
         if names and self.model not in names:
             raise ValueError(
                 f"--model is {self.model!r}; at --endpoint there is {', '.join(names[:20])}. Name one of them."
@@ -179,7 +197,9 @@ class HostedModel:
         found: list[list[Completion | None]] = [[None] * num_completions for _ in prompts]
         groups: dict[int, Group] = {}
         self._stopped.clear()
-        with ThreadPoolExecutor(self.endpoint.concurrency) as threads:
+        with ExitStack() as stack:
+            stack.callback(self._write, at_once=True)  # once the requests have ended that were under way at an error
+            threads = stack.enter_context(ThreadPoolExecutor(self.endpoint.concurrency))
             todo = iter(
                 (p, g, _seed_of(prompt, int(seeds[p, g]), g, num_completions))
                 for p, prompt in enumerate(prompts)
@@ -206,7 +226,6 @@ class HostedModel:
                 self._stopped.set()
                 for future in waiting:
                     future.cancel()
-                self._write(at_once=True)
 
     def sync(self) -> None:
         """Its weights are its own."""
@@ -228,6 +247,7 @@ class HostedModel:
             "top_p": sampling.top_p,
             "seed": seed,
             **({"messages": prompt.messages} if is_chat else {"prompt": prompt.text}),
+            **self._own_fields,
             **self.endpoint.request,
         }
         path = "chat/completions" if is_chat else "completions"
@@ -262,7 +282,8 @@ class HostedModel:
                 with self._lock:
                     self.usage.retries += 1
                 # not all at the same moment, and at once if the others have failed
-                self._stopped.wait(max(error.pause, pause * random.uniform(0.5, 1.0)))
+                if self._stopped.wait(max(error.pause, pause * random.uniform(0.5, 1.0))):
+                    break
                 pause = min(2 * pause, LONGEST_PAUSE)
             except Refused as error:
                 raise ValueError(
@@ -288,11 +309,10 @@ class HostedModel:
         request = urllib.request.Request(f"{self.endpoint.url.rstrip('/')}/{path}", data=data, headers=headers)
         seconds = self.endpoint.timeout_seconds if body is not None else 30.0
         try:
-            with urllib.request.urlopen(request, timeout=seconds) as response:
+            with self._opener.open(request, timeout=seconds) as response:
                 text = response.read(LARGEST_REPLY)
         except urllib.error.HTTPError as error:
-            with error:
-                said = f"HTTP {error.code}: {error.read(500).decode(errors='replace')}"
+            said = f"HTTP {error.code}: {_beginning(error)}"
             if error.code in RETRIED:
                 raise Unanswered(said, _retry_after(error.headers.get("Retry-After"))) from None
             raise Refused(said, error.code) from None
@@ -331,6 +351,25 @@ class Refused(Exception):
     def __init__(self, why: str, status: int) -> None:
         super().__init__(why)
         self.status = status
+
+
+class _StaysThere(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: urllib would send the key along, to whatever host it names. A 3xx is an error then."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _beginning(error: urllib.error.HTTPError) -> str:
+    """What a reply that is an error says; its status alone where the connection breaks meanwhile."""
+    if 300 <= error.code < 400:
+        error.close()
+        return f"it sends on to {error.headers.get('Location')!r}"
+    try:
+        with error:
+            return error.read(500).decode(errors="replace")
+    except (OSError, http.client.HTTPException) as broken:
+        return f"({broken})"
 
 
 def _seed_of(prompt: Prompt, usual: int, number: int, num_completions: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import json
 import secrets
 import time
@@ -40,7 +41,8 @@ from grpo.types import Sampling
 LARGEST_BODY = 32 * 2**20
 """Bytes of a request."""
 
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+STALLED_SECONDS = 5.0
+"""After a request's time is over, until a client that does not read its stream is given up."""
 
 FOLDER = Path(__file__).parent
 PAGE_FILES = {
@@ -114,7 +116,7 @@ class Server:
             yield
         finally:
             await run_in_threadpool(self.worker.stop)
-            self.verifier.close()
+            await run_in_threadpool(self.verifier.close)
 
     def _deliver(self, updates: list[Update]) -> None:
         """Called by the worker's thread."""
@@ -155,7 +157,8 @@ class Server:
 
     async def verdict(self, request: Request) -> Response:
         asked = await _read(request, protocol.VerdictRequest)
-        found = await run_in_threadpool(self.verifier.verdicts, asked.completions, asked.answer, asked.question)
+        future = self.verifier.ask(asked.completions, asked.answer, asked.question, self.limits.seconds)
+        found = await _unless_left(request, asyncio.wrap_future(future))
         return JSONResponse({"verdicts": found})
 
     async def page(self, request: Request) -> Response:
@@ -235,6 +238,11 @@ class Server:
             raise ApiError("the server has lost its device.", status=503, type="server_error", code="failed")
         name, number = generation.hosted.name, len(generation.sequences)
         most = generation.hosted.scheduler.slots.num_slots + self.limits.max_queue
+        if number > most:
+            raise ApiError(
+                f"n is {generation.asked.num_choices}, which makes {number} completions; {most} may run or wait. Lower it.",
+                param="n",
+            )
         if self._num_open[name] + number > most:
             raise ApiError(
                 f"{self._num_open[name]} completions of {name} run or wait, and {most} may. Try again later.",
@@ -282,7 +290,7 @@ def _sampling(asked: GenerationRequest, usual: Sampling, limit: int) -> Sampling
         top_k=max(of("top_k"), 0),
         top_p=of("top_p"),
         min_p=of("min_p"),
-        stop=asked.stops or usual.stop,
+        stop=usual.stop if asked.stop is None else asked.stops,
     )
 
 
@@ -350,13 +358,18 @@ class _Stream(StreamingResponse):
         super().__init__(self._events(), media_type="text/event-stream", headers=headers)
         self._server, self._reply = server, reply
         self._include_usage, self._continuous = include_usage, continuous
+        self._has_ended = False  # with an answer or an error, and not because the client left
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation = self._reply.generation
         try:
-            await super().__call__(scope, receive, send)
+            left = generation.arrived + generation.seconds - time.monotonic() + STALLED_SECONDS
+            with contextlib.suppress(
+                TimeoutError
+            ):  # sending waits for a client that does not read, for as long as it likes
+                await asyncio.wait_for(super().__call__(scope, receive, send), left)
         finally:
-            if any(answer.finish_reason is None for answer in generation.answers):
+            if not self._has_ended:
                 self._server.metrics.add("grpo_clients_left_total")
             self._server._close(generation)
 
@@ -373,6 +386,7 @@ class _Stream(StreamingResponse):
                 yield _event({**reply.envelope([], suffix), "usage": reply.generation.usage()})
         except ApiError as error:
             yield _event(error.body())
+        self._has_ended = True
         yield "data: [DONE]\n\n"
 
     def _several(self, chunks: list[dict[str, Any]]) -> str:
@@ -461,7 +475,7 @@ class _Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         host, limits = headers.get("host", ""), self.server.limits
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
-        if limits.only_local and name not in LOOPBACK:
+        if limits.only_local and not _is_loopback(name):
             return ApiError(
                 f"the request names the host {host[:100]!r}; this server answers as localhost. Start it with --host.",
                 status=403,
@@ -470,9 +484,10 @@ class _Guard:
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
             return ApiError("pages of other sites may not ask this server.", status=403, code="wrong_origin")
-        if limits.api_key is None or not scope["path"].startswith("/v1"):
+        if limits.api_key is None or not scope["path"].startswith(("/v1", "/metrics", "/openapi.json")):
             return None
-        given = headers.get("authorization", "").removeprefix("Bearer ").strip()
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        given = given.strip() if kind.lower() == "bearer" else ""
         if hmac.compare_digest(given.encode("latin-1"), limits.api_key.encode()):
             return None
         return ApiError(
@@ -481,6 +496,16 @@ class _Guard:
             type="authentication_error",
             code="invalid_api_key",
         )
+
+
+def _is_loopback(name: str) -> bool:
+    """Whether the host of a request is this machine's own address, of which there are 2^24."""
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
 
 
 _PATHS = {"/", "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/verdict", "/health", "/metrics"}

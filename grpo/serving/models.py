@@ -90,6 +90,7 @@ class Hosted:
             text = self._conversation(turns, data) if self.has_history else self._question(turns, data)
         except ValueError as error:
             raise ApiError(str(error), param="messages") from None
+        self._check_text([text], "messages")
         return self._tokens(text, data, "messages"), prefill_of(text).rstrip().endswith("<think>")
 
     def _conversation(self, turns: list[dict[str, str]], data: DataConfig) -> str:

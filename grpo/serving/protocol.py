@@ -8,13 +8,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from grpo.serving.decoder import MOST_TOP_LOGPROBS
 
 MOST_CHOICES = 128
 MOST_STOPS, LONGEST_STOP = 16, 1000
+MOST_MESSAGES = MOST_PARTS = 10_000
+MOST_TOKENS = 2**22  # of a prompt; models know fewer
 HOTTEST = 100.0
+LEAST_TOP_P = 1e-6  # less is lost to rounding in float32
 GREEDY_BELOW = 1e-4
 """Temperatures below this take the likeliest token, which clients that may not say 0 mean; logits over less overflow."""
 
@@ -62,7 +75,7 @@ class TextPart(_Tolerant):
 
 class Message(_Tolerant):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_PARTS, fail_fast=True)] | None = None
 
     @property
     def text(self) -> str:
@@ -84,10 +97,10 @@ class GenerationRequest(_Tolerant):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = 1
     seed: Seed | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     max_tokens: Positive | None = None
     temperature: Annotated[float, Field(ge=0, le=HOTTEST)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=LEAST_TOP_P, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     ignore_eos: bool | None = False
@@ -122,7 +135,7 @@ class ResponseFormat(_Tolerant):
 
 
 class ChatRequest(GenerationRequest):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: Positive | None = None
     logprobs: StrictBool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
@@ -134,6 +147,14 @@ class ChatRequest(GenerationRequest):
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _only_for_the_template(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in given or {}:
+            if name in NOT_FOR_TEMPLATES or name.startswith("return_"):
+                raise ValueError(f"{name} is no argument of a template but the server's to set. Leave it out.")
+        return given
+
     @model_validator(mode="after")
     def _agree(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
@@ -141,11 +162,32 @@ class ChatRequest(GenerationRequest):
         return self
 
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Token = Annotated[int, Field(ge=0)]
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
+SEVERAL = Field(min_length=1, max_length=MOST_CHOICES, fail_fast=True)
+
+
+def _kind_of(prompt: Any) -> str:
+    """Told by the first item: to try all of four types costs seconds where millions of items are of none."""
+    first = prompt[0] if isinstance(prompt, list) and prompt else None
+    if not isinstance(prompt, list):
+        return "text"
+    if isinstance(first, int) and not isinstance(first, bool):
+        return "tokens"
+    return "lists" if isinstance(first, list) else "texts"
+
+
+PromptField = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], SEVERAL, Tag("texts")]
+    | Annotated[Tokens, Tag("tokens")]
+    | Annotated[list[Tokens], SEVERAL, Tag("lists")],
+    Discriminator(_kind_of),
+]
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: str | Annotated[list[str], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+    prompt: PromptField
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     echo: bool | None = False
     suffix: Annotated[str, Field(max_length=0)] | None = None
@@ -171,7 +213,7 @@ class CompletionRequest(GenerationRequest):
 class VerdictRequest(_Tolerant):
     """Asks whether answers are right. `answer` is the gold answer, as in a data set's column."""
 
-    completions: Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)]
+    completions: Annotated[list[str], SEVERAL]
     answer: Annotated[str, Field(min_length=1, max_length=10_000)]
     question: str = ""
 
@@ -184,6 +226,22 @@ class VerdictRequest(_Tolerant):
 
 
 LONGEST_GRADED = 1_000_000
+
+NOT_FOR_TEMPLATES = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "documents",
+    "max_length",
+    "messages",
+    "padding",
+    "tokenize",
+    "tokenizer_kwargs",
+    "tools",
+    "truncation",
+}
+"""What transformers' `apply_chat_template` takes for itself: a template of the client's would be a program of the client's."""
 
 REFUSED = {
     "frequency_penalty": "penalties are not computed here. Set it to 0, or leave it out.",
@@ -217,7 +275,7 @@ def error_of(found: ValidationError) -> ApiError:
     return ApiError(f"{param} is {shown}; {why}", param=param, code="invalid_value")
 
 
-_BRANCHES = {"str", "constrained-str", "int", "TextPart"}
+_BRANCHES = {"str", "constrained-str", "int", "TextPart", "text", "texts", "tokens", "lists"}
 """What pydantic puts into a place to say which of several types it tried."""
 
 

@@ -7,6 +7,7 @@ seed and position alone, so neighbours, slots and the time of arrival change not
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import traceback
 from collections import deque
@@ -88,10 +89,14 @@ class Scheduler:
 
     def fail(self, why: str) -> list[Update]:
         """Give up all that runs and waits, and be ready for new requests."""
+        self.decoder.forget()  # first: where the device fails here too, `lose` still knows who waits
+        return self.lose(why)
+
+    def lose(self, why: str) -> list[Update]:
+        """Give up all that runs and waits. The device, which may take nothing any more, is not asked."""
         waiting = [each for prefix in (*self.slots.unread, *self.slots.ready) for each in prefix.waiting]
         lost = [*self.slots.running, *waiting]
         self.slots, self._before = self._empty_slots(), None
-        self.decoder.forget()
         for sequence in lost:
             sequence.has_ended = True  # type: ignore[attr-defined]
         return [Update(sequence, [], None, True, why) for sequence in lost]  # type: ignore[arg-type]
@@ -158,6 +163,7 @@ class Worker:
         self.schedulers, self.deliver = schedulers, deliver
         self.error: BaseException | None = None  # it has ended because of this
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
     def start(self) -> None:
@@ -170,11 +176,13 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and self.error is None
 
     def add(self, scheduler: Scheduler, sequences: list[Served]) -> None:
         """From any thread."""
         self._inbox.put(lambda: scheduler.add(sequences))
+        if self.error is not None:  # since the thread has looked into the queue for the last time
+            self._give_up()
 
     def cancel(self, scheduler: Scheduler, sequences: list[Served]) -> None:
         """From any thread; of sequences that have ended it does nothing."""
@@ -192,8 +200,16 @@ class Worker:
         except BaseException as error:
             self.error = error
             say(f"error: the thread of the device has ended:\n{traceback.format_exc()}")
-            why = "the server has lost its device"
-            self.deliver([update for each in self.schedulers for update in _lost(each, why)])
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Fail what runs, what waits, and what is still in the queue."""
+        with self._ending:
+            with contextlib.suppress(Empty):
+                while True:
+                    if (request := self._inbox.get_nowait()) is not None:
+                        request()
+            self.deliver([update for each in self.schedulers for update in each.lose("the server has lost its device")])
 
     def _serve(self) -> None:
         device = self.schedulers[0].decoder.device
@@ -230,10 +246,3 @@ class Worker:
             why = "out of memory" if memory else str(error).splitlines()[0] if str(error) else type(error).__name__
         free()
         return scheduler.fail(why)
-
-
-def _lost(scheduler: Scheduler, why: str) -> list[Update]:
-    try:
-        return scheduler.fail(why)
-    except Exception:  # the device takes nothing any more
-        return []

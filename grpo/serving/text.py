@@ -16,8 +16,6 @@ Part = Literal["reasoning", "content"]
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a character whose last bytes are still to come reads as, for all of its bytes or for each."""
 
-LONGEST_UNFINISHED = 3  # bytes of a character of four
-
 
 class Detokenizer:
     """Gives the text of tokens as they come, and holds back what a next token may still change."""
@@ -25,25 +23,21 @@ class Detokenizer:
     def __init__(self, ending: Ending) -> None:
         self._ending = ending
         self._tokens: list[int] = []
-        self._start, self._num_shown = (
-            0,
-            0,
-        )  # tokens from here on are read together; characters of theirs that are written
-        self._last = 0  # where the tokens begin that came last with nothing held back
+        self._start = 0  # tokens from here on are read together
+        self._num_shown = 0  # characters of theirs that are written
+        self._last = self._since = 0  # the newest two places up to which nothing was held back, the older one first
         self.text = ""  # written so far
 
     def feed(self, tokens: list[int]) -> str:
         """The text that is certain now."""
-        came = len(self._tokens)
         self._tokens += tokens
         text = self._ending.text(self._tokens[self._start :])
-        certain = text
-        for _ in range(LONGEST_UNFINISHED):
-            certain = certain.removesuffix(UNFINISHED)
+        # all of them: of bytes that are tokens of their own, one that is not finished spoils those before (SentencePiece)
+        certain = text.rstrip(UNFINISHED)
         new = certain[self._num_shown :]
         self._num_shown = max(self._num_shown, len(certain))
         if certain == text:  # what comes next needs only the newest tokens as context
-            self._start, self._last = self._last, came
+            self._start, self._last, self._since = self._last, self._since, len(self._tokens)
             self._num_shown = len(self._ending.text(self._tokens[self._start :]))
         self.text += new
         return new
@@ -52,7 +46,9 @@ class Detokenizer:
         """The rest: what the tokens read as together goes for more than how they came."""
         whole = self._ending.text(self._tokens)
         if not whole.startswith(self.text):  # a tokenizer whose text of the beginning depends on the end
-            return ""
+            rest = self._ending.text(self._tokens[self._start :])[self._num_shown :]  # what was held back
+            self.text += rest
+            return rest
         rest, self.text = whole[len(self.text) :], whole
         return rest
 
