@@ -305,7 +305,8 @@ def test_a_step_timed_alone_leaves_the_engine_as_it_was(cache: Path, monkeypatch
 
 
 def in_warm(command: list[str], *, text: bool, **given: object) -> warm.Process:
-    return warm.Process(command[1:], **given)
+    """Without what a trainer in this process has left in the environment."""
+    return warm.Process(command[1:], env=clean_environment(), **given)
 
 
 def test_a_server_is_measured_with_exactly_the_tokens_it_was_asked_for(

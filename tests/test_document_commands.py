@@ -27,12 +27,13 @@ SHORTER = {
 """What is added to a command of each program, so that it takes seconds."""
 
 ELSEWHERE = {
-    r"^grpo serve|^curl": "a server and who asks it; tests/test_serve.py does both",
+    r"^grpo serve|^curl|--endpoint": "a server and who asks it; tests/test_serve.py does both",
+    r"^python benchmarks/serve\.py": "of a GPU's size; tests/test_benchmarks.py runs it at the tiny one",
     r"^make |^source ": "sets up or runs all tests",
     r"configs/qwen1\.5b|--config qwen1\.5b|gsm8k|Qwen/|r1/20_cold_start|r1/80_distil": "needs the hub, and mostly a GPU",
     r"^pip install": "needs the package index",
     r"--config my\.yaml": "tests/test_docs.py runs it with the README's files",
-    r"^grpo r1 r1-tiny( --out .*)?$": "takes minutes; tests/test_r1_tiny.py runs its stages",
+    r"^grpo r1 r1-tiny( --out .*)?$": "takes minutes; tests/test_pipeline.py runs its stages in short",
     r"^grpo compare": "trains six runs; tests/test_compare.py does so with smaller ones",
     r"scripts/check_gpu\.py": "needs GPUs; tests/test_check_gpu.py rehearses it",
     r"--group 8|,probes|--require accuracy=1|max_oversampling=3": "as a shorter one beside it; tests of that option run it",

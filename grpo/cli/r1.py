@@ -1,7 +1,7 @@
 """The path from R1-Zero to R1: stages that hand models and rows on to each other, in one directory.
 
 grpo r1 r1-tiny
-grpo r1 my/stages --out runs/r1 --print
+grpo r1 r1 --print
 grpo r1 r1-tiny --out runs/short --set zero:run.steps=10 cold_rows:num_questions=64
 
 It runs what is not done yet; a stage that was stopped goes on. docs/r1.md says what a stage is.
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument(
         "stages",
         metavar="DIR",
-        help="a folder with stages.yaml, or the name of one that comes with the library: r1-tiny",
+        help="a folder with stages.yaml, or the name of one that comes with the library: r1-tiny, r1",
     )
     parser.add_argument("--out", metavar="DIR", help="where all files go; default: runs/ and the folder's name")
     parser.add_argument(
