@@ -412,6 +412,9 @@ def test_what_a_template_writes_is_measured_before_it_is_tokenized(
     monkeypatch.setattr("grpo.serving.models.tokenize", None)
     with pytest.raises(ApiError, match=r"messages has 20,000,004 characters"):
         models[0].chat_prompt([Message(role="user", content="x")], None)
+    monkeypatch.setattr(models[0].tokenizer, "chat_template", "{{ raise_exception('no such role') }}")
+    with pytest.raises(ApiError, match="refuses a conversation of the roles system: TemplateError: no such role"):
+        models[0].chat_prompt([Message(role="system", content="x")], None)  # with no other message behind it
 
 
 def test_openais_client_gets_its_errors(client: OpenAI):
@@ -950,7 +953,7 @@ def scripted(answer: Callable[[BaseHTTPRequestHandler, bytes], None]) -> Iterato
 
 def reply_with(handler: BaseHTTPRequestHandler, status: int, text: str, **headers: str) -> None:
     handler.send_response(status)
-    for name, value in {"Content-Length": str(len(text)), **headers}.items():
+    for name, value in {"content_length": str(len(text)), **headers}.items():
         handler.send_header(name.replace("_", "-"), value)
     handler.end_headers()
     handler.wfile.write(text.encode())
@@ -1008,7 +1011,7 @@ def test_an_error_that_breaks_off_is_asked_again(tmp_path: Path, monkeypatch: py
         numbers.append(len(numbers))
         if len(numbers) > 1:
             return reply_with(handler, 200, GOOD)
-        reply_with(handler, 503, "", Content_Length="500")  # of which nothing comes
+        reply_with(handler, 503, "", content_length="500")  # of which nothing comes
         handler.wfile.flush()
         time.sleep(0.6)
 
