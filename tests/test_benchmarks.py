@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -304,9 +305,10 @@ def test_a_step_timed_alone_leaves_the_engine_as_it_was(cache: Path, monkeypatch
 # ---- grading.py, card.py ---------------------------------------------------------------------------------------------
 
 
-def in_warm(command: list[str], *, text: bool, **given: object) -> warm.Process:
+def in_warm(command: list[str], *, text: bool, env: dict[str, str], **given: object) -> warm.Process:
     """Without what a trainer in this process has left in the environment."""
-    return warm.Process(command[1:], env=clean_environment(), **given)
+    left = os.environ.keys() - clean_environment().keys()
+    return warm.Process(command[1:], env={name: env[name] for name in env.keys() - left}, **given)
 
 
 def test_a_server_is_measured_with_exactly_the_tokens_it_was_asked_for(
