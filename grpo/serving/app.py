@@ -475,7 +475,7 @@ class _Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         host, limits = headers.get("host", ""), self.server.limits
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
-        if limits.only_local and not _is_loopback(name):
+        if limits.only_local and not is_loopback(name):
             return ApiError(
                 f"the request names the host {host[:100]!r}; this server answers as localhost. Start it with --host.",
                 status=403,
@@ -498,7 +498,7 @@ class _Guard:
         )
 
 
-def _is_loopback(name: str) -> bool:
+def is_loopback(name: str) -> bool:
     """Whether the host of a request is this machine's own address, of which there are 2^24."""
     if name == "localhost":
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import signal
 import socket
@@ -12,7 +11,7 @@ from contextlib import ExitStack
 
 import uvicorn
 
-from grpo.serving.app import Limits, Server
+from grpo.serving.app import Limits, Server, is_loopback
 from grpo.serving.models import host, warn
 from grpo.system.terminal import say
 
@@ -27,7 +26,7 @@ def serve(options: Namespace, *, api_key: str | None, stack: ExitStack) -> None:
         ValueError: the port is in use, or see `host`.
     """
     listener = stack.enter_context(bound(options.host, options.port))  # before a model is loaded
-    is_local = _is_loopback(options.host)
+    is_local = is_loopback(options.host)
     if not is_local and api_key is None:
         warn(f"--host is {options.host}, and GRPO_API_KEY is not set: whoever reaches this machine can use the model")
     models = host(options, stack)
@@ -81,12 +80,3 @@ def bound(name: str, port: int) -> socket.socket:
             "is there."
         ) from None
     return listener
-
-
-def _is_loopback(name: str) -> bool:
-    if name == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
