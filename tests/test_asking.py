@@ -478,10 +478,16 @@ def test_a_piped_question_gets_the_answer_alone(run: Path, script: Callable[...,
             ["--question", "a", "--template", "r1_zero", "--system", "b"],
             "error: --system is 'b' with the template r1_zero; ",
         ),
-        (["--question", "a", "--group", "0"], "error: --group is 0; there must be at least 1 completion."),
-        (["--question", "a", "--held-out"], "error: --data and --held-out choose rows; they have no effect on"),
-        (["--row", "1", "--answer", "3"], "error: --answer is '3'; rows have their own gold answers. Leave it out"),
-        (["--question", "a", "--row", "1"], "error: the questions are missing or twice there; give either"),
+        (["--question", "a", "--group", "0"], "error: sample.py: --group is 0; there must be at least 1 completion."),
+        (
+            ["--question", "a", "--held-out"],
+            "error: sample.py: --data and --held-out choose rows; they have no effect on",
+        ),
+        (
+            ["--row", "1", "--answer", "3"],
+            "error: sample.py: --answer is '3'; rows have their own gold answers. Leave it out",
+        ),
+        (["--question", "a", "--row", "1"], "error: sample.py: the questions are missing or twice there; give either"),
     ],
 )
 def test_a_sample_that_cannot_be_is_refused_before_a_model_is_loaded(
