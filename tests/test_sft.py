@@ -692,6 +692,8 @@ def test_a_dry_run_fills_a_pass_of_each_process_as_far_as_rows_can(tokenizer):
     assert [order.sizes[group.prompt.row] for group in two] == [80, 75, 60, 60]
     few = supervised.fullest(RowOrder(order.groups, TrainingConfig(rows_per_update=1), seed=0), 160, num_processes=1)
     assert [order.sizes[group.prompt.row] for group in few] == [80]
+    fewer = RowOrder(order.groups, TrainingConfig(rows_per_update=4, tokens_per_update=140), seed=0)
+    assert [order.sizes[group.prompt.row] for group in supervised.fullest(fewer, 160, num_processes=1)] == [80, 60]
 
 
 def test_a_dry_run_that_does_not_fit_says_what_to_lower(

@@ -79,6 +79,8 @@ def report(trainer: SupervisedTrainer) -> str:
 def fullest(order: RowOrder, budget: int, *, num_processes: int) -> list[Group]:
     """Rows that fill a pass on every process, the longest that still fit first, and no more than an update takes."""
     most = max(order.max_rows // num_processes, 1)
+    if order.max_tokens is not None:  # of an update; a row of its own may have more
+        budget = min(budget, max(order.max_tokens // num_processes, max(order.sizes)))
     passes: list[list[Group]] = [[] for _ in range(num_processes)]
     room = [budget] * num_processes
     for group in sorted(order.groups, key=lambda group: -order.sizes[group.prompt.row]):
@@ -95,7 +97,7 @@ class Longest(RowOrder):
 
     def __init__(self, order: RowOrder) -> None:
         self.groups, self.sizes, self.num_updates = order.groups, order.sizes, order.num_updates
-        self.max_rows = order.max_rows
+        self.max_rows, self.max_tokens = order.max_rows, order.max_tokens
         self._order, self.rows = order._order, []
         self.tokens = self.most = 0
         for _ in range(order.num_updates):
