@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ from grpo.cli.export import parser, run
 from grpo.config import DataConfig
 from grpo.data.prompts import R1_ZERO, build_prompts, chat_text
 from grpo.data.rows import load_rows
-from grpo.export.export import step_of
+from grpo.export.export import step_of, write_folder
 from grpo.export.families import family_of, permuted, rope_factors
 from grpo.export.gguf_file import QUANTIZATIONS
 from grpo.export.modelfile import go_template, plainly_quoted, quoted
@@ -475,6 +476,18 @@ def test_plain_values_of_a_modelfile_are_written_without_a_templates_escapes():
     assert plainly_quoted('say "it"\nnow') == '"""say "it"\nnow"""'
     with pytest.raises(ValueError, match=r"the Modelfile cannot hold .* Change them in data\.system_prompt or rollout"):
         plainly_quoted('one\ntwo "three"')
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
+def test_a_folder_proposes_sampling_that_transformers_takes(tmp_path: Path, temperature: float):
+    """A temperature of 0 is greedy there, and no number to divide by."""
+    model = AutoModelForCausalLM.from_pretrained(TINY / "model")
+    whole: Any = SimpleNamespace(lm=model, tokenizer=AutoTokenizer.from_pretrained(TINY / "model"))
+    chosen: Any = SimpleNamespace(sampling=SimpleNamespace(temperature=temperature, top_p=0.9))
+    write_folder(whole, tmp_path, ends=[0], chosen=chosen)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.generation_config.do_sample == (temperature > 0)
+    assert again.generate(torch.tensor([[5, 6]]), max_new_tokens=2).shape[1] > 2
 
 
 def test_only_a_checkpoint_at_a_steps_end_is_called_by_its_step(tmp_path: Path):
