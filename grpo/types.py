@@ -74,7 +74,9 @@ class Completion:
     text: str
     finish_reason: FinishReason
     trained: list[bool] | None = None  # which tokens are trained on, where others speak in between; None: all
-    ages: list[int] | None = None  # training steps since the weights that drew each token; None: all by the present ones
+    ages: list[int] | None = (
+        None  # training steps since the weights that drew each token; None: all by the present ones
+    )
 
 
 @dataclass(frozen=True)

@@ -94,9 +94,7 @@ def test_questions_are_dealt_in_order_and_none_is_begun_too_early():
     orders = [PromptOrder(prompts, seed=3, rank=rank, world_size=2) for rank in range(2)]
     plain = PromptOrder(prompts, seed=3, rank=0, world_size=1)
     for step in range(1, 6):
-        parts = [
-            Turns(order, {}, step=step, num_ahead=4, seed=lambda place: place).draw(4) for order in orders
-        ]
+        parts = [Turns(order, {}, step=step, num_ahead=4, seed=lambda place: place).draw(4) for order in orders]
         start = plain.position
         assert [prompt.row for pair in zip(*(part[0] for part in parts), strict=True) for prompt in pair] == [
             prompt.row for prompt in plain.draw(4)
@@ -221,10 +219,16 @@ def test_two_processes_carry_over_and_resume_as_one(tmp_path: Path):
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"algorithm": {"importance": "none", "importance_high": None}}, "algorithm.importance none would train on them"),
+        (
+            {"algorithm": {"importance": "none", "importance_high": None}},
+            "algorithm.importance none would train on them",
+        ),
         ({"rollout": {"engine": "hf"}}, "rollout.engine hf cannot go on with completions"),
         ({"rollout": {"carry_over": False, "max_staleness": 3}}, "no effect while rollout.carry_over is false"),
-        ({"teacher": {"name": "a/b"}, "algorithm": {"kl_coef": 1.0, "kl_estimator": "k2"}}, "divergence from the teacher"),
+        (
+            {"teacher": {"name": "a/b"}, "algorithm": {"kl_coef": 1.0, "kl_estimator": "k2"}},
+            "divergence from the teacher",
+        ),
     ],
 )
 def test_what_does_not_go_with_it_is_said(tmp_path: Path, sections: dict[str, Any], said: str):
@@ -243,10 +247,16 @@ def test_a_gap_is_measured_on_what_the_weights_at_hand_have_drawn():
     now = torch.tensor([-1.0, -1.0, -1.5])
     objective = Objective(importance="truncate", importance_high=2.0)
     result = grpo_loss(
-        now, micro.advantages, micro.weights, objective, completion_lens=micro.completion_lens,
+        now,
+        micro.advantages,
+        micro.weights,
+        objective,
+        completion_lens=micro.completion_lens,
         sampling_logprobs=micro.sampling_logprobs,
     )
     meter = Meter()
-    measure_micro_batch(meter, micro, objective, Predicted(now, torch.zeros(3), torch.ones(3, dtype=torch.bool)), result)
+    measure_micro_batch(
+        meter, micro, objective, Predicted(now, torch.zeros(3), torch.ones(3, dtype=torch.bool)), result
+    )
     assert float(meter.sums["policy/sampling_gap"] / meter.counts["policy/sampling_gap"]) == pytest.approx(0.25)
     assert float(meter.maxima["policy/sampling_gap_max"]) == pytest.approx(0.5)

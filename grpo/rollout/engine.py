@@ -219,7 +219,9 @@ class Call:
     def _prefixes(self) -> Iterator[Prefix]:
         """What there is to read: of each question its prompt, for the completions that begin, and those under way, each alone."""
         for start in range(0, len(self.sequences), self.num_completions):
-            own = [each for each in self.sequences[start : start + self.num_completions] if each.index not in self.ended]
+            own = [
+                each for each in self.sequences[start : start + self.num_completions] if each.index not in self.ended
+            ]
             yield from (Prefix(deque([each])) for each in own if each.tokens)
             if new := [each for each in own if not each.tokens]:
                 yield Prefix(deque(new))

@@ -4,8 +4,9 @@ A prompt is read once into pages of its own (a `Prefix`) and its completions sta
 out: a completion reads that itself, as the first step of decoding, and so draws its first token like every other one. It lists
 the prompt's full pages and owns a copy of the last, part-filled one.
 
-When pages run out, the running sequence with the fewest tokens gives its place up, one that nobody waits for before all others,
-and is later read again, prompt and tokens, as a prefix of its own. The space for one sequence of full length is never given to prefixes, so the last one running always ends.
+When pages run out, the running sequence with the fewest tokens gives its place up, those that nobody waits for before all
+others, and is later read again, prompt and tokens, as a prefix of its own. The space for one sequence of full length is never
+given to prefixes, so the last one running always ends.
 """
 
 from __future__ import annotations

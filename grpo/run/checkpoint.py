@@ -521,9 +521,7 @@ def _drafts(directory: Path, num_parts: int, position: int, processes: Processes
     if not directory.exists():
         return {}
     parts = [load_tensors(directory / f"rank-{rank}.pt", classes=(Draft,)) for rank in range(num_parts)]
-    return carry_over.redistribute(
-        parts, position=position, rank=processes.rank, num_processes=processes.world_size
-    )
+    return carry_over.redistribute(parts, position=position, rank=processes.rank, num_processes=processes.world_size)
 
 
 UNDER_WAY = (

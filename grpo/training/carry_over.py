@@ -1,14 +1,14 @@
 """Rollouts that carry over: what is sampled of later questions while the last answers of a batch still run.
 
-The batch of a step is always the next questions in dealt order, however long their answers are, so length decides nothing about
-who is trained on. Places that fall free while the last of them run are given to completions of the questions that follow, at
-most `rollout.max_staleness` steps ahead, and what there is of these when the batch is whole is kept as drafts:
+The batch of a step is always the next questions in dealt order, however long their answers are, so length decides nothing
+about who is trained on. Places that fall free while the last of them run are given to completions of the questions that follow,
+at most `rollout.max_staleness` steps ahead, and what there is of these when the batch is whole is kept as drafts:
 
     step 1   questions 0-3  ####  ##  ######  ###        4-7   ##  #              begun in free places: drafts
     step 2   questions 4-7  ##---  #-----  ----  --      8-11  -  -----           # by the weights of step 1, - of step 2
 
-A draft goes on from its tokens under the weights of the step that it goes on in. Every token keeps the log-probability that it was
-drawn with, and the loss weighs it by `algorithm.importance`. Each step takes at least `rollout.num_prompts` questions, so
+A draft goes on from its tokens under the weights of the step that it goes on in. Every token keeps the log-probability that it
+was drawn with, and the loss weighs it by `algorithm.importance`. Each step takes at least `rollout.num_prompts` questions, so
 no token can be older than `rollout.max_staleness` steps.
 
 prime-rl and AReaL (arXiv 2505.24298) take whole answers in the order in which they end and drop those that are too old; that

@@ -90,9 +90,7 @@ class Collector:
             ahead: what was begun of them, and what may be begun beside them; see carry_over.py.
         """
         return self.run(
-            lambda: self.sample(
-                prompts, sampling, num_completions=num_completions, seed=seed, clock=clock, ahead=ahead
-            )
+            lambda: self.sample(prompts, sampling, num_completions=num_completions, seed=seed, clock=clock, ahead=ahead)
         )
 
     def run(self, work: Callable[[], T]) -> T | None:

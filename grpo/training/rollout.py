@@ -117,9 +117,7 @@ class RolloutMaker:
     def _draw(self, num_prompts: int) -> tuple[list[Prompt], None]:
         return self.prompts.draw(num_prompts), None
 
-    def _turns(
-        self, step: StepState, state: RunState, config: Config, seed: Callable[[int], int]
-    ) -> Turns | None:
+    def _turns(self, step: StepState, state: RunState, config: Config, seed: Callable[[int], int]) -> Turns | None:
         """The questions of a run that carries over; None: of one that does not."""
         rollout = config.rollout
         if not rollout.carry_over:
