@@ -31,7 +31,7 @@ Without a GPU, to see that it runs:
 
     python benchmarks/step.py --size tiny --prompts 2 --completions 4 --new-tokens 16 --peers trl --peer-micro-batch 4
 
-Every number is the median of --steps steps after --warmup, or with --mean-tokens the mean. The update has two rates: in tokens of
+Every number is the median of --steps steps after --warmup, with --mean-tokens the mean. The update has two rates: in tokens of
 the sequences, each with a prompt of its own (`throughput/update`), and in those of them that are read, since a prompt goes
 through the model once for all its completions in a pass. What it needs in TFLOP is counted over those that are read (`update_flops`).
 
