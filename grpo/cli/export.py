@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from grpo.data.hub_names import check_model
 from grpo.observe.console import errors_for_users
 from grpo.system.parser import Parser
 from grpo.system.terminal import say
@@ -21,6 +22,7 @@ from grpo.system.terminal import say
 def main() -> None:
     options = parser().parse_args()
     with errors_for_users():
+        check_model(options.model, "RUN_OR_DIR")
         say("\n".join(f"written to {place}" for place in run(options)))
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.cli.model_options import add_options
+from grpo.data.hub_names import check_model
 from grpo.observe.console import errors_for_users, positive
 from grpo.system.parser import Parser
 from grpo.system.terminal import say
@@ -33,6 +34,9 @@ def main() -> None:
                     f"--{name.replace('_', '-')} has no effect without --rewrite-with. Leave it out, or name a model."
                 )
     with errors_for_users():
+        check_model(options.model)
+        if options.rewrite_with:
+            check_model(options.rewrite_with, "--rewrite-with")
         from grpo.rejection.reject import table_of
         from grpo.system import distributed
 
