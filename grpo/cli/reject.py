@@ -55,6 +55,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from grpo.evaluation.asked import Runtime
     from grpo.inference.inspect import columns_of, make_scorer
     from grpo.inference.resolve_model import choose, said, trusted_rewards
+    from grpo.observe.bar import check_rows
     from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
     from grpo.rejection.reject import Asked, reject
     from grpo.rejection.rules import Rules
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     asked = Asked(chosen.model, chosen.sampling, options.samples, options.seed, _rewriting(options, chosen.sampling))
     scoring = chosen.settings.scoring.model_copy(update={"num_workers": options.workers})
     with make_scorer(rewards, columns=columns_of(rows), sampling=chosen.sampling, scoring=scoring) as scorer:
-        reasons = processes.on_main(lambda: scorer.check_rows(rows, say=processes.say))
+        reasons = processes.on_main(lambda: check_rows(scorer, rows))
         prompts, dropped = build_prompts(rows, tokenizer, data)
         prompts = [p for p in prompts if reasons[p.row] is None and rates[p.row]]
         for reason in filter(None, reasons):
