@@ -46,15 +46,15 @@ torch.set_num_threads(1)
 from helpers import without_pictures  # noqa: E402
 
 from grpo import report  # noqa: E402
-from grpo.report.figures import plot_curves  # noqa: E402
+from grpo.report import at_the_end  # noqa: E402
 
 without_pictures()
 
 
 @pytest.fixture
 def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that ends draws its curves, as it does outside of tests."""
-    monkeypatch.setattr(report, "plot_curves", plot_curves)
+    """A run that ends draws its curves and its page, as it does outside of tests."""
+    monkeypatch.setattr(report, "at_the_end", at_the_end)
 
 
 # ---- which tests run where, and when ---------------------------------------------------------------------------------

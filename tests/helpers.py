@@ -228,8 +228,12 @@ def shard_even_small_weights(*, whole_below: int = 0, fetch_ahead: bool = False)
 
 
 def without_pictures() -> None:
-    """Of this process's runs none draws its curves when it ends, for a second; tests of that have the fixture `pictures`."""
-    report.plot_curves = lambda run_dir: run_dir / "curves.png"
+    """Of this process's runs none draws its curves and its page when it ends, for a second; tests of that have the fixture
+    `pictures`."""
+    report.at_the_end = lambda run_dir: [
+        f"curves     {run_dir / 'curves.png'}",
+        f"report     {run_dir / 'report.html'}",
+    ]
 
 
 def read_json(path: Path) -> Any:
