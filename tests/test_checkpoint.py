@@ -48,7 +48,7 @@ def names(run: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("kills", "options"),
     [
-        (6, []),
+        (4, []),
         (4, ["--lora", "4", "--background"]),
         (4, ["--processes", "2", "--zero", "2"]),
         (4, ["--processes", "2", "--zero", "3", "--background"]),
