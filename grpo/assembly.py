@@ -43,6 +43,9 @@ from grpo.system.stopping import StopAgreement, StopRequest
 from grpo.training.collector import Collector
 from grpo.training.learner import Learner
 from grpo.training.rollout import Advantage, RolloutMaker
+from grpo.turns.form import form_of
+from grpo.turns.generator import ToolGenerator
+from grpo.turns.toolbox import Given, Toolbox
 from grpo.types import Prompt
 
 Rows = Iterable[Mapping[str, Any]]
@@ -68,12 +71,14 @@ class Parts(RunParts):
     rollouts: RolloutMaker
     preflight: Preflight
     held_out: HeldOut
+    toolbox: Toolbox | None
 
 
 def assemble(
     config: Config,
     *,
     rewards: Sequence[Callable[..., Any] | Reward] | None,
+    tools: Sequence[Given] | None = None,
     train_dataset: Rows | None,
     eval_dataset: Rows | None,
     policy_class: type[Policy],
@@ -107,6 +112,13 @@ def assemble(
     check_engine(config)
     check_sinks(config)
     signal_from = _signal_from(config, functions)
+    toolbox = Toolbox.of(config.tools, config.scoring, tools)
+    form = None
+    if toolbox is not None:
+        form = form_of(tokenizer, config.data)
+        config = config.model_copy(update={"data": config.data.with_tools(toolbox.schemas)})
+        for notice in toolbox.notices():
+            processes.say(notice)
     questions = _questions(config, processes, tokenizer, functions, train_dataset, eval_dataset, order)
     prompts, held_out, scorer = questions.order, questions.held_out, questions.scorer
 
@@ -128,7 +140,11 @@ def assemble(
         loss=loss,
     )
     stop = StopAgreement(request, processes)
-    collector = Collector(make_generator(config, policy), scorer, stop, rank=processes.rank)
+    generator = make_generator(config, policy)
+    engine = ENGINES[type(generator).__name__]
+    if toolbox is not None and form is not None:
+        generator = ToolGenerator(generator, toolbox, form, tokenizer, config.tools)
+    collector = Collector(generator, scorer, stop, rank=processes.rank)
     preflight = Preflight(
         config.at(0),
         collector,
@@ -140,7 +156,6 @@ def assemble(
         end_token_ids=policy.end_token_ids,
     )
     names = [reward.name for reward in scorer.rewards]
-    engine = ENGINES[type(collector.generator).__name__]
     log = RunLog(directory, config, processes, reward_names=names, engine=engine)
     return Parts(
         config=config,
@@ -157,6 +172,7 @@ def assemble(
         checkpoints=checkpoints,
         log=log,
         found=found,
+        toolbox=toolbox,
     )
 
 

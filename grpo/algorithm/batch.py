@@ -38,9 +38,16 @@ def pack(groups: list[Group], advantages: Tensor, *, without_truncated: bool = F
         prompt_lens=torch.tensor([len(prompt) for _, prompt, _, _ in kept], dtype=torch.long),
         prompt_index=torch.tensor([number for number, _, _, _ in kept], dtype=torch.long),
         advantages=torch.tensor([advantage for _, _, _, advantage in kept], dtype=torch.float32),
-        sampling_logprobs=torch.tensor([x for _, _, c, _ in kept for x in c.logprobs], dtype=torch.float32),
+        sampling_logprobs=torch.tensor([x for _, _, c, _ in kept for x in _own_logprobs(c)], dtype=torch.float32),
         trained=_trained([completion for _, _, completion, _ in kept]),
     )
+
+
+def _own_logprobs(completion: Completion) -> list[float]:
+    """Those of the trained tokens; of what others wrote there are none that mean anything."""
+    if completion.trained is None:
+        return completion.logprobs
+    return [x for x, is_own in zip(completion.logprobs, completion.trained, strict=True) if is_own]
 
 
 def _trained(completions: list[Completion]) -> Tensor | None:
@@ -79,7 +86,7 @@ def _joined_masks(batches: list[Batch]) -> Tensor | None:
     if all(batch.trained is None for batch in batches):
         return None
     return torch.cat(
-        [torch.ones_like(b.sampling_logprobs, dtype=torch.bool) if b.trained is None else b.trained for b in batches]
+        [torch.ones(len(b.sampling_logprobs), dtype=torch.bool) if b.trained is None else b.trained for b in batches]
     )
 
 
@@ -173,7 +180,7 @@ class _Dealer:
 def take(batch: Batch, sequences: list[int]) -> Batch:
     """The given sequences of a batch, in the given order."""
     chosen = torch.tensor(sequences, dtype=torch.long)
-    lens, completion_lens = batch.sequence_lens[chosen], batch.completion_lens
+    lens, completion_lens, trained_lens = batch.sequence_lens[chosen], batch.completion_lens, batch.trained_lens
     completion_tokens = _spans(_offsets(completion_lens)[chosen], completion_lens[chosen])
     return Batch(
         tokens=batch.tokens[_spans(batch.cu_seqlens[chosen], lens)],
@@ -181,13 +188,16 @@ def take(batch: Batch, sequences: list[int]) -> Batch:
         prompt_lens=batch.prompt_lens[chosen],
         prompt_index=batch.prompt_index[chosen],
         advantages=batch.advantages[chosen],
-        sampling_logprobs=batch.sampling_logprobs[completion_tokens],
+        sampling_logprobs=batch.sampling_logprobs[_spans(_offsets(trained_lens)[chosen], trained_lens[chosen])],
         trained=None if batch.trained is None else batch.trained[completion_tokens],
     )
 
 
 def micro_batch(batch: Batch, weights: Tensor) -> MicroBatch:
-    """A batch laid out for one forward pass: all distinct prompts, then all completions. `weights` (T,) are those in the loss."""
+    """A batch laid out for one forward pass: all distinct prompts, then all completions. `weights` (T,) are those in the loss.
+
+    Of a completion `x r y` in which r is a tool's, the pass reads all three; its targets are x and y.
+    """
     numbers, owner = batch.prompt_index.unique(return_inverse=True)  # owner (B,): which of the distinct prompts
     first = owner.new_full((len(numbers),), batch.num_sequences).scatter_reduce(
         0, owner, torch.arange(batch.num_sequences), "amin"
@@ -202,19 +212,21 @@ def micro_batch(batch: Batch, weights: Tensor) -> MicroBatch:
     source_index[begins] = (prompt_starts[owner + 1] - 1)[
         completion_lens > 0
     ]  # a prompt's last token predicts the first
+    own = slice(None) if batch.trained is None else batch.trained
     return MicroBatch(
         tokens=torch.cat([batch.tokens[_spans(starts[first], prompt_lens[first])], targets]),
         position_ids=torch.cat(
             [_spans(torch.zeros_like(first), prompt_lens[first]), _spans(prompt_lens, completion_lens)]
         ),
         packing=_packing(owner, prompt_lens, completion_lens, prompt_starts, completion_starts),
-        source_index=source_index,
-        targets=targets,
-        advantages=batch.advantages.repeat_interleave(completion_lens),
+        source_index=source_index[own],
+        targets=targets[own],
+        advantages=batch.advantages.repeat_interleave(batch.trained_lens),
         weights=weights,
         sampling_logprobs=batch.sampling_logprobs,
         num_sequence_tokens=len(batch.tokens),
-        completion_lens=completion_lens,
+        completion_lens=batch.trained_lens,
+        trained=batch.trained,
     )
 
 
@@ -258,16 +270,18 @@ def empty_micro_batch() -> MicroBatch:
 
 def unpack(micro: MicroBatch) -> Batch:
     """The sequences that a pass was laid out from."""
-    packing, completion_lens = micro.packing, micro.completion_lens
-    num_prompts = len(packing.cu_keys) - 1 - len(completion_lens)  # runs of their own, before those of the completions
+    packing, trained_lens = micro.packing, micro.completion_lens
+    num_prompts = len(packing.cu_keys) - 1 - len(trained_lens)  # runs of their own, before those of the completions
     starts, lens = packing.cu_keys[num_prompts:-1].long(), packing.cu_keys.diff()[num_prompts:].long()
+    completion_lens = packing.cu_queries.diff()[num_prompts:].long()
     return Batch(
         tokens=micro.tokens[packing.key_index[_spans(starts, lens)]],
         cu_seqlens=_offsets(lens),
         prompt_lens=lens - completion_lens,
         prompt_index=packing.key_index[starts],  # where in the pass the prompt begins
-        advantages=micro.advantages[_offsets(completion_lens)[:-1]],
+        advantages=micro.advantages[_offsets(trained_lens)[:-1]],
         sampling_logprobs=micro.sampling_logprobs,
+        trained=micro.trained,
     )
 
 
@@ -276,10 +290,10 @@ def split(micro: MicroBatch, token_budget: int) -> list[MicroBatch]:
     if len(micro.tokens) <= token_budget:
         return [micro]
     batch = unpack(micro)
-    starts, parts = _offsets(batch.completion_lens), []
+    starts, parts = _offsets(batch.trained_lens), []
     for sequences in plan_passes(batch, token_budget=token_budget, num_processes=1)[0]:
         chosen = torch.tensor(sequences)
-        tokens = _spans(starts[chosen], batch.completion_lens[chosen])
+        tokens = _spans(starts[chosen], batch.trained_lens[chosen])
         part = micro_batch(take(batch, sequences), micro.weights[tokens])
         part.advantages = micro.advantages[tokens]
         part.old_logprobs, part.ref_logprobs, part.selected = (
