@@ -43,9 +43,8 @@ from grpo.system.stopping import StopAgreement, StopRequest
 from grpo.training.collector import Collector
 from grpo.training.learner import Learner
 from grpo.training.rollout import Advantage, RolloutMaker
-from grpo.turns.form import form_of
-from grpo.turns.generator import ToolGenerator
 from grpo.turns.toolbox import Given, Toolbox
+from grpo.turns.use import Tools
 from grpo.types import Prompt
 
 Rows = Iterable[Mapping[str, Any]]
@@ -112,12 +111,10 @@ def assemble(
     check_engine(config)
     check_sinks(config)
     signal_from = _signal_from(config, functions)
-    toolbox = Toolbox.of(config.tools, config.scoring, tools)
-    form = None
-    if toolbox is not None:
-        form = form_of(tokenizer, config.data)
-        config = config.model_copy(update={"data": config.data.with_tools(toolbox.schemas)})
-        for notice in toolbox.notices():
+    in_use = Tools.of(config.tools, config.scoring, tokenizer, config.data, given=tools)
+    if in_use is not None:
+        config = config.model_copy(update={"data": in_use.told(config.data)})
+        for notice in in_use.toolbox.notices():
             processes.say(notice)
     questions = _questions(config, processes, tokenizer, functions, train_dataset, eval_dataset, order)
     prompts, held_out, scorer = questions.order, questions.held_out, questions.scorer
@@ -142,8 +139,8 @@ def assemble(
     stop = StopAgreement(request, processes)
     generator = make_generator(config, policy)
     engine = ENGINES[type(generator).__name__]
-    if toolbox is not None and form is not None:
-        generator = ToolGenerator(generator, toolbox, form, tokenizer, config.tools)
+    if in_use is not None:
+        generator = in_use.around(generator)
     collector = Collector(generator, scorer, stop, rank=processes.rank)
     preflight = Preflight(
         config.at(0),
@@ -172,7 +169,7 @@ def assemble(
         checkpoints=checkpoints,
         log=log,
         found=found,
-        toolbox=toolbox,
+        toolbox=None if in_use is None else in_use.toolbox,
     )
 
 
