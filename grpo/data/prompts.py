@@ -195,7 +195,7 @@ def render(
         return str(
             tokenizer.apply_chat_template(
                 messages,
-                tools=data.tools or None,
+                tools=[*data.tools] or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 **data.chat_template_kwargs,

@@ -7,7 +7,8 @@ fetched, whatever a completion says.
 
     head              settings, metrics as columns, tables, and of each source of completions its index block and text blocks
     index-R-S         of run R and source S, a list per column: step, group, reward, right, ...
-    texts-R-S-B       {"completions": [...], "results": {place: [[offset, text], ...]}, "rewards": [...], "questions": {group: [question, answer]}} of the block's rows
+    texts-R-S-B       {"completions": [...], "rewards": [...], "questions": {group: [question, answer]}} of the block's rows, and
+                      "results": {row: [[offset, text], ...]}, what tools answered
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -291,4 +292,4 @@ class Call:
         return found
 
 
-OVER_ROUNDS = {"rollout/slots": max, "rollout/preempted": sum}
+OVER_ROUNDS: dict[str, Callable[[Iterable[float]], float]] = {"rollout/slots": max, "rollout/preempted": sum}

@@ -202,26 +202,30 @@ def _runner(given: Given, args: dict[str, Any]) -> Runner:
 
 
 def _tools(number: int, runner: Runner) -> Iterator[Tool]:
-    make, args = runner.make, runner.given
-    if not runner.is_object:
-        if not callable(make):
-            raise ValueError(f"{SETTING} has {make!r}; a tool is a function or a class. Hand over one of these.")
-        name = _name_of(make)
-        _check_args(name, make, args)
-        yield Tool(name, schema_of(make, name=name, given=args), number)
+    if not callable(runner.make):
+        raise ValueError(f"{SETTING} has {runner.make!r}; a tool is a function or a class. Hand over one of these.")
+    name = _name_of(runner.make)
+    _check_args(name, runner.make, runner.given)
+    if inspect.isclass(runner.make):
+        yield from _of_class(number, runner.make)
+    else:
+        yield Tool(name, schema_of(runner.make, name=name, given=runner.given), number)
+
+
+def _of_class(number: int, kind: type) -> Iterator[Tool]:
+    """Its objects' `__call__` under the name of the class, or else each public method."""
+    if any("__call__" in vars(each) for each in kind.__mro__[:-1]):
+        name = kind.__name__
+        yield Tool(name, schema_of(_bound(kind, "__call__"), name=name, given={}), number, "__call__")
         return
-    _check_args(make.__name__, make, args)
-    if "__call__" in vars(make) or any("__call__" in vars(each) for each in make.__mro__[1:-1]):
-        yield Tool(make.__name__, schema_of(_bound(make, "__call__"), name=make.__name__, given={}), number, "__call__")
-        return
-    names = [name for name in _methods(make) if name not in NOT_TOOLS]
+    names = [name for name in _methods(kind) if name not in NOT_TOOLS]
     if not names:
         raise ValueError(
-            f"{SETTING} has the class {make.__name__}; it has no public methods, and its objects cannot be called. Give it a "
+            f"{SETTING} has the class {kind.__name__}; it has no public methods, and its objects cannot be called. Give it a "
             "method with types and a docstring for each tool, or __call__."
         )
     for name in names:
-        yield Tool(name, schema_of(_bound(make, name), name=name, given={}), number, name)
+        yield Tool(name, schema_of(_bound(kind, name), name=name, given={}), number, name)
 
 
 NOT_TOOLS = ("reset", "check", "notice", "reward", "step")
