@@ -16,6 +16,10 @@ The update alone, on completions that are made up, in seconds:
 
     python benchmarks/step.py --size 0.5b --update-only --steps 5 --profile --set memory.micro_batch_tokens=32768
 
+On-policy distillation, in which a teacher stands where the reference does:
+
+    python benchmarks/step.py --size 0.5b --teacher 1.5b --set memory.micro_batch_tokens=32768
+
 Without a GPU, to see that it runs:
 
     python benchmarks/step.py --size tiny --prompts 2 --completions 4 --new-tokens 16 --peers trl --peer-micro-batch 4
@@ -104,6 +108,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=512, help="per completion, exactly")
     parser.add_argument("--steps", type=int, default=3, help="that are measured")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them")
+    parser.add_argument("--teacher", choices=SHAPES, help="distil from a model of this shape, on-policy")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.SETTING=VALUE")
     parser.add_argument("--update-only", action="store_true", help="make completions up instead of sampling them")
     parser.add_argument("--profile", action="store_true", help="parts and kernels of an update, in two more steps")
@@ -173,6 +178,9 @@ def make_config(args: argparse.Namespace, model: Path, scratch: Path) -> Config:
         "logging": {"completions_every": 0},
         "run": {"dir": str(scratch / "run"), "steps": args.warmup + args.steps + 2 * args.profile},
     }
+    if args.teacher:
+        settings["teacher"] = {"name": str(saved_model(args.teacher, args.cache, teaches=True))}
+        settings["algorithm"] = {"kl_coef": 1.0, "kl_estimator": "k2"}
     if args.update_only:
         settings["rollout"]["engine"] = "hf"  # it takes no memory before it samples, which it never does
         settings["algorithm"]["max_sampling_gap"] = 1e6

@@ -87,13 +87,20 @@ def word_tokenizer(vocab_size: int) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def saved_model(size: str, cache: Path) -> Path:
-    """A directory with the random model and its tokenizer. Rank 0 writes it, once; the other processes wait for it."""
-    directory = cache / f"qwen2.5-{size}"
+def saved_model(size: str, cache: Path, *, teaches: bool = False) -> Path:
+    """A directory with the random model and its tokenizer. Rank 0 writes it, once; the other processes wait for it.
+
+    Args:
+        teaches: with a row for the end-of-sequence token, too, which a teacher must have.
+    """
+    directory = cache / f"qwen2.5-{size}{'-teacher' * teaches}"
     if not directory.exists() and os.environ.get("RANK", "0") == "0":
         unfinished = directory.with_suffix(".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        random_lm(size).save_pretrained(unfinished)
+        lm = random_lm(size)
+        if teaches:
+            lm.resize_token_embeddings(model_config(size).vocab_size + 128)
+        lm.save_pretrained(unfinished)
         word_tokenizer(model_config(size).vocab_size).save_pretrained(unfinished)
         unfinished.rename(directory)
         torch.cuda.empty_cache()

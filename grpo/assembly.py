@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo.algorithm.objective import Objective
 from grpo.algorithm.own_loss import Loss
 from grpo.config import Config, SupervisedConfig
+from grpo.config.combinations import CARRY_OVER_WITH_TOOLS
 from grpo.config.settings import Settings
 from grpo.data.pass_rates import within_pass_rates
 from grpo.data.prompts import Order, PromptOrder, build_prompts, check_kinds, use_chat_template
@@ -40,6 +41,7 @@ from grpo.scoring.scorer import Scorer
 from grpo.system import distributed
 from grpo.system.distributed import TrainingProcesses
 from grpo.system.stopping import StopAgreement, StopRequest
+from grpo.training.carry_over import check_carries
 from grpo.training.collector import Collector
 from grpo.training.learner import Learner
 from grpo.training.rollout import Advantage, RolloutMaker
@@ -111,6 +113,8 @@ def assemble(
     check_engine(config)
     check_sinks(config)
     signal_from = _signal_from(config, functions)
+    if tools and config.rollout.carry_over:
+        raise ValueError(CARRY_OVER_WITH_TOOLS)
     in_use = Tools.of(config.tools, config.scoring, tokenizer, config.data, given=tools)
     if in_use is not None:
         config = config.model_copy(update={"data": in_use.told(config.data)})
@@ -139,6 +143,8 @@ def assemble(
     stop = StopAgreement(request, processes)
     generator = make_generator(config, policy)
     engine = ENGINES[type(generator).__name__]
+    if config.rollout.carry_over:
+        check_carries(generator, policy)
     if in_use is not None:
         generator = in_use.around(generator)
     collector = Collector(generator, scorer, stop, rank=processes.rank)

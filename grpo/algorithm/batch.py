@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -38,22 +39,31 @@ def pack(groups: list[Group], advantages: Tensor, *, without_truncated: bool = F
         prompt_lens=torch.tensor([len(prompt) for _, prompt, _, _ in kept], dtype=torch.long),
         prompt_index=torch.tensor([number for number, _, _, _ in kept], dtype=torch.long),
         advantages=torch.tensor([advantage for _, _, _, advantage in kept], dtype=torch.float32),
-        sampling_logprobs=torch.tensor([x for _, _, c, _ in kept for x in _own_logprobs(c)], dtype=torch.float32),
-        trained=_trained([completion for _, _, completion, _ in kept]),
+        sampling_logprobs=torch.tensor([x for _, _, c, _ in kept for x in _own(c, c.logprobs)], dtype=torch.float32),
+        trained=_mask([(len(c.token_ids), c.trained) for _, _, c, _ in kept]),
+        fresh=_mask([(len(c.own_ids), _fresh(c)) for _, _, c, _ in kept]),
     )
 
 
-def _own_logprobs(completion: Completion) -> list[float]:
-    """Those of the trained tokens; of what others wrote there are none that mean anything."""
+X = TypeVar("X")
+
+
+def _own(completion: Completion, values: list[X]) -> list[X]:
+    """Of values of each token, those of the trained ones; of what others wrote there are none that mean anything."""
     if completion.trained is None:
-        return completion.logprobs
-    return [x for x, is_own in zip(completion.logprobs, completion.trained, strict=True) if is_own]
+        return values
+    return [x for x, is_own in zip(values, completion.trained, strict=True) if is_own]
 
 
-def _trained(completions: list[Completion]) -> Tensor | None:
-    if all(completion.trained is None for completion in completions):
+def _fresh(completion: Completion) -> list[bool] | None:
+    return None if completion.ages is None else [age == 0 for age in _own(completion, completion.ages)]
+
+
+def _mask(parts: list[tuple[int, list[bool] | None]]) -> Tensor | None:
+    """What holds of so many tokens of each completion, None: of all; None if it holds everywhere."""
+    if all(mask is None for _, mask in parts):
         return None
-    masks = [[True] * len(c.token_ids) if c.trained is None else c.trained for c in completions]
+    masks = [[True] * number if mask is None else mask for number, mask in parts]
     return torch.tensor([each for mask in masks for each in mask], dtype=torch.bool)
 
 
@@ -78,16 +88,16 @@ def join(batches: list[Batch]) -> Batch:
         prompt_index=torch.cat([b.prompt_index + first for b, first in zip(batches, first_prompts, strict=True)]),
         advantages=torch.cat([batch.advantages for batch in batches]),
         sampling_logprobs=torch.cat([batch.sampling_logprobs for batch in batches]),
-        trained=_joined_masks(batches),
+        trained=_joined_masks(batches, [batch.trained for batch in batches]),
+        fresh=_joined_masks(batches, [batch.fresh for batch in batches]),
     )
 
 
-def _joined_masks(batches: list[Batch]) -> Tensor | None:
-    if all(batch.trained is None for batch in batches):
+def _joined_masks(batches: list[Batch], masks: list[Tensor | None]) -> Tensor | None:
+    if all(mask is None for mask in masks):
         return None
-    return torch.cat(
-        [torch.ones(len(b.sampling_logprobs), dtype=torch.bool) if b.trained is None else b.trained for b in batches]
-    )
+    everything = [torch.ones_like(batch.sampling_logprobs, dtype=torch.bool) for batch in batches]
+    return torch.cat([each if mask is None else mask for each, mask in zip(everything, masks, strict=True)])
 
 
 def _num_prompts(batch: Batch) -> int:
@@ -182,14 +192,16 @@ def take(batch: Batch, sequences: list[int]) -> Batch:
     chosen = torch.tensor(sequences, dtype=torch.long)
     lens, completion_lens, trained_lens = batch.sequence_lens[chosen], batch.completion_lens, batch.trained_lens
     completion_tokens = _spans(_offsets(completion_lens)[chosen], completion_lens[chosen])
+    trained_tokens = _spans(_offsets(trained_lens)[chosen], trained_lens[chosen])
     return Batch(
         tokens=batch.tokens[_spans(batch.cu_seqlens[chosen], lens)],
         cu_seqlens=_offsets(lens),
         prompt_lens=batch.prompt_lens[chosen],
         prompt_index=batch.prompt_index[chosen],
         advantages=batch.advantages[chosen],
-        sampling_logprobs=batch.sampling_logprobs[_spans(_offsets(trained_lens)[chosen], trained_lens[chosen])],
+        sampling_logprobs=batch.sampling_logprobs[trained_tokens],
         trained=None if batch.trained is None else batch.trained[completion_tokens],
+        fresh=None if batch.fresh is None else batch.fresh[trained_tokens],
     )
 
 
@@ -227,6 +239,7 @@ def micro_batch(batch: Batch, weights: Tensor) -> MicroBatch:
         num_sequence_tokens=len(batch.tokens),
         completion_lens=batch.trained_lens,
         trained=batch.trained,
+        fresh=batch.fresh,
     )
 
 
@@ -282,6 +295,7 @@ def unpack(micro: MicroBatch) -> Batch:
         advantages=micro.advantages[_offsets(trained_lens)[:-1]],
         sampling_logprobs=micro.sampling_logprobs,
         trained=micro.trained,
+        fresh=micro.fresh,
     )
 
 
