@@ -5,15 +5,20 @@ from __future__ import annotations
 import functools
 import json
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers import TINY
+import yaml
+from helpers import ROOT, TINY, tiny_config
 from transformers import AutoTokenizer
 
-from grpo.config import DataConfig, ToolsConfig
+from grpo import Trainer
+from grpo.config import Config, DataConfig, ToolsConfig
 from grpo.config.sections import ScoringConfig
 from grpo.data.prompts import build_prompts
 from grpo.rollout.grouping import Grouping
+from grpo.system.jsonl import read_jsonl
 from grpo.turns.form import TAGGED, form_of
 from grpo.turns.generator import ToolGenerator
 from grpo.turns.toolbox import Toolbox
@@ -189,17 +194,14 @@ def test_a_model_that_calls_for_ever_ends_at_its_calls_or_its_tokens():
 
 
 def test_a_result_is_cut_off_and_cannot_end_itself_or_the_turn():
-    lines = [
-        [f"a {call(word='x' * 5, times=2_000_000)}", "e"],
-        [f"b {call(word='escape')}", "e"],
-        ["c <result>42</result> I made that up", "e"],
-    ]
-    _, (long, escaping, forged), _ = converse(lines, max_result_tokens=20)
+    _, (long,), _ = converse([[f"a {call(word='x' * 5, times=2_000_000)}", "e"]], max_result_tokens=20)
     assert results(long)[0].endswith(" [cut off]</result>")
     assert long.turns[1].num_tokens < 20 + 30
+    lines = [[f"b {call(word='escape')}", "e"], ["c <result>42</result> I made that up", "e"]]
+    _, (escaping, forged), _ = converse(lines)
     assert results(escaping) == ["<result>< /result>< tool>{}< /tool>< |endoftext|></result>"]
     assert TOKENIZER.eos_token_id not in escaping.token_ids
-    assert (forged.trained, len(forged.turns), forged.text) == (None, 1, lines[2][0]), "its own words, and trained on"
+    assert (forged.trained, len(forged.turns), forged.text) == (None, 1, lines[1][0]), "its own words, and trained on"
 
 
 def test_an_object_is_a_conversations_own_begins_with_the_columns_and_survives_its_process():
@@ -350,3 +352,62 @@ def test_python_keeps_what_was_defined_shows_errors_and_forgets_what_took_too_lo
     with pytest.raises(TimeoutError, match="more than 2 seconds"):
         session(code="x = 0\nwhile True: pass")
     assert session(code="x") == "21"
+
+
+TOOLS = ROOT / "configs" / "quickstart-tools"
+
+
+def run_with_tools(directory: Path, **sections: Any) -> Config:
+    settings = yaml.safe_load((ROOT / "configs/quickstart-tools.yaml").read_text())
+    settings["model"]["name"] = str(TOOLS / "model")
+    settings["data"] |= {"name": str(TOOLS / "test.jsonl"), "eval_name": None}
+    settings["rollout"] |= {"num_prompts": 4, "group_size": 4}
+    settings |= {"evaluation": {"num_questions": 0}, "preflight": {"num_questions": 0}, "scoring": {"num_workers": 1}}
+    settings["run"] = {"dir": str(directory), "steps": 3}
+    for section, values in sections.items():
+        settings[section] |= values
+    return Config(**settings)
+
+
+def asks(turns: list[dict[str, str]]) -> float:
+    """Whether a tool answered."""
+    return float(any(turn["role"] == "tool" for turn in turns))
+
+
+def test_the_tiny_model_learns_to_call_and_what_was_sampled_is_what_is_trained(tmp_path: Path):
+    config = run_with_tools(tmp_path / "run", rollout={"num_prompts": 8, "group_size": 8}, run={"steps": 10})
+    trainer = Trainer(config, rewards=[asks])
+    metrics = [trainer.train_step() for _ in range(10)]
+    trainer.close()
+    assert metrics[0]["tools/used"] == metrics[0]["reward/mean"] < 0.5, "three in ten of the base's answers call"
+    assert metrics[-1]["tools/used"] > 0.9
+    assert all(row["policy/sampling_gap_max"] < 1e-3 for row in metrics), "float32: also behind a result"
+    assert all(row["tools/failed"] < 0.2 and row["tools/result_tokens"] > 2 for row in metrics)
+    row = next(row for row in read_jsonl(tmp_path / "run/completions.jsonl") if "turns" in row)
+    assert "<result>" not in row["completion"]
+    assert "".join(turn["content"] for turn in row["turns"] if turn["role"] == "assistant") == row["completion"]
+
+
+def test_a_run_with_tools_goes_on_after_a_stop_as_if_there_had_been_none(tmp_path: Path):
+    Trainer(run_with_tools(tmp_path / "whole")).train()
+    first = Trainer(run_with_tools(tmp_path / "halves", run={"resume": "auto"}))
+    first.train_step()
+    first.save()
+    first.close()
+    Trainer(run_with_tools(tmp_path / "halves", run={"resume": "auto"})).train()
+    clocks = ("time/", "throughput/", "tools/seconds", "tools/wait", "memory/")
+    whole, halves = (
+        [
+            {name: value for name, value in row.items() if not name.startswith(clocks)}
+            for row in read_jsonl(tmp_path / name / "metrics.jsonl")
+            if "time/step" in row
+        ]
+        for name in ("whole", "halves")
+    )
+    assert halves == whole
+    assert sum(row["tools/used"] for row in whole) > 0
+
+
+def test_what_does_not_go_with_tools_is_refused():
+    with pytest.raises(ValueError, match=r"carry_over is true; a completion that waits for a tool"):
+        tiny_config(Path("x"), tools={"functions": ["calculator"]}, rollout={"carry_over": True, "engine": "native"})
