@@ -125,7 +125,8 @@ def assemble(
 
     directory = Path(processes.on_main(lambda: str(rundir.claim(config.run))))
     scorer.log_to(directory / "rewards.log")
-    given = processes.on_main(lambda: inputs.digests(prompts.prompts, held_out, functions))
+    called = [] if in_use is None else in_use.toolbox.runners
+    given = processes.on_main(lambda: inputs.digests(prompts.prompts, held_out, functions, tools=called))
     checkpoints = Checkpoints(directory / "checkpoints", config, processes, given=given)
     found = checkpoint.find(checkpoints.directory, config, processes, given=given)
     processes.say(config.summary(num_rows=len(prompts.prompts), world_size=processes.world_size))

@@ -30,6 +30,10 @@ class Runner:
     given: dict[str, Any] = field(default_factory=dict)
     is_object: bool = False
 
+    @property
+    def name(self) -> str:
+        return str(getattr(self.make, "__name__", type(self.make).__name__))
+
     def __call__(
         self, method: str, arguments: dict[str, Any], state: bytes | None, columns: Mapping[str, Any]
     ) -> tuple[bool, str, bytes | None]:

@@ -77,18 +77,18 @@ class Toolbox:
         environment: Sequence[str] = (),
     ) -> None:
         self.timeout_seconds = timeout_seconds
-        self._runners = [_runner(each, dict(own)) for each, own in zip(given, args or [{}] * len(given), strict=True)]
+        self.runners = [_runner(each, dict(own)) for each, own in zip(given, args or [{}] * len(given), strict=True)]
         self.tools: dict[str, Tool] = {}
-        for tool in (tool for number, runner in enumerate(self._runners) for tool in _tools(number, runner)):
+        for tool in (tool for number, runner in enumerate(self.runners) for tool in _tools(number, runner)):
             if tool.name in self.tools:
                 raise ValueError(
                     f"{SETTING} has two tools of the name {tool.name!r}; a model tells them apart by name. Rename one of them."
                 )
             self.tools[tool.name] = tool
-        modules = dict.fromkeys(_module_of(runner.make) for runner in self._runners)
+        modules = dict.fromkeys(_module_of(runner.make) for runner in self.runners)
         with progress.busy("starting the tool workers"):
             self._pool = WorkerPool(
-                [pickled(runner, f"tool {_name_of(runner.make)}", own=runner.make) for runner in self._runners],
+                [pickled(runner, f"tool {runner.name}", own=runner.make) for runner in self.runners],
                 files=[loaded_files[name] for name in modules if name in loaded_files],
                 num_workers=num_workers,
                 memory_gib=memory_gib,
@@ -126,7 +126,7 @@ class Toolbox:
 
     def notices(self) -> list[str]:
         """What is to be said before the tools are used: what their `notice` attributes return."""
-        texts = [getattr(runner.make, "notice", lambda: None)() for runner in self._runners]
+        texts = [getattr(runner.make, "notice", lambda: None)() for runner in self.runners]
         return [text for text in texts if text is not None]
 
     def read(self, text: str) -> Request | Answer:
@@ -204,7 +204,7 @@ def _runner(given: Given, args: dict[str, Any]) -> Runner:
 def _tools(number: int, runner: Runner) -> Iterator[Tool]:
     if not callable(runner.make):
         raise ValueError(f"{SETTING} has {runner.make!r}; a tool is a function or a class. Hand over one of these.")
-    name = _name_of(runner.make)
+    name = runner.name
     _check_args(name, runner.make, runner.given)
     if inspect.isclass(runner.make):
         yield from _of_class(number, runner.make)
@@ -249,10 +249,6 @@ def _check_args(name: str, make: Callable[..., Any], args: Mapping[str, Any]) ->
                 f"{SETTING} sets {argument!r} of {name}; it has no such parameter: {', '.join(parameters) or 'none'}. Remove it "
                 "or correct the name."
             )
-
-
-def _name_of(make: Callable[..., Any]) -> str:
-    return str(getattr(make, "__name__", type(make).__name__))
 
 
 def _module_of(make: Callable[..., Any]) -> str:
