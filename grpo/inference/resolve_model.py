@@ -11,13 +11,14 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config import Config, DataConfig, ModelConfig, RewardConfig, SupervisedConfig, read_yaml
+from grpo.config import Config, DataConfig, ModelConfig, RewardConfig, SupervisedConfig, ToolsConfig, read_yaml
 from grpo.data.prompts import use_chat_template
 from grpo.inference.model import Sampler, load, sampling_config
 from grpo.policy.families import attribute
 from grpo.policy.model_source import complete_checkpoints, model_config, model_directory
 from grpo.run.checkpoint import numbers_of
 from grpo.system.terminal import say
+from grpo.turns.use import named
 from grpo.types import Sampling
 
 LONG = 10**9
@@ -87,16 +88,36 @@ def trusted_rewards(chosen: Chosen, options: Namespace) -> list[RewardConfig]:
         ValueError: there is such code, and nobody has said that it may run.
     """
     rewards = chosen.settings.rewards
-    foreign = [each.function for each in rewards if ":" in each.function and not each.function.startswith(OWN_REWARDS)]
+    _trust(
+        [each.function for each in rewards if not each.function.startswith(OWN_REWARDS)], "reward functions", options
+    )
+    return rewards
+
+
+def trusted_tools(chosen: Chosen, options: Namespace) -> ToolsConfig:
+    """The tools of --tools, or else those that the run's configuration lists, as `trusted_rewards`.
+
+    Raises:
+        ValueError: there is code of others, and nobody has said that it may run; or --tools cannot be read.
+    """
+    tools = chosen.settings.tools
+    if options.tools is not None:
+        return named(options.tools, tools)
+    _trust([each.function for each in tools.functions], "tools", options)
+    return tools
+
+
+def _trust(names: list[str], what: str, options: Namespace) -> None:
+    foreign = [name for name in names if ":" in name]
     if not foreign or options.config or options.trust_rewards:
-        return rewards
-    named = f"the configuration of {options.model!r} names reward functions that are run here: {', '.join(foreign)}"
+        return
+    said = f"the configuration of {options.model!r} names {what} that are run here: {', '.join(foreign)}"
     if sys.stdin.isatty() and sys.stderr.isatty():
-        say(f"{named}. Run them? [y/N]", file=sys.stderr)
+        say(f"{said}. Run them? [y/N]", file=sys.stderr)
         if sys.stdin.readline().strip().lower() in ("y", "yes"):
-            return rewards
+            return
     raise ValueError(
-        f"{named}. If you trust them, say so with --trust-rewards, or name a YAML of your own with --config."
+        f"{said}. If you trust them, say so with --trust-rewards, or name a YAML of your own with --config."
     )
 
 
