@@ -41,6 +41,7 @@ from grpo.scoring.scorer import Scorer
 from grpo.system import distributed
 from grpo.system.distributed import TrainingProcesses
 from grpo.system.stopping import StopAgreement, StopRequest
+from grpo.training.carry_over import check_carries
 from grpo.training.collector import Collector
 from grpo.training.learner import Learner
 from grpo.training.rollout import Advantage, RolloutMaker
@@ -129,7 +130,10 @@ def assemble(
         loss=loss,
     )
     stop = StopAgreement(request, processes)
-    collector = Collector(make_generator(config, policy), scorer, stop, rank=processes.rank)
+    generator = make_generator(config, policy)
+    if config.rollout.carry_over:
+        check_carries(generator, policy)
+    collector = Collector(generator, scorer, stop, rank=processes.rank)
     preflight = Preflight(
         config.at(0),
         collector,

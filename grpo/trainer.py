@@ -149,7 +149,13 @@ class Trainer(Loop):
 
     def _sample(self) -> None:
         self.rollouts.make(
-            self.step, self.state, self.now, seed=self._seed, clock=self._time, retry=self._or_ask_for_less
+            self.step,
+            self.state,
+            self.now,
+            seed=self._seed,
+            question_seed=self._question_seed,
+            clock=self._time,
+            retry=self._or_ask_for_less,
         )
 
     def _optimizer_step(self, minibatch: list[MicroBatch]) -> None:
@@ -198,6 +204,11 @@ class Trainer(Loop):
 
     def _seed(self, purpose: str) -> int:
         """Of this process's random numbers in this step; a function of run.seed and the roll-backs: nothing to save."""
-        suffix = self.guard.roll_backs.seed_suffix
-        what = f"{self.config.run.seed} {purpose} {self.state.step} {self.processes.rank}{suffix}"
-        return random.Random(what).getrandbits(62)
+        return self._seed_of(f"{purpose} {self.state.step} {self.processes.rank}")
+
+    def _question_seed(self, place: int) -> int:
+        """Of the completions of the question at a place in dealt order, whenever and wherever they are sampled."""
+        return self._seed_of(f"question {place}")
+
+    def _seed_of(self, what: str) -> int:
+        return random.Random(f"{self.config.run.seed} {what}{self.guard.roll_backs.seed_suffix}").getrandbits(62)

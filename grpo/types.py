@@ -74,6 +74,22 @@ class Completion:
     text: str
     finish_reason: FinishReason
     trained: list[bool] | None = None  # which tokens are trained on, where others speak in between; None: all
+    ages: list[int] | None = (
+        None  # training steps since the weights that drew each token; None: all by the present ones
+    )
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What there is of a completion before its question's turn: not a token, a beginning, or all of it."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)  # the training step whose weights drew each token
+
+
+Drafts = dict[int, list[Draft]]
+"""The place of a question in the order in which questions are dealt -> a draft of each of its completions."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,23 @@ class Group:
 
     prompt: Prompt
     completions: list[Completion]
+
+
+@dataclass
+class Ahead:
+    """What an engine samples besides the questions that it is asked for, in places that these leave free.
+
+    Attributes:
+        step: number of the training step whose weights sample.
+        begun: of each question of the call, and then of each of `prompts`, the drafts of its completions.
+        prompts: questions whose turn comes later, in dealt order.
+        left: of each of `prompts`, its drafts when the call has ended; the engine fills this in.
+    """
+
+    step: int
+    begun: list[list[Draft]]
+    prompts: list[Prompt]
+    left: list[list[Draft]] = field(default_factory=list)
 
 
 OnGroup = Callable[[int, Group], None]
@@ -118,6 +151,27 @@ class Generator(Protocol):
 
     def metrics(self) -> dict[str, float]:
         """The rollout/ metrics of the last call of `sample`; see grpo/observe/metrics.py."""
+        ...
+
+
+class CarryingGenerator(Generator, Protocol):
+    """An engine that goes on with what it has begun, and begins with what comes next."""
+
+    def sample_ahead(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        num_completions: int,
+        seed: int,
+        on_group: OnGroup | None = None,
+        ahead: Ahead,
+    ) -> list[Group]:
+        """`sample`, from the drafts of `ahead`, whose later questions are sampled as long as one of `prompts` is under way.
+
+        Completions say how old their tokens are. What a completion draws under the same weights depends neither on when it was
+        begun nor on how often it was set down, if its prompt has a seed.
+        """
         ...
 
 
@@ -160,6 +214,7 @@ class Batch:
     advantages: Tensor  # (B,)
     sampling_logprobs: Tensor  # (T,) of the completion tokens, as the generator sampled them
     trained: Tensor | None = None  # (T,) bool, which completion tokens have a place in the loss; None: all
+    fresh: Tensor | None = None  # (T,) bool, which were drawn by the weights before this update; None: all
 
     @property
     def num_sequences(self) -> int:
@@ -226,6 +281,7 @@ class MicroBatch:
     old_logprobs: Tensor | None = None  # (T,) of the policy before the first update; None: strictly on-policy
     ref_logprobs: Tensor | None = None  # (T,) of the reference; None: no KL term in the loss
     selected: Tensor | None = None  # (T,) bool, whose surrogate is trained on; None: all
+    fresh: Tensor | None = None  # (T,) bool, drawn by the weights before this update; None: all
 
     def to(self, device: torch.device) -> MicroBatch:
         return _moved(self, device)

@@ -39,14 +39,16 @@ def pack(groups: list[Group], advantages: Tensor, *, without_truncated: bool = F
         prompt_index=torch.tensor([number for number, _, _, _ in kept], dtype=torch.long),
         advantages=torch.tensor([advantage for _, _, _, advantage in kept], dtype=torch.float32),
         sampling_logprobs=torch.tensor([x for _, _, c, _ in kept for x in c.logprobs], dtype=torch.float32),
-        trained=_trained([completion for _, _, completion, _ in kept]),
+        trained=_mask([(completion, completion.trained) for _, _, completion, _ in kept]),
+        fresh=_mask([(c, None if c.ages is None else [age == 0 for age in c.ages]) for _, _, c, _ in kept]),
     )
 
 
-def _trained(completions: list[Completion]) -> Tensor | None:
-    if all(completion.trained is None for completion in completions):
+def _mask(parts: list[tuple[Completion, list[bool] | None]]) -> Tensor | None:
+    """(T,) of what holds of each completion's tokens, None: of all; None if it holds everywhere."""
+    if all(mask is None for _, mask in parts):
         return None
-    masks = [[True] * len(c.token_ids) if c.trained is None else c.trained for c in completions]
+    masks = [[True] * len(completion.token_ids) if mask is None else mask for completion, mask in parts]
     return torch.tensor([each for mask in masks for each in mask], dtype=torch.bool)
 
 
@@ -71,16 +73,16 @@ def join(batches: list[Batch]) -> Batch:
         prompt_index=torch.cat([b.prompt_index + first for b, first in zip(batches, first_prompts, strict=True)]),
         advantages=torch.cat([batch.advantages for batch in batches]),
         sampling_logprobs=torch.cat([batch.sampling_logprobs for batch in batches]),
-        trained=_joined_masks(batches),
+        trained=_joined_masks(batches, [batch.trained for batch in batches]),
+        fresh=_joined_masks(batches, [batch.fresh for batch in batches]),
     )
 
 
-def _joined_masks(batches: list[Batch]) -> Tensor | None:
-    if all(batch.trained is None for batch in batches):
+def _joined_masks(batches: list[Batch], masks: list[Tensor | None]) -> Tensor | None:
+    if all(mask is None for mask in masks):
         return None
-    return torch.cat(
-        [torch.ones_like(b.sampling_logprobs, dtype=torch.bool) if b.trained is None else b.trained for b in batches]
-    )
+    everything = [torch.ones_like(batch.sampling_logprobs, dtype=torch.bool) for batch in batches]
+    return torch.cat([each if mask is None else mask for each, mask in zip(everything, masks, strict=True)])
 
 
 def _num_prompts(batch: Batch) -> int:
@@ -183,6 +185,7 @@ def take(batch: Batch, sequences: list[int]) -> Batch:
         advantages=batch.advantages[chosen],
         sampling_logprobs=batch.sampling_logprobs[completion_tokens],
         trained=None if batch.trained is None else batch.trained[completion_tokens],
+        fresh=None if batch.fresh is None else batch.fresh[completion_tokens],
     )
 
 
@@ -215,6 +218,7 @@ def micro_batch(batch: Batch, weights: Tensor) -> MicroBatch:
         sampling_logprobs=batch.sampling_logprobs,
         num_sequence_tokens=len(batch.tokens),
         completion_lens=completion_lens,
+        fresh=batch.fresh,
     )
 
 
@@ -268,6 +272,7 @@ def unpack(micro: MicroBatch) -> Batch:
         prompt_index=packing.key_index[starts],  # where in the pass the prompt begins
         advantages=micro.advantages[_offsets(completion_lens)[:-1]],
         sampling_logprobs=micro.sampling_logprobs,
+        fresh=micro.fresh,
     )
 
 

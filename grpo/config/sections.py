@@ -183,6 +183,13 @@ class RolloutConfig(Section):
     signal_from: str | None = None
     """Name of the reward whose values must differ in a group that dynamic sampling takes. null: `accuracy`, or else the first, of
     those with a weight. Choosing by a reward for length or form fills batches with groups that teach only that."""
+    carry_over: bool = False
+    """Give places that fall free while the last completions of a batch run to those of later questions, which go on from there in
+    their own step: nothing waits for the longest answer. The batch is the next questions in dealt order as ever. Their tokens are
+    then partly older weights', which algorithm.importance weighs; see training/carry_over.py. Needs the native engine."""
+    max_staleness: PositiveInt = 2
+    """How many steps ahead carry_over may begin with a question, so that no token is older. Raising it keeps the GPU busier where
+    few answers are much longer than the rest, and trains on older tokens."""
     max_completion_tokens: PositiveInt = 1024
     """Where sampling is cut off; such a completion has finish_reason "length"."""
     temperature: PositiveFloat = 1.0

@@ -439,9 +439,12 @@ class PromptOrder:
 
     def draw(self, num_prompts: int) -> list[Prompt]:
         """This process's share of the next `num_prompts` prompts: every world_size-th, starting at its rank."""
-        mine = range(self.position + self.rank, self.position + num_prompts, self.world_size)
-        self.position += num_prompts
-        return [self._at(place) for place in mine]
+        start, self.position = self.position, self.position + num_prompts
+        return [*self.share(start, self.position).values()]
+
+    def share(self, start: int, end: int) -> dict[int, Prompt]:
+        """This process's prompts from one place up to another, by place, dealt as in `draw`, which this leaves as it is."""
+        return {place: self._at(place) for place in range(start + self.rank, end, self.world_size)}
 
     def _at(self, place: int) -> Prompt:
         epoch, offset = divmod(place, len(self.prompts))

@@ -67,7 +67,8 @@ METRICS = {
     "policy/importance_bounded": "share of trained tokens whose weight was beyond a bound, and was truncated or masked",
     "policy/selected": "share of trained tokens whose surrogate counts, because their entropy is among the highest",
     "policy/kl_penalty": "mean over the batch's completions of what the KL takes from their reward, with algorithm.kl_in reward",
-    "policy/sampling_gap": "mean over trained tokens of |log-probability in the trainer - when sampled|, before an update",
+    "policy/sampling_gap": "mean over trained tokens that this step's weights drew of |log-probability in the trainer - when "
+    "sampled|, before an update",
     "policy/sampling_gap_max": "largest of these gaps",
     LOSS: "mean over the step's trained tokens of the rows of -log p(token), in nats, before the update",
     "supervised/accuracy": "share of these tokens that the model found likeliest, given what comes before them in the row",
@@ -83,6 +84,10 @@ METRICS = {
     "rollout/slots": "most completions that a process of the native engine sampled at once; mean over processes and draws",
     "rollout/kv_gib": "GiB that a process of the native engine holds for keys and values; mean over processes and draws",
     "rollout/occupancy": "share of the native engine's decoded places (slots x decoding steps) that gave a token of a completion",
+    "rollout/staleness": "mean over the batch's tokens of training steps since the weights that drew them; rollout.carry_over",
+    "rollout/staleness_max": "largest of these; at most rollout.max_staleness",
+    "rollout/carried": "share of the batch's tokens that were drawn in earlier steps",
+    "rollout/ahead": "completion tokens of later questions that all processes have ready at the end of the step's sampling",
     "rollout/preempted": "completions that the native engine set aside for want of memory; mean over processes and draws",
     "batch/padding": "share of forward passes that a process ran without work, to keep in step with the others",
     "batch/shared": "share of the tokens of prompts and completions that need no pass, because completions share their prompt",
@@ -267,6 +272,23 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores) -> None:
     meter.total("throughput/rollout", float(lens.sum()))
 
 
+def measure_carry_over(meter: Meter, batch: list[Group], num_ahead: int, num_drawn_ahead: int) -> None:
+    """How old the tokens of the batch's groups are, and what lies ready for later steps.
+
+    Args:
+        num_ahead: completion tokens of later questions that this process has, and
+        num_drawn_ahead: how many of them it has drawn in this step.
+    """
+    completions = [completion for group in batch for completion in group.completions]
+    ages = [torch.tensor(c.ages or [0] * len(c.token_ids), dtype=torch.float64) for c in completions]
+    every = torch.cat([*ages, torch.zeros(0)])
+    meter.mean("rollout/staleness", every)
+    meter.max("rollout/staleness_max", every)
+    meter.mean("rollout/carried", (every > 0).double())
+    meter.total("rollout/ahead", float(num_ahead))
+    meter.total("throughput/rollout", num_drawn_ahead - float((every > 0).sum()))
+
+
 def measure_batch(meter: Meter, groups: list[Group], scores: Scores, *, signal: Tensor, in_batch: Tensor) -> None:
     """Which of the groups that were sampled dynamic sampling took, (P,), and what became of the others.
 
@@ -360,7 +382,11 @@ def measure_micro_batch(
         meter.mean("policy/selected", micro.selected.double())
     before_update = logprobs if micro.old_logprobs is None else micro.old_logprobs
     gap = (before_update - micro.sampling_logprobs).abs()
-    meter.mean("policy/sampling_gap", gap)
+    if micro.fresh is None:
+        meter.mean("policy/sampling_gap", gap)
+    else:
+        gap = torch.where(micro.fresh, gap, 0.0)
+        meter.ratio("policy/sampling_gap", gap.double().sum(), micro.fresh.sum())
     meter.max("policy/sampling_gap_max", gap)
 
 
