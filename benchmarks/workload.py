@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -104,6 +105,27 @@ def saved_model(size: str, cache: Path, *, teaches: bool = False) -> Path:
         word_tokenizer(model_config(size).vocab_size).save_pretrained(unfinished)
         unfinished.rename(directory)
         torch.cuda.empty_cache()
+    while not directory.exists():
+        time.sleep(0.1)
+    return directory
+
+
+def with_ends(model: Path, mean_tokens: int) -> Path:
+    """The same random model with so many end-of-sequence tokens that a completion has about `mean_tokens` tokens.
+
+    Each token is one of them with the same chance, so lengths are distributed geometrically: of 256 completions the longest is
+    about six times as long as the mean.
+    """
+    directory = model.with_name(f"{model.name}-ends-{mean_tokens}")
+    if not directory.exists() and os.environ.get("RANK", "0") == "0":
+        unfinished = directory.with_suffix(".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(model, unfinished, copy_function=os.link)
+        size = json.loads((model / "config.json").read_text())["vocab_size"]
+        (unfinished / "generation_config.json").unlink(missing_ok=True)  # else it would be the other model's, too
+        ends = [*range(size - size // mean_tokens, size)]
+        (unfinished / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        unfinished.rename(directory)
     while not directory.exists():
         time.sleep(0.1)
     return directory

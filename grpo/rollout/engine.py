@@ -192,6 +192,7 @@ class Call:
             _sequence(index, questions[index // num_completions], sampling, own, later=index >= len(grouping.prompts))
             for index, own in enumerate(seeds)
         ]
+        self.end_tokens = frozenset(ending.end_token_ids)
         self.num_missing = len(grouping.prompts)
         self.ended: set[int] = set()  # places of sequences
         self.num_drawn = 0  # tokens that completions or drafts have from this call
@@ -302,7 +303,7 @@ class Call:
         return replace(completion, ages=ages) if any(ages) else completion
 
     def _has_ended(self, sequence: Sequence) -> bool:
-        return len(sequence.tokens) == sequence.limit or sequence.tokens[-1] in self.ending.end_token_ids
+        return len(sequence.tokens) == sequence.limit or sequence.tokens[-1] in self.end_tokens
 
     def _has_stop(self, sequence: Sequence, count: int) -> bool:
         """Whether one of the newest `count` tokens completes a stop text, which has no more tokens than bytes."""
