@@ -19,6 +19,7 @@ from grpo.config.sections import ScoringConfig
 from grpo.data.prompts import build_prompts
 from grpo.rollout.grouping import Grouping
 from grpo.system.jsonl import read_jsonl
+from grpo.system.stopping import RunError
 from grpo.turns.form import TAGGED, form_of
 from grpo.turns.generator import ToolGenerator
 from grpo.turns.toolbox import Toolbox
@@ -213,6 +214,34 @@ def test_an_object_is_a_conversations_own_begins_with_the_columns_and_survives_i
     assert results(first)[0] == "<result>6</result>"
     assert results(first)[2] == "<result>8</result>", "a dead worker takes nothing with it"
     assert results(second) == ["<result>15</result>"]
+
+
+class Board:
+    """Whose tools have names that a class of this library might use for itself."""
+
+    def check(self) -> str:
+        """Check."""
+        return "checked"
+
+    def step(self, by: int) -> str:
+        """Step.
+
+        Args:
+            by: how far.
+        """
+        return str(by)
+
+
+class Talking(Counter):
+    def reset(self, **_: object) -> str:  # type: ignore[override]
+        return "Welcome!"
+
+
+def test_every_public_method_but_reset_is_a_tool_and_a_reset_that_says_something_is_refused():
+    _, (both,), _ = converse([[f"a {call('check')}", f"aa {call('step', by=2)}", "e"]], [Board])
+    assert results(both) == ["<result>checked</result>", "<result>2</result>"]
+    with pytest.raises(RunError, match=r"(?s)Tool add cannot be used.*reset returned 'Welcome!'"):
+        converse([[f"a {call('add', number=1)}", "e"]], [Talking])
 
 
 def test_what_a_conversation_draws_depends_on_its_place_and_turn_alone():
