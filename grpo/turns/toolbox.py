@@ -182,6 +182,18 @@ class Toolbox:
             states[request.tool.runner] = state
         return Answer(ToolCall(name, "ok" if well else "error", outcome.seconds), text if well else f"error: {text}")
 
+    def answers(self, calls: list[str], states: States) -> list[Answer]:
+        """What comes of calls as a model wrote them, made one after another."""
+        found = []
+        for text in calls:
+            request = self.read(text)
+            if isinstance(request, Request):
+                with self.begin() as errand:
+                    errand.add([self.call(request, states, {})])
+                    request = self.answer(request, errand.result()[0], states)
+            found.append(request)
+        return found
+
     def close(self) -> None:
         """Kill the workers."""
         self._pool.close()
