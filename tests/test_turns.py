@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,17 +13,22 @@ from typing import Any
 import pytest
 import yaml
 from helpers import ROOT, TINY, tiny_config
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from grpo import Trainer
 from grpo.config import Config, DataConfig, ToolsConfig
 from grpo.config.sections import ScoringConfig
 from grpo.data.prompts import build_prompts
+from grpo.inference.chat import Conversation, show
+from grpo.inference.model import load, sampling_config
 from grpo.rollout.grouping import Grouping
 from grpo.system.jsonl import read_jsonl
+from grpo.system.stopping import RunError
 from grpo.turns.form import TAGGED, form_of
 from grpo.turns.generator import ToolGenerator
 from grpo.turns.toolbox import Toolbox
+from grpo.turns.use import Tools, named
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY / "model")
@@ -215,6 +222,34 @@ def test_an_object_is_a_conversations_own_begins_with_the_columns_and_survives_i
     assert results(second) == ["<result>15</result>"]
 
 
+class Board:
+    """Whose tools have names that a class of this library might use for itself."""
+
+    def check(self) -> str:
+        """Check."""
+        return "checked"
+
+    def step(self, by: int) -> str:
+        """Step.
+
+        Args:
+            by: how far.
+        """
+        return str(by)
+
+
+class Talking(Counter):
+    def reset(self, **_: object) -> str:  # type: ignore[override]
+        return "Welcome!"
+
+
+def test_every_public_method_but_reset_is_a_tool_and_a_reset_that_says_something_is_refused():
+    _, (both,), _ = converse([[f"a {call('check')}", f"aa {call('step', by=2)}", "e"]], [Board])
+    assert results(both) == ["<result>checked</result>", "<result>2</result>"]
+    with pytest.raises(RunError, match=r"(?s)Tool add cannot be used.*reset returned 'Welcome!'"):
+        converse([[f"a {call('add', number=1)}", "e"]], [Talking])
+
+
 def test_what_a_conversation_draws_depends_on_its_place_and_turn_alone():
     lines = [[f"{n} {call(word='a')}", "e"] for n in "pq"]
     _, _, first = converse(lines)
@@ -289,7 +324,7 @@ def test_the_form_of_a_chat_template_is_what_it_writes_around_calls_and_results(
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
     data = DataConfig(name="x", template="chat")
     form = form_of(tokenizer, data)
-    assert form.results(["1", "2"]) == (
+    assert form.results(["1", "2"], tokenizer, most=9)[0] == (
         "\n<|im_start|>user\n<tool_response>\n1\n</tool_response><|im_end|>\n"
         "<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
@@ -355,6 +390,7 @@ def test_python_keeps_what_was_defined_shows_errors_and_forgets_what_took_too_lo
 
 
 TOOLS = ROOT / "configs" / "quickstart-tools"
+QUICK = AutoTokenizer.from_pretrained(TOOLS / "model")
 
 
 def run_with_tools(directory: Path, **sections: Any) -> Config:
@@ -411,6 +447,21 @@ def test_a_run_with_tools_goes_on_after_a_stop_as_if_there_had_been_none(tmp_pat
     )
     assert halves == whole
     assert sum(row["tools/used"] for row in whole) > 0
+
+
+def test_a_chat_calls_shows_what_came_back_and_goes_on():
+    sampler = load(
+        sampling_config(str(TOOLS / "model"), max_prompt_tokens=1, max_completion_tokens=80, engine="hf"), QUICK
+    )
+    data = DataConfig(template="none")
+    tools = Tools.of(named(["calculator"]), SCORING, QUICK, data)
+    assert tools is not None
+    terminal = Console(file=io.StringIO(), soft_wrap=True)
+    with tools.toolbox:
+        talk = Conversation(sampler.model, data, Sampling(80, temperature=0), tools=tools)
+        show(talk, "Problem: What is 12*345?\nWork:", terminal)
+    written = terminal.file.getvalue()
+    assert re.search(r'<tool>\{"name": "calculator".*\}</tool><result>\d+</result>\nResult: \d', written), written
 
 
 def test_what_does_not_go_with_tools_is_refused():

@@ -75,7 +75,7 @@ class python:
         return written
 
     @staticmethod
-    def check(as_root: bool = False, **_: Any) -> None:
+    def _check(as_root: bool = False, **_: Any) -> None:
         """Refuse, before a model is loaded, to run code as root.
 
         Raises:
@@ -88,4 +88,4 @@ class python:
                 "lose, set tools.functions to [{function: python, args: {as_root: true}}]."
             )
 
-    notice = staticmethod(unprotected)
+    _notice = staticmethod(unprotected)

@@ -35,12 +35,6 @@ def main() -> None:
     parser.add_argument(
         "--trust-rewards", action="store_true", help="run reward functions that the run's configuration names"
     )
-    parser.add_argument(
-        "--tools",
-        nargs="*",
-        metavar="NAME",
-        help="that the model can call, as in tools.functions; none after it: no tools; default: the run's",
-    )
     parser.add_argument("--json", action="store_true", help="a JSON object per completion and nothing else")
     options = parser.parse_args()
     check(parser, options)

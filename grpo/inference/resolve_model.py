@@ -88,14 +88,14 @@ def trusted_rewards(chosen: Chosen, options: Namespace) -> list[RewardConfig]:
         ValueError: there is such code, and nobody has said that it may run.
     """
     rewards = chosen.settings.rewards
-    _trust(
-        [each.function for each in rewards if not each.function.startswith(OWN_REWARDS)], "reward functions", options
-    )
+    foreign = [each.function for each in rewards if ":" in each.function and not each.function.startswith(OWN_REWARDS)]
+    if not options.trust_rewards:
+        _trust(foreign, "reward functions", "say so with --trust-rewards", options)
     return rewards
 
 
 def trusted_tools(chosen: Chosen, options: Namespace) -> ToolsConfig:
-    """The tools of --tools, or else those that the run's configuration lists, as `trusted_rewards`.
+    """The tools of --tools, or else those that the run's configuration lists, which are trusted as rewards are.
 
     Raises:
         ValueError: there is code of others, and nobody has said that it may run; or --tools cannot be read.
@@ -103,22 +103,21 @@ def trusted_tools(chosen: Chosen, options: Namespace) -> ToolsConfig:
     tools = chosen.settings.tools
     if options.tools is not None:
         return named(options.tools, tools)
-    _trust([each.function for each in tools.functions], "tools", options)
+    _trust(
+        [each.function for each in tools.functions if ":" in each.function], "tools", "name them with --tools", options
+    )
     return tools
 
 
-def _trust(names: list[str], what: str, options: Namespace) -> None:
-    foreign = [name for name in names if ":" in name]
-    if not foreign or options.config or options.trust_rewards:
+def _trust(foreign: list[str], what: str, how: str, options: Namespace) -> None:
+    if not foreign or options.config:
         return
     said = f"the configuration of {options.model!r} names {what} that are run here: {', '.join(foreign)}"
     if sys.stdin.isatty() and sys.stderr.isatty():
         say(f"{said}. Run them? [y/N]", file=sys.stderr)
         if sys.stdin.readline().strip().lower() in ("y", "yes"):
             return
-    raise ValueError(
-        f"{said}. If you trust them, say so with --trust-rewards, or name a YAML of your own with --config."
-    )
+    raise ValueError(f"{said}. If you trust them, {how}, or name a YAML of your own with --config.")
 
 
 OWN_REWARDS = ("grpo.rewards:", "grpo.rewards.")

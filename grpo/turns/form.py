@@ -25,6 +25,13 @@ CHAT_CALL = ("<tool_call>", "</tool_call>")
 """Of the chat templates of Qwen 2.5 and 3, Hermes and many after them."""
 
 
+CUT_OFF = " [cut off]"
+"""Behind a result that is longer than `tools.max_result_tokens`."""
+
+LONG_TOKEN = 64
+"""Characters: no more of a result are looked at for each of its tokens."""
+
+
 @dataclass(frozen=True)
 class Form:
     """How a model calls tools.
@@ -51,11 +58,23 @@ class Form:
             return [before.rpartition(self.tags[0])[2] if self.tags[0] in before else ""]
         return re.findall(f"{re.escape(self.tags[0])}(.*?){re.escape(self.tags[1])}", turn, re.DOTALL)
 
-    def results(self, texts: list[str]) -> str:
-        """What is put behind a turn that made these calls."""
-        return self.before + self.between.join(texts) + self.after
+    def results(self, texts: list[str], tokenizer: PreTrainedTokenizerBase, *, most: int) -> tuple[str, list[int]]:
+        """What is put behind a turn whose calls had these results, as text and as tokens.
 
-    def harmless(self, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+        Args:
+            most: tokens of a result.
+        """
+        text = self.before + self.between.join(self._cut(each, tokenizer, most) for each in texts) + self.after
+        return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _cut(self, text: str, tokenizer: PreTrainedTokenizerBase, most: int) -> str:
+        text = self._harmless(text[: most * LONG_TOKEN], tokenizer)
+        token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(token_ids) <= most:
+            return text
+        return str(tokenizer.decode(token_ids[:most], clean_up_tokenization_spaces=False)).rstrip("\ufffd") + CUT_OFF
+
+    def _harmless(self, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
         """A result in which nothing reads as the end of a turn, a call, or the end of the result."""
         special = {str(token) for token in tokenizer.get_added_vocab()} | {str(t) for t in tokenizer.all_special_tokens}
         tags = {*CALL, *RESULT, *CHAT_CALL, "<tool_response>", "</tool_response>"}

@@ -30,13 +30,6 @@ from grpo.turns.form import Form
 from grpo.turns.toolbox import Answer, Request, States, Toolbox
 from grpo.types import Completion, FinishReason, Generator, Group, OnGroup, Prompt, Sampling, ToolCall, Turn
 
-CUT_OFF = " [cut off]"
-"""Behind a result that is longer than `tools.max_result_tokens`."""
-
-
-LONG_TOKEN = 64
-"""Characters: no more of a result are looked at for each of its tokens."""
-
 
 @dataclass
 class Conversation:
@@ -257,24 +250,14 @@ class Call:
     def _goes_on(self, conversation: Conversation) -> bool:
         """Append the results of a turn's calls; False if there is no room for them and a word after them."""
         generator, answers = self.generator, [each for each in conversation.asked if isinstance(each, Answer)]
-        text = generator.form.results([self._result(answer.text) for answer in answers])
-        token_ids = list(generator.tokenizer(text, add_special_tokens=False)["input_ids"])
+        text, token_ids = generator.form.results(
+            [answer.text for answer in answers], generator.tokenizer, most=generator.limits.max_result_tokens
+        )
         if len(conversation.token_ids) + len(token_ids) >= conversation.limit:
             self._end(conversation, "length")
             return False
         conversation.read(text, token_ids, [answer.call for answer in answers])
         return True
-
-    def _result(self, text: str) -> str:
-        """What a model reads of a result."""
-        generator = self.generator
-        most = generator.limits.max_result_tokens
-        text = generator.form.harmless(text[: most * LONG_TOKEN], generator.tokenizer)
-        token_ids = generator.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(token_ids) <= most:
-            return text
-        kept = str(generator.tokenizer.decode(token_ids[:most], clean_up_tokenization_spaces=False))
-        return kept.rstrip("\ufffd") + CUT_OFF
 
     def _end(self, conversation: Conversation, reason: FinishReason) -> None:
         self.grouping.add(conversation.place, conversation.completion(reason))

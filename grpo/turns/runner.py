@@ -56,22 +56,31 @@ class Runner:
 
         if state is None:
             held = self.make(**self.given)
-            begin(held, columns)
+            _begin(held, columns)
         else:
             held = cloudpickle.loads(state)
         well, text = _answered(getattr(held, method), arguments)
         return well, text, cloudpickle.dumps(held)
 
 
-def begin(held: Any, columns: Mapping[str, Any]) -> Any:
-    """What an object's `reset` returns, given the columns that it asks for; None if it has none."""
+def _begin(held: Any, columns: Mapping[str, Any]) -> None:
+    """Call an object's `reset`, if it has one, with the columns that it asks for.
+
+    Raises:
+        ValueError: it returned something, which nobody would read.
+    """
     reset = getattr(held, "reset", None)
     if reset is None:
-        return None
+        return
     wanted = inspect.signature(reset).parameters.values()
     everything = any(each.kind is each.VAR_KEYWORD for each in wanted)
     names = [each.name for each in wanted]
-    return reset(**{name: value for name, value in columns.items() if everything or name in names})
+    said = reset(**{name: value for name, value in columns.items() if everything or name in names})
+    if said is not None:
+        raise ValueError(
+            f"{type(held).__name__}.reset returned {str(said)[:80]!r}; it is called when the prompt has been read. Return "
+            "None, and put what the model is to be told into the question."
+        )
 
 
 def _answered(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[bool, str]:

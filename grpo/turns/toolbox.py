@@ -100,7 +100,7 @@ class Toolbox:
         """The tools that a configuration names, or those that are given instead; None if there are none.
 
         Raises:
-            ValueError: as Toolbox; a name is unknown, or a tool refuses to run here.
+            ValueError: as Toolbox; a name is unknown, or a tool refuses to run here (its `_check`, which is given its args).
         """
         if given is None:
             functions = [resolve_function(each.function, SETTING, "grpo.tools") for each in config.functions]
@@ -108,7 +108,7 @@ class Toolbox:
         else:
             functions, args = list(given), [{} for _ in given]
         for function, own in zip(functions, args, strict=True):
-            getattr(function, "check", lambda **_: None)(**own)
+            getattr(function, "_check", lambda **_: None)(**own)
         if not functions:
             return None
         return cls(
@@ -125,8 +125,8 @@ class Toolbox:
         return [tool.schema for tool in self.tools.values()]
 
     def notices(self) -> list[str]:
-        """What is to be said before the tools are used: what their `notice` attributes return."""
-        texts = [getattr(runner.make, "notice", lambda: None)() for runner in self.runners]
+        """What is to be said before the tools are used: what their `_notice` attributes return."""
+        texts = [getattr(runner.make, "_notice", lambda: None)() for runner in self.runners]
         return [text for text in texts if text is not None]
 
     def read(self, text: str) -> Request | Answer:
@@ -182,6 +182,18 @@ class Toolbox:
             states[request.tool.runner] = state
         return Answer(ToolCall(name, "ok" if well else "error", outcome.seconds), text if well else f"error: {text}")
 
+    def answers(self, calls: list[str], states: States) -> list[Answer]:
+        """What comes of calls as a model wrote them, made one after another."""
+        found = []
+        for text in calls:
+            request = self.read(text)
+            if isinstance(request, Request):
+                with self.begin() as errand:
+                    errand.add([self.call(request, states, {})])
+                    request = self.answer(request, errand.result()[0], states)
+            found.append(request)
+        return found
+
     def close(self) -> None:
         """Kill the workers."""
         self._pool.close()
@@ -218,7 +230,7 @@ def _of_class(number: int, kind: type) -> Iterator[Tool]:
         name = kind.__name__
         yield Tool(name, schema_of(_bound(kind, "__call__"), name=name, given={}), number, "__call__")
         return
-    names = [name for name in _methods(kind) if name not in NOT_TOOLS]
+    names = [name for name in _methods(kind) if name != "reset"]
     if not names:
         raise ValueError(
             f"{SETTING} has the class {kind.__name__}; it has no public methods, and its objects cannot be called. Give it a "
@@ -226,10 +238,6 @@ def _of_class(number: int, kind: type) -> Iterator[Tool]:
         )
     for name in names:
         yield Tool(name, schema_of(_bound(kind, name), name=name, given={}), number, name)
-
-
-NOT_TOOLS = ("reset", "check", "notice", "reward", "step")
-"""Public methods of a class that are not for the model."""
 
 
 def _methods(kind: type) -> Iterable[str]:
