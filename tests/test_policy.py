@@ -242,7 +242,7 @@ def test_the_kernels_over_logits_equal_the_plain_formulas(
     probability = scaled.softmax(-1)
     parts = probability * (1 + scaled.log_softmax(-1).abs().nan_to_num(posinf=0) + plain[1].unsqueeze(1))
     parts[torch.arange(33), targets] += 1
-    rounding = 4e-7 * scaled.where(scaled.isfinite(), 0.0).abs().amax(-1, keepdim=True)
+    rounding = 1e-6 * scaled.where(scaled.isfinite(), 0.0).abs().amax(-1, keepdim=True)
     allowed = (1e-2 if dtype == torch.bfloat16 else 1e-4) * other.abs() + rounding * parts
     assert other.isfinite().all()
     assert ((logits - other).abs() <= allowed).all()
