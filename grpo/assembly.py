@@ -18,6 +18,7 @@ from grpo.data.pass_rates import within_pass_rates
 from grpo.data.prompts import Order, PromptOrder, build_prompts, check_kinds, use_chat_template
 from grpo.data.rows import load_rows, missing, prepare_rows
 from grpo.observe import rundir
+from grpo.observe.bar import check_rows
 from grpo.observe.metrics import check_reward_names
 from grpo.observe.rundir import RunLog
 from grpo.observe.sinks import check_sinks
@@ -322,7 +323,7 @@ def _gradable(
 ) -> tuple[list[Prompt], Audit]:
     """Prompts of the rows that fit and whose answer every reward function can grade; says what was dropped."""
     # asked once: a time limit that strikes on one process only would leave them with different questions
-    reasons = processes.on_main(lambda: scorer.check_rows(rows, say=processes.say))
+    reasons = processes.on_main(lambda: check_rows(scorer, rows))
     gradable = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
     if not gradable:
         raise ValueError(

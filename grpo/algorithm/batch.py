@@ -122,6 +122,7 @@ def plan_passes(batch: Batch, *, token_budget: int, num_processes: int) -> list[
     largest_first = [groups[i] for i in sorted(range(len(groups)), key=lambda i: -sizes[i])]
     too_long_for_two = sum(length > token_budget / 2 for length in completion_lens)
     enough = max(-(-sum(sizes) // (token_budget * num_processes)), -(-too_long_for_two // num_processes))
+    enough = min(enough, -(-batch.num_sequences // num_processes))  # where sequences are longer than the budget
 
     def deal(num_passes: int) -> list[_Pass] | None:
         """That many passes for each process with all sequences, or None if they do not fit."""

@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from grpo.cli.model_options import add_options
+from grpo.data.hub_names import check_model
 from grpo.inference.commands import HELP
 from grpo.observe.console import console, errors_for_users
 from grpo.system.parser import Parser
@@ -25,6 +26,8 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--seed", type=int, help="of the sampling; default: another one each time")
     options = parser.parse_args()
+    with errors_for_users():
+        check_model(options.model)
     import torch
 
     from grpo.inference.chat import Conversation

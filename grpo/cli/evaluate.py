@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.data import registry as benchmarks
+from grpo.data.hub_names import check_model
 from grpo.evaluation import asked
 from grpo.observe.console import errors_for_users, positive
 from grpo.system.parser import Parser
@@ -32,6 +33,8 @@ def main() -> None:
     arguments = parser.parse_args()
     check(parser, arguments)
     with errors_for_users():
+        if not arguments.endpoint:
+            check_model(arguments.model, revision=arguments.revision)
         from grpo.evaluation import benchmark, results
         from grpo.policy.model_source import model_directory
         from grpo.system import distributed

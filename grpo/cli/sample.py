@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from grpo.cli.model_options import add_options
+from grpo.data.hub_names import check_model
 from grpo.observe.console import console, errors_for_users
 from grpo.system.parser import Parser
 from grpo.system.terminal import is_text
@@ -39,6 +40,7 @@ def main() -> None:
     check(parser, options)
     chatter = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
     with errors_for_users(), chatter:
+        check_model(options.model)
         rows = sample(options)
     from grpo.inference.inspect import show_group
     from grpo.system.distributed import stop

@@ -34,7 +34,12 @@ Location = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    """Settings; the text beneath each says what it means, and `grpo settings` reads it from the source.
+
+    pydantic can read it too (use_attribute_docstrings), while it makes the classes: for half a second in every process.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Section):

@@ -32,7 +32,7 @@ from grpo.evaluation.results import QUESTION_KEYS, as_json, conclude, earlier_re
 from grpo.evaluation.sample_file import Book, claimed, finished
 from grpo.inference import model as inference
 from grpo.inference.resolve_model import num_positions, run_directory
-from grpo.observe.bar import Bar
+from grpo.observe.bar import Bar, check_rows
 from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
 from grpo.scoring.answers import answer
 from grpo.scoring.reward import Reward, resolve_function
@@ -283,7 +283,7 @@ def _task(
     data = DataConfig(template=how.template, system_prompt=system_prompt, max_prompt_tokens=NO_LIMIT)  # type: ignore[arg-type]
     asked = [{**row, "question": row["question"] + how.suffix} for row in rows]
     prompts = asks.prompts(asked, data)
-    reasons = processes.on_main(lambda: scorer.check_rows(rows))
+    reasons = processes.on_main(lambda: check_rows(scorer, rows))
     own = [
         replace(
             prompt,

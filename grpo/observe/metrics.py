@@ -304,8 +304,7 @@ def measure_carry_over(meter: Meter, batch: list[Group], num_ahead: int, num_dra
         num_drawn_ahead: how many of them it has drawn in this step.
     """
     completions = [completion for group in batch for completion in group.completions]
-    ages = [torch.tensor(c.ages or [0] * len(c.token_ids), dtype=torch.float64) for c in completions]
-    every = torch.cat([*ages, torch.zeros(0)])
+    every = torch.tensor([age for c in completions for age in (c.ages or [0] * len(c.token_ids))], dtype=torch.float64)
     meter.mean("rollout/staleness", every)
     meter.max("rollout/staleness_max", every)
     meter.mean("rollout/carried", (every > 0).double())

@@ -45,7 +45,7 @@ from grpo.system import progress
 from grpo.types import Completion, Group, Scores
 
 ROWS_PER_CHECK = 256  # at first, between two looks at the clock
-SECONDS_BETWEEN_LINES = 3.0
+QUICK_SECONDS = 0.75
 
 
 class Scorer:
@@ -132,7 +132,7 @@ class Scorer:
         return Scoring(self, self._pool.begin(), num_groups)
 
     def check_rows(
-        self, rows: Sequence[dict[str, Any]], *, say: Callable[[str], None] = lambda text: None
+        self, rows: Sequence[dict[str, Any]], *, add: Callable[[int], None] = lambda number: None
     ) -> list[str | None]:
         """Why a data row cannot be graded, or None if it can: what the functions' `check_row` attributes say of it.
 
@@ -140,7 +140,7 @@ class Scorer:
         found is kept for the next start; see grpo/scoring/verdict_cache.py.
 
         Args:
-            say: told how far it is, every few seconds.
+            add: told how many more rows have been checked.
 
         Raises:
             RewardError: a `check_row` raised an exception or returned something else than text or None.
@@ -153,16 +153,13 @@ class Scorer:
         if kept is not None:
             return kept
         reasons, all_decided, size = list[str | None](), True, ROWS_PER_CHECK
-        told = time.monotonic()
         while len(reasons) < len(rows):
             began = time.monotonic()
             part, decided = self._check(rows[len(reasons) : len(reasons) + size])
             reasons += part
             all_decided = all_decided and decided
-            if time.monotonic() - told > SECONDS_BETWEEN_LINES and len(reasons) < len(rows):
-                say(f"checking that the answers can be graded: {len(reasons):,} of {len(rows):,}")
-                told = time.monotonic()
-            if time.monotonic() - began < SECONDS_BETWEEN_LINES / 4:  # quick ones wait for the workers less often
+            add(len(part))
+            if time.monotonic() - began < QUICK_SECONDS:  # such rows wait for the workers less often
                 size *= 2
         if key is not None and all_decided:
             verdict_cache.save(key, reasons)
