@@ -344,7 +344,7 @@ def test_the_wheel_holds_the_rewards_within_the_library_and_nothing_of_the_tests
     subprocess.run([*command, str(source)], check=True, env={**os.environ}, timeout=200)
     (wheel,) = tmp_path.glob("grpo_zero-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    for folder, package in (("grpo", "grpo"), ("rewards", "grpo/rewards")):
+    for folder, package in (("grpo", "grpo"), ("rewards", "grpo/rewards"), ("tools", "grpo/tools")):
         for path in (ROOT / folder).rglob("*.py"):
             assert f"{package}/{path.relative_to(ROOT / folder)}" in names
     for path in (ROOT / "configs").rglob("*"):
@@ -352,7 +352,7 @@ def test_the_wheel_holds_the_rewards_within_the_library_and_nothing_of_the_tests
     assert "grpo/py.typed" in names
     for path in (ROOT / "grpo" / "report").glob("*"):
         assert path.is_dir() or str(path.relative_to(ROOT)) in names
-    assert not any(name.startswith(("tests/", "rewards/")) for name in names)
+    assert not any(name.startswith(("tests/", "rewards/", "tools/")) for name in names)
 
 
 def test_every_test_that_the_reliability_table_names_exists():
