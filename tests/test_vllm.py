@@ -642,7 +642,7 @@ def test_every_setting_is_read(
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_run_samples_with_the_weights_it_trains(
+def test_a_run_samples_with_the_weights_it_trains_and_a_resumed_one_with_those_it_restored(
     mode: str, zero_stage: int, tmp_path: Path, server: VLLMServer, llm: type[LLM]
 ):
     """Large steps, evaluations between them: stale weights would pass the sampling gap's limit, lowered to rounding."""
@@ -651,34 +651,18 @@ def test_a_run_samples_with_the_weights_it_trains(
         mode,
         server.url,
         data={"eval_name": str(TINY / "test.jsonl")},
-        rollout={"temperature": 0.8},
+        rollout={"temperature": 0.8, "group_size": 2},
         optimizer={"learning_rate": 1e-2},
         algorithm={"kl_coef": 0.0, "num_minibatches": 1, "max_sampling_gap": 1e-3},
         evaluation={"num_questions": 2, "every_steps": 1},
         distributed={"zero_stage": zero_stage},
-        run={"dir": str(tmp_path / "run"), "steps": 3},
+        run={"dir": str(tmp_path / "run"), "steps": 2, "resume": "auto"},
     )
-    last = Trainer(config).train()
-    assert last.name == "step-00000003"
-
-
-@pytest.mark.parametrize("zero_stage", [2, 3])
-@pytest.mark.parametrize("mode", MODES)
-def test_a_resumed_run_samples_with_the_restored_weights(
-    mode: str, zero_stage: int, tmp_path: Path, server: VLLMServer, llm: type[LLM]
-):
-    config = vllm_config(
-        tmp_path,
-        mode,
-        server.url,
-        optimizer={"learning_rate": 1e-2},
-        algorithm={"kl_coef": 0.0, "max_sampling_gap": 1e-3},
-        distributed={"zero_stage": zero_stage},
-        run={"dir": str(tmp_path / "run"), "steps": 1, "resume": "auto"},
-    )
-    Trainer(config).train()
-    config.run.steps = 2
     assert Trainer(config).train().name == "step-00000002"
+    config.run.steps = 3
+    with VLLMServer(MODEL) as restarted:  # with the weights of the start
+        config.vllm.url = restarted.url if mode == "server" else None
+        assert Trainer(config).train().name == "step-00000003"
 
 
 def test_an_engine_that_is_not_there_is_refused_before_the_model_is_loaded(
