@@ -1,4 +1,4 @@
-.PHONY: setup quickstart r1 lint check test gpu
+.PHONY: setup quickstart r1 lint check test tests gpu
 
 setup: .venv/installed
 
@@ -21,7 +21,9 @@ check: lint
 	$(PYTEST) -m "not slow"
 
 # Format, lint, types and all tests that need neither a GPU nor a network.
-test: lint
+test: lint tests
+
+tests: setup
 	$(PYTEST)
 
 lint: setup

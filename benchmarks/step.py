@@ -31,9 +31,10 @@ Without a GPU, to see that it runs:
 
     python benchmarks/step.py --size tiny --prompts 2 --completions 4 --new-tokens 16 --peers trl --peer-micro-batch 4
 
-Every number is the median of --steps steps after --warmup, with --mean-tokens the mean. The update has two rates: in tokens of
-the sequences, each with a prompt of its own (`throughput/update`), and in those of them that are read, since a prompt goes
-through the model once for all its completions in a pass. What it needs in TFLOP is counted over those that are read (`update_flops`).
+Every number is the median of --steps steps after --warmup, with --mean-tokens the mean. The update has two rates: in tokens
+of the sequences, each with a prompt of its own (`throughput/update`), and in those of them that are read, since a prompt goes
+through the model once for all its completions in a pass. What it needs in TFLOP is counted over those that are read
+(`update_flops`).
 
 The peers are started after our own run, each in a process of its own, on the model that our run has saved under --cache. TRL
 without DeepSpeed keeps weights and optimizer in bfloat16, 6 bytes per parameter; ours keeps float32 masters and moments too, 14

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import json
 import os
 import random
@@ -17,15 +16,17 @@ import re
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .parts_of import check_part, part_of
+
+if TYPE_CHECKING:
+    import urllib.request
+
+# What speaks HTTP is imported where it is used: every reward worker imports this module, and few of them ask a judge.
 
 TEMPLATE = """Please grade the response of an assistant to a question of a user: is it helpful, correct, relevant and clear?
 
@@ -137,6 +138,10 @@ class Judge:
 
     def notice(self) -> str | None:
         """Said at start: the endpoint does not answer. It may come up later, so this is no error."""
+        import http.client
+        import urllib.error
+        import urllib.request
+
         try:
             with urllib.request.urlopen(self._request("models"), timeout=5):
                 return None
@@ -158,6 +163,8 @@ class Judge:
         log_metric: Callable[[str, float], None] | None = None,
     ) -> list[float | None]:
         """The grades of the completions of a group, asked for at once."""
+        from concurrent.futures import ThreadPoolExecutor
+
         deadline = time.monotonic() + self.deadline_seconds
         golds = answer or [None] * len(completions)
         asked = [self._asked(*each) for each in zip(completions, question, golds, strict=True)]
@@ -217,6 +224,10 @@ class Judge:
         Raises:
             Unanswered: there is no grade in what came, if anything did.
         """
+        import http.client
+        import urllib.error
+        import urllib.request
+
         until = time.monotonic() + seconds
         try:
             with urllib.request.urlopen(self._request("chat/completions", body), timeout=seconds) as response:
@@ -241,6 +252,8 @@ class Judge:
         return Answer(float(grades[-1]), read, written)
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> urllib.request.Request:
+        import urllib.request
+
         headers = {"Content-Type": "application/json"}
         if self.api_key_env is not None:
             headers["Authorization"] = f"Bearer {os.environ.get(self.api_key_env, '')}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install this library and its development tools into .venv, in one resolver run.
+# Install this library and its development tools into .venv, in one resolver run; EXTRAS=vllm,hub adds others of pyproject.toml's.
 # With an NVIDIA driver: torch as PyPI has it. Without: the CPU build, which is 200 MB instead of several GB.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,5 +18,5 @@ if ! nvidia-smi >/dev/null 2>&1; then
   if [ "$(uname -s)" = Linux ] && reachable "$cpu_index"; then torch+=(--extra-index-url "$cpu_index"); fi
 fi
 "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet "${torch[@]}" --editable '.[dev]'
+.venv/bin/python -m pip install --quiet "${torch[@]}" --editable ".[dev${EXTRAS:+,$EXTRAS}]"
 touch .venv/installed

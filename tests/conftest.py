@@ -16,11 +16,15 @@ import os
 import re
 import shutil
 import signal
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+# what a thousand processes import is compiled once: without it each compiles grpo anew, for most of a second
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # of this run alone, also in processes that tests start
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="grpo-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
@@ -46,15 +50,15 @@ torch.set_num_threads(1)
 from helpers import without_pictures  # noqa: E402
 
 from grpo import report  # noqa: E402
-from grpo.report.figures import plot_curves  # noqa: E402
+from grpo.report import at_the_end  # noqa: E402
 
 without_pictures()
 
 
 @pytest.fixture
 def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that ends draws its curves, as it does outside of tests."""
-    monkeypatch.setattr(report, "plot_curves", plot_curves)
+    """A run that ends draws its curves and its page, as it does outside of tests."""
+    monkeypatch.setattr(report, "at_the_end", at_the_end)
 
 
 # ---- which tests run where, and when ---------------------------------------------------------------------------------
@@ -93,7 +97,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def group_and_order(config: pytest.Config, items: list[pytest.Item]) -> None:
-    seconds: dict[str, float] = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
+    seconds = expected_seconds({name_of(item.nodeid) for item in items})
     groups: dict[str, list[pytest.Item]] = defaultdict(list)
     for number, item in enumerate(items):
         name, module = name_of(item.nodeid), item.location[0]
@@ -108,6 +112,21 @@ def group_and_order(config: pytest.Config, items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(group))
     took = {group: sum(seconds.get(name_of(item.nodeid), 0.01) for item in groups[group]) for group in groups}
     items[:] = [item for group in sorted(groups, key=lambda group: -took[group]) for item in groups[group]]
+
+
+def expected_seconds(names: set[str]) -> dict[str, float]:
+    """What was written down; of a test with parameters that nobody has measured, what its slowest others took."""
+    known: dict[str, float] = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
+    slowest: dict[str, float] = defaultdict(float)
+    for name, took in known.items():
+        function = name.partition("[")[0]
+        slowest[function] = max(slowest[function], took)
+    measured = {name.partition("[")[0] for name in names & known.keys()}
+    return known | {
+        name: slowest[name.partition("[")[0]]
+        for name in names - known.keys()
+        if name.partition("[")[0] not in measured and name.partition("[")[0] in slowest
+    }
 
 
 def name_of(nodeid: str) -> str:

@@ -189,15 +189,19 @@ ONE_STEP = [
 ]
 
 
-def launch_script(*overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """One step of the quickstart as a user starts it, with settings and with options for accelerate."""
+def launch_script(
+    *overrides: str, launcher: tuple[str, ...] = (), forked: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """One step of the quickstart as a user starts it, with settings and with options for accelerate.
+
+    Args:
+        forked: accelerate's program is a fork, whose command line cannot be read; what it launches are interpreters all the same.
+    """
+    command = ["-m", "accelerate.commands.launch", *launcher, *ONE_STEP, *overrides]
+    if forked:
+        return warm.run(command, cwd=ROOT, timeout=300, env=clean_environment())
     return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *launcher, *ONE_STEP, *overrides],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=clean_environment(),
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300, env=clean_environment()
     )
 
 
@@ -228,8 +232,12 @@ def shard_even_small_weights(*, whole_below: int = 0, fetch_ahead: bool = False)
 
 
 def without_pictures() -> None:
-    """Of this process's runs none draws its curves when it ends, for a second; tests of that have the fixture `pictures`."""
-    report.plot_curves = lambda run_dir: run_dir / "curves.png"
+    """Of this process's runs none draws its curves and its page when it ends, for a second; tests of that have the fixture
+    `pictures`."""
+    report.at_the_end = lambda run_dir: [
+        f"curves     {run_dir / 'curves.png'}",
+        f"report     {run_dir / 'report.html'}",
+    ]
 
 
 def read_json(path: Path) -> Any:

@@ -203,6 +203,12 @@ def test_an_empty_batch_needs_no_pass():
     assert join([empty, empty]).num_sequences == 0
 
 
+def test_sequences_longer_than_the_budget_have_a_pass_each_and_there_are_no_more(batch: Batch):
+    plan = plan_passes(batch, token_budget=1, num_processes=2)
+    assert [len(passes) for passes in plan] == [-(-batch.num_sequences // 2)] * 2
+    assert all(len(sequences) <= 1 for passes in plan for sequences in passes)
+
+
 def test_with_fewer_sequences_than_processes_some_passes_are_empty(batch: Batch):
     plan = plan_passes(batch, token_budget=100, num_processes=5)
     assert sorted(len(passes[0]) for passes in plan) == [0, 0, 1, 1, 1]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, launch, launch_script, read_json, tiny_config
+from helpers import QUESTIONS, TINY, launch, launch_script, read_json, tiny_config
 from safetensors.torch import load_file
 
 from grpo.policy.policy import Policy
@@ -154,6 +154,7 @@ def launch_with_config_file(tmp_path: Path, *, zero: int, processes: int) -> sub
     path = tmp_path / "accelerate.yaml"
     path.write_text(ACCELERATE_CONFIG.format(zero=zero, processes=processes))
     settings = ["evaluation.num_questions=0", "distributed.zero_stage=2", f"run.dir={tmp_path / 'run'}"]
+    settings += [f"data.name={QUESTIONS}", "rollout.num_prompts=4"]
     return launch_script(*settings, launcher=("--config_file", str(path)))
 
 
@@ -215,7 +216,7 @@ def test_accelerates_file_may_offload_what_the_configuration_offloads(tmp_path: 
 
 def test_options_that_accelerate_hands_on_to_nobody_are_refused():
     """Without --use_deepspeed, accelerate itself forgets how many gradients to accumulate."""
-    done = launch_script(launcher=("--gradient_accumulation_steps", "4"))
+    done = launch_script(launcher=("--gradient_accumulation_steps", "4"), forked=False)
     assert done.returncode != 0
     assert "says gradient_accumulation_steps 4, and the two must agree" in done.stderr
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TINY, launch, save_family, tiny_config
+from helpers import QUESTIONS, TINY, launch, save_family, tiny_config
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -331,8 +331,8 @@ def continuation(prompt: Prompt, sampling: Sampling, ends: set[int]) -> list[int
     return said
 
 
-@pytest.mark.parametrize(("num_prompts", "sequences"), [(2500, None), (300, 3.0), (300, 6.0)])
-def test_ten_thousand_sequences_through_64_slots_come_out_whole(
+@pytest.mark.parametrize(("num_prompts", "sequences"), [(1000, None), (150, 3.0), (150, 6.0)])
+def test_thousands_of_sequences_through_64_slots_come_out_whole(
     policy: Policy, monkeypatch: pytest.MonkeyPatch, num_prompts: int, sequences: float | None
 ):
     """A token that is lost, doubled or swapped changes all that follow, and so does a page that is stale or not one's own; with
@@ -525,7 +525,6 @@ def test_stale_weights_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         optimizer={"learning_rate": 3e-3},
         run={"dir": str(tmp_path / "run"), "steps": 3},
         algorithm={"kl_coef": 0.0, "max_sampling_gap": 0.01},
-        data={"name": str(TINY / "train.jsonl"), "template": "chat", "max_prompt_tokens": 96},
     )
     trainer = Trainer(config)
     assert isinstance(trainer.collector.generator, NativeGenerator)
@@ -547,7 +546,14 @@ def test_stale_weights_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_processes_sample_their_own_questions_with_the_weights_they_train(tmp_path: Path, stage: int):
     """Three questions over two processes: they take different numbers of steps, and neither waits for the other."""
-    settings = ["run.steps=2", f"run.dir={tmp_path / 'run'}", "evaluation.num_questions=0", "rollout.num_prompts=3"]
+    settings = ["run.steps=2", f"run.dir={tmp_path / 'run'}", "evaluation.num_questions=0", "preflight.num_questions=0"]
+    # few and short: in Triton's interpreter a token takes milliseconds
+    settings += [
+        f"data.name={QUESTIONS}",
+        "rollout.num_prompts=3",
+        "rollout.group_size=5",
+        "rollout.max_completion_tokens=24",
+    ]
     engine = ["rollout.engine=native", f"distributed.zero_stage={stage}", "memory.max_sequences=5"]
     script = ["../scripts/train_zero.py", "--config", "configs/quickstart.yaml", "--set"]
     launch(*script, *settings, *engine, processes=2)

@@ -91,6 +91,19 @@ def completions_of(html: str, run: int = 0, source: int = 0) -> list[str]:
 # ---- the page ---------------------------------------------------------------------------------------------------------
 
 
+def test_what_tools_answered_stands_at_its_place_as_javascript_counts(tmp_path: Path):
+    said, answered, rest = "\U0001f600 <tool>{}</tool>", "<result>7</result>", " so 7"
+    turns = [
+        {"role": "assistant", "content": said},
+        {"role": "tool", "content": answered},
+        {"role": "assistant", "content": rest},
+    ]
+    rows = [row(1, 0, "no call", advantage=0.0), {**row(1, 0, said + rest, advantage=0.0), "turns": turns}]
+    html = html_of(a_run(tmp_path / "run", completions=rows))
+    assert block(html, "texts-0-0-0")["results"] == {"1": [[len(said) + 1, answered]]}
+    assert completions_of(html) == ["no call", said + rest]
+
+
 def test_the_page_holds_what_the_files_say(tmp_path: Path):
     run = a_run(tmp_path / "run", evaluations=[row(s, q, right=float(s > 0)) for s in (0, 4) for q in range(10)])
     html = html_of(run)

@@ -423,6 +423,7 @@ def test_two_processes_make_the_update_of_one(tmp_path: Path, options: list[str]
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_trained_model_says_what_its_rows_say_and_ends(tmp_path: Path):
     """Padding has the id of the end token in the tiny tokenizer."""
     rows = [ROWS[1], ROWS[2], {"messages": MORE}, {"prompt": "Once upon", "completion": " a time 7"}]

@@ -41,7 +41,8 @@ transformers transformers.models.qwen2.modeling_qwen2 transformers.models.qwen2.
 accelerate deepspeed deepspeed.ops.op_builder.all_ops deepspeed.runtime.zero.muon.muon_optimizer
 deepspeed.runtime.zero.stage_1_and_2 deepspeed.runtime.zero.stage3 deepspeed.runtime.bf16_optimizer
 deepspeed.module_inject.auto_ep_layer peft peft.tuners.lora datasets safetensors.torch numpy.ctypeslib
-rich.console rich.live rich.table pydantic yaml cloudpickle xxhash mpmath pytest
+rich.console rich.live rich.table rich._emoji_codes pydantic yaml cloudpickle xxhash mpmath pytest
+setuptools torch.utils.serialization.config
 matplotlib.pyplot matplotlib.backends.backend_agg
 """
 FROZEN = ("PYTHON", "OMP_", "MKL_", "OPENBLAS_", "TRITON_", "CUDA_", "HF_", "TRANSFORMERS_", "LD_")
@@ -407,6 +408,15 @@ def end(request: dict[str, Any], path: list[str]) -> NoReturn:
     os._exit(code & 0xFF)
 
 
+def fill_caches() -> None:
+    """What packages find out once in a process, for a second, when a run first needs it: the same in every fork."""
+    import deepspeed.ops
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    _ = deepspeed.ops.__compatible_ops__  # asks the compiler what it can build
+    get_checkpoint_conversion_mapping("qwen2")  # compiles the expressions of all families
+
+
 def prepare() -> None:
     import gc
     import importlib
@@ -416,6 +426,7 @@ def prepare() -> None:
     import torch
 
     torch.set_num_threads(1)
+    fill_caches()
     gc.collect()
     gc.freeze()  # what is not looked at by a fork's collections stays shared
 

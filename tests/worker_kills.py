@@ -29,6 +29,7 @@ import torch
 os.environ.update({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})
 
 import deepspeed  # noqa: F401  before the forks
+import warm
 from helpers import TINY, free_port, shard_even_small_weights, tiny_config, without_pictures
 from safetensors.torch import load_file
 
@@ -40,7 +41,7 @@ from grpo.system.jsonl import iterate_backwards, read_jsonl
 from grpo.system.stopping import EXIT_STOPPED
 
 ON_GPU = torch.cuda.is_available()
-STEPS = 8
+STEPS = 6
 MOMENTS = (0.0, 0.1) if ON_GPU else (0.1, 0.8)
 """When a blow falls, as shares of the seconds that a whole run takes; on a GPU most of them are the start."""
 CLOCKS = ("time/", "throughput/", "memory/")
@@ -202,6 +203,8 @@ def main() -> None:
     if arguments.run:
         train(arguments.out / arguments.run, arguments, arguments.every_steps)
         return
+    if not ON_GPU:
+        warm.fill_caches()
     arguments.out.mkdir(parents=True, exist_ok=True)
     reference = arguments.out / "whole"
     began = time.monotonic()

@@ -10,7 +10,11 @@ grpo settings --markdown      as a page of documentation: docs/settings.md
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
+import itertools
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterator
@@ -76,8 +80,9 @@ def _settings(config: type[Settings]) -> Iterator[Setting]:
         prefix, model = listed.get(section, (section, field.annotation))
         assert isinstance(model, type), f"section {section} is not a model"
         assert issubclass(model, BaseModel), f"section {section} is not a model"
+        meanings = meanings_of(model)
         for name, inner in model.model_fields.items():
-            yield Setting(f"{prefix}.{name}", type_of(inner), default_of(inner), meaning_of(inner))
+            yield Setting(f"{prefix}.{name}", type_of(inner), default_of(inner), meanings.get(name, ""))
 
 
 def chosen(every: list[Setting], word: str | None) -> list[Setting]:
@@ -146,5 +151,19 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, bool)
 
 
-def meaning_of(field: FieldInfo) -> str:
-    return " ".join((field.description or "").split())
+def meanings_of(model: type[BaseModel]) -> dict[str, str]:
+    """Of each field the text that stands beneath it in the source, in one line; of the classes that a class is based on too."""
+    found: dict[str, str] = {}
+    for each in reversed(model.__mro__):
+        if issubclass(each, BaseModel) and each is not BaseModel:
+            (node,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
+            assert isinstance(node, ast.ClassDef), f"the source of {each.__name__} is not a class"
+            found |= dict(_meanings(node))
+    return found
+
+
+def _meanings(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    for field, beneath in itertools.pairwise(node.body):
+        match field, beneath:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                yield name, " ".join(text.split())

@@ -312,6 +312,12 @@ def check_rewards(config: Config) -> None:
         )
 
 
+CARRY_OVER_WITH_TOOLS = (
+    "rollout.carry_over is true; a completion that waits for a tool cannot be carried over to another step. Remove "
+    "rollout.carry_over, or the tools."
+)
+
+
 def _check_carry_over(config: Config) -> None:
     rollout, default = config.rollout, type(config.rollout).model_fields["max_staleness"].default
     if not rollout.carry_over:
@@ -326,6 +332,8 @@ def _check_carry_over(config: Config) -> None:
             f"rollout.carry_over is true; rollout.engine {rollout.engine} cannot go on with completions that were begun in an "
             "earlier step. Set rollout.engine to native, or remove rollout.carry_over."
         )
+    if config.tools.functions:
+        raise ValueError(CARRY_OVER_WITH_TOOLS)
     if config.algorithm.importance == "none":
         raise ValueError(
             "rollout.carry_over is true; part of the tokens are then drawn by older weights, and algorithm.importance none would "

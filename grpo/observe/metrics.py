@@ -20,7 +20,7 @@ from grpo.scoring.answers import is_right
 from grpo.system.distributed import Processes
 from grpo.text import answer_forms, language
 from grpo.text.aha import Words, tally
-from grpo.types import VOTE, Group, MicroBatch, Scores
+from grpo.types import VOTE, Completion, Group, MicroBatch, Scores
 
 LOSS = "supervised/loss"
 
@@ -38,7 +38,7 @@ METRICS = {
     "rollout/draws": "times that the step sampled before its batch was full, or rollout.max_oversampling was reached",
     "batch/with_signal": "share of the groups of the batch that have that signal; below 1 the limit came before it was full",
     "batch/reward_mean": "mean reward over the batch, which is a choice; how good the policy is, reward/mean says",
-    "completion/length_mean": "mean number of completion tokens, the end-of-sequence token included",
+    "completion/length_mean": "mean number of tokens of completions that the model wrote, the end-of-sequence token included",
     "completion/length_max": "largest number of completion tokens",
     "completion/truncated": "share of completions cut off at rollout.max_completion_tokens",
     "completion/repetition": "share of the runs of 8 tokens in completions that the same completion had before",
@@ -89,6 +89,13 @@ METRICS = {
     "rollout/carried": "share of the batch's tokens that were drawn in earlier steps",
     "rollout/ahead": "completion tokens of later questions that all processes have ready at the end of the step's sampling",
     "rollout/preempted": "completions that the native engine set aside for want of memory; mean over processes and draws",
+    "tools/calls": "mean number of calls of a completion that were answered",
+    "tools/used": "share of completions with at least one",
+    "tools/failed": "share of the calls that gave no result: unreadable, refused, an error, out of time, a dead process",
+    "tools/seconds": "mean seconds of a call in its worker process",
+    "tools/result_tokens": "mean number of tokens that tools have put into a completion; no other metric counts them",
+    "tools/out_of_calls": "share of completions that ended because they asked for more than tools.max_calls calls",
+    "tools/wait": "seconds of a draw in which all that was left waited for tools; mean over processes and draws",
     "batch/padding": "share of forward passes that a process ran without work, to keep in step with the others",
     "batch/shared": "share of the tokens of prompts and completions that need no pass, because completions share their prompt",
     "batch/imbalance": "share of the update's passes that the processes would wait for the fullest, if time were tokens",
@@ -251,7 +258,7 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores) -> None:
         if group.prompt.kind is not None:
             kind = f"kind/{group.prompt.kind}"
             meter.mean_of_known(f"{kind}/reward", scores.rewards[p])
-            meter.mean(f"{kind}/length", torch.tensor([float(len(c.token_ids)) for c in group.completions]))
+            meter.mean(f"{kind}/length", torch.tensor([float(len(c.own_ids)) for c in group.completions]))
             for name, values in scores.values.items():
                 if name != VOTE:
                     meter.mean_of_known(f"{kind}/{name}", values[p])
@@ -260,16 +267,33 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores) -> None:
         meter.mean(f"logged/{name}", torch.tensor(logged, dtype=torch.float64))
     meter.mean("group/with_signal", has_signal(scores.rewards).double())
     completions = [completion for group in groups for completion in group.completions]
-    lens = torch.tensor([float(len(completion.token_ids)) for completion in completions])
+    lens = torch.tensor([float(len(completion.own_ids)) for completion in completions])
     meter.mean("completion/length_mean", lens)
     meter.max("completion/length_max", lens)
     meter.mean("completion/truncated", torch.tensor([float(c.finish_reason == "length") for c in completions]))
-    meter.mean("completion/repetition", repeats([c.token_ids for c in completions]))
+    meter.mean("completion/repetition", repeats([c.own_ids for c in completions]))
+    measure_tools(meter, completions)
     meter.total("scoring/timeouts", scores.num_timeouts)
     meter.total("scoring/crashes", scores.num_crashes)
     meter.total("throughput/scoring", float(len(completions)))
     meter.total(REWARD_SECONDS, scores.seconds)
     meter.total("throughput/rollout", float(lens.sum()))
+
+
+def measure_tools(meter: Meter, completions: list[Completion]) -> None:
+    """What tools were asked, and how that went; nothing in a run without tools."""
+    with_turns = [completion for completion in completions if completion.turns is not None]
+    if not with_turns:
+        return
+    calls = [[call for turn in completion.turns or [] for call in turn.calls] for completion in with_turns]
+    results = [sum(turn.num_tokens for turn in completion.turns or [] if turn.calls) for completion in with_turns]
+    every = [call for own in calls for call in own]
+    meter.mean("tools/calls", torch.tensor([float(len(own)) for own in calls]))
+    meter.mean("tools/used", torch.tensor([float(bool(own)) for own in calls]))
+    meter.mean("tools/failed", torch.tensor([float(call.status != "ok") for call in every]))
+    meter.mean("tools/seconds", torch.tensor([call.seconds for call in every]))
+    meter.mean("tools/result_tokens", torch.tensor([float(number) for number in results]))
+    meter.mean("tools/out_of_calls", torch.tensor([float(each.finish_reason == "calls") for each in with_turns]))
 
 
 def measure_carry_over(meter: Meter, batch: list[Group], num_ahead: int, num_drawn_ahead: int) -> None:
@@ -280,8 +304,7 @@ def measure_carry_over(meter: Meter, batch: list[Group], num_ahead: int, num_dra
         num_drawn_ahead: how many of them it has drawn in this step.
     """
     completions = [completion for group in batch for completion in group.completions]
-    ages = [torch.tensor(c.ages or [0] * len(c.token_ids), dtype=torch.float64) for c in completions]
-    every = torch.cat([*ages, torch.zeros(0)])
+    every = torch.tensor([age for c in completions for age in (c.ages or [0] * len(c.token_ids))], dtype=torch.float64)
     meter.mean("rollout/staleness", every)
     meter.max("rollout/staleness_max", every)
     meter.mean("rollout/carried", (every > 0).double())
@@ -295,7 +318,7 @@ def measure_batch(meter: Meter, groups: list[Group], scores: Scores, *, signal: 
     Args:
         signal: (P,) whether the values of the reward that it goes by differ in a group.
     """
-    tokens = torch.tensor([sum(len(c.token_ids) for c in group.completions) for group in groups])
+    tokens = torch.tensor([sum(len(c.own_ids) for c in group.completions) for group in groups])
     meter.total("group/sampled", float(len(groups)))
     meter.total("group/replaced", float((~in_batch & ~signal).sum()))
     meter.total("group/surplus", float((~in_batch & signal).sum()))

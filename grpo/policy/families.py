@@ -93,8 +93,15 @@ def unfit(settings: PretrainedConfig, *, trust_remote_code: bool = False) -> str
     has_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(settings, "auto_map", None) or {})
     if settings.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not has_code:
         return f"transformers has no causal language model of the type {settings.model_type}"
-    lm, reason = without_weights(settings, trust_remote_code=trust_remote_code)
-    return reason if lm is None else unfit_layers(lm)
+    key = (type(settings), settings.to_json_string(use_diff=False))
+    if has_code or key not in _FOUND:
+        lm, reason = without_weights(settings, trust_remote_code=trust_remote_code)
+        _FOUND[key] = reason if lm is None else unfit_layers(lm)
+    return _FOUND[key]
+
+
+_FOUND: dict[tuple[type[PretrainedConfig], str], str | None] = {}
+"""What `unfit` found of the layers, by the configuration: a process that trains several times need not run them each time."""
 
 
 def without_weights(settings: PretrainedConfig, *, trust_remote_code: bool) -> tuple[PreTrainedModel | None, str]:

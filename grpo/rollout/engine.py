@@ -379,8 +379,10 @@ def cache_shape(lm: PreTrainedModel) -> dict[str, int]:
     return {"num_layers": len(calls), "num_kv_heads": calls[0].num_kv_heads, "head_dim": calls[0].key_dim}
 
 
-CHECKED_TOKENS = 2 * PAGE + 20
-"""Length of the sequences by which a model is checked: long enough to go over borders of pages while decoding."""
+CHECKED_STEPS = 24
+CHECKED_TOKENS = 2 * PAGE + CHECKED_STEPS // 2
+"""Length of the sequences by which a model is checked, and how many of these tokens it decodes: it goes over a border of pages
+when it reads the prompt and when it decodes."""
 
 
 def unsupported(policy: SampledModel, *, fused: bool) -> str | None:
@@ -439,19 +441,19 @@ def _unsupported_by_design(lm: PreTrainedModel) -> str | None:
 
 @torch.no_grad()
 def _teacher_forced(decoder: Decoder, tokens: Tensor, *, temperature: float) -> Tensor:
-    """Log-probabilities of the second half of each row of `tokens` (B, N): the first half is read as a prompt, then one token
-    per step."""
+    """Log-probabilities of the last tokens of each row of `tokens` (B, N), at most half of it: what is before them is read as a
+    prompt, then one token per step."""
     num_rows, length = tokens.shape
-    half = length // 2
+    prompt_len = max(length // 2, length - CHECKED_STEPS)
     pages = [
         list(range(1 + row * decoder.table.shape[1], 1 + (row + 1) * decoder.table.shape[1])) for row in range(num_rows)
     ]
-    prompts = [Sequence(0, row[: half + 1], 1, 0) for row in tokens.tolist()]
+    prompts = [Sequence(0, row[: prompt_len + 1], 1, 0) for row in tokens.tolist()]
     decoder.check_weights()
     decoder.read([Prefix(deque([prompt]), own) for prompt, own in zip(prompts, pages, strict=True)])
     decoder.table.copy_(torch.tensor(pages))
     parts = []
-    for place in range(half, length - 1):
+    for place in range(prompt_len, length - 1):
         decoder.state[TOKEN] = tokens[:, place]
         decoder.state[LENGTH] = place
         logits = decoder.logits(num_rows).float() / temperature

@@ -1,6 +1,6 @@
 """Stops a run whose tokens were sampled with other log-probabilities than the policy's own, and finds out why.
 
-The gap is the mean over completion tokens of |log-probability in the trainer - when sampled|, before the update. In float32
+The gap is the mean over the policy's tokens of |log-probability in the trainer - when sampled|, before the update. In float32
 rounding makes less than 0.00001 nats of it. In bfloat16 it depends on the model: 0.009 to 0.010 nats (0.5B), 0.022 (1.5B), 0.052
 (7B, random weights). So what rounding makes of the model at hand is measured on the first rollout. A rotary embedding that was
 off by 0.4 % made 0.073 instead of 0.022, under a healthy-looking curve.
@@ -213,7 +213,7 @@ def _template(probe: Probe, config: Config) -> Cause:
     """Other prompts, and whether the gap is largest where the prompt ends; the latter proves little, so it counts half."""
     gaps = {name: probe.gap_of(probe.logprobs(pairs)) for name, pairs in _other_prompts(probe, config)}
     best = min(gaps, key=lambda name: gaps[name])
-    lens = probe.batch.completion_lens.to(probe.ours.device)
+    lens = probe.batch.trained_lens.to(probe.ours.device)
     place = torch.cat([torch.arange(length, device=lens.device) for length in lens.tolist()])
     gap, fresh = (probe.ours - probe.sampled).abs(), probe.fresh
     first, rest = probe.mean(gap[fresh & (place < FIRST)]), probe.mean(gap[fresh & (place >= FIRST)])

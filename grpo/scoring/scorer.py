@@ -6,7 +6,7 @@ A reward function is a plain function; the names of its parameters say what it i
     accuracy(completions, answer, **kwargs) -> list        the completions of one group, as TRL calls it: every argument
                                                            is a list with one item per completion
 
-It can ask for `completion`, `prompt`, `finish_reason`, `num_tokens`, `max_completion_tokens`, `completion_ids`, any
+It can ask for `completion`, `prompt`, `finish_reason`, `num_tokens`, `max_completion_tokens`, `completion_ids`, `turns`, any
 column of the data, and the keys of its `args`; as in TRL also for `trainer_state`, `log_metric` and `log_extra`. `**kwargs`
 is given everything. It may be `async`. Three endings are kept apart: a value, "can't tell" (None, a timeout, a crash), and a
 bug in the function, which stops the run and shows the sample.
@@ -273,9 +273,10 @@ class Scorer:
             "completion": completion.text,
             "prompt": group.prompt.text,
             "finish_reason": completion.finish_reason,
-            "num_tokens": len(completion.token_ids),
+            "num_tokens": len(completion.own_ids),
             "max_completion_tokens": self.max_completion_tokens,
             "completion_ids": completion.token_ids,
+            "turns": completion.messages,
             "trainer_state": self.trainer_state,
         }
 
@@ -285,7 +286,7 @@ class Scorer:
         completions: list[Any] = [completion.text for completion in group.completions]
         prompts: list[Any] = [group.prompt.text] * num
         if as_messages:
-            completions = [[{"role": "assistant", "content": text}] for text in completions]
+            completions = [completion.messages for completion in group.completions]
             prompts = [
                 group.prompt.messages or [{"role": "user", "content": group.prompt.columns.get("question")}]
             ] * num
@@ -293,9 +294,10 @@ class Scorer:
             "completions": completions,
             "prompts": prompts,
             "finish_reason": [completion.finish_reason for completion in group.completions],
-            "num_tokens": [len(completion.token_ids) for completion in group.completions],
+            "num_tokens": [len(completion.own_ids) for completion in group.completions],
             "max_completion_tokens": [self.max_completion_tokens] * num,
             "completion_ids": [completion.token_ids for completion in group.completions],
+            "turns": [completion.messages for completion in group.completions],
             "trainer_state": self.trainer_state,  # not a list, nor in TRL
         }
 

@@ -17,6 +17,7 @@ trains on short answers first.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -83,8 +84,8 @@ class Turns:
     @property
     def num_tokens(self) -> tuple[int, int]:
         """Tokens of `drafts`, and how many of them this step has drawn."""
-        steps = [step for drafts in self.drafts.values() for draft in drafts for step in draft.steps]
-        return len(steps), steps.count(self.step)
+        every = [draft.steps for drafts in self.drafts.values() for draft in drafts]
+        return sum(map(len, every)), sum(len(steps) - bisect_left(steps, self.step) for steps in every)  # they ascend
 
 
 def redistribute(parts: list[Drafts], *, position: int, rank: int, num_processes: int) -> Drafts:
