@@ -16,13 +16,25 @@ The update alone, on completions that are made up, in seconds:
 
     python benchmarks/step.py --size 0.5b --update-only --steps 5 --profile --set memory.micro_batch_tokens=32768
 
+On-policy distillation, in which a teacher stands where the reference does:
+
+    python benchmarks/step.py --size 0.5b --teacher 1.5b --set memory.micro_batch_tokens=32768
+
+Lengths as a model has them that ends by itself, of --mean-tokens on average and a tail up to --new-tokens, where
+rollout.carry_over counts; two runs side by side, by the mean of their steps:
+
+    python benchmarks/step.py --size 0.5b --mean-tokens 300 --new-tokens 1024 --warmup 4 --steps 12 --out plain.jsonl
+    python benchmarks/step.py --size 0.5b --mean-tokens 300 --new-tokens 1024 --warmup 4 --steps 12 --compare plain.jsonl \
+--set rollout.carry_over=true algorithm.importance=truncate algorithm.importance_high=2
+
 Without a GPU, to see that it runs:
 
     python benchmarks/step.py --size tiny --prompts 2 --completions 4 --new-tokens 16 --peers trl --peer-micro-batch 4
 
-Every number is the median of --steps steps after --warmup. The update has two rates: in tokens of the sequences, each with a
-prompt of its own (`throughput/update`), and in those of them that are read, since a prompt goes through the model once for all
-its completions in a pass. What it needs in TFLOP is counted over those that are read (`update_flops`).
+Every number is the median of --steps steps after --warmup, with --mean-tokens the mean. The update has two rates: in tokens
+of the sequences, each with a prompt of its own (`throughput/update`), and in those of them that are read, since a prompt goes
+through the model once for all its completions in a pass. What it needs in TFLOP is counted over those that are read
+(`update_flops`).
 
 The peers are started after our own run, each in a process of its own, on the model that our run has saved under --cache. TRL
 without DeepSpeed keeps weights and optimizer in bfloat16, 6 bytes per parameter; ours keeps float32 masters and moments too, 14
@@ -45,7 +57,7 @@ from functools import cache, partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -66,6 +78,7 @@ from workload import (
     random_reward,
     saved_model,
     synchronize,
+    with_ends,
 )
 
 from grpo import Config, Trainer
@@ -102,8 +115,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=32, help="per process and step")
     parser.add_argument("--completions", type=int, default=8, help="per prompt")
     parser.add_argument("--new-tokens", type=int, default=512, help="per completion, exactly")
+    parser.add_argument("--mean-tokens", type=int, help="on average, and at most --new-tokens")
     parser.add_argument("--steps", type=int, default=3, help="that are measured")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them")
+    parser.add_argument("--teacher", choices=SHAPES, help="distil from a model of this shape, on-policy")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.SETTING=VALUE")
     parser.add_argument("--update-only", action="store_true", help="make completions up instead of sampling them")
     parser.add_argument("--profile", action="store_true", help="parts and kernels of an update, in two more steps")
@@ -113,6 +128,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--compare", type=Path, help="such a file: show the result of its last line beside this one")
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks"), help="where the random models are kept")
     args = parser.parse_args()
+    if args.mean_tokens and (args.peers or args.update_only):
+        parser.error("--mean-tokens goes with our own whole steps")
     if args.peers and (args.update_only or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         parser.error("--peers are measured in whole steps and on one GPU")
     return args
@@ -144,6 +161,8 @@ def measure_peer(name: str, args: argparse.Namespace) -> dict[str, Any] | None:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything about our step, which rank 0 prints as well."""
     model = saved_model(args.size, args.cache)
+    if args.mean_tokens:
+        model = with_ends(model, args.mean_tokens)
     with tempfile.TemporaryDirectory() as scratch:
         config = make_config(args, model, Path(scratch))
         trainer = make_trainer(args, config)
@@ -171,8 +190,12 @@ def make_config(args: argparse.Namespace, model: Path, scratch: Path) -> Config:
         "algorithm": {"kl_coef": 0.001},
         "memory": {"max_sequences": args.prompts * args.completions},
         "logging": {"completions_every": 0},
-        "run": {"dir": str(scratch / "run"), "steps": args.warmup + args.steps + 2 * args.profile},
+        # more than are run: what is measured is the middle of a run, in which later questions are begun
+        "run": {"dir": str(scratch / "run"), "steps": args.warmup + args.steps + 2 * args.profile + 10},
     }
+    if args.teacher:
+        settings["teacher"] = {"name": str(saved_model(args.teacher, args.cache, teaches=True))}
+        settings["algorithm"] = {"kl_coef": 1.0, "kl_estimator": "k2"}
     if args.update_only:
         settings["rollout"]["engine"] = "hf"  # it takes no memory before it samples, which it never does
         settings["algorithm"]["max_sampling_gap"] = 1e6
@@ -288,7 +311,8 @@ def around(owner: Any, method: str, context: Callable[[], AbstractContextManager
 
 
 def make_record(args: argparse.Namespace, trainer: Trainer, steps: list[dict[str, float]]) -> dict[str, Any]:
-    middle = {name: median(step[name] for step in steps) for name in steps[0]}
+    kind = fmean if args.mean_tokens else median
+    middle = {name: kind(step[name] for step in steps if name in step) for name in steps[-1]}
     peaks = {k.removeprefix("memory/"): max(s[k] for s in steps) for k in middle if k.startswith("memory/")}
     reserved = peaks.pop("reserved")
     world = trainer.processes.world_size
@@ -299,8 +323,8 @@ def make_record(args: argparse.Namespace, trainer: Trainer, steps: list[dict[str
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "deepspeed")},
         "size": args.size,
         "processes": world,
-        "work": f"{args.prompts} prompts x {args.completions} completions x {args.new_tokens} tokens per process",
-        "measured": f"{args.steps} steps after {args.warmup}",
+        "work": f"{args.prompts} prompts x {args.completions} completions x {_lengths(args)} tokens per process",
+        "measured": f"{'mean' if args.mean_tokens else 'median'} of {args.steps} steps after {args.warmup}",
         "update_only": args.update_only,
         "step": middle["time/step"],
         "generation": None if args.update_only else middle["time/rollout"],
@@ -314,6 +338,10 @@ def make_record(args: argparse.Namespace, trainer: Trainer, steps: list[dict[str
         "steps": steps,
         "settings": trainer.config.model_dump(),
     }
+
+
+def _lengths(args: argparse.Namespace) -> str:
+    return f"{args.mean_tokens} (at most {args.new_tokens})" if args.mean_tokens else str(args.new_tokens)
 
 
 def update_flops(config: Qwen2Config, passes: list[MicroBatch]) -> float:
@@ -347,7 +375,7 @@ def describe(record: dict[str, Any]) -> str:
     lines = [
         f"\n{processes} x {record['device']}; {versions}",
         record["command"],
-        f"{record['size']}, {record['work']}; median of {record['measured']}",
+        f"{record['size']}, {record['work']}; {record['measured']}",
         f"memory {record['settings']['memory']}, distributed {record['settings']['distributed']}\n",
         f"{'':10}{'seconds':>10}{'share':>8}{'peak GiB':>10}",
     ]
@@ -361,7 +389,8 @@ def describe(record: dict[str, Any]) -> str:
         rate = middle[f"throughput/{phase}"]
         read = f", {rate / processes * (1 - middle['batch/shared']):,.0f} of them read" if phase == "update" else ""
         lines.append(f"{phase:10}{rate / processes:10,.0f} tokens/s per process{read}; {rate:,.0f} in all")
-    lines.append(", ".join(f"{name} {middle[name]:.3f}" for name in ("batch/shared", "batch/imbalance")))
+    others = ("batch/shared", "batch/imbalance", "rollout/occupancy", "rollout/staleness", "rollout/carried")
+    lines.append(", ".join(f"{name} {middle[name]:.3f}" for name in others if name in middle))
     needed, ours, matrix = middle["update/tflop"], record["tflops_update"], record["tflops_matrix"]
     lines.append(
         f"the update needs {needed:.4g} TFLOP per process, {ours:.4g} TFLOP/s, {ours / matrix:.0%} of a large product's "

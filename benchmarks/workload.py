@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -87,16 +88,44 @@ def word_tokenizer(vocab_size: int) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def saved_model(size: str, cache: Path) -> Path:
-    """A directory with the random model and its tokenizer. Rank 0 writes it, once; the other processes wait for it."""
-    directory = cache / f"qwen2.5-{size}"
+def saved_model(size: str, cache: Path, *, teaches: bool = False) -> Path:
+    """A directory with the random model and its tokenizer. Rank 0 writes it, once; the other processes wait for it.
+
+    Args:
+        teaches: with a row for the end-of-sequence token, too, which a teacher must have.
+    """
+    directory = cache / f"qwen2.5-{size}{'-teacher' * teaches}"
     if not directory.exists() and os.environ.get("RANK", "0") == "0":
         unfinished = directory.with_suffix(".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        random_lm(size).save_pretrained(unfinished)
+        lm = random_lm(size)
+        if teaches:
+            lm.resize_token_embeddings(model_config(size).vocab_size + 128)
+        lm.save_pretrained(unfinished)
         word_tokenizer(model_config(size).vocab_size).save_pretrained(unfinished)
         unfinished.rename(directory)
         torch.cuda.empty_cache()
+    while not directory.exists():
+        time.sleep(0.1)
+    return directory
+
+
+def with_ends(model: Path, mean_tokens: int) -> Path:
+    """The same random model with so many end-of-sequence tokens that a completion has about `mean_tokens` tokens.
+
+    Each token is one of them with the same chance, so lengths are distributed geometrically: of 256 completions the longest is
+    about six times as long as the mean.
+    """
+    directory = model.with_name(f"{model.name}-ends-{mean_tokens}")
+    if not directory.exists() and os.environ.get("RANK", "0") == "0":
+        unfinished = directory.with_suffix(".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(model, unfinished, copy_function=os.link)
+        size = json.loads((model / "config.json").read_text())["vocab_size"]
+        (unfinished / "generation_config.json").unlink(missing_ok=True)  # else it would be the other model's, too
+        ends = [*range(size - size // mean_tokens, size)]
+        (unfinished / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        unfinished.rename(directory)
     while not directory.exists():
         time.sleep(0.1)
     return directory

@@ -12,11 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo.algorithm.objective import Objective
 from grpo.algorithm.own_loss import Loss
 from grpo.config import Config, SupervisedConfig
+from grpo.config.combinations import CARRY_OVER_WITH_TOOLS
 from grpo.config.settings import Settings
 from grpo.data.pass_rates import within_pass_rates
 from grpo.data.prompts import Order, PromptOrder, build_prompts, check_kinds, use_chat_template
 from grpo.data.rows import load_rows, missing, prepare_rows
 from grpo.observe import rundir
+from grpo.observe.bar import check_rows
 from grpo.observe.metrics import check_reward_names
 from grpo.observe.rundir import RunLog
 from grpo.observe.sinks import check_sinks
@@ -40,9 +42,12 @@ from grpo.scoring.scorer import Scorer
 from grpo.system import distributed
 from grpo.system.distributed import TrainingProcesses
 from grpo.system.stopping import StopAgreement, StopRequest
+from grpo.training.carry_over import check_carries
 from grpo.training.collector import Collector
 from grpo.training.learner import Learner
 from grpo.training.rollout import Advantage, RolloutMaker
+from grpo.turns.toolbox import Given, Toolbox
+from grpo.turns.use import Tools
 from grpo.types import Prompt
 
 Rows = Iterable[Mapping[str, Any]]
@@ -68,12 +73,14 @@ class Parts(RunParts):
     rollouts: RolloutMaker
     preflight: Preflight
     held_out: HeldOut
+    toolbox: Toolbox | None
 
 
 def assemble(
     config: Config,
     *,
     rewards: Sequence[Callable[..., Any] | Reward] | None,
+    tools: Sequence[Given] | None = None,
     train_dataset: Rows | None,
     eval_dataset: Rows | None,
     policy_class: type[Policy],
@@ -107,12 +114,20 @@ def assemble(
     check_engine(config)
     check_sinks(config)
     signal_from = _signal_from(config, functions)
+    if tools and config.rollout.carry_over:
+        raise ValueError(CARRY_OVER_WITH_TOOLS)
+    in_use = Tools.of(config.tools, config.scoring, tokenizer, config.data, given=tools)
+    if in_use is not None:
+        config = config.model_copy(update={"data": in_use.told(config.data)})
+        for notice in in_use.toolbox.notices():
+            processes.say(notice)
     questions = _questions(config, processes, tokenizer, functions, train_dataset, eval_dataset, order)
     prompts, held_out, scorer = questions.order, questions.held_out, questions.scorer
 
     directory = Path(processes.on_main(lambda: str(rundir.claim(config.run))))
     scorer.log_to(directory / "rewards.log")
-    given = processes.on_main(lambda: inputs.digests(prompts.prompts, held_out, functions))
+    called = [] if in_use is None else in_use.toolbox.runners
+    given = processes.on_main(lambda: inputs.digests(prompts.prompts, held_out, functions, tools=called))
     checkpoints = Checkpoints(directory / "checkpoints", config, processes, given=given)
     found = checkpoint.find(checkpoints.directory, config, processes, given=given)
     processes.say(config.summary(num_rows=len(prompts.prompts), world_size=processes.world_size))
@@ -128,7 +143,13 @@ def assemble(
         loss=loss,
     )
     stop = StopAgreement(request, processes)
-    collector = Collector(make_generator(config, policy), scorer, stop, rank=processes.rank)
+    generator = make_generator(config, policy)
+    engine = ENGINES[type(generator).__name__]
+    if config.rollout.carry_over:
+        check_carries(generator, policy)
+    if in_use is not None:
+        generator = in_use.around(generator)
+    collector = Collector(generator, scorer, stop, rank=processes.rank)
     preflight = Preflight(
         config.at(0),
         collector,
@@ -140,7 +161,6 @@ def assemble(
         end_token_ids=policy.end_token_ids,
     )
     names = [reward.name for reward in scorer.rewards]
-    engine = ENGINES[type(collector.generator).__name__]
     log = RunLog(directory, config, processes, reward_names=names, engine=engine)
     return Parts(
         config=config,
@@ -157,6 +177,7 @@ def assemble(
         checkpoints=checkpoints,
         log=log,
         found=found,
+        toolbox=None if in_use is None else in_use.toolbox,
     )
 
 
@@ -302,7 +323,7 @@ def _gradable(
 ) -> tuple[list[Prompt], Audit]:
     """Prompts of the rows that fit and whose answer every reward function can grade; says what was dropped."""
     # asked once: a time limit that strikes on one process only would leave them with different questions
-    reasons = processes.on_main(lambda: scorer.check_rows(rows, say=processes.say))
+    reasons = processes.on_main(lambda: check_rows(scorer, rows))
     gradable = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
     if not gradable:
         raise ValueError(

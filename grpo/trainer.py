@@ -22,6 +22,7 @@ from grpo.training.callback import Callback
 from grpo.training.learner import Learner
 from grpo.training.rollout import Advantage
 from grpo.training.state import Rollout
+from grpo.turns.toolbox import Given
 from grpo.types import MicroBatch
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Trainer(Loop):
         config: a Config (`grpo settings` tells every setting), a YAML file, the name of a configuration that comes with the
             library, or a model: its name or folder, or a loaded model of transformers.
         rewards: reward functions (or `Reward`s, which add a weight, a name and arguments) instead of `config.rewards`.
+        tools: functions with types and docstrings that the model can call, or classes of which each completion has an object of
+            its own, instead of `config.tools.functions`; docs/tools.md.
         train_dataset: rows instead of those of `config.data.name`: a `datasets.Dataset`, a `pandas.DataFrame` or a list of
             dictionaries.
         eval_dataset: rows instead of those of `config.data.eval_name`.
@@ -75,6 +78,7 @@ class Trainer(Loop):
         config: Config | str | Path | PreTrainedModel,
         *,
         rewards: Sequence[Callable[..., Any] | Reward] | None = None,
+        tools: Sequence[Given] | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -89,6 +93,7 @@ class Trainer(Loop):
         parts = assemble(
             resolved,
             rewards=rewards,
+            tools=tools,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             policy_class=self._policy_class,
@@ -102,7 +107,7 @@ class Trainer(Loop):
         super().__init__(parts, callbacks)
         self.config = parts.config
         self.prompts, self.rollouts, self.collector = parts.prompts, parts.rollouts, parts.collector
-        self.preflight, self.held_out = parts.preflight, parts.held_out
+        self.preflight, self.held_out, self.toolbox = parts.preflight, parts.held_out, parts.toolbox
         self._begin(parts.found, self.config, self.collector)
 
     def train_step(self) -> dict[str, float]:
@@ -149,7 +154,13 @@ class Trainer(Loop):
 
     def _sample(self) -> None:
         self.rollouts.make(
-            self.step, self.state, self.now, seed=self._seed, clock=self._time, retry=self._or_ask_for_less
+            self.step,
+            self.state,
+            self.now,
+            seed=self._seed,
+            question_seed=self._question_seed,
+            clock=self._time,
+            retry=self._or_ask_for_less,
         )
 
     def _optimizer_step(self, minibatch: list[MicroBatch]) -> None:
@@ -192,12 +203,19 @@ class Trainer(Loop):
         self.collector.generator.sync()
 
     def close(self) -> None:
-        """End the reward workers and the logs; for a trainer that is stepped by hand."""
+        """End the workers of rewards and tools, and the logs; for a trainer that is stepped by hand."""
         super().close()
         self.collector.scorer.close()
+        if self.toolbox is not None:
+            self.toolbox.close()
 
     def _seed(self, purpose: str) -> int:
         """Of this process's random numbers in this step; a function of run.seed and the roll-backs: nothing to save."""
-        suffix = self.guard.roll_backs.seed_suffix
-        what = f"{self.config.run.seed} {purpose} {self.state.step} {self.processes.rank}{suffix}"
-        return random.Random(what).getrandbits(62)
+        return self._seed_of(f"{purpose} {self.state.step} {self.processes.rank}")
+
+    def _question_seed(self, place: int) -> int:
+        """Of the completions of the question at a place in dealt order, whenever and wherever they are sampled."""
+        return self._seed_of(f"question {place}")
+
+    def _seed_of(self, what: str) -> int:
+        return random.Random(f"{self.config.run.seed} {what}{self.guard.roll_backs.seed_suffix}").getrandbits(62)

@@ -3,7 +3,8 @@
 Shapes use one legend everywhere:
 
     P  prompts            G  completions per prompt      B  sequences (P * G, less those that are not trained on)
-    L  all tokens of a batch (prompts and completions)   T  its completion tokens        V  vocabulary
+    L  all tokens of a batch (prompts and completions)   C  its completion tokens        V  vocabulary
+    T  those of them that are trained on: all, but for what a tool or another speaker wrote in between
     S  places in a forward pass, shared prompts once     K  keys that its attention sees
 """
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:  # a configuration needs Sampling, and nobody should wait for 
     import torch
     from torch import Tensor
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "calls"]
+"""stop: the model ended. length: its tokens did. calls: it asked for a tool once more than it may."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,28 @@ class Sampling:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
+CallStatus = Literal["ok", "unreadable", "refused", "error", "timeout", "crash"]
+"""unreadable: no call. refused: no tool takes it. error: the tool raised one. timeout: it was ended. crash: its process died."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that a model asked for, and what became of it."""
+
+    name: str  # of the tool; empty where it cannot be read
+    status: CallStatus
+    seconds: float = 0.0  # until it ended
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A stretch of a completion that the model wrote, or what its tools answered."""
+
+    text: str
+    num_tokens: int
+    calls: tuple[ToolCall, ...] = ()  # whose results the text holds; empty: the model wrote it
+
+
 @dataclass(frozen=True)
 class Completion:
     """One sampled continuation of a prompt.
@@ -67,6 +91,9 @@ class Completion:
     top-p and min-p left to draw from. At temperature 0 it is that of temperature 1. With finish_reason "stop" the last token is
     an end-of-sequence token or completes a stop text. `text` is what a reader sees: no end-of-sequence token, and with the
     prompt's `prefill` put back in front, so that a reward sees the whole answer.
+
+    Where tools answered in between, `token_ids` holds all tokens in order and `trained` is false for those of results, whose
+    `logprobs` are 0 and mean nothing; `text` is what the model wrote and no more, `turns` who wrote what.
     """
 
     token_ids: list[int]
@@ -74,6 +101,36 @@ class Completion:
     text: str
     finish_reason: FinishReason
     trained: list[bool] | None = None  # which tokens are trained on, where others speak in between; None: all
+    ages: list[int] | None = (
+        None  # training steps since the weights that drew each token; None: all by the present ones
+    )
+    turns: list[Turn] | None = None  # of a conversation with tools, in order; the first and the last are the model's
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """As TRL and chat templates have it: what the model wrote, and between it what tools answered."""
+        turns = self.turns or [Turn(self.text, len(self.token_ids))]
+        return [{"role": "tool" if turn.calls else "assistant", "content": turn.text} for turn in turns]
+
+    @property
+    def own_ids(self) -> list[int]:
+        """The tokens that the model wrote."""
+        if self.trained is None:
+            return self.token_ids
+        return [token for token, is_own in zip(self.token_ids, self.trained, strict=True) if is_own]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What there is of a completion before its question's turn: not a token, a beginning, or all of it."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)  # the training step whose weights drew each token
+
+
+Drafts = dict[int, list[Draft]]
+"""The place of a question in the order in which questions are dealt -> a draft of each of its completions."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +139,23 @@ class Group:
 
     prompt: Prompt
     completions: list[Completion]
+
+
+@dataclass
+class Ahead:
+    """What an engine samples besides the questions that it is asked for, in places that these leave free.
+
+    Attributes:
+        step: number of the training step whose weights sample.
+        begun: of each question of the call, and then of each of `prompts`, the drafts of its completions.
+        prompts: questions whose turn comes later, in dealt order.
+        left: of each of `prompts`, its drafts when the call has ended; the engine fills this in.
+    """
+
+    step: int
+    begun: list[list[Draft]]
+    prompts: list[Prompt]
+    left: list[list[Draft]] = field(default_factory=list)
 
 
 OnGroup = Callable[[int, Group], None]
@@ -118,6 +192,27 @@ class Generator(Protocol):
 
     def metrics(self) -> dict[str, float]:
         """The rollout/ metrics of the last call of `sample`; see grpo/observe/metrics.py."""
+        ...
+
+
+class CarryingGenerator(Generator, Protocol):
+    """An engine that goes on with what it has begun, and begins with what comes next."""
+
+    def sample_ahead(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        num_completions: int,
+        seed: int,
+        on_group: OnGroup | None = None,
+        ahead: Ahead,
+    ) -> list[Group]:
+        """`sample`, from the drafts of `ahead`, whose later questions are sampled as long as one of `prompts` is under way.
+
+        Completions say how old their tokens are. What a completion draws under the same weights depends neither on when it was
+        begun nor on how often it was set down, if its prompt has a seed.
+        """
         ...
 
 
@@ -158,8 +253,9 @@ class Batch:
     prompt_lens: Tensor  # (B,) int64
     prompt_index: Tensor  # (B,) int64, the same number for the same prompt
     advantages: Tensor  # (B,)
-    sampling_logprobs: Tensor  # (T,) of the completion tokens, as the generator sampled them
-    trained: Tensor | None = None  # (T,) bool, which completion tokens have a place in the loss; None: all
+    sampling_logprobs: Tensor  # (T,) of the trained tokens, as the generator sampled them
+    trained: Tensor | None = None  # (C,) bool, which completion tokens are trained on; None: all, and T is C
+    fresh: Tensor | None = None  # (T,) bool, which were drawn by the weights before this update; None: all
 
     @property
     def num_sequences(self) -> int:
@@ -175,12 +271,20 @@ class Batch:
 
     @property
     def trained_lens(self) -> Tensor:
-        """(B,) how many tokens of each completion have a place in the loss."""
+        """(B,) how many tokens of each completion are trained on."""
+        import torch
+
         lens = self.completion_lens
         if self.trained is None:
             return lens
-        ends = self.trained.cumsum(0)[lens.cumsum(0) - 1]
-        return ends.diff(prepend=ends.new_zeros(1))
+        none = lens.new_zeros(1)
+        return torch.cat([none, self.trained.cumsum(0)])[lens.cumsum(0)].diff(prepend=none)
+
+    def own_tokens(self) -> list[Tensor | slice]:
+        """Which completion tokens of each sequence are trained on, as an index of them."""
+        if self.trained is None:
+            return [slice(None)] * self.num_sequences
+        return list(self.trained.split(self.completion_lens.tolist()))
 
 
 @dataclass(frozen=True)
@@ -209,7 +313,8 @@ class MicroBatch:
         position_ids   0 1 2 3 2        runs of keys       a b | a b x y | a b z      cu_keys      0 2 6 9
         source_index   1 2 1            (the places whose hidden states predict x, y and z, which are the targets)
 
-    Per-token fields hold the completion tokens only, in the order of the batch's sequences.
+    Per-token fields hold the trained tokens only, in the order of the batch's sequences: what a tool wrote is read, and has no
+    log-probability, no weight and no place in a mean.
     """
 
     tokens: Tensor  # (S,) int64
@@ -221,11 +326,13 @@ class MicroBatch:
     weights: Tensor  # (T,) in the loss
     sampling_logprobs: Tensor  # (T,)
     num_sequence_tokens: int  # of its sequences, each with a prompt of its own
-    completion_lens: Tensor  # (B,) int64 of its sequences; their sum is T
+    completion_lens: Tensor  # (B,) int64, trained tokens of each of its sequences; their sum is T
+    trained: Tensor | None = None  # (C,) bool, as the batch has it; None: all
     is_spare: bool = False  # run for the sake of the other processes only; all weights are 0
     old_logprobs: Tensor | None = None  # (T,) of the policy before the first update; None: strictly on-policy
     ref_logprobs: Tensor | None = None  # (T,) of the reference; None: no KL term in the loss
     selected: Tensor | None = None  # (T,) bool, whose surrogate is trained on; None: all
+    fresh: Tensor | None = None  # (T,) bool, drawn by the weights before this update; None: all
 
     def to(self, device: torch.device) -> MicroBatch:
         return _moved(self, device)

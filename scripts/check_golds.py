@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grpo.rewards.accuracy import accuracy
 from grpo.rewards.verifier.equivalence import Gold, read_gold, same_value
+
+from grpo.observe.bar import Bar
 
 
 def spellings(gold: str) -> dict[str, str]:
@@ -106,8 +108,12 @@ def refused(gold: str) -> list[tuple[str, str]]:
     return found
 
 
-def equal_pairs(golds: list[str]) -> Iterator[tuple[str, str]]:
-    """All pairs of different texts whose values are equal, one as the answer under the other."""
+def equal_pairs(golds: list[str], *, add: Callable[[int], None] = lambda number: None) -> Iterator[tuple[str, str]]:
+    """All pairs of different texts whose values are equal, one as the answer under the other.
+
+    Args:
+        add: told how many more golds have been compared with the others.
+    """
     read = [gold for gold in map(read_gold, golds) if isinstance(gold, Gold)]
     by_number: dict[Fraction, list[Gold]] = defaultdict(list)
     others = []
@@ -117,12 +123,14 @@ def equal_pairs(golds: list[str]) -> Iterator[tuple[str, str]]:
         else:
             others.append(gold)
     numbers = [gold for same in by_number.values() for gold in same]
+    add(len(golds) - len(others))
     for same in by_number.values():
         yield from ((a.text, b.text) for i, a in enumerate(same) for b in same[:i])
     for i, candidate in enumerate(others):
         for gold in (*others[:i], *numbers):
             if same_value(gold.value, candidate.value) or same_value(candidate.value, gold.value):
                 yield gold.text, candidate.text
+        add(1)
 
 
 def check(golds: list[str], *, pairs: bool = True, limit: int = 40) -> int:
@@ -134,15 +142,18 @@ def check(golds: list[str], *, pairs: bool = True, limit: int = 40) -> int:
     for gold, reason in list(reasons.items())[:limit]:
         print(f"    cannot be graded: {gold!r}: {reason}")
     num, counts = 0, Counter[str]()
-    for gold in gradable:
-        num += len(spellings(gold))
-        for way, text in refused(gold):
-            counts[way] += 1
-            if sum(counts.values()) <= limit:
-                print(f"    refused: {text!r} for {gold!r} ({way})")
+    with Bar("other spellings", total=len(gradable), most_tokens=0, unit="gold answers") as bar:
+        for gold in gradable:
+            num += len(spellings(gold))
+            for way, text in refused(gold):
+                counts[way] += 1
+                if sum(counts.values()) <= limit:
+                    print(f"    refused: {text!r} for {gold!r} ({way})")
+            bar.add()
     print(f"  {num:,} spellings, {sum(counts.values())} refused {dict(counts) if counts else ''}")
     if pairs:
-        found = list(equal_pairs(gradable))
+        with Bar("pairs", total=len(gradable), most_tokens=0, unit="gold answers compared") as bar:
+            found = list(equal_pairs(gradable, add=bar.add))
         for a, b in found[:limit]:
             print(f"    equal: {a!r} and {b!r}")
         print(f"  {len(gradable) * (len(gradable) - 1) // 2:,} pairs of different ones, {len(found)} taken for equal")

@@ -69,6 +69,12 @@ class Browser:
         values = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         _post(f"{self.session}/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": values})
 
+    def print_preview(self) -> None:
+        """Show the page as it is printed."""
+        media = {"cmd": "Emulation.setEmulatedMedia", "params": {"media": "print"}}
+        _post(f"{self.session}/goog/cdp/execute", media)
+        self.run("window.dispatchEvent(new Event('beforeprint'))")
+
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(_get(f"{self.session}/screenshot")))
 

@@ -20,6 +20,7 @@ from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 
 TABLE = dict(re.findall(r"^\| ([^|`]+) \| `(algorithm\.[^`]+)` \|", (ROOT / "docs/algorithms.md").read_text(), re.M))
 LONGEST, RATE = 24, 3e-4
+WITH_RESULTS = ("GRPO", "80/20", "GSPO", "MIS of completions")
 
 
 def test_every_row_of_the_table_has_a_slow_reference_and_the_other_way_round():
@@ -44,14 +45,16 @@ class Replay(FixedGenerator):
         return all_at_once(self.groups, on_group)
 
 
-def sample_from(lm: torch.nn.Module, prompts: list[Prompt]) -> list[Group]:
+def sample_from(lm: torch.nn.Module, prompts: list[Prompt], *, result_tokens: int = 0) -> list[Group]:
     """Three completions each, the first cut off, with log-probabilities that are not quite the model's."""
     rng, groups = random.Random(7), []
     for group in FixedGenerator(longest=8).sample(prompts, Sampling(8), num_completions=3, seed=0):
+        group = with_results(group, result_tokens) if result_tokens else group
         completions = []
         for number, completion in enumerate(group.completions):
             with torch.no_grad():
-                logprobs = [x + rng.gauss(0, 0.8) for x in outcomes(lm, group, completion)[0].tolist()]
+                drawn = iter(outcomes(lm, group, completion)[0].tolist())
+            logprobs = [x if math.isnan(x) else next(drawn) + rng.gauss(0, 0.8) for x in completion.logprobs]
             reason = "length" if number == 0 else "stop"
             completions.append(replace(completion, logprobs=logprobs, finish_reason=reason))
         groups.append(Group(group.prompt, completions))
@@ -72,12 +75,35 @@ def row_config(path: Path, settings: str) -> Config:
 
 
 def outcomes(lm: torch.nn.Module, group: Group, completion: Completion) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability and entropy of each token, from a pass over this sequence alone."""
+    """Log-probability and entropy of each token that the model wrote, from a pass over this sequence alone."""
     start = len(group.prompt.token_ids)
     ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
-    logits = lm(input_ids=ids).logits[0, start - 1 : -1]
+    own = [
+        place for place in range(len(completion.token_ids)) if completion.trained is None or completion.trained[place]
+    ]
+    logits = lm(input_ids=ids).logits[0, start - 1 : -1][own]
     every = logits.log_softmax(-1)
-    return every.gather(1, ids[0, start:].unsqueeze(1)).squeeze(1), -(every.exp() * every).sum(-1)
+    return every.gather(1, ids[0, start:][own].unsqueeze(1)).squeeze(1), -(every.exp() * every).sum(-1)
+
+
+def with_results(group: Group, num_tokens: int) -> Group:
+    """The same after a tool has answered in the middle of every second completion, with numbers that nobody may use."""
+    completions = []
+    for number, each in enumerate(group.completions):
+        half, ids = len(each.token_ids) // 2, [(7 * place) % 250 + 5 for place in range(num_tokens * (number % 2))]
+        completions.append(
+            replace(
+                each,
+                token_ids=each.token_ids[:half] + ids + each.token_ids[half:],
+                logprobs=each.logprobs[:half] + [math.nan] * len(ids) + each.logprobs[half:],
+                trained=[True] * half + [False] * len(ids) + [True] * (len(each.token_ids) - half),
+            )
+        )
+    return Group(group.prompt, completions)
+
+
+def own_logprobs(completion: Completion) -> list[float]:
+    return [x for x in completion.logprobs if not math.isnan(x)]
 
 
 def advantages_of(algorithm: Algorithm, group: Group, lm: torch.nn.Module, reference: torch.nn.Module) -> list[float]:
@@ -92,6 +118,18 @@ def advantages_of(algorithm: Algorithm, group: Group, lm: torch.nn.Module, refer
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_two_steps_of_each_algorithm_equal_its_own_formula_in_loops(tmp_path: Path, name: str):
+    check_two_steps(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", WITH_RESULTS)
+def test_a_tools_thousand_tokens_are_read_and_are_in_no_sum_no_length_and_no_ratio(tmp_path: Path, name: str):
+    metrics = check_two_steps(tmp_path, name, result_tokens=1000)
+    assert metrics["completion/length_max"] <= 8
+    assert metrics["policy/sampling_gap_max"] < 10, "of a result it would be NaN"
+
+
+def check_two_steps(tmp_path: Path, name: str, *, result_tokens: int = 0) -> dict[str, float]:
+    """Compare losses and gradients; the metrics of the first step."""
     algorithm, config = FAMILY[name], row_config(tmp_path, TABLE[name])
     trainer = Trainer(config, rewards=[number_in_text], train_dataset=read_jsonl(TINY / "train.jsonl")[:8])
     trainer.collector.generator = Replay()
@@ -100,7 +138,8 @@ def test_two_steps_of_each_algorithm_equal_its_own_formula_in_loops(tmp_path: Pa
     rows = []
     for _ in range(2):
         first = trainer.prompts.position
-        groups = sample_from(model, [trainer.prompts._at(first + i) for i in range(4)])
+        asked = [trainer.prompts._at(first + i) for i in range(4)]
+        groups = sample_from(model, asked, result_tokens=result_tokens)
         trainer.collector.generator.groups = groups
         parts = [groups[:2], groups[2:]] if config.algorithm.num_minibatches == 2 else [groups]
         minibatches = []
@@ -115,7 +154,7 @@ def test_two_steps_of_each_algorithm_equal_its_own_formula_in_loops(tmp_path: Pa
                         ref, _ = outcomes(reference, group, completion)
                     before = [each.tolist() for each in (old, old_entropies, ref)]
                     cut_off = completion.finish_reason == "length"
-                    told.append((group, completion, (advantage, *before, completion.logprobs, cut_off)))
+                    told.append((group, completion, (advantage, *before, own_logprobs(completion), cut_off)))
             minibatches.append(told)
         losses, norms = [], []
         for told in config.algorithm.num_epochs * minibatches:
@@ -143,3 +182,4 @@ def test_two_steps_of_each_algorithm_equal_its_own_formula_in_loops(tmp_path: Pa
         )
     if config.algorithm.importance != "none":
         assert any(0 < row["policy/importance_bounded"] < 1 for row in rows)
+    return rows[0]

@@ -6,8 +6,10 @@ import fcntl
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from helpers import TINY, launch, read_json
@@ -17,7 +19,7 @@ from grpo.evaluation import benchmark, results
 from grpo.evaluation.asked import Runtime, Settings
 from grpo.evaluation.sample_file import finished
 from grpo.inference.resolve_model import num_positions
-from grpo.observe.bar import Bar
+from grpo.observe.bar import Bar, check_rows
 from grpo.rollout import sampling
 from grpo.system import progress
 from grpo.system.jsonl import append_jsonl, read_jsonl
@@ -365,3 +367,18 @@ def test_the_bar_knows_how_much_is_left_before_the_first_answer_and_after_it(mon
     assert bar.words() == "2 of 8 questions, 50 tokens/s, 00:00:06 left"  # a second each
     now = 103.0
     assert bar.words().endswith(", 00:00:05 left")
+
+
+def test_a_check_of_a_start_has_a_bar_once_it_takes_long(monkeypatch: pytest.MonkeyPatch):
+    now, painted = [0.0], []
+    monkeypatch.setattr("grpo.observe.bar.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("grpo.observe.bar.can_repaint", lambda *_: True)
+    monkeypatch.setattr("grpo.observe.bar.Region", lambda *_: Mock(start=lambda: painted.append(now[0])))
+
+    def check(rows: list[Any], add: Callable[[int], None]) -> list[None]:
+        for now[0] in (1.0, 3.0, 4.0):
+            add(1)
+        return [None] * len(rows)
+
+    assert check_rows(Mock(check_rows=check), [1, 2, 3]) == [None] * 3
+    assert painted == [3.0]

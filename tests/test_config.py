@@ -46,7 +46,15 @@ def test_every_setting_is_read_in_some_run(tmp_path: Path, monkeypatch: pytest.M
     }
     everything["checkpoint"] = {"every_steps": 1, "keep": 1}
     configs = [
-        tiny_config(tmp_path / "a", **everything, data={"name": "some/set"}, algorithm={"kl_coef": 0.1}),
+        tiny_config(
+            tmp_path / "a",
+            **everything,
+            model={"name": str(ROOT / "configs/quickstart-tools/model")},
+            data={"name": "some/set", "template": "none", "question_template": "User: {question}\nAssistant:"},
+            rollout={"max_completion_tokens": 48},
+            tools={"functions": ["calculator"]},
+            algorithm={"kl_coef": 0.1},
+        ),
         tiny_config(
             tmp_path / "b",
             **everything,

@@ -339,7 +339,7 @@ def test_the_wheel_holds_the_rewards_within_the_library_and_nothing_of_the_tests
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "grpo", "rewards", "configs"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "grpo", "rewards", "tools", "configs"):
         subprocess.run(["cp", "-r", str(ROOT / name), str(source / name)], check=True)
     subprocess.run([*command, str(source)], check=True, env={**os.environ}, timeout=200)
     (wheel,) = tmp_path.glob("grpo_zero-*.whl")

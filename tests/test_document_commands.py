@@ -23,6 +23,7 @@ SHORTER = {
     "grpo evaluate": "--questions 4",
     "grpo reject": "--num-questions 4",
     "grpo sample": "--group 2",
+    "grpo preflight": "--questions 4",
 }
 """What is added to a command of each program, so that it takes seconds."""
 
@@ -73,7 +74,7 @@ TIMEOUT = 300.0
 FIRST = "grpo train --config quickstart"
 
 
-def run(command: str, place: Path) -> str:
+def run(command: str, place: Path, wanted: int = 0) -> str:
     words = shlex.split(command)
     assert words[0] == "grpo", f"{command}: say how it is run, or in ELSEWHERE why it is not"
     more = SHORTER.get(" ".join(words[:2]), "").split()
@@ -96,8 +97,18 @@ def run(command: str, place: Path) -> str:
     finally:
         process.kill()
     printed = log.read_text()
-    assert code == 0, f"{command}: {printed[-3000:]}"
+    assert code == wanted, f"{command}: {printed[-3000:]}"
     return printed
+
+
+PRINTED: dict[tuple[Path, str], str] = {}
+
+
+def printed_by(command: str, place: Path, code: int = 0) -> str:
+    """Of a command that is run once for all tests."""
+    if (place, command) not in PRINTED:
+        PRINTED[place, command] = run(command, place, code)
+    return PRINTED[place, command]
 
 
 @pytest.fixture(scope="module")
@@ -105,15 +116,70 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory as the documents' reader has it: a clone, in which the quickstart was run."""
     folder = tmp_path_factory.mktemp("clone")
     (folder / "configs").symlink_to(ROOT / "configs")
-    assert re.search(SHOWN["grpo train"], run(FIRST, folder))
+    assert re.search(SHOWN["grpo train"], printed_by(FIRST, folder))
     return folder
 
 
 @pytest.mark.parametrize("command", [each for each in RUN_HERE if each != FIRST])
 def test_a_command_of_the_documents_runs(command: str, place: Path):
-    printed = run(command, place)
+    printed = printed_by(command, place)
     program = " ".join(shlex.split(command)[:2])
     assert re.search(SHOWN[program], printed), printed[-3000:]
+
+
+EXCERPTS = [
+    ("README.md", "preflight: what the untrained", FIRST, 0),
+    ("docs/getting-started.md", "4,000 training questions", FIRST, 0),
+    (
+        "docs/getting-started.md",
+        "✗ 2/2",
+        "grpo sample --model runs/quickstart --question 'What is 12+8+5-5+9?' --answer 29",
+        0,
+    ),
+    ("docs/aha.md", "reflection  ", "grpo aha runs/quickstart", 0),
+    (
+        "docs/before-a-run.md",
+        "  template  ",
+        "grpo preflight --config configs/quickstart.yaml --set data.template=r1_zero data.max_prompt_tokens=300 --questions 16",
+        1,
+    ),
+    (
+        "docs/evaluation.md",
+        "benchmark  template",
+        "grpo evaluate --model runs/quickstart --benchmarks mine --data mine=configs/quickstart/test.jsonl --templates chat "
+        "--samples 4",
+        0,
+    ),
+    ("README.md", "error: rollout.group_sise", "grpo train --config quickstart --set rollout.group_sise=8", 2),
+]
+"""Of a document: how an excerpt begins, the command that prints such lines, and its exit code."""
+
+OTHERWISE = re.compile(r"Question|before \(|after \(|│|</?think>|Wait|[-\d+]+=|(accuracy|format) +[01] x|gsm8k ")
+"""Begins what a model is asked and writes, which is as the training went, and the rows of another model."""
+
+
+def excerpt(document: str, beginning: str) -> list[str]:
+    """The indented lines from the first one that begins so to the end of the block."""
+    text = (ROOT / document).read_text()
+    found = re.search(rf"^    {re.escape(beginning)}.*\n(?:    .*\n)*", text, re.MULTILINE)
+    assert found, f"{document} has no excerpt that begins with {beginning!r}"
+    return [line for line in found[0].splitlines() if not OTHERWISE.match(line.strip())]
+
+
+def shape(line: str) -> str:
+    """A line whose numbers and verdicts are all the same; words stay as they are."""
+    line = re.sub(r"(?<!\w)-(?!\w)|\d[\d,:]*(\.\d+)?(e[-+]\d+)?", "#", line)
+    return " ".join(re.sub(r"-#|#(-#)?", "#", line.translate(str.maketrans("✓✗", "??"))).split())
+
+
+@pytest.mark.parametrize(("document", "beginning", "command", "code"), EXCERPTS, ids=lambda value: str(value)[:40])
+def test_an_excerpt_is_what_its_command_prints_but_for_numbers(
+    document: str, beginning: str, command: str, code: int, place: Path
+):
+    printed = [shape(line) for line in printed_by(command, place, code).splitlines()]
+    for line in excerpt(document, beginning):
+        wanted, is_cut, _ = shape(line).partition("[...]")
+        assert any(each.startswith(wanted) if is_cut else each == wanted for each in printed), (line, printed)
 
 
 def test_not_all_is_left_out():

@@ -138,16 +138,18 @@ def test_rows_of_a_head_become_pairs():
     assert permuted(rows, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
 def test_llama_3_has_the_frequencies_of_transformers():
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 500_000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
-    config = LlamaConfig(**{**SIZES, "head_dim": 64, "rope_parameters": rope})
+    config = LlamaConfig(**{**SIZES, "head_dim": 64, "rope_parameters": LLAMA_3})
     plain = 500_000.0 ** -(torch.arange(0, 64, 2) / 64)
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     factors = rope_factors(config)
@@ -333,6 +335,11 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], str]] = {
         [],
         "rotary embedding of the type dynamic, and only default, linear, yarn, llama3",
     ),
+    "llama3": (
+        {"rope_parameters": LLAMA_3},
+        [],
+        "rotary embedding of the type llama3, which llama.cpp's qwen2 does not read",
+    ),
     "rows": ({"vocab_size": 400}, [], "has a token 406 .*, and the model 400 rows"),
     "K-quant": ({}, ["--quantization", "q4_k_m"], r"llama-quantize model-BF16.gguf model-Q4_K_M.gguf Q4_K_M"),
     "type": ({}, ["--quantization", "q3"], "--quantization is 'q3'; it is one of f32, f16"),
@@ -370,6 +377,24 @@ def test_a_destination_that_is_there_or_full_is_refused(tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match=r"takes about 0\.\d+ GiB, and 0.000977 GiB are free there"):
         export(TINY / "model", tmp_path / "out")
     assert [each.name for each in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_push_needs_room_for_its_folder_and_leaves_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("grpo.run.hub.is_logged_in", lambda: True)
+    monkeypatch.setattr(
+        "grpo.run.hub.push_model", lambda repo, folder, **_: " ".join(each.name for each in folder.iterdir())
+    )
+    asked = parser().parse_args([str(TINY / "model"), "--to", "hub", "user/name"])
+    (pushed,) = run(asked)
+    assert "model.safetensors" in pushed.split()
+    assert f"user/name is written to {tmp_path}/grpo-hub-" in capsys.readouterr().out
+    monkeypatch.setattr("grpo.export.destination.free_bytes", lambda path: 2**20)
+    with pytest.raises(ValueError, match=r"^TMPDIR is .*; the export takes about .* name a directory on another disk"):
+        run(asked)
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -17,6 +17,7 @@ LAYERS = [
     "data",
     "rollout",
     "scoring",
+    "turns",
     "observe",
     "report",
     "training",

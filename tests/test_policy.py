@@ -233,12 +233,17 @@ def test_the_kernels_over_logits_equal_the_plain_formulas(
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-4)  # logits of up to 700 in float32
     assert plain[3][:9].all()
     gradient = torch.randn((), device=device).expand(33)
-    other = logits.clone()
+    before, other = logits.clone(), logits.clone()
     of_entropy = (plain[1], torch.randn(33, device=device)) if with_entropy else None
     logprob_kernels.replace_by_gradient(logits, targets, plain[2], gradient, 0.7, of_entropy=of_entropy)
     logprobs.plain_replace_by_gradient(other, targets, plain[2], gradient, 0.7, of_entropy=of_entropy)
-    allowed = (1e-2 if dtype == torch.bfloat16 else 1e-4) * other.abs() + 2e-6  # differences of parts of the size of 1
-    allowed[3] += 3e-4  # exponents of 714 have errors of 6e-5 each
+    # a gradient is a sum of parts, each a probability times something, and an exponent of 714 is rounded by 6e-5
+    scaled = before.double() / 0.7
+    probability = scaled.softmax(-1)
+    parts = probability * (1 + scaled.log_softmax(-1).abs().nan_to_num(posinf=0) + plain[1].unsqueeze(1))
+    parts[torch.arange(33), targets] += 1
+    rounding = 4e-7 * scaled.where(scaled.isfinite(), 0.0).abs().amax(-1, keepdim=True)
+    allowed = (1e-2 if dtype == torch.bfloat16 else 1e-4) * other.abs() + rounding * parts
     assert other.isfinite().all()
     assert ((logits - other).abs() <= allowed).all()
 

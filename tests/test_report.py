@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import warm
+from browser import browser, chromium
 from helpers import ROOT, tiny_config
 from matplotlib.figure import Figure
 
@@ -88,6 +89,19 @@ def completions_of(html: str, run: int = 0, source: int = 0) -> list[str]:
 
 
 # ---- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_tools_answered_stands_at_its_place_as_javascript_counts(tmp_path: Path):
+    said, answered, rest = "\U0001f600 <tool>{}</tool>", "<result>7</result>", " so 7"
+    turns = [
+        {"role": "assistant", "content": said},
+        {"role": "tool", "content": answered},
+        {"role": "assistant", "content": rest},
+    ]
+    rows = [row(1, 0, "no call", advantage=0.0), {**row(1, 0, said + rest, advantage=0.0), "turns": turns}]
+    html = html_of(a_run(tmp_path / "run", completions=rows))
+    assert block(html, "texts-0-0-0")["results"] == {"1": [[len(said) + 1, answered]]}
+    assert completions_of(html) == ["no call", said + rest]
 
 
 def test_the_page_holds_what_the_files_say(tmp_path: Path):
@@ -524,3 +538,26 @@ def test_the_ways_to_count_one_list_of_words_are_one_chart():
         ("reflection", "share of answers"),
         ("reflection", "words"),
     ]
+
+
+@pytest.mark.skipif(chromium() is None, reason="chromium and chromedriver are not installed")
+def test_a_printed_page_is_dark_on_white_and_has_all_charts_and_completions(tmp_path: Path):
+    """Also where a person has chosen the dark colours, and from below what was scrolled to."""
+    rows = [row(step, number, f"answer {number} " * 200) for step in (1, 2, 3, 4) for number in range(6)]
+    page = tmp_path / "page.html"
+    page.write_text(html_of(a_run(tmp_path / "a", completions=rows)))
+    with browser() as shown:
+        shown.open(page.as_uri())
+        shown.wait("return document.querySelectorAll('.cards').length > 0")
+        shown.click("#theme")
+        dark = "const [r] = getComputedStyle(document.body).backgroundColor.match(/\\d+/g); return Number(r) < 100"
+        was_dark = shown.run(dark)
+        if not was_dark:  # the system's colours were dark before
+            shown.click("#theme")
+        assert shown.run(dark)
+        shown.print_preview()
+        assert not shown.run(dark)
+        assert shown.run("return [...document.querySelectorAll('.panel')].every(p => p.querySelector('svg *'))")
+        cut = "return [...document.querySelectorAll('.cards, .text')].filter(e => e.scrollWidth > e.clientWidth + 1 || "
+        assert shown.run(cut + "(e.scrollHeight > e.clientHeight + 1 && e.className === 'text')).length") == 0
+        assert shown.errors() == []

@@ -137,7 +137,7 @@ def test_a_function_is_given_what_its_parameters_name() -> None:
 def test_kwargs_receive_everything() -> None:
     with make_scorer(Reward(lambda **kw: len(kw["completion"]) + kw["x"], name="f", args={"x": 10})) as scorer:
         assert_equal(scorer.score([make_group(["a", "bb"])]).rewards, [[11, 12]])
-    names = {"completion", "prompt", "finish_reason", "num_tokens", "max_completion_tokens", "completion_ids"}
+    names = {"completion", "prompt", "finish_reason", "num_tokens", "max_completion_tokens", "completion_ids", "turns"}
     as_in_trl = {"trainer_state", "log_metric", "log_extra"}
     assert score_one(lambda **kw: set(kw) == names | as_in_trl | {"question", "answer"}, ["a"]) == [1.0]
 
@@ -1017,12 +1017,12 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path, monkeypa
 
 def test_a_long_check_says_how_far_it_is(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grpo.scoring.scorer.ROWS_PER_CHECK", 2)
-    monkeypatch.setattr("grpo.scoring.scorer.SECONDS_BETWEEN_LINES", 0.0)
-    lines: list[str] = []
+    monkeypatch.setattr("grpo.scoring.scorer.QUICK_SECONDS", 0.0)
+    added: list[int] = []
     with make_scorer(accuracy) as scorer:
         rows = [{"question": "?", "answer": answer} for answer in ("1", "2", "3", "", "5")]
-        reasons = scorer.check_rows(rows, say=lines.append)
-    assert lines == [f"checking that the answers can be graded: {n} of 5" for n in (2, 4)]
+        reasons = scorer.check_rows(rows, add=added.append)
+    assert added == [2, 2, 1]
     assert [reason is None for reason in reasons] == [True, True, True, False, True]
 
 

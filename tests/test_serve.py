@@ -243,6 +243,43 @@ def test_log_probabilities_are_the_models_own(models: list[Hosted], client: Open
     assert found.text_offset[1] == len(found.tokens[0])
 
 
+def test_an_echo_has_the_log_probabilities_of_the_prompt(models: list[Hosted], client: OpenAI):
+    """As lm-evaluation-harness asks for them: token ids, one more token, which may end the text, and what stands in front."""
+    lm, hosted = models[0].model.lm, models[0]
+    prompts = [
+        hosted.raw_prompt(text) for text in (QUESTION, f"{QUESTION} <think> 5+7=12\n</think> <answer> 12 </answer>")
+    ]
+    given = {"model": "model", "prompt": prompts, "temperature": 0, "logprobs": 3, "echo": True}
+    with torch.no_grad():
+        lm.set_attn_implementation("sdpa")
+        expected = [lm(torch.tensor([prompt])).logits[0].float().log_softmax(-1) for prompt in prompts]
+        lm.set_attn_implementation("paged")
+    nothing_new = client.completions.create(**given, max_tokens=0).choices
+    one_more = client.completions.create(**given, max_tokens=1).choices
+    ended = [choice.finish_reason for choice in one_more]
+    assert ended == ["length", "stop"]  # the second is at the end of its text, whose token is told, too
+    for prompt, own, alone, longer in zip(prompts, expected, nothing_new, one_more, strict=True):
+        found = alone.logprobs
+        assert alone.text == hosted.ending.text(prompt) == "".join(found.tokens)
+        assert alone.finish_reason == "length"
+        assert [found.token_logprobs[0], found.top_logprobs[0]] == [None, None]
+        taken = own[:-1].gather(1, torch.tensor(prompt[1:]).unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(torch.tensor(found.token_logprobs[1:]), taken, rtol=0, atol=1e-4)
+        best = torch.tensor([max(each.values()) for each in found.top_logprobs[1:]])
+        torch.testing.assert_close(best, own[:-1].max(-1).values, rtol=0, atol=1e-4)
+        assert found.text_offset == [len("".join(found.tokens[:n])) for n in range(len(prompt))]
+        assert longer.logprobs.token_logprobs[:-1] == found.token_logprobs
+        assert longer.logprobs.token_logprobs[-1] == pytest.approx(float(own[-1].max()), abs=1e-4)
+    pieces = [
+        chunk.choices[0]
+        for chunk in client.completions.create(**given | {"prompt": QUESTION}, max_tokens=3, stream=True)
+    ]
+    whole = client.completions.create(**given | {"prompt": QUESTION}, max_tokens=3).choices[0]
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        assert [each for piece in pieces for each in getattr(piece.logprobs, name)] == getattr(whole.logprobs, name)
+    assert pieces[-1].finish_reason == whole.finish_reason == "length"
+
+
 def chat(client: OpenAI, **given: Any) -> Any:
     extra = {name: given.pop(name) for name in ("top_k", "min_p") if name in given}
     return client.chat.completions.create(**{**WORDS, **given}, extra_body=extra)
@@ -727,6 +764,44 @@ def test_the_command_ends_what_runs_when_it_is_told_to_end(tmp_path: Path):
     assert process.wait(timeout=60) == 0, log.read_text()
     with pytest.raises(ConnectionRefusedError):
         ask(port, "/health")
+
+
+def test_a_client_that_reads_nothing_does_not_keep_the_command_from_its_end(tmp_path: Path):
+    """An answer of 10 MB that is more than the buffers between the two take."""
+    words = [
+        "scripts/serve.py",
+        "--model",
+        str(TINY / "model"),
+        "--port",
+        "0",
+        "--max-sequences",
+        "32",
+        "--timeout",
+        "6",
+    ]
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        environment = {**clean_environment(), "PYTHONPATH": str(ROOT)}
+        process = warm.Process(words, cwd=ROOT, env=environment, stdout=out, stderr=out)
+    until = time.monotonic() + 60
+    while "serving at" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.05)
+    port = int(log.read_text().rpartition("/v1")[0].rpartition(":")[2])
+    body = {"model": "model", "prompt": [[5] * 800] * 24, "echo": True, "logprobs": 20, "max_tokens": 0}
+    data = json.dumps(body).encode()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(60)
+        client.connect(("127.0.0.1", port))
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {len(data)}\r\n\r\n"
+        client.sendall(head.encode() + data)
+        assert client.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert process.wait(timeout=60) == 0, log.read_text()
+        assert 5 < time.monotonic() - began < 30
 
 
 def test_a_server_has_a_description_that_names_its_paths(served: tuple[Server, int]):

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -38,15 +39,31 @@ def pack(groups: list[Group], advantages: Tensor, *, without_truncated: bool = F
         prompt_lens=torch.tensor([len(prompt) for _, prompt, _, _ in kept], dtype=torch.long),
         prompt_index=torch.tensor([number for number, _, _, _ in kept], dtype=torch.long),
         advantages=torch.tensor([advantage for _, _, _, advantage in kept], dtype=torch.float32),
-        sampling_logprobs=torch.tensor([x for _, _, c, _ in kept for x in c.logprobs], dtype=torch.float32),
-        trained=_trained([completion for _, _, completion, _ in kept]),
+        sampling_logprobs=torch.tensor([x for _, _, c, _ in kept for x in _own(c, c.logprobs)], dtype=torch.float32),
+        trained=_mask([(len(c.token_ids), c.trained) for _, _, c, _ in kept]),
+        fresh=_mask([(len(c.own_ids), _fresh(c)) for _, _, c, _ in kept]),
     )
 
 
-def _trained(completions: list[Completion]) -> Tensor | None:
-    if all(completion.trained is None for completion in completions):
+X = TypeVar("X")
+
+
+def _own(completion: Completion, values: list[X]) -> list[X]:
+    """Of values of each token, those of the trained ones; of what others wrote there are none that mean anything."""
+    if completion.trained is None:
+        return values
+    return [x for x, is_own in zip(values, completion.trained, strict=True) if is_own]
+
+
+def _fresh(completion: Completion) -> list[bool] | None:
+    return None if completion.ages is None else [age == 0 for age in _own(completion, completion.ages)]
+
+
+def _mask(parts: list[tuple[int, list[bool] | None]]) -> Tensor | None:
+    """What holds of so many tokens of each completion, None: of all; None if it holds everywhere."""
+    if all(mask is None for _, mask in parts):
         return None
-    masks = [[True] * len(c.token_ids) if c.trained is None else c.trained for c in completions]
+    masks = [[True] * number if mask is None else mask for number, mask in parts]
     return torch.tensor([each for mask in masks for each in mask], dtype=torch.bool)
 
 
@@ -71,16 +88,16 @@ def join(batches: list[Batch]) -> Batch:
         prompt_index=torch.cat([b.prompt_index + first for b, first in zip(batches, first_prompts, strict=True)]),
         advantages=torch.cat([batch.advantages for batch in batches]),
         sampling_logprobs=torch.cat([batch.sampling_logprobs for batch in batches]),
-        trained=_joined_masks(batches),
+        trained=_joined_masks(batches, [batch.trained for batch in batches]),
+        fresh=_joined_masks(batches, [batch.fresh for batch in batches]),
     )
 
 
-def _joined_masks(batches: list[Batch]) -> Tensor | None:
-    if all(batch.trained is None for batch in batches):
+def _joined_masks(batches: list[Batch], masks: list[Tensor | None]) -> Tensor | None:
+    if all(mask is None for mask in masks):
         return None
-    return torch.cat(
-        [torch.ones_like(b.sampling_logprobs, dtype=torch.bool) if b.trained is None else b.trained for b in batches]
-    )
+    everything = [torch.ones_like(batch.sampling_logprobs, dtype=torch.bool) for batch in batches]
+    return torch.cat([each if mask is None else mask for each, mask in zip(everything, masks, strict=True)])
 
 
 def _num_prompts(batch: Batch) -> int:
@@ -174,21 +191,26 @@ class _Dealer:
 def take(batch: Batch, sequences: list[int]) -> Batch:
     """The given sequences of a batch, in the given order."""
     chosen = torch.tensor(sequences, dtype=torch.long)
-    lens, completion_lens = batch.sequence_lens[chosen], batch.completion_lens
+    lens, completion_lens, trained_lens = batch.sequence_lens[chosen], batch.completion_lens, batch.trained_lens
     completion_tokens = _spans(_offsets(completion_lens)[chosen], completion_lens[chosen])
+    trained_tokens = _spans(_offsets(trained_lens)[chosen], trained_lens[chosen])
     return Batch(
         tokens=batch.tokens[_spans(batch.cu_seqlens[chosen], lens)],
         cu_seqlens=_offsets(lens),
         prompt_lens=batch.prompt_lens[chosen],
         prompt_index=batch.prompt_index[chosen],
         advantages=batch.advantages[chosen],
-        sampling_logprobs=batch.sampling_logprobs[completion_tokens],
+        sampling_logprobs=batch.sampling_logprobs[trained_tokens],
         trained=None if batch.trained is None else batch.trained[completion_tokens],
+        fresh=None if batch.fresh is None else batch.fresh[trained_tokens],
     )
 
 
 def micro_batch(batch: Batch, weights: Tensor) -> MicroBatch:
-    """A batch laid out for one forward pass: all distinct prompts, then all completions. `weights` (T,) are those in the loss."""
+    """A batch laid out for one forward pass: all distinct prompts, then all completions. `weights` (T,) are those in the loss.
+
+    Of a completion `x r y` in which r is a tool's, the pass reads all three; its targets are x and y.
+    """
     numbers, owner = batch.prompt_index.unique(return_inverse=True)  # owner (B,): which of the distinct prompts
     first = owner.new_full((len(numbers),), batch.num_sequences).scatter_reduce(
         0, owner, torch.arange(batch.num_sequences), "amin"
@@ -203,19 +225,22 @@ def micro_batch(batch: Batch, weights: Tensor) -> MicroBatch:
     source_index[begins] = (prompt_starts[owner + 1] - 1)[
         completion_lens > 0
     ]  # a prompt's last token predicts the first
+    own = slice(None) if batch.trained is None else batch.trained
     return MicroBatch(
         tokens=torch.cat([batch.tokens[_spans(starts[first], prompt_lens[first])], targets]),
         position_ids=torch.cat(
             [_spans(torch.zeros_like(first), prompt_lens[first]), _spans(prompt_lens, completion_lens)]
         ),
         packing=_packing(owner, prompt_lens, completion_lens, prompt_starts, completion_starts),
-        source_index=source_index,
-        targets=targets,
-        advantages=batch.advantages.repeat_interleave(completion_lens),
+        source_index=source_index[own],
+        targets=targets[own],
+        advantages=batch.advantages.repeat_interleave(batch.trained_lens),
         weights=weights,
         sampling_logprobs=batch.sampling_logprobs,
         num_sequence_tokens=len(batch.tokens),
-        completion_lens=completion_lens,
+        completion_lens=batch.trained_lens,
+        trained=batch.trained,
+        fresh=batch.fresh,
     )
 
 
@@ -259,16 +284,19 @@ def empty_micro_batch() -> MicroBatch:
 
 def unpack(micro: MicroBatch) -> Batch:
     """The sequences that a pass was laid out from."""
-    packing, completion_lens = micro.packing, micro.completion_lens
-    num_prompts = len(packing.cu_keys) - 1 - len(completion_lens)  # runs of their own, before those of the completions
+    packing, trained_lens = micro.packing, micro.completion_lens
+    num_prompts = len(packing.cu_keys) - 1 - len(trained_lens)  # runs of their own, before those of the completions
     starts, lens = packing.cu_keys[num_prompts:-1].long(), packing.cu_keys.diff()[num_prompts:].long()
+    completion_lens = packing.cu_queries.diff()[num_prompts:].long()
     return Batch(
         tokens=micro.tokens[packing.key_index[_spans(starts, lens)]],
         cu_seqlens=_offsets(lens),
         prompt_lens=lens - completion_lens,
         prompt_index=packing.key_index[starts],  # where in the pass the prompt begins
-        advantages=micro.advantages[_offsets(completion_lens)[:-1]],
+        advantages=micro.advantages[_offsets(trained_lens)[:-1]],
         sampling_logprobs=micro.sampling_logprobs,
+        trained=micro.trained,
+        fresh=micro.fresh,
     )
 
 
@@ -277,10 +305,10 @@ def split(micro: MicroBatch, token_budget: int) -> list[MicroBatch]:
     if len(micro.tokens) <= token_budget:
         return [micro]
     batch = unpack(micro)
-    starts, parts = _offsets(batch.completion_lens), []
+    starts, parts = _offsets(batch.trained_lens), []
     for sequences in plan_passes(batch, token_budget=token_budget, num_processes=1)[0]:
         chosen = torch.tensor(sequences)
-        tokens = _spans(starts[chosen], batch.completion_lens[chosen])
+        tokens = _spans(starts[chosen], batch.trained_lens[chosen])
         part = micro_batch(take(batch, sequences), micro.weights[tokens])
         part.advantages = micro.advantages[tokens]
         part.old_logprobs, part.ref_logprobs, part.selected = (

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grpo import Config
+from grpo.data.hub_names import check_config
 from grpo.observe.console import errors_for_users
 from grpo.system.parser import Parser
 
@@ -47,6 +48,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with errors_for_users():
         config = Config.load(arguments.config, arguments.set)
+        check_config(config)
         from grpo.check import gradients, invariance, memory, steps
         from grpo.system import distributed
 

@@ -121,9 +121,9 @@ class Work:
         part = take(batch, sequences)
         weights = token_weights(
             self.config.algorithm.aggregation,
-            part.completion_lens,
+            part.trained_lens,
             num_completions=batch.num_sequences,
-            num_tokens=int(batch.completion_lens.sum()),
+            num_tokens=int(batch.trained_lens.sum()),
             max_completion_tokens=self.config.rollout.max_completion_tokens,
         )
         micro = micro_batch(part, weights)

@@ -12,7 +12,7 @@ import argparse
 import gc
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,9 @@ def _sample(trainer: Trainer, path: Path) -> None:
         seed=config.run.seed + trainer.processes.rank,
     )
     trainer.prompts.position = 0
-    mine = {str(group.prompt.row): [asdict(each) for each in group.completions] for group in groups}
+    mine = {
+        str(group.prompt.row): [asdict(replace(each, turns=None)) for each in group.completions] for group in groups
+    }
     everyone = trainer.processes.gather(mine)
     if trainer.processes.is_main:
         path.write_text(json.dumps({row: found for part in everyone for row, found in part.items()}))

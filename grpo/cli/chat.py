@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from grpo.cli.model_options import add_options
+from grpo.data.hub_names import check_model
 from grpo.inference.commands import HELP
 from grpo.observe.console import console, errors_for_users
 from grpo.system.parser import Parser
@@ -25,23 +26,27 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--seed", type=int, help="of the sampling; default: another one each time")
     options = parser.parse_args()
+    with errors_for_users():
+        check_model(options.model)
     import torch
 
     from grpo.inference.chat import Conversation
-    from grpo.inference.resolve_model import choose, said
+    from grpo.inference.resolve_model import choose, said, trusted_tools
     from grpo.policy.tokenizer import load_tokenizer
     from grpo.system.distributed import stop
+    from grpo.turns.use import Tools
 
     with errors_for_users():
         chosen = choose(options)
         tokenizer = load_tokenizer(chosen.model)
         data = chosen.data(tokenizer, options.template, options.system)
+        tools = Tools.of(trusted_tools(chosen, options), chosen.settings.scoring, tokenizer, data)
         sampler = chosen.load(tokenizer, longest_prompt=1, engine="hf")
     if options.seed is not None:
         torch.manual_seed(options.seed)
     each = "" if data.template == "chat" else "; each question stands alone"
     greeting = f"{chosen.model.name}, template {data.template}{each}, {said(chosen.sampling)}; /help"
-    talk(Conversation(sampler.model, data, chosen.sampling), greeting)
+    talk(Conversation(sampler.model, data, chosen.sampling, tools=tools), greeting)
     stop()
 
 

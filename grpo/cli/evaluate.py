@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.data import registry as benchmarks
+from grpo.data.hub_names import check_model
 from grpo.evaluation import asked
 from grpo.observe.console import errors_for_users, positive
 from grpo.system.parser import Parser
@@ -32,6 +33,8 @@ def main() -> None:
     arguments = parser.parse_args()
     check(parser, arguments)
     with errors_for_users():
+        if not arguments.endpoint:
+            check_model(arguments.model, revision=arguments.revision)
         from grpo.evaluation import benchmark, results
         from grpo.policy.model_source import model_directory
         from grpo.system import distributed
@@ -50,6 +53,7 @@ def main() -> None:
             else (asked.Settings.top_p if arguments.temperature > 0 else 1.0),
             max_completion_tokens=arguments.max_tokens,
             stop=arguments.stop,
+            tools=arguments.tools,
             num_questions=arguments.questions,
             system_prompt=arguments.system_prompt,
             dtype=arguments.dtype,
@@ -145,6 +149,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--stop", nargs="+", default=[], metavar="TEXT", help="ends a completion, such as </answer>; see rollout.stop"
+    )
+    parser.add_argument(
+        "--tools",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="that the model can call, as in tools.functions: calculator, python, my_tools.py:lookup",
     )
     parser.add_argument("--questions", type=positive, metavar="N", help="only the first N of each benchmark")
     parser.add_argument("--seed", type=int, default=asked.Settings.seed)

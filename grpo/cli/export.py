@@ -11,8 +11,11 @@ docs/export.md says how to run them, and how near the quantised ones are.
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from pathlib import Path
 
+from grpo.data.hub_names import check_model
 from grpo.observe.console import errors_for_users
 from grpo.system.parser import Parser
 from grpo.system.terminal import say
@@ -20,8 +23,15 @@ from grpo.system.terminal import say
 
 def main() -> None:
     options = parser().parse_args()
-    with errors_for_users():
-        say("\n".join(f"written to {place}" for place in run(options)))
+    before = signal.signal(
+        signal.SIGTERM, lambda number, _: sys.exit(128 + number)
+    )  # by way of what removes half a folder
+    try:
+        with errors_for_users():
+            check_model(options.model, "RUN_OR_DIR")
+            say("\n".join(f"written to {place}" for place in run(options)))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(options: argparse.Namespace) -> list[str]:

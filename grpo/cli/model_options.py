@@ -28,6 +28,12 @@ def add_options(parser: ArgumentParser, *, one_model: bool = True) -> None:
             "--step", type=int, metavar="N", help="of a run: the checkpoint of step N instead of the newest"
         )
         parser.add_argument("--base", action="store_true", help="of a run: the model that it started from")
+        parser.add_argument(
+            "--tools",
+            nargs="*",
+            metavar="NAME",
+            help="that the model can call, as in tools.functions; none after it: no tools; default: the run's",
+        )
     parser.add_argument(
         "--config", metavar="YAML", help="template, rewards, sampling and data from here; default: the run's"
     )

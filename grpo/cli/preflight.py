@@ -10,6 +10,7 @@ import argparse
 
 from grpo import Config
 from grpo.cli.model_options import TEMPLATES
+from grpo.data.hub_names import check_config
 from grpo.observe.console import errors_for_users
 from grpo.system.parser import Parser
 
@@ -33,6 +34,7 @@ def main() -> None:
         parser.error(f"--questions is {arguments.questions}; there must be at least 1 question.")
     with errors_for_users():
         config = Config.load(arguments.config, arguments.set)
+        check_config(config)
         from grpo.check import templates
         from grpo.system import distributed
 

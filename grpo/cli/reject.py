@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.cli.model_options import add_options
+from grpo.data.hub_names import check_model
 from grpo.observe.console import errors_for_users, positive
 from grpo.system.parser import Parser
 from grpo.system.terminal import say
@@ -33,6 +34,9 @@ def main() -> None:
                     f"--{name.replace('_', '-')} has no effect without --rewrite-with. Leave it out, or name a model."
                 )
     with errors_for_users():
+        check_model(options.model)
+        if options.rewrite_with:
+            check_model(options.rewrite_with, "--rewrite-with")
         from grpo.rejection.reject import table_of
         from grpo.system import distributed
 
@@ -51,6 +55,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from grpo.evaluation.asked import Runtime
     from grpo.inference.inspect import columns_of, make_scorer
     from grpo.inference.resolve_model import choose, said, trusted_rewards
+    from grpo.observe.bar import check_rows
     from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
     from grpo.rejection.reject import Asked, reject
     from grpo.rejection.rules import Rules
@@ -80,7 +85,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     asked = Asked(chosen.model, chosen.sampling, options.samples, options.seed, _rewriting(options, chosen.sampling))
     scoring = chosen.settings.scoring.model_copy(update={"num_workers": options.workers})
     with make_scorer(rewards, columns=columns_of(rows), sampling=chosen.sampling, scoring=scoring) as scorer:
-        reasons = processes.on_main(lambda: scorer.check_rows(rows, say=processes.say))
+        reasons = processes.on_main(lambda: check_rows(scorer, rows))
         prompts, dropped = build_prompts(rows, tokenizer, data)
         prompts = [p for p in prompts if reasons[p.row] is None and rates[p.row]]
         for reason in filter(None, reasons):

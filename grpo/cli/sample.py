@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from grpo.cli.model_options import add_options
+from grpo.data.hub_names import check_model
 from grpo.observe.console import console, errors_for_users
 from grpo.system.parser import Parser
 from grpo.system.terminal import is_text
@@ -39,6 +40,7 @@ def main() -> None:
     check(parser, options)
     chatter = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
     with errors_for_users(), chatter:
+        check_model(options.model)
         rows = sample(options)
     from grpo.inference.inspect import show_group
     from grpo.system.distributed import stop
@@ -74,13 +76,16 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 def sample(options: argparse.Namespace) -> list[dict[str, Any]]:
     from grpo.data.prompts import build_prompts
     from grpo.inference.inspect import chosen_rows, columns_of, make_scorer, own_rows, sample_groups, without
-    from grpo.inference.resolve_model import choose, said, trusted_rewards
+    from grpo.inference.resolve_model import choose, said, trusted_rewards, trusted_tools
     from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
     from grpo.scoring.reward import resolve_rewards
+    from grpo.turns.use import Tools
 
     chosen = choose(options)
     tokenizer = load_tokenizer(chosen.model)
     data = chosen.data(tokenizer, options.template, options.system)
+    tools = Tools.of(trusted_tools(chosen, options), chosen.settings.scoring, tokenizer, data)
+    data = data if tools is None else tools.told(data)
     if options.data:
         data = data.model_copy(update={"name": options.data})
     asked = own_rows(options.question, options.answer)
@@ -98,7 +103,7 @@ def sample(options: argparse.Namespace) -> list[dict[str, Any]]:
         sampling=chosen.sampling,
         scoring=chosen.settings.scoring,
     )
-    with scorer:
+    with scorer, contextlib.nullcontext() if tools is None else tools.toolbox:
         print(f"model {chosen.model.name}, template {data.template}, {said(chosen.sampling)}, seed {options.seed}")
         for reason, num in dropped.items():
             print(f"without {num} of the questions: {reason}")
@@ -107,7 +112,7 @@ def sample(options: argparse.Namespace) -> list[dict[str, Any]]:
         sampler = chosen.load(tokenizer, longest_prompt=max(len(prompt.token_ids) for prompt in prompts))
         return sample_groups(
             prompts,
-            generator=sampler.generator,
+            generator=sampler.generator if tools is None else tools.around(sampler.generator),
             scorer=scorer,
             sampling=chosen.sampling,
             num_completions=options.group,

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from grpo.config.shipped import shipped
+from grpo.data.hub_names import check_model
 from grpo.observe.console import errors_for_users, positive
 from grpo.system.parser import Parser
 
@@ -45,6 +46,7 @@ def main() -> None:
             raise ValueError(f"--out is {arguments.out}; it is there already. Remove it, or name another file.")
         if not arguments.out.parent.is_dir():
             raise ValueError(f"--out is {arguments.out}; there is no directory {arguments.out.parent}. Make it first.")
+        check_model(arguments.model)
         text = supervised(arguments) if is_supervised(arguments.config) else reinforcement(arguments)
     arguments.out.write_text(text)
     print(text)

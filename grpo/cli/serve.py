@@ -15,6 +15,7 @@ import os
 from contextlib import ExitStack
 
 from grpo.cli.model_options import add_options
+from grpo.data.hub_names import check_model
 from grpo.observe.console import errors_for_users, positive
 from grpo.system.parser import Parser
 
@@ -25,6 +26,7 @@ def main() -> None:
     options = _parser().parse_args()
     with errors_for_users():
         _check_installed()
+        check_model(options.model)
         from grpo.serving import run
 
         with ExitStack() as stack:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from grpo.cli import launch
 from grpo.config import SupervisedConfig
+from grpo.data.hub_names import check_config
 from grpo.observe.console import errors_for_users, positive
 from grpo.system.parser import Parser
 
@@ -37,6 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with errors_for_users():
         config = SupervisedConfig.load(arguments.config, arguments.set)
+        check_config(config)
         launch.start_processes(MODULE, arguments.processes)
     raise SystemExit(dry_run(config) if arguments.dry_run else launch.train(lambda: make_trainer(config), MODULE))
 

@@ -27,6 +27,8 @@ from grpo.config.sections import (
     Section,
     SourceConfig,
     TeacherConfig,
+    ToolConfig,
+    ToolsConfig,
     VLLMConfig,
     as_text,
 )
@@ -63,6 +65,8 @@ __all__ = [
     "SourceConfig",
     "SupervisedConfig",
     "TeacherConfig",
+    "ToolConfig",
+    "ToolsConfig",
     "VLLMConfig",
     "as_override",
     "as_text",

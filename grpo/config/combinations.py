@@ -119,6 +119,7 @@ def check_combinations(config: Config) -> None:
             f"rollout.signal_from is {rollout.signal_from!r}; it has no effect while rollout.max_oversampling is 1. Remove it, "
             "or set rollout.max_oversampling."
         )
+    _check_carry_over(config)
     _check_updates(config)
     _check_objective(config.algorithm)
     _check_offload(config.distributed)
@@ -308,6 +309,40 @@ def check_rewards(config: Config) -> None:
         raise ValueError(
             f"rewards is {[reward.function for reward in config.rewards]} without any weight; at least one reward must "
             "count for something, throughout the run. Give one of them a weight other than 0."
+        )
+
+
+CARRY_OVER_WITH_TOOLS = (
+    "rollout.carry_over is true; a completion that waits for a tool cannot be carried over to another step. Remove "
+    "rollout.carry_over, or the tools."
+)
+
+
+def _check_carry_over(config: Config) -> None:
+    rollout, default = config.rollout, type(config.rollout).model_fields["max_staleness"].default
+    if not rollout.carry_over:
+        if rollout.max_staleness != default:
+            raise ValueError(
+                f"rollout.max_staleness is {rollout.max_staleness}; it has no effect while rollout.carry_over is false. Set "
+                "rollout.carry_over=true, or remove it."
+            )
+        return
+    if rollout.engine in ("hf", "vllm"):
+        raise ValueError(
+            f"rollout.carry_over is true; rollout.engine {rollout.engine} cannot go on with completions that were begun in an "
+            "earlier step. Set rollout.engine to native, or remove rollout.carry_over."
+        )
+    if config.tools.functions:
+        raise ValueError(CARRY_OVER_WITH_TOOLS)
+    if config.algorithm.importance == "none":
+        raise ValueError(
+            "rollout.carry_over is true; part of the tokens are then drawn by older weights, and algorithm.importance none would "
+            "train on them as if they were not. Set algorithm.importance=truncate and algorithm.importance_high=2."
+        )
+    if config.teacher.name is not None:
+        raise ValueError(
+            f"rollout.carry_over is true; the divergence from the teacher ({config.teacher.name}) has a gradient only on tokens "
+            "of the present weights. Remove rollout.carry_over."
         )
 
 

@@ -20,6 +20,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    PrivateAttr,
     Tag,
     field_validator,
 )
@@ -169,6 +170,19 @@ class DataConfig(Section):
             [{"name": each} if isinstance(each, str) else each for each in value] if isinstance(value, list) else value
         )
 
+    _tools: list[dict[str, Any]] = PrivateAttr(default_factory=list)
+
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        """Schemas of the tools that prompts tell of."""
+        return self._tools
+
+    def with_tools(self, schemas: list[dict[str, Any]]) -> DataConfig:
+        """The same for prompts that tell the model of tools."""
+        data = self.model_copy()
+        data._tools = schemas
+        return data
+
     @property
     def weights(self) -> dict[str, float] | None:
         """The weight of each source of `name` by its label; None: there are no weights."""
@@ -188,6 +202,13 @@ class RolloutConfig(Section):
     signal_from: str | None = None
     """Name of the reward whose values must differ in a group that dynamic sampling takes. null: `accuracy`, or else the first, of
     those with a weight. Choosing by a reward for length or form fills batches with groups that teach only that."""
+    carry_over: bool = False
+    """Give places that fall free while the last completions of a batch run to those of later questions, which go on from there in
+    their own step: nothing waits for the longest answer. The batch is the next questions in dealt order as ever. Their tokens are
+    then partly older weights', which algorithm.importance weighs; see training/carry_over.py. Needs the native engine."""
+    max_staleness: PositiveInt = 2
+    """How many steps ahead carry_over may begin with a question, so that no token is older. Raising it keeps the GPU busier where
+    few answers are much longer than the rest, and trains on older tokens."""
     max_completion_tokens: PositiveInt = 1024
     """Where sampling is cut off; such a completion has finish_reason "length"."""
     temperature: PositiveFloat = 1.0
@@ -260,6 +281,39 @@ class RewardConfig(Section):
 def as_text(value: Any) -> Any:
     """A plain value of a column as it is compared: true and 1 as JSON has them."""
     return json.dumps(value) if isinstance(value, (bool, int, float)) else value
+
+
+class ToolConfig(Section):
+    function: Location
+    """A name in tools/, `module:function`, or `path/to/file.py:function`; or a class. What lies beside a file can be imported
+    there."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the function that are not the model's to choose; of a class, those that its objects are made with."""
+
+
+class ToolsConfig(Section):
+    """What the model can call; docs/tools.md says how. Tools run in processes like rewards, with scoring.num_workers of them,
+    scoring.memory_gib and scoring.environment."""
+
+    functions: list[ToolConfig] = Field(default_factory=list)
+    """Tools: `[calculator, my_tools.py:lookup]`, where an entry may be a mapping, ToolConfig: `{function: python, args: {seconds:
+    2}}`. Empty: none."""
+    max_calls: PositiveInt = 8
+    """Calls of a completion. One that asks for more ends there, with finish_reason "calls"."""
+    max_result_tokens: PositiveInt = 256
+    """Of a call's result; the rest is cut off. Results count towards rollout.max_completion_tokens."""
+    timeout_seconds: PositiveFloat = 5.0
+    """Wall-clock limit of a call; then its process is ended, and the result says so."""
+
+    @field_validator("functions", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """An entry may be a bare name."""
+        return (
+            [{"function": each} if isinstance(each, str) else each for each in value]
+            if isinstance(value, list)
+            else value
+        )
 
 
 class ScoringConfig(Section):

@@ -39,6 +39,8 @@ from grpo.config.sections import (
     Section,
     SourceConfig,
     TeacherConfig,
+    ToolConfig,
+    ToolsConfig,
     VLLMConfig,
     WatchdogConfig,
 )
@@ -143,6 +145,7 @@ class Config(Settings):
     rewards: list[RewardConfig] = Field(
         default_factory=lambda: [RewardConfig(function="accuracy"), RewardConfig(function="format")]
     )
+    tools: ToolsConfig = Field(default_factory=ToolsConfig)
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     lora: LoRAConfig = Field(default_factory=LoRAConfig)
@@ -366,6 +369,7 @@ LISTED_SECTIONS: dict[str, type[BaseModel]] = {
     "rewards": RewardConfig,
     "data.name": SourceConfig,
     "data.eval_name": SourceConfig,
+    "tools.functions": ToolConfig,
 }
 """What an entry of a list is, where the entries of the list have settings."""
 

@@ -22,6 +22,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from grpo.system import hub_access
+
 Row = dict[str, Any]
 
 
@@ -185,12 +187,22 @@ def _hub_rows(name: str, subset: str | None, split: str, setting: str, revision:
 
     options = {} if revision is None else {"revision": revision}
     asked = f"subset {subset!r}, split {split!r}" + (f", revision {revision!r}" if revision else "")
-    table = _loaded(
-        lambda: datasets.load_dataset(name, subset, split=split, **options),
-        Path(name),
-        f"{setting} is {name!r} ({asked}); there is no such local file and the hub gave no such data set",
-        f"Correct the name, or set {setting} to a .jsonl or .parquet file.",
-    )
+    said = f"{setting} is {name!r} ({asked})"
+    reason = hub_access.unreachable()
+    no_such = "there is no such local file and the hub gave no such data set"
+    try:
+        with hub_access.hub_or_cache():
+            table = _loaded(
+                lambda: datasets.load_dataset(name, subset, split=split, **options),
+                Path(name),
+                f"{said}; {no_such if reason is None else f'{reason}, and the copy in the cache has no such data'}",
+                f"Correct the name, or set {setting} to a .jsonl or .parquet file; for a private or gated one, log in "
+                "(`hf auth login`).",
+            )
+    except Unreadable as error:
+        if reason is None or hub_access.has_data_set(name):
+            raise
+        raise Unreadable(hub_access.no_data_set(said, name, setting, reason)) from error
     return data_set_rows(table)
 
 

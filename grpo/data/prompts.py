@@ -55,9 +55,33 @@ def _chat(question: Question, tokenizer: PreTrainedTokenizerBase, data: DataConf
     return chat_text(conversation(question, data), tokenizer, data)
 
 
+TOOLS = (
+    "The assistant may call tools while it thinks, each with one line of JSON, "
+    '<tool>{{"name": ..., "arguments": {{...}}}}</tool>, and then reads what the tool answers between <result> and </result>. '
+    "The tools are: {tools}. "
+)
+"""What the paper's template says of tools, before the question."""
+
+
+def _r1_zero(question: str, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> str:
+    told = TOOLS.format(tools="; ".join(map(_signature, data.tools))) if data.tools else ""
+    return R1_ZERO.replace("User: {question}", told + "User: {question}").replace("{question}", question)
+
+
+def _signature(schema: Mapping[str, Any]) -> str:
+    """calculator(expression: string), which computes an expression, where expression is ..."""
+    function = schema["function"]
+    properties = function["parameters"]["properties"]
+    types = ", ".join(f"{name}: {each.get('type', 'any')}" for name, each in properties.items())
+    meanings = "".join(
+        f" {name}: {each['description']}" for name, each in properties.items() if each.get("description")
+    )
+    return f"{function['name']}({types}): {function['description']}{meanings}"
+
+
 TEMPLATES: dict[str, Template] = {
-    "r1_zero": Template(lambda question, *_: R1_ZERO.replace("{question}", question)),
-    "r1_zero_think": Template(lambda question, *_: R1_ZERO.replace("{question}", question) + " <think>"),
+    "r1_zero": Template(_r1_zero),
+    "r1_zero_think": Template(lambda *given: _r1_zero(*given) + " <think>"),
     "chat": Template(_chat, is_chat=True),
     "none": Template(lambda question, *_: question),
 }
@@ -170,7 +194,11 @@ def render(
     try:
         return str(
             tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **data.chat_template_kwargs
+                messages,
+                tools=[*data.tools] or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **data.chat_template_kwargs,
             )
         )
     except Exception as error:  # a template is a program, and whatever it raises says what is wrong with it
@@ -439,9 +467,12 @@ class PromptOrder:
 
     def draw(self, num_prompts: int) -> list[Prompt]:
         """This process's share of the next `num_prompts` prompts: every world_size-th, starting at its rank."""
-        mine = range(self.position + self.rank, self.position + num_prompts, self.world_size)
-        self.position += num_prompts
-        return [self._at(place) for place in mine]
+        start, self.position = self.position, self.position + num_prompts
+        return [*self.share(start, self.position).values()]
+
+    def share(self, start: int, end: int) -> dict[int, Prompt]:
+        """This process's prompts from one place up to another, by place, dealt as in `draw`, which this leaves as it is."""
+        return {place: self._at(place) for place in range(start + self.rank, end, self.world_size)}
 
     def _at(self, place: int) -> Prompt:
         epoch, offset = divmod(place, len(self.prompts))

@@ -54,6 +54,7 @@ class Settings:
     system_prompt: str | None = None  # of the chat templates; None: what the tokenizer's template says by itself
     dtype: str = "auto"
     seed: int = 0
+    tools: list[str] = field(default_factory=list)  # that the model can call, as --tools has them
     endpoint: str | None = None  # the address of a server that hosts the model; None: it is loaded here
 
     def __post_init__(self) -> None:
@@ -75,6 +76,11 @@ class Settings:
             raise ValueError(
                 f"--stop is {self.stop} with --endpoint; servers cut stop texts off, and with </answer> the answer could not be "
                 "found. Leave it out."
+            )
+        if self.endpoint is not None and self.tools:
+            raise ValueError(
+                f"--tools is {self.tools} with --endpoint; tools are called where the model is sampled, and a server does that "
+                "itself. Leave it out."
             )
         if self.revision != "main" and Path(self.model).is_dir():
             raise ValueError(

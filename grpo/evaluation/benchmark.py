@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import xxhash
 
 from grpo.config import Config, DataConfig, ModelConfig
+from grpo.config.sections import ScoringConfig
 from grpo.data import registry as benchmarks
 from grpo.data.prompts import build_prompts
 from grpo.evaluation.asked import PROMPT_FORMATS, Runtime, Settings, Task
@@ -31,7 +32,7 @@ from grpo.evaluation.results import QUESTION_KEYS, as_json, conclude, earlier_re
 from grpo.evaluation.sample_file import Book, claimed, finished
 from grpo.inference import model as inference
 from grpo.inference.resolve_model import num_positions, run_directory
-from grpo.observe.bar import Bar
+from grpo.observe.bar import Bar, check_rows
 from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
 from grpo.scoring.answers import answer
 from grpo.scoring.reward import Reward, resolve_function
@@ -40,6 +41,10 @@ from grpo.system import distributed
 from grpo.system.distributed import Processes
 from grpo.system.out_of_memory import retry_with_fewer_sequences
 from grpo.system.terminal import say
+from grpo.turns.form import form_of
+from grpo.turns.generator import ToolGenerator
+from grpo.turns.toolbox import Toolbox
+from grpo.turns.use import named
 from grpo.types import VOTE, Generator, Prompt
 
 
@@ -69,6 +74,7 @@ OPTIONS = {
     "ame a file with another chat template (data.chat_template)": "ame other --templates",
     " and say it in data.question_template": "",
     "data.system_prompt": "--system-prompt",
+    "tools.functions": "--tools",
 }
 """What a setting of a run's configuration is called here."""
 
@@ -116,7 +122,8 @@ def evaluate(settings: Settings, out: Path, runtime: Runtime, hosted: Asks | Non
         results = processes.on_main(lambda: earlier_results(out))
         for task in tasks:
             started = time.perf_counter()
-            _answer(task, done, generator, scorers[PROMPT_FORMATS[task.template].source], settings, out, processes)
+            answering = asks.around(generator, task.template)
+            _answer(task, done, answering, scorers[PROMPT_FORMATS[task.template].source], settings, out, processes)
             processes.barrier()
             is_new = done.isdisjoint(task.keys)
             seconds = time.perf_counter() - started if is_new else seconds_of(results, task)
@@ -144,6 +151,10 @@ class Asks(Protocol):
         """What answers."""
         ...
 
+    def around(self, generator: Generator, template: str) -> Generator:
+        """The same with tools, for prompts of that template."""
+        ...
+
 
 class OwnModel:
     """A model that is loaded here."""
@@ -154,9 +165,18 @@ class OwnModel:
             name=settings.model, revision=settings.revision, trust_remote_code=runtime.trust_remote_code
         )
         self.tokenizer = load_tokenizer(self.model)
+        self.tools = named(settings.tools)
+        scoring = ScoringConfig(num_workers=runtime.num_workers)
+        formats = dict.fromkeys(PROMPT_FORMATS[name].template for name in settings.templates)
+        self.forms = {
+            template: form_of(self.tokenizer, DataConfig(template=template))  # type: ignore[arg-type]
+            for template in (formats if settings.tools else ())
+        }
+        self.toolbox = Toolbox.of(self.tools, scoring)
 
     def prompts(self, rows: list[dict[str, Any]], data: DataConfig) -> list[Prompt]:
-        return build_prompts(rows, self.tokenizer, data)[0]
+        told = data if self.toolbox is None else data.with_tools(self.toolbox.schemas)
+        return build_prompts(rows, self.tokenizer, told)[0]
 
     def prepared(self, settings: Settings, prompts: list[Prompt]) -> Settings:
         asked = [prompt.token_ids for prompt in prompts]
@@ -182,6 +202,12 @@ class OwnModel:
 
     def start(self, out: Path) -> Generator:
         return inference.load(self.config, self.tokenizer).generator
+
+    def around(self, generator: Generator, template: str) -> Generator:
+        if self.toolbox is None:
+            return generator
+        form = self.forms[PROMPT_FORMATS[template].template]
+        return ToolGenerator(generator, self.toolbox, form, self.tokenizer, self.tools)
 
 
 MOST_TOKENS = 4096
@@ -257,7 +283,7 @@ def _task(
     data = DataConfig(template=how.template, system_prompt=system_prompt, max_prompt_tokens=NO_LIMIT)  # type: ignore[arg-type]
     asked = [{**row, "question": row["question"] + how.suffix} for row in rows]
     prompts = asks.prompts(asked, data)
-    reasons = processes.on_main(lambda: scorer.check_rows(rows))
+    reasons = processes.on_main(lambda: check_rows(scorer, rows))
     own = [
         replace(
             prompt,

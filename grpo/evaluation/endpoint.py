@@ -30,7 +30,7 @@ from grpo.evaluation.asked import Settings
 from grpo.rollout.sampling import sequence_seeds
 from grpo.system.terminal import say
 from grpo.system.writer import replace_text
-from grpo.types import Completion, FinishReason, Group, OnGroup, Prompt, Sampling
+from grpo.types import Completion, FinishReason, Generator, Group, OnGroup, Prompt, Sampling
 
 SET_HERE = ("model", "messages", "prompt", "stream", "n")
 """Fields that --request may not have: another question, or a reply of another form."""
@@ -143,6 +143,10 @@ class HostedModel:
 
     def files(self) -> str:
         return json.dumps([self.endpoint.url, self.endpoint.request], sort_keys=True)
+
+    def around(self, generator: Generator, template: str) -> Generator:
+        """As it is: a server calls its tools itself."""
+        return generator
 
     def start(self, out: Path) -> HostedModel:
         """

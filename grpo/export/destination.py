@@ -27,13 +27,13 @@ def check_destination(out: Path) -> None:
         )
 
 
-def check_room(out: Path, num_bytes: int) -> None:
+def check_room(out: Path, num_bytes: int, *, setting: str = "--out") -> None:
     """Raises ValueError if the disk has no room for so many bytes."""
     free = free_bytes(out)
     if num_bytes > free:
         raise ValueError(
-            f"--out is {str(out)!r}; the export takes about {num_bytes / GIB:.3g} GiB, and {free / GIB:.3g} GiB are free there. "
-            "Free some space, name a directory on another disk, or choose a smaller --quantization."
+            f"{setting} is {str(out)!r}; the export takes about {num_bytes / GIB:.3g} GiB, and {free / GIB:.3g} GiB are free "
+            "there. Free some space, name a directory on another disk, or choose a smaller --quantization."
         )
 
 

@@ -99,8 +99,10 @@ def push(asked: Asked, *, private: bool) -> list[str]:
     prepared = _prepare(asked)
     with tempfile.TemporaryDirectory(prefix="grpo-hub-") as scratch:
         folder = Path(scratch) / "model"
+        say(f"{repo} is written to {folder} (TMPDIR), and removed there once it is pushed")
         whole = _load(asked, prepared)
-        check_room(folder, sum(weight.nbytes for weight in whole.weights().values()) + FOLDER_FILES)
+        num_bytes = sum(weight.nbytes for weight in whole.weights().values()) + FOLDER_FILES
+        check_room(Path(tempfile.gettempdir()), num_bytes, setting="TMPDIR")
         write_folder(whole, folder, ends=prepared.ends, chosen=asked.chosen)
         _write_card(asked, prepared, folder)
         try:

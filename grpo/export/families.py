@@ -97,6 +97,8 @@ def _unlike_llama_cpp(family: Family, config: PretrainedConfig) -> str | None:
     kind = rope_of(config)["rope_type"]
     if kind not in ROPES:
         return f"a rotary embedding of the type {kind}, and only {', '.join(ROPES)} are written"
+    if kind == "llama3" and family.architecture != "llama":  # other graphs have no place for its factors
+        return f"a rotary embedding of the type llama3, which llama.cpp's {family.architecture} does not read"
     if kind == "yarn" and (problem := _odd_yarn(rope_of(config))) is not None:
         return problem
     if rope_of(config).get("partial_rotary_factor", 1.0) != 1.0:

@@ -23,6 +23,8 @@ from grpo.policy.policy import SampledModel
 from grpo.rollout.hf import drawing_options, without_defaults
 from grpo.system.terminal import is_text, printable
 from grpo.text.thinking import Kind, Reader
+from grpo.turns.toolbox import States
+from grpo.turns.use import Tools
 from grpo.types import Sampling
 
 
@@ -31,8 +33,10 @@ class Answer:
 
     def __init__(self, model: SampledModel, prompt: list[int], sampling: Sampling) -> None:
         self.text = ""  # so far
+        self.prompt = prompt
         self.is_cut_off = False  # at sampling.max_tokens; known at the end
-        self._model, self._prompt, self._sampling = model, prompt, sampling
+        self._model, self._sampling = model, sampling
+        self.limit = sampling.max_tokens
         self._stop = threading.Event()
         self._streamer = _Streamer(model)
         self._error: BaseException | None = None
@@ -52,8 +56,13 @@ class Answer:
         text_ends = any(stop in self.text for stop in self._sampling.stop)
         self.is_cut_off = not text_ends and not self._streamer.has_ended
 
+    @property
+    def tokens(self) -> list[int]:
+        """Sampled so far, with the one that ends it."""
+        return self._streamer.tokens
+
     def _sample(self) -> None:
-        tokens = torch.tensor([self._prompt], device=self._model.processes.device)
+        tokens = torch.tensor([self.prompt], device=self._model.processes.device)
         try:
             with self._model.sampling_model() as lm, without_defaults(lm):
                 lm.generate(  # type: ignore[operator]
@@ -83,9 +92,12 @@ class _Streamer(TextIteratorStreamer):
             model.tokenizer, skip_prompt=True, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         self.has_ended = False
+        self.tokens: list[int] = []
         self._ends = set(model.end_token_ids)
 
     def put(self, value: Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.tokens.append(int(value))
         if not self.next_tokens_are_prompt and value.item() in self._ends:
             self.has_ended = True
         else:
@@ -108,6 +120,12 @@ class Conversation:
     data: DataConfig
     sampling: Sampling
     messages: list[dict[str, str]] = field(default_factory=list)  # of the user and the assistant in turns
+    tools: Tools | None = None
+
+    def __post_init__(self) -> None:
+        if self.tools is not None:
+            self.data = self.tools.told(self.data)
+            self.sampling = replace(self.sampling, stop=(*self.sampling.stop, *self.tools.form.stop))
 
     @property
     def remembers(self) -> bool:
@@ -139,6 +157,26 @@ class Conversation:
                 f"the model knows {limit} positions. Forget the conversation (/reset), or lower --max-tokens."
             )
         return Answer(self.model, tokens, self.sampling)
+
+    def after_tools(self, answer: Answer, states: States, num_calls: int) -> tuple[str, int, Answer] | None:
+        """What the tools say to the calls that an answer ends with, how many, and the answer that goes on; None if it ends here.
+
+        Args:
+            states: the objects of the tools, which change.
+            num_calls: of the answer so far.
+        """
+        if self.tools is None or answer.is_cut_off:
+            return None
+        calls = self.tools.form.calls(answer.text)
+        if not calls or num_calls + len(calls) > self.tools.limits.max_calls:
+            return None
+        said_ = [each.text for each in self.tools.toolbox.answers(calls, states)]
+        text, ids = self.tools.form.results(said_, self.model.tokenizer, most=self.tools.limits.max_result_tokens)
+        left = answer.limit - len(answer.tokens) - len(ids)
+        if left < 1:
+            return None
+        prompt = [*answer.prompt, *answer.tokens, *ids]
+        return text, len(calls), Answer(self.model, prompt, replace(self.sampling, max_tokens=left))
 
     def remember(self, question: str, answer: str) -> None:
         """Add a turn, of the answer what stands behind its thoughts, as the models' own chat templates have it.
@@ -201,9 +239,17 @@ def show(conversation: Conversation, question: str, terminal: Console) -> None:
     """
     answer, note = conversation.ask(question), ""
     starts_in_thought = _opens_thought(conversation.prompt(question))
+    states: States = {}
+    num_calls = 0
     try:
         with closing(iter(answer)) as pieces:
             write(pieces, terminal, starts_in_thought=starts_in_thought)
+        while (after := conversation.after_tools(answer, states, num_calls)) is not None:
+            result, number, answer = after
+            num_calls += number
+            terminal.print(Text(printable(result), style="cyan"), end="")
+            with closing(iter(answer)) as pieces:
+                write(pieces, terminal, starts_in_thought=False, goes_on=True)
     except KeyboardInterrupt:
         note = " (stopped)"
     if answer.is_cut_off:
@@ -216,9 +262,9 @@ def _opens_thought(prompt: str) -> bool:
     return prefill_of(prompt).rstrip().endswith("<think>")
 
 
-def write(pieces: Iterable[str], terminal: Console, *, starts_in_thought: bool) -> None:
-    """Print a text as it comes: thoughts dimmed, and tags too; without white space in front."""
-    reader, is_spare = Reader("think" if starts_in_thought else "text"), True
+def write(pieces: Iterable[str], terminal: Console, *, starts_in_thought: bool, goes_on: bool = False) -> None:
+    """Print a text as it comes: thoughts dimmed, and tags too; without white space in front, unless it goes on behind another."""
+    reader, is_spare = Reader("think" if starts_in_thought else "text"), not goes_on
     try:
         for piece in pieces:
             shown = piece.lstrip() if is_spare else piece

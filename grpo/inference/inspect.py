@@ -146,14 +146,17 @@ def show_group(console: Console, rows: list[dict[str, Any]]) -> None:
         console.print(_heading(row, len(rows)))
         for name, value in row["rewards"].items():
             console.print(_verdict(name, value, row))
-        console.print(_indented(styled_completion(row["completion"].strip())))
+        console.print(_indented(_styled(row)))
     console.print(Text.assemble(("\n", ""), (_summary(rows), "bold")))
+
+
+ENDS = {"length": "cut off", "calls": "out of calls"}
 
 
 def _heading(row: Mapping[str, Any], num: int) -> Text:
     mark = {True: ("✓", "bold green"), False: ("✗", "bold red"), None: ("?", "bold yellow")}[verdict_of(row)]
     advantage = f"  advantage {row['advantage']:+.3f}" if num > 1 else ""
-    end = "cut off" if row["finish_reason"] == "length" else "ended"
+    end = ENDS.get(row["finish_reason"], "ended")
     said = f" {row['sample'] + 1}/{num}  reward {number(row['reward'])}{advantage}  {row['num_tokens']} tokens, {end}"
     return Text.assemble(("\n", ""), mark, (said, "bold"))
 
@@ -171,6 +174,16 @@ def _verdict(name: str, value: float | None, row: Mapping[str, Any]) -> Text:
 
 def _indented(text: Text) -> Text:
     return Text("\n").join(Text.assemble(("    │ ", "dim cyan"), line) for line in text.split("\n"))
+
+
+def _styled(row: Mapping[str, Any]) -> Text:
+    """What the model wrote, and between it what tools answered, which stands out."""
+    turns = row.get("turns") or [{"role": "assistant", "content": row["completion"].strip()}]
+    styled = [
+        Text(printable(turn["content"]), style="cyan") if turn["role"] == "tool" else styled_completion(turn["content"])
+        for turn in turns
+    ]
+    return Text.assemble(*styled)
 
 
 def _summary(rows: list[dict[str, Any]]) -> str:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config import Config, DataConfig, ModelConfig, RewardConfig, SupervisedConfig, read_yaml
+from grpo.config import Config, DataConfig, ModelConfig, RewardConfig, SupervisedConfig, ToolsConfig, read_yaml
 from grpo.data.prompts import use_chat_template
 from grpo.inference.model import Sampler, load, sampling_config
 from grpo.policy.families import attribute
 from grpo.policy.model_source import complete_checkpoints, model_config, model_directory
 from grpo.run.checkpoint import numbers_of
 from grpo.system.terminal import say
+from grpo.turns.use import named
 from grpo.types import Sampling
 
 LONG = 10**9
@@ -88,16 +89,35 @@ def trusted_rewards(chosen: Chosen, options: Namespace) -> list[RewardConfig]:
     """
     rewards = chosen.settings.rewards
     foreign = [each.function for each in rewards if ":" in each.function and not each.function.startswith(OWN_REWARDS)]
-    if not foreign or options.config or options.trust_rewards:
-        return rewards
-    named = f"the configuration of {options.model!r} names reward functions that are run here: {', '.join(foreign)}"
-    if sys.stdin.isatty() and sys.stderr.isatty():
-        say(f"{named}. Run them? [y/N]", file=sys.stderr)
-        if sys.stdin.readline().strip().lower() in ("y", "yes"):
-            return rewards
-    raise ValueError(
-        f"{named}. If you trust them, say so with --trust-rewards, or name a YAML of your own with --config."
+    if not options.trust_rewards:
+        _trust(foreign, "reward functions", "say so with --trust-rewards", options)
+    return rewards
+
+
+def trusted_tools(chosen: Chosen, options: Namespace) -> ToolsConfig:
+    """The tools of --tools, or else those that the run's configuration lists, which are trusted as rewards are.
+
+    Raises:
+        ValueError: there is code of others, and nobody has said that it may run; or --tools cannot be read.
+    """
+    tools = chosen.settings.tools
+    if options.tools is not None:
+        return named(options.tools, tools)
+    _trust(
+        [each.function for each in tools.functions if ":" in each.function], "tools", "name them with --tools", options
     )
+    return tools
+
+
+def _trust(foreign: list[str], what: str, how: str, options: Namespace) -> None:
+    if not foreign or options.config:
+        return
+    said = f"the configuration of {options.model!r} names {what} that are run here: {', '.join(foreign)}"
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        say(f"{said}. Run them? [y/N]", file=sys.stderr)
+        if sys.stdin.readline().strip().lower() in ("y", "yes"):
+            return
+    raise ValueError(f"{said}. If you trust them, {how}, or name a YAML of your own with --config.")
 
 
 OWN_REWARDS = ("grpo.rewards:", "grpo.rewards.")

@@ -6,7 +6,9 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -15,8 +17,14 @@ from grpo.observe.console import console
 from grpo.system import progress
 from grpo.system.terminal import Region, can_repaint, say
 
+if TYPE_CHECKING:
+    from grpo.scoring.scorer import Scorer
+
 FIRST_LINE, EVERY = 5.0, 60.0
 """Seconds to the first line where there is no terminal, and between the others."""
+
+SHORT = 2.0
+"""Seconds. A start has checks that mostly take less, and whose bars would only be in the way."""
 
 WIDTH = 24
 """Characters of the bar."""
@@ -33,10 +41,21 @@ class Bar:
         most_tokens: of all completions together, at their limit.
         unit: of `total`, in the plural; bytes are shown as MB.
         shown: False on other processes than the main one.
+        after: seconds that work takes before it is shown at all, at the next `add`.
     """
 
-    def __init__(self, name: str, *, total: int, most_tokens: int, shown: bool = True, unit: str = "questions") -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        total: int,
+        most_tokens: int,
+        shown: bool = True,
+        unit: str = "questions",
+        after: float = 0.0,
+    ) -> None:
         self.name, self.total, self.most_tokens, self.shown, self.unit = name, total, most_tokens, shown, unit
+        self.after = after
         self.done = 0
         self._done_at = 0.0  # seconds from the start to when `done` last grew
         self._start = time.monotonic()
@@ -50,10 +69,13 @@ class Bar:
             return self
         if not can_repaint(sys.stdout, os.environ):
             self._lines.start()
-        else:
-            self._region = Region(console(), lambda terminal: [self._line(terminal)])
-            self._region.start()
+        elif not self.after:
+            self._paint()
         return self
+
+    def _paint(self) -> None:
+        self._region = Region(console(), lambda terminal: [self._line(terminal)])
+        self._region.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -68,6 +90,8 @@ class Bar:
         self._done_at = time.monotonic() - self._start
         if self._region is not None:
             self._region.refresh()
+        elif self.shown and not self._lines.is_alive() and self._done_at > self.after:
+            self._paint()
 
     def _say_lines(self) -> None:
         """In a thread: the one that works may be in one call for minutes."""
@@ -101,6 +125,12 @@ class Bar:
         filled = round(WIDTH * self.done / max(self.total, 1))
         bar = ("━" * filled, "green"), ("━" * (WIDTH - filled), "dim")
         return Text.assemble((f"{self.name}  ", "bold"), *bar, f"  {self.words()}")
+
+
+def check_rows(scorer: Scorer, rows: Sequence[dict[str, Any]]) -> list[str | None]:
+    """`scorer.check_rows`, shown."""
+    with Bar("can the answers be graded?", total=len(rows), most_tokens=0, unit="answers checked", after=SHORT) as bar:
+        return scorer.check_rows(rows, add=bar.add)
 
 
 def clock(seconds: float) -> str:

@@ -20,7 +20,7 @@ from grpo.scoring.answers import is_right
 from grpo.system.distributed import Processes
 from grpo.text import answer_forms, language
 from grpo.text.aha import Words, tally
-from grpo.types import VOTE, Group, MicroBatch, Scores
+from grpo.types import VOTE, Completion, Group, MicroBatch, Scores
 
 LOSS = "supervised/loss"
 
@@ -38,7 +38,7 @@ METRICS = {
     "rollout/draws": "times that the step sampled before its batch was full, or rollout.max_oversampling was reached",
     "batch/with_signal": "share of the groups of the batch that have that signal; below 1 the limit came before it was full",
     "batch/reward_mean": "mean reward over the batch, which is a choice; how good the policy is, reward/mean says",
-    "completion/length_mean": "mean number of completion tokens, the end-of-sequence token included",
+    "completion/length_mean": "mean number of tokens of completions that the model wrote, the end-of-sequence token included",
     "completion/length_max": "largest number of completion tokens",
     "completion/truncated": "share of completions cut off at rollout.max_completion_tokens",
     "completion/repetition": "share of the runs of 8 tokens in completions that the same completion had before",
@@ -67,7 +67,8 @@ METRICS = {
     "policy/importance_bounded": "share of trained tokens whose weight was beyond a bound, and was truncated or masked",
     "policy/selected": "share of trained tokens whose surrogate counts, because their entropy is among the highest",
     "policy/kl_penalty": "mean over the batch's completions of what the KL takes from their reward, with algorithm.kl_in reward",
-    "policy/sampling_gap": "mean over trained tokens of |log-probability in the trainer - when sampled|, before an update",
+    "policy/sampling_gap": "mean over trained tokens that this step's weights drew of |log-probability in the trainer - when "
+    "sampled|, before an update",
     "policy/sampling_gap_max": "largest of these gaps",
     LOSS: "mean over the step's trained tokens of the rows of -log p(token), in nats, before the update",
     "supervised/accuracy": "share of these tokens that the model found likeliest, given what comes before them in the row",
@@ -83,7 +84,18 @@ METRICS = {
     "rollout/slots": "most completions that a process of the native engine sampled at once; mean over processes and draws",
     "rollout/kv_gib": "GiB that a process of the native engine holds for keys and values; mean over processes and draws",
     "rollout/occupancy": "share of the native engine's decoded places (slots x decoding steps) that gave a token of a completion",
+    "rollout/staleness": "mean over the batch's tokens of training steps since the weights that drew them; rollout.carry_over",
+    "rollout/staleness_max": "largest of these; at most rollout.max_staleness",
+    "rollout/carried": "share of the batch's tokens that were drawn in earlier steps",
+    "rollout/ahead": "completion tokens of later questions that all processes have ready at the end of the step's sampling",
     "rollout/preempted": "completions that the native engine set aside for want of memory; mean over processes and draws",
+    "tools/calls": "mean number of calls of a completion that were answered",
+    "tools/used": "share of completions with at least one",
+    "tools/failed": "share of the calls that gave no result: unreadable, refused, an error, out of time, a dead process",
+    "tools/seconds": "mean seconds of a call in its worker process",
+    "tools/result_tokens": "mean number of tokens that tools have put into a completion; no other metric counts them",
+    "tools/out_of_calls": "share of completions that ended because they asked for more than tools.max_calls calls",
+    "tools/wait": "seconds of a draw in which all that was left waited for tools; mean over processes and draws",
     "batch/padding": "share of forward passes that a process ran without work, to keep in step with the others",
     "batch/shared": "share of the tokens of prompts and completions that need no pass, because completions share their prompt",
     "batch/imbalance": "share of the update's passes that the processes would wait for the fullest, if time were tokens",
@@ -246,7 +258,7 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores) -> None:
         if group.prompt.kind is not None:
             kind = f"kind/{group.prompt.kind}"
             meter.mean_of_known(f"{kind}/reward", scores.rewards[p])
-            meter.mean(f"{kind}/length", torch.tensor([float(len(c.token_ids)) for c in group.completions]))
+            meter.mean(f"{kind}/length", torch.tensor([float(len(c.own_ids)) for c in group.completions]))
             for name, values in scores.values.items():
                 if name != VOTE:
                     meter.mean_of_known(f"{kind}/{name}", values[p])
@@ -255,16 +267,49 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores) -> None:
         meter.mean(f"logged/{name}", torch.tensor(logged, dtype=torch.float64))
     meter.mean("group/with_signal", has_signal(scores.rewards).double())
     completions = [completion for group in groups for completion in group.completions]
-    lens = torch.tensor([float(len(completion.token_ids)) for completion in completions])
+    lens = torch.tensor([float(len(completion.own_ids)) for completion in completions])
     meter.mean("completion/length_mean", lens)
     meter.max("completion/length_max", lens)
     meter.mean("completion/truncated", torch.tensor([float(c.finish_reason == "length") for c in completions]))
-    meter.mean("completion/repetition", repeats([c.token_ids for c in completions]))
+    meter.mean("completion/repetition", repeats([c.own_ids for c in completions]))
+    measure_tools(meter, completions)
     meter.total("scoring/timeouts", scores.num_timeouts)
     meter.total("scoring/crashes", scores.num_crashes)
     meter.total("throughput/scoring", float(len(completions)))
     meter.total(REWARD_SECONDS, scores.seconds)
     meter.total("throughput/rollout", float(lens.sum()))
+
+
+def measure_tools(meter: Meter, completions: list[Completion]) -> None:
+    """What tools were asked, and how that went; nothing in a run without tools."""
+    with_turns = [completion for completion in completions if completion.turns is not None]
+    if not with_turns:
+        return
+    calls = [[call for turn in completion.turns or [] for call in turn.calls] for completion in with_turns]
+    results = [sum(turn.num_tokens for turn in completion.turns or [] if turn.calls) for completion in with_turns]
+    every = [call for own in calls for call in own]
+    meter.mean("tools/calls", torch.tensor([float(len(own)) for own in calls]))
+    meter.mean("tools/used", torch.tensor([float(bool(own)) for own in calls]))
+    meter.mean("tools/failed", torch.tensor([float(call.status != "ok") for call in every]))
+    meter.mean("tools/seconds", torch.tensor([call.seconds for call in every]))
+    meter.mean("tools/result_tokens", torch.tensor([float(number) for number in results]))
+    meter.mean("tools/out_of_calls", torch.tensor([float(each.finish_reason == "calls") for each in with_turns]))
+
+
+def measure_carry_over(meter: Meter, batch: list[Group], num_ahead: int, num_drawn_ahead: int) -> None:
+    """How old the tokens of the batch's groups are, and what lies ready for later steps.
+
+    Args:
+        num_ahead: completion tokens of later questions that this process has, and
+        num_drawn_ahead: how many of them it has drawn in this step.
+    """
+    completions = [completion for group in batch for completion in group.completions]
+    every = torch.tensor([age for c in completions for age in (c.ages or [0] * len(c.token_ids))], dtype=torch.float64)
+    meter.mean("rollout/staleness", every)
+    meter.max("rollout/staleness_max", every)
+    meter.mean("rollout/carried", (every > 0).double())
+    meter.total("rollout/ahead", float(num_ahead))
+    meter.total("throughput/rollout", num_drawn_ahead - float((every > 0).sum()))
 
 
 def measure_batch(meter: Meter, groups: list[Group], scores: Scores, *, signal: Tensor, in_batch: Tensor) -> None:
@@ -273,7 +318,7 @@ def measure_batch(meter: Meter, groups: list[Group], scores: Scores, *, signal: 
     Args:
         signal: (P,) whether the values of the reward that it goes by differ in a group.
     """
-    tokens = torch.tensor([sum(len(c.token_ids) for c in group.completions) for group in groups])
+    tokens = torch.tensor([sum(len(c.own_ids) for c in group.completions) for group in groups])
     meter.total("group/sampled", float(len(groups)))
     meter.total("group/replaced", float((~in_batch & ~signal).sum()))
     meter.total("group/surplus", float((~in_batch & signal).sum()))
@@ -360,7 +405,11 @@ def measure_micro_batch(
         meter.mean("policy/selected", micro.selected.double())
     before_update = logprobs if micro.old_logprobs is None else micro.old_logprobs
     gap = (before_update - micro.sampling_logprobs).abs()
-    meter.mean("policy/sampling_gap", gap)
+    if micro.fresh is None:
+        meter.mean("policy/sampling_gap", gap)
+    else:
+        gap = torch.where(micro.fresh, gap, 0.0)
+        meter.ratio("policy/sampling_gap", gap.double().sum(), micro.fresh.sum())
     meter.max("policy/sampling_gap_max", gap)
 
 

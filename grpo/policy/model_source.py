@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 
 from grpo.config import Config, ModelConfig
+from grpo.system import hub_access
 
 ADAPTER = "adapter_config.json"
 
@@ -139,9 +141,15 @@ UNLIKE_OURS = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alp
 def from_source(loader: Any, config: ModelConfig, /, **options: Any) -> Any:
     """`loader.from_pretrained` of the model's files."""
     source = source_of(config)
-    return loader.from_pretrained(
-        source.base, revision=source.revision, trust_remote_code=config.trust_remote_code, **options
-    )
+    with of_source(source):
+        return loader.from_pretrained(
+            source.base, revision=source.revision, trust_remote_code=config.trust_remote_code, **options
+        )
+
+
+def of_source(source: Source) -> AbstractContextManager[None]:
+    """Within it the files are read: from the directory, from the hub, or from its cache where the hub is out of reach."""
+    return nullcontext() if Path(source.base).is_dir() else hub_access.hub_or_cache()
 
 
 def model_config(config: ModelConfig) -> PretrainedConfig:
@@ -168,9 +176,14 @@ def not_loaded(config: ModelConfig, error: Exception) -> str:
             f"model.name is {config.name!r}; it comes with code of its own, which is not run unless you say so. Read that code, "
             "and set model.trust_remote_code=true; for grpo sample, chat and evaluate it is --trust-remote-code."
         )
+    source = source_of(config)
+    if not Path(source.base).is_dir() and (reason := hub_access.unreachable()) is not None:
+        adapter = f", an adapter of {source.base}" if source.adapter else ""
+        return hub_access.no_model(f"model.name is {config.name!r}{adapter}", source.base, "model.name", reason)
     return (
         f"model.name is {config.name!r}; it is neither a directory with a model in Hugging Face format nor a model "
-        f"that the hub gave: {text} Set model.name to a local directory, or check the id and the network."
+        f"that the hub gave: {text} Set model.name to a local directory, or check the id; for a private or gated model, log in "
+        "(`hf auth login`)."
     )
 
 
@@ -213,15 +226,16 @@ def processor_files(config: ModelConfig) -> dict[str, bytes]:
     if model.get_text_config() is model:
         return {}
     source = source_of(config)
-    found = {
-        name: cached_file(
-            source.base,
-            name,
-            revision=source.revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-        for name in PROCESSOR_FILES
-    }
+    with of_source(source):
+        found = {
+            name: cached_file(
+                source.base,
+                name,
+                revision=source.revision,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                _raise_exceptions_for_gated_repo=False,
+            )
+            for name in PROCESSOR_FILES
+        }
     return {name: Path(path).read_bytes() for name, path in found.items() if path is not None}

@@ -222,14 +222,14 @@ class Policy(SampledModel):
         """
         found = []
         with self.sampling_model() as lm, in_float32(lm) if float32 else nullcontext():
-            for ids, prompt_len in zip(
-                batch.tokens.split(batch.sequence_lens.tolist()), batch.prompt_lens, strict=True
+            for ids, prompt_len, own in zip(
+                batch.tokens.split(batch.sequence_lens.tolist()), batch.prompt_lens, batch.own_tokens(), strict=True
             ):
                 there = ids.to(self.processes.device)
                 hidden = lm.base_model(input_ids=there[None], use_cache=False).last_hidden_state[0]
                 logprobs, *_ = token_logprobs(
-                    hidden[prompt_len - 1 : -1],
-                    there[prompt_len:],
+                    hidden[prompt_len - 1 : -1][own],
+                    there[prompt_len:][own],
                     output_head(lm),
                     temperature=self.temperature,
                     chunk_tokens=self._config.memory.logprob_chunk_tokens,

@@ -15,7 +15,7 @@ from grpo.config import Config, ModelConfig
 from grpo.policy.families import (
     attribute,
 )
-from grpo.policy.model_source import from_source, model_config, not_loaded, source_of
+from grpo.policy.model_source import from_source, model_config, not_loaded, of_source, source_of
 from grpo.system import progress
 
 END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<end_of_turn>", "</s>")
@@ -126,6 +126,7 @@ def end_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> li
 def _generation_eos(config: ModelConfig) -> int | list[int] | None:
     source = source_of(config)
     try:
-        return GenerationConfig.from_pretrained(source.base, revision=source.revision).eos_token_id
+        with of_source(source):
+            return GenerationConfig.from_pretrained(source.base, revision=source.revision).eos_token_id
     except OSError:
         return None  # a model need not have a generation_config.json

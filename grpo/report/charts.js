@@ -481,7 +481,7 @@ class Chart {
             style: { stroke: s.color },
           }),
     );
-    return [...raw, ...main, ...bases];
+    return [...bases, ...raw, ...main]; // no label covers a curve
   }
 
   /** Whether a line sets the scale and has its single values drawn; one of few completions a step would hide the others. */

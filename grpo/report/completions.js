@@ -263,7 +263,12 @@ class Browser {
     const number = this.current.blocks.findIndex(([start, end]) => i >= start && i < end);
     const block = await this.block(number);
     const at = i - this.current.blocks[number][0];
-    return { text: block.completions[at], rewards: block.rewards[at], question: block.questions[this.index.group[i]] };
+    return {
+      text: block.completions[at],
+      results: block.results[at] || [],
+      rewards: block.rewards[at],
+      question: block.questions[this.index.group[i]],
+    };
   }
 
   async group(rows) {
@@ -306,7 +311,7 @@ class Browser {
     );
   }
 
-  card(i, { text, rewards }) {
+  card(i, { text, results, rewards }) {
     const { index, current } = this;
     const verdict = index.right[i];
     const mark = verdict === null ? "?" : verdict ? "\u2713" : "\u2717";
@@ -335,7 +340,7 @@ class Browser {
         index.advantage[i] === null ? null : advantage(index.advantage[i]),
         index.cut[i] ? el("span", { class: "cut" }, "cut off") : null,
       ),
-      el("div", { class: "text", dir: "auto" }, thoughts(text, marks)),
+      el("div", { class: "text", dir: "auto" }, thoughts(text, marks, results)),
       el("div", { class: "parts" }, `${parts} \u00b7 ${plural(index.tokens[i], "token")}`),
     );
   }
@@ -374,17 +379,42 @@ function patternOf(text) {
   }
 }
 
-/** A completion with its thinking and its answer told apart; a prompt that opens the thoughts leaves a lone </think>. */
-function thoughts(text, marks) {
+/** What a tool answered, at its place in a completion. */
+function result(text) {
+  const [first] = text.split("\n");
+  if (text.length <= 80 && first === text) return el("span", { class: "result" }, shown(text, []));
+  return el("details", { class: "result" }, el("summary", {}, shown(first.slice(0, 80), [])), shown(text, []));
+}
+
+/**
+ * A completion with its thinking, its answer and what tools answered told apart; a prompt that opens the thoughts leaves a lone
+ * </think>. Results stand at their offsets: they are known from where they came from, never read from the text.
+ */
+function thoughts(text, marks, results = []) {
   const parts = [];
+  const left = [...results];
+  let at = 0;
+  const put = (piece, kind, marked) => {
+    let begin = 0;
+    const upTo = (end) => {
+      if (end > begin) parts.push(el("span", { class: kind }, shown(piece.slice(begin, end), marked)));
+      begin = end;
+    };
+    while (left.length && left[0][0] < at + piece.length) {
+      upTo(left[0][0] - at);
+      parts.push(result(left.shift()[1]));
+    }
+    upTo(piece.length);
+    at += piece.length;
+  };
   const [opened, closed] = [text.indexOf("<think>"), text.indexOf("</think>")];
   let kind = closed >= 0 && !(opened >= 0 && opened < closed) ? "think" : "";
   for (const piece of text.split(/(<\/?(?:think|answer)>)/)) {
     const tag = /^<(\/?)(think|answer)>$/.exec(piece);
     if (tag) {
       kind = tag[1] ? "" : tag[2];
-      parts.push(el("span", { class: "tag" }, piece));
-    } else if (piece) parts.push(el("span", { class: kind || "plain" }, shown(piece, marks)));
+      put(piece, "tag", []);
+    } else if (piece) put(piece, kind || "plain", marks);
   }
   return parts.length ? parts : [el("span", { class: "muted" }, "(empty)")];
 }

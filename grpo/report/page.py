@@ -7,7 +7,8 @@ fetched, whatever a completion says.
 
     head              settings, metrics as columns, tables, and of each source of completions its index block and text blocks
     index-R-S         of run R and source S, a list per column: step, group, reward, right, ...
-    texts-R-S-B       {"completions": [...], "rewards": [...], "questions": {group: [question, answer]}} of the block's rows
+    texts-R-S-B       {"completions": [...], "rewards": [...], "questions": {group: [question, answer]}} of the block's rows, and
+                      "results": {row: [[offset, text], ...]}, what tools answered
 """
 
 from __future__ import annotations
@@ -107,9 +108,21 @@ def _cut(rows: list[Row]) -> Iterator[tuple[int, int]]:
 def _texts(rows: list[Row]) -> dict[str, Any]:
     return {
         "completions": [row["completion"] for row in rows],
+        "results": {at: _results(row["turns"]) for at, row in enumerate(rows) if row.get("turns")},
         "rewards": [row["rewards"] for row in rows],
         "questions": {summary._group(row): [row["question"], str(row["answer"])] for row in rows},
     }
+
+
+def _results(turns: list[dict[str, str]]) -> list[tuple[int, str]]:
+    """What tools answered, each with its place in the completion, counted as JavaScript counts: in units of UTF-16."""
+    found, place = [], 0
+    for turn in turns:
+        if turn["role"] == "tool":
+            found.append((place, turn["content"]))
+        else:
+            place += len(turn["content"].encode("utf-16-le", "surrogatepass")) // 2
+    return found
 
 
 def _describe(source: Source, bounds: list[tuple[int, int]]) -> dict[str, Any]:

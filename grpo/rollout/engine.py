@@ -19,6 +19,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -39,7 +41,7 @@ from grpo.rollout.stop_criteria import Ending, token_limit
 from grpo.system import progress
 from grpo.system.distributed import GIB
 from grpo.system.out_of_memory import free_bytes, is_out_of_memory
-from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
+from grpo.types import Ahead, Completion, Draft, Group, OnGroup, Prompt, Sampling
 
 READ_TOKENS = 16384
 """Most prompt tokens in one forward pass; a longer prompt is read alone. The update's micro-batches are larger."""
@@ -112,13 +114,33 @@ class NativeGenerator:
         on_group: OnGroup | None = None,
     ) -> list[Group]:
         """See Generator."""
+        nothing = Ahead(0, [[] for _ in prompts], [])
+        return self.sample_ahead(
+            prompts, sampling, num_completions=num_completions, seed=seed, on_group=on_group, ahead=nothing
+        )
+
+    @torch.no_grad()
+    def sample_ahead(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        num_completions: int,
+        seed: int,
+        on_group: OnGroup | None = None,
+        ahead: Ahead,
+    ) -> list[Group]:
+        """See CarryingGenerator."""
         self._metrics = {}
         if not prompts:
+            ahead.left = ahead.begun[:]
             return []
         with self.policy.sampling_model("paged") as lm:
-            decoder = self._decoder_for(lm, _longest(prompts, sampling))
+            decoder = self._decoder_for(lm, _longest([*prompts, *ahead.prompts], sampling))
             grouping = Grouping(prompts, num_completions=num_completions, on_group=on_group)
-            call = Call(decoder, self.ending, grouping, sampling, num_completions=num_completions, seed=seed)
+            call = Call(
+                decoder, self.ending, grouping, sampling, num_completions=num_completions, seed=seed, ahead=ahead
+            )
             call.run()
         self._metrics = call.metrics()
         return grouping.groups()
@@ -148,7 +170,7 @@ def _longest(prompts: list[Prompt], sampling: Sampling) -> int:
 
 
 class Call:
-    """One call of `sample`, from the prompts of a grouping to its completions."""
+    """One call of `sample`, from the prompts of a grouping to its completions; those of later questions follow them."""
 
     def __init__(
         self,
@@ -159,19 +181,24 @@ class Call:
         *,
         num_completions: int,
         seed: int,
+        ahead: Ahead,
     ) -> None:
         self.decoder, self.ending, self.grouping, self.sampling = decoder, ending, grouping, sampling
+        self.ahead, self.num_completions = ahead, num_completions
         decoder.begin(sampling)
-        seeds = completion_seeds(
-            grouping.prompts[::num_completions], seed=seed, num_completions=num_completions
-        ).tolist()
-        sequences = [
-            Sequence(index, prompt.token_ids, token_limit(prompt, sampling), own)
-            for index, (prompt, own) in enumerate(zip(grouping.prompts, seeds, strict=True))
+        questions = [*grouping.prompts[::num_completions], *ahead.prompts]
+        seeds = completion_seeds(questions, seed=seed, num_completions=num_completions).tolist()
+        self.sequences = [
+            _sequence(index, questions[index // num_completions], sampling, own, later=index >= len(grouping.prompts))
+            for index, own in enumerate(seeds)
         ]
-        starts = range(0, len(sequences), num_completions)
+        self.end_tokens = frozenset(ending.end_token_ids)
+        self.num_missing = len(grouping.prompts)
+        self.ended: set[int] = set()  # places of sequences
+        self.num_drawn = 0  # tokens that completions or drafts have from this call
+        self._take_up(ahead)
         self.slots = Slots(
-            [Prefix(deque(sequences[start : start + num_completions])) for start in starts],
+            [*self._prefixes()],
             num_slots=decoder.state.shape[1],
             pages=range(1, decoder.cache.keys.shape[1]),
             pages_each=decoder.table.shape[1],
@@ -179,15 +206,41 @@ class Call:
         self.num_places = 0
         self.timeline: list[tuple[float, int]] = []  # when each chunk was launched, and its sequences
 
+    def _take_up(self, ahead: Ahead) -> None:
+        """What was begun in earlier calls; a completion may have ended in one of them."""
+        for place, drafts in enumerate(ahead.begun):
+            for number, draft in enumerate(drafts):
+                sequence = self.sequences[place * self.num_completions + number]
+                kept = slice(sequence.limit)  # which may be less than it was
+                sequence.tokens, sequence.logprobs = draft.tokens[kept], draft.logprobs[kept]
+                sequence.steps = draft.steps[kept]
+                if draft.tokens and (self._has_ended(sequence) or self._has_stop(sequence, self.decoder.chunk)):
+                    self._end(sequence)
+
+    def _prefixes(self) -> Iterator[Prefix]:
+        """What there is to read: of each question its prompt, for the completions that begin, and those under way, each alone."""
+        for start in range(0, len(self.sequences), self.num_completions):
+            own = [
+                each for each in self.sequences[start : start + self.num_completions] if each.index not in self.ended
+            ]
+            yield from (Prefix(deque([each])) for each in own if each.tokens)
+            if new := [each for each in own if not each.tokens]:
+                yield Prefix(deque(new))
+
     def run(self) -> None:
         """Launch a chunk of steps, and while it runs take in the results of the one before."""
         before: Chunk | None = None
-        while self.slots:
+        while self.num_missing:
             chunk = self._launch(before)
             if before is not None:
                 self._take_in(before)
             before = chunk
             progress.drew(0 if chunk is None else chunk.num_places)
+        if before is not None and self.ahead.prompts:
+            self._take_in(before)
+        size, later = self.num_completions, self.sequences[len(self.grouping.prompts) :]
+        drafts = [Draft(each.tokens, each.logprobs, each.steps) for each in later]
+        self.ahead.left = [drafts[start : start + size] for start in range(0, len(drafts), size)]
 
     def _launch(self, before: Chunk | None) -> Chunk | None:
         """The next steps of all that run and do not come to their limits in the chunk before; None if there are none."""
@@ -221,25 +274,36 @@ class Call:
         tokens, logprobs = chunk.tokens.T.tolist(), chunk.logprobs.T.tolist()
         finished = []
         for row, (sequence, length) in enumerate(zip(chunk.rows, chunk.lens.tolist(), strict=False)):
-            if self.grouping.completions[sequence.index] is not None:
-                continue  # it ended in the chunk before
+            if sequence.index in self.ended:
+                continue  # in the chunk before
             count = length - sequence.num_cached
             sequence.tokens += tokens[row][:count]
             sequence.logprobs += logprobs[row][:count]
+            sequence.steps += [self.ahead.step] * count
+            self.num_drawn += count
             if self._has_ended(sequence) or self._has_stop(sequence, count):
                 finished.append(sequence)
-                self.grouping.add(sequence.index, self._completion(sequence))
+                self._end(sequence)
         self.slots.finish(finished)
+
+    def _end(self, sequence: Sequence) -> None:
+        self.ended.add(sequence.index)
+        if not sequence.later:
+            self.num_missing -= 1
+            self.grouping.add(sequence.index, self._completion(sequence))
 
     def _completion(self, sequence: Sequence) -> Completion:
         prompt = self.grouping.prompts[sequence.index]
         completion = self.ending.completion(prompt, self.sampling, sequence.tokens, sequence.logprobs)
+        length = len(completion.token_ids)
+        self.num_drawn -= len(sequence.tokens) - length
         cut_off = completion.finish_reason == "length"
-        assert not cut_off or len(completion.token_ids) == sequence.limit, "a completion was cut off below its limit"
-        return completion
+        assert not cut_off or length == sequence.limit, "a completion was cut off below its limit"
+        ages = [self.ahead.step - step for step in sequence.steps[:length]]
+        return replace(completion, ages=ages) if any(ages) else completion
 
     def _has_ended(self, sequence: Sequence) -> bool:
-        return len(sequence.tokens) == sequence.limit or sequence.tokens[-1] in self.ending.end_token_ids
+        return len(sequence.tokens) == sequence.limit or sequence.tokens[-1] in self.end_tokens
 
     def _has_stop(self, sequence: Sequence, count: int) -> bool:
         """Whether one of the newest `count` tokens completes a stop text, which has no more tokens than bytes."""
@@ -249,13 +313,16 @@ class Call:
         return self.ending.has_stop(sequence.tokens[-(count + reach) :], self.sampling.stop)
 
     def metrics(self) -> dict[str, float]:
-        num_tokens = sum(len(each.token_ids) for each in self.grouping.completions if each is not None)
         return {
-            "rollout/slots": max(rows for _, rows in self.timeline),
+            "rollout/slots": max((rows for _, rows in self.timeline), default=0),
             "rollout/kv_gib": self.decoder.cache.num_bytes / GIB,
-            "rollout/occupancy": num_tokens / self.num_places,
+            "rollout/occupancy": self.num_drawn / self.num_places if self.num_places else 1.0,
             "rollout/preempted": self.slots.num_preempted,
         }
+
+
+def _sequence(index: int, prompt: Prompt, sampling: Sampling, seed: int, *, later: bool) -> Sequence:
+    return Sequence(index, prompt.token_ids, token_limit(prompt, sampling), seed, later=later)
 
 
 D = TypeVar("D", bound=Decoder)

@@ -4,8 +4,9 @@ A prompt is read once into pages of its own (a `Prefix`) and its completions sta
 out: a completion reads that itself, as the first step of decoding, and so draws its first token like every other one. It lists
 the prompt's full pages and owns a copy of the last, part-filled one.
 
-When pages run out, the running sequence with the fewest tokens gives its place up and is later read again, prompt and tokens, as
-a prefix of its own. The space for one sequence of full length is never given to prefixes, so the last one running always ends.
+When pages run out, the running sequence with the fewest tokens gives its place up, those that nobody waits for before all
+others, and is later read again, prompt and tokens, as a prefix of its own. The space for one sequence of full length is never
+given to prefixes, so the last one running always ends.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Sequence:
     seed: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)  # the training step whose weights drew each token
+    later: bool = False  # nobody waits for it
     shared: list[int] = field(default_factory=list)  # pages of its prefix
     own: list[int] = field(default_factory=list)
     prefix: Prefix | None = None
@@ -71,8 +74,9 @@ class Prefix:
         return [*first.prompt, *first.tokens][:-1]
 
 
-def _num_drawn(sequence: Sequence) -> int:
-    return len(sequence.tokens)
+def _priority(sequence: Sequence) -> tuple[bool, int]:
+    """Of two, the one to keep running has more: what is waited for, then what has more tokens."""
+    return not sequence.later, len(sequence.tokens)
 
 
 class Slots:
@@ -173,9 +177,9 @@ class Slots:
 
     def grow(self, num_steps: int) -> None:
         """Give every running sequence the pages for its next steps; if there are too few, the shortest give up their places."""
-        for sequence in sorted(self.running, key=_num_drawn, reverse=True) if self._scarce(num_steps) else self.running:
+        for sequence in sorted(self.running, key=_priority, reverse=True) if self._scarce(num_steps) else self.running:
             while sequence.prefix is not None and sequence.missing(num_steps) > len(self._free):
-                self._preempt(min(self.running, key=_num_drawn))
+                self._preempt(min(self.running, key=_priority))
             if sequence.prefix is not None:
                 sequence.own += self._take(sequence.missing(num_steps))
 

@@ -7,6 +7,7 @@
         reference.safetensors    the reference's weights, once it is no longer the starting model
         random/         each process's random states
         under_way/      each process's part of the step under way: minibatches to come, and what is known of those done
+        drafts/         with rollout.carry_over: each process's part of what is sampled of later questions
         state.json      where the run stands, the configuration it ran with, and each file's size and checksum
 
 It is written under a temporary name and renamed once everything is on disk, so a run that is killed while saving still has
@@ -40,8 +41,9 @@ from grpo.system.distributed import GIB, Processes
 from grpo.system.stopping import RunError
 from grpo.system.terminal import say
 from grpo.system.writer import Writer, flush, load_tensors, problem_with, save_tensors
+from grpo.training import carry_over
 from grpo.training.state import Rollout, RunState, StepState, redistribute
-from grpo.types import Completion, Group, MicroBatch, Packing, Prompt, Scores
+from grpo.types import Completion, Draft, Drafts, Group, MicroBatch, Packing, Prompt, Scores
 
 REFERENCE = "reference.safetensors"
 
@@ -85,14 +87,16 @@ class Checkpoints:
         self.try_to(self.finish)  # what became of the one before must not cost this one
         under_way, updates = None, None
         if step.rollout is not None:
-            under_way = replace(step, rollout=replace(step.rollout, passes=[]))
+            under_way = replace(step, rollout=replace(step.rollout, passes=[]), drafts={})
             updates = state.optimizer_steps - step.first_update
         final = self.directory / name_of(state.step, updates)
         if self.processes.on_main(final.exists):
             return final
         writer = Writer(_partial(final), background=self.config.checkpoint.background and under_way is None)
         self._check([self.processes.on_main(lambda: _prepare(_partial(final)))], final)
-        _write_all(writer, policy, rank=self.processes.rank, under_way=under_way)
+        carries = isinstance(self.config, Config) and self.config.rollout.carry_over
+        drafts = step.drafts if carries else None
+        _write_all(writer, policy, rank=self.processes.rank, under_way=under_way, drafts=drafts)
         record = {
             **asdict(state),
             "world_size": self.processes.world_size,
@@ -246,7 +250,9 @@ def _prepare(partial: Path) -> str | None:
     return None
 
 
-def _write_all(writer: Writer, policy: Policy, *, rank: int, under_way: StepState | None) -> None:
+def _write_all(
+    writer: Writer, policy: Policy, *, rank: int, under_way: StepState | None, drafts: Drafts | None
+) -> None:
     directory = writer.directory
     if rank == 0:
         policy.export(directory / "hf", writer.write)
@@ -257,6 +263,8 @@ def _write_all(writer: Writer, policy: Policy, *, rank: int, under_way: StepStat
     writer.write(directory / "random" / f"rank-{rank}.pt", _random_states(), save_tensors)
     if under_way is not None:
         writer.write(directory / "under_way" / f"rank-{rank}.pt", under_way, save_tensors)
+    if drafts is not None:
+        writer.write(directory / "drafts" / f"rank-{rank}.pt", drafts, save_tensors)
 
 
 def name_of(step: int, updates: int | None = None) -> str:
@@ -489,6 +497,7 @@ def restore(checkpoint: Path, *, policy: Policy, processes: Processes) -> tuple[
         _restore_random_states(load_tensors(checkpoint / "random" / f"rank-{processes.rank}.pt"))
     where = RunState(**{field.name: saved[field.name] for field in fields(RunState)})
     step = _under_way(checkpoint / "under_way", written.num_processes, processes)
+    step.drafts = _drafts(checkpoint / "drafts", written.num_processes, where.position, processes)
     done = where.optimizer_steps - step.first_update if step.rollout else 0
     processes.say(f"resumed after step {where.step}{f' and {done} updates of the next' * (done > 0)} from {checkpoint}")
     return where, step
@@ -506,6 +515,13 @@ def _under_way(directory: Path, num_parts: int, processes: Processes) -> StepSta
         return part(processes.rank)
     parts = [part(rank) for rank in range(num_parts)]
     return redistribute(parts, rank=processes.rank, num_processes=processes.world_size)
+
+
+def _drafts(directory: Path, num_parts: int, position: int, processes: Processes) -> Drafts:
+    if not directory.exists():
+        return {}
+    parts = [load_tensors(directory / f"rank-{rank}.pt", classes=(Draft,)) for rank in range(num_parts)]
+    return carry_over.redistribute(parts, position=position, rank=processes.rank, num_processes=processes.world_size)
 
 
 UNDER_WAY = (

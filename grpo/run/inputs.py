@@ -1,4 +1,4 @@
-"""What a run was given besides its settings, as digests: its questions, and the source of its reward functions.
+"""What a run was given besides its settings, as digests: its questions, and the source of its rewards and tools.
 
 Files may be edited between a run and its resumption under the same names. Checkpoints keep these digests, and a run that
 resumes from one compares them.
@@ -20,6 +20,7 @@ import xxhash
 
 from grpo.data.rows import canonical
 from grpo.scoring.reward import Reward
+from grpo.turns.runner import Runner
 from grpo.types import Prompt
 
 HELD_OUT = "held-out questions"
@@ -30,12 +31,14 @@ def digests(
     eval_prompts: Sequence[Prompt],
     rewards: Sequence[Reward],
     *,
+    tools: Sequence[Runner] = (),
     what: str = "the training questions",
 ) -> dict[str, str]:
     """By what a person calls it. Held-out questions have their number in the name, since another number of them may be asked."""
     found = {what: _of_prompts(prompts)}
     if eval_prompts:
         found[f"the {len(eval_prompts)} {HELD_OUT}"] = _of_prompts(eval_prompts)
+    found |= {f"the tool {tool.name}": _of_tool(tool) for tool in tools}
     return found | {f"the reward {reward.name}": _of_reward(reward) for reward in rewards}
 
 
@@ -65,6 +68,13 @@ def _of_reward(reward: Reward) -> str:
     for function in (reward.function, getattr(reward.function, "check_row", None)):
         if function is not None:
             digest.update(_source_of(function))
+    return digest.hexdigest()
+
+
+def _of_tool(tool: Runner) -> str:
+    """Of its arguments, and of the files that it is defined in, as of a reward."""
+    digest = xxhash.xxh3_128(json.dumps(tool.given, sort_keys=True, default=_plain).encode())
+    digest.update(_source_of(tool.make))
     return digest.hexdigest()
 
 

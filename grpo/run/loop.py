@@ -165,7 +165,7 @@ class Loop:
         good = self.guard.act_on(alarms, self.step, number=self.state.step)
         for callback in self.callbacks:
             callback.on_step(self.state.step, metrics, rollout)
-        self.step = StepState()
+        self.step = StepState(drafts=self.step.drafts)
         if good is not None:
             self._roll_back(good)
         return metrics
@@ -203,7 +203,7 @@ class Loop:
 
     def _leave(self, interrupted: Interrupted) -> BaseException:
         if self.step.rollout is None:
-            self.step = StepState()  # to be done again
+            self.step = StepState(drafts=self.step.drafts)  # to be done again
         saved = self.save(wait=True)
         for callback in self.callbacks:
             if isinstance(callback, PushToHub):

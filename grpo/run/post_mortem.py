@@ -11,8 +11,9 @@
 `safetensors.torch.load_file` reads the latter two. Both hold sequences end to end, as types.Batch says:
 
     rollout   tokens (L,), cu_seqlens (B + 1,), prompt_lens (B,), prompt_index (B,), advantages (B,), sampling_logprobs (T,);
+              with tools, trained (C,), which of the completion tokens the model wrote: T of them;
               sequence i belongs to line i of that process's part of completions.jsonl, whose rows have a `rank`
-    update    per completion token: targets, advantages, weights (in the loss), logprobs (the policy's, before the update),
+    update    per trained token: targets, advantages, weights (in the loss), logprobs (the policy's, before the update),
               sampling_logprobs, and where the algorithm has them old_logprobs, ref_logprobs, selected; all (T,);
               completion_lens (B,)
 """

@@ -123,7 +123,7 @@ def group_stats(group: Group, scores: Scores, p: int, *, end_token_ids: Iterable
     return GroupStats(
         endings=[_ending(completion, set(end_token_ids)) for completion in group.completions],
         empty=[not each.text.removeprefix(group.prompt.prefill).strip() for each in group.completions],
-        lens=[len(completion.token_ids) for completion in group.completions],
+        lens=[len(completion.own_ids) for completion in group.completions],
         rewards=scores.rewards[p].tolist(),
         values={name: values[p].tolist() for name, values in scores.values.items()},
         example=group.completions[0].text,
@@ -131,7 +131,7 @@ def group_stats(group: Group, scores: Scores, p: int, *, end_token_ids: Iterable
 
 
 def _ending(completion: Completion, end_token_ids: set[int]) -> Literal["end token", "stop text", "cut off"]:
-    if completion.finish_reason == "length":
+    if completion.finish_reason != "stop":
         return "cut off"
     return "end token" if completion.token_ids[-1] in end_token_ids else "stop text"
 

@@ -1,6 +1,6 @@
 """Stops a run whose tokens were sampled with other log-probabilities than the policy's own, and finds out why.
 
-The gap is the mean over completion tokens of |log-probability in the trainer - when sampled|, before the update. In float32
+The gap is the mean over the policy's tokens of |log-probability in the trainer - when sampled|, before the update. In float32
 rounding makes less than 0.00001 nats of it. In bfloat16 it depends on the model: 0.009 to 0.010 nats (0.5B), 0.022 (1.5B), 0.052
 (7B, random weights). So what rounding makes of the model at hand is measured on the first rollout. A rotary embedding that was
 off by 0.4 % made 0.073 instead of 0.022, under a healthy-looking curve.
@@ -64,8 +64,15 @@ def measure_rounding(policy: Policy, groups: list[Group]) -> float:
         return FLOAT32_ROUNDING
     batch = _batch(_probed(policy, groups))
     own = policy.unpacked_logprobs(batch)
-    others = batch.sampling_logprobs.to(own.device), policy.unpacked_logprobs(batch, float32=True)
-    return policy.temperature * min(_mean(policy, (own - other).abs()) for other in others)
+    exact = _mean(policy, (own - policy.unpacked_logprobs(batch, float32=True)).abs())
+    fresh = _fresh(batch, own)
+    sampled = _mean(policy, (own - batch.sampling_logprobs.to(own.device)).abs()[fresh])
+    return policy.temperature * (min(sampled, exact) if policy.processes.sum(int(fresh.sum()))[0] else exact)
+
+
+def _fresh(batch: Batch, like: Tensor) -> Tensor:
+    """(T,) which tokens the present weights have drawn: those of older ones say nothing about this policy."""
+    return torch.ones_like(like, dtype=torch.bool) if batch.fresh is None else batch.fresh.to(like.device)
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ class Probe:
         self.batch = _batch(self.pairs)
         self.sampled = self.batch.sampling_logprobs.to(self.policy.processes.device)
         self.ours = self.logprobs(self.pairs)
+        self.fresh = _fresh(self.batch, self.ours)
         self.gap = self.gap_of(self.ours)
 
     def logprobs(self, pairs: list[tuple[Prompt, Completion]]) -> Tensor:
@@ -118,7 +126,7 @@ class Probe:
         return _mean(self.policy, values)
 
     def gap_of(self, logprobs: Tensor) -> float:
-        return self.mean((logprobs - self.sampled).abs())
+        return self.mean((logprobs - self.sampled).abs()[self.fresh])
 
     def explained_by(self, gap: float) -> float:
         """Share of the gap that is gone if `gap` is what would be left."""
@@ -133,7 +141,7 @@ def _mean(policy: Policy, values: Tensor) -> float:
 
 def _probed(policy: Policy, groups: list[Group]) -> list[tuple[Prompt, Completion]]:
     """A few sequences, equally many on all processes, of as many prompts as possible."""
-    pairs = _spread(groups)
+    pairs = sorted(_spread(groups), key=lambda pair: pair[1].ages is not None)  # those of the present weights first
     return pairs[: min(PROBED, *policy.processes.gather(len(pairs)))]
 
 
@@ -205,10 +213,10 @@ def _template(probe: Probe, config: Config) -> Cause:
     """Other prompts, and whether the gap is largest where the prompt ends; the latter proves little, so it counts half."""
     gaps = {name: probe.gap_of(probe.logprobs(pairs)) for name, pairs in _other_prompts(probe, config)}
     best = min(gaps, key=lambda name: gaps[name])
-    lens = probe.batch.completion_lens.to(probe.ours.device)
+    lens = probe.batch.trained_lens.to(probe.ours.device)
     place = torch.cat([torch.arange(length, device=lens.device) for length in lens.tolist()])
-    gap = (probe.ours - probe.sampled).abs()
-    first, rest = probe.mean(gap[place < FIRST]), probe.mean(gap[place >= FIRST])
+    gap, fresh = (probe.ours - probe.sampled).abs(), probe.fresh
+    first, rest = probe.mean(gap[fresh & (place < FIRST)]), probe.mean(gap[fresh & (place >= FIRST)])
     text = (
         f"sampled from another prompt: from {best}, {gaps[best]:.3g} nats would be left; the gap is {first:.3g} in the first "
         f"{FIRST} tokens of completions and {rest:.3g} after them"
@@ -286,9 +294,9 @@ def _left_out(probe: Probe, rounding: float) -> Cause:
 
     So each token that is smaller by more than rounding speaks against it, however little it is.
     """
-    above = probe.mean((probe.sampled - probe.ours).clamp(min=0))
-    below = probe.mean((probe.ours - probe.sampled).clamp(min=0))
-    smaller = probe.mean((probe.ours - probe.sampled > 4 * rounding).float())
+    excess = (probe.sampled - probe.ours)[probe.fresh]
+    above, below = probe.mean(excess.clamp(min=0)), probe.mean((-excess).clamp(min=0))
+    smaller = probe.mean((excess < -4 * rounding).float())
     text = (
         f"log-probabilities among the tokens that top-k, top-p or min-p left: {above:.3g} nats of the gap are above the "
         f"policy's, {below:.3g} below, at {smaller:.0%} of the tokens; they would all be above"

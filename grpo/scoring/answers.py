@@ -66,7 +66,9 @@ def in_order(parts: list[list[dict[str, Any]]], prompts: list[Prompt]) -> list[d
 
 
 def completion_rows(groups: list[Group], scores: Scores) -> list[dict[str, Any]]:
-    """One JSON-ready row per completion; an unknown reward is null. `extra` has, by reward, what they gave to log_extra."""
+    """One JSON-ready row per completion; an unknown reward is null. `extra` has, by reward, what they gave to log_extra, and
+    `turns` what tools answered between what the model wrote, which alone is its `completion`.
+    """
     rows = []
     for p, group in enumerate(groups):
         for g, completion in enumerate(group.completions):
@@ -78,9 +80,10 @@ def completion_rows(groups: list[Group], scores: Scores) -> list[dict[str, Any]]
                     "answer": group.prompt.columns["answer"],
                     "completion": completion.text,
                     "finish_reason": completion.finish_reason,
-                    "num_tokens": len(completion.token_ids),
+                    "num_tokens": len(completion.own_ids),
                     "reward": _null_if_nan(float(scores.rewards[p, g])),
                     "rewards": {name: _null_if_nan(float(values[p, g])) for name, values in scores.values.items()},
+                    **({"turns": completion.messages} if len(completion.turns or []) > 1 else {}),
                     **({"extra": extra} if extra else {}),
                     **({} if group.prompt.kind is None else {"kind": group.prompt.kind}),
                 }

@@ -22,7 +22,7 @@ from grpo.scoring.worker import Call, Outcome
 from grpo.system.terminal import printable
 
 LOGS = ("log_metric", "log_extra")  # methods of worker.Logged
-SHARED = ("finish_reason", "num_tokens", "max_completion_tokens", "completion_ids", "trainer_state", *LOGS)
+SHARED = ("finish_reason", "num_tokens", "max_completion_tokens", "completion_ids", "turns", "trainer_state", *LOGS)
 SINGLE = ("completion", "prompt", *SHARED)
 LISTED = ("completions", "prompts", *SHARED)
 
@@ -56,23 +56,37 @@ class BoundFunction:
 
     def pickled(self) -> bytes:
         """The function as bytes: by value where a worker could not, or should not have to, import its module."""
-        module = sys.modules.get(getattr(self.function, "__module__", None) or "")
-        # pytest's own loader marks a test module, which imports torch and much else besides
-        by_value = type(getattr(module, "__loader__", None)).__module__.startswith("_pytest")
-        try:
-            if by_value:
-                cloudpickle.register_pickle_by_value(module)
-            file = io.BytesIO()
-            _Pickler(file).dump(self.function)
-            return file.getvalue()
-        except Exception as error:
-            raise ValueError(
-                f"reward {self.reward.name} is {self.function!r}; it runs in another process and cannot be sent there: "
-                f"{error}. Define it in a module, and create what it holds on to inside of it."
-            ) from error
-        finally:
-            if by_value:
-                cloudpickle.unregister_pickle_by_value(module)
+        return pickled(self.function, f"reward {self.reward.name}", own=self.function)
+
+
+def pickled(sent: Callable[..., Any], what: str, *, own: Callable[..., Any]) -> bytes:
+    """A function that workers are to call as bytes.
+
+    Args:
+        sent: the function.
+        what: it is, in an error.
+        own: the user's function, if `sent` is made around one.
+
+    Raises:
+        ValueError: it cannot be sent to another process.
+    """
+    module = sys.modules.get(getattr(own, "__module__", None) or "")
+    # pytest's own loader marks a test module, which imports torch and much else besides
+    by_value = type(getattr(module, "__loader__", None)).__module__.startswith("_pytest")
+    try:
+        if by_value:
+            cloudpickle.register_pickle_by_value(module)
+        file = io.BytesIO()
+        _Pickler(file).dump(sent)
+        return file.getvalue()
+    except Exception as error:
+        raise ValueError(
+            f"{what} is {own!r}; it runs in another process and cannot be sent there: {error}. Define it in a module, and "
+            "create what it holds on to inside of it."
+        ) from error
+    finally:
+        if by_value:
+            cloudpickle.unregister_pickle_by_value(module)
 
 
 def _code_of_a_file(code: CodeType) -> tuple[Any, ...]:

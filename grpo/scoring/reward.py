@@ -204,32 +204,38 @@ def _instance(spec: str, kind: type, args: dict[str, Any]) -> Callable[..., Any]
     return made
 
 
-def resolve_function(spec: str) -> Callable[..., Any]:
-    """The reward function that a YAML names, or the class of such functions.
+def resolve_function(
+    spec: str, setting: str = "rewards.*.function", built_in: str = "grpo.rewards"
+) -> Callable[..., Any]:
+    """The function that a YAML names, or the class of such functions.
 
     Args:
         spec: a name in rewards/ ("accuracy"), "module:function", or "path/to/file.py:function".
+        setting: where it stands, for errors.
+        built_in: the module of those that have a bare name.
 
     Raises:
         ValueError: there is no such function.
     """
     place, colon, name = spec.rpartition(":")
     if not colon:
-        module = importlib.import_module("grpo.rewards")  # a user's own `rewards` is another module
+        module = importlib.import_module(built_in)  # a user's own `rewards` is another module
         known = module.__all__
         if spec not in known:
             raise ValueError(
-                f"rewards.*.function is {spec!r}; {nearest(spec, known)}. Name one of these, "
+                f"{setting} is {spec!r}; {nearest(spec, known)}. Name one of these, "
                 "module:function, or path/to/file.py:function."
             )
         name = spec
     else:
-        module = _load_file(spec, Path(place)) if place.endswith(".py") else _import_module(spec, place)
+        module = (
+            _load_file(spec, Path(place), setting) if place.endswith(".py") else _import_module(spec, place, setting)
+        )
     function = getattr(module, name, None)
     if not callable(function):
         defined = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise ValueError(
-            f"rewards.*.function is {spec!r}; {place} has no function {name!r}: {nearest(name, defined)}. "
+            f"{setting} is {spec!r}; {place} has no function {name!r}: {nearest(name, defined)}. "
             "Name one of its functions."
         )
     return function
@@ -238,12 +244,12 @@ def resolve_function(spec: str) -> Callable[..., Any]:
 # ---- who is given what -----------------------------------------------------------------------------------------------
 
 
-def _import_module(spec: str, name: str) -> ModuleType:
+def _import_module(spec: str, name: str, setting: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (ImportError, ValueError) as error:  # ValueError: an empty name
         raise ValueError(
-            f"rewards.*.function is {spec!r}; the module {name!r} cannot be imported: {error}. "
+            f"{setting} is {spec!r}; the module {name!r} cannot be imported: {error}. "
             "Install it, add its folder to PYTHONPATH, or name its file: path/to/file.py:function."
         ) from error
 
@@ -254,23 +260,21 @@ def modules_of(rewards: Sequence[Reward]) -> list[str]:
     return list(dict.fromkeys(getattr(f, "__module__", type(f).__module__) for f in functions))
 
 
-def _load_file(spec: str, path: Path) -> ModuleType:
+def _load_file(spec: str, path: Path, setting: str) -> ModuleType:
     if not path.is_file():
         raise ValueError(
-            f"rewards.*.function is {spec!r}; there is no file {path.resolve()}. "
+            f"{setting} is {spec!r}; there is no file {path.resolve()}. "
             "Give the path from the folder in which the run is started, or an absolute one."
         )
     path = path.resolve()
     name = f"reward_file_{zlib.crc32(str(path).encode()):08x}"  # of two files with one name, and never with a dot
     if name not in loaded_files:
-        source = SourceFile(name, str(path), read_text(path, f"rewards.*.function is {spec!r}"))
+        source = SourceFile(name, str(path), read_text(path, f"{setting} is {spec!r}"))
         try:
             compile(source.text, source.path, "exec")
         except SyntaxError as error:
-            raise ValueError(
-                f"rewards.*.function is {spec!r}; the file is not valid Python: {error}. Correct it."
-            ) from error
-        _check_neighbours(spec, source)
+            raise ValueError(f"{setting} is {spec!r}; the file is not valid Python: {error}. Correct it.") from error
+        _check_neighbours(spec, source, setting)
         with _importing_from(source.folder):
             source.load()
         loaded_files[name] = source
@@ -286,13 +290,13 @@ def _importing_from(folder: str) -> Iterator[None]:
         sys.path.remove(folder)
 
 
-def _check_neighbours(spec: str, source: SourceFile) -> None:
+def _check_neighbours(spec: str, source: SourceFile, setting: str) -> None:
     """Raises ValueError if the file imports a module beside it whose name another module has by now: it would be given that."""
     for name, path in _neighbours(Path(source.folder), source.text).items():
         loaded = getattr(sys.modules.get(name), "__file__", None)
         if name in sys.modules and (loaded is None or Path(loaded).resolve() != path.resolve()):
             raise ValueError(
-                f"rewards.*.function is {spec!r}; it imports {name}, and {path} is not the only module of that name: "
+                f"{setting} is {spec!r}; it imports {name}, and {path} is not the only module of that name: "
                 f"{loaded or 'one of Python itself'} has been imported as it. Rename one of the two."
             )
 

@@ -6,7 +6,7 @@ A reward function is a plain function; the names of its parameters say what it i
     accuracy(completions, answer, **kwargs) -> list        the completions of one group, as TRL calls it: every argument
                                                            is a list with one item per completion
 
-It can ask for `completion`, `prompt`, `finish_reason`, `num_tokens`, `max_completion_tokens`, `completion_ids`, any
+It can ask for `completion`, `prompt`, `finish_reason`, `num_tokens`, `max_completion_tokens`, `completion_ids`, `turns`, any
 column of the data, and the keys of its `args`; as in TRL also for `trainer_state`, `log_metric` and `log_extra`. `**kwargs`
 is given everything. It may be `async`. Three endings are kept apart: a value, "can't tell" (None, a timeout, a crash), and a
 bug in the function, which stops the run and shows the sample.
@@ -45,7 +45,7 @@ from grpo.system import progress
 from grpo.types import Completion, Group, Scores
 
 ROWS_PER_CHECK = 256  # at first, between two looks at the clock
-SECONDS_BETWEEN_LINES = 3.0
+QUICK_SECONDS = 0.75
 
 
 class Scorer:
@@ -132,7 +132,7 @@ class Scorer:
         return Scoring(self, self._pool.begin(), num_groups)
 
     def check_rows(
-        self, rows: Sequence[dict[str, Any]], *, say: Callable[[str], None] = lambda text: None
+        self, rows: Sequence[dict[str, Any]], *, add: Callable[[int], None] = lambda number: None
     ) -> list[str | None]:
         """Why a data row cannot be graded, or None if it can: what the functions' `check_row` attributes say of it.
 
@@ -140,7 +140,7 @@ class Scorer:
         found is kept for the next start; see grpo/scoring/verdict_cache.py.
 
         Args:
-            say: told how far it is, every few seconds.
+            add: told how many more rows have been checked.
 
         Raises:
             RewardError: a `check_row` raised an exception or returned something else than text or None.
@@ -153,16 +153,13 @@ class Scorer:
         if kept is not None:
             return kept
         reasons, all_decided, size = list[str | None](), True, ROWS_PER_CHECK
-        told = time.monotonic()
         while len(reasons) < len(rows):
             began = time.monotonic()
             part, decided = self._check(rows[len(reasons) : len(reasons) + size])
             reasons += part
             all_decided = all_decided and decided
-            if time.monotonic() - told > SECONDS_BETWEEN_LINES and len(reasons) < len(rows):
-                say(f"checking that the answers can be graded: {len(reasons):,} of {len(rows):,}")
-                told = time.monotonic()
-            if time.monotonic() - began < SECONDS_BETWEEN_LINES / 4:  # quick ones wait for the workers less often
+            add(len(part))
+            if time.monotonic() - began < QUICK_SECONDS:  # such rows wait for the workers less often
                 size *= 2
         if key is not None and all_decided:
             verdict_cache.save(key, reasons)
@@ -276,9 +273,10 @@ class Scorer:
             "completion": completion.text,
             "prompt": group.prompt.text,
             "finish_reason": completion.finish_reason,
-            "num_tokens": len(completion.token_ids),
+            "num_tokens": len(completion.own_ids),
             "max_completion_tokens": self.max_completion_tokens,
             "completion_ids": completion.token_ids,
+            "turns": completion.messages,
             "trainer_state": self.trainer_state,
         }
 
@@ -288,7 +286,7 @@ class Scorer:
         completions: list[Any] = [completion.text for completion in group.completions]
         prompts: list[Any] = [group.prompt.text] * num
         if as_messages:
-            completions = [[{"role": "assistant", "content": text}] for text in completions]
+            completions = [completion.messages for completion in group.completions]
             prompts = [
                 group.prompt.messages or [{"role": "user", "content": group.prompt.columns.get("question")}]
             ] * num
@@ -296,9 +294,10 @@ class Scorer:
             "completions": completions,
             "prompts": prompts,
             "finish_reason": [completion.finish_reason for completion in group.completions],
-            "num_tokens": [len(completion.token_ids) for completion in group.completions],
+            "num_tokens": [len(completion.own_ids) for completion in group.completions],
             "max_completion_tokens": [self.max_completion_tokens] * num,
             "completion_ids": [completion.token_ids for completion in group.completions],
+            "turns": [completion.messages for completion in group.completions],
             "trainer_state": self.trainer_state,  # not a list, nor in TRL
         }
 

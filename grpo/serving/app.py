@@ -28,14 +28,15 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from grpo.serving import protocol
-from grpo.serving.generation import Asked, Generation, Piece
+from grpo.serving.generation import Asked, Generation, Piece, timed_out
 from grpo.serving.metrics import Metrics
 from grpo.serving.models import Hosted
 from grpo.serving.protocol import GREEDY_BELOW, ApiError, ChatRequest, CompletionRequest, GenerationRequest
 from grpo.serving.replies import ChatReply, CompletionReply
-from grpo.serving.scheduler import Update, Worker
+from grpo.serving.scheduler import TopLogprobs, Update, Worker
 from grpo.serving.verdicts import Verifier
 from grpo.system.build import own_version
+from grpo.system.out_of_memory import is_out_of_memory
 from grpo.types import Sampling
 
 LARGEST_BODY = 32 * 2**20
@@ -145,9 +146,12 @@ class Server:
                 param="prompt",
             )
         prompts = await run_in_threadpool(lambda: [hosted.raw_prompt(each) for each in asked.prompts])
-        generation = self._generation(hosted, asked, prompts, None, wants_logprobs=asked.logprobs is not None)
+        generation = self._generation(
+            hosted, asked, prompts, None, wants_logprobs=asked.logprobs is not None, keeps_end=asked.scores_prompts
+        )
         echo = [hosted.ending.text(prompt) for prompt in prompts] if asked.echo else None
-        return await self._answer(request, asked, CompletionReply(generation, asked.logprobs, echo=echo))
+        scores = await self._scores(request, hosted, prompts) if asked.scores_prompts else None
+        return await self._answer(request, asked, CompletionReply(generation, asked.logprobs, echo=echo, scores=scores))
 
     async def list_models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_described(hosted) for hosted in self.models.values()]})
@@ -207,6 +211,7 @@ class Server:
         thinks: list[bool] | None,
         *,
         wants_logprobs: bool,
+        keeps_end: bool = False,
     ) -> Generation:
         limits = [hosted.token_limit(asked.token_limit, prompt) for prompt in prompts]
         how = Asked(
@@ -215,8 +220,32 @@ class Server:
             asked.num_choices,
             wants_logprobs,
             bool(asked.ignore_eos),
+            keeps_end,
         )
         return Generation(hosted, self.worker, prompts, limits, how, thinks, self.limits.seconds)
+
+    async def _scores(self, request: Request, hosted: Hosted, prompts: list[list[int]]) -> list[list[TopLogprobs]]:
+        """Log-probabilities of the prompts' tokens, one prompt after the other.
+
+        Raises:
+            ApiError: as for completions.
+        """
+        number = len(prompts)
+        self._enter(hosted, number, f"prompt has {number} prompts", "prompt")
+
+        async def score() -> list[list[TopLogprobs]]:
+            of = self.worker.score
+            return [await asyncio.wrap_future(of(hosted.scheduler, prompt)) for prompt in prompts]
+
+        try:
+            return await _unless_left(request, asyncio.wait_for(score(), self.limits.seconds))
+        except TimeoutError:
+            raise timed_out(self.limits.seconds) from None
+        except (RuntimeError, FloatingPointError) as error:
+            why = "out of memory" if isinstance(error, RuntimeError) and is_out_of_memory(error) else str(error)
+            raise ApiError(f"{hosted.name} failed: {why}", status=500, type="server_error", code="failed") from None
+        finally:
+            self._num_open[hosted.name] -= number
 
     async def _answer(self, request: Request, asked: GenerationRequest, reply: ChatReply) -> Response:
         self._admit(reply.generation)
@@ -229,20 +258,24 @@ class Server:
         return JSONResponse(reply.whole(pieces))
 
     def _admit(self, generation: Generation) -> None:
-        """Let a request in, or not.
+        """Let a request in, or not; see `_enter`."""
+        number = len(generation.sequences)
+        told = f"n is {generation.asked.num_choices}, which makes {number} completions"
+        self._enter(generation.hosted, number, told, "n")
+        generation.start()
+
+    def _enter(self, hosted: Hosted, number: int, told: str, param: str) -> None:
+        """Count so many more completions of a model.
 
         Raises:
             ApiError: too many are waiting, or the device is gone.
         """
         if not self.worker.is_alive:
             raise ApiError("the server has lost its device.", status=503, type="server_error", code="failed")
-        name, number = generation.hosted.name, len(generation.sequences)
-        most = generation.hosted.scheduler.slots.num_slots + self.limits.max_queue
+        name = hosted.name
+        most = hosted.scheduler.slots.num_slots + self.limits.max_queue
         if number > most:
-            raise ApiError(
-                f"n is {generation.asked.num_choices}, which makes {number} completions; {most} may run or wait. Lower it.",
-                param="n",
-            )
+            raise ApiError(f"{told}; {most} may run or wait. Ask for fewer at once.", param=param)
         if self._num_open[name] + number > most:
             raise ApiError(
                 f"{self._num_open[name]} completions of {name} run or wait, and {most} may. Try again later.",
@@ -252,7 +285,6 @@ class Server:
                 retry_after=1,
             )
         self._num_open[name] += number
-        generation.start()
 
     def _close(self, generation: Generation) -> None:
         """Of a request that has ended, one way or another: free what it holds, and count it."""

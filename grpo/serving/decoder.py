@@ -10,13 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grpo.policy.language_model import output_head
 from grpo.rollout.decoder import Chunk, Decoder
+from grpo.rollout.paged import Places
 from grpo.rollout.sampling import KNOBS, draw
 from grpo.rollout.slots import Sequence
 from grpo.types import Sampling
 
 MOST_TOP_LOGPROBS = 20
 """Alternatives to each token that a request may ask for, as many as OpenAI allows."""
+
+
+SCORED_AT_ONCE = 512
+"""Tokens of a prompt whose logits exist at a time."""
 
 
 @dataclass(eq=False)
@@ -57,6 +63,32 @@ class ServingDecoder(Decoder):
         """After a failure: no row goes on from the last launch, and no page holds what is no number."""
         self._columns = {}
         self.cache.clear()
+
+    def score(self, prompt: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of a prompt's tokens from the second on, at temperature 1, and of the likeliest tokens there.
+
+        One forward pass over all of it, which keeps nothing: its keys and values go to page 0, which nobody reads.
+
+        Returns:
+            logprobs (N - 1,), the likeliest tokens (N - 1, K) and theirs, of N tokens.
+        """
+        size = len(prompt)
+        tokens = self._upload(np.array(prompt))
+        places = Places(
+            self.cache,
+            write=torch.zeros_like(tokens),
+            cu_seqlens=self._upload(np.array([0, size])).int(),
+            longest=size,
+        )
+        hidden = self._layers(self.lm, tokens, self._upload(np.arange(size)), places)[:-1]
+        head, parts = output_head(self.lm), []
+        for states, targets in zip(hidden.split(SCORED_AT_ONCE), tokens[1:].split(SCORED_AT_ONCE), strict=True):
+            own = head(states).float()
+            own = own - own.logsumexp(-1, keepdim=True)
+            top, ids = own.topk(self.top_tokens.shape[2], -1)
+            parts.append((own.gather(1, targets.unsqueeze(1)).squeeze(1), ids, top))
+        logprobs, ids, top = (torch.cat(each) for each in zip(*parts, strict=True))
+        return logprobs, ids, top
 
     def _stage(self, rows: Listed[Sequence]) -> None:
         super()._stage(list(rows))

@@ -36,6 +36,17 @@ class Asked:
     num_choices: int
     wants_logprobs: bool = False
     ignores_ends: bool = False
+    keeps_end: bool = False  # tells the log-probability of the token that ends a choice, too
+
+
+def timed_out(seconds: float) -> ApiError:
+    """Of a request that has taken so long."""
+    return ApiError(
+        f"the request has taken {seconds:g} seconds, the limit of this server.",
+        status=504,
+        type="timeout_error",
+        code="timeout",
+    )
 
 
 @dataclass(eq=False)
@@ -45,7 +56,7 @@ class Generation:
     The random numbers are those of the engine's `sample` for these prompts, number of completions and seed.
 
     Args:
-        limits: most tokens of the choices of each prompt.
+        limits: most tokens of the choices of each prompt; with 0 it has ended before it starts.
         thinks: of each prompt, whether it opens a thought; None: nothing is a thought.
         seconds: after which it ends with an error.
     """
@@ -81,14 +92,19 @@ class Generation:
             Answer(self.hosted.ending, stops, None if self.thinks is None else self.thinks[index // n])
             for index in range(len(seeds))
         ]
+        for index, answer in enumerate(self.answers):
+            if self.limits[index // n] == 0:
+                answer.finish_reason = "length"
         self._inbox: list[Update] = []
         self._something = asyncio.Event()
-        self._num_open, self._has_expired = len(seeds), False
+        self._num_open = sum(answer.finish_reason is None for answer in self.answers)
+        self._has_expired = False
 
     def start(self) -> None:
         n = self.asked.num_choices
         for first in range(0, len(self.sequences), n):
-            self.worker.add(self.hosted.scheduler, self.sequences[first : first + n])
+            if self.answers[first].finish_reason is None:
+                self.worker.add(self.hosted.scheduler, self.sequences[first : first + n])
 
     def receive(self, update: Update) -> None:
         """Called in the event loop."""
@@ -122,12 +138,7 @@ class Generation:
                 await self._something.wait()  # a loop that is behind finds several updates at once
                 self._something.clear()
                 if self._has_expired:
-                    raise ApiError(
-                        f"the request has taken {self.seconds:g} seconds, the limit of this server.",
-                        status=504,
-                        type="timeout_error",
-                        code="timeout",
-                    )
+                    raise timed_out(self.seconds)
                 updates, self._inbox = self._inbox, []
                 if found := [piece for update in updates if (piece := self._piece(update)) is not None]:
                     yield found
@@ -149,7 +160,8 @@ class Generation:
             if not update.has_ended:  # at a stop text, of which the scheduler knows nothing
                 self.worker.cancel(self.hosted.scheduler, [update.sequence])
         tops = [] if update.logprobs is None else list(zip(answer.tokens[before:], update.logprobs, strict=False))
-        if answer.finish_reason == "stop" and tops and tops[-1][0] in self.hosted.ending.end_token_ids:
+        at_end = answer.finish_reason == "stop" and bool(tops) and tops[-1][0] in self.hosted.ending.end_token_ids
+        if at_end and not self.asked.keeps_end:
             tops = tops[:-1]
         return Piece(update.sequence.index, parts, tops, answer.finish_reason)
 

@@ -188,6 +188,7 @@ PromptField = Annotated[
 
 class CompletionRequest(GenerationRequest):
     prompt: PromptField
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     echo: bool | None = False
     suffix: Annotated[str, Field(max_length=0)] | None = None
@@ -197,9 +198,16 @@ class CompletionRequest(GenerationRequest):
     def _agree(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != self.num_choices:
             raise ValueError(f"best_of is {self.best_of} and n {self.num_choices}; they must be equal. Leave it out.")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs asks for those of the prompt, which are not computed. Leave one out.")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError(
+                "max_tokens is 0 without echo, which asks for nothing. Set it to at least 1, or echo to true."
+            )
         return self
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether the log-probabilities of the prompts' tokens are wanted, too."""
+        return bool(self.echo) and self.logprobs is not None
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

@@ -115,16 +115,22 @@ def _joined(pieces: list[Piece]) -> dict[str, str]:
     return found
 
 
+Tops = list[tuple[int, TopLogprobs | None]]
+"""Tokens with their log-probabilities."""
+
+
 @dataclass
 class CompletionReply(ChatReply):
     """Of a raw completion.
 
     Args:
         echo: the prompts as text, where they are to stand in front.
+        scores: of each prompt the log-probabilities of its tokens from the second on, where they are to be told.
     """
 
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     echo: list[str] | None = None
+    scores: list[list[TopLogprobs]] | None = None
     kind = "text_completion"
 
     def __post_init__(self) -> None:
@@ -133,22 +139,29 @@ class CompletionReply(ChatReply):
     def _echo(self, index: int) -> str:
         return "" if self.echo is None else self.echo[index // self.generation.asked.num_choices]
 
+    def _of_prompt(self, index: int) -> Tops:
+        """The first token follows nothing, and has no log-probability."""
+        if self.scores is None:
+            return []
+        number = index // self.generation.asked.num_choices
+        return list(zip(self.generation.prompts[number], [None, *self.scores[number]], strict=True))
+
     def first_chunks(self) -> list[dict[str, Any]]:
-        indices = range(len(self.generation.answers))
-        return [self._text(index, self._echo(index), [], None) for index in indices if self._echo(index)]
+        """What stands in front; of a choice that is nothing else, its end too."""
+        return [
+            self._text(index, self._echo(index), self._of_prompt(index), answer.finish_reason)
+            for index, answer in enumerate(self.generation.answers)
+            if self._echo(index) or answer.finish_reason
+        ]
 
     def _chunk(self, index: int, delta: dict[str, Any], piece: Piece | None = None) -> dict[str, Any]:
         assert piece is not None, "the first chunks of a completion are its echo"
-        return self._text(index, delta.get("content", ""), piece.logprobs, piece.finish_reason)
+        return self._text(index, delta.get("content", ""), [*piece.logprobs], piece.finish_reason)
 
-    def _text(
-        self, index: int, text: str, tops: list[tuple[int, TopLogprobs]], finish_reason: str | None
-    ) -> dict[str, Any]:
+    def _text(self, index: int, text: str, tops: Tops, finish_reason: str | None) -> dict[str, Any]:
         return self.envelope([self._choice(index, text, tops, finish_reason)])
 
-    def _choice(
-        self, index: int, text: str, tops: list[tuple[int, TopLogprobs]], finish_reason: str | None
-    ) -> dict[str, Any]:
+    def _choice(self, index: int, text: str, tops: Tops, finish_reason: str | None) -> dict[str, Any]:
         logprobs = None if self.num_top is None else self._listed(index, tops)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
@@ -156,15 +169,15 @@ class CompletionReply(ChatReply):
         choices = []
         for index, answer in enumerate(self.generation.answers):
             own = [piece for piece in pieces if piece.index == index]
-            tops = [each for piece in own for each in piece.logprobs]
+            tops = [*self._of_prompt(index), *(each for piece in own for each in piece.logprobs)]
             text = self._echo(index) + _joined(own).get("content", "")
             choices.append(self._choice(index, text, tops, answer.finish_reason))
         return {**self.envelope(choices), "usage": self.generation.usage()}
 
-    def _listed(self, index: int, tops: list[tuple[int, TopLogprobs]]) -> dict[str, Any]:
+    def _listed(self, index: int, tops: Tops) -> dict[str, Any]:
         """In the older form of completions."""
         hosted, num_top = self.generation.hosted, self.num_top or 0
-        place = self._lens.setdefault(index, len(self._echo(index)))
+        place = self._lens.get(index, len(self._echo(index)) if self.scores is None else 0)
         tokens, offsets = [], []
         for token, _ in tops:
             text, _ = hosted.token_text(token)
@@ -172,16 +185,18 @@ class CompletionReply(ChatReply):
             offsets.append(place)
             place += len(text)
         self._lens[index] = place
-        alternatives = [
-            {
-                hosted.token_text(each)[0]: logprob
-                for each, logprob in zip(top.top_tokens[:num_top], top.top_logprobs[:num_top], strict=True)
-            }
-            for _, top in tops
-        ]
+        alternatives = [None if top is None else _alternatives(hosted, top, num_top) for _, top in tops]
         return {
             "tokens": tokens,
-            "token_logprobs": [top.logprob for _, top in tops],
+            "token_logprobs": [None if top is None else top.logprob for _, top in tops],
             "top_logprobs": alternatives if num_top else None,
             "text_offset": offsets,
         }
+
+
+def _alternatives(hosted: Hosted, top: TopLogprobs, number: int) -> dict[str, float]:
+    """The likeliest first. Of tokens with the same text, such as parts of characters, the likeliest is told."""
+    found: dict[str, float] = {}
+    for token, logprob in zip(top.top_tokens[:number], top.top_logprobs[:number], strict=True):
+        found.setdefault(hosted.token_text(token)[0], logprob)
+    return found

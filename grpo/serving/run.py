@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ from contextlib import ExitStack
 
 import uvicorn
 
-from grpo.serving.app import Limits, Server, is_loopback
+from grpo.serving.app import STALLED_SECONDS, Limits, Server, is_loopback
 from grpo.serving.models import host, warn
 from grpo.system.terminal import say
 
@@ -35,7 +36,14 @@ def serve(options: Namespace, *, api_key: str | None, stack: ExitStack) -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     address = f"[{options.host}]" if ":" in options.host else options.host
     config = uvicorn.Config(
-        server.app(), log_level="warning", access_log=False, lifespan="on", timeout_keep_alive=30, ws="none"
+        server.app(),
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        timeout_keep_alive=30,
+        # what runs has that long from its arrival; only a client that does not read its answer is still there then
+        timeout_graceful_shutdown=math.ceil(options.timeout + STALLED_SECONDS),
+        ws="none",
     )
     running = _Announcing(config, f"http://{address}:{listener.getsockname()[1]}")
     for number in (

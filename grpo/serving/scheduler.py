@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -79,6 +80,17 @@ class Scheduler:
         if not sequence.has_ended:
             sequence.has_ended = True
             self.slots.cancel(sequence)
+
+    def score(self, prompt: list[int]) -> list[TopLogprobs]:
+        """Of each token of a prompt but the first, beside whatever else runs.
+
+        Raises:
+            FloatingPointError: the model's logits are not finite.
+        """
+        logprobs, tokens, top = self.decoder.score(prompt)
+        if not logprobs.isfinite().all():
+            raise FloatingPointError("the model's logits are not finite numbers: its weights are broken")
+        return [TopLogprobs(*each) for each in zip(logprobs.tolist(), tokens.tolist(), top.tolist(), strict=True)]
 
     def turn(self) -> list[Update]:
         """Launch the next steps, and take in what the ones before have drawn."""
@@ -183,6 +195,23 @@ class Worker:
         self._inbox.put(lambda: scheduler.add(sequences))
         if self.error is not None:  # since the thread has looked into the queue for the last time
             self._give_up()
+
+    def score(self, scheduler: Scheduler, prompt: list[int]) -> Future[list[TopLogprobs]]:
+        """From any thread; see Scheduler.score. It runs between two turns."""
+        future: Future[list[TopLogprobs]] = Future()
+
+        def score() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(scheduler.score(prompt))
+            except Exception as error:  # of this request alone
+                future.set_exception(error)
+
+        self._inbox.put(score)
+        if self.error is not None:
+            self._give_up()
+        return future
 
     def cancel(self, scheduler: Scheduler, sequences: list[Served]) -> None:
         """From any thread; of sequences that have ended it does nothing."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from grpo.observe.metrics import Meter, measure_batch, measure_rollout
 from grpo.scoring.scorer import Scorer, join_scores
 from grpo.system.out_of_memory import retry_with_fewer_sequences
 from grpo.system.stopping import StopAgreement
-from grpo.types import Generator, Group, Prompt, Sampling, Scores
+from grpo.types import Ahead, CarryingGenerator, Generator, Group, Prompt, Sampling, Scores
 
 T = TypeVar("T")
 
@@ -74,10 +75,23 @@ class Collector:
             self.scorer.rewards[number] = replace(self.scorer.rewards[number], weight=weight)
 
     def collect(
-        self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int, clock: Clock = untimed
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        num_completions: int,
+        seed: int,
+        clock: Clock = untimed,
+        ahead: Ahead | None = None,
     ) -> tuple[list[Group], Scores] | None:
-        """`num_completions` completions of each prompt and their scores; None if a request to stop broke it off."""
-        return self.run(lambda: self.sample(prompts, sampling, num_completions=num_completions, seed=seed, clock=clock))
+        """`num_completions` completions of each prompt and their scores; None if a request to stop broke it off.
+
+        Args:
+            ahead: what was begun of them, and what may be begun beside them; see carry_over.py.
+        """
+        return self.run(
+            lambda: self.sample(prompts, sampling, num_completions=num_completions, seed=seed, clock=clock, ahead=ahead)
+        )
 
     def run(self, work: Callable[[], T]) -> T | None:
         """What `work`, which samples, returns: retried where memory runs out; None if a request to stop broke it off."""
@@ -87,21 +101,29 @@ class Collector:
         return retry_with_fewer_sequences(work, self.generator, rank=self.rank) if self.retries else work()
 
     def sample(
-        self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int, clock: Clock = untimed
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        num_completions: int,
+        seed: int,
+        clock: Clock = untimed,
+        ahead: Ahead | None = None,
     ) -> tuple[list[Group], Scores]:
         """The same once, whatever happens."""
+        sample = self.generator.sample
+        if ahead is not None:
+            sample = partial(cast(CarryingGenerator, self.generator).sample_ahead, ahead=ahead)
         with self.scorer.begin(len(prompts)) as scoring:
             with clock("rollout"):
-                groups = self.generator.sample(
-                    prompts, sampling, num_completions=num_completions, seed=seed, on_group=scoring.add
-                )
+                groups = sample(prompts, sampling, num_completions=num_completions, seed=seed, on_group=scoring.add)
             with clock("scoring"):
                 return groups, scoring.result()
 
     def fill(
         self,
         sampler: DynamicSampler,
-        draw: Callable[[int], list[Prompt]],
+        draw: Callable[[int], tuple[list[Prompt], Ahead | None]],
         plan: SamplingPlan,
         *,
         signal: Callable[[Scores], Tensor],
@@ -111,7 +133,7 @@ class Collector:
         """Draw questions, sample and score, until the batch is full or no more may be drawn. Every process calls it.
 
         Args:
-            draw: this process's share of the next so many questions.
+            draw: this process's share of the next so many questions, with what may be sampled beside them.
             signal: (P,) which groups are worth a place in the batch.
             meter: takes the metrics of the engine and of what was sampled, but for its texts.
 
@@ -121,9 +143,14 @@ class Collector:
         groups: list[Group] = []
         scores: list[Scores] = []
         while size := sampler.next_size():
-            number = len(scores)
+            prompts, ahead = draw(size)
             collected = self.collect(
-                draw(size), plan.sampling, num_completions=plan.num_completions, seed=plan.seed(number), clock=clock
+                prompts,
+                plan.sampling,
+                num_completions=plan.num_completions,
+                seed=plan.seed(len(scores)),
+                clock=clock,
+                ahead=ahead,
             )
             sampler.add(self.stop.sync([] if collected is None else signal(collected[1]).tolist()))
             assert collected is not None, "only a request to stop breaks off the sampling"

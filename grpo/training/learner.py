@@ -115,8 +115,6 @@ class Learner:
             num_tokens=int(whole.trained_lens.sum()),
             max_completion_tokens=self.max_completion_tokens,
         )
-        if part.trained is not None:
-            weights = torch.zeros(len(part.trained)).masked_scatter_(part.trained, weights)
         return micro_batch(part, weights)
 
     def _fix(self, minibatch: list[MicroBatch]) -> None:

@@ -14,13 +14,14 @@ from grpo.algorithm.batch import pack
 from grpo.algorithm.dynamic_sampling import DynamicSampler
 from grpo.config import AlgorithmConfig, Config
 from grpo.data.prompts import PromptOrder
-from grpo.observe.metrics import Meter, measure_texts
+from grpo.observe.metrics import Meter, measure_carry_over, measure_texts
 from grpo.scoring.answers import completion_rows
 from grpo.text.aha import Words
+from grpo.training.carry_over import Turns
 from grpo.training.collector import Clock, Collector, SamplingPlan
 from grpo.training.learner import Learner
 from grpo.training.state import Rollout, RunState, StepState
-from grpo.types import Group, MicroBatch, Scores
+from grpo.types import Group, MicroBatch, Prompt, Scores
 
 
 class RolloutMaker:
@@ -57,6 +58,7 @@ class RolloutMaker:
         config: Config,
         *,
         seed: Callable[[str], int],
+        question_seed: Callable[[int], int],
         clock: Clock,
         retry: Callable[[Callable[[], Any]], Any],
     ) -> None:
@@ -65,15 +67,19 @@ class RolloutMaker:
         Args:
             config: of the step at hand.
             seed: for a purpose, of this process.
+            question_seed: of the question at a place in dealt order; only runs that carry over ask for it.
             retry: returns what the passes that it is given return, or deals with a shortage of memory.
 
         Raises:
             Interrupted: on all processes.
         """
         processes, meter = self.learner.processes, step.meter
+        turns = self._turns(step, state, config, question_seed)
+        limit = config.max_questions_per_step
         sampler = DynamicSampler(
             num_prompts=config.rollout.num_prompts,
-            limit=config.max_questions_per_step,
+            # a draft stays with its process if each draw deals everyone as many questions
+            limit=limit if turns is None else limit - limit % processes.world_size,
             world_size=processes.world_size,
             seen=state.groups_seen,
             with_signal=state.groups_with_signal,
@@ -86,7 +92,12 @@ class RolloutMaker:
         self.prompts.position = state.position
         with clock("step"):
             groups, scores = self.collector.fill(
-                sampler, self.prompts.draw, plan, signal=self._signal, meter=meter, clock=clock
+                sampler,
+                self._draw if turns is None else turns.draw,
+                plan,
+                signal=self._signal,
+                meter=meter,
+                clock=clock,
             )
             minibatch = sampler.minibatch_of(rank=processes.rank, num_minibatches=config.algorithm.num_minibatches)
             with clock("logprobs"):
@@ -98,7 +109,27 @@ class RolloutMaker:
         measure_texts(meter, completion_rows(groups, scores), self.words)
         step.first_update, state.position = state.optimizer_steps, self.prompts.position
         state.groups_seen, state.groups_with_signal = sampler.remembered()
+        if turns is not None:
+            measure_carry_over(meter, [groups[i] for i in (minibatch >= 0).nonzero().flatten()], *turns.num_tokens)
+            step.drafts = turns.drafts
         step.rollout = Rollout(groups, scores, advantages, minibatch)
+
+    def _draw(self, num_prompts: int) -> tuple[list[Prompt], None]:
+        return self.prompts.draw(num_prompts), None
+
+    def _turns(self, step: StepState, state: RunState, config: Config, seed: Callable[[int], int]) -> Turns | None:
+        """The questions of a run that carries over; None: of one that does not."""
+        rollout = config.rollout
+        if not rollout.carry_over:
+            return None
+        steps_after = config.run.steps - state.step - 1
+        return Turns(
+            self.prompts,
+            step.drafts,
+            step=state.step + 1,
+            num_ahead=min(rollout.max_staleness, steps_after) * rollout.num_prompts,
+            seed=seed,
+        )
 
     def _signal(self, scores: Scores) -> Tensor:
         """(P,) which groups are worth a place in the batch, by the one reward that decides it."""

@@ -15,7 +15,7 @@ from grpo.observe.metrics import Meter
 from grpo.scoring.scorer import join_scores
 from grpo.system import progress
 from grpo.system.distributed import Processes
-from grpo.types import Group, MicroBatch, Scores
+from grpo.types import Drafts, Group, MicroBatch, Scores
 
 
 @dataclass
@@ -56,6 +56,7 @@ class StepState:
     minibatches: list[list[MicroBatch]] = field(default_factory=list)  # still to be trained on
     meter: Meter = field(default_factory=Meter)
     seconds: dict[str, float] = field(default_factory=dict)
+    drafts: Drafts = field(default_factory=dict)  # of later questions; with rollout.carry_over
 
     @property
     def sampled(self) -> Rollout:

@@ -1,0 +1,47 @@
+"""Models and data sets of the hub that cannot be had, told before torch is imported: in a second or two."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from grpo.config import Config, SupervisedConfig
+from grpo.data.files import FORMATS
+from grpo.system import hub_access
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def check_config(config: Config | SupervisedConfig) -> None:
+    """Raises ValueError for a model or data set that is neither on this machine nor to be had from the hub."""
+    check_model(config.model.name, "model.name", config.model.revision)
+    if isinstance(config, Config) and config.teacher.name is not None:
+        check_model(config.teacher.name, "teacher.name", config.teacher.revision)
+    for setting, name in _data_sets(config):
+        if _may_be_of_hub(name) and not hub_access.has_data_set(name) and (reason := hub_access.unreachable()):
+            raise ValueError(hub_access.no_data_set(f"{setting} is {name!r}", name, setting, reason))
+
+
+def check_model(name: str, setting: str = "--model", revision: str = "main") -> None:
+    """Raises ValueError if it is neither on this machine nor to be had from the hub."""
+    if _may_be_of_hub(name) and not hub_access.has_model(name, revision) and (reason := hub_access.unreachable()):
+        raise ValueError(hub_access.no_model(f"{setting} is {name!r}", name, setting, reason))
+
+
+def _may_be_of_hub(name: str) -> bool:
+    """Other names are files and folders, whose mistakes are told elsewhere; and one of several processes is enough to ask."""
+    folder = name.partition("/")[0] if "/" in name else ""
+    is_file = Path(name).suffix in (*FORMATS, ".gguf")
+    is_other = is_file or Path(name).exists() or name.startswith(".") or bool(folder and Path(folder).is_dir())
+    return bool(HUB_ID.fullmatch(name)) and not is_other and os.environ.get("RANK", "0") == "0"
+
+
+def _data_sets(config: Config | SupervisedConfig) -> Iterator[tuple[str, str]]:
+    data = config.data
+    for setting, sources in (("data.name", data.name), ("data.eval_name", data.eval_name)):
+        for source in sources if isinstance(sources, list) else [sources]:
+            name = source if isinstance(source, str) or source is None else source.name
+            if name is not None:
+                yield setting, name

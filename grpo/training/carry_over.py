@@ -1,0 +1,94 @@
+"""Rollouts that carry over: what is sampled of later questions while the last answers of a batch still run.
+
+The batch of a step is always the next questions in dealt order, however long their answers are, so length decides nothing
+about who is trained on. Places that fall free while the last of them run are given to completions of the questions that follow,
+at most `rollout.max_staleness` steps ahead, and what there is of these when the batch is whole is kept as drafts:
+
+    step 1   questions 0-3  ####  ##  ######  ###        4-7   ##  #              begun in free places: drafts
+    step 2   questions 4-7  ##---  #-----  ----  --      8-11  -  -----           # by the weights of step 1, - of step 2
+
+A draft goes on from its tokens under the weights of the step that it goes on in. Every token keeps the log-probability that it
+was drawn with, and the loss weighs it by `algorithm.importance`. Each step takes at least `rollout.num_prompts` questions, so
+no token can be older than `rollout.max_staleness` steps.
+
+prime-rl and AReaL (arXiv 2505.24298) take whole answers in the order in which they end and drop those that are too old; that
+trains on short answers first.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import replace
+
+from grpo.data.prompts import PromptOrder
+from grpo.policy.policy import SampledModel
+from grpo.rollout.engine import unsupported
+from grpo.types import Ahead, Draft, Drafts, Generator, Prompt
+
+
+def check_carries(generator: Generator, policy: SampledModel) -> None:
+    """Raises ValueError if an engine, which `rollout.engine` auto has chosen, cannot go on with what was begun."""
+    if not hasattr(generator, "sample_ahead"):
+        reason = unsupported(policy, fused=False)
+        raise ValueError(
+            f"rollout.carry_over is true; it needs the native engine, and {reason}. Remove rollout.carry_over."
+        )
+
+
+class Turns:
+    """The questions of a step as they are drawn, each with what there is of its completions, and those that come after them.
+
+    Args:
+        order: what deals them; its position moves on with every draw.
+        drafts: what the steps before have left to this process; stays as it is.
+        step: number of the step, counted from 1.
+        num_ahead: how many questions after a draw may be begun, over all processes.
+        seed: of the completions of the question at a place.
+    """
+
+    def __init__(
+        self, order: PromptOrder, drafts: Drafts, *, step: int, num_ahead: int, seed: Callable[[int], int]
+    ) -> None:
+        self.order, self.step, self.num_ahead, self.seed = order, step, num_ahead, seed
+        self._drafts = dict(drafts)
+        self._under_way: tuple[list[int], Ahead] | None = None  # places of the later questions of the last draw
+
+    def draw(self, num_prompts: int) -> tuple[list[Prompt], Ahead]:
+        """This process's share of the next `num_prompts` questions, and of those that follow."""
+        drafts = self.drafts
+        start = self.order.position
+        after = start + num_prompts
+        self.order.position = after
+        mine = self._share(start, after)
+        later = self._share(after, after + self.num_ahead)
+        begun: list[list[Draft]] = [drafts.pop(place, []) for place in (*mine, *later)]
+        self._drafts = drafts
+        ahead = Ahead(self.step, begun, [*later.values()])
+        self._under_way = [*later], ahead
+        return [*mine.values()], ahead
+
+    def _share(self, start: int, end: int) -> dict[int, Prompt]:
+        dealt = self.order.share(start, end)
+        return {place: replace(prompt, seed=self.seed(place)) for place, prompt in dealt.items()}
+
+    @property
+    def drafts(self) -> Drafts:
+        """What there is of the questions whose turn has not come."""
+        if self._under_way is None:
+            return dict(self._drafts)
+        places, ahead = self._under_way
+        begun = {place: left for place, left in zip(places, ahead.left, strict=True) if any(d.tokens for d in left)}
+        return self._drafts | begun
+
+    @property
+    def num_tokens(self) -> tuple[int, int]:
+        """Tokens of `drafts`, and how many of them this step has drawn."""
+        every = [draft.steps for drafts in self.drafts.values() for draft in drafts]
+        return sum(map(len, every)), sum(len(steps) - bisect_left(steps, self.step) for steps in every)  # they ascend
+
+
+def redistribute(parts: list[Drafts], *, position: int, rank: int, num_processes: int) -> Drafts:
+    """The drafts of one of `num_processes`, of those of any number of them: questions are dealt on from `position`."""
+    every = {place: drafts for part in parts for place, drafts in part.items()}
+    return {place: drafts for place, drafts in every.items() if (place - position) % num_processes == rank}

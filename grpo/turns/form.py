@@ -1,0 +1,145 @@
+"""How calls are written and results come back: in tags of our own, or as the model's chat template has them.
+
+    a prompt without a chat template     <tool>{"name": "calculator", "arguments": {"expression": "2*3"}}</tool><result>6</result>
+    a chat template with tools           the assistant ends its turn; a turn of the tool follows, and the next of the assistant
+
+Who wrote a token is known from where it came from, and never read from the text: a `<result>` that a model writes itself is its
+own words, is trained on like them, and no tool has answered.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo.config import DataConfig
+from grpo.data.prompts import TEMPLATES, render
+from grpo.turns.schema import Schema
+
+CALL = ("<tool>", "</tool>")
+RESULT = ("<result>", "</result>")
+CHAT_CALL = ("<tool_call>", "</tool_call>")
+"""Of the chat templates of Qwen 2.5 and 3, Hermes and many after them."""
+
+
+CUT_OFF = " [cut off]"
+"""Behind a result that is longer than `tools.max_result_tokens`."""
+
+LONG_TOKEN = 64
+"""Characters: no more of a result are looked at for each of its tokens."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a model calls tools.
+
+    Args:
+        stop: texts that end the model's turn.
+        tags: around a call.
+        before, between, after: what stands before the first result, between two, and after the last.
+        one: whether a turn has one call at most.
+    """
+
+    stop: tuple[str, ...]
+    tags: tuple[str, str]
+    before: str
+    between: str
+    after: str
+
+    def calls(self, turn: str) -> list[str]:
+        """The calls of a turn that the model wrote, each as the text between its tags; one that it never opened is empty."""
+        if self.stop and self.tags[1] not in turn:
+            return []
+        if self.stop:  # the turn has ended with the first close
+            before = turn.partition(self.tags[1])[0]
+            return [before.rpartition(self.tags[0])[2] if self.tags[0] in before else ""]
+        return re.findall(f"{re.escape(self.tags[0])}(.*?){re.escape(self.tags[1])}", turn, re.DOTALL)
+
+    def results(self, texts: list[str], tokenizer: PreTrainedTokenizerBase, *, most: int) -> tuple[str, list[int]]:
+        """What is put behind a turn whose calls had these results, as text and as tokens.
+
+        Args:
+            most: tokens of a result.
+        """
+        text = self.before + self.between.join(self._cut(each, tokenizer, most) for each in texts) + self.after
+        return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _cut(self, text: str, tokenizer: PreTrainedTokenizerBase, most: int) -> str:
+        text = self._harmless(text[: most * LONG_TOKEN], tokenizer)
+        token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(token_ids) <= most:
+            return text
+        return str(tokenizer.decode(token_ids[:most], clean_up_tokenization_spaces=False)).rstrip("\ufffd") + CUT_OFF
+
+    def _harmless(self, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+        """A result in which nothing reads as the end of a turn, a call, or the end of the result."""
+        special = {str(token) for token in tokenizer.get_added_vocab()} | {str(t) for t in tokenizer.all_special_tokens}
+        tags = {*CALL, *RESULT, *CHAT_CALL, "<tool_response>", "</tool_response>"}
+        for each in sorted({*special, *tags}, key=len, reverse=True):
+            if len(each) > 1 and each in text:
+                text = text.replace(each, f"{each[0]} {each[1:]}")
+        return text
+
+
+TAGGED = Form(stop=(CALL[1],), tags=CALL, before=RESULT[0], between=f"{RESULT[1]}{RESULT[0]}", after=RESULT[1])
+"""Of prompts without a chat template."""
+
+
+def form_of(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Form:
+    """The form of a run's calls.
+
+    Raises:
+        ValueError: the chat template has no tools, or writes calls in a way that is not read here.
+    """
+    if not TEMPLATES[data.template].is_chat:
+        return TAGGED
+    return _chat_form(tokenizer, data)
+
+
+NO_TOOLS = (
+    "data.template is 'chat'; the tokenizer's chat template {what}. Set data.template to r1_zero or none, where calls stand in "
+    "tags of our own, or name a file with another chat template (data.chat_template)."
+)
+
+_QUESTION, _WORDS, _FIRST, _SECOND = "a question", "some words", "9f1c first", "9f1c second"
+
+
+def _chat_form(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Form:
+    """What a chat template writes around calls and results, found by rendering them once."""
+    tool: Schema = {
+        "type": "function",
+        "function": {"name": "probe", "description": "9f1c tool", "parameters": {"type": "object", "properties": {}}},
+    }
+    probed = data.with_tools([tool])
+    call = {"type": "function", "function": {"name": "probe", "arguments": {"word": "9f1c word"}}}
+    asked: list[dict[str, Any]] = [
+        {"role": "user", "content": _QUESTION},
+        {"role": "assistant", "content": _WORDS, "tool_calls": [call, call]},
+    ]
+    answers = [{"role": "tool", "name": "probe", "content": text} for text in (_FIRST, _SECOND)]
+    prompt = render(asked[:1], tokenizer, probed, add_generation_prompt=True)
+    if "9f1c tool" not in prompt:
+        raise ValueError(NO_TOOLS.format(what="does not tell the model of tools"))
+    said = render(asked, tokenizer, probed, add_generation_prompt=False)
+    whole = render([*asked, *answers], tokenizer, probed, add_generation_prompt=True)
+    calls = re.findall(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", said.removeprefix(prompt), re.DOTALL)
+    if len(calls) != 2 or "9f1c word" not in calls[0]:
+        raise ValueError(
+            NO_TOOLS.format(what="writes calls in a form that is not read here (<tool_call>{...}</tool_call> is)")
+        )
+    behind = said.rpartition(CHAT_CALL[1])[2]  # the end token of the turn, which the model draws, and what follows it
+    end = next((each for each in _ends(tokenizer) if behind.lstrip().startswith(each)), None)
+    if not whole.startswith(said) or end is None or whole.count(_FIRST) != 1 or whole.count(_SECOND) != 1:
+        raise ValueError(NO_TOOLS.format(what="changes a turn once a result follows it"))
+    rest = behind.lstrip().removeprefix(end) + whole.removeprefix(said)
+    before, _, rest = rest.partition(_FIRST)
+    between, _, after = rest.partition(_SECOND)
+    return Form(stop=(), tags=CHAT_CALL, before=before, between=between, after=after)
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Tokens that may end a turn, the longest first."""
+    return sorted(map(str, {tokenizer.eos_token, *tokenizer.all_special_tokens} - {None}), key=len, reverse=True)

@@ -1,0 +1,262 @@
+"""Rollouts that carry over: the same answers to the same questions as without, none older than allowed, exact under resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import launch, tiny_config
+from test_engine import make_policy, native, some_prompts, tokens_of
+
+from grpo import Config, Trainer
+from grpo.algorithm.batch import join, micro_batch, pack, split
+from grpo.data.prompts import PromptOrder
+from grpo.observe.metrics import Meter
+from grpo.run.checkpoint import name_of
+from grpo.system.stopping import Stopped
+from grpo.training.carry_over import Turns, redistribute
+from grpo.types import Ahead, Completion, Draft, Group, Prompt, Sampling
+
+CARRIES: dict[str, Any] = {
+    "rollout": {"carry_over": True, "max_staleness": 2},
+    "algorithm": {"importance": "truncate", "importance_high": 2.0},
+    "memory": {"max_sequences": 10},
+}
+
+
+def sampled_in_turns(
+    generator: Any, prompts: list[Prompt], sampling: Sampling, *, size: int, num_ahead: int, num_completions: int = 3
+) -> list[Group]:
+    """The groups of all prompts in batches of `size`, each step with the questions after it in free places."""
+    order = PromptOrder(prompts, seed=0, rank=0, world_size=1, own=lambda epoch, rows: range(len(rows)))
+    groups: list[Group] = []
+    drafts: Any = {}
+    for step in range(1, len(prompts) // size + 1):
+        room = min(num_ahead, len(prompts) - step * size)
+        turns = Turns(order, drafts, step=step, num_ahead=room, seed=lambda place: 100 + place)
+        batch, ahead = turns.draw(size)
+        groups += generator.sample_ahead(batch, sampling, num_completions=num_completions, seed=step, ahead=ahead)
+        drafts = turns.drafts
+    assert not drafts, "nothing is left behind the last question"
+    return groups
+
+
+def test_under_the_same_weights_every_question_has_the_answers_it_would_have_had_anyway(tmp_path: Path):
+    policy = make_policy(tmp_path)
+    prompts = some_prompts(9, seed=1)
+    seeded = [replace(prompt, seed=100 + place) for place, prompt in enumerate(prompts)]
+    for sampling in (Sampling(60), Sampling(40, stop=("1",))):
+        expected = native(policy).sample(seeded, sampling, num_completions=3, seed=5)
+        carried = sampled_in_turns(native(policy, max_sequences=7), prompts, sampling, size=3, num_ahead=6)
+        assert [group.prompt.row for group in carried] == list(range(9))
+        assert tokens_of(carried) == tokens_of(expected)
+        for ours, theirs in zip(carried, expected, strict=True):
+            for one, other in zip(ours.completions, theirs.completions, strict=True):
+                assert (one.text, one.finish_reason) == (other.text, other.finish_reason)
+                assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        ages = [each.ages for group in carried for each in group.completions if each.ages]
+        assert ages, "nothing was carried over"
+        assert all(age == sorted(age, reverse=True) and 0 < max(age) <= 2 for age in ages)
+        assert any(0 in age for age in ages), "no draft went on in its own step"
+
+
+def test_what_nobody_waits_for_gives_up_its_pages_first(tmp_path: Path):
+    from test_engine import small_cache
+
+    policy = make_policy(tmp_path)
+    prompts = some_prompts(8, longest=40)
+    seeded = [replace(prompt, seed=100 + place) for place, prompt in enumerate(prompts)]
+    expected = native(policy).sample(seeded, Sampling(90), num_completions=3, seed=5)
+    tight = native(policy, max_sequences=12, kv_cache_gib=small_cache(policy, sequences=5, tokens=130))
+    assert tokens_of(sampled_in_turns(tight, prompts, Sampling(90), size=2, num_ahead=6)) == tokens_of(expected)
+
+
+def test_a_lower_limit_cuts_a_draft_and_a_higher_one_lets_it_go_on(tmp_path: Path):
+    policy = make_policy(tmp_path)
+    prompts = [replace(prompt, seed=7 + prompt.row) for prompt in some_prompts(4)]
+    whole = native(policy).sample(prompts[1:], Sampling(24), num_completions=2, seed=1)
+    ahead = Ahead(1, [[] for _ in prompts], prompts[1:])
+    native(policy).sample_ahead(prompts[:1], Sampling(12), num_completions=2, seed=1, ahead=ahead)
+    for limit in (6, 24):
+        later = Ahead(2, ahead.left, [])
+        groups = native(policy).sample_ahead(prompts[1:], Sampling(limit), num_completions=2, seed=1, ahead=later)
+        assert tokens_of(groups) == [tokens[:limit] for tokens in tokens_of(whole)]
+
+
+def test_questions_are_dealt_in_order_and_none_is_begun_too_early():
+    prompts = some_prompts(10)
+    orders = [PromptOrder(prompts, seed=3, rank=rank, world_size=2) for rank in range(2)]
+    plain = PromptOrder(prompts, seed=3, rank=0, world_size=1)
+    for step in range(1, 6):
+        parts = [Turns(order, {}, step=step, num_ahead=4, seed=lambda place: place).draw(4) for order in orders]
+        start = plain.position
+        assert [prompt.row for pair in zip(*(part[0] for part in parts), strict=True) for prompt in pair] == [
+            prompt.row for prompt in plain.draw(4)
+        ]
+        ahead = [prompt.seed for pair in zip(*(part[1].prompts for part in parts), strict=True) for prompt in pair]
+        assert ahead == list(range(start + 4, start + 8)), "a seed is the place's, whoever samples"
+        assert [order.position for order in orders] == [plain.position] * 2
+
+
+def test_a_request_to_stop_leaves_the_drafts_of_the_step_before():
+    order = PromptOrder(some_prompts(6), seed=3, rank=0, world_size=1)
+    before = {0: [Draft([7], [-1.0], [1])], 3: [Draft([8], [-1.0], [1])]}
+    turns = Turns(order, before, step=2, num_ahead=2, seed=lambda place: place)
+    _, ahead = turns.draw(2)
+    assert ahead.begun == [before[0], [], [], before[3]]
+    assert set(before) == {0, 3}
+    ahead.left = [[Draft()], [Draft([8, 9], [-1.0, -2.0], [1, 2])]]
+    assert turns.drafts == {3: ahead.left[1]}
+    assert turns.num_tokens == (2, 1)
+
+
+def test_drafts_follow_their_questions_to_other_processes():
+    parts = [{place: [Draft([place], [0.0], [1])] for place in range(10 + rank, 18, 2)} for rank in range(2)]
+    for processes in (1, 2, 4):
+        dealt = [redistribute(parts, position=10, rank=rank, num_processes=processes) for rank in range(processes)]
+        assert sorted(place for part in dealt for place in part) == list(range(10, 18))
+        assert all((place - 10) % processes == rank for rank, part in enumerate(dealt) for place in part)
+
+
+def test_which_tokens_are_fresh_stays_with_them_in_batches_and_passes():
+    def completion(*ages: int) -> Completion:
+        return Completion([5] * len(ages), [-0.5] * len(ages), "", "stop", ages=[*ages] if any(ages) else None)
+
+    prompt = Prompt(0, [1, 2], "", "", {})
+    old = pack([Group(prompt, [completion(1, 0), completion(2, 2, 1)])], torch.tensor([[1.0, -1.0]]))
+    new = pack([Group(prompt, [completion(0, 0), completion(0)])], torch.tensor([[1.0, -1.0]]))
+    assert new.fresh is None
+    both = join([old, new])
+    assert both.fresh.tolist() == [False, True, False, False, False, True, True, True]
+    whole = micro_batch(both, torch.ones(8))
+    parts = split(whole, 4)
+    assert len(parts) > 1
+    assert sorted(map(len, (part.fresh for part in parts))) == sorted(len(part.targets) for part in parts)
+    assert sum(int(part.fresh.sum()) for part in parts) == 4
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def carrying(directory: Path, *, steps: int = 6, **sections: dict[str, Any]) -> Config:
+    every = {**CARRIES, "checkpoint": {"every_steps": 2}, "run": {"steps": steps, "resume": "auto"}, **sections}
+    merged = {name: {**CARRIES.get(name, {}), **values} for name, values in every.items()}
+    return tiny_config(directory, **merged)
+
+
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time/", "throughput/", "memory/")
+    return [{k: v for k, v in row.items() if not k.startswith(timed) and k != "timestamp"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("carries") / "run"
+    Trainer(carrying(run, algorithm={"num_minibatches": 2})).train()
+    return run
+
+
+def test_a_run_trains_on_old_tokens_weighs_them_and_tells_them_apart(whole_run: Path):
+    steps = [row for row in metrics_of(whole_run) if "rollout/staleness" in row]
+    assert len(steps) == 6
+    assert steps[0]["rollout/carried"] == 0
+    assert max(row["rollout/carried"] for row in steps) > 0.2
+    assert 1 <= max(row["rollout/staleness_max"] for row in steps) <= 2
+    assert steps[-1]["rollout/ahead"] == 0, "nobody asks for what comes after the last step"
+    assert steps[1]["rollout/ahead"] > 0
+    # old tokens are far from the policy by now; the gap of those it has just drawn is rounding
+    assert max(row["policy/importance_max"] for row in steps) > 1.01
+    assert all(row["policy/sampling_gap"] < 1e-4 for row in steps if "policy/sampling_gap" in row)
+
+
+@pytest.mark.parametrize(("method", "call", "name"), [("_optimizer_step", 5, "step-00000002-0001"), ("_sample", 4, "")])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, whole_run: Path, method: str, call: int, name: str
+):
+    config = carrying(tmp_path / "run", algorithm={"num_minibatches": 2})
+    trainer = Trainer(config)
+    own, calls = getattr(trainer, method), []
+
+    def stops(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own(*arguments)
+
+    setattr(trainer, method, stops)
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert (tmp_path / "run/checkpoints" / (name or name_of(3))).is_dir()
+    trainer = Trainer(config)
+    assert trainer.step.drafts, "the drafts came back"
+    trainer.train()
+    assert metrics_of(tmp_path / "run") == metrics_of(whole_run)
+    assert (tmp_path / "run/completions.jsonl").read_text() == (whole_run / "completions.jsonl").read_text()
+
+
+def test_dynamic_sampling_takes_from_the_same_drafts(tmp_path: Path):
+    config = carrying(tmp_path / "run", rollout={"max_oversampling": 3.0, "signal_from": None})
+    Trainer(config).train()
+    steps = [row for row in metrics_of(tmp_path / "run") if "rollout/staleness" in row]
+    assert len(steps) == 6
+    assert max(row["rollout/staleness_max"] for row in steps) <= 2
+    assert max(row["rollout/carried"] for row in steps) > 0
+    assert max(row["rollout/draws"] for row in steps) > 1
+
+
+def test_two_processes_carry_over_and_resume_as_one(tmp_path: Path):
+    printed = launch("worker_carry_over.py", str(tmp_path), processes=2)
+    assert "as if it had not been" in printed
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        (
+            {"algorithm": {"importance": "none", "importance_high": None}},
+            "algorithm.importance none would train on them",
+        ),
+        ({"rollout": {"engine": "hf"}}, "rollout.engine hf cannot go on with completions"),
+        ({"rollout": {"carry_over": False, "max_staleness": 3}}, "no effect while rollout.carry_over is false"),
+        (
+            {"teacher": {"name": "a/b"}, "algorithm": {"kl_coef": 1.0, "kl_estimator": "k2"}},
+            "divergence from the teacher",
+        ),
+    ],
+)
+def test_what_does_not_go_with_it_is_said(tmp_path: Path, sections: dict[str, Any], said: str):
+    with pytest.raises(ValueError, match=said):
+        carrying(tmp_path, **sections)
+
+
+def test_a_gap_is_measured_on_what_the_weights_at_hand_have_drawn():
+    from grpo.algorithm.loss import grpo_loss
+    from grpo.algorithm.objective import Objective
+    from grpo.observe.metrics import Predicted, measure_micro_batch
+
+    prompt = Prompt(0, [1, 2], "", "", {})
+    completion = Completion([5, 6, 7], [-5.0, -1.0, -1.0], "", "stop", ages=[1, 0, 0])
+    micro = micro_batch(pack([Group(prompt, [completion])], torch.ones(1, 1)), torch.ones(3))
+    now = torch.tensor([-1.0, -1.0, -1.5])
+    objective = Objective(importance="truncate", importance_high=2.0)
+    result = grpo_loss(
+        now,
+        micro.advantages,
+        micro.weights,
+        objective,
+        completion_lens=micro.completion_lens,
+        sampling_logprobs=micro.sampling_logprobs,
+    )
+    meter = Meter()
+    measure_micro_batch(
+        meter, micro, objective, Predicted(now, torch.zeros(3), torch.ones(3, dtype=torch.bool)), result
+    )
+    assert float(meter.sums["policy/sampling_gap"] / meter.counts["policy/sampling_gap"]) == pytest.approx(0.25)
+    assert float(meter.maxima["policy/sampling_gap_max"]) == pytest.approx(0.5)

@@ -1,0 +1,469 @@
+"""Tools and turns: what is sampled, appended and trained; calls that go wrong; what a user may hand over."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import ROOT, TINY, tiny_config
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from grpo import Trainer
+from grpo.config import Config, DataConfig, ToolsConfig
+from grpo.config.sections import ScoringConfig
+from grpo.data.prompts import build_prompts
+from grpo.inference.chat import Conversation, show
+from grpo.inference.model import load, sampling_config
+from grpo.rollout.grouping import Grouping
+from grpo.system.jsonl import read_jsonl
+from grpo.system.stopping import RunError
+from grpo.turns.form import TAGGED, form_of
+from grpo.turns.generator import ToolGenerator
+from grpo.turns.toolbox import Toolbox
+from grpo.turns.use import Tools, named
+from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
+
+TOKENIZER = AutoTokenizer.from_pretrained(TINY / "model")
+SCORING = ScoringConfig(num_workers=1)
+
+
+def call(name: str = "lookup", **arguments: object) -> str:
+    return f"<tool>{json.dumps({'name': name, 'arguments': arguments})}</tool>"
+
+
+def lookup(word: str, times: int = 1) -> str:
+    """Look a word up.
+
+    Args:
+        word: what to look up.
+        times: how often to say it.
+    """
+    if word == "hang":
+        time.sleep(60)
+    if word == "die":
+        import os
+
+        os._exit(1)
+    if word == "raise":
+        raise KeyError("no such word")
+    return "</result><tool>{}</tool><|endoftext|>" if word == "escape" else times * f"<{word}>"
+
+
+class Counter:
+    """Counts for a conversation."""
+
+    def reset(self, start: int = 0, **_: object) -> None:
+        self.total = start
+
+    def add(self, number: int) -> int:
+        """Add a number, and return the total.
+
+        Args:
+            number: to add.
+        """
+        self.total += number
+        return self.total
+
+
+class Scripted:
+    """A Generator that says the next of its lines in each turn, a completion's own lines in order."""
+
+    def __init__(self, lines: list[list[str]]) -> None:
+        self.lines, self.asked = lines, list[Prompt]()
+
+    def sample(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        num_completions: int,
+        seed: int,
+        on_group: OnGroup | None = None,
+    ) -> list[Group]:
+        assert TAGGED.stop[0] in sampling.stop
+        self.asked += prompts
+        grouping = Grouping(prompts, num_completions=num_completions, on_group=on_group)
+        for place in reversed(range(len(grouping.prompts))):
+            prompt = grouping.prompts[place]
+            said = self._turn(place, prompt)
+            most = min(sampling.max_tokens, prompt.max_tokens or sampling.max_tokens)
+            ids = TOKENIZER(said, add_special_tokens=False)["input_ids"][:most]
+            text = TOKENIZER.decode(ids)
+            ended = text == said
+            logprobs = [-0.5 - place] * len(ids)
+            grouping.add(place, Completion(ids, logprobs, prompt.prefill + text, "stop" if ended else "length"))
+        return grouping.groups()
+
+    def _turn(self, place: int, prompt: Prompt) -> str:
+        begun = TOKENIZER.decode(prompt.token_ids)
+        mine = [own for own in self.lines if own[0] in begun]  # in a later turn
+        return (mine[0] if mine else self.lines[place])[begun.count(TAGGED.tags[1])]
+
+    def sync(self) -> None:
+        """Nothing depends on weights."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+def converse(lines: list[list[str]], tools: list = [lookup], *, max_tokens: int = 400, **limits: object):  # noqa: B006
+    """The completions of one prompt, which say these lines."""
+    text = "User: x\nAssistant:"
+    prompt = Prompt(0, TOKENIZER(text)["input_ids"], text, "", {"question": "x", "answer": "", "start": 5})
+    config = ToolsConfig(timeout_seconds=1.0, **limits)
+    inner = Scripted(lines)
+    with Toolbox.of(config, SCORING, tools) as toolbox:
+        generator = ToolGenerator(inner, toolbox, TAGGED, TOKENIZER, config)
+        (group,) = generator.sample([prompt], Sampling(max_tokens), num_completions=len(lines), seed=3)
+    return prompt, group.completions, inner
+
+
+def results(completion: Completion) -> list[str]:
+    return [turn.text for turn in completion.turns if turn.calls]
+
+
+def statuses(completion: Completion) -> list[str]:
+    return [each.status for turn in completion.turns for each in turn.calls]
+
+
+def test_a_result_is_appended_to_the_very_tokens_and_only_its_own_tokens_are_masked():
+    first, second = f"a {call(word='dog', times=2)}", "done"
+    prompt, completions, inner = converse([[first, second], ["b plain"]])
+    with_call, plain = completions
+    own = [TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in (first, second)]
+    result = TOKENIZER("<result><dog><dog></result>", add_special_tokens=False)["input_ids"]
+    assert with_call.token_ids == own[0] + result + own[1]
+    assert with_call.trained == [True] * len(own[0]) + [False] * len(result) + [True] * len(own[1])
+    assert [x for x, is_own in zip(with_call.logprobs, with_call.trained, strict=True) if is_own] == [-0.5] * len(
+        own[0] + own[1]
+    )
+    assert with_call.own_ids == own[0] + own[1]
+    assert with_call.text == first + second
+    assert [turn.text for turn in with_call.turns] == [first, "<result><dog><dog></result>", second]
+    assert inner.asked[-1].token_ids == prompt.token_ids + own[0] + result, "it goes on from what was sampled"
+    assert (plain.trained, plain.text, len(plain.turns)) == (None, "b plain", 1)
+
+
+def test_whatever_goes_wrong_with_a_call_is_a_result_that_the_model_reads():
+    lines = [
+        [f"c0 {call(word='raise')}", "e"],
+        [f"c1 {call(word='hang')}", "e"],
+        [f"c2 {call(word='die')}", "e"],
+        [f"c3 {call('nothing', word='x')}", "e"],
+        [f"c4 {call(word=3)}", "e"],
+        [f"c5 {call(world='x')}", "e"],
+        ["c6 <tool>lookup(x)</tool>", "e"],
+        ["c7 no call at all</tool>", "e"],
+        [f"c8 {call(word='ok')}", "e"],
+    ]
+    began = time.monotonic()
+    _, completions, _ = converse(lines)
+    assert time.monotonic() - began < 20, "the tool that hangs costs its limit of 1 second"
+    found = [(statuses(each), results(each)[0].removeprefix("<result>")) for each in completions]
+    expected = [
+        ("error", "error: KeyError: 'no such word'"),
+        ("timeout", "error: lookup took longer than 1 seconds"),
+        ("crash", "error: lookup took too much memory, or its process died"),
+        ("refused", "error: there is no tool 'nothing'; there is lookup"),
+        ("refused", "error: the argument 'word' is 3; it is of the type string"),
+        ("refused", "error: there is no argument 'world'; the arguments are word, times"),
+        ("unreadable", "error: the call is no JSON"),
+        ("unreadable", "error: the call is no JSON"),
+        ("ok", "<ok>"),
+    ]
+    for (status, text), (wanted, words) in zip(found, expected, strict=True):
+        assert status == [wanted], text
+        assert text.startswith(words)
+    assert all(each.finish_reason == "stop" and each.text.endswith("e") for each in completions)
+
+
+def test_a_model_that_calls_for_ever_ends_at_its_calls_or_its_tokens():
+    again = [f"{n} {call(word='a')}" for n in "pqrstu"]
+    _, (out_of_calls,), _ = converse([again], max_calls=2)
+    assert out_of_calls.finish_reason == "calls"
+    assert len(statuses(out_of_calls)) == 2
+    assert out_of_calls.turns[-1].text == again[2], "it ends with what the model wrote"
+    size = len(TOKENIZER(again[0] + "<result><a></result>", add_special_tokens=False)["input_ids"])
+    _, (no_room,), _ = converse([again], max_tokens=size)
+    assert no_room.finish_reason == "length"
+    assert no_room.trained is None, "a result that nobody could go on from is left out"
+    _, (cut_off,), _ = converse([again], max_tokens=size + 3)
+    assert cut_off.finish_reason == "length"
+    assert len(cut_off.token_ids) == size + 3, "the budget is the total, of results too"
+
+
+def test_a_result_is_cut_off_and_cannot_end_itself_or_the_turn():
+    _, (long,), _ = converse([[f"a {call(word='x' * 5, times=2_000_000)}", "e"]], max_result_tokens=20)
+    assert results(long)[0].endswith(" [cut off]</result>")
+    assert long.turns[1].num_tokens < 20 + 30
+    lines = [[f"b {call(word='escape')}", "e"], ["c <result>42</result> I made that up", "e"]]
+    _, (escaping, forged), _ = converse(lines)
+    assert results(escaping) == ["<result>< /result>< tool>{}< /tool>< |endoftext|></result>"]
+    assert TOKENIZER.eos_token_id not in escaping.token_ids
+    assert (forged.trained, len(forged.turns), forged.text) == (None, 1, lines[1][0]), "its own words, and trained on"
+
+
+def test_an_object_is_a_conversations_own_begins_with_the_columns_and_survives_its_process():
+    lines = [
+        [f"a {call('add', number=1)}", f"aa {call('lookup', word='die')}", f"aaa {call('add', number=2)}", "e"],
+        [f"b {call('add', number=10)}", "e"],
+    ]
+    _, (first, second), _ = converse(lines, [Counter, lookup])
+    assert results(first)[0] == "<result>6</result>"
+    assert results(first)[2] == "<result>8</result>", "a dead worker takes nothing with it"
+    assert results(second) == ["<result>15</result>"]
+
+
+class Board:
+    """Whose tools have names that a class of this library might use for itself."""
+
+    def check(self) -> str:
+        """Check."""
+        return "checked"
+
+    def step(self, by: int) -> str:
+        """Step.
+
+        Args:
+            by: how far.
+        """
+        return str(by)
+
+
+class Talking(Counter):
+    def reset(self, **_: object) -> str:  # type: ignore[override]
+        return "Welcome!"
+
+
+def test_every_public_method_but_reset_is_a_tool_and_a_reset_that_says_something_is_refused():
+    _, (both,), _ = converse([[f"a {call('check')}", f"aa {call('step', by=2)}", "e"]], [Board])
+    assert results(both) == ["<result>checked</result>", "<result>2</result>"]
+    with pytest.raises(RunError, match=r"(?s)Tool add cannot be used.*reset returned 'Welcome!'"):
+        converse([[f"a {call('add', number=1)}", "e"]], [Talking])
+
+
+def test_what_a_conversation_draws_depends_on_its_place_and_turn_alone():
+    lines = [[f"{n} {call(word='a')}", "e"] for n in "pq"]
+    _, _, first = converse(lines)
+    _, _, second = converse(lines)
+    seeds = [prompt.seed for prompt in first.asked[1:]]
+    assert seeds == [prompt.seed for prompt in second.asked[1:]]
+    assert len(set(seeds)) == 2
+
+
+def no_types(word) -> str:
+    """Look up.
+
+    Args:
+        word: what.
+    """
+    return word
+
+
+def no_docstring(word: str) -> str:
+    return word
+
+
+class Nothing:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("tools", "words"),
+    [
+        ([no_types], ["no_types", "missing a type hint", "Args:"]),
+        ([no_docstring], ["no_docstring", "no docstring"]),
+        (
+            [lookup, functools.wraps(lookup)(lambda **given: lookup(**given))],
+            ["two tools of the name 'lookup'", "Rename"],
+        ),
+        ([Nothing], ["the class Nothing", "no public methods"]),
+    ],
+)
+def test_a_tool_that_no_model_could_use_is_refused_with_the_remedy(tools: list, words: list[str]):
+    with pytest.raises(ValueError, match="tools") as error:
+        Toolbox.of(ToolsConfig(), SCORING, tools)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("functions", "words"),
+    [
+        (["calculater"], ["tools.functions is 'calculater'", "did you mean calculator?"]),
+        (["nowhere.py:f"], ["tools.functions is 'nowhere.py:f'", "no file"]),
+        ([{"function": "calculator", "args": {"digits": 3}}], ["'digits' of calculator", "expression"]),
+    ],
+)
+def test_a_name_in_the_yaml_that_is_no_tool_is_refused(functions: list, words: list[str]):
+    with pytest.raises(ValueError, match="tools") as error:
+        Toolbox.of(ToolsConfig(functions=functions), SCORING)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+QWEN = """{%- if tools %}{{- '<|im_start|>system\\n' + (tools | tojson) + '<|im_end|>\\n' }}{%- endif %}
+{%- for message in messages %}
+{%- if message.role == 'tool' %}
+{{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+{%- else %}{{- '<|im_start|>' + message.role + '\\n' + message.content }}
+{%- for call in message.tool_calls or [] %}{{- '\\n<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}{%- endfor %}
+{{- '<|im_end|>\\n' }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+
+def test_the_form_of_a_chat_template_is_what_it_writes_around_calls_and_results():
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    tokenizer.chat_template = QWEN
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    data = DataConfig(name="x", template="chat")
+    form = form_of(tokenizer, data)
+    assert form.results(["1", "2"], tokenizer, most=9)[0] == (
+        "\n<|im_start|>user\n<tool_response>\n1\n</tool_response><|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
+    turn = 'I ask.\n<tool_call>\n{"name": "f"}\n</tool_call>\n<tool_call>\n{}\n</tool_call>'
+    assert [each.strip() for each in form.calls(turn)] == ['{"name": "f"}', "{}"]
+    with Toolbox.of(ToolsConfig(functions=["calculator"]), SCORING) as toolbox:
+        prompts, _ = build_prompts([{"question": "x", "answer": ""}], tokenizer, data.with_tools(toolbox.schemas))
+    assert '"name": "calculator"' in prompts[0].text
+
+
+def test_a_chat_template_without_tools_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"does not tell the model of tools\. Set data\.template to r1_zero or none"):
+        form_of(TOKENIZER, DataConfig(name="x", template="chat"))
+
+
+def test_the_papers_template_tells_of_tools_and_without_them_is_word_for_word_what_it_was():
+    rows, data = [{"question": "Why?", "answer": ""}], DataConfig(name="x", max_prompt_tokens=1000)
+    with Toolbox.of(ToolsConfig(functions=["calculator"]), SCORING) as toolbox:
+        told = build_prompts(rows, TOKENIZER, data.with_tools(toolbox.schemas))[0][0].text
+    plain = build_prompts(rows, TOKENIZER, data)[0][0].text
+    between = told.removeprefix(plain.partition("User: Why?")[0]).removesuffix("User: Why? Assistant:")
+    assert "calculator(expression: string): Compute" in between
+    assert "tool" not in plain
+
+
+EXPRESSIONS = {
+    "2485 x 8919": None,
+    "2485 × 8919 =": "22163715",
+    "23929/5783": "23929/5783 = 4.137817741657...",
+    "0.1+0.2": "0.3",
+    "-7//2": "-4",
+    "2**-2": "0.25",
+    "1,000*3": "3000",
+    "9**9**9": None,
+    "__import__('os').system('x')": None,
+    "1/0": None,
+    "True+1": None,
+    "(" * 999: None,
+}
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_the_calculator_is_exact_and_runs_nothing(expression: str):
+    from grpo.tools import calculator
+
+    if EXPRESSIONS[expression] is None:
+        with pytest.raises((ValueError, ZeroDivisionError)):
+            calculator(expression)
+    else:
+        assert calculator(expression) == EXPRESSIONS[expression]
+
+
+def test_python_keeps_what_was_defined_shows_errors_and_forgets_what_took_too_long():
+    from grpo.tools import python
+
+    session = python(seconds=2.0, as_root=True)
+    assert session(code="x = 20\nprint('hi')\nx + 1") == "hi\n21"
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        session(code="x += 1; 1/0")
+    with pytest.raises(TimeoutError, match="more than 2 seconds"):
+        session(code="x = 0\nwhile True: pass")
+    assert session(code="x") == "21"
+
+
+TOOLS = ROOT / "configs" / "quickstart-tools"
+QUICK = AutoTokenizer.from_pretrained(TOOLS / "model")
+
+
+def run_with_tools(directory: Path, **sections: Any) -> Config:
+    settings = yaml.safe_load((ROOT / "configs/quickstart-tools.yaml").read_text())
+    settings["model"]["name"] = str(TOOLS / "model")
+    settings["data"] |= {"name": str(TOOLS / "test.jsonl"), "eval_name": None}
+    settings["rollout"] |= {"num_prompts": 4, "group_size": 4}
+    settings |= {"evaluation": {"num_questions": 0}, "preflight": {"num_questions": 0}, "scoring": {"num_workers": 1}}
+    settings["run"] = {"dir": str(directory), "steps": 3}
+    for section, values in sections.items():
+        settings[section] |= values
+    return Config(**settings)
+
+
+def asks(turns: list[dict[str, str]]) -> float:
+    """Whether a tool answered."""
+    return float(any(turn["role"] == "tool" for turn in turns))
+
+
+def test_the_tiny_model_learns_to_call_and_what_was_sampled_is_what_is_trained(tmp_path: Path):
+    config = run_with_tools(
+        tmp_path / "run",
+        rollout={"num_prompts": 8, "group_size": 8},
+        optimizer={"learning_rate": 1.5e-3},
+        run={"steps": 8},
+    )
+    trainer = Trainer(config, rewards=[asks])
+    metrics = [trainer.train_step() for _ in range(8)]
+    trainer.close()
+    assert metrics[0]["tools/used"] == metrics[0]["reward/mean"] < 0.5, "three in ten of the base's answers call"
+    assert sum(row["tools/used"] for row in metrics[-3:]) / 3 > 0.7
+    assert all(row["policy/sampling_gap_max"] < 1e-3 for row in metrics), "float32: also behind a result"
+    assert all(row["tools/failed"] < 0.2 and row["tools/result_tokens"] > 2 for row in metrics)
+    row = next(row for row in read_jsonl(tmp_path / "run/completions.jsonl") if "turns" in row)
+    assert "<result>" not in row["completion"]
+    assert "".join(turn["content"] for turn in row["turns"] if turn["role"] == "assistant") == row["completion"]
+
+
+def test_a_run_with_tools_goes_on_after_a_stop_as_if_there_had_been_none(tmp_path: Path):
+    Trainer(run_with_tools(tmp_path / "whole")).train()
+    first = Trainer(run_with_tools(tmp_path / "halves", run={"resume": "auto"}))
+    first.train_step()
+    first.save()
+    first.close()
+    Trainer(run_with_tools(tmp_path / "halves", run={"resume": "auto"})).train()
+    clocks = ("time/", "throughput/", "tools/seconds", "tools/wait", "memory/")
+    whole, halves = (
+        [
+            {name: value for name, value in row.items() if not name.startswith(clocks)}
+            for row in read_jsonl(tmp_path / name / "metrics.jsonl")
+            if "time/step" in row
+        ]
+        for name in ("whole", "halves")
+    )
+    assert halves == whole
+    assert sum(row["tools/used"] for row in whole) > 0
+
+
+def test_a_chat_calls_shows_what_came_back_and_goes_on():
+    sampler = load(
+        sampling_config(str(TOOLS / "model"), max_prompt_tokens=1, max_completion_tokens=80, engine="hf"), QUICK
+    )
+    data = DataConfig(template="none")
+    tools = Tools.of(named(["calculator"]), SCORING, QUICK, data)
+    assert tools is not None
+    terminal = Console(file=io.StringIO(), soft_wrap=True)
+    with tools.toolbox:
+        talk = Conversation(sampler.model, data, Sampling(80, temperature=0), tools=tools)
+        show(talk, "Problem: What is 12*345?\nWork:", terminal)
+    written = terminal.file.getvalue()
+    assert re.search(r'<tool>\{"name": "calculator".*\}</tool><result>\d+</result>\nResult: \d', written), written
+
+
+def test_what_does_not_go_with_tools_is_refused():
+    with pytest.raises(ValueError, match=r"carry_over is true; a completion that waits for a tool"):
+        tiny_config(Path("x"), tools={"functions": ["calculator"]}, rollout={"carry_over": True, "engine": "native"})
