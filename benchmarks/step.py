@@ -199,6 +199,8 @@ def make_config(args: argparse.Namespace, model: Path, scratch: Path) -> Config:
     if args.update_only:
         settings["rollout"]["engine"] = "hf"  # it takes no memory before it samples, which it never does
         settings["algorithm"]["max_sampling_gap"] = 1e6
+        if any(setting.startswith("rollout.carry_over") for setting in args.set):
+            raise SystemExit("rollout.carry_over is set; --update-only samples nothing. Remove one of the two.")
     file = scratch / "settings.yaml"
     file.write_text(write_yaml(settings))
     return Config.load(file, args.set)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
 import signal
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,11 @@ from test_engine import make_policy, native, some_prompts, tokens_of
 from grpo import Config, Trainer
 from grpo.algorithm.batch import join, micro_batch, pack, split
 from grpo.data.prompts import PromptOrder
-from grpo.observe.metrics import Meter
-from grpo.run.checkpoint import name_of
+from grpo.observe.metrics import Meter, measure_carry_over
+from grpo.rollout.slots import Prefix, Sequence, Slots
+from grpo.run.checkpoint import _completed, changed_setting, name_of
 from grpo.system.stopping import Stopped
-from grpo.training.carry_over import Turns, redistribute
+from grpo.training.carry_over import Turns, from_tensors, redistribute, to_tensors
 from grpo.types import Ahead, Completion, Draft, Group, Prompt, Sampling
 
 CARRIES: dict[str, Any] = {
@@ -141,6 +145,42 @@ def test_which_tokens_are_fresh_stays_with_them_in_batches_and_passes():
     assert sum(int(part.fresh.sum()) for part in parts) == 4
 
 
+def test_drafts_come_back_from_a_checkpoints_tensors():
+    drafts = {7: [Draft([5, 6], [-0.25, -1.5], [1, 2]), Draft()], 9: [Draft(), Draft([8], [-3.0], [2])]}
+    assert from_tensors(to_tensors(drafts)) == drafts
+    assert from_tensors(to_tensors({})) == {}
+
+
+def chunks_until_the_batch_is_whole(*, later: int, seed: int) -> int:
+    """Of 16 answers that are waited for, on few pages, with so many others behind them."""
+    rng = random.Random(seed)
+    lengths = [min(1 + int(rng.expovariate(1 / 300)), 1024) for _ in range(16 + later)]
+    every = [Sequence(i, [1] * 100, 1024, i, later=i >= 16) for i in range(len(lengths))]
+    slots = Slots([Prefix(deque([each])) for each in every], num_slots=64, pages=range(1, 120), pages_each=18)
+    waited, chunks = set(range(16)), 0
+    while waited:
+        chunks += 1
+        assert chunks < 4000, "it never ends"
+        while slots.read_ahead(16384):
+            pass
+        slots.start(4)
+        slots.grow(8)
+        ended = []
+        for each in slots.running:
+            each.tokens += [0] * min(4, lengths[each.index] - len(each.tokens))
+            if len(each.tokens) == lengths[each.index]:
+                ended.append(each)
+        slots.finish(ended)
+        waited -= {each.index for each in ended}
+    return chunks
+
+
+def test_what_is_waited_for_does_not_wait_for_pages_of_what_is_not():
+    for seed in range(4):
+        alone = chunks_until_the_batch_is_whole(later=0, seed=seed)
+        assert chunks_until_the_batch_is_whole(later=48, seed=seed) < 1.15 * alone
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +239,50 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     trainer.train()
     assert metrics_of(tmp_path / "run") == metrics_of(whole_run)
     assert (tmp_path / "run/completions.jsonl").read_text() == (whole_run / "completions.jsonl").read_text()
+
+
+def test_a_roll_back_forgets_the_drafts(tmp_path: Path, whole_run: Path):
+    config = carrying(tmp_path / "run", algorithm={"num_minibatches": 2})
+    shutil.copytree(whole_run, tmp_path / "run")
+    for checkpoint in (tmp_path / "run/checkpoints").glob("step-0000000[56]"):
+        shutil.rmtree(checkpoint)
+    assert (tmp_path / "run/checkpoints" / name_of(4)).is_dir()
+    trainer = Trainer(config)
+    assert trainer.step.drafts
+    trainer._roll_back(tmp_path / "run/checkpoints" / name_of(4))
+    assert not trainer.step.drafts
+    row = {"step": 5, "to": 4, "rule": "signal", "rate_factor": 0.5, "text": ""}
+    (tmp_path / "run/roll_backs.jsonl").write_text(json.dumps(row) + "\n")
+    trainer.close()
+    assert not Trainer(config).step.drafts, "also after a kill that followed"
+
+
+def test_a_checkpoint_that_is_older_than_a_setting_has_its_default():
+    config = carrying(Path("run"))
+    before = config.model_dump(mode="json")
+    del before["rollout"]["fused_layers"], before["tools"]
+    assert changed_setting(_completed(before, config), config.model_dump(mode="json"), may_change=set()) is None
+    del before["rollout"]["carry_over"]
+    changed = changed_setting(_completed(before, config), config.model_dump(mode="json"), may_change=set())
+    assert changed == "rollout.carry_over"
+
+
+def test_processes_with_unequal_shares_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"rollout.num_prompts is 4; with rollout.carry_over each of the 3 processes"):
+        carrying(tmp_path).check_world_size(3)
+    carrying(tmp_path).check_world_size(2)
+
+
+def test_the_throughput_counts_what_a_step_has_drawn():
+    prompt = Prompt(0, [1], "", "", {})
+    groups = [
+        Group(prompt, [Completion([5] * n, [-1.0] * n, "", "stop", ages=ages)])
+        for n, ages in ((3, [1, 1, 0]), (2, [2, 2]))
+    ]
+    meter = Meter()
+    measure_carry_over(meter, groups, torch.tensor([True, False]), 10, 4)
+    assert meter.totals["throughput/rollout"] == 4 - 2 - 2  # what was carried counts where it was drawn, dropped or not
+    assert float(meter.sums["rollout/staleness"]) == 2
 
 
 def test_dynamic_sampling_takes_from_the_same_drafts(tmp_path: Path):

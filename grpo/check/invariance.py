@@ -133,7 +133,7 @@ def _one_plain_step(config: Config) -> Config:
     rate = SCALE * EPSILON
     return changed(
         config,
-        rollout={"max_oversampling": 1.0, "signal_from": None},
+        rollout={"max_oversampling": 1.0, "signal_from": None, "carry_over": False, "max_staleness": 2},
         algorithm={"num_minibatches": 1, "num_epochs": 1},
         optimizer={"learning_rate": rate, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0},
         evaluation={"num_questions": 0},

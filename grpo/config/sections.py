@@ -204,7 +204,7 @@ class RolloutConfig(Section):
     those with a weight. Choosing by a reward for length or form fills batches with groups that teach only that."""
     carry_over: bool = False
     """Give places that fall free while the last completions of a batch run to those of later questions, which go on from there in
-    their own step: nothing waits for the longest answer. The batch is the next questions in dealt order as ever. Their tokens are
+    their own step: no place waits for the longest answer. The batch is the next questions in dealt order as ever. Its tokens are
     then partly older weights', which algorithm.importance weighs; see training/carry_over.py. Needs the native engine."""
     max_staleness: PositiveInt = 2
     """How many steps ahead carry_over may begin with a question, so that no token is older. Raising it keeps the GPU busier where

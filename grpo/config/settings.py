@@ -363,6 +363,12 @@ class Config(Settings):
                 f"rollout.num_prompts is {self.rollout.num_prompts}; each of the {world_size} processes needs at least "
                 f"one question per step. Set rollout.num_prompts >= {world_size} or launch fewer processes."
             )
+        if self.rollout.carry_over and self.rollout.num_prompts % world_size:
+            raise ValueError(
+                f"rollout.num_prompts is {self.rollout.num_prompts}; with rollout.carry_over each of the {world_size} processes "
+                "has as many questions of a step as the others, so that what is begun stays where it is. Set rollout.num_prompts "
+                f"to a multiple of {world_size}, or launch another number of processes."
+            )
 
 
 LISTED_SECTIONS: dict[str, type[BaseModel]] = {

@@ -296,20 +296,26 @@ def measure_tools(meter: Meter, completions: list[Completion]) -> None:
     meter.mean("tools/out_of_calls", torch.tensor([float(each.finish_reason == "calls") for each in with_turns]))
 
 
-def measure_carry_over(meter: Meter, batch: list[Group], num_ahead: int, num_drawn_ahead: int) -> None:
-    """How old the tokens of the batch's groups are, and what lies ready for later steps.
+def measure_carry_over(
+    meter: Meter, groups: list[Group], in_batch: Tensor, num_ahead: int, num_drawn_ahead: int
+) -> None:
+    """How old the tokens of the batch's groups are, (P,) of those that were sampled, and what lies ready for later steps.
 
     Args:
         num_ahead: completion tokens of later questions that this process has, and
         num_drawn_ahead: how many of them it has drawn in this step.
     """
-    completions = [completion for group in batch for completion in group.completions]
-    every = torch.tensor([age for c in completions for age in (c.ages or [0] * len(c.token_ids))], dtype=torch.float64)
-    meter.mean("rollout/staleness", every)
-    meter.max("rollout/staleness_max", every)
-    meter.mean("rollout/carried", (every > 0).double())
+    ages = [torch.tensor([age for c in group.completions for age in _ages(c)]) for group in groups]
+    batch = torch.cat([torch.zeros(0), *(own for own, is_in in zip(ages, in_batch.tolist(), strict=True) if is_in)])
+    meter.mean("rollout/staleness", batch)
+    meter.max("rollout/staleness_max", batch)
+    meter.mean("rollout/carried", (batch > 0).double())
     meter.total("rollout/ahead", float(num_ahead))
-    meter.total("throughput/rollout", num_drawn_ahead - float((every > 0).sum()))
+    meter.total("throughput/rollout", num_drawn_ahead - float(sum((own > 0).sum() for own in ages)))
+
+
+def _ages(completion: Completion) -> list[int]:
+    return [0] * len(completion.token_ids) if completion.ages is None else completion.ages
 
 
 def measure_batch(meter: Meter, groups: list[Group], scores: Scores, *, signal: Tensor, in_batch: Tensor) -> None:
@@ -408,8 +414,8 @@ def measure_micro_batch(
     if micro.fresh is None:
         meter.mean("policy/sampling_gap", gap)
     else:
-        gap = torch.where(micro.fresh, gap, 0.0)
-        meter.ratio("policy/sampling_gap", gap.double().sum(), micro.fresh.sum())
+        gap = gap[micro.fresh]
+        meter.mean("policy/sampling_gap", gap)
     meter.max("policy/sampling_gap_max", gap)
 
 

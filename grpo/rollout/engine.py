@@ -296,7 +296,7 @@ class Call:
         prompt = self.grouping.prompts[sequence.index]
         completion = self.ending.completion(prompt, self.sampling, sequence.tokens, sequence.logprobs)
         length = len(completion.token_ids)
-        self.num_drawn -= len(sequence.tokens) - length
+        self.num_drawn -= sequence.steps[length:].count(self.ahead.step)
         cut_off = completion.finish_reason == "length"
         assert not cut_off or length == sequence.limit, "a completion was cut off below its limit"
         ages = [self.ahead.step - step for step in sequence.steps[:length]]

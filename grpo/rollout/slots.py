@@ -68,6 +68,11 @@ class Prefix:
     num_users: int = 0  # sequences that run on its pages
 
     @property
+    def later(self) -> bool:
+        """Whether nobody waits for its sequences."""
+        return self.waiting[0].later
+
+    @property
     def tokens(self) -> list[int]:
         """All known tokens of its sequences but the last: the prompt, or all of a sequence that had to give up its place."""
         first = self.waiting[0]
@@ -77,6 +82,10 @@ class Prefix:
 def _priority(sequence: Sequence) -> tuple[bool, int]:
     """Of two, the one to keep running has more: what is waited for, then what has more tokens."""
     return not sequence.later, len(sequence.tokens)
+
+
+def _is_later(prefix: Prefix) -> bool:
+    return prefix.later
 
 
 class Slots:
@@ -148,7 +157,14 @@ class Slots:
         return taken
 
     def _enough_ready(self) -> bool:
-        return sum(len(prefix.waiting) for prefix in self.ready) >= self.num_slots - len(self.running)
+        return sum(len(prefix.waiting) for prefix in self._startable()) >= self.num_slots - len(self.running)
+
+    def _startable(self) -> deque[Prefix] | list[Prefix]:
+        """What is read and may start. What nobody waits for may not while something else gave up its place and is not read again:
+        it would take the pages that this needs."""
+        if self.running and self.unread and not self.unread[0].later:
+            return [prefix for prefix in self.ready if not prefix.later]
+        return self.ready
 
     def _may_read_ahead(self) -> bool:
         return sum(len(prefix.pages) for prefix in self.ready) < self.num_pages * READ_AHEAD
@@ -156,8 +172,11 @@ class Slots:
     def start(self, num_steps: int) -> list[tuple[int, int]]:
         """Fill free slots with ready completions; the pages to copy, as (source, target)."""
         copies = []
-        while self.ready and len(self.running) < self.num_slots:
-            prefix = self.ready[0]
+        while len(self.running) < self.num_slots:
+            startable = self._startable()
+            if not startable:
+                break
+            prefix = min(startable, key=_is_later)  # the first of those that are waited for
             sequence = prefix.waiting[0]
             num_shared, partial = divmod(sequence.num_cached, PAGE)
             sequence.shared = prefix.pages[:num_shared]
@@ -172,7 +191,7 @@ class Slots:
             self.running.append(sequence)
             prefix.waiting.popleft()
             if not prefix.waiting:
-                self.ready.popleft()
+                self.ready.remove(prefix)
         return copies
 
     def grow(self, num_steps: int) -> None:
@@ -201,7 +220,8 @@ class Slots:
         assert len(self.running) > 1, "a lone sequence always has pages"
         self.running.remove(sequence)
         self._release(sequence)
-        self.unread.appendleft(Prefix(deque([sequence])))
+        first = next((place for place, each in enumerate(self.unread) if each.later), len(self.unread))
+        self.unread.insert(first if sequence.later else 0, Prefix(deque([sequence])))
         self.num_preempted += 1
 
     def _release(self, sequence: Sequence) -> None:

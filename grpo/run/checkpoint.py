@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import xxhash
+from pydantic import BaseModel
 
 from grpo.config import AnyConfig, Config
 from grpo.observe.metrics import Meter
@@ -43,7 +44,7 @@ from grpo.system.terminal import say
 from grpo.system.writer import Writer, flush, load_tensors, problem_with, save_tensors
 from grpo.training import carry_over
 from grpo.training.state import Rollout, RunState, StepState, redistribute
-from grpo.types import Completion, Draft, Drafts, Group, MicroBatch, Packing, Prompt, Scores
+from grpo.types import Completion, Drafts, Group, MicroBatch, Packing, Prompt, Scores
 
 REFERENCE = "reference.safetensors"
 
@@ -264,7 +265,7 @@ def _write_all(
     if under_way is not None:
         writer.write(directory / "under_way" / f"rank-{rank}.pt", under_way, save_tensors)
     if drafts is not None:
-        writer.write(directory / "drafts" / f"rank-{rank}.pt", drafts, save_tensors)
+        writer.write(directory / "drafts" / f"rank-{rank}.pt", carry_over.to_tensors(drafts), save_tensors)
 
 
 def name_of(step: int, updates: int | None = None) -> str:
@@ -422,13 +423,26 @@ MAY_CHANGE = {
 
 
 def _check_resumable(checkpoint: Path, config: AnyConfig) -> None:
-    before, now = read_state(checkpoint)["config"], config.model_dump(mode="json")
+    before, now = _completed(read_state(checkpoint)["config"], config), config.model_dump(mode="json")
     name = changed_setting(before, now, may_change=MAY_CHANGE)
     if name is not None:
         raise ValueError(
             f"{name} is {_flat(now).get(name)!r}; {checkpoint} was written with {_flat(before).get(name)!r}, and a run resumes "
             "with the settings it began with. Restore the value, or choose another run.dir."
         )
+
+
+def _completed(before: dict[str, Any], config: AnyConfig) -> dict[str, Any]:
+    """Settings that a checkpoint was written with, and the defaults of those that are newer than it."""
+    whole = dict(before)
+    for section, settings in config:
+        if isinstance(settings, BaseModel):
+            known = type(settings).model_fields.items()
+            defaults = {
+                name: field.get_default(call_default_factory=True) for name, field in known if not field.is_required()
+            }
+            whole[section] = defaults | before.get(section, {})
+    return whole
 
 
 def _compare_given(checkpoint: Path, now: dict[str, str], *, accept: bool) -> list[str]:
@@ -520,7 +534,14 @@ def _under_way(directory: Path, num_parts: int, processes: Processes) -> StepSta
 def _drafts(directory: Path, num_parts: int, position: int, processes: Processes) -> Drafts:
     if not directory.exists():
         return {}
-    parts = [load_tensors(directory / f"rank-{rank}.pt", classes=(Draft,)) for rank in range(num_parts)]
+
+    def part(rank: int) -> Drafts:
+        progress.tick()
+        return carry_over.from_tensors(load_tensors(directory / f"rank-{rank}.pt"))
+
+    if num_parts == processes.world_size:
+        return part(processes.rank)
+    parts = [part(rank) for rank in range(num_parts)]
     return carry_over.redistribute(parts, position=position, rank=processes.rank, num_processes=processes.world_size)
 
 

@@ -64,6 +64,8 @@ class Loop:
             self._restore(found)
         self.log.open(resumed_step=None if found is None else self.state.step)
         self.guard = Guard(config, self.policy, collector, self.checkpoints, self.log, self.processes)
+        if self.step.rollout is None and self.guard.roll_backs.last_to == self.state.step:  # killed after going back
+            self.step.drafts = {}
 
     # ---- what a trainer fills in -------------------------------------------------------------------------------------
 
@@ -184,6 +186,7 @@ class Loop:
 
     def _roll_back(self, good: Path) -> None:
         self._restore(good)
+        self.step.drafts = {}  # with the random numbers from before, what went wrong would partly come again
         self.log.close()
         self.log.open(resumed_step=self.state.step)
         self.guard.rewind(self.state.step)

@@ -11,6 +11,7 @@
 `safetensors.torch.load_file` reads the latter two. Both hold sequences end to end, as types.Batch says:
 
     rollout   tokens (L,), cu_seqlens (B + 1,), prompt_lens (B,), prompt_index (B,), advantages (B,), sampling_logprobs (T,);
+              with rollout.carry_over, fresh (T,), which of them the weights at hand drew;
               with tools, trained (C,), which of the completion tokens the model wrote: T of them;
               sequence i belongs to line i of that process's part of completions.jsonl, whose rows have a `rank`
     update    per trained token: targets, advantages, weights (in the loss), logprobs (the policy's, before the update),

@@ -407,6 +407,11 @@ class RollBacks:
         return self.rows[-1]["rate_factor"] if self.rows else 1.0
 
     @property
+    def last_to(self) -> int | None:
+        """The step that the last one went back to; None without any."""
+        return self.rows[-1]["to"] if self.rows else None
+
+    @property
     def seed_suffix(self) -> str:
         """Makes sampling after a roll-back draw other random numbers than before it: with the same ones, the same step would
         follow from the same weights. The questions come in the order they would have come in, so that none is left out."""

@@ -21,6 +21,9 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from grpo.data.prompts import PromptOrder
 from grpo.policy.policy import SampledModel
 from grpo.rollout.engine import unsupported
@@ -92,3 +95,30 @@ def redistribute(parts: list[Drafts], *, position: int, rank: int, num_processes
     """The drafts of one of `num_processes`, of those of any number of them: questions are dealt on from `position`."""
     every = {place: drafts for part in parts for place, drafts in part.items()}
     return {place: drafts for place, drafts in every.items() if (place - position) % num_processes == rank}
+
+
+def to_tensors(drafts: Drafts) -> dict[str, Tensor]:
+    """Drafts as a checkpoint holds them: a few tensors, since a million Python numbers take seconds to write and to read.
+
+    Returns:
+        places and num_drafts (Q,) of the questions, lens (D,) of the drafts, and tokens, logprobs and steps (T,) of all of them,
+        end to end.
+    """
+    every = [draft for own in drafts.values() for draft in own]
+    return {
+        "places": torch.tensor([*drafts], dtype=torch.int64),
+        "num_drafts": torch.tensor([len(own) for own in drafts.values()], dtype=torch.int64),
+        "lens": torch.tensor([len(draft.tokens) for draft in every], dtype=torch.int64),
+        "tokens": torch.tensor([token for draft in every for token in draft.tokens], dtype=torch.int64),
+        "logprobs": torch.tensor([each for draft in every for each in draft.logprobs], dtype=torch.float64),
+        "steps": torch.tensor([step for draft in every for step in draft.steps], dtype=torch.int64),
+    }
+
+
+def from_tensors(saved: dict[str, Tensor]) -> Drafts:
+    """What `to_tensors` was given."""
+    lens = saved["lens"].tolist()
+    columns = [[part.tolist() for part in saved[name].split(lens)] for name in ("tokens", "logprobs", "steps")]
+    every = iter([Draft(*parts) for parts in zip(*columns, strict=True)])
+    questions = zip(saved["places"].tolist(), saved["num_drafts"].tolist(), strict=True)
+    return {place: [next(every) for _ in range(number)] for place, number in questions}

@@ -110,7 +110,7 @@ class RolloutMaker:
         step.first_update, state.position = state.optimizer_steps, self.prompts.position
         state.groups_seen, state.groups_with_signal = sampler.remembered()
         if turns is not None:
-            measure_carry_over(meter, [groups[i] for i in (minibatch >= 0).nonzero().flatten()], *turns.num_tokens)
+            measure_carry_over(meter, groups, minibatch >= 0, *turns.num_tokens)
             step.drafts = turns.drafts
         step.rollout = Rollout(groups, scores, advantages, minibatch)
 
