@@ -19,6 +19,7 @@ from test_engine import make_policy, native, some_prompts, tokens_of
 
 from grpo import Config, Trainer
 from grpo.algorithm.batch import join, micro_batch, pack, split
+from grpo.check.invariance import _one_plain_step
 from grpo.data.prompts import PromptOrder
 from grpo.observe.metrics import Meter, measure_carry_over
 from grpo.rollout.slots import Prefix, Sequence, Slots
@@ -271,6 +272,10 @@ def test_processes_with_unequal_shares_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"rollout.num_prompts is 4; with rollout.carry_over each of the 3 processes"):
         carrying(tmp_path).check_world_size(3)
     carrying(tmp_path).check_world_size(2)
+
+
+def test_the_check_of_one_update_runs_without(tmp_path: Path):
+    assert not _one_plain_step(carrying(tmp_path, rollout={"max_staleness": 3})).rollout.carry_over
 
 
 def test_the_throughput_counts_what_a_step_has_drawn():
