@@ -656,13 +656,13 @@ def test_a_run_samples_with_the_weights_it_trains_and_a_resumed_one_with_those_i
         algorithm={"kl_coef": 0.0, "num_minibatches": 1, "max_sampling_gap": 1e-3},
         evaluation={"num_questions": 2, "every_steps": 1},
         distributed={"zero_stage": zero_stage},
-        run={"dir": str(tmp_path / "run"), "steps": 2, "resume": "auto"},
+        run={"dir": str(tmp_path / "run"), "steps": 3, "resume": "auto"},
     )
-    assert Trainer(config).train().name == "step-00000002"
-    config.run.steps = 3
+    assert Trainer(config).train().name == "step-00000003"
+    config.run.steps = 4
     with VLLMServer(MODEL) as restarted:  # with the weights of the start
         config.vllm.url = restarted.url if mode == "server" else None
-        assert Trainer(config).train().name == "step-00000003"
+        assert Trainer(config).train().name == "step-00000004"
 
 
 def test_an_engine_that_is_not_there_is_refused_before_the_model_is_loaded(
