@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 import re
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,11 @@ from grpo.config.sections import ScoringConfig
 from grpo.data.prompts import build_prompts
 from grpo.inference.chat import Conversation, show
 from grpo.inference.model import load, sampling_config
+from grpo.policy.model_source import complete_checkpoints
 from grpo.rollout.grouping import Grouping
+from grpo.run.checkpoint import name_of
 from grpo.system.jsonl import read_jsonl
-from grpo.system.stopping import RunError
+from grpo.system.stopping import RunError, Stopped
 from grpo.turns.form import TAGGED, form_of
 from grpo.turns.generator import ToolGenerator
 from grpo.turns.toolbox import Toolbox
@@ -430,12 +434,21 @@ def test_the_tiny_model_learns_to_call_and_what_was_sampled_is_what_is_trained(t
 
 
 def test_a_run_with_tools_goes_on_after_a_stop_as_if_there_had_been_none(tmp_path: Path):
-    Trainer(run_with_tools(tmp_path / "whole")).train()
-    first = Trainer(run_with_tools(tmp_path / "halves", run={"resume": "auto"}))
-    first.train_step()
-    first.save()
-    first.close()
-    Trainer(run_with_tools(tmp_path / "halves", run={"resume": "auto"})).train()
+    halves: dict[str, Any] = {"algorithm": {"kl_coef": 0.001, "num_minibatches": 2}}
+    Trainer(run_with_tools(tmp_path / "whole", **halves)).train()
+    first = Trainer(run_with_tools(tmp_path / "halves", **halves, run={"resume": "auto"}))
+    own = first._optimizer_step
+
+    def step(minibatch: Any) -> None:
+        if first.state.optimizer_steps == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        own(minibatch)
+
+    first._optimizer_step = step  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        first.train()
+    assert [path.name for path in complete_checkpoints(tmp_path / "halves/checkpoints")] == [name_of(1, 1)]
+    Trainer(run_with_tools(tmp_path / "halves", **halves, run={"resume": "auto"})).train()
     clocks = ("time/", "throughput/", "tools/seconds", "tools/wait", "memory/")
     whole, halves = (
         [
