@@ -189,6 +189,21 @@ def test_whatever_goes_wrong_with_a_call_is_a_result_that_the_model_reads():
     assert all(each.finish_reason == "stop" and each.text.endswith("e") for each in completions)
 
 
+def test_half_a_surrogate_pair_is_read_as_a_question_mark():
+    lines = [
+        [f"c{n} {each}", "e"] for n, each in enumerate([call(word="\ud800"), call("\ud800"), call(word="raise\ud800")])
+    ]
+    _, completions, _ = converse(lines)
+    assert [results(each)[0] for each in completions] == [
+        "<result><?></result>",
+        "<result>error: there is no tool '\\ud800'; there is lookup</result>",
+        "<result><raise?></result>",
+    ]
+    assert json.dumps(
+        [turn.calls[0].name for each in completions for turn in each.turns if turn.calls], ensure_ascii=False
+    ).encode()
+
+
 def test_a_model_that_calls_for_ever_ends_at_its_calls_or_its_tokens():
     again = [f"{n} {call(word='a')}" for n in "pqrstu"]
     _, (out_of_calls,), _ = converse([again], max_calls=2)

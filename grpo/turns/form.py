@@ -68,7 +68,7 @@ class Form:
         return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _cut(self, text: str, tokenizer: PreTrainedTokenizerBase, most: int) -> str:
-        text = self._harmless(text[: most * LONG_TOKEN], tokenizer)
+        text = self._harmless(encodable(text[: most * LONG_TOKEN]), tokenizer)
         token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(token_ids) <= most:
             return text
@@ -82,6 +82,11 @@ class Form:
             if len(each) > 1 and each in text:
                 text = text.replace(each, f"{each[0]} {each[1:]}")
         return text
+
+
+def encodable(text: str) -> str:
+    """With a "?" for half a surrogate pair, which JSON can write ("\\ud800") and a tokenizer refuses."""
+    return text.encode("utf-8", "replace").decode()
 
 
 TAGGED = Form(stop=(CALL[1],), tags=CALL, before=RESULT[0], between=f"{RESULT[1]}{RESULT[0]}", after=RESULT[1])
