@@ -337,6 +337,48 @@ QWEN = """{%- if tools %}{{- '<|im_start|>system\\n' + (tools | tojson) + '<|im_
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
 
+QWEN_3 = """{%- if tools %}{{- '<|im_start|>system\\n# Tools\\n<tools>' + (tools | tojson) }}
+{{- '</tools>\\n<tool_call>\\n{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call><|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+{%- set index = (messages|length - 1) - loop.index0 %}
+{%- if ns.multi_step_tool and message.role == "user" %}
+{%- set ns.multi_step_tool = false %}{%- set ns.last_query_index = index %}
+{%- endif %}{%- endfor %}
+{%- for message in messages %}
+{%- if message.role == "user" %}{{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}
+{%- elif message.role == "assistant" %}
+{%- if loop.index0 > ns.last_query_index and loop.last %}
+{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' + message.content }}
+{%- else %}{{- '<|im_start|>assistant\\n' + message.content }}{%- endif %}
+{%- for call in message.tool_calls or [] %}
+{%- if (loop.first and message.content) or (not loop.first) %}{{- '\\n' }}{%- endif %}
+{{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' + (call.function.arguments | tojson) }}
+{{- '}\\n</tool_call>' }}
+{%- endfor %}{{- '<|im_end|>\\n' }}
+{%- elif message.role == "tool" %}
+{%- if loop.first or (messages[loop.index0 - 1].role != "tool") %}{{- '<|im_start|>user' }}{%- endif %}
+{{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
+{%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}{{- '<|im_end|>\\n' }}{%- endif %}
+{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"""
+"""Of Qwen 3, without system messages and earlier thoughts: an assistant's last turn is written otherwise than one before."""
+
+
+@pytest.mark.parametrize(("thinks", "opened"), [({}, ""), ({"enable_thinking": False}, "<think>\n\n</think>\n\n")])
+def test_a_template_may_write_a_turn_otherwise_once_results_follow(thinks: dict[str, bool], opened: str):
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    tokenizer.chat_template = QWEN_3
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    form = form_of(tokenizer, DataConfig(name="x", template="chat", chat_template_kwargs=thinks))
+    assert form.results(["1", "2"], tokenizer, most=9)[0] == (
+        "\n<|im_start|>user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response><|im_end|>\n"
+        f"<|im_start|>assistant\n{opened}"
+    )
+
+
 def test_the_form_of_a_chat_template_is_what_it_writes_around_calls_and_results():
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
     tokenizer.chat_template = QWEN

@@ -109,7 +109,7 @@ NO_TOOLS = (
     "tags of our own, or name a file with another chat template (data.chat_template)."
 )
 
-_QUESTION, _WORDS, _FIRST, _SECOND = "a question", "some words", "9f1c first", "9f1c second"
+_QUESTION, _WORDS, _FIRST, _SECOND = "9f1c question", "some words", "9f1c first", "9f1c second"
 
 
 def _chat_form(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Form:
@@ -128,18 +128,20 @@ def _chat_form(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Form:
     prompt = render(asked[:1], tokenizer, probed, add_generation_prompt=True)
     if "9f1c tool" not in prompt:
         raise ValueError(NO_TOOLS.format(what="does not tell the model of tools"))
-    said = render(asked, tokenizer, probed, add_generation_prompt=False)
     whole = render([*asked, *answers], tokenizer, probed, add_generation_prompt=True)
-    calls = re.findall(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", said.removeprefix(prompt), re.DOTALL)
+    # Only what stands behind the calls is looked at: Qwen 3 writes empty thoughts into an assistant's turn if it is the last,
+    # and none once a result follows. No matter: what the model has sampled is never rendered again.
+    turns = whole.rpartition(_QUESTION)[2]
+    calls = re.findall(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", turns, re.DOTALL)
     if len(calls) != 2 or "9f1c word" not in calls[0]:
         raise ValueError(
             NO_TOOLS.format(what="writes calls in a form that is not read here (<tool_call>{...}</tool_call> is)")
         )
-    behind = said.rpartition(CHAT_CALL[1])[2]  # the end token of the turn, which the model draws, and what follows it
-    end = next((each for each in _ends(tokenizer) if behind.lstrip().startswith(each)), None)
-    if not whole.startswith(said) or end is None or whole.count(_FIRST) != 1 or whole.count(_SECOND) != 1:
-        raise ValueError(NO_TOOLS.format(what="changes a turn once a result follows it"))
-    rest = behind.lstrip().removeprefix(end) + whole.removeprefix(said)
+    behind = turns.rpartition(CHAT_CALL[1])[2].lstrip()  # the end token, which the model draws, and what follows it
+    end = next((each for each in _ends(tokenizer) if behind.startswith(each)), None)
+    if end is None or behind.count(_FIRST) != 1 or behind.count(_SECOND) != 1:
+        raise ValueError(NO_TOOLS.format(what="does not end a turn with its calls, or leaves out a result"))
+    rest = behind.removeprefix(end)
     before, _, rest = rest.partition(_FIRST)
     between, _, after = rest.partition(_SECOND)
     return Form(stop=(), tags=CHAT_CALL, before=before, between=between, after=after)
