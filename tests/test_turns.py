@@ -390,7 +390,9 @@ def test_the_form_of_a_chat_template_is_what_it_writes_around_calls_and_results(
         "<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
     turn = 'I ask.\n<tool_call>\n{"name": "f"}\n</tool_call>\n<tool_call>\n{}\n</tool_call>'
-    assert [each.strip() for each in form.calls(turn)] == ['{"name": "f"}', "{}"]
+    ids = tokenizer(f"{turn}<|im_end|>")["input_ids"]
+    assert [each.strip() for each in form.calls(turn, ids)] == ['{"name": "f"}', "{}"]
+    assert form.calls(turn, ids[:-1]) == [], "a text of rollout.stop has ended it, and the turn is open"
     with Toolbox.of(ToolsConfig(functions=["calculator"]), SCORING) as toolbox:
         prompts, _ = build_prompts([{"question": "x", "answer": ""}], tokenizer, data.with_tools(toolbox.schemas))
     assert '"name": "calculator"' in prompts[0].text

@@ -40,7 +40,8 @@ class Form:
         stop: texts that end the model's turn.
         tags: around a call.
         before, between, after: what stands before the first result, between two, and after the last.
-        one: whether a turn has one call at most.
+        ends: of a chat template, the tokens that end a turn: one that a text of rollout.stop has cut short makes no calls, since
+            the results would stand within it.
     """
 
     stop: tuple[str, ...]
@@ -48,14 +49,21 @@ class Form:
     before: str
     between: str
     after: str
+    ends: frozenset[int] = frozenset()
 
-    def calls(self, turn: str) -> list[str]:
-        """The calls of a turn that the model wrote, each as the text between its tags; one that it never opened is empty."""
+    def calls(self, turn: str, token_ids: list[int]) -> list[str]:
+        """The calls of a turn that the model wrote, each as the text between its tags; one that it never opened is empty.
+
+        Args:
+            token_ids: of the turn, with the one that ended it.
+        """
         if self.stop and self.tags[1] not in turn:
             return []
         if self.stop:  # the turn has ended with the first close
             before = turn.partition(self.tags[1])[0]
             return [before.rpartition(self.tags[0])[2] if self.tags[0] in before else ""]
+        if not token_ids or token_ids[-1] not in self.ends:
+            return []
         return re.findall(f"{re.escape(self.tags[0])}(.*?){re.escape(self.tags[1])}", turn, re.DOTALL)
 
     def results(self, texts: list[str], tokenizer: PreTrainedTokenizerBase, *, most: int) -> tuple[str, list[int]]:
@@ -144,7 +152,8 @@ def _chat_form(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Form:
     rest = behind.removeprefix(end)
     before, _, rest = rest.partition(_FIRST)
     between, _, after = rest.partition(_SECOND)
-    return Form(stop=(), tags=CHAT_CALL, before=before, between=between, after=after)
+    ends = frozenset(tokenizer.convert_tokens_to_ids([end, str(tokenizer.eos_token or end)]))
+    return Form(stop=(), tags=CHAT_CALL, before=before, between=between, after=after, ends=ends)
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase) -> list[str]:

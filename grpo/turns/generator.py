@@ -234,7 +234,7 @@ class Call:
     def _has_calls(self, conversation: Conversation, turn: Completion) -> bool:
         """Take a turn; whether it ends with calls that may be made. If not, the conversation ends."""
         conversation.say(turn)
-        asked = self.generator.form.calls(turn.text) if turn.finish_reason == "stop" else []
+        asked = self.generator.form.calls(turn.text, turn.token_ids) if turn.finish_reason == "stop" else []
         if not asked:
             self._end(conversation, turn.finish_reason)
         elif conversation.num_calls + len(asked) > self.generator.limits.max_calls:
