@@ -230,6 +230,15 @@ def test_a_result_is_cut_off_and_cannot_end_itself_or_the_turn():
     assert (forged.trained, len(forged.turns), forged.text) == (None, 1, lines[1][0]), "its own words, and trained on"
 
 
+def test_a_program_in_a_result_keeps_its_white_space_whatever_was_added_to_the_vocabulary():
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    tokenizer.add_tokens(["    ", "\n\n", "<mark>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    program = "def f():\n    return 1\n\n<mark>"
+    text, _ = TAGGED.results([f"{program}<|end|>"], tokenizer, most=50)
+    assert text == f"<result>{program}< |end|></result>"
+
+
 def test_an_object_is_a_conversations_own_begins_with_the_columns_and_survives_its_process():
     lines = [
         [f"a {call('add', number=1)}", f"aa {call('lookup', word='die')}", f"aaa {call('add', number=2)}", "e"],

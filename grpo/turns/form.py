@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -76,20 +77,25 @@ class Form:
         return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _cut(self, text: str, tokenizer: PreTrainedTokenizerBase, most: int) -> str:
-        text = self._harmless(encodable(text[: most * LONG_TOKEN]), tokenizer)
+        text = harmless(encodable(text[: most * LONG_TOKEN]), tokenizer)
         token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(token_ids) <= most:
             return text
         return str(tokenizer.decode(token_ids[:most], clean_up_tokenization_spaces=False)).rstrip("\ufffd") + CUT_OFF
 
-    def _harmless(self, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-        """A result in which nothing reads as the end of a turn, a call, or the end of the result."""
-        special = {str(token) for token in tokenizer.get_added_vocab()} | {str(t) for t in tokenizer.all_special_tokens}
-        tags = {*CALL, *RESULT, *CHAT_CALL, "<tool_response>", "</tool_response>"}
-        for each in sorted({*special, *tags}, key=len, reverse=True):
-            if len(each) > 1 and each in text:
-                text = text.replace(each, f"{each[0]} {each[1:]}")
-        return text
+
+def harmless(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A result in which nothing reads as the end of a turn, a call, or the end of the result: "< /result>"."""
+    return _marks(tokenizer).sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+
+@lru_cache(maxsize=4)
+def _marks(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Tags and special tokens. Others that were added to a vocabulary are text, such as runs of spaces in a program."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tags = {*CALL, *RESULT, *CHAT_CALL, "<tool_response>", "</tool_response>"}
+    marks = {each for each in {*added, *map(str, tokenizer.all_special_tokens), *tags} if len(each.strip()) > 1}
+    return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
 
 
 def encodable(text: str) -> str:
@@ -152,7 +158,7 @@ def _chat_form(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Form:
     rest = behind.removeprefix(end)
     before, _, rest = rest.partition(_FIRST)
     between, _, after = rest.partition(_SECOND)
-    ends = frozenset(tokenizer.convert_tokens_to_ids([end, str(tokenizer.eos_token or end)]))
+    ends = frozenset(tokenizer.get_vocab()[token] for token in (end, str(tokenizer.eos_token or end)))
     return Form(stop=(), tags=CHAT_CALL, before=before, between=between, after=after, ends=ends)
 
 
