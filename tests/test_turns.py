@@ -16,7 +16,8 @@ import pytest
 import yaml
 from helpers import ROOT, TINY, tiny_config
 from rich.console import Console
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from grpo import Trainer
 from grpo.config import Config, DataConfig, ToolsConfig
@@ -237,6 +238,15 @@ def test_a_program_in_a_result_keeps_its_white_space_whatever_was_added_to_the_v
     program = "def f():\n    return 1\n\n<mark>"
     text, _ = TAGGED.results([f"{program}<|end|>"], tokenizer, most=50)
     assert text == f"<result>{program}< |end|></result>"
+
+
+def test_a_result_begins_without_the_space_that_some_tokenizers_put_before_every_text():
+    letters = {letter: number for number, letter in enumerate("▁<>/abcdefghijklmnopqrstuvwxyz6")}
+    made = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])  # as of Llama 2
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    text, ids = TAGGED.results(["6"], tokenizer, most=5)
+    assert "".join(tokenizer.convert_ids_to_tokens(ids)) == text == "<result>6</result>"
 
 
 def test_an_object_is_a_conversations_own_begins_with_the_columns_and_survives_its_process():

@@ -41,6 +41,7 @@ class Form:
         stop: texts that end the model's turn.
         tags: around a call.
         before, between, after: what stands before the first result, between two, and after the last.
+        anchor: a text that results are tokenised behind, as they stand behind the model's words.
         ends: of a chat template, the tokens that end a turn: one that a text of rollout.stop has cut short makes no calls, since
             the results would stand within it.
     """
@@ -50,6 +51,7 @@ class Form:
     before: str
     between: str
     after: str
+    anchor: str
     ends: frozenset[int] = frozenset()
 
     def calls(self, turn: str, token_ids: list[int]) -> list[str]:
@@ -74,7 +76,16 @@ class Form:
             most: tokens of a result.
         """
         text = self.before + self.between.join(self._cut(each, tokenizer, most) for each in texts) + self.after
-        return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return text, self._tokens(text, tokenizer)
+
+    def _tokens(self, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Tokens of a text that others precede. Alone, it would begin with a space on tokenizers as that of Llama 2."""
+        anchor, both = (
+            tokenizer(each, add_special_tokens=False)["input_ids"] for each in (self.anchor, self.anchor + text)
+        )
+        if both[: len(anchor)] == anchor:
+            return list(both[len(anchor) :])
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _cut(self, text: str, tokenizer: PreTrainedTokenizerBase, most: int) -> str:
         text = harmless(encodable(text[: most * LONG_TOKEN]), tokenizer)
@@ -103,7 +114,9 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-TAGGED = Form(stop=(CALL[1],), tags=CALL, before=RESULT[0], between=f"{RESULT[1]}{RESULT[0]}", after=RESULT[1])
+TAGGED = Form(
+    stop=(CALL[1],), tags=CALL, before=RESULT[0], between=f"{RESULT[1]}{RESULT[0]}", after=RESULT[1], anchor="a"
+)
 """Of prompts without a chat template."""
 
 
@@ -159,7 +172,7 @@ def _chat_form(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Form:
     before, _, rest = rest.partition(_FIRST)
     between, _, after = rest.partition(_SECOND)
     ends = frozenset(tokenizer.get_vocab()[token] for token in (end, str(tokenizer.eos_token or end)))
-    return Form(stop=(), tags=CHAT_CALL, before=before, between=between, after=after, ends=ends)
+    return Form(stop=(), tags=CHAT_CALL, before=before, between=between, after=after, anchor=end, ends=ends)
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase) -> list[str]:
