@@ -471,6 +471,17 @@ def test_python_keeps_what_was_defined_shows_errors_and_forgets_what_took_too_lo
     assert session(code="x") == "21"
 
 
+@pytest.mark.parametrize("ending", ["os._exit(0)", "os._exit(3)"])
+def test_a_call_that_ends_pythons_process_is_an_error_and_is_not_run_again(ending: str):
+    from grpo.tools import python
+
+    session = python(seconds=5.0, as_root=True)
+    assert session(code="import os\nx = os.write(1, b'loud!')") == "loud!"
+    with pytest.raises(Exception, match="ended its own process"):
+        session(code=ending)
+    assert session(code="x") == "5", "and what is run again writes to no descriptor either"
+
+
 TOOLS = ROOT / "configs" / "quickstart-tools"
 QUICK = AutoTokenizer.from_pretrained(TOOLS / "model")
 
