@@ -28,6 +28,8 @@ from grpo.inference.model import load, sampling_config
 from grpo.policy.model_source import complete_checkpoints
 from grpo.rollout.grouping import Grouping
 from grpo.run.checkpoint import name_of
+from grpo.scoring.reward import Reward
+from grpo.scoring.scorer import Scorer
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import RunError, Stopped
 from grpo.turns.form import TAGGED, form_of
@@ -286,6 +288,23 @@ def test_every_public_method_but_reset_is_a_tool_and_a_reset_that_says_something
     assert results(both) == ["<result>checked</result>", "<result>2</result>"]
     with pytest.raises(RunError, match=r"(?s)Tool add cannot be used.*reset returned 'Welcome!'"):
         converse([[f"a {call('add', number=1)}", "e"]], [Talking])
+
+
+def budget(num_tokens: int, max_completion_tokens: int) -> float:
+    return max_completion_tokens - num_tokens
+
+
+def budgets(num_tokens: list[int], max_completion_tokens: list[int], **_: object) -> list[float]:
+    return [limit - num for limit, num in zip(max_completion_tokens, num_tokens, strict=True)]
+
+
+def test_a_rewards_limit_is_of_the_models_own_tokens_as_its_count_is():
+    prompt, completions, _ = converse([[f"a {call(word='dog', times=9)}", "e"], ["b", "e"]])
+    limits = {"max_completion_tokens": 400, "num_workers": 1, "timeout_seconds": 9.0, "memory_gib": 1.0}
+    with Scorer([Reward(budget), Reward(budgets, form="texts")], columns=["question"], **limits) as scorer:
+        scores = scorer.score([Group(prompt, completions)])
+    left = [400.0 - len(each.token_ids) for each in completions]
+    assert [values[0].tolist() for values in scores.values.values()] == [left, left]
 
 
 def test_what_a_conversation_draws_depends_on_its_place_and_turn_alone():
