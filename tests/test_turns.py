@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
+import importlib
 import io
 import json
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import grpo.tools
 import pytest
 import yaml
 from helpers import ROOT, TINY, tiny_config
@@ -23,8 +28,10 @@ from grpo import Trainer
 from grpo.config import Config, DataConfig, ToolsConfig
 from grpo.config.sections import ScoringConfig
 from grpo.data.prompts import build_prompts
+from grpo.evaluation.benchmark import OwnModel, Runtime, Settings
 from grpo.inference.chat import Conversation, show
 from grpo.inference.model import load, sampling_config
+from grpo.inference.resolve_model import trusted_tools
 from grpo.policy.model_source import complete_checkpoints
 from grpo.rollout.grouping import Grouping
 from grpo.run.checkpoint import name_of
@@ -583,6 +590,48 @@ def test_a_chat_calls_shows_what_came_back_and_goes_on():
         show(talk, "Problem: What is 12*345?\nWork:", terminal)
     written = terminal.file.getvalue()
     assert re.search(r'<tool>\{"name": "calculator".*\}</tool><result>\d+</result>\nResult: \d', written), written
+
+
+def test_a_foreign_runs_tools_with_arguments_are_run_only_if_one_says_so():
+    tools = ToolsConfig(functions=["calculator", {"function": "python", "args": {"as_root": True}}])
+    chosen: Any = SimpleNamespace(settings=SimpleNamespace(tools=tools))
+    asked = argparse.Namespace(tools=None, config=None, model="runs/of-somebody")
+    with pytest.raises(
+        ValueError, match=r'names tools that are run here: python with {"as_root": true}\. If you trust'
+    ):
+        trusted_tools(chosen, asked)
+    assert trusted_tools(chosen, argparse.Namespace(tools=None, config="my.yaml")) is tools
+    tools.functions.pop()
+    assert trusted_tools(chosen, asked) is tools
+
+
+@pytest.mark.parametrize("command", ["chat", "evaluate", "sample"])
+def test_what_a_tool_has_to_say_is_said_wherever_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+):
+    monkeypatch.setattr(grpo.tools.calculator, "_notice", lambda: "it may count on you", raising=False)
+    if command == "evaluate":
+        OwnModel(
+            Settings(str(TOOLS / "model"), ["probes"], templates=["r1_zero"], tools=["calculator"]),
+            Runtime(num_workers=1),
+        )
+    else:
+        options = [
+            "--model",
+            str(TOOLS / "model"),
+            "--tools",
+            "calculator",
+            "--max-tokens",
+            "1",
+            "--template",
+            "r1_zero",
+        ]
+        own = ["--question", "1+1", "--group", "1"] if command == "sample" else []
+        monkeypatch.setattr(sys, "argv", [command, *options, *own])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+        importlib.import_module(f"grpo.cli.{command}").main()
+    said = capsys.readouterr()
+    assert "it may count on you" in said.out + said.err
 
 
 def test_what_does_not_go_with_tools_is_refused():
