@@ -314,6 +314,32 @@ def test_a_rewards_limit_is_of_the_models_own_tokens_as_its_count_is():
     assert [values[0].tolist() for values in scores.values.values()] == [left, left]
 
 
+class Broken(Counter):
+    def reset(self, **_: object) -> None:
+        raise ValueError("no reset")
+
+
+class Waiting(Scripted):
+    """Hands on a group when the calls of the one before have been made."""
+
+    def sample(self, prompts: list[Prompt], sampling: Sampling, *, on_group: OnGroup | None = None, **own: Any):
+        def slowly(place: int, group: Group) -> None:
+            assert on_group is not None
+            on_group(place, group)
+            time.sleep(0.6)
+
+        return super().sample(prompts, sampling, on_group=slowly, **own)
+
+
+def test_a_class_that_cannot_be_used_is_named_also_while_others_are_being_sampled():
+    prompts = [Prompt(n, TOKENIZER("x")["input_ids"], "x", "", {}) for n in range(2)]
+    inner = Waiting([[f"a {call('add', number=1)}"], [f"b {call('add', number=1)}"]])
+    with Toolbox.of(ToolsConfig(), SCORING, [Broken]) as toolbox:
+        generator = ToolGenerator(inner, toolbox, TAGGED, TOKENIZER, ToolsConfig())
+        with pytest.raises(RunError, match=r"(?s)Tool add cannot be used.*no reset"):
+            generator.sample(prompts, Sampling(200), num_completions=1, seed=1)
+
+
 def test_what_a_conversation_draws_depends_on_its_place_and_turn_alone():
     lines = [[f"{n} {call(word='a')}", "e"] for n in "pq"]
     _, _, first = converse(lines)
