@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +41,7 @@ from grpo.scoring.scorer import Scorer
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import RunError, Stopped
 from grpo.turns.form import TAGGED, form_of
-from grpo.turns.generator import ToolGenerator
+from grpo.turns.generator import Call, ToolGenerator
 from grpo.turns.toolbox import Toolbox
 from grpo.turns.use import Tools, named
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
@@ -312,6 +313,58 @@ def test_a_rewards_limit_is_of_the_models_own_tokens_as_its_count_is():
         scores = scorer.score([Group(prompt, completions)])
     left = [400.0 - len(each.token_ids) for each in completions]
     assert [values[0].tolist() for values in scores.values.values()] == [left, left]
+
+
+class Unruly(Counter):
+    """What its methods leave, or raise, is nothing that can be handed on."""
+
+    def lock(self) -> str:
+        """Hold a lock."""
+        self.total, self.held = 0, threading.Lock()
+        return "locked"
+
+    def grow(self, mib: int) -> int:
+        """Grow.
+
+        Args:
+            mib: by so many.
+        """
+        self.total, self.ballast = 0, bytes(mib << 20)
+        return mib
+
+    def mumble(self) -> str:
+        """Raise an exception that cannot be read."""
+
+        class Unreadable(Exception):
+            def __str__(self) -> str:
+                raise RuntimeError("never mind")
+
+        raise Unreadable
+
+
+def test_a_call_whose_object_or_exception_cannot_be_handed_on_is_an_error_and_undone():
+    lines = [
+        [f"{n} {asked}", f"{n}{n} {call('add', number=1)}", "e"]
+        for n, asked in zip("abc", (call("lock"), call("grow", mib=40), call("mumble")), strict=True)
+    ]
+    _, completions, _ = converse(lines, [Unruly])
+    assert [statuses(each) for each in completions] == [["error", "ok"]] * 3
+    assert [results(each)[1] for each in completions] == ["<result>6</result>"] * 3, "as `reset` left it, and one more"
+    said = [results(each)[0] for each in completions]
+    assert "cannot be kept: TypeError" in said[0]
+    assert "has 40 MiB, and 16 can be kept" in said[1]
+    assert said[2] == "<result>error: Unreadable</result>"
+
+
+def test_an_ended_conversation_holds_no_objects(monkeypatch: pytest.MonkeyPatch):
+    made: list[Call] = []
+    own = Call.__init__
+    monkeypatch.setattr(
+        Call, "__init__", lambda self, *given, **named: (made.append(self), own(self, *given, **named))[1]
+    )
+    _, completions, _ = converse([[f"a {call('add', number=1)}", "e"]], [Counter])
+    assert results(completions[0]) == ["<result>6</result>"]
+    assert [(each.states, each.asked) for each in made[0].conversations] == [({}, [])]
 
 
 class Broken(Counter):

@@ -271,6 +271,7 @@ class Call:
 
     def _end(self, conversation: Conversation, reason: FinishReason) -> None:
         self.grouping.add(conversation.place, conversation.completion(reason))
+        conversation.states, conversation.asked = {}, []  # of many conversations, for as long as the longest of them
 
     def metrics(self) -> dict[str, float]:
         """The generator's, over the rounds: the most sequences at once, all that were set aside, and means of the rest."""
