@@ -315,6 +315,13 @@ def test_a_rewards_limit_is_of_the_models_own_tokens_as_its_count_is():
     assert [values[0].tolist() for values in scores.values.values()] == [left, left]
 
 
+def test_columns_are_sent_to_reset_alone():
+    with Toolbox.of(ToolsConfig(), SCORING, [Counter]) as toolbox:
+        request = toolbox.read('{"name": "add", "arguments": {"number": 1}}')
+        sent = [toolbox.call(request, states, {"start": 5}).arguments["columns"] for states in ({}, {0: b"kept"})]
+    assert sent == [{"start": 5}, {}]
+
+
 class Unruly(Counter):
     """What its methods leave, or raise, is nothing that can be handed on."""
 

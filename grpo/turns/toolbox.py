@@ -162,7 +162,7 @@ class Toolbox:
             columns: of the question.
         """
         tool = request.tool
-        own = columns if tool.method else {}
+        own = columns if tool.method and tool.runner not in states else {}  # only `reset` is given them
         arguments = {
             "method": tool.method,
             "arguments": request.arguments,
