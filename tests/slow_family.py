@@ -137,6 +137,45 @@ def mis_of_completions(tolds: list[Told], longest: int) -> Tensor:
     return mean_of_means(tolds, of_token)
 
 
+def mis_by_geometric_mean(tolds: list[Told], longest: int) -> Tensor:
+    def of_token(told: Told, t: int) -> Tensor:
+        product = math.prod(math.exp(told.old[k] - told.sampled[k]) for k in range(len(told.old)))
+        weight = product ** (1 / len(told.old))
+        return -(weight * ppo(told, t, 0.2, 0.2) if 0.5 <= weight <= 2 else 0.0) + 0.001 * k3(told, t)
+
+    return mean_of_means(tolds, of_token)
+
+
+def dual_clip(tolds: list[Told], longest: int) -> Tensor:
+    def of_token(told: Told, t: int) -> Tensor:
+        surrogate = ppo(told, t, 0.2, 0.2)
+        return -(max(surrogate, torch.tensor(1.5 * told.advantage)) if told.advantage < 0 else surrogate)
+
+    return mean_of_means(tolds, of_token)
+
+
+def sapo(tolds: list[Told], longest: int) -> Tensor:
+    def of_token(told: Told, t: int) -> Tensor:
+        tau = 1.0 if told.advantage > 0 else 1.05
+        return -4 / tau / (1 + torch.exp(-tau * (ratio(told, t) - 1))) * told.advantage
+
+    return mean_of_means(tolds, of_token)
+
+
+def dppo(tolds: list[Told], longest: int) -> Tensor:
+    def of_token(told: Told, t: int) -> Tensor:
+        r = torch.exp(told.logprobs[t] - told.sampled[t])
+        outward = r.item() > 1 if told.advantage > 0 else r.item() < 1
+        variation = abs(math.exp(told.logprobs[t].item()) - math.exp(told.sampled[t]))
+        return 0 * r if outward and variation > 0.2 else -r * told.advantage
+
+    return mean_of_tokens(tolds, of_token)
+
+
+def grpo_weighted_kl(tolds: list[Told], longest: int) -> Tensor:
+    return mean_of_means(tolds, lambda told, t: -ppo(told, t, 0.2, 0.2) + 0.04 * ratio(told, t) * k3(told, t))
+
+
 def grpo_k2(tolds: list[Told], longest: int) -> Tensor:
     return mean_of_means(tolds, lambda told, t: -ppo(told, t, 0.2, 0.2) + 0.001 * k2(told, t))
 
@@ -190,4 +229,9 @@ FAMILY = {
     "TIS": Algorithm(tis),
     "IcePop": Algorithm(icepop),
     "MIS of completions": Algorithm(mis_of_completions),
+    "MIS by the geometric mean": Algorithm(mis_by_geometric_mean),
+    "Dual-clip PPO": Algorithm(dual_clip),
+    "SAPO": Algorithm(sapo),
+    "DPPO": Algorithm(dppo),
+    "GRPO, KL of DeepSeek-V3.2": Algorithm(grpo_weighted_kl),
 }

@@ -176,7 +176,8 @@ def check_two_steps(tmp_path: Path, name: str, *, result_tokens: int = 0) -> dic
     trainer.close()
     assert all(math.isfinite(row["optimizer/grad_norm"]) for row in rows)
     assert rows[0]["optimizer/grad_norm"] > 1e-2
-    if (config.algorithm.clip_high or 1) < 1:
+    # a gate has no bound, and no token of the tiny model is likely enough to move by 0.2: tests/test_loss.py has such ones
+    if (config.algorithm.clip_high or 1) < 1 and config.algorithm.clip not in ("soft", "divergence"):
         assert any(row["policy/clip_fraction"] > 0 for row in rows), (
             "no ratio reached a bound, so the bounds were not tested"
         )

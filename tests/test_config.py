@@ -170,6 +170,20 @@ def test_a_missing_setting_is_named(tmp_path: Path):
             ["algorithm.kl_estimator is 'k3'", "only k1", "Set algorithm.kl_estimator to k1"],
         ),
         ({"algorithm": {"importance_high": 2}}, ["importance_high is 2", "no effect", "truncate or mask"]),
+        (
+            {"algorithm": {"clip_dual": 3.0, "clip": "weight"}},
+            ["clip_dual is 3.0", "no effect with algorithm.clip weight"],
+        ),
+        ({"algorithm": {"soft_negative": 2.0}}, ["soft_negative is 2.0", "that to soft"]),
+        (
+            {"algorithm": {"clip": "divergence", "ratio": "sequence"}},
+            ["clip is 'divergence'", "algorithm.ratio sequence"],
+        ),
+        (
+            {"algorithm": {"clip": "divergence", "clip_low": None, "clip_high": None}},
+            ["clip is 'divergence'", "there is no bound"],
+        ),
+        ({"algorithm": {"kl_weighted": True, "kl_coef": 0.0}}, ["kl_weighted is True", "there is no KL"]),
         ({"algorithm": {"importance_level": "sequence"}}, ["importance_level is 'sequence'", "no effect"]),
         ({"algorithm": {"importance": "mask"}}, ["importance_high is None", "between them", "2 and null (TIS)"]),
         (

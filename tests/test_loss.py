@@ -160,6 +160,75 @@ def test_what_a_bound_does_to_each_side_is_told_apart():
     assert result("surrogate").clipped_low.tolist() == [False, False, False, True, False, False]
     assert result("weight").clipped_high.tolist() == [False, False, True, False, False, True]
     assert result("weight").clipped_low.tolist() == [True, False, False, True, False, False]
+    assert not result("soft").clipped.any()
+
+
+def test_the_bound_of_negative_advantages_takes_the_gradient_of_a_large_ratio():
+    logprobs = torch.tensor([0.5, 2.0, 4.0, 4.0], dtype=torch.float64).log().requires_grad_()
+    result = grpo_loss(
+        logprobs,
+        torch.tensor([-1.0, -1.0, -1.0, 1.0], dtype=torch.float64),
+        torch.ones(4, dtype=torch.float64),
+        Objective(clip_dual=3.0),
+        completion_lens=torch.tensor([4]),
+        old_logprobs=torch.zeros(4, dtype=torch.float64),
+    )
+    assert result.loss.item() == pytest.approx(0.5 + 2 + 3 - 4)
+    (gradient,) = torch.autograd.grad(result.loss, logprobs)
+    assert gradient.tolist() == pytest.approx([0.5, 2, 0, -4])
+    assert result.clipped_high.tolist() == [False, False, True, False]
+
+
+def test_a_token_is_left_out_where_its_probability_has_moved_further_from_where_it_was_drawn():
+    drawn = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.001], dtype=torch.float64)
+    now = torch.tensor([0.8, 0.2, 0.8, 0.6, 0.1], dtype=torch.float64)  # the last ratio is 100
+    logprobs = now.log().requires_grad_()
+    result = grpo_loss(
+        logprobs,
+        torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0], dtype=torch.float64),
+        torch.ones(5, dtype=torch.float64),
+        Objective(clip="divergence", clip_low=0.2, clip_high=0.2),
+        completion_lens=torch.tensor([5]),
+        old_logprobs=logprobs.detach(),  # one update: what counts is the policy that drew it
+        sampling_logprobs=drawn.log(),
+    )
+    (gradient,) = torch.autograd.grad(result.loss, logprobs)
+    assert gradient.tolist() == pytest.approx([0, -0.4, 1.6, -1.2, -100])
+    assert result.clipped_high.tolist() == [True, False, False, False, False]
+
+
+def test_the_gate_closes_as_the_ratio_leaves_one_and_sooner_for_negative_advantages():
+    def weight(ratio: float, advantage: float) -> float:
+        logprobs = torch.tensor([ratio], dtype=torch.float64).log().requires_grad_()
+        one = torch.ones(1, dtype=torch.float64)
+        objective = Objective(clip="soft", soft_negative=2.0)
+        result = grpo_loss(
+            logprobs, advantage * one, one, objective, completion_lens=torch.tensor([1]), old_logprobs=0 * one
+        )
+        return torch.autograd.grad(result.loss, logprobs)[0].item() / (-advantage * ratio)
+
+    assert weight(1.0, 1.0) == pytest.approx(1)
+    assert 1 > weight(1.5, 1.0) > weight(3.0, 1.0) > weight(3.0, -1.0) > 0
+
+
+def test_weighted_by_the_ratio_k3_has_the_gradient_of_the_kl_off_policy_too():
+    # over all of three tokens, so that nothing is left to chance: the sum of q * (pi / q) * k3 is KL(pi, ref) for any q
+    logits = torch.tensor([0.3, -0.2, 1.0], dtype=torch.float64, requires_grad=True)
+    logprobs, ref = logits.log_softmax(0), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+    drawn = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    result = grpo_loss(
+        logprobs,
+        torch.zeros(3, dtype=torch.float64),
+        drawn,
+        Objective(kl_coef=1.0, kl_weighted=True),
+        completion_lens=torch.tensor([3]),
+        old_logprobs=drawn.log(),
+        ref_logprobs=ref,
+    )
+    exact = (logprobs.exp() * (logprobs - ref)).sum()
+    assert result.loss.item() == pytest.approx(exact.item())
+    ours, theirs = (torch.autograd.grad(each, logits, retain_graph=True)[0] for each in (result.loss, exact))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_importance_weights_on_a_hand_worked_case():

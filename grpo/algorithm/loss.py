@@ -53,6 +53,8 @@ def grpo_loss(
         loss   = sum_t w_t * ( -m_t c_t S_t + kl_coef * kl_t - entropy_coef * H_t )
         S_t    = min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t)                        clip: surrogate
                = sg(clip(rho_t, 1 - clip_low, 1 + clip_high)) A_t log pi(t)                          clip: weight
+               = 4 / tau sigmoid(tau (rho_t - 1)) A_t,  tau by the sign of A_t                       clip: soft
+               = rho_t A_t, or 0 where pi(t) - pi_rollout(t) is beyond -clip_low, clip_high          clip: divergence
         rho_t  = pi(t) / pi_old(t)                                                                   ratio: token
                = sg(s_i) pi(t) / sg(pi(t)),  s_i = (pi(i) / pi_old(i)) ^ (1 / len_i)                 ratio: sequence
         c_t    = bound(pi_old / pi_rollout), of the token or of its whole completion; 1 with importance none
@@ -65,6 +67,13 @@ def grpo_loss(
     - `sequence`: GSPO (arXiv 2507.18071, eq. 5 and 7) written as its GSPO-token (eq. 13 and 14). All tokens of a completion have
       one advantage here, and then both have the same value and gradient, as the paper notes.
     - `weight`: CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5); the paper sets no bound below.
+    - `clip_dual`: of a negative advantage S_t >= clip_dual A_t, so that a large ratio has no gradient (Dual-clip PPO, arXiv
+      1912.09729, eq. 5).
+    - `soft`: SAPO (arXiv 2511.20347): no bound, but a gate that closes as the ratio leaves 1; on-policy its gradient is 1.
+    - `divergence`: DPPO (arXiv 2602.04879) with the total variation of "this token or another", |pi(t) - pi_rollout(t)|. A token
+      is left out where it is moved further from where it was drawn. Its rho is pi / pi_rollout, not pi / pi_old.
+    - `kl_weighted`: kl_t times rho_t of the token, which makes k3 and its gradient unbiased where the policy has moved on
+      (DeepSeek-V3.2, arXiv 2512.02556).
     - `importance`: what an engine samples from is not quite what is trained. truncate: clip(c, importance_low,
       importance_high), TIS ("Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025, whose
       min(c, C) has no bound below). mask: c within the bounds, else 0, IcePop (Ring-1T, arXiv 2510.18855).
@@ -88,17 +97,20 @@ def grpo_loss(
     real = weights > 0  # a token without weight must not reach exp(): infinity times a weight of 0 is NaN
     fixed = logprobs.detach()
     old = fixed if old_logprobs is None else old_logprobs
+    if objective.clip == "divergence":
+        assert sampling_logprobs is not None, "it is the divergence from the rollout's log-probabilities"
+        old = sampling_logprobs
     importance, factor = _importance(old, sampling_logprobs, completion_lens, objective)
     counts = real & (factor > 0) if selected is None else real & (factor > 0) & selected
     drift = RATIO_LEVELS[objective.ratio](fixed - old, completion_lens)
     ratio = (logprobs - fixed + torch.where(counts, drift, 0.0)).exp()
-    low = -math.inf if objective.clip_low is None else 1 - objective.clip_low
-    high = math.inf if objective.clip_high is None else 1 + objective.clip_high
-    surrogate, clipped = SURROGATES[objective.clip](ratio, ratio.clamp(low, high), advantages, logprobs)
+    surrogate, low, high = SURROGATES[objective.clip](ratio, advantages, logprobs, old, objective)
     per_token = -torch.where(counts, factor, 0.0) * surrogate
     kl = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
         kl = KL_ESTIMATORS[objective.kl_estimator](logprobs, torch.where(real, ref_logprobs, fixed))
+        if objective.kl_weighted:
+            kl = kl * (logprobs - torch.where(real, old, fixed)).exp()
         per_token = per_token + objective.kl_coef * kl
     if objective.entropy_coef:
         assert entropy is not None, "an entropy bonus needs the entropy"
@@ -106,8 +118,8 @@ def grpo_loss(
     return TokenLoss(
         loss=(weights * per_token).sum(),
         ratio=drift.exp(),
-        clipped_low=clipped & (ratio.detach() < low),
-        clipped_high=clipped & (ratio.detach() > high),
+        clipped_low=low,
+        clipped_high=high,
         kl=kl.detach(),
         importance=importance,
         bounded=factor != importance,
@@ -128,8 +140,13 @@ def _of_token(values: Tensor, completion_lens: Tensor) -> Tensor:
 
 Level = Callable[[Tensor, Tensor], Tensor]
 RATIO_LEVELS: dict[str, Level] = {"token": _of_token, "sequence": partial(_over_completion, "mean")}
-IMPORTANCE_LEVELS: dict[str, Level] = {"token": _of_token, "sequence": partial(_over_completion, "sum")}
-"""Of logarithms (T,): GSPO's ratio is the geometric mean of a completion's, an importance weight of a completion the product."""
+IMPORTANCE_LEVELS: dict[str, Level] = {
+    "token": _of_token,
+    "sequence": partial(_over_completion, "sum"),
+    "geometric": partial(_over_completion, "mean"),
+}
+"""Of logarithms (T,): GSPO's ratio is the geometric mean of a completion's, an importance weight of a completion the product, or
+that mean."""
 
 
 def _importance(
@@ -146,21 +163,59 @@ def _importance(
     return weight, within if objective.importance == "truncate" else torch.where(weight == within, weight, 0.0)
 
 
-def _clip_surrogate(ratio: Tensor, within: Tensor, advantages: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    free, bounded = ratio * advantages, within * advantages
-    return torch.minimum(free, bounded), (bounded < free).detach()
+Surrogate = tuple[Tensor, Tensor, Tensor]
+"""(T,) S, and where a bound below and one above is at work."""
 
 
-def _clip_weight(ratio: Tensor, within: Tensor, advantages: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    return within.detach() * advantages * logprobs, (within != ratio).detach()
+def _clip_surrogate(
+    ratio: Tensor, advantages: Tensor, logprobs: Tensor, old: Tensor, objective: Objective
+) -> Surrogate:
+    low, high = _bounds(objective)
+    free, bounded = ratio * advantages, ratio.clamp(low, high) * advantages
+    surrogate, clipped, fixed = torch.minimum(free, bounded), (bounded < free).detach(), ratio.detach()
+    below, above = clipped & (fixed < low), clipped & (fixed > high)
+    if objective.clip_dual is not None:
+        floor = objective.clip_dual * advantages
+        beyond = (advantages < 0) & (surrogate.detach() < floor)
+        surrogate, above = torch.where(beyond, floor, surrogate), above | beyond
+    return surrogate, below, above
 
 
-SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+def _clip_weight(ratio: Tensor, advantages: Tensor, logprobs: Tensor, old: Tensor, objective: Objective) -> Surrogate:
+    low, high = _bounds(objective)
+    fixed = ratio.detach()
+    return fixed.clamp(low, high) * advantages * logprobs, fixed < low, fixed > high
+
+
+def _gate(ratio: Tensor, advantages: Tensor, logprobs: Tensor, old: Tensor, objective: Objective) -> Surrogate:
+    tau = torch.where(advantages > 0, objective.soft_positive, objective.soft_negative)
+    nowhere = torch.zeros_like(ratio, dtype=torch.bool)
+    return 4 / tau * (tau * (ratio - 1)).sigmoid() * advantages, nowhere, nowhere
+
+
+def _mask_divergent(
+    ratio: Tensor, advantages: Tensor, logprobs: Tensor, old: Tensor, objective: Objective
+) -> Surrogate:
+    low, high = _bounds(objective)
+    moved = 1 + logprobs.detach().exp() - old.exp()  # 1 where nothing has, as of a ratio
+    below, above = (advantages < 0) & (moved < low), (advantages > 0) & (moved > high)
+    return torch.where(below | above, 0.0, ratio * advantages), below, above
+
+
+def _bounds(objective: Objective) -> tuple[float, float]:
+    """Of what is 1 where the policy is the one that sampled."""
+    low = -math.inf if objective.clip_low is None else 1 - objective.clip_low
+    return low, math.inf if objective.clip_high is None else 1 + objective.clip_high
+
+
+SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Objective], Surrogate]] = {
     "surrogate": _clip_surrogate,
     "weight": _clip_weight,
+    "soft": _gate,
+    "divergence": _mask_divergent,
 }
-"""What the bounds of the ratio do: (ratio, the same within its bounds, advantages, logprobs) -> the surrogate, and where a bound
-is at work."""
+"""What keeps an update near the policy that sampled: (ratio, advantages, logprobs, old logprobs, objective) -> the surrogate and
+where its bounds are at work."""
 
 
 def _k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

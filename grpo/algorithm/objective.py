@@ -16,10 +16,14 @@ class Objective:
     clip: str = "surrogate"
     clip_low: float | None = None
     clip_high: float | None = None
+    clip_dual: float | None = None
+    soft_positive: float = 1.0
+    soft_negative: float = 1.05
     importance: str = "none"
     importance_level: str = "token"
     importance_low: float | None = None
     importance_high: float | None = None
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
+    kl_weighted: bool = False
     entropy_coef: float = 0.0

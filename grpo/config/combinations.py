@@ -334,7 +334,7 @@ def _check_carry_over(config: Config) -> None:
         )
     if config.tools.functions:
         raise ValueError(CARRY_OVER_WITH_TOOLS)
-    if config.algorithm.importance == "none":
+    if config.algorithm.importance == "none" and config.algorithm.clip != "divergence":
         raise ValueError(
             "rollout.carry_over is true; part of the tokens are then drawn by older weights, and algorithm.importance none would "
             "train on them as if they were not. Set algorithm.importance=truncate and algorithm.importance_high=2."
@@ -397,7 +397,24 @@ def _check_objective(algorithm: AlgorithmConfig) -> None:
             "algorithm.clip is 'weight'; without clip_low and clip_high there is no bound, and surrogate has the same gradient. "
             "Set algorithm.clip_high, or remove algorithm.clip."
         )
-    for name in ("kl_in", "kl_estimator"):
+    if algorithm.clip == "divergence" and (algorithm.ratio == "sequence" or algorithm.importance != "none"):
+        name = "ratio" if algorithm.ratio == "sequence" else "importance"
+        raise ValueError(
+            f"algorithm.clip is 'divergence'; its ratio is a token's, to the policy that drew it, and algorithm.{name} "
+            f"{getattr(algorithm, name)} has no place beside it. Remove one of the two."
+        )
+    if algorithm.clip == "divergence" and algorithm.clip_low is None and algorithm.clip_high is None:
+        raise ValueError(
+            "algorithm.clip is 'divergence'; without clip_low and clip_high there is no bound. Set them, such as to 0.2, "
+            "or remove algorithm.clip."
+        )
+    for name, clip in (("clip_dual", "surrogate"), ("soft_positive", "soft"), ("soft_negative", "soft")):
+        if algorithm.clip != clip and getattr(algorithm, name) != default[name].default:
+            raise ValueError(
+                f"algorithm.{name} is {getattr(algorithm, name)}; it has no effect with algorithm.clip {algorithm.clip}. Set "
+                f"that to {clip}, or remove it."
+            )
+    for name in ("kl_in", "kl_estimator", "kl_weighted"):
         if algorithm.kl_coef == 0 and getattr(algorithm, name) != default[name].default:
             raise ValueError(
                 f"algorithm.{name} is {getattr(algorithm, name)!r}; there is no KL, because algorithm.kl_coef is 0. Remove it, "
@@ -407,6 +424,11 @@ def _check_objective(algorithm: AlgorithmConfig) -> None:
         raise ValueError(
             "algorithm.kl_in is 'reward'; divided by the standard deviation the KL would be as large as any reward in every "
             "group that is all right or all wrong, however small kl_coef is. Set algorithm.normalize_by_std to false."
+        )
+    if algorithm.kl_in == "reward" and algorithm.kl_weighted:
+        raise ValueError(
+            "algorithm.kl_weighted is true; in the reward the KL is taken before the policy moves. Remove it, or set "
+            "algorithm.kl_in to loss."
         )
     if algorithm.kl_in == "reward" and algorithm.kl_estimator != "k1":
         raise ValueError(

@@ -344,18 +344,26 @@ class AlgorithmConfig(Section):
     takes a forward pass before the update, also where every update is on-policy."""
     ratio: Literal["token", "sequence"] = "token"
     """Whether a token's ratio pi / pi_old is its own (GRPO), or the geometric mean of its completion's (GSPO)."""
-    clip: Literal["surrogate", "weight"] = "surrogate"
+    clip: Literal["surrogate", "weight", "soft", "divergence"] = "surrogate"
     """What the bounds below do. surrogate: a token beyond has no gradient (PPO, GRPO). weight: the ratio within its bounds
-    weights the token's log-probability, which always has one (CISPO)."""
+    weights the token's log-probability, which always has one (CISPO). soft: there are none; a gate closes as the ratio leaves 1
+    (SAPO). divergence: they are of the token's probability, less what it was when it was drawn (DPPO)."""
     clip_low: PositiveFloat | None = 0.2
     """The ratio is clipped below at 1 - clip_low. null: it has no bound below."""
     clip_high: PositiveFloat | None = 0.2
     """The ratio is clipped above at 1 + clip_high. DAPO raises it to 0.28; DeepSeek-R1's first stage used 10. null: no bound."""
+    clip_dual: Annotated[float, Field(gt=1)] | None = None
+    """With a negative advantage, a token whose ratio is above this has no gradient (Dual-clip PPO: 3). null: no such bound."""
+    soft_positive: PositiveFloat = 1.0
+    """Temperature of the gate of clip soft, for positive advantages. Raising it closes the gate sooner."""
+    soft_negative: PositiveFloat = 1.05
+    """The same for negative advantages."""
     importance: Literal["none", "truncate", "mask"] = "none"
     """Weight each token's surrogate with pi_old / pi_rollout, where what samples is not quite what is trained: truncated to the
     bounds below (TIS), or 0 beyond them (IcePop)."""
-    importance_level: Literal["token", "sequence"] = "token"
-    """Whether that weight is the token's own, or the product over its completion: unbiased, and far from 1 for long ones."""
+    importance_level: Literal["token", "sequence", "geometric"] = "token"
+    """Whether that weight is the token's own, or the product over its completion: unbiased, and far from 1 for long ones; or the
+    geometric mean over it, which is neither."""
     importance_low: PositiveFloat | None = None
     """Lower bound of the importance weight (TIS: none; IcePop: 0.5)."""
     importance_high: PositiveFloat | None = None
@@ -364,6 +372,9 @@ class AlgorithmConfig(Section):
     """Weight of the KL penalty to the reference model (beta). 0: no reference model is loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Per-token KL estimator; see grpo/algorithm/loss.py. The paper's is k3."""
+    kl_weighted: bool = False
+    """Multiply the estimate by pi / pi_old: unbiased, with an unbiased gradient, where the policy has moved since it sampled
+    (DeepSeek-V3.2)."""
     kl_in: Literal["loss", "reward"] = "loss"
     """loss: a term of its own for every token. reward: each completion's sum of k1 is subtracted from its reward, before the
     advantage."""

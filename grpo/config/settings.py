@@ -53,8 +53,8 @@ LOWEST_LORA_RATE = 1e-5
 STEPS_OF_A_MODEL = 200
 """Of a run of which nothing is said but its model: enough to see whether the reward rises."""
 
-OF_THE_RATIO = ("ratio", "clip", "clip_low", "clip_high")
-"""Settings of the algorithm without effect where the ratio is 1."""
+OF_THE_RATIO = ("ratio", "clip", "clip_low", "clip_high", "clip_dual", "soft_positive", "soft_negative", "kl_weighted")
+"""Settings of the algorithm without effect where the ratio is 1; that to the policy that drew a token may be another."""
 
 
 class Settings(Section):
@@ -345,7 +345,7 @@ class Config(Settings):
             for name in OF_THE_RATIO
             if getattr(self.algorithm, name) != default[name].default or f"algorithm.{name}" in self.schedules
         ]
-        if self.algorithm.updates_per_rollout > 1 or not names:
+        if self.algorithm.updates_per_rollout > 1 or self.algorithm.clip == "divergence" or not names:
             return []
         settings = ", ".join(f"algorithm.{name}" for name in names)
         return [f"strictly on-policy     the ratio is 1 in the only update of a rollout; no effect: {settings}"]
