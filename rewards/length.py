@@ -12,10 +12,13 @@ def overlong(num_tokens: int, max_completion_tokens: int, *, buffer: int) -> flo
 
     DAPO generates 20,480 tokens with a buffer of 4,096. With a limit of 100 and a buffer of 20, 90 tokens cost 0.5.
 
+    With tools `num_tokens` are the model's own and the limit is what the results of the completion leave of it, which may be
+    less than the buffer; that the whole limit is not is checked when a run starts.
+
     Raises:
-        ValueError: buffer is not between 1 and max_completion_tokens.
+        ValueError: buffer is not at least 1.
     """
-    _check_limit(max_completion_tokens, buffer=buffer)
+    _check_limit(max(max_completion_tokens, buffer), buffer=buffer)
     room = max_completion_tokens - buffer - num_tokens
     return max(min(room / buffer, 0.0), -1.0)
 

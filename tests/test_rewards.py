@@ -588,7 +588,10 @@ def test_overlong_follows_dapo_equation_13() -> None:
     assert penalties == [0.0, 0.0, -0.05, -0.5, -1.0, -1.0]
     for buffer in (0, -1, 101):
         with pytest.raises(ValueError, match=f"buffer is {buffer}; it must be between 1 and max_completion_tokens"):
-            overlong(5, 100, buffer=buffer)
+            overlong.check_limit(100, buffer=buffer)
+    with pytest.raises(ValueError, match="buffer is 0"):
+        overlong(5, 100, buffer=0)
+    assert overlong(4, 10, buffer=20) == -0.7, "results of tools have left 10 of 100 tokens: as 94 of 100"
 
 
 @pytest.mark.parametrize(

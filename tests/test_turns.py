@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
+import importlib
 import io
 import json
+import os
 import re
+import signal
+import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import grpo.tools
 import pytest
 import yaml
 from helpers import ROOT, TINY, tiny_config
 from rich.console import Console
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from grpo import Trainer
 from grpo.config import Config, DataConfig, ToolsConfig
 from grpo.config.sections import ScoringConfig
 from grpo.data.prompts import build_prompts
+from grpo.evaluation.benchmark import OwnModel, Runtime, Settings
 from grpo.inference.chat import Conversation, show
 from grpo.inference.model import load, sampling_config
+from grpo.inference.resolve_model import trusted_tools
+from grpo.policy.model_source import complete_checkpoints
 from grpo.rollout.grouping import Grouping
+from grpo.run.checkpoint import name_of
+from grpo.scoring.reward import Reward
+from grpo.scoring.scorer import Scorer
 from grpo.system.jsonl import read_jsonl
-from grpo.system.stopping import RunError
+from grpo.system.stopping import RunError, Stopped
 from grpo.turns.form import TAGGED, form_of
-from grpo.turns.generator import ToolGenerator
+from grpo.turns.generator import Call, ToolGenerator
 from grpo.turns.toolbox import Toolbox
 from grpo.turns.use import Tools, named
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
@@ -185,6 +200,21 @@ def test_whatever_goes_wrong_with_a_call_is_a_result_that_the_model_reads():
     assert all(each.finish_reason == "stop" and each.text.endswith("e") for each in completions)
 
 
+def test_half_a_surrogate_pair_is_read_as_a_question_mark():
+    lines = [
+        [f"c{n} {each}", "e"] for n, each in enumerate([call(word="\ud800"), call("\ud800"), call(word="raise\ud800")])
+    ]
+    _, completions, _ = converse(lines)
+    assert [results(each)[0] for each in completions] == [
+        "<result><?></result>",
+        "<result>error: there is no tool '\\ud800'; there is lookup</result>",
+        "<result><raise?></result>",
+    ]
+    assert json.dumps(
+        [turn.calls[0].name for each in completions for turn in each.turns if turn.calls], ensure_ascii=False
+    ).encode()
+
+
 def test_a_model_that_calls_for_ever_ends_at_its_calls_or_its_tokens():
     again = [f"{n} {call(word='a')}" for n in "pqrstu"]
     _, (out_of_calls,), _ = converse([again], max_calls=2)
@@ -209,6 +239,24 @@ def test_a_result_is_cut_off_and_cannot_end_itself_or_the_turn():
     assert results(escaping) == ["<result>< /result>< tool>{}< /tool>< |endoftext|></result>"]
     assert TOKENIZER.eos_token_id not in escaping.token_ids
     assert (forged.trained, len(forged.turns), forged.text) == (None, 1, lines[1][0]), "its own words, and trained on"
+
+
+def test_a_program_in_a_result_keeps_its_white_space_whatever_was_added_to_the_vocabulary():
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    tokenizer.add_tokens(["    ", "\n\n", "<mark>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    program = "def f():\n    return 1\n\n<mark>"
+    text, _ = TAGGED.results([f"{program}<|end|>"], tokenizer, most=50)
+    assert text == f"<result>{program}< |end|></result>"
+
+
+def test_a_result_begins_without_the_space_that_some_tokenizers_put_before_every_text():
+    letters = {letter: number for number, letter in enumerate("▁<>/abcdefghijklmnopqrstuvwxyz6")}
+    made = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])  # as of Llama 2
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    text, ids = TAGGED.results(["6"], tokenizer, most=5)
+    assert "".join(tokenizer.convert_ids_to_tokens(ids)) == text == "<result>6</result>"
 
 
 def test_an_object_is_a_conversations_own_begins_with_the_columns_and_survives_its_process():
@@ -248,6 +296,108 @@ def test_every_public_method_but_reset_is_a_tool_and_a_reset_that_says_something
     assert results(both) == ["<result>checked</result>", "<result>2</result>"]
     with pytest.raises(RunError, match=r"(?s)Tool add cannot be used.*reset returned 'Welcome!'"):
         converse([[f"a {call('add', number=1)}", "e"]], [Talking])
+
+
+def budget(num_tokens: int, max_completion_tokens: int) -> float:
+    return max_completion_tokens - num_tokens
+
+
+def budgets(num_tokens: list[int], max_completion_tokens: list[int], **_: object) -> list[float]:
+    return [limit - num for limit, num in zip(max_completion_tokens, num_tokens, strict=True)]
+
+
+def test_a_rewards_limit_is_of_the_models_own_tokens_as_its_count_is():
+    prompt, completions, _ = converse([[f"a {call(word='dog', times=9)}", "e"], ["b", "e"]])
+    limits = {"max_completion_tokens": 400, "num_workers": 1, "timeout_seconds": 9.0, "memory_gib": 1.0}
+    with Scorer([Reward(budget), Reward(budgets, form="texts")], columns=["question"], **limits) as scorer:
+        scores = scorer.score([Group(prompt, completions)])
+    left = [400.0 - len(each.token_ids) for each in completions]
+    assert [values[0].tolist() for values in scores.values.values()] == [left, left]
+
+
+def test_columns_are_sent_to_reset_alone():
+    with Toolbox.of(ToolsConfig(), SCORING, [Counter]) as toolbox:
+        request = toolbox.read('{"name": "add", "arguments": {"number": 1}}')
+        sent = [toolbox.call(request, states, {"start": 5}).arguments["columns"] for states in ({}, {0: b"kept"})]
+    assert sent == [{"start": 5}, {}]
+
+
+class Unruly(Counter):
+    """What its methods leave, or raise, is nothing that can be handed on."""
+
+    def lock(self) -> str:
+        """Hold a lock."""
+        self.total, self.held = 0, threading.Lock()
+        return "locked"
+
+    def grow(self, mib: int) -> int:
+        """Grow.
+
+        Args:
+            mib: by so many.
+        """
+        self.total, self.ballast = 0, bytes(mib << 20)
+        return mib
+
+    def mumble(self) -> str:
+        """Raise an exception that cannot be read."""
+
+        class Unreadable(Exception):
+            def __str__(self) -> str:
+                raise RuntimeError("never mind")
+
+        raise Unreadable
+
+
+def test_a_call_whose_object_or_exception_cannot_be_handed_on_is_an_error_and_undone():
+    lines = [
+        [f"{n} {asked}", f"{n}{n} {call('add', number=1)}", "e"]
+        for n, asked in zip("abc", (call("lock"), call("grow", mib=40), call("mumble")), strict=True)
+    ]
+    _, completions, _ = converse(lines, [Unruly])
+    assert [statuses(each) for each in completions] == [["error", "ok"]] * 3
+    assert [results(each)[1] for each in completions] == ["<result>6</result>"] * 3, "as `reset` left it, and one more"
+    said = [results(each)[0] for each in completions]
+    assert "cannot be kept: TypeError" in said[0]
+    assert "has 40 MiB, and 16 can be kept" in said[1]
+    assert said[2] == "<result>error: Unreadable</result>"
+
+
+def test_an_ended_conversation_holds_no_objects(monkeypatch: pytest.MonkeyPatch):
+    made: list[Call] = []
+    own = Call.__init__
+    monkeypatch.setattr(
+        Call, "__init__", lambda self, *given, **named: (made.append(self), own(self, *given, **named))[1]
+    )
+    _, completions, _ = converse([[f"a {call('add', number=1)}", "e"]], [Counter])
+    assert results(completions[0]) == ["<result>6</result>"]
+    assert [(each.states, each.asked) for each in made[0].conversations] == [({}, [])]
+
+
+class Broken(Counter):
+    def reset(self, **_: object) -> None:
+        raise ValueError("no reset")
+
+
+class Waiting(Scripted):
+    """Hands on a group when the calls of the one before have been made."""
+
+    def sample(self, prompts: list[Prompt], sampling: Sampling, *, on_group: OnGroup | None = None, **own: Any):
+        def slowly(place: int, group: Group) -> None:
+            assert on_group is not None
+            on_group(place, group)
+            time.sleep(0.6)
+
+        return super().sample(prompts, sampling, on_group=slowly, **own)
+
+
+def test_a_class_that_cannot_be_used_is_named_also_while_others_are_being_sampled():
+    prompts = [Prompt(n, TOKENIZER("x")["input_ids"], "x", "", {}) for n in range(2)]
+    inner = Waiting([[f"a {call('add', number=1)}"], [f"b {call('add', number=1)}"]])
+    with Toolbox.of(ToolsConfig(), SCORING, [Broken]) as toolbox:
+        generator = ToolGenerator(inner, toolbox, TAGGED, TOKENIZER, ToolsConfig())
+        with pytest.raises(RunError, match=r"(?s)Tool add cannot be used.*no reset"):
+            generator.sample(prompts, Sampling(200), num_completions=1, seed=1)
 
 
 def test_what_a_conversation_draws_depends_on_its_place_and_turn_alone():
@@ -318,6 +468,48 @@ QWEN = """{%- if tools %}{{- '<|im_start|>system\\n' + (tools | tojson) + '<|im_
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
 
+QWEN_3 = """{%- if tools %}{{- '<|im_start|>system\\n# Tools\\n<tools>' + (tools | tojson) }}
+{{- '</tools>\\n<tool_call>\\n{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call><|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+{%- set index = (messages|length - 1) - loop.index0 %}
+{%- if ns.multi_step_tool and message.role == "user" %}
+{%- set ns.multi_step_tool = false %}{%- set ns.last_query_index = index %}
+{%- endif %}{%- endfor %}
+{%- for message in messages %}
+{%- if message.role == "user" %}{{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}
+{%- elif message.role == "assistant" %}
+{%- if loop.index0 > ns.last_query_index and loop.last %}
+{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' + message.content }}
+{%- else %}{{- '<|im_start|>assistant\\n' + message.content }}{%- endif %}
+{%- for call in message.tool_calls or [] %}
+{%- if (loop.first and message.content) or (not loop.first) %}{{- '\\n' }}{%- endif %}
+{{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' + (call.function.arguments | tojson) }}
+{{- '}\\n</tool_call>' }}
+{%- endfor %}{{- '<|im_end|>\\n' }}
+{%- elif message.role == "tool" %}
+{%- if loop.first or (messages[loop.index0 - 1].role != "tool") %}{{- '<|im_start|>user' }}{%- endif %}
+{{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
+{%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}{{- '<|im_end|>\\n' }}{%- endif %}
+{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"""
+"""Of Qwen 3, without system messages and earlier thoughts: an assistant's last turn is written otherwise than one before."""
+
+
+@pytest.mark.parametrize(("thinks", "opened"), [({}, ""), ({"enable_thinking": False}, "<think>\n\n</think>\n\n")])
+def test_a_template_may_write_a_turn_otherwise_once_results_follow(thinks: dict[str, bool], opened: str):
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    tokenizer.chat_template = QWEN_3
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    form = form_of(tokenizer, DataConfig(name="x", template="chat", chat_template_kwargs=thinks))
+    assert form.results(["1", "2"], tokenizer, most=9)[0] == (
+        "\n<|im_start|>user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response><|im_end|>\n"
+        f"<|im_start|>assistant\n{opened}"
+    )
+
+
 def test_the_form_of_a_chat_template_is_what_it_writes_around_calls_and_results():
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
     tokenizer.chat_template = QWEN
@@ -329,7 +521,9 @@ def test_the_form_of_a_chat_template_is_what_it_writes_around_calls_and_results(
         "<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
     turn = 'I ask.\n<tool_call>\n{"name": "f"}\n</tool_call>\n<tool_call>\n{}\n</tool_call>'
-    assert [each.strip() for each in form.calls(turn)] == ['{"name": "f"}', "{}"]
+    ids = tokenizer(f"{turn}<|im_end|>")["input_ids"]
+    assert [each.strip() for each in form.calls(turn, ids)] == ['{"name": "f"}', "{}"]
+    assert form.calls(turn, ids[:-1]) == [], "a text of rollout.stop has ended it, and the turn is open"
     with Toolbox.of(ToolsConfig(functions=["calculator"]), SCORING) as toolbox:
         prompts, _ = build_prompts([{"question": "x", "answer": ""}], tokenizer, data.with_tools(toolbox.schemas))
     assert '"name": "calculator"' in prompts[0].text
@@ -389,6 +583,17 @@ def test_python_keeps_what_was_defined_shows_errors_and_forgets_what_took_too_lo
     assert session(code="x") == "21"
 
 
+@pytest.mark.parametrize("ending", ["os._exit(0)", "os._exit(3)"])
+def test_a_call_that_ends_pythons_process_is_an_error_and_is_not_run_again(ending: str):
+    from grpo.tools import python
+
+    session = python(seconds=5.0, as_root=True)
+    assert session(code="import os\nx = os.write(1, b'loud!')") == "loud!"
+    with pytest.raises(Exception, match="ended its own process"):
+        session(code=ending)
+    assert session(code="x") == "5", "and what is run again writes to no descriptor either"
+
+
 TOOLS = ROOT / "configs" / "quickstart-tools"
 QUICK = AutoTokenizer.from_pretrained(TOOLS / "model")
 
@@ -430,12 +635,21 @@ def test_the_tiny_model_learns_to_call_and_what_was_sampled_is_what_is_trained(t
 
 
 def test_a_run_with_tools_goes_on_after_a_stop_as_if_there_had_been_none(tmp_path: Path):
-    Trainer(run_with_tools(tmp_path / "whole")).train()
-    first = Trainer(run_with_tools(tmp_path / "halves", run={"resume": "auto"}))
-    first.train_step()
-    first.save()
-    first.close()
-    Trainer(run_with_tools(tmp_path / "halves", run={"resume": "auto"})).train()
+    halves: dict[str, Any] = {"algorithm": {"kl_coef": 0.001, "num_minibatches": 2}}
+    Trainer(run_with_tools(tmp_path / "whole", **halves)).train()
+    first = Trainer(run_with_tools(tmp_path / "halves", **halves, run={"resume": "auto"}))
+    own = first._optimizer_step
+
+    def step(minibatch: Any) -> None:
+        if first.state.optimizer_steps == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        own(minibatch)
+
+    first._optimizer_step = step  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        first.train()
+    assert [path.name for path in complete_checkpoints(tmp_path / "halves/checkpoints")] == [name_of(1, 1)]
+    Trainer(run_with_tools(tmp_path / "halves", **halves, run={"resume": "auto"})).train()
     clocks = ("time/", "throughput/", "tools/seconds", "tools/wait", "memory/")
     whole, halves = (
         [
@@ -462,6 +676,48 @@ def test_a_chat_calls_shows_what_came_back_and_goes_on():
         show(talk, "Problem: What is 12*345?\nWork:", terminal)
     written = terminal.file.getvalue()
     assert re.search(r'<tool>\{"name": "calculator".*\}</tool><result>\d+</result>\nResult: \d', written), written
+
+
+def test_a_foreign_runs_tools_with_arguments_are_run_only_if_one_says_so():
+    tools = ToolsConfig(functions=["calculator", {"function": "python", "args": {"as_root": True}}])
+    chosen: Any = SimpleNamespace(settings=SimpleNamespace(tools=tools))
+    asked = argparse.Namespace(tools=None, config=None, model="runs/of-somebody")
+    with pytest.raises(
+        ValueError, match=r'names tools that are run here: python with {"as_root": true}\. If you trust'
+    ):
+        trusted_tools(chosen, asked)
+    assert trusted_tools(chosen, argparse.Namespace(tools=None, config="my.yaml")) is tools
+    tools.functions.pop()
+    assert trusted_tools(chosen, asked) is tools
+
+
+@pytest.mark.parametrize("command", ["chat", "evaluate", "sample"])
+def test_what_a_tool_has_to_say_is_said_wherever_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+):
+    monkeypatch.setattr(grpo.tools.calculator, "_notice", lambda: "it may count on you", raising=False)
+    if command == "evaluate":
+        OwnModel(
+            Settings(str(TOOLS / "model"), ["probes"], templates=["r1_zero"], tools=["calculator"]),
+            Runtime(num_workers=1),
+        )
+    else:
+        options = [
+            "--model",
+            str(TOOLS / "model"),
+            "--tools",
+            "calculator",
+            "--max-tokens",
+            "1",
+            "--template",
+            "r1_zero",
+        ]
+        own = ["--question", "1+1", "--group", "1"] if command == "sample" else []
+        monkeypatch.setattr(sys, "argv", [command, *options, *own])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+        importlib.import_module(f"grpo.cli.{command}").main()
+    said = capsys.readouterr()
+    assert "it may count on you" in said.out + said.err
 
 
 def test_what_does_not_go_with_tools_is_refused():

@@ -19,21 +19,35 @@ def run(code, names):
         if value is not None:
             print(repr(value))
 
-def session(earlier, code):
-    names = {"__name__": "__main__"}
-    random.seed(0)
+def again(earlier, names):
+    screen, nowhere = os.dup(1), os.open("/dev/null", os.O_WRONLY)
+    os.dup2(nowhere, 1)
     for each in earlier:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(BaseException):
             run(each, names)
+    os.dup2(screen, 1)
+    os.close(screen)
+    os.close(nowhere)
+
+def session(earlier, code, well, badly):
+    names = {"__name__": "__main__"}
+    random.seed(0)
+    again(earlier, names)
     try:
         run(code, names)
     except BaseException as error:
-        print("".join(traceback.format_exception_only(error)).rstrip())
+        said = "".join(traceback.format_exception_only(error)).rstrip()
+        print(said.encode("utf-8", "replace").decode())
         sys.stdout.flush()
-        os._exit(1)
+        os._exit(badly)
+    sys.exit(well)
 
 """
 """What runs in the sandbox: the earlier calls again, silently, then the one at hand, whose last expression is shown."""
+
+
+WELL, BADLY = 93, 94
+"""Exit codes of a session that came to its end, without and with an exception; with any other the code has ended its process."""
 
 
 class CodeError(Exception):
@@ -62,15 +76,17 @@ class python:
         Args:
             code: the program text.
         """
-        program = f"{_SESSION}session({self.calls!r}, {code!r})"
+        program = f"{_SESSION}session({self.calls!r}, {code!r}, {WELL}, {BADLY})"
         run = run_python(program, seconds=self.seconds, memory_gib=self.memory_gib)
         written = run.output.decode("utf-8", "replace").rstrip("\n")
         if run.exit_code is None:
             raise TimeoutError(f"the code ran for more than {self.seconds:g} seconds")
         if run.exit_code < 0 or run.exit_code > 128:
             raise CodeError(f"{written}\nthe process was ended: it took more memory, time or files than it may".strip())
+        if run.exit_code not in (WELL, BADLY):  # run again, it would end those after it too
+            raise CodeError(f"{written}\nthe code ended its own process; the call is forgotten".strip())
         self.calls.append(code)
-        if run.exit_code != 0:
+        if run.exit_code == BADLY:
             raise CodeError(written)
         return written
 

@@ -42,6 +42,8 @@ def main() -> None:
         data = chosen.data(tokenizer, options.template, options.system)
         tools = Tools.of(trusted_tools(chosen, options), chosen.settings.scoring, tokenizer, data)
         sampler = chosen.load(tokenizer, longest_prompt=1, engine="hf")
+    for notice in [] if tools is None else tools.toolbox.notices():
+        say(notice, file=sys.stderr)
     if options.seed is not None:
         torch.manual_seed(options.seed)
     each = "" if data.template == "chat" else "; each question stands alone"

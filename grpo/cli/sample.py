@@ -105,6 +105,8 @@ def sample(options: argparse.Namespace) -> list[dict[str, Any]]:
     )
     with scorer, contextlib.nullcontext() if tools is None else tools.toolbox:
         print(f"model {chosen.model.name}, template {data.template}, {said(chosen.sampling)}, seed {options.seed}")
+        for notice in [] if tools is None else tools.toolbox.notices():
+            print(notice)
         for reason, num in dropped.items():
             print(f"without {num} of the questions: {reason}")
         for name, needed in lacking.items():

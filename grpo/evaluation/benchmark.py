@@ -12,6 +12,7 @@ ends with the same samples as one that was not, on any number of processes, up t
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -173,6 +174,9 @@ class OwnModel:
             for template in (formats if settings.tools else ())
         }
         self.toolbox = Toolbox.of(self.tools, scoring)
+        if self.toolbox is not None and os.environ.get("RANK", "0") == "0":
+            for notice in self.toolbox.notices():
+                say(notice)
 
     def prompts(self, rows: list[dict[str, Any]], data: DataConfig) -> list[Prompt]:
         told = data if self.toolbox is None else data.with_tools(self.toolbox.schemas)

@@ -167,7 +167,7 @@ class Conversation:
         """
         if self.tools is None or answer.is_cut_off:
             return None
-        calls = self.tools.form.calls(answer.text)
+        calls = self.tools.form.calls(answer.text, answer.tokens)
         if not calls or num_calls + len(calls) > self.tools.limits.max_calls:
             return None
         said_ = [each.text for each in self.tools.toolbox.answers(calls, states)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from argparse import Namespace
@@ -97,15 +98,20 @@ def trusted_rewards(chosen: Chosen, options: Namespace) -> list[RewardConfig]:
 def trusted_tools(chosen: Chosen, options: Namespace) -> ToolsConfig:
     """The tools of --tools, or else those that the run's configuration lists, which are trusted as rewards are.
 
+    One of the library's own with arguments is another's say too: `as_root` lets `python` run as root.
+
     Raises:
         ValueError: there is code of others, and nobody has said that it may run; or --tools cannot be read.
     """
     tools = chosen.settings.tools
     if options.tools is not None:
         return named(options.tools, tools)
-    _trust(
-        [each.function for each in tools.functions if ":" in each.function], "tools", "name them with --tools", options
-    )
+    foreign = [
+        f"{each.function} with {json.dumps(each.args, default=str)}" if each.args else each.function
+        for each in tools.functions
+        if ":" in each.function or each.args
+    ]
+    _trust(foreign, "tools", "name them with --tools", options)
     return tools
 
 

@@ -69,7 +69,7 @@ class Scorer:
             rewards: the functions, with weights and arguments.
             columns: the names of the data columns.
             elsewhere: columns that only a part of the questions has, and which part: for error messages.
-            max_completion_tokens: handed to the functions that ask for it.
+            max_completion_tokens: handed to the functions that ask for it, less a completion's results of tools.
             num_workers: processes.
             timeout_seconds: wall-clock limit of one completion in one function; a list gets it once per completion.
             memory_gib: address space that the calls of one worker may add to what importing the functions took.
@@ -274,11 +274,15 @@ class Scorer:
             "prompt": group.prompt.text,
             "finish_reason": completion.finish_reason,
             "num_tokens": len(completion.own_ids),
-            "max_completion_tokens": self.max_completion_tokens,
+            "max_completion_tokens": self._limit_of(completion),
             "completion_ids": completion.token_ids,
             "turns": completion.messages,
             "trainer_state": self.trainer_state,
         }
+
+    def _limit_of(self, completion: Completion) -> int:
+        """Of its own tokens, which `num_tokens` counts: what results of tools have left of the limit."""
+        return self.max_completion_tokens - len(completion.token_ids) + len(completion.own_ids)
 
     def _listed(self, group: Group, *, as_messages: bool) -> dict[str, Any]:
         """Everything that a function of a list can ask for: a list with one item per completion under every name, as TRL's."""
@@ -295,7 +299,7 @@ class Scorer:
             "prompts": prompts,
             "finish_reason": [completion.finish_reason for completion in group.completions],
             "num_tokens": [len(completion.own_ids) for completion in group.completions],
-            "max_completion_tokens": [self.max_completion_tokens] * num,
+            "max_completion_tokens": [self._limit_of(completion) for completion in group.completions],
             "completion_ids": [completion.token_ids for completion in group.completions],
             "turns": [completion.messages for completion in group.completions],
             "trainer_state": self.trainer_state,  # not a list, nor in TRL

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -40,7 +41,9 @@ class Form:
         stop: texts that end the model's turn.
         tags: around a call.
         before, between, after: what stands before the first result, between two, and after the last.
-        one: whether a turn has one call at most.
+        anchor: a text that results are tokenised behind, as they stand behind the model's words.
+        ends: of a chat template, the tokens that end a turn: one that a text of rollout.stop has cut short makes no calls, since
+            the results would stand within it.
     """
 
     stop: tuple[str, ...]
@@ -48,14 +51,22 @@ class Form:
     before: str
     between: str
     after: str
+    anchor: str
+    ends: frozenset[int] = frozenset()
 
-    def calls(self, turn: str) -> list[str]:
-        """The calls of a turn that the model wrote, each as the text between its tags; one that it never opened is empty."""
+    def calls(self, turn: str, token_ids: list[int]) -> list[str]:
+        """The calls of a turn that the model wrote, each as the text between its tags; one that it never opened is empty.
+
+        Args:
+            token_ids: of the turn, with the one that ended it.
+        """
         if self.stop and self.tags[1] not in turn:
             return []
         if self.stop:  # the turn has ended with the first close
             before = turn.partition(self.tags[1])[0]
             return [before.rpartition(self.tags[0])[2] if self.tags[0] in before else ""]
+        if not token_ids or token_ids[-1] not in self.ends:
+            return []
         return re.findall(f"{re.escape(self.tags[0])}(.*?){re.escape(self.tags[1])}", turn, re.DOTALL)
 
     def results(self, texts: list[str], tokenizer: PreTrainedTokenizerBase, *, most: int) -> tuple[str, list[int]]:
@@ -65,26 +76,47 @@ class Form:
             most: tokens of a result.
         """
         text = self.before + self.between.join(self._cut(each, tokenizer, most) for each in texts) + self.after
-        return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return text, self._tokens(text, tokenizer)
+
+    def _tokens(self, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Tokens of a text that others precede. Alone, it would begin with a space on tokenizers as that of Llama 2."""
+        anchor, both = (
+            tokenizer(each, add_special_tokens=False)["input_ids"] for each in (self.anchor, self.anchor + text)
+        )
+        if both[: len(anchor)] == anchor:
+            return list(both[len(anchor) :])
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _cut(self, text: str, tokenizer: PreTrainedTokenizerBase, most: int) -> str:
-        text = self._harmless(text[: most * LONG_TOKEN], tokenizer)
+        text = harmless(encodable(text[: most * LONG_TOKEN]), tokenizer)
         token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(token_ids) <= most:
             return text
         return str(tokenizer.decode(token_ids[:most], clean_up_tokenization_spaces=False)).rstrip("\ufffd") + CUT_OFF
 
-    def _harmless(self, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-        """A result in which nothing reads as the end of a turn, a call, or the end of the result."""
-        special = {str(token) for token in tokenizer.get_added_vocab()} | {str(t) for t in tokenizer.all_special_tokens}
-        tags = {*CALL, *RESULT, *CHAT_CALL, "<tool_response>", "</tool_response>"}
-        for each in sorted({*special, *tags}, key=len, reverse=True):
-            if len(each) > 1 and each in text:
-                text = text.replace(each, f"{each[0]} {each[1:]}")
-        return text
+
+def harmless(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A result in which nothing reads as the end of a turn, a call, or the end of the result: "< /result>"."""
+    return _marks(tokenizer).sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
 
-TAGGED = Form(stop=(CALL[1],), tags=CALL, before=RESULT[0], between=f"{RESULT[1]}{RESULT[0]}", after=RESULT[1])
+@lru_cache(maxsize=4)
+def _marks(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Tags and special tokens. Others that were added to a vocabulary are text, such as runs of spaces in a program."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tags = {*CALL, *RESULT, *CHAT_CALL, "<tool_response>", "</tool_response>"}
+    marks = {each for each in {*added, *map(str, tokenizer.all_special_tokens), *tags} if len(each.strip()) > 1}
+    return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
+
+
+def encodable(text: str) -> str:
+    """With a "?" for half a surrogate pair, which JSON can write ("\\ud800") and a tokenizer refuses."""
+    return text.encode("utf-8", "replace").decode()
+
+
+TAGGED = Form(
+    stop=(CALL[1],), tags=CALL, before=RESULT[0], between=f"{RESULT[1]}{RESULT[0]}", after=RESULT[1], anchor="a"
+)
 """Of prompts without a chat template."""
 
 
@@ -104,7 +136,7 @@ NO_TOOLS = (
     "tags of our own, or name a file with another chat template (data.chat_template)."
 )
 
-_QUESTION, _WORDS, _FIRST, _SECOND = "a question", "some words", "9f1c first", "9f1c second"
+_QUESTION, _WORDS, _FIRST, _SECOND = "9f1c question", "some words", "9f1c first", "9f1c second"
 
 
 def _chat_form(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Form:
@@ -123,21 +155,24 @@ def _chat_form(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Form:
     prompt = render(asked[:1], tokenizer, probed, add_generation_prompt=True)
     if "9f1c tool" not in prompt:
         raise ValueError(NO_TOOLS.format(what="does not tell the model of tools"))
-    said = render(asked, tokenizer, probed, add_generation_prompt=False)
     whole = render([*asked, *answers], tokenizer, probed, add_generation_prompt=True)
-    calls = re.findall(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", said.removeprefix(prompt), re.DOTALL)
+    # Only what stands behind the calls is looked at: Qwen 3 writes empty thoughts into an assistant's turn if it is the last,
+    # and none once a result follows. No matter: what the model has sampled is never rendered again.
+    turns = whole.rpartition(_QUESTION)[2]
+    calls = re.findall(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", turns, re.DOTALL)
     if len(calls) != 2 or "9f1c word" not in calls[0]:
         raise ValueError(
             NO_TOOLS.format(what="writes calls in a form that is not read here (<tool_call>{...}</tool_call> is)")
         )
-    behind = said.rpartition(CHAT_CALL[1])[2]  # the end token of the turn, which the model draws, and what follows it
-    end = next((each for each in _ends(tokenizer) if behind.lstrip().startswith(each)), None)
-    if not whole.startswith(said) or end is None or whole.count(_FIRST) != 1 or whole.count(_SECOND) != 1:
-        raise ValueError(NO_TOOLS.format(what="changes a turn once a result follows it"))
-    rest = behind.lstrip().removeprefix(end) + whole.removeprefix(said)
+    behind = turns.rpartition(CHAT_CALL[1])[2].lstrip()  # the end token, which the model draws, and what follows it
+    end = next((each for each in _ends(tokenizer) if behind.startswith(each)), None)
+    if end is None or behind.count(_FIRST) != 1 or behind.count(_SECOND) != 1:
+        raise ValueError(NO_TOOLS.format(what="does not end a turn with its calls, or leaves out a result"))
+    rest = behind.removeprefix(end)
     before, _, rest = rest.partition(_FIRST)
     between, _, after = rest.partition(_SECOND)
-    return Form(stop=(), tags=CHAT_CALL, before=before, between=between, after=after)
+    ends = frozenset(tokenizer.get_vocab()[token] for token in (end, str(tokenizer.eos_token or end)))
+    return Form(stop=(), tags=CHAT_CALL, before=before, between=between, after=after, anchor=end, ends=ends)
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase) -> list[str]:

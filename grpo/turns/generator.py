@@ -93,11 +93,18 @@ class Calls:
         self.made: list[tuple[Conversation, int, Request]] = []
 
     def make(self, conversation: Conversation) -> None:
-        """Hand on the calls of a conversation that can be made now, and return at once."""
+        """Hand on the calls of a conversation that can be made now, and return at once.
+
+        Raises:
+            RunError: as take_in, of a call that was handed on before.
+        """
         for number in conversation.open_calls:
             request = conversation.asked[number]
             assert isinstance(request, Request), "it is open"
-            self.errand.add([self.toolbox.call(request, conversation.states, conversation.prompt.columns)])
+            try:
+                self.errand.add([self.toolbox.call(request, conversation.states, conversation.prompt.columns)])
+            except FunctionBug as bug:
+                raise self._unusable(bug) from None
             self.made.append((conversation, number, request))
 
     def take_in(self) -> None:
@@ -115,11 +122,14 @@ class Calls:
         try:
             return self.errand.result()
         except FunctionBug as bug:
-            tool = self.made[bug.call][2].tool
-            raise RunError(
-                f"Tool {tool.name} cannot be used: its object cannot be made, its `reset` raised an exception, or the object "
-                f"cannot be kept between two calls (pickle).\n{bug.worker_traceback}"
-            ) from None
+            raise self._unusable(bug) from None
+
+    def _unusable(self, bug: FunctionBug) -> RunError:
+        tool = self.made[bug.call][2].tool
+        return RunError(
+            f"Tool {tool.name} cannot be used: its object cannot be made, its `reset` raised an exception, or the object "
+            f"cannot be kept between two calls (pickle).\n{bug.worker_traceback}"
+        )
 
 
 class ToolGenerator:
@@ -234,7 +244,7 @@ class Call:
     def _has_calls(self, conversation: Conversation, turn: Completion) -> bool:
         """Take a turn; whether it ends with calls that may be made. If not, the conversation ends."""
         conversation.say(turn)
-        asked = self.generator.form.calls(turn.text) if turn.finish_reason == "stop" else []
+        asked = self.generator.form.calls(turn.text, turn.token_ids) if turn.finish_reason == "stop" else []
         if not asked:
             self._end(conversation, turn.finish_reason)
         elif conversation.num_calls + len(asked) > self.generator.limits.max_calls:
@@ -261,6 +271,7 @@ class Call:
 
     def _end(self, conversation: Conversation, reason: FinishReason) -> None:
         self.grouping.add(conversation.place, conversation.completion(reason))
+        conversation.states, conversation.asked = {}, []  # of many conversations, for as long as the longest of them
 
     def metrics(self) -> dict[str, float]:
         """The generator's, over the rounds: the most sequences at once, all that were set aside, and means of the rest."""

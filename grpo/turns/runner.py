@@ -15,6 +15,9 @@ from typing import Any
 MAX_CHARS = 100_000
 """Of a result; what is longer is cut off before it leaves the worker."""
 
+MAX_STATE_BYTES = 2**24
+"""Of an object between two calls: the trainer's process holds one for each completion under way."""
+
 
 @dataclass(frozen=True)
 class Runner:
@@ -47,7 +50,7 @@ class Runner:
             columns: of the question.
 
         Returns:
-            Whether it went well; the result as text, or the error's; the object as it is now.
+            Whether it went well; the result as text, or the error's; the object as it is now, or as it was if it cannot be kept.
         """
         if not self.is_object:
             well, text = _answered(self.make, {**self.given, **arguments})
@@ -57,10 +60,37 @@ class Runner:
         if state is None:
             held = self.make(**self.given)
             _begin(held, columns)
+            state = cloudpickle.dumps(held)  # one that cannot be kept even now is a mistake of its class
         else:
             held = cloudpickle.loads(state)
         well, text = _answered(getattr(held, method), arguments)
-        return well, text, cloudpickle.dumps(held)
+        kept, wrong = _kept(held)
+        return (well, text, kept) if kept is not None else (False, wrong, state)
+
+
+def _kept(held: Any) -> tuple[bytes | None, str]:
+    """An object as bytes; or why what a model had it do has left one that cannot be kept."""
+    import cloudpickle
+
+    try:
+        kept = cloudpickle.dumps(held)
+    except MemoryError:
+        raise
+    except Exception as error:
+        return None, f"the call is undone; what it left cannot be kept: {_words(error)}"[:MAX_CHARS]
+    if len(kept) > MAX_STATE_BYTES:
+        return (
+            None,
+            f"the call is undone; what it left has {len(kept) >> 20} MiB, and {MAX_STATE_BYTES >> 20} can be kept",
+        )
+    return kept, ""
+
+
+def _words(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # its __str__ is the tool's own code
+        return type(error).__name__
 
 
 def _begin(held: Any, columns: Mapping[str, Any]) -> None:
@@ -93,7 +123,7 @@ def _answered(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[
     except MemoryError:  # the worker's own to handle: it is replaced
         raise
     except Exception as error:
-        return False, f"{type(error).__name__}: {error}"[:MAX_CHARS]
+        return False, _words(error)[:MAX_CHARS]
 
 
 def _awaited(value: Any) -> Any:

@@ -15,6 +15,7 @@ from grpo.scoring.reward import loaded_files, resolve_function
 from grpo.scoring.worker import Call, Outcome
 from grpo.scoring.worker_pool import Errand, WorkerPool
 from grpo.system import progress
+from grpo.turns.form import encodable
 from grpo.turns.runner import Runner
 from grpo.turns.schema import Schema, mismatch, schema_of
 from grpo.types import CallStatus, ToolCall
@@ -161,7 +162,7 @@ class Toolbox:
             columns: of the question.
         """
         tool = request.tool
-        own = columns if tool.method else {}
+        own = columns if tool.method and tool.runner not in states else {}  # only `reset` is given them
         arguments = {
             "method": tool.method,
             "arguments": request.arguments,
@@ -206,7 +207,7 @@ class Toolbox:
 
 
 def _no(name: str, status: CallStatus, why: str, seconds: float = 0.0) -> Answer:
-    return Answer(ToolCall(name, status, seconds), f"error: {why}")
+    return Answer(ToolCall(encodable(name), status, seconds), f"error: {why}")
 
 
 def _runner(given: Given, args: dict[str, Any]) -> Runner:
