@@ -137,6 +137,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["r1", "nope"], r"'nope' is no folder of stages: .* Name a folder"),
     (["check", "memroy", "--config", "quickstart"], r"invalid choice: 'memroy' \(choose from 'memory'"),
     (["reject", "--model", MODEL, "--out", "rows.txt"], r"--out is 'rows\.txt'; the rows are JSON lines"),
+    (
+        ["reject", "--model", MODEL, "--out", "rows.jsonl", "--config", "quickstart-tools"],
+        r"tools\.functions of quickstart-tools names tools; grpo reject calls none.* Give --tools without a name",
+    ),
 ]
 
 

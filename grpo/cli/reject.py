@@ -71,6 +71,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         **{each.name: _value(each.name, options) for each in fields(Rules) if each.name != "require"},
     )
     chosen = choose(options)
+    if options.tools or (options.tools is None and chosen.settings.tools.functions):
+        where = "--tools" if options.tools else f"tools.functions of {options.config or options.model}"
+        raise ValueError(
+            f"{where} names tools; grpo reject calls none, and the answers would not be those of the run. Give --tools without a "
+            "name to sample without them."
+        )
     chosen = replace(chosen, settings=_with_questions(chosen.settings, options.questions))
     tokenizer = load_tokenizer(chosen.model)
     data = chosen.data(tokenizer, options.template, options.system)

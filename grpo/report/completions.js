@@ -416,6 +416,7 @@ function thoughts(text, marks, results = []) {
       put(piece, "tag", []);
     } else if (piece) put(piece, kind || "plain", marks);
   }
+  parts.push(...left.map(([, answer]) => result(answer))); // nothing was written behind these
   return parts.length ? parts : [el("span", { class: "muted" }, "(empty)")];
 }
 

@@ -44,11 +44,7 @@ from grpo.system.terminal import say
 from grpo.system.writer import Writer, flush, load_tensors, problem_with, save_tensors
 from grpo.training import carry_over
 from grpo.training.state import Rollout, RunState, StepState, redistribute
-<<<<<<< HEAD
-from grpo.types import Completion, Drafts, Group, MicroBatch, Packing, Prompt, Scores
-=======
-from grpo.types import Completion, Draft, Drafts, Group, MicroBatch, Packing, Prompt, Scores, ToolCall, Turn
->>>>>>> tools
+from grpo.types import Completion, Drafts, Group, MicroBatch, Packing, Prompt, Scores, ToolCall, Turn
 
 REFERENCE = "reference.safetensors"
 
