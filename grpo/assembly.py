@@ -48,7 +48,7 @@ from grpo.training.learner import Learner
 from grpo.training.rollout import Advantage, RolloutMaker
 from grpo.turns.toolbox import Given, Toolbox
 from grpo.turns.use import Tools
-from grpo.types import Prompt
+from grpo.types import Generator, Prompt
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -114,13 +114,7 @@ def assemble(
     check_engine(config)
     check_sinks(config)
     signal_from = _signal_from(config, functions)
-    if tools and config.rollout.carry_over:
-        raise ValueError(CARRY_OVER_WITH_TOOLS)
-    in_use = Tools.of(config.tools, config.scoring, tokenizer, config.data, given=tools)
-    if in_use is not None:
-        config = config.model_copy(update={"data": in_use.told(config.data)})
-        for notice in in_use.toolbox.notices():
-            processes.say(notice)
+    config, in_use = _with_tools(config, processes, tokenizer, tools)
     questions = _questions(config, processes, tokenizer, functions, train_dataset, eval_dataset, order)
     prompts, held_out, scorer = questions.order, questions.held_out, questions.scorer
 
@@ -143,12 +137,7 @@ def assemble(
         loss=loss,
     )
     stop = StopAgreement(request, processes)
-    generator = make_generator(config, policy)
-    engine = ENGINES[type(generator).__name__]
-    if config.rollout.carry_over:
-        check_carries(generator, policy)
-    if in_use is not None:
-        generator = in_use.around(generator)
+    generator, engine = _generator(config, policy, in_use)
     collector = Collector(generator, scorer, stop, rank=processes.rank)
     preflight = Preflight(
         config.at(0),
@@ -179,6 +168,31 @@ def assemble(
         found=found,
         toolbox=None if in_use is None else in_use.toolbox,
     )
+
+
+def _with_tools(
+    config: Config,
+    processes: TrainingProcesses,
+    tokenizer: PreTrainedTokenizerBase,
+    given: Sequence[Given] | None,
+) -> tuple[Config, Tools | None]:
+    """The configuration whose prompts tell of the tools of the run, and these; None: it has none."""
+    if given and config.rollout.carry_over:
+        raise ValueError(CARRY_OVER_WITH_TOOLS)
+    tools = Tools.of(config.tools, config.scoring, tokenizer, config.data, given=given)
+    if tools is None:
+        return config, None
+    for notice in tools.toolbox.notices():
+        processes.say(notice)
+    return config.model_copy(update={"data": tools.told(config.data)}), tools
+
+
+def _generator(config: Config, policy: Policy, tools: Tools | None) -> tuple[Generator, str]:
+    """What samples, and what a display calls its engine."""
+    engine = make_generator(config, policy)
+    if config.rollout.carry_over:
+        check_carries(engine, policy)
+    return engine if tools is None else tools.around(engine), ENGINES[type(engine).__name__]
 
 
 def settle(

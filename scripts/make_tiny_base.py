@@ -42,6 +42,7 @@ import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken
@@ -363,12 +364,12 @@ def write_worked(path: Path, problems: list[Problem]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def draw_sets(seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Train and test problems; no question occurs twice in the two sets together."""
+def draw_sets(seed: int, draw: Callable[..., Any] = draw_problem) -> tuple[list[Any], list[Any]]:
+    """Train and test problems, as `draw` makes them; no question occurs twice in the two sets together."""
     rng = random.Random(seed)
-    problems: dict[str, Problem] = {}
+    problems: dict[str, Any] = {}
     while len(problems) < NUM_TRAIN + NUM_TEST:
-        problem = draw_problem(rng, unless=problems)
+        problem = draw(rng, unless=problems)
         problems[problem.question] = problem
     rows = list(problems.values())
     return rows[NUM_TEST:], rows[:NUM_TEST]

@@ -31,7 +31,6 @@ import torch
 from tokenizers import AddedToken
 from transformers import Qwen2Tokenizer
 
-NUM_TRAIN, NUM_TEST = 4000, 256
 PRETRAIN_STEPS = 1500
 TAGS = ("<tool>", "</tool>", "<result>", "</result>")
 
@@ -144,17 +143,6 @@ def build_tokenizer(texts: list[str]) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def draw_sets(seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Train and test problems; no question occurs twice in the two sets together."""
-    rng = random.Random(seed)
-    problems: dict[str, Problem] = {}
-    while len(problems) < NUM_TRAIN + NUM_TEST:
-        problem = draw_problem(rng, unless=problems)
-        problems[problem.question] = problem
-    rows = list(problems.values())
-    return rows[NUM_TEST:], rows[:NUM_TEST]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("configs/quickstart-tools"), help="folder to write into")
@@ -164,7 +152,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    train, test = draw_sets(args.seed)
+    train, test = base.draw_sets(args.seed, draw_problem)
     base.write_rows(args.out / "train.jsonl", train)  # type: ignore[arg-type]
     base.write_rows(args.out / "test.jsonl", test)  # type: ignore[arg-type]
 

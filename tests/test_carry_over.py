@@ -25,7 +25,7 @@ from grpo.observe.metrics import Meter, measure_carry_over
 from grpo.rollout.slots import Prefix, Sequence, Slots
 from grpo.run.checkpoint import _completed, changed_setting, name_of
 from grpo.system.stopping import Stopped
-from grpo.training.carry_over import Turns, from_tensors, redistribute, to_tensors
+from grpo.training.carry_over import CarryOver, from_tensors, redistribute, to_tensors
 from grpo.types import Ahead, Completion, Draft, Group, Prompt, Sampling
 
 CARRIES: dict[str, Any] = {
@@ -44,10 +44,10 @@ def sampled_in_turns(
     drafts: Any = {}
     for step in range(1, len(prompts) // size + 1):
         room = min(num_ahead, len(prompts) - step * size)
-        turns = Turns(order, drafts, step=step, num_ahead=room, seed=lambda place: 100 + place)
-        batch, ahead = turns.draw(size)
+        carried = CarryOver(order, drafts, step=step, num_ahead=room, seed=lambda place: 100 + place)
+        batch, ahead = carried.draw(size)
         groups += generator.sample_ahead(batch, sampling, num_completions=num_completions, seed=step, ahead=ahead)
-        drafts = turns.drafts
+        drafts = carried.drafts
     assert not drafts, "nothing is left behind the last question"
     return groups
 
@@ -99,7 +99,7 @@ def test_questions_are_dealt_in_order_and_none_is_begun_too_early():
     orders = [PromptOrder(prompts, seed=3, rank=rank, world_size=2) for rank in range(2)]
     plain = PromptOrder(prompts, seed=3, rank=0, world_size=1)
     for step in range(1, 6):
-        parts = [Turns(order, {}, step=step, num_ahead=4, seed=lambda place: place).draw(4) for order in orders]
+        parts = [CarryOver(order, {}, step=step, num_ahead=4, seed=lambda place: place).draw(4) for order in orders]
         start = plain.position
         assert [prompt.row for pair in zip(*(part[0] for part in parts), strict=True) for prompt in pair] == [
             prompt.row for prompt in plain.draw(4)
@@ -112,13 +112,13 @@ def test_questions_are_dealt_in_order_and_none_is_begun_too_early():
 def test_a_request_to_stop_leaves_the_drafts_of_the_step_before():
     order = PromptOrder(some_prompts(6), seed=3, rank=0, world_size=1)
     before = {0: [Draft([7], [-1.0], [1])], 3: [Draft([8], [-1.0], [1])]}
-    turns = Turns(order, before, step=2, num_ahead=2, seed=lambda place: place)
-    _, ahead = turns.draw(2)
+    carried = CarryOver(order, before, step=2, num_ahead=2, seed=lambda place: place)
+    _, ahead = carried.draw(2)
     assert ahead.begun == [before[0], [], [], before[3]]
     assert set(before) == {0, 3}
     ahead.left = [[Draft()], [Draft([8, 9], [-1.0, -2.0], [1, 2])]]
-    assert turns.drafts == {3: ahead.left[1]}
-    assert turns.num_tokens == (2, 1)
+    assert carried.drafts == {3: ahead.left[1]}
+    assert carried.num_tokens == (2, 1)
 
 
 def test_drafts_follow_their_questions_to_other_processes():
@@ -256,6 +256,17 @@ def test_a_roll_back_forgets_the_drafts(tmp_path: Path, whole_run: Path):
     (tmp_path / "run/roll_backs.jsonl").write_text(json.dumps(row) + "\n")
     trainer.close()
     assert not Trainer(config).step.drafts, "also after a kill that followed"
+
+
+def test_every_place_draws_its_own_numbers_and_others_after_a_roll_back(tmp_path: Path):
+    trainer = Trainer(carrying(tmp_path / "run"))
+    before = [trainer._question_seed(place) for place in range(50)]
+    trainer.state.step = 3
+    assert [trainer._question_seed(place) for place in range(50)] == before, "whenever it is sampled"
+    assert len(set(before)) == 50
+    trainer.guard.roll_backs.rows.append({"to": 0, "rate_factor": 1.0})
+    assert not set(before) & {trainer._question_seed(place) for place in range(50)}
+    trainer.close()
 
 
 def test_a_checkpoint_that_is_older_than_a_setting_has_its_default():

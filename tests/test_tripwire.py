@@ -17,9 +17,9 @@ from grpo import Trainer
 from grpo.data.prompts import TEMPLATES, build_prompts
 from grpo.rollout.hf import HFGenerator
 from grpo.run import checkpoint, post_mortem
-from grpo.run.tripwire import SamplingGapError, gap_limit, measure_rounding
+from grpo.run.tripwire import Probe, SamplingGapError, gap_limit, measure_rounding
 from grpo.system.jsonl import read_jsonl
-from grpo.types import Group, Prompt, Sampling
+from grpo.types import Completion, Group, Prompt, Sampling
 
 
 class Wrong:
@@ -273,6 +273,27 @@ def test_what_rounding_explains_is_measured_on_the_model_and_not_on_an_engines_f
     after = {name: weight.data_ptr() for name, weight in trainer.policy.lm.named_parameters()}
     assert after == weights  # captured graphs and flat tensors still point at them
     assert {weight.dtype for weight in trainer.policy.lm.parameters()} == {torch.bfloat16}
+    trainer.close()
+
+
+def test_tokens_of_older_weights_say_nothing_about_the_present_ones(tmp_path: Path):
+    trainer = Trainer(tiny_config(tmp_path / "run", model={"dtype": "bfloat16"}))
+    groups, _ = trainer.collector.sample(trainer.prompts.draw(4), trainer.config.sampling, num_completions=4, seed=0)
+
+    def begun_earlier(completion: Completion) -> Completion:
+        half = len(completion.token_ids) // 2
+        far = [logprob - 3 for logprob in completion.logprobs[:half]]
+        ages = [1] * half + [0] * (len(completion.token_ids) - half)
+        return replace(completion, logprobs=far + completion.logprobs[half:], ages=ages)
+
+    old = [replace(group, completions=[begun_earlier(each) for each in group.completions]) for group in groups]
+    unmarked = [replace(g, completions=[replace(each, ages=None) for each in g.completions]) for g in old]
+
+    def gap(groups: list[Group]) -> float:
+        return Probe(trainer.policy, [(g.prompt, each) for g in groups for each in g.completions], 4).gap
+
+    assert gap(old) < 0.02 < 1 < gap(unmarked)
+    assert measure_rounding(trainer.policy, old) < 0.01
     trainer.close()
 
 

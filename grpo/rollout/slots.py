@@ -84,8 +84,9 @@ def _priority(sequence: Sequence) -> tuple[bool, int]:
     return not sequence.later, len(sequence.tokens)
 
 
-def _is_later(prefix: Prefix) -> bool:
-    return prefix.later
+def _first_later(queue: deque[Prefix]) -> int:
+    """The place of the first that nobody waits for; all that is waited for stands before it."""
+    return next((place for place, prefix in enumerate(queue) if prefix.later), len(queue))
 
 
 class Slots:
@@ -153,18 +154,17 @@ class Slots:
             prefix.pages = self._take(num_pages_for(length))
             num_tokens += length
             taken.append(prefix)
-            self.ready.append(prefix)
+            self.ready.insert(len(self.ready) if prefix.later else _first_later(self.ready), prefix)
         return taken
 
     def _enough_ready(self) -> bool:
-        return sum(len(prefix.waiting) for prefix in self._startable()) >= self.num_slots - len(self.running)
+        startable = (prefix for prefix in self.ready if not (prefix.later and self._holds_back))
+        return sum(len(prefix.waiting) for prefix in startable) >= self.num_slots - len(self.running)
 
-    def _startable(self) -> deque[Prefix] | list[Prefix]:
-        """What is read and may start. What nobody waits for may not while something else gave up its place and is not read again:
-        it would take the pages that this needs."""
-        if self.running and self.unread and not self.unread[0].later:
-            return [prefix for prefix in self.ready if not prefix.later]
-        return self.ready
+    @property
+    def _holds_back(self) -> bool:
+        """Whether what nobody waits for may not start: something else gave up its place, and needs the pages to be read again."""
+        return bool(self.running and self.unread and not self.unread[0].later)
 
     def _may_read_ahead(self) -> bool:
         return sum(len(prefix.pages) for prefix in self.ready) < self.num_pages * READ_AHEAD
@@ -172,11 +172,10 @@ class Slots:
     def start(self, num_steps: int) -> list[tuple[int, int]]:
         """Fill free slots with ready completions; the pages to copy, as (source, target)."""
         copies = []
-        while len(self.running) < self.num_slots:
-            startable = self._startable()
-            if not startable:
+        while self.ready and len(self.running) < self.num_slots:
+            prefix = self.ready[0]
+            if prefix.later and self._holds_back:
                 break
-            prefix = min(startable, key=_is_later)  # the first of those that are waited for
             sequence = prefix.waiting[0]
             num_shared, partial = divmod(sequence.num_cached, PAGE)
             sequence.shared = prefix.pages[:num_shared]
@@ -191,7 +190,7 @@ class Slots:
             self.running.append(sequence)
             prefix.waiting.popleft()
             if not prefix.waiting:
-                self.ready.remove(prefix)
+                self.ready.popleft()
         return copies
 
     def grow(self, num_steps: int) -> None:
@@ -220,8 +219,7 @@ class Slots:
         assert len(self.running) > 1, "a lone sequence always has pages"
         self.running.remove(sequence)
         self._release(sequence)
-        first = next((place for place, each in enumerate(self.unread) if each.later), len(self.unread))
-        self.unread.insert(first if sequence.later else 0, Prefix(deque([sequence])))
+        self.unread.insert(_first_later(self.unread) if sequence.later else 0, Prefix(deque([sequence])))
         self.num_preempted += 1
 
     def _release(self, sequence: Sequence) -> None:

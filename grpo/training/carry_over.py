@@ -11,8 +11,8 @@ A draft goes on from its tokens under the weights of the step that it goes on in
 was drawn with, and the loss weighs it by `algorithm.importance`. Each step takes at least `rollout.num_prompts` questions, so
 no token can be older than `rollout.max_staleness` steps.
 
-prime-rl and AReaL (arXiv 2505.24298) take whole answers in the order in which they end and drop those that are too old; that
-trains on short answers first.
+A batch of the answers that end first would train on short ones first. Keys and values are computed anew from a draft's tokens, as
+in AReaL (arXiv 2505.24298): those of older weights are not the present ones'.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def check_carries(generator: Generator, policy: SampledModel) -> None:
         )
 
 
-class Turns:
+class CarryOver:
     """The questions of a step as they are drawn, each with what there is of its completions, and those that come after them.
 
     Args:

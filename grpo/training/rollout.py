@@ -17,7 +17,7 @@ from grpo.data.prompts import PromptOrder
 from grpo.observe.metrics import Meter, measure_carry_over, measure_texts
 from grpo.scoring.answers import completion_rows
 from grpo.text.aha import Words
-from grpo.training.carry_over import Turns
+from grpo.training.carry_over import CarryOver
 from grpo.training.collector import Clock, Collector, SamplingPlan
 from grpo.training.learner import Learner
 from grpo.training.state import Rollout, RunState, StepState
@@ -74,12 +74,12 @@ class RolloutMaker:
             Interrupted: on all processes.
         """
         processes, meter = self.learner.processes, step.meter
-        turns = self._turns(step, state, config, question_seed)
+        carried = self._carry_over(step, state, config, question_seed)
         limit = config.max_questions_per_step
         sampler = DynamicSampler(
             num_prompts=config.rollout.num_prompts,
             # a draft stays with its process if each draw deals everyone as many questions
-            limit=limit if turns is None else limit - limit % processes.world_size,
+            limit=limit if carried is None else limit - limit % processes.world_size,
             world_size=processes.world_size,
             seen=state.groups_seen,
             with_signal=state.groups_with_signal,
@@ -93,7 +93,7 @@ class RolloutMaker:
         with clock("step"):
             groups, scores = self.collector.fill(
                 sampler,
-                self._draw if turns is None else turns.draw,
+                self._draw if carried is None else carried.draw,
                 plan,
                 signal=self._signal,
                 meter=meter,
@@ -109,21 +109,23 @@ class RolloutMaker:
         measure_texts(meter, completion_rows(groups, scores), self.words)
         step.first_update, state.position = state.optimizer_steps, self.prompts.position
         state.groups_seen, state.groups_with_signal = sampler.remembered()
-        if turns is not None:
-            measure_carry_over(meter, groups, minibatch >= 0, *turns.num_tokens)
-            step.drafts = turns.drafts
+        if carried is not None:
+            measure_carry_over(meter, groups, minibatch >= 0, *carried.num_tokens)
+            step.drafts = carried.drafts
         step.rollout = Rollout(groups, scores, advantages, minibatch)
 
     def _draw(self, num_prompts: int) -> tuple[list[Prompt], None]:
         return self.prompts.draw(num_prompts), None
 
-    def _turns(self, step: StepState, state: RunState, config: Config, seed: Callable[[int], int]) -> Turns | None:
+    def _carry_over(
+        self, step: StepState, state: RunState, config: Config, seed: Callable[[int], int]
+    ) -> CarryOver | None:
         """The questions of a run that carries over; None: of one that does not."""
         rollout = config.rollout
         if not rollout.carry_over:
             return None
         steps_after = config.run.steps - state.step - 1
-        return Turns(
+        return CarryOver(
             self.prompts,
             step.drafts,
             step=state.step + 1,
