@@ -9,3 +9,8 @@ def number_in_text(completion: str) -> float:
 def number_or_nothing(completion: str, question: str) -> float:
     """The number of FixedGenerator's completions, for about half of the questions; 0 for the others."""
     return float(completion) if sum(map(ord, question)) % 2 else 0.0
+
+
+def variety(completion: str) -> float:
+    """Share of different characters: two completions of the policy rarely have the same, however short they are."""
+    return len(set(completion)) / max(len(completion), 1)

@@ -514,7 +514,7 @@ import grpo
 train = grpo.Trainer.train
 
 def short(trainer):
-    short_of_memory_once(trainer, at_call=3)
+    short_of_memory_once(trainer, at_call=2)
     return train(trainer)
 
 grpo.Trainer.train = short
@@ -525,21 +525,24 @@ runpy.run_path("scripts/train_zero.py", run_name="__main__")
 
 def test_the_script_goes_on_by_itself_after_a_shortage(tmp_path: Path):
     settings = ["run.steps=2", "evaluation.num_questions=0", "preflight.num_questions=0", f"run.dir={tmp_path / 'run'}"]
-    settings.append(f"data.name={QUESTIONS}")
+    settings += [
+        f"data.name={QUESTIONS}",
+        "rollout.num_prompts=4",
+        "rollout.max_completion_tokens=24",
+        "memory.micro_batch_tokens=512",
+    ]
     arguments = ["--config", "configs/quickstart.yaml", "--set", *settings]
-    done = subprocess.run(
-        [sys.executable, "-c", SHORT_SCRIPT, *arguments],
+    done = warm.run(
+        ["-c", SHORT_SCRIPT, *arguments],
         cwd=ROOT,
         env={**clean_environment(), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "stopped: out of memory in phase update of step 1" in done.stdout
     assert "resumed after step 0" in done.stdout
     assert [row["step"] for row in steps_of(tmp_path / "run")] == [1, 2]
-    assert "micro_batch_tokens: 512" in (tmp_path / "run/config.yaml").read_text()
+    assert "micro_batch_tokens: 256" in (tmp_path / "run/config.yaml").read_text()
 
 
 def test_a_pass_that_cannot_be_smaller_is_an_error(tmp_path: Path):

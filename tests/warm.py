@@ -45,6 +45,11 @@ rich.console rich.live rich.table rich._emoji_codes pydantic yaml cloudpickle xx
 setuptools torch.utils.serialization.config
 matplotlib.pyplot matplotlib.backends.backend_agg
 """
+OURS = """
+grpo grpo.trainer grpo.assembly grpo.cli grpo.cli.train grpo.sft.trainer grpo.rollout.engine grpo.rollout.hf grpo.run.reshard
+grpo.rewards.accuracy grpo.rewards.format
+"""
+"""Of this repository, what a run imports. A fork that would find another grpo, or none, has none of it."""
 FROZEN = ("PYTHON", "OMP_", "MKL_", "OPENBLAS_", "TRITON_", "CUDA_", "HF_", "TRANSFORMERS_", "LD_")
 """Beginnings of the names of variables that are read when something is imported."""
 GRACE_SECONDS = 20.0
@@ -352,6 +357,16 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
             sys.modules[name].random.seed()
 
 
+def forget_ours_if_others_are_found() -> None:
+    """Keep the modules of this repository only where `import grpo` would find them, by the fork's own sys.path."""
+    import importlib.util
+
+    loaded = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "grpo"}
+    found = importlib.util.find_spec("grpo")
+    if loaded and found is not None and found.origin == loaded["grpo"].__file__:
+        sys.modules.update(loaded)
+
+
 def execute(request: dict[str, Any], path: list[str]) -> None:
     """As `python`, with these arguments."""
     import runpy
@@ -363,6 +378,8 @@ def execute(request: dict[str, Any], path: list[str]) -> None:
     if first == "-m":
         module, *sys.argv[1:] = rest
         sys.path[:] = [os.getcwd(), *beside, *path]
+        forget_ours_if_others_are_found()
+        sys.modules.pop(module, None)  # or runpy warns
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         return
     if first == "-c":
@@ -371,6 +388,7 @@ def execute(request: dict[str, Any], path: list[str]) -> None:
     else:
         code, name, place = Path(first).read_text(), str(Path(first).absolute()), str(Path(first).resolve().parent)
     sys.path[:] = [place, *beside, *path]
+    forget_ours_if_others_are_found()
     main = ModuleType("__main__")
     if first != "-c":
         main.__file__ = name
@@ -427,6 +445,10 @@ def prepare() -> None:
 
     torch.set_num_threads(1)
     fill_caches()
+    sys.path.insert(0, str(ROOT))
+    for name in OURS.split():
+        importlib.import_module(name)
+    sys.path.remove(str(ROOT))
     gc.collect()
     gc.freeze()  # what is not looked at by a fork's collections stays shared
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from helpers import FixedGenerator, shard_even_small_weights, tiny_config, without_pictures
+from helpers import FixedGenerator, shallow, shard_even_small_weights, tiny_config, without_pictures
 
 from grpo import Trainer
 from grpo.system import distributed
@@ -17,6 +17,8 @@ without_pictures()
 trainer = Trainer(
     tiny_config(
         Path(sys.argv[1]) / f"chunks-of-{sys.argv[2]}",
+        model={"name": shallow(1)},
+        rollout={"engine": "hf"},  # nothing is sampled
         algorithm={"kl_coef": 0.05, "num_minibatches": 2, "max_sampling_gap": 1e6},
         memory={"logprob_chunk_tokens": int(sys.argv[2])},
         distributed={"zero_stage": 3},

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-from helpers import FixedGenerator, number_in_text, shard_even_small_weights, tiny_config
+from helpers import FixedGenerator, number_in_text, shallow, shard_even_small_weights, tiny_config
 
 from grpo import Trainer
 from grpo.policy.policy import Policy
@@ -32,7 +32,8 @@ def run(out: Path, name: str, *, zero: int, steps: int, source: str | None = Non
     trainer = Trainer(
         tiny_config(
             out / name,
-            rollout={"num_prompts": 6, "group_size": 3},
+            model={"name": shallow(1), **settings.pop("model", {})},
+            rollout={"num_prompts": 6, "group_size": 3, "engine": "hf"},  # nothing is sampled
             algorithm={"kl_coef": 0.1, "num_minibatches": 2, "aggregation": "sequence", "max_sampling_gap": 100},
             logging={"completions_every": 0},
             distributed={"zero_stage": zero, **settings.pop("distributed", {})},

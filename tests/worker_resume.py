@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from helpers import TINY, shard_even_small_weights, tiny_config, without_pictures
+from helpers import QUESTIONS, VARIETY, shallow, shard_even_small_weights, tiny_config, without_pictures
 
 from grpo import Trainer
 from grpo.system import distributed
@@ -28,7 +28,10 @@ def trainer(name: str, *, offload: Sequence[str] = ()) -> Trainer:
     return Trainer(
         tiny_config(
             arguments.out / name,
-            data={"eval_name": str(TINY / "test.jsonl")},
+            data={"eval_name": str(QUESTIONS)},
+            rollout={"max_completion_tokens": 10},
+            **({"model": {"name": shallow(1)}} if arguments.lora else {}),
+            rewards=VARIETY,
             evaluation={"num_questions": 5},  # an odd number over two processes
             algorithm={"kl_coef": 0.05, "num_minibatches": 2, "reference_refresh_steps": 4},  # after step 2
             lora={"rank": arguments.lora},

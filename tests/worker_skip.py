@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from helpers import FixedGenerator, number_in_text, shard_even_small_weights, tiny_config
+from helpers import FixedGenerator, number_in_text, shallow, shard_even_small_weights, tiny_config
 
 from grpo import Trainer
 from grpo.system import distributed
@@ -53,8 +53,8 @@ def equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
 def run(stage: int, dtype: str, offload: bool, kind: str) -> dict[str, object]:
     config = tiny_config(
         arguments.out / "run",
-        model={"dtype": dtype},
-        rollout={"num_prompts": 4, "group_size": 3},
+        model={"name": shallow(1), "dtype": dtype},
+        rollout={"num_prompts": 4, "group_size": 3, "engine": "hf"},  # nothing is sampled
         algorithm={"kl_coef": 0.0, "max_sampling_gap": 100},
         optimizer={"learning_rate": 1e-3},
         distributed={"zero_stage": stage, "offload_optimizer": offload},

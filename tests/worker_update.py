@@ -41,7 +41,7 @@ shard_even_small_weights(fetch_ahead=True)
 config = tiny_config(
     arguments.out / "run",
     model={"dtype": arguments.dtype},
-    rollout={"num_prompts": 6, "group_size": 3},
+    rollout={"num_prompts": 6, "group_size": 3, "engine": "hf"},  # nothing is sampled
     algorithm={
         "kl_coef": 0.1,
         "num_minibatches": 2,

@@ -12,9 +12,11 @@ One forward pass does one of two things, told apart by the `Places` that travel 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -48,8 +50,7 @@ class PagedCache:
         device: torch.device,
     ) -> None:
         shape = (num_layers, num_pages, num_kv_heads, PAGE, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
 
     @staticmethod
     def bytes_per_page(*, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -87,6 +88,13 @@ class Places:
     longest: int = 0  # prefill: tokens of the longest sequence
     block_table: Tensor | None = None  # decode: (B, pages) int32
     lens: Tensor | None = None  # decode: (B,) int32, tokens of each sequence with the one that is being read
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.zeros, which on a CPU writes all of it: there the kernel gives a page of memory when it is first used."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def paged_attention(
