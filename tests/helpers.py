@@ -32,7 +32,7 @@ from grpo.types import Completion, Group, MicroBatch, OnGroup, Prompt, Sampling,
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "quickstart"
 QUESTIONS = ROOT / "tests" / "data" / "questions.jsonl"
-"""The first 80 of the quickstart's 4,000, which every Trainer would tokenize anew for a second."""
+"""The first 200 of the quickstart's 4,000, which every Trainer would tokenize anew for a second."""
 VARIETY = [{"function": f"{ROOT / 'tests' / 'number_reward.py'}:variety"}]
 """A reward that tells completions of a few tokens apart; `accuracy` and `format` give 0 to all below some twenty."""
 VOCABULARY = 300  # token ids below this are ordinary text of the tiny model

@@ -192,7 +192,7 @@ def chi_square(counts: Tensor, probabilities: Tensor) -> float:
 )
 def test_first_tokens_are_distributed_as_the_model_says(tmp_path: Path, engine: Callable[..., Any], sampling: Sampling):
     policy = make_policy(tmp_path, save_family(tmp_path / "model", Qwen2Config(**{**SIZES, "initializer_range": 0.05})))
-    prompt = some_prompts(6)[4]
+    prompt = some_prompts(6, longest=12)[4]  # transformers reads it 3,000 times
     (group,) = engine(policy).sample([prompt], sampling, num_completions=3000, seed=0)
     counts = torch.bincount(torch.tensor([c.token_ids[0] for c in group.completions]), minlength=512)
     with torch.no_grad(), policy.sampling_model() as lm:
@@ -657,11 +657,14 @@ def test_fused_layers_equal_the_models_own(family: str, kernels: str, tmp_path: 
         for name, weight in policy.lm.named_parameters():
             if "norm" in name or "bias" in name:  # 1 and 0 in a fresh model
                 weight.add_(torch.randn_like(weight) * 0.2)
-    tokens = torch.randint(5, 500, (2, 70), device=policy.processes.device)
+    monkeypatch.setattr("grpo.rollout.engine.CHECKED_STEPS", 6)
+    # over the border of a page and beyond a window; Triton's interpreter reads three tokens a second
+    is_short = kernels == "kernels" and not torch.cuda.is_available() and "window" not in family
+    tokens = torch.randint(5, 500, (2, 12 if is_short else PAGE + 4), device=policy.processes.device)
     results = []
     with policy.sampling_model("paged") as lm, torch.no_grad():
         for fused in (False, True):
-            decoder = make_decoder(lm, [0], num_slots=2, pages_each=num_pages_for(70), gib=0.5, fused=fused)
+            decoder = make_decoder(lm, [0], num_slots=2, pages_each=num_pages_for(PAGE + 4), gib=0.5, fused=fused)
             results.append(_teacher_forced(decoder, tokens, temperature=1.0))
             assert isinstance(decoder._layers, FusedLayers) is fused
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-4)

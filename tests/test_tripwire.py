@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from grpo import Trainer
+from grpo.config import Config
 from grpo.data.prompts import TEMPLATES, build_prompts
 from grpo.rollout.hf import HFGenerator
 from grpo.run import checkpoint, post_mortem
@@ -99,6 +100,11 @@ class CopyOfItsOwn:
         self.lm.load_state_dict(self.policy.lm.state_dict())
 
 
+def probed(run: Path, **sections: Any) -> Config:
+    """Whose passes hold all 16 sequences: a diagnosis makes 27 times as many passes as these take."""
+    return tiny_config(run, memory={"micro_batch_tokens": 2048}, **sections)
+
+
 def tripped(trainer: Trainer, *, step: int = 1) -> str:
     """The first cause in the message with which the run stops in this step, before its update."""
     weights = [weight.detach().clone() for weight in trainer.policy.lm.parameters()]
@@ -115,7 +121,7 @@ def tripped(trainer: Trainer, *, step: int = 1) -> str:
 
 
 def test_another_temperature_is_found_with_its_value(tmp_path: Path):
-    trainer = Trainer(tiny_config(tmp_path / "run"))
+    trainer = Trainer(probed(tmp_path / "run"))
     trainer.collector.generator = Hotter(trainer.collector.generator)
     cause = tripped(trainer)
     found = re.match(r"sampled at another temperature: at (\S+) instead of 1 ", cause)
@@ -124,13 +130,13 @@ def test_another_temperature_is_found_with_its_value(tmp_path: Path):
 
 
 def test_another_template_is_found_by_its_name(tmp_path: Path):
-    trainer = Trainer(tiny_config(tmp_path / "run"))
+    trainer = Trainer(probed(tmp_path / "run"))
     trainer.collector.generator = BareQuestions(trainer.collector.generator)
     assert "from another prompt: from data.template none, " in tripped(trainer)
 
 
 def test_a_prompt_that_lost_its_last_token_is_found(tmp_path: Path):
-    trainer = Trainer(tiny_config(tmp_path / "run"))
+    trainer = Trainer(probed(tmp_path / "run"))
     trainer.collector.generator = WithoutLastToken(trainer.collector.generator)
     assert "from another prompt: from the prompt without its last token, " in tripped(trainer)
 
@@ -140,7 +146,7 @@ def test_every_template_is_tried():
 
 
 def test_log_probabilities_among_the_tokens_that_were_left_are_found(tmp_path: Path):
-    trainer = Trainer(tiny_config(tmp_path / "run"))
+    trainer = Trainer(probed(tmp_path / "run"))
     trainer.collector.generator = KeepsTopTwo(trainer.collector.generator)
     assert "that top-k, top-p or min-p left" in tripped(trainer)
 
@@ -149,7 +155,7 @@ def test_log_probabilities_among_the_tokens_that_were_left_are_found(tmp_path: P
 def test_stale_weights_are_found(tmp_path: Path, fault: str):
     """The replica of adapters, or an engine with weights of its own: the trainer forgets to refresh it, or it does nothing."""
     rank = 8 if fault == "the replica is never merged" else 0
-    trainer = Trainer(tiny_config(tmp_path / "run", lora={"rank": rank}, optimizer={"learning_rate": 3e-3}))
+    trainer = Trainer(probed(tmp_path / "run", lora={"rank": rank}, optimizer={"learning_rate": 3e-3}))
     if rank == 0:
         trainer.collector.generator = HFGenerator(CopyOfItsOwn(trainer.policy), max_sequences=64)
     sync, trainer.collector.generator.sync = trainer.collector.generator.sync, lambda: None
@@ -161,7 +167,7 @@ def test_stale_weights_are_found(tmp_path: Path, fault: str):
 
 def test_a_forward_pass_that_is_not_the_models_is_found(tmp_path: Path):
     """As when ZeRO-3 left the policy, and not the model to sample from, with rotary frequencies rounded to bfloat16."""
-    trainer = Trainer(tiny_config(tmp_path / "run", lora={"rank": 8}))
+    trainer = Trainer(probed(tmp_path / "run", lora={"rank": 8}))
     frequencies = dict(trainer.policy.lm.named_buffers())["model.rotary_emb.inv_freq"]
     frequencies.mul_(1.02)
     assert "another forward pass in training" in tripped(trainer)
@@ -197,7 +203,7 @@ def test_the_cause_is_found_with_shards_adapters_and_offload(tmp_path: Path, opt
 
 
 def test_the_post_mortem_holds_the_batch_and_what_the_policy_says_of_it(tmp_path: Path):
-    trainer = Trainer(tiny_config(tmp_path / "run"))
+    trainer = Trainer(probed(tmp_path / "run"))
     trainer.collector.generator = Hotter(trainer.collector.generator)
     with pytest.raises(SamplingGapError) as raised:
         trainer.train()
@@ -241,7 +247,7 @@ def test_a_full_disk_does_not_hide_the_alarm(
         raise error
 
     monkeypatch.setattr(post_mortem, writes, full)
-    trainer = Trainer(tiny_config(tmp_path / "run"))
+    trainer = Trainer(probed(tmp_path / "run"))
     trainer.collector.generator = Hotter(trainer.collector.generator)
     with pytest.raises(SamplingGapError, match=rf"(?s)sampled at another temperature.*{left}"):
         trainer.train_step()

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 import torch
-from helpers import shard_even_small_weights, tiny_config
+from helpers import VARIETY, shallow, shard_even_small_weights, tiny_config
 from test_tripwire import Hotter
 
 from grpo import Trainer
@@ -34,11 +34,13 @@ shard_even_small_weights(fetch_ahead=True)
 trainer = Trainer(
     tiny_config(
         arguments.out / "run",
-        rollout={"num_prompts": max(4, int(os.environ.get("WORLD_SIZE", "1")))},
+        model={"name": shallow(2)},
+        rewards=VARIETY,
+        rollout={"max_completion_tokens": 12, "num_prompts": max(4, int(os.environ.get("WORLD_SIZE", "1")))},
         algorithm={"kl_coef": 1e-3},  # every token has a gradient, and is in the post-mortem
         distributed={"zero_stage": arguments.zero, **{f"offload_{what}": True for what in arguments.offload}},
         lora={"rank": arguments.lora},
-        memory={"micro_batch_tokens": 120},  # several passes, so that ZeRO-3 knows what comes next and fetches it ahead
+        memory={"micro_batch_tokens": 240},  # several passes, so that ZeRO-3 knows what comes next and fetches it ahead
         optimizer={"learning_rate": 1e-2 if arguments.lora else 3e-3},
         checkpoint={"every_steps": 2},
         run={"steps": 4},
