@@ -63,9 +63,9 @@ def on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_tiny_models_update_is_the_same_in_every_variant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """Of its four launches one is of torchrun, whose three processes import everything."""
+    """Of its four launches one is of torchrun, whose two processes import everything."""
     # ZeRO 0 and 1 on two processes are left to test_distributed
-    launches = Forked(monkeypatch, launches=4)  # the last, on two processes, goes through torchrun
+    launches = Forked(monkeypatch, launches=1)  # the first goes through torchrun
     monkeypatch.setattr(
         invariance, "plan", lambda *args: [v for v in plan(*args) if v.name not in ("ZeRO 0", "ZeRO 1")]
     )
@@ -76,7 +76,7 @@ def test_the_tiny_models_update_is_the_same_in_every_variant(
     first, other = (int(re.search(rf"^{name}.*? +1 +(\d+) ", out, re.MULTILINE)[1]) for name in ("as conf", "passes"))  # type: ignore[index]
     assert other > first, "the smaller passes were not more of them"
     assert "All 3 variants make the same update." in out
-    assert launches.left == 0
+    assert launches.left == -3
     assert not (tmp_path / "run").exists()
 
 

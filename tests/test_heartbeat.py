@@ -5,13 +5,12 @@ Each scenario has three processes.
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import warm
 from helpers import ROOT, clean_environment, launch_group, read_json
 
 from grpo.policy.model_source import complete_checkpoints
@@ -28,10 +27,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All scenarios at the same time. They take half a minute of waiting: who works is waited for longer than the limits."""
     out = tmp_path_factory.mktemp("scenarios")
     environment = {**clean_environment(), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/worker_heartbeat.py"), str(out)], env=environment, cwd=ROOT, timeout=240
-    )
-    assert done.returncode == 0
+    done = warm.run([str(ROOT / "tests/worker_heartbeat.py"), str(out)], env=environment, cwd=ROOT, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
     return out
 
 
