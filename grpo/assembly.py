@@ -250,6 +250,11 @@ def _without_effect(config: Config, **given: Callable[..., Any] | None) -> Itera
         yield "rollout.carry_over is true, and loss was given to Trainer: it must weigh old tokens itself, by sampling_logprobs"
     if given["order"] is not None and config.data.weights is not None:
         yield "the weights in data.name are without effect: order was given to Trainer"
+    elif config.rollout.solved_share < 1 and config.data.weights is not None:
+        yield (
+            f"rollout.solved_share is {config.rollout.solved_share:g}: the weights in data.name share out turns, and a source "
+            "with more solved questions is passed over more often"
+        )
 
 
 def _questions(
@@ -290,6 +295,7 @@ def _questions(
         world_size=processes.world_size,
         weights=config.data.weights if train_dataset is None and own_order is None else None,
         own=own_order,
+        solved_share=config.rollout.solved_share,
     )
     return Questions(order, held_out, scorer, audits)
 

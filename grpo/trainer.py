@@ -180,6 +180,8 @@ class Trainer(Loop):
         metrics = step_metrics(self.step.meter, self.step.seconds, self.processes) | self.state.metrics()
         metrics |= {f"schedule/{name}": float(value) for name, value in self.now.scheduled_values().items()}
         metrics["progress/epoch"] = self.state.position / len(self.prompts.prompts)
+        if self.prompts.solved_share < 1:
+            metrics["progress/solved"] = len(self.state.solved) / len(self.prompts.prompts)
         return self._close_step(metrics, rollout)
 
     # ---- what the run's course asks for ------------------------------------------------------------------------------

@@ -201,7 +201,15 @@ class RolloutConfig(Section):
     whatever their rewards. Raising it fills more batches with signal and costs rollout time."""
     signal_from: str | None = None
     """Name of the reward whose values must differ in a group that dynamic sampling takes. null: `accuracy`, or else the first, of
-    those with a weight. Choosing by a reward for length or form fills batches with groups that teach only that."""
+    those with a weight. Choosing by a reward for length or form fills batches with groups that teach only that. It also says
+    which questions are solved."""
+    solved_share: Share = 1.0
+    """Share of their turns at which solved questions are asked; at the others the next question is, and group/passed_over counts.
+    A question is solved as long as solved_from of the answers that it had last are right. 1: all questions are alike. 0: what is
+    solved is not asked again, unless too few others are left (ScaleRL, arXiv 2510.13786). Lowering it spends less on groups that
+    teach nothing, and notices later what is forgotten."""
+    solved_from: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of right answers, of those with a verdict, from which on a question is solved (ScaleRL: 0.9)."""
     carry_over: bool = False
     """Give places that fall free while the last completions of a batch run to those of later questions, which go on from there in
     their own step: no place waits for the longest answer. The batch is the next questions in dealt order as ever. Its tokens are

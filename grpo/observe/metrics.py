@@ -31,6 +31,7 @@ METRICS = {
     "reward/unknown": 'share of completions whose reward is unknown ("can\'t tell"); they are not trained on',
     "logged/<name>": "mean of the numbers that reward functions gave to log_metric under that name in the step",
     "group/with_signal": "share of the sampled groups whose known rewards are not all equal; others do nothing in the surrogate",
+    "group/passed_over": "solved questions whose turn was passed over in the step; this only with rollout.solved_share below 1",
     "group/sampled": "groups that were sampled; this and the next six only with rollout.max_oversampling above 1",
     "group/replaced": "of them, those with no signal in rollout.signal_from that are not in the batch",
     "group/surplus": "of them, those with that signal that the batch had no room for",
@@ -116,7 +117,10 @@ METRICS = {
     "throughput/update": "tokens (of each completion and its prompt) of all processes per second of updating",
     "schedule/<setting>": "the value of a setting that follows a schedule (schedules), in this step",
     "watchdog/alarms": "rules of the watchdog that had something to say after the step",
-    "progress/epoch": "questions, or rows of supervised training, dealt so far, as a multiple of the training set",
+    "progress/epoch": "questions (those passed over, too), or rows of supervised training, dealt so far, as a multiple of the "
+    "training set",
+    "progress/solved": "share of the training questions that are solved, as the answers say that each had last; with "
+    "rollout.solved_share below 1",
     "kind/<question_kind>/reward": "reward/mean over the completions of questions of a kind (data.kind_column)",
     "kind/<question_kind>/length": "mean number of completion tokens of the same",
     "kind/<question_kind>/<function>": "reward/<function> over the same; absent where the function gave no verdict",

@@ -23,7 +23,7 @@ from grpo.scoring.reward import Reward
 from grpo.turns.runner import Runner
 from grpo.types import Prompt
 
-HELD_OUT = "held-out questions"
+QUESTIONS, HELD_OUT = "the training questions", "held-out questions"
 
 
 def digests(
@@ -32,7 +32,7 @@ def digests(
     rewards: Sequence[Reward],
     *,
     tools: Sequence[Runner] = (),
-    what: str = "the training questions",
+    what: str = QUESTIONS,
 ) -> dict[str, str]:
     """By what a person calls it. Held-out questions have their number in the name, since another number of them may be asked."""
     found = {what: _of_prompts(prompts)}
