@@ -1,5 +1,4 @@
-"""A run of several processes that carries over and passes over solved questions, stopped between two updates and resumed: the same
-as one that was not."""
+"""Several processes carry over and pass over solved questions, are stopped between two updates and resumed: the same as without."""
 
 from __future__ import annotations
 
