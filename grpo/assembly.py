@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.algorithm.objective import Objective
+from grpo.algorithm.objective import AdvantageRule, Objective
 from grpo.algorithm.own_loss import Loss
 from grpo.config import Config, SupervisedConfig
 from grpo.config.combinations import CARRY_OVER_WITH_TOOLS
@@ -232,7 +232,7 @@ def with_given_model(config: AnyNamed, given: GivenModel, processes: TrainingPro
 OF_THE_LOSS = [field.name for field in fields(Objective) if field.name != "kl_coef"]
 REPLACED: dict[str, tuple[str, list[str]]] = {
     "optimizer": ("optimizer", ["beta1", "beta2", "weight_decay"]),
-    "advantage": ("algorithm", ["baseline", "normalize_by_std"]),
+    "advantage": ("algorithm", [field.name for field in fields(AdvantageRule)]),
     "loss": ("algorithm", [*OF_THE_LOSS, "top_entropy"]),
 }
 """Argument of Trainer -> the section and the settings that have no effect beside it."""

@@ -57,7 +57,7 @@ class Trainer(Loop):
         optimizer: a function from the list of trained parameters to their torch optimizer, instead of AdamW. The learning rate
             remains that of `optimizer.learning_rate` and its schedule.
         advantage: a function from rewards (questions, completions), NaN where unknown, to advantages of the same shape, instead
-            of what `algorithm.baseline` and `algorithm.normalize_by_std` say.
+            of what `algorithm.baseline`, `algorithm.normalize_by_std` and their like say.
         loss: a function from `LossInputs`, the tokens of a pass, to the loss of each, instead of the clipped surrogate with its
             KL and entropy terms.
         order: a function from the epoch (0, 1, ...) and the rows to the row numbers in the order in which they are asked, instead

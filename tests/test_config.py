@@ -155,6 +155,20 @@ def test_a_missing_setting_is_named(tmp_path: Path):
             ["algorithm.reference_refresh_steps is 2", "6 optimizer steps", "a multiple"],
         ),
         ({"algorithm": {"baseline": "leave_one_out"}}, ["baseline is 'leave_one_out'", "normalize_by_std to false"]),
+        ({"algorithm": {"pass_at": 4}}, ["pass_at is 4", "has 4 completions", "to at most 3"]),
+        ({"algorithm": {"normalize_by_mean": True}}, ["normalize_by_mean is true", "normalize_by_std to false"]),
+        (
+            {"algorithm": {"separate_rewards": True, "normalize_by_std": False}},
+            ["separate_rewards is true", "to batch"],
+        ),
+        (
+            {"algorithm": {"separate_rewards": True, "pass_at": 2}},
+            ["separate_rewards is True and algorithm.pass_at is 2", "Remove one of the two"],
+        ),
+        (
+            {"algorithm": {"normalize_by_mean": True, "normalize_by_std": False, "baseline": "leave_one_out"}},
+            ["normalize_by_mean is true", "baseline to mean"],
+        ),
         (
             {"algorithm": {"clip": "weight", "clip_low": None, "clip_high": None}},
             ["algorithm.clip is 'weight'", "no bound", "Set algorithm.clip_high"],

@@ -1,4 +1,4 @@
-"""Several processes carry over and pass over solved questions, are stopped between two updates and resumed: the same as without."""
+"""Several processes carry over and pass over solved questions, stopped between two updates and resumed: the same as without."""
 
 from __future__ import annotations
 

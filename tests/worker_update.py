@@ -35,7 +35,7 @@ FAMILY = {
     "entropy_coef": 0.01,
     "kl_in": "reward",
     "kl_estimator": "k1",
-    "normalize_by_std": False,
+    "normalize_by_std": "batch",
 }
 shard_even_small_weights(fetch_ahead=True)
 config = tiny_config(

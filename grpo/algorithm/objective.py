@@ -1,8 +1,19 @@
-"""What makes the loss one algorithm or another: a value, which the configuration holds without importing torch."""
+"""What makes loss and advantages one algorithm or another: values, which the configuration holds without importing torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AdvantageRule:
+    """The values that make advantages of rewards; config.AlgorithmConfig says what each means."""
+
+    baseline: str = "mean"
+    normalize_by_std: bool | str = True
+    normalize_by_mean: bool = False
+    pass_at: int = 1
+    separate_rewards: bool = False
 
 
 @dataclass(frozen=True)

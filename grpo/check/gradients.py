@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from grpo.algorithm.advantage import group_advantages
+from grpo.algorithm.advantage import advantages_of_batch
 from grpo.algorithm.batch import micro_batch, pack, plan_passes, take
 from grpo.algorithm.loss import grpo_loss, token_weights
 from grpo.check.dry_run import changed
@@ -156,10 +156,8 @@ def sample(config: Config, num_sequences: int) -> Work:
             num_completions=config.rollout.group_size,
             seed=config.run.seed,
         )
-        algorithm = config.algorithm
-        advantages = group_advantages(
-            scores.rewards, normalize_by_std=algorithm.normalize_by_std, baseline=algorithm.baseline
-        )
+        parts = trainer.collector.scorer.parts(scores)
+        advantages = advantages_of_batch(config.algorithm.advantage_rule, scores.rewards, parts)
         batch, made_up = choose(groups, advantages, num_sequences)
         return Work(config, batch, made_up, trainer.processes.device, trainer.policy.tokenizer)
 

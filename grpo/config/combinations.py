@@ -109,6 +109,12 @@ def check_combinations(config: Config) -> None:
             f"rollout.group_size is {rollout.group_size}; group-relative advantages need at least 2 completions per "
             "prompt. Set rollout.group_size >= 2."
         )
+    most = rollout.group_size - (config.algorithm.baseline == "mean")
+    if config.algorithm.pass_at > most:
+        raise ValueError(
+            f"algorithm.pass_at is {config.algorithm.pass_at}; a group has {rollout.group_size} completions "
+            f"(rollout.group_size), too few to compare the best of so many with others. Set algorithm.pass_at to at most {most}."
+        )
     if rollout.max_oversampling > 1 and config.max_questions_per_step == rollout.num_prompts:
         raise ValueError(
             f"rollout.max_oversampling is {rollout.max_oversampling:g}; it allows not one question more than the "
@@ -392,6 +398,7 @@ def _check_updates(config: Config) -> None:
 def _check_objective(algorithm: AlgorithmConfig) -> None:
     """Nothing in it contradicts the rest, or has no effect."""
     default = AlgorithmConfig.model_fields
+    _check_advantage(algorithm)
     if algorithm.baseline == "leave_one_out" and algorithm.normalize_by_std:
         raise ValueError(
             "algorithm.baseline is 'leave_one_out'; divided by the standard deviation it would be GRPO's advantage again, "
@@ -425,7 +432,7 @@ def _check_objective(algorithm: AlgorithmConfig) -> None:
                 f"algorithm.{name} is {getattr(algorithm, name)!r}; there is no KL, because algorithm.kl_coef is 0. Remove it, "
                 "or set algorithm.kl_coef > 0."
             )
-    if algorithm.kl_in == "reward" and algorithm.normalize_by_std:
+    if algorithm.kl_in == "reward" and algorithm.normalize_by_std is True:
         raise ValueError(
             "algorithm.kl_in is 'reward'; divided by the standard deviation the KL would be as large as any reward in every "
             "group that is all right or all wrong, however small kl_coef is. Set algorithm.normalize_by_std to false."
@@ -453,6 +460,32 @@ def _check_objective(algorithm: AlgorithmConfig) -> None:
             "they are bounds of a weight that is 1 where nothing is wrong, so 1 must lie between them. Set them, such as to 2 "
             "and null (TIS), or 5 and 0.5 (IcePop)."
         )
+
+
+def _check_advantage(algorithm: AlgorithmConfig) -> None:
+    """What is made of rewards in another way than GRPO's goes together."""
+    if algorithm.separate_rewards and not algorithm.normalize_by_std:
+        raise ValueError(
+            "algorithm.separate_rewards is true; without division the sum of centred rewards is the centred sum, so it has no "
+            "effect. Set algorithm.normalize_by_std to batch (GDPO) or true, or remove it."
+        )
+    if algorithm.normalize_by_mean and algorithm.normalize_by_std:
+        raise ValueError(
+            f"algorithm.normalize_by_mean is true and normalize_by_std {algorithm.normalize_by_std}; centred rewards are divided "
+            "by one of the two. Set algorithm.normalize_by_std to false."
+        )
+    kinds = {
+        "separate_rewards": algorithm.separate_rewards,
+        "normalize_by_mean": algorithm.normalize_by_mean,
+        "pass_at": algorithm.pass_at if algorithm.pass_at > 1 else None,
+        "kl_in": "reward" if algorithm.kl_in == "reward" else None,
+    }
+    others = [f"algorithm.{name} is {value}" for name, value in kinds.items() if value]
+    if len(others) > 1:
+        raise ValueError(f"{' and '.join(others)}; there is no advantage that is both. Remove one of the two.")
+    if algorithm.baseline == "leave_one_out" and (algorithm.separate_rewards or algorithm.normalize_by_mean):
+        name = "separate_rewards" if algorithm.separate_rewards else "normalize_by_mean"
+        raise ValueError(f"algorithm.{name} is true; it subtracts the mean. Set algorithm.baseline to mean.")
 
 
 def _check_teacher(config: Config) -> None:

@@ -25,7 +25,7 @@ from pydantic import (
     field_validator,
 )
 
-from grpo.algorithm.objective import Objective
+from grpo.algorithm.objective import AdvantageRule, Objective
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -341,8 +341,17 @@ class AlgorithmConfig(Section):
 
     baseline: Literal["mean", "leave_one_out"] = "mean"
     """What is subtracted from a reward: its group's mean (GRPO), or the mean of the group's others (RLOO)."""
-    normalize_by_std: bool = True
-    """Divide centred rewards by the group's standard deviation (GRPO). false: Dr. GRPO."""
+    normalize_by_std: bool | Literal["batch"] = True
+    """Divide centred rewards by the group's standard deviation (GRPO). false: Dr. GRPO. batch: by that of all centred rewards of
+    the batch, so that a group counts by how much its rewards differ (REINFORCE++)."""
+    normalize_by_mean: bool = False
+    """Divide centred rewards by the group's mean instead: of rewards that are 0 or 1 this is the gradient of the logarithm of the
+    share of right answers, in which a hard question counts more (MaxRL). Rewards below 0 end the run."""
+    pass_at: PositiveInt = 1
+    """What counts is the best of so many completions (Pass@k training; with baseline leave_one_out PKPO). Raising it rewards what
+    is seldom right, and leaves groups alone in which nearly all are."""
+    separate_rewards: bool = False
+    """Centre and divide each reward by itself before their weighted sum (GDPO, which has normalize_by_std batch besides)."""
     aggregation: Literal["sequence", "token", "constant"] = "sequence"
     """Weight of a token in the loss: 1/length (GRPO), 1/all tokens (DAPO), 1/max_completion_tokens (Dr. GRPO)."""
     filter_truncated: bool = False
@@ -403,6 +412,11 @@ class AlgorithmConfig(Section):
     num_epochs: PositiveInt = 1
     """Times that the minibatches of a rollout are trained on, in the same order (mu in DeepSeekMath's algorithm 1). Raising it
     makes more of a rollout, ever further off-policy."""
+
+    @property
+    def advantage_rule(self) -> AdvantageRule:
+        """How advantages are made."""
+        return AdvantageRule(**{field.name: getattr(self, field.name) for field in fields(AdvantageRule)})
 
     @property
     def objective(self) -> Objective:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.algorithm.advantage import group_advantages, has_signal
+from grpo.algorithm.advantage import advantages_by, divided_by_batch_std, has_signal, square_sum
 from grpo.algorithm.batch import pack
 from grpo.algorithm.dynamic_sampling import DynamicSampler
 from grpo.config import AlgorithmConfig, Config
@@ -31,7 +31,7 @@ class RolloutMaker:
         prompts: the order in which questions are dealt.
         signal_from: name of the reward by which dynamic sampling chooses groups and questions count as solved.
         words: that are counted in the completions.
-        advantage: (P, G) rewards to (P, G) advantages, instead of `group_advantages`.
+        advantage: (P, G) rewards to (P, G) advantages, instead of `advantages_by`.
     """
 
     def __init__(
@@ -104,7 +104,14 @@ class RolloutMaker:
             with clock("logprobs"):
                 advantages, step.minibatches = retry(
                     lambda: prepare_updates(
-                        groups, scores.rewards, minibatch, config.algorithm, self.learner, meter, self.advantage
+                        groups,
+                        scores.rewards,
+                        self.collector.scorer.parts(scores),
+                        minibatch,
+                        config.algorithm,
+                        self.learner,
+                        meter,
+                        self.advantage,
                     )
                 )
         measure_texts(meter, completion_rows(groups, scores), self.words)
@@ -182,6 +189,7 @@ def own_advantages(advantage: Advantage, rewards: Tensor) -> Tensor:
 def prepare_updates(
     groups: list[Group],
     rewards: Tensor,
+    parts: list[tuple[float, Tensor]],
     minibatch: Tensor,
     algorithm: AlgorithmConfig,
     learner: Learner,
@@ -193,6 +201,7 @@ def prepare_updates(
     Args:
         groups: what this process has sampled.
         rewards: (P, G) of them; NaN: unknown.
+        parts: weight and values (P, G) of each reward function that they are a sum of.
         minibatch: (P,) that each belongs to; -1: to none.
         algorithm: of the step at hand.
 
@@ -204,12 +213,13 @@ def prepare_updates(
     if advantage is not None:
         advantages = own_advantages(advantage, rewards).float()
     else:
-        advantages = group_advantages(
-            rewards, normalize_by_std=algorithm.normalize_by_std, baseline=algorithm.baseline
-        ).float()
-    parts = [(minibatch == number).nonzero().flatten().tolist() for number in range(algorithm.num_minibatches)]
+        advantages = advantages_by(algorithm.advantage_rule, rewards, parts).float()
+        if algorithm.normalize_by_std == "batch":
+            mine = square_sum(advantages[minibatch >= 0])
+            advantages = divided_by_batch_std(advantages, learner.processes.gather(mine))
+    places = [(minibatch == number).nonzero().flatten().tolist() for number in range(algorithm.num_minibatches)]
     without = algorithm.filter_truncated
-    batches = [pack([groups[p] for p in part], advantages[part], without_truncated=without) for part in parts]
+    batches = [pack([groups[p] for p in part], advantages[part], without_truncated=without) for part in places]
     return advantages, learner.prepare(batches, meter)
 
 
