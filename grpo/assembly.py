@@ -233,7 +233,7 @@ OF_THE_LOSS = [field.name for field in fields(Objective) if field.name != "kl_co
 REPLACED: dict[str, tuple[str, list[str]]] = {
     "optimizer": ("optimizer", ["beta1", "beta2", "weight_decay"]),
     "advantage": ("algorithm", [field.name for field in fields(AdvantageRule)]),
-    "loss": ("algorithm", [*OF_THE_LOSS, "top_entropy"]),
+    "loss": ("algorithm", [*OF_THE_LOSS, "top_entropy", "clip_cov", "entropy_target"]),
 }
 """Argument of Trainer -> the section and the settings that have no effect beside it."""
 

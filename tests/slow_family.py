@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ class Told:
     ref: list[float]
     sampled: list[float]
     cut_off: bool = False
+    targets: list[int] = field(default_factory=list)
 
 
 def clip(x: Tensor, low: float, high: float) -> Tensor:
@@ -110,6 +112,26 @@ def top_entropy(tolds: list[Told], longest: int) -> Tensor:
     return mean_of_tokens(
         tolds, lambda told, t: -ppo(told, t, 0.2, 0.28) if told.old_entropies[t] >= threshold else 0 * told.logprobs[t]
     )
+
+
+def clip_cov(tolds: list[Told], longest: int) -> Tensor:
+    every = [(i, t) for i, told in enumerate(tolds) for t in range(len(told.old))]
+    mean_advantage = sum(tolds[i].advantage for i, _ in every) / len(every)
+    mean_logprob = sum(tolds[i].old[t] for i, t in every) / len(every)
+
+    def covariance(i: int, t: int) -> float:
+        return (tolds[i].old[t] - mean_logprob) * (tolds[i].advantage - mean_advantage)
+
+    def lot(i: int, t: int) -> int:
+        (bits,) = struct.unpack("<i", struct.pack("<f", tolds[i].sampled[t]))
+        mixed = (bits * 2_654_435_761 + tolds[i].targets[t] * 40_503) % 2**32
+        return ((mixed ^ (mixed >> 15)) * 2_246_822_519) % 2**32
+
+    within = sorted((place for place in every if 1 < covariance(*place) < 5), key=lambda place: lot(*place))
+    assert len(within) > 1, "there is something to choose from"
+    left_out = within[: max(int(0.0002 * len(every)), 1)]
+    total = sum(0 * tolds[i].logprobs[t] if (i, t) in left_out else -ppo(tolds[i], t, 0.2, 0.2) for i, t in every)
+    return total / len(every)
 
 
 def tis(tolds: list[Told], longest: int) -> Tensor:
@@ -267,6 +289,7 @@ FAMILY = {
     "GRPO, KL of DeepSeek-V3.2": Algorithm(grpo_weighted_kl),
     "REINFORCE++ with a baseline": Algorithm(reinforce_plus_plus, group_mean, over_batch=True),
     "GDPO": Algorithm(grpo_without_kl, standardized, over_batch=True, separate=True),
+    "Clip-Cov": Algorithm(clip_cov),
     "MaxRL": Algorithm(grpo_without_kl, over_mean),
     "Pass@k training": Algorithm(grpo_without_kl, best_of_two),
     "PKPO": Algorithm(grpo_without_kl, pkpo_of_two),

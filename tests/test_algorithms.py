@@ -170,15 +170,15 @@ def check_two_steps(tmp_path: Path, name: str, *, result_tokens: int = 0) -> dic
                         old, old_entropies = outcomes(model, group, completion)
                         ref, _ = outcomes(reference, group, completion)
                     before = [each.tolist() for each in (old, old_entropies, ref)]
-                    cut_off = completion.finish_reason == "length"
-                    told.append((group, completion, (advantage, *before, own_logprobs(completion), cut_off)))
+                    cut_off, targets = completion.finish_reason == "length", completion.own_ids
+                    told.append((group, completion, (advantage, *before, own_logprobs(completion), cut_off, targets)))
             minibatches.append(told)
         losses, norms = [], []
         for told in config.algorithm.num_epochs * minibatches:
             tolds = []
-            for group, completion, (advantage, old, old_entropies, ref, sampled, cut_off) in told:
+            for group, completion, (advantage, *before) in told:
                 now, entropies = outcomes(model, group, completion)
-                tolds.append(Told(advantage, now, entropies, old, old_entropies, ref, sampled, cut_off))
+                tolds.append(Told(advantage, now, entropies, *before))
             loss = algorithm.loss(tolds, LONGEST)
             optimizer.zero_grad()
             loss.backward()

@@ -155,6 +155,12 @@ def test_a_missing_setting_is_named(tmp_path: Path):
             ["algorithm.reference_refresh_steps is 2", "6 optimizer steps", "a multiple"],
         ),
         ({"algorithm": {"baseline": "leave_one_out"}}, ["baseline is 'leave_one_out'", "normalize_by_std to false"]),
+        ({"algorithm": {"entropy_step": 0.1}}, ["entropy_step is 0.1", "entropy_target is null"]),
+        ({"algorithm": {"clip_cov_low": 0.5}}, ["clip_cov_low is 0.5", "clip_cov is 0"]),
+        (
+            {"algorithm": {"clip_cov": 0.1, "clip_cov_low": 6}},
+            ["clip_cov_low is 6", "clip_cov_low below clip_cov_high"],
+        ),
         ({"algorithm": {"pass_at": 4}}, ["pass_at is 4", "has 4 completions", "to at most 3"]),
         ({"algorithm": {"normalize_by_mean": True}}, ["normalize_by_mean is true", "normalize_by_std to false"]),
         (

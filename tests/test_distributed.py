@@ -104,7 +104,7 @@ def test_what_looks_at_whole_completions_minibatches_or_groups_does_not_depend_o
     whole = update(tmp_path / "whole", "--family", zero=0, processes=1, budget=100_000)
     parts = update(tmp_path / "parts", "--family", zero=3, processes=2, budget=120)
     for row in read_json(whole / "metrics.json"):
-        assert row["policy/selected"] == pytest.approx(0.3, abs=0.02)
+        assert 0.2 < row["policy/selected"] < 0.295, "the highest 0.3 in entropy, less some of high covariance"
         assert 0 < row["policy/importance_bounded"] < 1
     assert (
         read_json(whole / "metrics.json")[1]["policy/kl_penalty"] != 0

@@ -447,6 +447,22 @@ def _check_objective(algorithm: AlgorithmConfig) -> None:
             f"algorithm.kl_estimator is {algorithm.kl_estimator!r}; in the reward only k1 has the gradient of the KL. Set "
             "algorithm.kl_estimator to k1, or algorithm.kl_in to loss."
         )
+    if algorithm.entropy_target is None and algorithm.entropy_step != default["entropy_step"].default:
+        raise ValueError(
+            f"algorithm.entropy_step is {algorithm.entropy_step:g}; it has no effect while algorithm.entropy_target is null. Set "
+            "that, or remove it."
+        )
+    for name in ("clip_cov_low", "clip_cov_high"):
+        if algorithm.clip_cov == 0 and getattr(algorithm, name) != default[name].default:
+            raise ValueError(
+                f"algorithm.{name} is {getattr(algorithm, name):g}; it has no effect while algorithm.clip_cov is 0. Set that, "
+                "such as to 0.0002, or remove it."
+            )
+    if algorithm.clip_cov_low >= algorithm.clip_cov_high:
+        raise ValueError(
+            f"algorithm.clip_cov_low is {algorithm.clip_cov_low:g} and clip_cov_high {algorithm.clip_cov_high:g}; no covariance "
+            "lies between them. Set clip_cov_low below clip_cov_high."
+        )
     for name in ("importance_level", "importance_low", "importance_high"):
         if algorithm.importance == "none" and getattr(algorithm, name) != default[name].default:
             raise ValueError(

@@ -25,7 +25,7 @@ from pydantic import (
     field_validator,
 )
 
-from grpo.algorithm.objective import AdvantageRule, Objective
+from grpo.algorithm.objective import AdvantageRule, EntropyControl, Objective
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -398,6 +398,19 @@ class AlgorithmConfig(Section):
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of a bonus for the entropy of the next-token distribution, of every token. Raising it keeps the policy exploring;
     too much of it makes noise of the completions."""
+    entropy_target: PositiveFloat | None = None
+    """Entropy in nats (policy/entropy) below which the bonus grows: entropy_coef is then where its weight begins, and
+    policy/entropy_coef what it is (Skywork-OR1: 0.2). null: the weight stays."""
+    entropy_step: PositiveFloat = 0.005
+    """By how much entropy_target changes that weight after each training step. Raising it answers sooner, and overshoots more."""
+    clip_cov: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each minibatch's tokens whose surrogate is left out because their covariance of log-probability and advantage is
+    within the bounds below; chosen at random of these (Clip-Cov, arXiv 2505.22617: 0.0002). Such tokens take most of the entropy
+    away. 0: none. Otherwise it takes a forward pass before the update, also where every update is on-policy."""
+    clip_cov_low: float = 1.0
+    """Least covariance of such a token."""
+    clip_cov_high: float = 5.0
+    """Largest covariance of such a token."""
     reference_refresh_steps: NonNegativeInt = 0
     """After every so many optimizer steps the reference becomes the current policy (the paper: 400). 0: it stays the starting
     model. Lowering it lets the policy move further from its start."""
@@ -434,7 +447,22 @@ class AlgorithmConfig(Section):
     @property
     def every_token_counts(self) -> bool:
         """Whether the update has a use for completions whose advantage is 0: a gradient, or their place among the entropies."""
-        return self.kl_in_loss or self.entropy_coef > 0 or self.top_entropy < 1
+        return self.kl_in_loss or self.has_entropy_bonus or self.selects
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """At some time of the run."""
+        return self.entropy_coef > 0 or self.entropy_target is not None
+
+    @property
+    def selects(self) -> bool:
+        """Whether the surrogate of some tokens is left out, for what all tokens of the minibatch are before the update."""
+        return self.top_entropy < 1 or self.clip_cov > 0
+
+    @property
+    def entropy_control(self) -> EntropyControl | None:
+        """What changes the weight of the entropy bonus; None: nothing does."""
+        return None if self.entropy_target is None else EntropyControl(self.entropy_target, self.entropy_step)
 
 
 class LoRAConfig(Section):

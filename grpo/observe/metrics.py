@@ -57,6 +57,7 @@ METRICS = {
     "aha/<list>_per_1k_<kind>": "that rate of `right` or `wrong` completions that ended by themselves, and of `truncated` ones",
     "aha/<list>_share_<kind>": "that share of the same",
     "policy/entropy": "mean over trained tokens of the entropy of the policy's next-token distribution, in nats",
+    "policy/entropy_coef": "weight of the entropy bonus in the step; with algorithm.entropy_target",
     "policy/kl": "mean over trained tokens of the KL estimator between policy and reference; in the reward, before the update",
     "policy/ratio_mean": "mean over trained tokens of pi / pi_old, or of their completion's; 1 when every update is on-policy",
     "policy/ratio_max": "largest of these ratios",
@@ -66,7 +67,7 @@ METRICS = {
     "policy/importance_mean": "mean over trained tokens of pi_old / pi_rollout (or of their completion's) before its bounds",
     "policy/importance_max": "largest of these weights",
     "policy/importance_bounded": "share of trained tokens whose weight was beyond a bound, and was truncated or masked",
-    "policy/selected": "share of trained tokens whose surrogate counts, because their entropy is among the highest",
+    "policy/selected": "share of trained tokens whose surrogate counts: not left out by algorithm.top_entropy or clip_cov",
     "policy/kl_penalty": "mean over the batch's completions of what the KL takes from their reward, with algorithm.kl_in reward",
     "policy/sampling_gap": "mean over trained tokens that this step's weights drew of |log-probability in the trainer - when "
     "sampled|, before an update",
