@@ -15,7 +15,7 @@ from grpo.config import Config, SupervisedConfig
 from grpo.config.combinations import CARRY_OVER_WITH_TOOLS
 from grpo.config.settings import Settings
 from grpo.data.pass_rates import within_pass_rates
-from grpo.data.prompts import Order, PromptOrder, build_prompts, check_kinds, use_chat_template
+from grpo.data.prompts import Order, PromptOrder, build_prompts, check_kinds, ranks, use_chat_template
 from grpo.data.rows import load_rows, missing, prepare_rows
 from grpo.observe import rundir
 from grpo.observe.bar import check_rows
@@ -248,6 +248,8 @@ def _without_effect(config: Config, **given: Callable[..., Any] | None) -> Itera
                 yield f"{section}.{name} is {value}, without effect: {argument} was given to Trainer"
     if given["loss"] is not None and config.rollout.carry_over:
         yield "rollout.carry_over is true, and loss was given to Trainer: it must weigh old tokens itself, by sampling_logprobs"
+    if given["order"] is not None and config.data.order_by is not None:
+        yield f"data.order_by is {config.data.order_by!r}, without effect: order was given to Trainer"
     if given["order"] is not None and config.data.weights is not None:
         yield "the weights in data.name are without effect: order was given to Trainer"
     elif config.rollout.solved_share < 1 and config.data.weights is not None:
@@ -296,6 +298,8 @@ def _questions(
         weights=config.data.weights if train_dataset is None and own_order is None else None,
         own=own_order,
         solved_share=config.rollout.solved_share,
+        ranks=ranks(prompts, config.data) if own_order is None else None,
+        ranked_epochs=config.data.order_epochs,
     )
     return Questions(order, held_out, scorer, audits)
 

@@ -161,6 +161,11 @@ def test_a_missing_setting_is_named(tmp_path: Path):
             {"algorithm": {"clip_cov": 0.1, "clip_cov_low": 6}},
             ["clip_cov_low is 6", "clip_cov_low below clip_cov_high"],
         ),
+        ({"data": {"order_epochs": 2}}, ["order_epochs is 2", "order_by is null"]),
+        (
+            {"data": {"order_by": "level", "name": [{"name": "a", "weight": 1}, {"name": "b", "weight": 2}]}},
+            ["order_by is 'level'", "has weights"],
+        ),
         ({"algorithm": {"pass_at": 4}}, ["pass_at is 4", "has 4 completions", "to at most 3"]),
         ({"algorithm": {"normalize_by_mean": True}}, ["normalize_by_mean is true", "normalize_by_std to false"]),
         (

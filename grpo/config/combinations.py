@@ -181,6 +181,7 @@ def check_combinations(config: Config) -> None:
         )
     _check_task(config.data)
     _check_sources(config.data)
+    _check_order(config.data)
     low, high = config.data.pass_rate
     if low > high:
         raise ValueError(
@@ -263,6 +264,19 @@ def _check_source(setting: str, source: SourceConfig) -> None:
                 f"{setting}.question_template is {source.question_template!r}; it names no column in braces. Name "
                 "one, such as {question}."
             )
+
+
+def _check_order(data: DataConfig) -> None:
+    if data.order_by is None and data.order_epochs != DataConfig.model_fields["order_epochs"].default:
+        raise ValueError(
+            f"data.order_epochs is {data.order_epochs}; it has no effect while data.order_by is null. Name a column there, or "
+            "remove it."
+        )
+    if data.order_by is not None and data.weights is not None:
+        raise ValueError(
+            f"data.order_by is {data.order_by!r} and data.name has weights; each of the two says which question is next. Remove "
+            "one of them."
+        )
 
 
 def _is_task(name: str | list[SourceConfig] | None) -> bool:

@@ -153,6 +153,12 @@ class DataConfig(Section):
     kind_column: str | None = None
     """Column that says what kind of question a row is, such as `kind` or, of several sources, `data_name`. Rewards, held-out
     answers and language consistency then have metrics of each kind besides those of all. null: of all only."""
+    order_by: str | None = None
+    """Column by which the questions of the first order_epochs epochs are dealt, the smallest value first: a curriculum, such as
+    by `level`. `-level`: the largest first. It holds numbers, or texts as an alphabet has them, for every question; those of
+    equal value come in a seeded order. null: all do."""
+    order_epochs: PositiveInt = 1
+    """Epochs in the order of order_by; those after them have a seeded one."""
     max_prompt_tokens: PositiveInt = 512
     """Rows whose prompt is longer are dropped, and counted."""
     pass_rates: Location | None = None

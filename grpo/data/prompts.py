@@ -425,6 +425,35 @@ A run that resumes calls it again, and every process does: it has to say the sam
 epoch, as in `random.Random(epoch)`."""
 
 
+def ranks(prompts: Sequence[Prompt], config: DataConfig) -> list[int] | None:
+    """Of each prompt the place of its value of `data.order_by` among all there are; None: there is no column to order by.
+
+    Raises:
+        ValueError: a question has no value there, or some have numbers and others texts.
+    """
+    if config.order_by is None:
+        return None
+    name = config.order_by.removeprefix("-")
+    values: list[Any] = [prompt.columns.get(name) for prompt in prompts]
+    without = sum(value is None or value != value for value in values)
+    if without:
+        raise ValueError(
+            f"data.order_by is {config.order_by!r}; {without:,} of {len(prompts):,} questions have nothing in the column "
+            f"{name!r}. The columns are {', '.join(prompts[0].columns)}. Name one that all of them have, or remove data.order_by."
+        )
+    if not (
+        all(isinstance(value, (int, float)) for value in values) or all(isinstance(value, str) for value in values)
+    ):
+        kinds = sorted({type(value).__name__ for value in values})
+        raise ValueError(
+            f"data.order_by is {config.order_by!r}; its values are of the types {', '.join(kinds)}, which have no order. Name a "
+            "column of numbers, or one of texts."
+        )
+    descending = config.order_by.startswith("-")
+    place = {value: place for place, value in enumerate(sorted(set(values), reverse=descending))}
+    return [place[value] for value in values]
+
+
 class PromptOrder:
     """Deals prompts to the processes, epoch after epoch, in an order that depends only on seed and position.
 
@@ -450,12 +479,15 @@ class PromptOrder:
         weights: Mapping[str, float] | None = None,
         own: Order | None = None,
         solved_share: float = 1.0,
+        ranks: Sequence[int] | None = None,
+        ranked_epochs: int = 1,
     ) -> None:
         """
         Args:
             weights: of each source, as the prompts have it in their column `data_name`.
             own: a user's order instead of the seeded one.
             solved_share: of their turns at which solved questions are asked.
+            ranks: of each prompt; in the first `ranked_epochs` epochs those of a lower one come first.
 
         Raises:
             ValueError: a source has no prompts, or too small a share for one place in an epoch; or `own` gives no order.
@@ -468,6 +500,7 @@ class PromptOrder:
         self.position = 0
         self.solved_share = solved_share
         self.solved: AbstractSet[int] = frozenset()  # rows of prompts
+        self.ranks, self.ranked_epochs = ranks, ranked_epochs
         self.ahead: list[int] = []  # places after `position` that will be dealt; between and before them are none
         self._epoch: tuple[int, list[int]] = (-1, [])
         self._sources = [] if weights is None else _shared_out(prompts, weights)
@@ -521,6 +554,8 @@ class PromptOrder:
         elif self._epoch[0] != epoch:
             pool = [number for source in self._sources for number in self._of_source(*source, epoch)]
             order = self._permutation(len(self.prompts), epoch)
+            if self.ranks is not None and epoch < self.ranked_epochs:
+                order.sort(key=self.ranks.__getitem__)  # those of equal rank stay in their order
             self._epoch = (epoch, [pool[place] for place in order] if pool else order)
         return self.prompts[self._epoch[1][offset]]
 
