@@ -41,7 +41,7 @@ from grpo.scoring.scorer import Scorer
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import RunError, Stopped
 from grpo.turns.form import TAGGED, form_of
-from grpo.turns.generator import Call, ToolGenerator
+from grpo.turns.generator import Call, TurnGenerator
 from grpo.turns.toolbox import Toolbox
 from grpo.turns.use import Tools, named
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
@@ -136,7 +136,7 @@ def converse(lines: list[list[str]], tools: list = [lookup], *, max_tokens: int 
     config = ToolsConfig(timeout_seconds=1.0, **limits)
     inner = Scripted(lines)
     with Toolbox.of(config, SCORING, tools) as toolbox:
-        generator = ToolGenerator(inner, toolbox, TAGGED, TOKENIZER, config)
+        generator = TurnGenerator(inner, toolbox, TAGGED, TOKENIZER, config)
         (group,) = generator.sample([prompt], Sampling(max_tokens), num_completions=len(lines), seed=3)
     return prompt, group.completions, inner
 
@@ -246,8 +246,8 @@ def test_a_program_in_a_result_keeps_its_white_space_whatever_was_added_to_the_v
     tokenizer.add_tokens(["    ", "\n\n", "<mark>"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
     program = "def f():\n    return 1\n\n<mark>"
-    text, _ = TAGGED.results([f"{program}<|end|>"], tokenizer, most=50)
-    assert text == f"<result>{program}< |end|></result>"
+    found = TAGGED.results([f"{program}<|end|>"], tokenizer, most=50)
+    assert found.text == f"<result>{program}< |end|></result>"
 
 
 def test_a_result_begins_without_the_space_that_some_tokenizers_put_before_every_text():
@@ -255,8 +255,8 @@ def test_a_result_begins_without_the_space_that_some_tokenizers_put_before_every
     made = Tokenizer(models.BPE(vocab=letters, merges=[]))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])  # as of Llama 2
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
-    text, ids = TAGGED.results(["6"], tokenizer, most=5)
-    assert "".join(tokenizer.convert_ids_to_tokens(ids)) == text == "<result>6</result>"
+    found = TAGGED.results(["6"], tokenizer, most=5)
+    assert "".join(tokenizer.convert_ids_to_tokens(found.token_ids)) == found.text == "<result>6</result>"
 
 
 def test_an_object_is_a_conversations_own_begins_with_the_columns_and_survives_its_process():
@@ -395,7 +395,7 @@ def test_a_class_that_cannot_be_used_is_named_also_while_others_are_being_sample
     prompts = [Prompt(n, TOKENIZER("x")["input_ids"], "x", "", {}) for n in range(2)]
     inner = Waiting([[f"a {call('add', number=1)}"], [f"b {call('add', number=1)}"]])
     with Toolbox.of(ToolsConfig(), SCORING, [Broken]) as toolbox:
-        generator = ToolGenerator(inner, toolbox, TAGGED, TOKENIZER, ToolsConfig())
+        generator = TurnGenerator(inner, toolbox, TAGGED, TOKENIZER, ToolsConfig())
         with pytest.raises(RunError, match=r"(?s)Tool add cannot be used.*no reset"):
             generator.sample(prompts, Sampling(200), num_completions=1, seed=1)
 
@@ -504,7 +504,7 @@ def test_a_template_may_write_a_turn_otherwise_once_results_follow(thinks: dict[
     tokenizer.chat_template = QWEN_3
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
     form = form_of(tokenizer, DataConfig(name="x", template="chat", chat_template_kwargs=thinks))
-    assert form.results(["1", "2"], tokenizer, most=9)[0] == (
+    assert form.results(["1", "2"], tokenizer, most=9).text == (
         "\n<|im_start|>user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response><|im_end|>\n"
         f"<|im_start|>assistant\n{opened}"
     )
@@ -516,7 +516,7 @@ def test_the_form_of_a_chat_template_is_what_it_writes_around_calls_and_results(
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
     data = DataConfig(name="x", template="chat")
     form = form_of(tokenizer, data)
-    assert form.results(["1", "2"], tokenizer, most=9)[0] == (
+    assert form.results(["1", "2"], tokenizer, most=9).text == (
         "\n<|im_start|>user\n<tool_response>\n1\n</tool_response><|im_end|>\n"
         "<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )

@@ -43,7 +43,7 @@ from grpo.system.distributed import Processes
 from grpo.system.out_of_memory import retry_with_fewer_sequences
 from grpo.system.terminal import say
 from grpo.turns.form import form_of
-from grpo.turns.generator import ToolGenerator
+from grpo.turns.generator import TurnGenerator
 from grpo.turns.toolbox import Toolbox
 from grpo.turns.use import named
 from grpo.types import VOTE, Generator, Prompt
@@ -211,7 +211,7 @@ class OwnModel:
         if self.toolbox is None:
             return generator
         form = self.forms[PROMPT_FORMATS[template].template]
-        return ToolGenerator(generator, self.toolbox, form, self.tokenizer, self.tools)
+        return TurnGenerator(generator, self.toolbox, form, self.tokenizer, self.tools)
 
 
 MOST_TOKENS = 4096
