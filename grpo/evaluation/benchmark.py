@@ -35,6 +35,7 @@ from grpo.inference import model as inference
 from grpo.inference.resolve_model import num_positions, run_directory
 from grpo.observe.bar import Bar, check_rows
 from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
+from grpo.run.inputs import of_tools
 from grpo.scoring.answers import answer
 from grpo.scoring.reward import Reward, resolve_function
 from grpo.scoring.scorer import Scorer
@@ -148,6 +149,10 @@ class Asks(Protocol):
         """What tells the model from others of its name."""
         ...
 
+    def tool_sources(self) -> dict[str, str]:
+        """A digest of the source of each tool."""
+        ...
+
     def start(self, out: Path) -> Generator:
         """What answers."""
         ...
@@ -203,6 +208,9 @@ class OwnModel:
 
     def files(self) -> str:
         return inference.fingerprint(self.model.name, self.model.revision)
+
+    def tool_sources(self) -> dict[str, str]:
+        return {} if self.toolbox is None else of_tools(self.toolbox.runners)
 
     def start(self, out: Path) -> Generator:
         return inference.load(self.config, self.tokenizer).generator
@@ -358,6 +366,7 @@ def _claimed(
     wanted = {
         **asdict(settings),
         "model_files": asks.files(),
+        **({"tool_sources": sources} if (sources := asks.tool_sources()) else {}),
         "questions": {name: xxhash.xxh3_128(json.dumps(own).encode()).hexdigest() for name, own in rows.items()},
     }
     return claimed(out, wanted, option="--out", difference=_difference, results=["results.json"])
@@ -372,6 +381,7 @@ def _difference(name: str, before: Any, now: Any) -> str:
 CONTENTS = {
     "model_files": "the files of --model have changed",
     "questions": "the questions of --benchmarks or --data have changed",
+    "tool_sources": "the source of a tool of --tools has changed",
 }
 
 
