@@ -255,6 +255,23 @@ def test_what_the_reset_of_a_class_of_tools_returns_is_told_too():
     assert (first.finish_reason, first.episode.num_turns) == ("turns", 1), "a call is no turn of the environment's"
 
 
+class Listens(Higher):
+    def step(self, text: str) -> str:
+        assert text.startswith("<think> hm </think>")
+        return "Go on."
+
+
+def test_a_turn_begins_with_the_thought_that_the_reply_has_opened():
+    said = " hm </think> <answer> 1 </answer>"
+    _, (first,), _ = play(lambda *_: said, Listens, template="r1_zero_think", max_turns=2)
+    assert [turn.text for turn in first.turns] == [
+        f"<think>{said}",
+        " User: Go on. Assistant: <think>",
+        f"<think>{said}",
+    ]
+    assert first.own_ids == 2 * TOKENIZER(said, add_special_tokens=False)["input_ids"], "the tag is the prompt's"
+
+
 class Silent(Higher):
     def step(self, text: str) -> str:
         assert text.startswith("<tool>"), "what was written before the result is part of the turn"
