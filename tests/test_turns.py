@@ -20,7 +20,7 @@ from typing import Any
 import grpo.tools
 import pytest
 import yaml
-from helpers import ROOT, TINY, tiny_config
+from helpers import QWEN, ROOT, TINY, tiny_config
 from rich.console import Console
 from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -503,16 +503,6 @@ def test_a_name_in_the_yaml_that_is_no_tool_is_refused(functions: list, words: l
     with pytest.raises(ValueError, match="tools") as error:
         Toolbox.of(ToolsConfig(functions=functions), SCORING)
     assert all(word in str(error.value) for word in words), error.value
-
-
-QWEN = """{%- if tools %}{{- '<|im_start|>system\\n' + (tools | tojson) + '<|im_end|>\\n' }}{%- endif %}
-{%- for message in messages %}
-{%- if message.role == 'tool' %}
-{{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
-{%- else %}{{- '<|im_start|>' + message.role + '\\n' + message.content }}
-{%- for call in message.tool_calls or [] %}{{- '\\n<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}{%- endfor %}
-{{- '<|im_end|>\\n' }}{%- endif %}{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
 
 QWEN_3 = """{%- if tools %}{{- '<|im_start|>system\\n# Tools\\n<tools>' + (tools | tojson) }}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
@@ -24,7 +23,7 @@ from grpo.policy.policy import SampledModel
 from grpo.rollout.hf import drawing_options, without_defaults
 from grpo.system.terminal import is_text, printable
 from grpo.text.thinking import Kind, Reader
-from grpo.turns.form import CHAT_CALL, Appended
+from grpo.turns.form import CHAT_CALL, Appended, Unreadable, read_call
 from grpo.turns.toolbox import States
 from grpo.turns.use import Tools
 from grpo.types import Sampling
@@ -296,9 +295,9 @@ def _calling(words: str, calls: list[str]) -> dict[str, Any]:
     made = []
     for text in calls:
         try:
-            call = json.loads(text)
-            made.append({"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}})
-        except (ValueError, KeyError, TypeError, RecursionError):
+            name, arguments = read_call(text)
+            made.append({"type": "function", "function": {"name": name, "arguments": arguments}})
+        except Unreadable:
             words = f"{words}\n{CHAT_CALL[0]}{text}{CHAT_CALL[1]}".strip()
     return {"role": "assistant", "content": words, **({"tool_calls": made} if made else {})}
 

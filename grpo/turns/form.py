@@ -12,6 +12,7 @@ own words, is trained on like them, and no tool has answered.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -178,10 +179,55 @@ def form_of(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Form:
     return _chat_form(tokenizer, data)
 
 
-NO_TOOLS = (
-    "data.template is 'chat'; the tokenizer's chat template {what}. Set data.template to r1_zero or none, where calls stand in "
-    "tags of our own, or name a file with another chat template (data.chat_template)."
-)
+class NoTools(ValueError):
+    """A chat template that has no tools, or none that are read here.
+
+    Args:
+        what: it does, or does not, in words.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"data.template is 'chat'; the tokenizer's chat template {what}. Set data.template to r1_zero or none, where calls "
+            "stand in tags of our own, or name a file with another chat template (data.chat_template)."
+        )
+        self.what = what
+
+
+class Unreadable(ValueError):
+    """A text that is no call.
+
+    Args:
+        name: of the tool, as far as it can be read.
+    """
+
+    def __init__(self, why: str, name: str = "") -> None:
+        super().__init__(why)
+        self.name = name
+
+
+def read_call(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments of a call as a model wrote it: a JSON object with `name` and `arguments`.
+
+    Raises:
+        Unreadable: it is none.
+    """
+    try:
+        call = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"the call is no JSON: {error}") from None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise Unreadable('a call is a JSON object, {"name": ..., "arguments": {...}}')
+    name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
+    if isinstance(arguments, str):  # as OpenAI has them
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise Unreadable(f"the arguments are no JSON: {error}", name) from None
+    if not isinstance(arguments, dict):
+        raise Unreadable("the arguments are no JSON object", name)
+    return name, arguments
+
 
 _QUESTION, _WORDS, _FIRST, _SECOND = "9f1c question", "9f1c words", "9f1c first", "9f1c second"
 
@@ -201,20 +247,18 @@ def _chat_form(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Form:
     answers = [{"role": "tool", "name": "probe", "content": text} for text in (_FIRST, _SECOND)]
     prompt = render(asked[:1], tokenizer, probed, add_generation_prompt=True)
     if "9f1c tool" not in prompt:
-        raise ValueError(NO_TOOLS.format(what="does not tell the model of tools"))
+        raise NoTools("does not tell the model of tools")
     whole = render([*asked, *answers], tokenizer, probed, add_generation_prompt=True)
     # Only what stands behind the calls is looked at: Qwen 3 writes empty thoughts into an assistant's turn if it is the last,
     # and none once a result follows. No matter: what the model has sampled is never rendered again.
     turns = whole.rpartition(_QUESTION)[2]
     calls = re.findall(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", turns, re.DOTALL)
     if len(calls) != 2 or "9f1c word" not in calls[0]:
-        raise ValueError(
-            NO_TOOLS.format(what="writes calls in a form that is not read here (<tool_call>{...}</tool_call> is)")
-        )
+        raise NoTools("writes calls in a form that is not read here (<tool_call>{...}</tool_call> is)")
     behind = turns.rpartition(CHAT_CALL[1])[2].lstrip()  # the end token, which the model draws, and what follows it
     end = next((each for each in _ends(tokenizer) if behind.startswith(each)), None)
     if end is None or behind.count(_FIRST) != 1 or behind.count(_SECOND) != 1:
-        raise ValueError(NO_TOOLS.format(what="does not end a turn with its calls, or leaves out a result"))
+        raise NoTools("does not end a turn with its calls, or leaves out a result")
     rest = behind.removeprefix(end)
     before, _, rest = rest.partition(_FIRST)
     between, _, after = rest.partition(_SECOND)

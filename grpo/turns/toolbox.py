@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from grpo.system import progress
 from grpo.system.stopping import RunError
 from grpo.turns.environment import Environment
 from grpo.turns.episode import Action
-from grpo.turns.form import encodable
+from grpo.turns.form import Unreadable, encodable, read_call
 from grpo.turns.runner import GAP, OBSERVATION, Runner
 from grpo.turns.schema import Schema, mismatch, schema_of
 from grpo.types import CallStatus, ToolCall
@@ -183,23 +182,18 @@ class Toolbox:
     def read(self, text: str) -> Request | Answer:
         """A call as a model wrote it, a JSON object with `name` and `arguments`; or what is wrong with it."""
         try:
-            call = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            return _no("", "unreadable", f"the call is no JSON: {error}")
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return _no("", "unreadable", 'a call is a JSON object, {"name": ..., "arguments": {...}}')
-        name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
-        if isinstance(arguments, str):  # as OpenAI has them
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError) as error:
-                return _no(name, "unreadable", f"the arguments are no JSON: {error}")
+            name, arguments = read_call(text)
+        except Unreadable as error:
+            if error.name and error.name not in self.tools:
+                return self._unknown(error.name)
+            return _no(error.name, "unreadable", str(error))
         if name not in self.tools:
-            return _no(name, "refused", f"there is no tool {name!r}; there is {', '.join(self.tools)}")
-        if not isinstance(arguments, dict):
-            return _no(name, "unreadable", "the arguments are no JSON object")
+            return self._unknown(name)
         wrong = mismatch(arguments, self.tools[name].schema)
         return Request(self.tools[name], arguments) if wrong is None else _no(name, "refused", wrong)
+
+    def _unknown(self, name: str) -> Answer:
+        return _no(name, "refused", f"there is no tool {name!r}; there is {', '.join(self.tools)}")
 
     def begin(self) -> Errand:
         """Make calls that are still to come, while this thread does something else."""
