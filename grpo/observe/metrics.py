@@ -84,6 +84,9 @@ METRICS = {
     "rollout/slots": "most completions that a process of the native engine sampled at once; mean over processes and draws",
     "rollout/kv_gib": "GiB that a process of the native engine holds for keys and values; mean over processes and draws",
     "rollout/occupancy": "share of the native engine's decoded places (slots x decoding steps) that gave a token of a completion",
+    "rollout/decoding_steps": "decoding steps of a process of the native engine; mean over processes and draws",
+    "rollout/read_tokens": "tokens that a process of the native engine read before it sampled from them: prompts, each once, and "
+    "what had been begun; mean over processes and draws",
     "rollout/staleness": "mean over the batch's tokens of training steps since the weights that drew them; rollout.carry_over",
     "rollout/staleness_max": "largest of these; at most rollout.max_staleness",
     "rollout/carried": "share of the batch's tokens that were drawn in earlier steps",
