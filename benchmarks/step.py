@@ -392,7 +392,9 @@ def describe(record: dict[str, Any]) -> str:
         read = f", {rate / processes * (1 - middle['batch/shared']):,.0f} of them read" if phase == "update" else ""
         lines.append(f"{phase:10}{rate / processes:10,.0f} tokens/s per process{read}; {rate:,.0f} in all")
     others = ("batch/shared", "batch/imbalance", "rollout/occupancy", "rollout/staleness", "rollout/carried")
-    lines.append(", ".join(f"{name} {middle[name]:.3f}" for name in others if name in middle))
+    counts = ("rollout/decoding_steps", "rollout/read_tokens")
+    shown = [f"{name} {middle[name]:.3f}" for name in others if name in middle]
+    lines.append(", ".join([*shown, *[f"{name} {middle[name]:,.0f}" for name in counts if name in middle]]))
     needed, ours, matrix = middle["update/tflop"], record["tflops_update"], record["tflops_matrix"]
     lines.append(
         f"the update needs {needed:.4g} TFLOP per process, {ours:.4g} TFLOP/s, {ours / matrix:.0%} of a large product's "

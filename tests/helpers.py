@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import warm
+from number_reward import digits_in_text as digits_in_text
 from number_reward import number_in_text as number_in_text
 from number_reward import number_or_nothing as number_or_nothing
 from safetensors.torch import load_file, save_file
@@ -36,6 +37,16 @@ QUESTIONS = ROOT / "tests" / "data" / "questions.jsonl"
 VARIETY = [{"function": f"{ROOT / 'tests' / 'number_reward.py'}:variety"}]
 """A reward that tells completions of a few tokens apart; `accuracy` and `format` give 0 to all below some twenty."""
 VOCABULARY = 300  # token ids below this are ordinary text of the tiny model
+
+QWEN = """{%- if tools %}{{- '<|im_start|>system\\n' + (tools | tojson) + '<|im_end|>\\n' }}{%- endif %}
+{%- for message in messages %}
+{%- if message.role == 'tool' %}
+{{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+{%- else %}{{- '<|im_start|>' + message.role + '\\n' + message.content }}
+{%- for call in message.tool_calls or [] %}{{- '\\n<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}{%- endfor %}
+{{- '<|im_end|>\\n' }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+"""In the form of Qwen 2.5: a chat template with tools."""
 
 
 def tiny_settings(run_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:

@@ -568,11 +568,14 @@ def test_a_call_without_prompts_gives_no_groups(policy: Policy):
 
 def test_the_metrics_say_what_a_call_took(policy: Policy):
     engine = native(policy, max_sequences=5)
-    engine.sample(some_prompts(4), Sampling(30), num_completions=3, seed=0)
+    groups = engine.sample(prompts := some_prompts(4), Sampling(30), num_completions=3, seed=0)
     metrics = engine.metrics()
     assert metrics["rollout/slots"] == 5
     assert metrics["rollout/preempted"] == 0
     assert 0.5 < metrics["rollout/occupancy"] < 1
+    assert metrics["rollout/read_tokens"] == sum(len(prompt.token_ids) - 1 for prompt in prompts)  # once for the three
+    drawn = sum(len(completion.token_ids) for group in groups for completion in group.completions)
+    assert drawn / 5 < metrics["rollout/decoding_steps"] < drawn
     each = -(-max(96 + 24, 150 + 30) // 64)
     pages = math.ceil((5 * (each + 1) + 3 * each + 1) / 0.875)
     config = policy.lm.config

@@ -24,6 +24,7 @@ from grpo.config.sections import (
     CheckpointConfig,
     DataConfig,
     DistributedConfig,
+    EnvironmentConfig,
     EvaluationConfig,
     LoggingConfig,
     LoRAConfig,
@@ -146,6 +147,7 @@ class Config(Settings):
         default_factory=lambda: [RewardConfig(function="accuracy"), RewardConfig(function="format")]
     )
     tools: ToolsConfig = Field(default_factory=ToolsConfig)
+    environment: EnvironmentConfig = Field(default_factory=EnvironmentConfig)
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     lora: LoRAConfig = Field(default_factory=LoRAConfig)
@@ -229,7 +231,8 @@ class Config(Settings):
     @property
     def has_weighted_reward(self) -> bool:
         """Whether any reward counts for something."""
-        return any(reward.weight for reward in self.rewards)
+        of_environment = self.environment.weight if self.environment.function is not None else 0.0
+        return bool(of_environment) or any(reward.weight for reward in self.rewards)
 
     @property
     def sampling(self) -> Sampling:
@@ -323,6 +326,7 @@ class Config(Settings):
                 *self._never_reached(),
                 *low_rate,
                 *(dynamic if most > questions else []),
+                *self._passed_over(),
                 f"questions in all       {questions:,} = {questions / num_rows:.2f} epochs of {num_rows:,}",
             ]
         )
@@ -335,6 +339,15 @@ class Config(Settings):
             f"schedule               {name}: optimizer step {min(steps)} comes after the last rollout, which begins at {last}"
             for name, steps in late.items()
             if steps
+        ]
+
+    def _passed_over(self) -> list[str]:
+        rollout = self.rollout
+        if rollout.solved_share == 1:
+            return []
+        least = "all" if rollout.solved_from == 1 else f"{rollout.solved_from:g} of the"
+        return [
+            f"solved questions       of {least} last answers right: asked at {rollout.solved_share:g} of their turns"
         ]
 
     def _without_ratio(self) -> list[str]:

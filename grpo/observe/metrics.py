@@ -31,6 +31,7 @@ METRICS = {
     "reward/unknown": 'share of completions whose reward is unknown ("can\'t tell"); they are not trained on',
     "logged/<name>": "mean of the numbers that reward functions gave to log_metric under that name in the step",
     "group/with_signal": "share of the sampled groups whose known rewards are not all equal; others do nothing in the surrogate",
+    "group/passed_over": "solved questions whose turn was passed over in the step; this only with rollout.solved_share below 1",
     "group/sampled": "groups that were sampled; this and the next six only with rollout.max_oversampling above 1",
     "group/replaced": "of them, those with no signal in rollout.signal_from that are not in the batch",
     "group/surplus": "of them, those with that signal that the batch had no room for",
@@ -56,6 +57,7 @@ METRICS = {
     "aha/<list>_per_1k_<kind>": "that rate of `right` or `wrong` completions that ended by themselves, and of `truncated` ones",
     "aha/<list>_share_<kind>": "that share of the same",
     "policy/entropy": "mean over trained tokens of the entropy of the policy's next-token distribution, in nats",
+    "policy/entropy_coef": "weight of the entropy bonus in the step; with algorithm.entropy_target",
     "policy/kl": "mean over trained tokens of the KL estimator between policy and reference; in the reward, before the update",
     "policy/ratio_mean": "mean over trained tokens of pi / pi_old, or of their completion's; 1 when every update is on-policy",
     "policy/ratio_max": "largest of these ratios",
@@ -65,7 +67,7 @@ METRICS = {
     "policy/importance_mean": "mean over trained tokens of pi_old / pi_rollout (or of their completion's) before its bounds",
     "policy/importance_max": "largest of these weights",
     "policy/importance_bounded": "share of trained tokens whose weight was beyond a bound, and was truncated or masked",
-    "policy/selected": "share of trained tokens whose surrogate counts, because their entropy is among the highest",
+    "policy/selected": "share of trained tokens whose surrogate counts: not left out by algorithm.top_entropy or clip_cov",
     "policy/kl_penalty": "mean over the batch's completions of what the KL takes from their reward, with algorithm.kl_in reward",
     "policy/sampling_gap": "mean over trained tokens that this step's weights drew of |log-probability in the trainer - when "
     "sampled|, before an update",
@@ -84,6 +86,9 @@ METRICS = {
     "rollout/slots": "most completions that a process of the native engine sampled at once; mean over processes and draws",
     "rollout/kv_gib": "GiB that a process of the native engine holds for keys and values; mean over processes and draws",
     "rollout/occupancy": "share of the native engine's decoded places (slots x decoding steps) that gave a token of a completion",
+    "rollout/decoding_steps": "decoding steps of a process of the native engine; mean over processes and draws",
+    "rollout/read_tokens": "tokens that a process of the native engine read before it sampled from them: prompts, each once, and "
+    "what had been begun; mean over processes and draws",
     "rollout/staleness": "mean over the batch's tokens of training steps since the weights that drew them; rollout.carry_over",
     "rollout/staleness_max": "largest of these; at most rollout.max_staleness",
     "rollout/carried": "share of the batch's tokens that were drawn in earlier steps",
@@ -95,7 +100,13 @@ METRICS = {
     "tools/seconds": "mean seconds of a call in its worker process",
     "tools/result_tokens": "mean number of tokens that tools have put into a completion; no other metric counts them",
     "tools/out_of_calls": "share of completions that ended because they asked for more than tools.max_calls calls",
-    "tools/wait": "seconds of a draw in which all that was left waited for tools; mean over processes and draws",
+    "tools/wait": "seconds of a draw in which all that was left waited for tools or environment; mean over processes and draws",
+    "environment/turns": "mean number of turns of a completion that its environment answered or judged",
+    "environment/ended": "share of completions that the environment ended; the others came to a limit",
+    "environment/out_of_turns": "share of those that came to environment.max_turns",
+    "environment/failed": "share whose environment took too long or whose process died; their environment reward is unknown",
+    "environment/reply_tokens": "mean number of tokens that the environment has put into a completion, counted nowhere else",
+    "environment/seconds": "mean seconds that the steps of a completion took in worker processes",
     "batch/padding": "share of forward passes that a process ran without work, to keep in step with the others",
     "batch/shared": "share of the tokens of prompts and completions that need no pass, because completions share their prompt",
     "batch/imbalance": "share of the update's passes that the processes would wait for the fullest, if time were tokens",
@@ -116,7 +127,10 @@ METRICS = {
     "throughput/update": "tokens (of each completion and its prompt) of all processes per second of updating",
     "schedule/<setting>": "the value of a setting that follows a schedule (schedules), in this step",
     "watchdog/alarms": "rules of the watchdog that had something to say after the step",
-    "progress/epoch": "questions, or rows of supervised training, dealt so far, as a multiple of the training set",
+    "progress/epoch": "questions (those passed over, too), or rows of supervised training, dealt so far, as a multiple of the "
+    "training set",
+    "progress/solved": "share of the training questions that are solved, as the answers say that each had last; with "
+    "rollout.solved_share below 1",
     "kind/<question_kind>/reward": "reward/mean over the completions of questions of a kind (data.kind_column)",
     "kind/<question_kind>/length": "mean number of completion tokens of the same",
     "kind/<question_kind>/<function>": "reward/<function> over the same; absent where the function gave no verdict",
@@ -273,6 +287,7 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores) -> None:
     meter.mean("completion/truncated", torch.tensor([float(c.finish_reason == "length") for c in completions]))
     meter.mean("completion/repetition", repeats([c.own_ids for c in completions]))
     measure_tools(meter, completions)
+    measure_environment(meter, completions)
     meter.total("scoring/timeouts", scores.num_timeouts)
     meter.total("scoring/crashes", scores.num_crashes)
     meter.total("throughput/scoring", float(len(completions)))
@@ -282,18 +297,37 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores) -> None:
 
 def measure_tools(meter: Meter, completions: list[Completion]) -> None:
     """What tools were asked, and how that went; nothing in a run without tools."""
-    with_turns = [completion for completion in completions if completion.turns is not None]
+    with_turns = [
+        each for each in completions if each.turns is not None and (each.episode is None or each.episode.has_tools)
+    ]
     if not with_turns:
         return
     calls = [[call for turn in completion.turns or [] for call in turn.calls] for completion in with_turns]
-    results = [sum(turn.num_tokens for turn in completion.turns or [] if turn.calls) for completion in with_turns]
     every = [call for own in calls for call in own]
     meter.mean("tools/calls", torch.tensor([float(len(own)) for own in calls]))
     meter.mean("tools/used", torch.tensor([float(bool(own)) for own in calls]))
     meter.mean("tools/failed", torch.tensor([float(call.status != "ok") for call in every]))
     meter.mean("tools/seconds", torch.tensor([call.seconds for call in every]))
-    meter.mean("tools/result_tokens", torch.tensor([float(number) for number in results]))
+    meter.mean("tools/result_tokens", torch.tensor([_tokens_of(each, "tool") for each in with_turns]))
     meter.mean("tools/out_of_calls", torch.tensor([float(each.finish_reason == "calls") for each in with_turns]))
+
+
+def measure_environment(meter: Meter, completions: list[Completion]) -> None:
+    """How the episodes went; nothing in a run without an environment."""
+    played = [(each, each.episode) for each in completions if each.episode is not None]
+    if not played:
+        return
+    meter.mean("environment/turns", torch.tensor([float(episode.num_turns) for _, episode in played]))
+    meter.mean("environment/ended", torch.tensor([float(episode.ended) for _, episode in played]))
+    meter.mean("environment/out_of_turns", torch.tensor([float(each.finish_reason == "turns") for each, _ in played]))
+    meter.mean("environment/failed", torch.tensor([float(episode.reward is None) for _, episode in played]))
+    meter.mean("environment/reply_tokens", torch.tensor([_tokens_of(each, "user") for each, _ in played]))
+    meter.mean("environment/seconds", torch.tensor([episode.seconds for _, episode in played]))
+
+
+def _tokens_of(completion: Completion, role: str) -> float:
+    """Tokens that others put into a completion."""
+    return float(sum(turn.num_tokens for turn in completion.turns or [] if turn.role == role))
 
 
 def measure_carry_over(

@@ -8,7 +8,7 @@ fetched, whatever a completion says.
     head              settings, metrics as columns, tables, and of each source of completions its index block and text blocks
     index-R-S         of run R and source S, a list per column: step, group, reward, right, ...
     texts-R-S-B       {"completions": [...], "rewards": [...], "questions": {group: [question, answer]}} of the block's rows, and
-                      "results": {row: [[offset, text], ...]}, what tools answered
+                      "results": {row: [[offset, text], ...]}, what tools and environments answered
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from grpo.report import panels, summary
+from grpo.report import fit, panels, summary
 from grpo.report.read import Row, Run, Source, read_runs
 from grpo.system.writer import replace_text
 from grpo.text.aha import PAPER_WORDS, pattern_source
@@ -115,10 +115,11 @@ def _texts(rows: list[Row]) -> dict[str, Any]:
 
 
 def _results(turns: list[dict[str, str]]) -> list[tuple[int, str]]:
-    """What tools answered, each with its place in the completion, counted as JavaScript counts: in units of UTF-16."""
+    """What tools and the environment answered, each with its place in the completion, counted as JavaScript counts: in units of
+    UTF-16."""
     found, place = [], 0
     for turn in turns:
-        if turn["role"] == "tool":
+        if turn["role"] != "assistant":
             found.append((place, turn["content"]))
         else:
             place += len(turn["content"].encode("utf-16-le", "surrogatepass")) // 2
@@ -138,12 +139,17 @@ def _describe(source: Source, bounds: list[tuple[int, int]]) -> dict[str, Any]:
 
 
 def _describe_run(run: Run) -> dict[str, Any]:
+    told = fit.prediction(run)
+    metrics = summary.columns(run)
+    if told is not None and "curve" in told:
+        metrics["values"][panels.FIT] = told.pop("curve")
     return {
         "name": run.name,
         "headline": summary.headline(run),
+        "prediction": told,
         "settings": summary.settings(run.config),
         "environment": summary.settings(run.environment),
-        "metrics": summary.columns(run),
+        "metrics": metrics,
         "intervals": summary.intervals(run),
         "held_out": summary.held_out(run),
         "results": run.results,

@@ -110,12 +110,12 @@ class Decoder:
         self.knobs.copy_(knobs_of(sampling))
         self.truncated = sampling.truncated
 
-    def read(self, prefixes: list[Prefix]) -> None:
-        """Keep the keys and values of whole prefixes."""
+    def read(self, prefixes: list[Prefix]) -> int:
+        """Keep the keys and values of whole prefixes, and say how many tokens these are."""
         rows = [(prefix.tokens, prefix.pages) for prefix in prefixes]
         rows = [(tokens, pages) for tokens, pages in rows if tokens]
         if not rows:
-            return
+            return 0
         lens = [len(tokens) for tokens, _ in rows]
         positions = [np.arange(n) for n in lens]
         places = [
@@ -132,6 +132,7 @@ class Decoder:
                 longest=max(lens),
             ),
         )
+        return sum(lens)
 
     def copy(self, pages: list[tuple[int, int]]) -> None:
         """Copy pages, as (source, target)."""

@@ -204,6 +204,10 @@ class Call:
             pages_each=decoder.table.shape[1],
         )
         self.num_places = 0
+        self.num_steps, self.num_read = (
+            0,
+            0,
+        )  # decoding steps, and tokens whose keys and values were computed before them
         self.timeline: list[tuple[float, int]] = []  # when each chunk was launched, and its sequences
 
     def _take_up(self, ahead: Ahead) -> None:
@@ -245,7 +249,7 @@ class Call:
     def _launch(self, before: Chunk | None) -> Chunk | None:
         """The next steps of all that run and do not come to their limits in the chunk before; None if there are none."""
         while prefixes := self.slots.read_ahead(READ_TOKENS):
-            self.decoder.read(prefixes)
+            self.num_read += self.decoder.read(prefixes)
             progress.tick()
         self.decoder.copy(self.slots.start(self.decoder.chunk))
         self.slots.grow(2 * self.decoder.chunk)  # the steps of the chunk before are not counted yet
@@ -260,6 +264,7 @@ class Call:
         self.timeline.append((time.perf_counter(), len(rows)))
         chunk = self.decoder.decode(rows)
         self.num_places += chunk.num_places
+        self.num_steps += self.decoder.chunk
         return chunk
 
     def _take_in(self, chunk: Chunk) -> None:
@@ -318,6 +323,8 @@ class Call:
             "rollout/kv_gib": self.decoder.cache.num_bytes / GIB,
             "rollout/occupancy": self.num_drawn / self.num_places if self.num_places else 1.0,
             "rollout/preempted": self.slots.num_preempted,
+            "rollout/decoding_steps": self.num_steps,
+            "rollout/read_tokens": self.num_read,
         }
 
 
