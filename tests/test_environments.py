@@ -79,7 +79,7 @@ def play(
     **settings: Any,
 ) -> tuple[Prompt, list[Completion], Player]:
     """The completions of one question that a player of these words writes."""
-    config = EnvironmentConfig(timeout_seconds=1.0, **settings)
+    config = EnvironmentConfig(**{"timeout_seconds": 1.0, **settings})
     data = DataConfig(name="x", template=template, max_prompt_tokens=1000)
     own = Environment.of(config, environment)
     with Toolbox.of(ToolsConfig(), SCORING, tools or [], own) as toolbox:
@@ -513,3 +513,54 @@ def test_grpo_sample_plays_the_environment_of_a_configuration(
     answered = [row for row in rows if "turns" in row]
     assert answered, [row["completion"] for row in rows]
     assert {row["turns"][1]["content"] for row in answered} <= {"Higher.", "Lower.", "Say a number."}
+
+
+VERIFIERS = """
+import random
+import verifiers as vf
+from verifiers.envs.experimental.gym_env import GymEnv
+
+
+class Game:
+    def reset(self, seed):
+        self.number = random.Random(seed).randint(1, 10)
+        return "Guess a number from 1 to 10."
+
+    def step(self, action):
+        right = action == self.number
+        return "Higher." if action < self.number else "Lower.", float(right), right, False, {}
+
+
+def load_environment(episodes):
+    parse = lambda text: int(text.split()[1])
+    return GymEnv(Game, action_parser=parse, num_train_episodes=episodes, num_eval_episodes=3, max_episode_steps=4)
+"""
+
+
+def test_an_environment_of_verifiers_is_played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Their GymEnv around a game. Not in CI, which does not install the package."""
+    pytest.importorskip("verifiers")
+    (tmp_path / "gym_game.py").write_text(VERIFIERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    args = {"env": "gym_game", "args": {"episodes": 5}}
+    config = EnvironmentConfig(function="of_verifiers", args=args, rows={"size": 4})
+    own = Environment.of(config)
+    rows, held_out = own.rows(held_out=False), own.rows(held_out=True)
+    assert ([row["answer"] for row in rows], [row["answer"] for row in held_out]) == (["0", "1", "2", "3"], ["4"])
+    number = random.Random(1).randint(1, 10)
+
+    def words(read: str, place: int) -> str:
+        return answer(number if "Higher." in read or "Lower." in read else number % 10 + 1) if place else answer(11)
+
+    given = {"num": 2, "row": rows[1], "args": args, "timeout_seconds": 60.0}
+    _, (lost, won), _ = play(words, own.runner.make, **given)
+    assert (lost.finish_reason, lost.episode.reward, lost.episode.num_turns) == ("stop", 0.0, 4)
+    assert [turn.said for turn in lost.turns[1::2]] == [("Lower.",)] * 3
+    assert (won.episode.reward, won.episode.num_turns, won.episode.ended) == (1.0, 2, True)
+
+
+def test_without_the_package_of_verifiers_its_environments_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "verifiers", None)
+    monkeypatch.delitem(sys.modules, "grpo.tools.environments.verifiers_env", raising=False)
+    with pytest.raises(ValueError, match=r"verifiers cannot be imported.*pip install 'grpo-zero\[verifiers\]'"):
+        Environment.of(EnvironmentConfig(function="of_verifiers"))

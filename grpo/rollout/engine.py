@@ -204,7 +204,10 @@ class Call:
             pages_each=decoder.table.shape[1],
         )
         self.num_places = 0
-        self.num_steps, self.num_read = 0, 0  # decoding steps, and tokens whose keys and values were computed before them
+        self.num_steps, self.num_read = (
+            0,
+            0,
+        )  # decoding steps, and tokens whose keys and values were computed before them
         self.timeline: list[tuple[float, int]] = []  # when each chunk was launched, and its sequences
 
     def _take_up(self, ahead: Ahead) -> None:

@@ -64,7 +64,8 @@ class Environment:
         return Reward(environment, weight=self.config.weight)
 
     def rows(self, *, held_out: bool) -> list[dict[str, Any]] | None:
-        """Questions of its own, made by its static method `rows(size, seed, ...)`; None: it has none.
+        """Questions of its own, made by its static method `rows(size, seed, ...)`, which is given those of its args that it
+        names; None: it has none.
 
         Row i is made from seed + i by convention, so held-out rows are those that would come next.
 
@@ -79,7 +80,8 @@ class Environment:
                     "data.name, and remove environment.rows."
                 )
             return None
-        args = {"size": SIZE, "seed": 0, **self.config.rows}
+        shared = {name: value for name, value in self.config.args.items() if name in inspect.signature(make).parameters}
+        args = {"size": SIZE, "seed": 0, **shared, **self.config.rows}
         if held_out:
             args["seed"] += args["size"]
         try:

@@ -321,11 +321,11 @@ class Toolbox:
 
     def _resets(self, number: int, name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
         of_tool = number < len(self.runners)
+        environment = self.environment
+        seconds = self.timeout_seconds if of_tool or environment is None else environment.config.timeout_seconds
         own = {"method": "reset", "arguments": {}} if of_tool else {"action": "reset", "text": "", "seed": 0}
         try:
-            outcomes = self._pool.run(
-                [Call(number, {**own, "state": None, "columns": row}, self.timeout_seconds) for row in rows]
-            )
+            outcomes = self._pool.run([Call(number, {**own, "state": None, "columns": row}, seconds) for row in rows])
         except FunctionBug as bug:
             raise RunError(
                 f"{name} raised an exception as its object was made for a question, or in its `reset`.\n{bug.worker_traceback}"
