@@ -23,6 +23,7 @@ from grpo import Reward, Trainer
 from grpo.config import Config, DataConfig, EnvironmentConfig, ToolsConfig
 from grpo.config.sections import ScoringConfig
 from grpo.data.prompts import build_prompts
+from grpo.data.rows import MESSAGES
 from grpo.rollout.grouping import Grouping
 from grpo.scoring.scorer import Scorer
 from grpo.system.jsonl import read_jsonl
@@ -30,7 +31,8 @@ from grpo.system.stopping import RunError, Stopped
 from grpo.turns.environment import Environment
 from grpo.turns.form import TAGGED, reply_form
 from grpo.turns.generator import TurnGenerator
-from grpo.turns.toolbox import Toolbox
+from grpo.turns.runner import without_observation
+from grpo.turns.toolbox import Toolbox, with_observations
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY / "model")
@@ -222,6 +224,32 @@ def test_what_reset_says_stands_behind_the_question_and_all_that_is_drawn_comes_
     assert second.turns[1].said[0] == said
     _, both, _ = play(lambda *_: "x", Dice, max_turns=2, num=2)
     assert both[0].turns[1].said != both[1].turns[1].said, "and of each completion its own"
+
+
+def test_what_reset_says_has_a_place_and_a_column_of_its_own():
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "Why?"}]
+    rows = [{"question": "", "answer": "1"}, {"question": "Why?", "answer": "2", MESSAGES: turns}]
+    chat = DataConfig(name="x", template="chat")
+    first, second = with_observations(rows, ["A 1.", "A 2."], chat)
+    assert (first["question"], first["observation"]) == ("A 1.", "A 1.")
+    assert second[MESSAGES] == [turns[0], {"role": "user", "content": "Why?\n\nA 2."}]
+    assert [without_observation(each) for each in (first, second)] == rows, "as `reset` is given them again"
+    raw = DataConfig(name="x", template="none", question_template="User: {question}\nAssistant:")
+    with pytest.raises(ValueError, match=r"a `reset` returned 'A 1.'; it would stand behind the template"):
+        with_observations(rows, ["A 1.", ""], raw)
+    with pytest.raises(ValueError, match=r"the data has a column 'observation'"):
+        with_observations([{**rows[0], "observation": "x"}], ["A 1."], chat)
+
+
+class Changing(Higher):
+    def reset(self, answer: str) -> str:
+        super().reset(answer)
+        return str(time.time())
+
+
+def test_a_reset_that_says_something_else_the_second_time_is_told():
+    with pytest.raises(RunError, match=r"(?s)Changing.reset returned .* not what it returned when the prompt was made"):
+        play(bisects, Changing)
 
 
 class Greeter:
