@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from grpo.tools.environments.guess_number import ASK
 from helpers import ROOT, TINY, tiny_config
@@ -25,6 +26,7 @@ from grpo.config.sections import ScoringConfig
 from grpo.data.prompts import build_prompts
 from grpo.data.rows import MESSAGES
 from grpo.rollout.grouping import Grouping
+from grpo.run.preflight import group_stats
 from grpo.scoring.scorer import Scorer
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import RunError, Stopped
@@ -33,7 +35,7 @@ from grpo.turns.form import TAGGED, reply_form
 from grpo.turns.generator import TurnGenerator
 from grpo.turns.runner import without_observation
 from grpo.turns.toolbox import Toolbox, with_observations
-from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
+from grpo.types import Completion, Group, OnGroup, Prompt, Sampling, Scores
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY / "model")
 SCORING = ScoringConfig(num_workers=1)
@@ -153,6 +155,13 @@ def test_an_episode_that_a_limit_ends_gives_its_last_reward_all_the_same():
     assert out.text == 3 * answer(4), "it ends with what the model wrote"
     size = len(TOKENIZER(answer(4) + " User: Higher. Assistant:", add_special_tokens=False)["input_ids"])
     _, (no_room,), _ = play(lambda *_: answer(4), Higher, max_tokens=size)
+    endings = group_stats(
+        Group(Prompt(0, [1], "", "", {}), [out, no_room]),
+        Scores(torch.zeros(1, 2), {}, 0, 0),
+        0,
+        end_token_ids=[TOKENIZER.eos_token_id],
+    ).endings
+    assert endings == ["stop text", "cut off"], "out of turns is not cut off, which the preflight would refuse"
     assert (no_room.finish_reason, no_room.trained, no_room.episode.reward) == ("length", None, 0.25)
     _, (cut,), _ = play(lambda *_: answer(4), Higher, max_tokens=3)
     assert (cut.finish_reason, cut.episode.num_turns, cut.episode.reward) == ("length", 0, 0.0)
@@ -353,7 +362,9 @@ def test_what_is_no_environment_and_what_does_not_go_with_one_is_refused(tmp_pat
     with pytest.raises(ValueError, match=r"takes size, seed, low, high, question.*'least'"):
         Environment.of(EnvironmentConfig(function="guess_number", rows={"least": 1})).rows(held_out=False)
     with pytest.raises(ValueError, match=r"environment.rows is \{'size': 5\}.*no effect"):
-        tiny_config(tmp_path, environment={"function": "guess_number", "rows": {"size": 5}})
+        Trainer(tiny_config(tmp_path, environment={"function": "guess_number", "rows": {"size": 5}}))
+    with pytest.raises(ValueError, match=r"environment.max_turns is 3; there is no environment, and it has no effect"):
+        Trainer(tiny_config(tmp_path, environment={"max_turns": 3}))
     with pytest.raises(ValueError, match=r"carry_over is true; a completion that waits for its environment"):
         tiny_config(
             tmp_path,

@@ -104,8 +104,13 @@ def own_rows(
         reads_answer: as load_rows has it.
 
     Raises:
-        ValueError: as Environment.rows; or a row is none.
+        ValueError: as Environment.rows; or a row is none, or environment.rows has no effect.
     """
+    if data.name is not None and environment.config.rows:
+        raise ValueError(
+            f"environment.rows is {environment.config.rows}; the questions are those of data.name ({data.name!r}), and it has no "
+            "effect. Remove one of the two."
+        )
     if data.name is not None or (evaluation and data.eval_name is not None):
         return None
     made = environment.rows(held_out=evaluation)
@@ -114,3 +119,13 @@ def own_rows(
     return prepare_rows(
         made, data, answer_regex=data.answer_regex, setting="environment.rows", reads_answer=reads_answer
     )
+
+
+def check_unused(config: EnvironmentConfig) -> None:
+    """Raises ValueError: there is no environment, and something is set of it."""
+    for name, field in type(config).model_fields.items():
+        if getattr(config, name) != field.get_default(call_default_factory=True):
+            raise ValueError(
+                f"environment.{name} is {getattr(config, name)!r}; there is no environment, and it has no effect. Set "
+                "environment.function, hand an environment to Trainer, or remove it."
+            )
