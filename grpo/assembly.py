@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.algorithm.objective import Objective
+from grpo.algorithm.objective import AdvantageRule, Objective
 from grpo.algorithm.own_loss import Loss
 from grpo.config import Config, SupervisedConfig
 from grpo.config.combinations import CARRY_OVER_WITH_ENVIRONMENT, CARRY_OVER_WITH_TOOLS
 from grpo.config.settings import Settings
 from grpo.data.pass_rates import within_pass_rates
-from grpo.data.prompts import Order, PromptOrder, build_prompts, check_kinds, use_chat_template
+from grpo.data.prompts import Order, PromptOrder, build_prompts, check_kinds, ranks, use_chat_template
 from grpo.data.rows import load_rows, missing, prepare_rows
 from grpo.observe import rundir
 from grpo.observe.bar import check_rows
@@ -242,8 +242,8 @@ def with_given_model(config: AnyNamed, given: GivenModel, processes: TrainingPro
 OF_THE_LOSS = [field.name for field in fields(Objective) if field.name != "kl_coef"]
 REPLACED: dict[str, tuple[str, list[str]]] = {
     "optimizer": ("optimizer", ["beta1", "beta2", "weight_decay"]),
-    "advantage": ("algorithm", ["baseline", "normalize_by_std"]),
-    "loss": ("algorithm", [*OF_THE_LOSS, "top_entropy"]),
+    "advantage": ("algorithm", [field.name for field in fields(AdvantageRule)]),
+    "loss": ("algorithm", [*OF_THE_LOSS, "top_entropy", "clip_cov", "entropy_target"]),
 }
 """Argument of Trainer -> the section and the settings that have no effect beside it."""
 
@@ -258,8 +258,15 @@ def _without_effect(config: Config, **given: Callable[..., Any] | None) -> Itera
                 yield f"{section}.{name} is {value}, without effect: {argument} was given to Trainer"
     if given["loss"] is not None and config.rollout.carry_over:
         yield "rollout.carry_over is true, and loss was given to Trainer: it must weigh old tokens itself, by sampling_logprobs"
+    if given["order"] is not None and config.data.order_by is not None:
+        yield f"data.order_by is {config.data.order_by!r}, without effect: order was given to Trainer"
     if given["order"] is not None and config.data.weights is not None:
         yield "the weights in data.name are without effect: order was given to Trainer"
+    elif config.rollout.solved_share < 1 and config.data.weights is not None:
+        yield (
+            f"rollout.solved_share is {config.rollout.solved_share:g}: the weights in data.name share out turns, and a source "
+            "with more solved questions is passed over more often"
+        )
 
 
 def _questions(
@@ -308,6 +315,9 @@ def _questions(
         world_size=processes.world_size,
         weights=config.data.weights if train_dataset is None and own_order is None else None,
         own=own_order,
+        solved_share=config.rollout.solved_share,
+        ranks=ranks(prompts, config.data) if own_order is None else None,
+        ranked_epochs=config.data.order_epochs,
     )
     return Questions(order, held_out, scorer, audits)
 

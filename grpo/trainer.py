@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ class Trainer(Loop):
         optimizer: a function from the list of trained parameters to their torch optimizer, instead of AdamW. The learning rate
             remains that of `optimizer.learning_rate` and its schedule.
         advantage: a function from rewards (questions, completions), NaN where unknown, to advantages of the same shape, instead
-            of what `algorithm.baseline` and `algorithm.normalize_by_std` say.
+            of what `algorithm.baseline`, `algorithm.normalize_by_std` and their like say.
         loss: a function from `LossInputs`, the tokens of a pass, to the loss of each, instead of the clipped surrogate with its
             KL and entropy terms.
         order: a function from the epoch (0, 1, ...) and the rows to the row numbers in the order in which they are asked, instead
@@ -149,13 +150,36 @@ class Trainer(Loop):
     def _follow_schedules(self) -> None:
         """Hand on to the parts that hold a setting what it is in the step under way."""
         now, limit = self.now, self.now.rollout.max_completion_tokens
-        self.learner.follow(now.algorithm.objective, temperature=now.rollout.temperature, max_completion_tokens=limit)
+        objective = replace(now.algorithm.objective, entropy_coef=self._entropy_coef)
+        self.learner.follow(objective, temperature=now.rollout.temperature, max_completion_tokens=limit)
         progress_of_run = SimpleNamespace(
             global_step=self.state.optimizer_steps,
             max_steps=self.config.optimizer_steps,
             epoch=self.state.position / len(self.prompts.prompts),
         )
         self.collector.follow(now.scheduled_weights, max_completion_tokens=limit, trainer_state=progress_of_run)
+
+    @property
+    def _entropy_coef(self) -> float:
+        """The weight of the entropy bonus in the step under way."""
+        algorithm, state = self.config.algorithm, self.state
+        control = algorithm.entropy_control
+        if control is None:
+            return algorithm.entropy_coef
+        coef = algorithm.entropy_coef if state.entropy_coef is None else state.entropy_coef
+        return control.in_use(coef, state.entropy)
+
+    def _follow_entropy(self, metrics: dict[str, float]) -> None:
+        """Change that weight for the next step, by the entropy of this one."""
+        algorithm, state = self.config.algorithm, self.state
+        control = algorithm.entropy_control
+        if control is None:
+            return
+        metrics["policy/entropy_coef"] = self._entropy_coef
+        if "policy/entropy" in metrics:
+            coef = algorithm.entropy_coef if state.entropy_coef is None else state.entropy_coef
+            state.entropy_coef = control.next(coef, metrics["policy/entropy"])
+            state.entropy = metrics["policy/entropy"]
 
     def _sample(self) -> None:
         self.rollouts.make(
@@ -185,6 +209,9 @@ class Trainer(Loop):
         metrics = step_metrics(self.step.meter, self.step.seconds, self.processes) | self.state.metrics()
         metrics |= {f"schedule/{name}": float(value) for name, value in self.now.scheduled_values().items()}
         metrics["progress/epoch"] = self.state.position / len(self.prompts.prompts)
+        self._follow_entropy(metrics)
+        if self.prompts.solved_share < 1:
+            metrics["progress/solved"] = len(self.state.solved) / len(self.prompts.prompts)
         return self._close_step(metrics, rollout)
 
     # ---- what the run's course asks for ------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import warm
+from number_reward import digits_in_text as digits_in_text
 from number_reward import number_in_text as number_in_text
 from number_reward import number_or_nothing as number_or_nothing
 from transformers import AutoModelForCausalLM, PretrainedConfig

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ class Told:
     ref: list[float]
     sampled: list[float]
     cut_off: bool = False
+    targets: list[int] = field(default_factory=list)
 
 
 def clip(x: Tensor, low: float, high: float) -> Tensor:
@@ -112,6 +114,26 @@ def top_entropy(tolds: list[Told], longest: int) -> Tensor:
     )
 
 
+def clip_cov(tolds: list[Told], longest: int) -> Tensor:
+    every = [(i, t) for i, told in enumerate(tolds) for t in range(len(told.old))]
+    mean_advantage = sum(tolds[i].advantage for i, _ in every) / len(every)
+    mean_logprob = sum(tolds[i].old[t] for i, t in every) / len(every)
+
+    def covariance(i: int, t: int) -> float:
+        return (tolds[i].old[t] - mean_logprob) * (tolds[i].advantage - mean_advantage)
+
+    def lot(i: int, t: int) -> int:
+        (bits,) = struct.unpack("<i", struct.pack("<f", tolds[i].sampled[t]))
+        mixed = (bits * 2_654_435_761 + tolds[i].targets[t] * 40_503) % 2**32
+        return ((mixed ^ (mixed >> 15)) * 2_246_822_519) % 2**32
+
+    within = sorted((place for place in every if 1 < covariance(*place) < 5), key=lambda place: lot(*place))
+    assert len(within) > 1, "there is something to choose from"
+    left_out = within[: max(int(0.0002 * len(every)), 1)]
+    total = sum(0 * tolds[i].logprobs[t] if (i, t) in left_out else -ppo(tolds[i], t, 0.2, 0.2) for i, t in every)
+    return total / len(every)
+
+
 def tis(tolds: list[Told], longest: int) -> Tensor:
     def of_token(told: Told, t: int) -> Tensor:
         weight = min(math.exp(told.old[t] - told.sampled[t]), 2.0)
@@ -176,6 +198,14 @@ def grpo_weighted_kl(tolds: list[Told], longest: int) -> Tensor:
     return mean_of_means(tolds, lambda told, t: -ppo(told, t, 0.2, 0.2) + 0.04 * ratio(told, t) * k3(told, t))
 
 
+def grpo_without_kl(tolds: list[Told], longest: int) -> Tensor:
+    return mean_of_means(tolds, lambda told, t: -ppo(told, t, 0.2, 0.2))
+
+
+def reinforce_plus_plus(tolds: list[Told], longest: int) -> Tensor:
+    return mean_of_tokens(tolds, lambda told, t: -ppo(told, t, 0.2, 0.2) + 0.001 * k2(told, t))
+
+
 def grpo_k2(tolds: list[Told], longest: int) -> Tensor:
     return mean_of_means(tolds, lambda told, t: -ppo(told, t, 0.2, 0.2) + 0.001 * k2(told, t))
 
@@ -206,11 +236,34 @@ def leave_one_out(rewards: list[float]) -> list[float]:
     ]
 
 
+def over_mean(rewards: list[float]) -> list[float]:
+    """MaxRL."""
+    return [x / (sum(rewards) / len(rewards)) for x in group_mean(rewards)]
+
+
+def best_of_two(rewards: list[float]) -> list[float]:
+    """Pass@k training with k = 2, whose responses are pairs."""
+    pairs = [(i, j) for i in range(len(rewards)) for j in range(i)]
+    advantages = standardized([max(rewards[i], rewards[j]) for i, j in pairs])
+    own = [[x for x, pair in zip(advantages, pairs, strict=True) if i in pair] for i in range(len(rewards))]
+    return [sum(each) / len(each) for each in own]
+
+
+def pkpo_of_two(rewards: list[float]) -> list[float]:
+    """What each adds to the best of a pair, over all pairs, times the number of completions."""
+    size, num_pairs = len(rewards), len(rewards) * (len(rewards) - 1) / 2
+    return [
+        size / num_pairs * sum(max(x, y) - y for j, y in enumerate(rewards) if j != i) for i, x in enumerate(rewards)
+    ]
+
+
 @dataclass(frozen=True)
 class Algorithm:
     loss: Callable[[list[Told], int], Tensor]
     advantages: Callable[[list[float]], list[float]] = standardized
     kl_in_reward: float = 0.0
+    over_batch: bool = False  # advantages are divided by their deviation over the batch
+    separate: bool = False  # of two rewards, each with advantages of its own
 
 
 FAMILY = {
@@ -234,4 +287,10 @@ FAMILY = {
     "SAPO": Algorithm(sapo),
     "DPPO": Algorithm(dppo),
     "GRPO, KL of DeepSeek-V3.2": Algorithm(grpo_weighted_kl),
+    "REINFORCE++ with a baseline": Algorithm(reinforce_plus_plus, group_mean, over_batch=True),
+    "GDPO": Algorithm(grpo_without_kl, standardized, over_batch=True, separate=True),
+    "Clip-Cov": Algorithm(clip_cov),
+    "MaxRL": Algorithm(grpo_without_kl, over_mean),
+    "Pass@k training": Algorithm(grpo_without_kl, best_of_two),
+    "PKPO": Algorithm(grpo_without_kl, pkpo_of_two),
 }

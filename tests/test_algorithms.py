@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TINY, FixedGenerator, number_in_text, tiny_config
+from helpers import ROOT, TINY, FixedGenerator, digits_in_text, number_in_text, tiny_config
 from slow_family import FAMILY, Algorithm, Told
 from transformers import AutoModelForCausalLM
 
-from grpo import Trainer
+from grpo import Reward, Trainer
 from grpo.config import Config
 from grpo.rollout.grouping import all_at_once
 from grpo.system.jsonl import read_jsonl
@@ -106,7 +106,24 @@ def own_logprobs(completion: Completion) -> list[float]:
     return [x for x in completion.logprobs if not math.isnan(x)]
 
 
+def advantages_of_all(
+    algorithm: Algorithm, groups: list[Group], lm: torch.nn.Module, reference: torch.nn.Module
+) -> list[list[float]]:
+    every = [advantages_of(algorithm, group, lm, reference) for group in groups]
+    if not algorithm.over_batch:
+        return every
+    flat = [x for each in every for x in each]
+    std = math.sqrt(sum((x - sum(flat) / len(flat)) ** 2 for x in flat) / len(flat))
+    return [[(x - sum(flat) / len(flat)) / std for x in each] for each in every]
+
+
 def advantages_of(algorithm: Algorithm, group: Group, lm: torch.nn.Module, reference: torch.nn.Module) -> list[float]:
+    if algorithm.separate:
+        first, second = (
+            algorithm.advantages([reward(completion.text) for completion in group.completions])
+            for reward in (number_in_text, digits_in_text)
+        )
+        return [x + 0.5 * y for x, y in zip(first, second, strict=True)]
     rewards = [float(completion.text) for completion in group.completions]
     if algorithm.kl_in_reward:
         with torch.no_grad():
@@ -131,7 +148,8 @@ def test_a_tools_thousand_tokens_are_read_and_are_in_no_sum_no_length_and_no_rat
 def check_two_steps(tmp_path: Path, name: str, *, result_tokens: int = 0) -> dict[str, float]:
     """Compare losses and gradients; the metrics of the first step."""
     algorithm, config = FAMILY[name], row_config(tmp_path, TABLE[name])
-    trainer = Trainer(config, rewards=[number_in_text], train_dataset=read_jsonl(TINY / "train.jsonl")[:8])
+    rewards = [number_in_text, Reward(digits_in_text, weight=0.5)] if algorithm.separate else [number_in_text]
+    trainer = Trainer(config, rewards=rewards, train_dataset=read_jsonl(TINY / "train.jsonl")[:8])
     trainer.collector.generator = Replay()
     model, reference = (AutoModelForCausalLM.from_pretrained(TINY / "model", dtype=torch.float32) for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
@@ -142,26 +160,25 @@ def check_two_steps(tmp_path: Path, name: str, *, result_tokens: int = 0) -> dic
         groups = sample_from(model, asked, result_tokens=result_tokens)
         trainer.collector.generator.groups = groups
         parts = [groups[:2], groups[2:]] if config.algorithm.num_minibatches == 2 else [groups]
+        advantages = iter(advantages_of_all(algorithm, groups, model, reference))
         minibatches = []
         for part in parts:
             told = []
             for group in part:
-                for advantage, completion in zip(
-                    advantages_of(algorithm, group, model, reference), group.completions, strict=True
-                ):
+                for advantage, completion in zip(next(advantages), group.completions, strict=True):
                     with torch.no_grad():
                         old, old_entropies = outcomes(model, group, completion)
                         ref, _ = outcomes(reference, group, completion)
                     before = [each.tolist() for each in (old, old_entropies, ref)]
-                    cut_off = completion.finish_reason == "length"
-                    told.append((group, completion, (advantage, *before, own_logprobs(completion), cut_off)))
+                    cut_off, targets = completion.finish_reason == "length", completion.own_ids
+                    told.append((group, completion, (advantage, *before, own_logprobs(completion), cut_off, targets)))
             minibatches.append(told)
         losses, norms = [], []
         for told in config.algorithm.num_epochs * minibatches:
             tolds = []
-            for group, completion, (advantage, old, old_entropies, ref, sampled, cut_off) in told:
+            for group, completion, (advantage, *before) in told:
                 now, entropies = outcomes(model, group, completion)
-                tolds.append(Told(advantage, now, entropies, old, old_entropies, ref, sampled, cut_off))
+                tolds.append(Told(advantage, now, entropies, *before))
             loss = algorithm.loss(tolds, LONGEST)
             optimizer.zero_grad()
             loss.backward()

@@ -17,6 +17,7 @@ from grpo.rewards import accuracy, format
 from helpers import ROOT, TINY, tiny_config
 from rich.console import Console
 
+from grpo.algorithm.objective import AdvantageRule
 from grpo.cli.model_options import add_options
 from grpo.config import DataConfig, RewardConfig, ScoringConfig
 from grpo.data.prompts import build_prompts
@@ -175,7 +176,7 @@ def asked(answers: list[str]) -> list[dict[str, Any]]:
             scorer=scorer,
             sampling=Sampling(64),
             num_completions=4,
-            normalize_by_std=True,
+            rule=AdvantageRule(),
             seed=0,
         )
 

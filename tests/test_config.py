@@ -160,6 +160,31 @@ def test_a_missing_setting_is_named(tmp_path: Path):
             ["algorithm.reference_refresh_steps is 2", "6 optimizer steps", "a multiple"],
         ),
         ({"algorithm": {"baseline": "leave_one_out"}}, ["baseline is 'leave_one_out'", "normalize_by_std to false"]),
+        ({"algorithm": {"entropy_step": 0.1}}, ["entropy_step is 0.1", "entropy_target is null"]),
+        ({"algorithm": {"clip_cov_low": 0.5}}, ["clip_cov_low is 0.5", "clip_cov is 0"]),
+        (
+            {"algorithm": {"clip_cov": 0.1, "clip_cov_low": 6}},
+            ["clip_cov_low is 6", "clip_cov_low below clip_cov_high"],
+        ),
+        ({"data": {"order_epochs": 2}}, ["order_epochs is 2", "order_by is null"]),
+        (
+            {"data": {"order_by": "level", "name": [{"name": "a", "weight": 1}, {"name": "b", "weight": 2}]}},
+            ["order_by is 'level'", "has weights"],
+        ),
+        ({"algorithm": {"pass_at": 4}}, ["pass_at is 4", "has 4 completions", "to at most 3"]),
+        ({"algorithm": {"normalize_by_mean": True}}, ["normalize_by_mean is true", "normalize_by_std to false"]),
+        (
+            {"algorithm": {"separate_rewards": True, "normalize_by_std": False}},
+            ["separate_rewards is true", "to batch"],
+        ),
+        (
+            {"algorithm": {"separate_rewards": True, "pass_at": 2}},
+            ["separate_rewards is True and algorithm.pass_at is 2", "Remove one of the two"],
+        ),
+        (
+            {"algorithm": {"normalize_by_mean": True, "normalize_by_std": False, "baseline": "leave_one_out"}},
+            ["normalize_by_mean is true", "baseline to mean"],
+        ),
         (
             {"algorithm": {"clip": "weight", "clip_low": None, "clip_high": None}},
             ["algorithm.clip is 'weight'", "no bound", "Set algorithm.clip_high"],

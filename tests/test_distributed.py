@@ -104,7 +104,7 @@ def test_what_looks_at_whole_completions_minibatches_or_groups_does_not_depend_o
     whole = update(tmp_path / "whole", "--family", zero=0, processes=1, budget=100_000)
     parts = update(tmp_path / "parts", "--family", zero=3, processes=2, budget=120)
     for row in read_json(whole / "metrics.json"):
-        assert row["policy/selected"] == pytest.approx(0.3, abs=0.02)
+        assert 0.2 < row["policy/selected"] < 0.295, "the highest 0.3 in entropy, less some of high covariance"
         assert 0 < row["policy/importance_bounded"] < 1
     assert (
         read_json(whole / "metrics.json")[1]["policy/kl_penalty"] != 0
@@ -245,6 +245,20 @@ def test_a_process_may_leave_its_group_and_train_in_another(tmp_path: Path, zero
         assert policy.processes.world_size == 1
         distributed.stop()
         assert not torch.distributed.is_initialized()
+
+
+def test_the_host_of_a_gpu_gets_few_threads_unless_the_environment_says_how_many(monkeypatch: pytest.MonkeyPatch):
+    before = torch.get_num_threads()
+    try:
+        for given, number in (("8", 8), (None, distributed.MOST_THREADS)):
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+            if given:
+                monkeypatch.setenv("OMP_NUM_THREADS", given)
+            torch.set_num_threads(8)
+            distributed.limit_threads()
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_accelerates_cpu_switch_does_not_drop_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

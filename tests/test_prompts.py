@@ -1,7 +1,9 @@
 import gzip
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from grpo.rewards import format
@@ -10,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from grpo.config import DataConfig
-from grpo.data.prompts import TEMPLATES, PromptOrder, build_prompts, use_chat_template
+from grpo.data.prompts import TEMPLATES, PromptOrder, build_prompts, ranks, use_chat_template
 from grpo.data.rows import load_rows, prepare_rows
 from grpo.types import Prompt
 
@@ -334,6 +336,53 @@ def test_the_processes_together_deal_the_same_prompts_as_one(world_size: int):
     alone, shared = order(), [order(rank, world_size) for rank in range(world_size)]
     for _ in range(6):
         assert sorted(rows_of(alone.draw(4))) == sorted(r for s in shared for r in rows_of(s.draw(4)))
+
+
+def leveled(
+    order_by: str, levels: list[Any], *, rank: int = 0, world_size: int = 1, epochs: int = 1, seed: int = 0
+) -> PromptOrder:
+    prompts = [Prompt(i, [i], "", "", {"question": "?", "level": level}) for i, level in enumerate(levels)]
+    places = ranks(prompts, DataConfig(order_by=order_by))
+    return PromptOrder(prompts, seed=seed, rank=rank, world_size=world_size, ranks=places, ranked_epochs=epochs)
+
+
+@pytest.mark.parametrize("as_written", [lambda level: level, lambda level: f"Level {level}", lambda level: level / 3])
+def test_a_curriculum_goes_by_a_column_and_is_seeded_within_and_afterwards(as_written: Callable[[int], Any]):
+    levels = [3, 1, 2, 2, 3, 1, 2, 1, 3, 2]
+    values = [*map(as_written, levels)]
+    for order_by, expected in (("level", sorted(levels)), ("-level", sorted(levels, reverse=True))):
+        dealer = leveled(order_by, values)
+        first, second = rows_of(dealer.draw(10)), rows_of(dealer.draw(10))
+        assert [levels[row] for row in first] == expected
+        assert sorted(first) == sorted(second) == list(range(10))
+        assert [levels[row] for row in second] != expected, "one epoch was asked for"
+    twice = leveled("level", values, epochs=2)
+    epochs = [rows_of(twice.draw(10)) for _ in range(3)]
+    assert [[levels[row] for row in epoch] == sorted(levels) for epoch in epochs] == [True, True, False]
+    assert epochs[0] != epochs[1], "within a level the order is another one"
+    assert rows_of(leveled("level", values, seed=1).draw(10)) != epochs[0]
+    pair = [leveled("level", values, rank=rank, world_size=2) for rank in range(2)]
+    assert [row for rows in zip(*(rows_of(each.draw(10)) for each in pair), strict=True) for row in rows] == epochs[0]
+    resumed = leveled("level", values, epochs=2)
+    resumed.position = 13
+    assert rows_of(resumed.draw(7)) == epochs[1][3:]
+
+
+@pytest.mark.parametrize(
+    ("order_by", "levels", "said"),
+    [
+        (
+            "-lvel",
+            [1, 2],
+            r"'-lvel'; 2 of 2 questions have nothing in the column 'lvel'. The columns are question, level",
+        ),
+        ("level", [1, None], r"1 of 2 questions have nothing in the column 'level'"),
+        ("level", [1, "2"], r"its values are of the types int, str, which have no order"),
+    ],
+)
+def test_a_column_without_an_order_is_refused(order_by: str, levels: list[Any], said: str):
+    with pytest.raises(ValueError, match=said):
+        leveled(order_by, levels)
 
 
 def test_held_out_questions_may_have_columns_of_their_own(tmp_path: Path):

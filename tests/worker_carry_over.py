@@ -1,4 +1,4 @@
-"""A run of several processes that carries over, stopped between two updates and resumed: the same as one that was not."""
+"""Several processes carry over and pass over solved questions, stopped between two updates and resumed: the same as without."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ from grpo.system.stopping import Stopped
 
 def main() -> None:
     scratch = Path(sys.argv[1])
-    settings: dict[str, Any] = {"algorithm": {"num_minibatches": 2}, "distributed": {"zero_stage": 2}}
+    settings: dict[str, Any] = {
+        "data": {"split": "train[:12]"},
+        "rollout": {"solved_share": 0.2, "solved_from": 0.25, "signal_from": "format"},
+        "algorithm": {"num_minibatches": 2},
+        "distributed": {"zero_stage": 2},
+    }
     whole = Trainer(carrying(scratch / "whole", steps=4, **settings))
     whole.train()
     stopped = Trainer(carrying(scratch / "stopped", steps=4, **settings))
@@ -42,6 +47,7 @@ def main() -> None:
     if resumed.processes.is_main:
         assert metrics_of(scratch / "stopped") == metrics_of(scratch / "whole")
         assert any(row.get("rollout/carried", 0) > 0 for row in metrics_of(scratch / "whole"))
+        assert any(row.get("group/passed_over", 0) > 0 for row in metrics_of(scratch / "whole"))
         print("as if it had not been")
     distributed.stop()
 

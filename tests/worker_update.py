@@ -28,6 +28,8 @@ FAMILY = {
     "clip_low": 1e-4,
     "clip_high": 1e-4,
     "top_entropy": 0.3,
+    "clip_cov": 0.1,
+    "clip_cov_low": 0.1,
     "num_epochs": 2,
     "importance": "truncate",
     "importance_low": 0.01,
@@ -35,7 +37,7 @@ FAMILY = {
     "entropy_coef": 0.01,
     "kl_in": "reward",
     "kl_estimator": "k1",
-    "normalize_by_std": False,
+    "normalize_by_std": "batch",
 }
 shard_even_small_weights(fetch_ahead=True)
 config = tiny_config(

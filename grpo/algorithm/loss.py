@@ -251,6 +251,41 @@ def entropy_threshold(entropies: Tensor, share: float) -> float:
     return float(entropies.topk(math.ceil(share * len(entropies)), sorted=True).values[-1])
 
 
+def token_sums(advantages: Tensor, logprobs: Tensor) -> tuple[int, float, float]:
+    """How many tokens there are, and the sums of their advantages and log-probabilities (T,): what `covariances` centres by."""
+    return len(advantages), float(advantages.double().sum()), float(logprobs.double().sum())
+
+
+def covariances(advantages: Tensor, logprobs: Tensor, sums: list[tuple[int, float, float]]) -> Tensor:
+    """(T,) each token's part of the covariance of log-probability and advantage (arXiv 2505.22617, eq. 10).
+
+        cov_t = (log pi(t) - mean of log pi) * (A_t - mean of A)
+
+    The means are over all tokens of the minibatch, over all its passes and processes, so it does not depend on the split.
+
+    Args:
+        advantages: (T,) of the tokens of a pass, as their log-probabilities before the update.
+        sums: `token_sums` of each pass of each process.
+    """
+    number, advantage, logprob = (sum(each) for each in zip(*sums, strict=True))
+    return (logprobs - logprob / number) * (advantages - advantage / number)
+
+
+def lots(sampling_logprobs: Tensor, targets: Tensor) -> Tensor:
+    """(T,) whole numbers below 2 ** 32 that are as good as drawn at random, and the same wherever a token is computed.
+
+    They are a hash of the token and of the digits of the log-probability that it was drawn with.
+    """
+    bits = sampling_logprobs.float().contiguous().view(torch.int32).long()
+    mixed = (bits * 2_654_435_761 + targets * 40_503) % 2**32
+    return ((mixed ^ (mixed >> 15)) * 2_246_822_519) % 2**32
+
+
+def lot_limit(drawn: Tensor, number: int) -> int:
+    """Those of `lots` up to it are the `number` smallest; -1: none."""
+    return int(drawn.sort().values[min(number, len(drawn)) - 1]) if len(drawn) and number else -1
+
+
 def token_weights(
     aggregation: str,
     completion_lens: Tensor,

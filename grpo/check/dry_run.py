@@ -54,6 +54,10 @@ class RandomRewards(Scorer):
         """See Scorer."""
         return RandomScoring(num_groups)
 
+    def parts(self, scores: Scores) -> list[tuple[float, torch.Tensor]]:
+        """See Scorer."""
+        return [(1.0, scores.rewards)]
+
     def close(self) -> None:
         """There are no workers."""
 

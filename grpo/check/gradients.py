@@ -14,7 +14,7 @@ are compared: the cosine says how far the direction is off; noise makes g longer
 up in float32, so that a row shows its own part only. DeepSpeed adds them in the model's precision, and so do the rows through it.
 
 Two things differ from a run's step. The reference of the KL term are the log-probabilities of the rollout: with those of the
-starting model its gradient would be zero. And the surrogate counts every token (algorithm.top_entropy 1).
+starting model its gradient would be zero. And the surrogate counts every token (algorithm.top_entropy 1, clip_cov 0).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from grpo.algorithm.advantage import group_advantages
+from grpo.algorithm.advantage import advantages_of_batch
 from grpo.algorithm.batch import micro_batch, pack, plan_passes, take
 from grpo.algorithm.loss import grpo_loss, token_weights
 from grpo.check.dry_run import changed
@@ -156,13 +156,13 @@ def sample(config: Config, num_sequences: int) -> Work:
             num_completions=config.rollout.group_size,
             seed=config.run.seed,
         )
-        algorithm = config.algorithm
-        advantages = group_advantages(
-            scores.rewards, normalize_by_std=algorithm.normalize_by_std, baseline=algorithm.baseline
-        )
+        parts = trainer.collector.scorer.parts(scores)
+        advantages = advantages_of_batch(config.algorithm.advantage_rule, scores.rewards, parts)
         batch, made_up = choose(groups, advantages, num_sequences)
         return Work(config, batch, made_up, trainer.processes.device, trainer.policy.tokenizer)
 
+
+COUNTS_ALL = {"top_entropy": 1.0, "clip_cov": 0.0, "clip_cov_low": 1.0, "clip_cov_high": 5.0}
 
 NO_OFFLOAD = {"offload_optimizer": False, "offload_parameters": False}
 
@@ -348,7 +348,7 @@ def check(config: Config, *, num_sequences: int = NUM_SEQUENCES, out: Path | Non
     Raises:
         ValueError: as Trainer; adapters are trained; there is no completion to train on.
     """
-    config = changed(config.at(0), algorithm={"top_entropy": 1.0})
+    config = changed(config.at(0), algorithm=COUNTS_ALL)
     if config.lora.rank:
         raise ValueError(
             f"lora.rank is {config.lora.rank}; this check compares the gradients of all weights. Set lora.rank=0."

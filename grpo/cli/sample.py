@@ -122,7 +122,6 @@ def sample(options: argparse.Namespace) -> list[dict[str, Any]]:
             scorer=scorer,
             sampling=chosen.sampling,
             num_completions=options.group,
-            normalize_by_std=chosen.settings.algorithm.normalize_by_std,
-            baseline=chosen.settings.algorithm.baseline,
+            rule=chosen.settings.algorithm.advantage_rule,
             seed=options.seed,
         )

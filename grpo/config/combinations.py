@@ -109,15 +109,26 @@ def check_combinations(config: Config) -> None:
             f"rollout.group_size is {rollout.group_size}; group-relative advantages need at least 2 completions per "
             "prompt. Set rollout.group_size >= 2."
         )
+    most = rollout.group_size - (config.algorithm.baseline == "mean")
+    if config.algorithm.pass_at > most:
+        raise ValueError(
+            f"algorithm.pass_at is {config.algorithm.pass_at}; a group has {rollout.group_size} completions "
+            f"(rollout.group_size), too few to compare the best of so many with others. Set algorithm.pass_at to at most {most}."
+        )
     if rollout.max_oversampling > 1 and config.max_questions_per_step == rollout.num_prompts:
         raise ValueError(
             f"rollout.max_oversampling is {rollout.max_oversampling:g}; it allows not one question more than the "
             f"{rollout.num_prompts} of a step (rollout.num_prompts). Set it to 1, or to 2 or more."
         )
-    if rollout.signal_from is not None and rollout.max_oversampling == 1:
+    if rollout.signal_from is not None and rollout.max_oversampling == rollout.solved_share == 1:
         raise ValueError(
-            f"rollout.signal_from is {rollout.signal_from!r}; it has no effect while rollout.max_oversampling is 1. Remove it, "
-            "or set rollout.max_oversampling."
+            f"rollout.signal_from is {rollout.signal_from!r}; it has no effect while rollout.max_oversampling is 1 and "
+            "rollout.solved_share 1. Remove it, or set one of these."
+        )
+    if rollout.solved_from != type(rollout).model_fields["solved_from"].default and rollout.solved_share == 1:
+        raise ValueError(
+            f"rollout.solved_from is {rollout.solved_from:g}; it has no effect while rollout.solved_share is 1. Set that to "
+            "less, such as 0.1, or remove it."
         )
     _check_carry_over(config)
     _check_updates(config)
@@ -170,6 +181,7 @@ def check_combinations(config: Config) -> None:
         )
     _check_task(config.data)
     _check_sources(config.data)
+    _check_order(config.data)
     low, high = config.data.pass_rate
     if low > high:
         raise ValueError(
@@ -252,6 +264,19 @@ def _check_source(setting: str, source: SourceConfig) -> None:
                 f"{setting}.question_template is {source.question_template!r}; it names no column in braces. Name "
                 "one, such as {question}."
             )
+
+
+def _check_order(data: DataConfig) -> None:
+    if data.order_by is None and data.order_epochs != DataConfig.model_fields["order_epochs"].default:
+        raise ValueError(
+            f"data.order_epochs is {data.order_epochs}; it has no effect while data.order_by is null. Name a column there, or "
+            "remove it."
+        )
+    if data.order_by is not None and data.weights is not None:
+        raise ValueError(
+            f"data.order_by is {data.order_by!r} and data.name has weights; each of the two says which question is next. Remove "
+            "one of them."
+        )
 
 
 def _is_task(name: str | list[SourceConfig] | None) -> bool:
@@ -393,6 +418,7 @@ def _check_updates(config: Config) -> None:
 def _check_objective(algorithm: AlgorithmConfig) -> None:
     """Nothing in it contradicts the rest, or has no effect."""
     default = AlgorithmConfig.model_fields
+    _check_advantage(algorithm)
     if algorithm.baseline == "leave_one_out" and algorithm.normalize_by_std:
         raise ValueError(
             "algorithm.baseline is 'leave_one_out'; divided by the standard deviation it would be GRPO's advantage again, "
@@ -426,7 +452,7 @@ def _check_objective(algorithm: AlgorithmConfig) -> None:
                 f"algorithm.{name} is {getattr(algorithm, name)!r}; there is no KL, because algorithm.kl_coef is 0. Remove it, "
                 "or set algorithm.kl_coef > 0."
             )
-    if algorithm.kl_in == "reward" and algorithm.normalize_by_std:
+    if algorithm.kl_in == "reward" and algorithm.normalize_by_std is True:
         raise ValueError(
             "algorithm.kl_in is 'reward'; divided by the standard deviation the KL would be as large as any reward in every "
             "group that is all right or all wrong, however small kl_coef is. Set algorithm.normalize_by_std to false."
@@ -441,6 +467,22 @@ def _check_objective(algorithm: AlgorithmConfig) -> None:
             f"algorithm.kl_estimator is {algorithm.kl_estimator!r}; in the reward only k1 has the gradient of the KL. Set "
             "algorithm.kl_estimator to k1, or algorithm.kl_in to loss."
         )
+    if algorithm.entropy_target is None and algorithm.entropy_step != default["entropy_step"].default:
+        raise ValueError(
+            f"algorithm.entropy_step is {algorithm.entropy_step:g}; it has no effect while algorithm.entropy_target is null. Set "
+            "that, or remove it."
+        )
+    for name in ("clip_cov_low", "clip_cov_high"):
+        if algorithm.clip_cov == 0 and getattr(algorithm, name) != default[name].default:
+            raise ValueError(
+                f"algorithm.{name} is {getattr(algorithm, name):g}; it has no effect while algorithm.clip_cov is 0. Set that, "
+                "such as to 0.0002, or remove it."
+            )
+    if algorithm.clip_cov_low >= algorithm.clip_cov_high:
+        raise ValueError(
+            f"algorithm.clip_cov_low is {algorithm.clip_cov_low:g} and clip_cov_high {algorithm.clip_cov_high:g}; no covariance "
+            "lies between them. Set clip_cov_low below clip_cov_high."
+        )
     for name in ("importance_level", "importance_low", "importance_high"):
         if algorithm.importance == "none" and getattr(algorithm, name) != default[name].default:
             raise ValueError(
@@ -454,6 +496,32 @@ def _check_objective(algorithm: AlgorithmConfig) -> None:
             "they are bounds of a weight that is 1 where nothing is wrong, so 1 must lie between them. Set them, such as to 2 "
             "and null (TIS), or 5 and 0.5 (IcePop)."
         )
+
+
+def _check_advantage(algorithm: AlgorithmConfig) -> None:
+    """What is made of rewards in another way than GRPO's goes together."""
+    if algorithm.separate_rewards and not algorithm.normalize_by_std:
+        raise ValueError(
+            "algorithm.separate_rewards is true; without division the sum of centred rewards is the centred sum, so it has no "
+            "effect. Set algorithm.normalize_by_std to batch (GDPO) or true, or remove it."
+        )
+    if algorithm.normalize_by_mean and algorithm.normalize_by_std:
+        raise ValueError(
+            f"algorithm.normalize_by_mean is true and normalize_by_std {algorithm.normalize_by_std}; centred rewards are divided "
+            "by one of the two. Set algorithm.normalize_by_std to false."
+        )
+    kinds = {
+        "separate_rewards": algorithm.separate_rewards,
+        "normalize_by_mean": algorithm.normalize_by_mean,
+        "pass_at": algorithm.pass_at if algorithm.pass_at > 1 else None,
+        "kl_in": "reward" if algorithm.kl_in == "reward" else None,
+    }
+    others = [f"algorithm.{name} is {value}" for name, value in kinds.items() if value]
+    if len(others) > 1:
+        raise ValueError(f"{' and '.join(others)}; there is no advantage that is both. Remove one of the two.")
+    if algorithm.baseline == "leave_one_out" and (algorithm.separate_rewards or algorithm.normalize_by_mean):
+        name = "separate_rewards" if algorithm.separate_rewards else "normalize_by_mean"
+        raise ValueError(f"algorithm.{name} is true; it subtracts the mean. Set algorithm.baseline to mean.")
 
 
 def _check_teacher(config: Config) -> None:

@@ -10,7 +10,7 @@ ELSEWHERE = {
         ("epsilon", "epsilon_low", "clip_ratio", "clip_ratio_low"): "algorithm.clip_low",
         ("epsilon_high", "clip_ratio_high"): "algorithm.clip_high",
         ("loss_type", "loss_agg_mode"): "algorithm.aggregation (grpo: sequence, dapo: token, dr_grpo: constant)",
-        ("scale_rewards", "norm_adv_by_std_in_grpo"): "algorithm.normalize_by_std",
+        ("scale_rewards", "norm_adv_by_std_in_grpo"): "algorithm.normalize_by_std (true: the group's, batch, or false)",
         ("num_iterations", "ppo_epochs"): "algorithm.num_epochs",
         ("importance_sampling_level",): "algorithm.ratio (token, or sequence as in GSPO)",
         ("mask_truncated_completions",): "algorithm.filter_truncated",

@@ -25,7 +25,7 @@ from pydantic import (
     field_validator,
 )
 
-from grpo.algorithm.objective import Objective
+from grpo.algorithm.objective import AdvantageRule, EntropyControl, Objective
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -153,6 +153,12 @@ class DataConfig(Section):
     kind_column: str | None = None
     """Column that says what kind of question a row is, such as `kind` or, of several sources, `data_name`. Rewards, held-out
     answers and language consistency then have metrics of each kind besides those of all. null: of all only."""
+    order_by: str | None = None
+    """Column by which the questions of the first order_epochs epochs are dealt, the smallest value first: a curriculum, such as
+    by `level`. `-level`: the largest first. It holds numbers, or texts as an alphabet has them, for every question; those of
+    equal value come in a seeded order. null: all do."""
+    order_epochs: PositiveInt = 1
+    """Epochs in the order of order_by; those after them have a seeded one."""
     max_prompt_tokens: PositiveInt = 512
     """Rows whose prompt is longer are dropped, and counted."""
     pass_rates: Location | None = None
@@ -201,7 +207,15 @@ class RolloutConfig(Section):
     whatever their rewards. Raising it fills more batches with signal and costs rollout time."""
     signal_from: str | None = None
     """Name of the reward whose values must differ in a group that dynamic sampling takes. null: `accuracy`, or else the first, of
-    those with a weight. Choosing by a reward for length or form fills batches with groups that teach only that."""
+    those with a weight. Choosing by a reward for length or form fills batches with groups that teach only that. It also says
+    which questions are solved."""
+    solved_share: Share = 1.0
+    """Share of their turns at which solved questions are asked; at the others the next question is, and group/passed_over counts.
+    A question is solved as long as solved_from of the answers that it had last are right. 1: all questions are alike. 0: what is
+    solved is not asked again, unless too few others are left (ScaleRL, arXiv 2510.13786). Lowering it spends less on groups that
+    teach nothing, and notices later what is forgotten."""
+    solved_from: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of right answers, of those with a verdict, from which on a question is solved (ScaleRL: 0.9)."""
     carry_over: bool = False
     """Give places that fall free while the last completions of a batch run to those of later questions, which go on from there in
     their own step: no place waits for the longest answer. The batch is the next questions in dealt order as ever. Its tokens are
@@ -354,8 +368,17 @@ class AlgorithmConfig(Section):
 
     baseline: Literal["mean", "leave_one_out"] = "mean"
     """What is subtracted from a reward: its group's mean (GRPO), or the mean of the group's others (RLOO)."""
-    normalize_by_std: bool = True
-    """Divide centred rewards by the group's standard deviation (GRPO). false: Dr. GRPO."""
+    normalize_by_std: bool | Literal["batch"] = True
+    """Divide centred rewards by the group's standard deviation (GRPO). false: Dr. GRPO. batch: by that of all centred rewards of
+    the batch, so that a group counts by how much its rewards differ (REINFORCE++)."""
+    normalize_by_mean: bool = False
+    """Divide centred rewards by the group's mean instead: of rewards that are 0 or 1 this is the gradient of the logarithm of the
+    share of right answers, in which a hard question counts more (MaxRL). Rewards below 0 end the run."""
+    pass_at: PositiveInt = 1
+    """What counts is the best of so many completions (Pass@k training; with baseline leave_one_out PKPO). Raising it rewards what
+    is seldom right, and leaves groups alone in which nearly all are."""
+    separate_rewards: bool = False
+    """Centre and divide each reward by itself before their weighted sum (GDPO, which has normalize_by_std batch besides)."""
     aggregation: Literal["sequence", "token", "constant"] = "sequence"
     """Weight of a token in the loss: 1/length (GRPO), 1/all tokens (DAPO), 1/max_completion_tokens (Dr. GRPO)."""
     filter_truncated: bool = False
@@ -402,6 +425,19 @@ class AlgorithmConfig(Section):
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of a bonus for the entropy of the next-token distribution, of every token. Raising it keeps the policy exploring;
     too much of it makes noise of the completions."""
+    entropy_target: PositiveFloat | None = None
+    """Entropy in nats (policy/entropy) below which the bonus grows: entropy_coef is then where its weight begins, and
+    policy/entropy_coef what it is (Skywork-OR1: 0.2). null: the weight stays."""
+    entropy_step: PositiveFloat = 0.005
+    """By how much entropy_target changes that weight after each training step. Raising it answers sooner, and overshoots more."""
+    clip_cov: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each minibatch's tokens whose surrogate is left out because their covariance of log-probability and advantage is
+    within the bounds below; chosen at random of these (Clip-Cov, arXiv 2505.22617: 0.0002). Such tokens take most of the entropy
+    away. 0: none. Otherwise it takes a forward pass before the update, also where every update is on-policy."""
+    clip_cov_low: float = 1.0
+    """Least covariance of such a token."""
+    clip_cov_high: float = 5.0
+    """Largest covariance of such a token."""
     reference_refresh_steps: NonNegativeInt = 0
     """After every so many optimizer steps the reference becomes the current policy (the paper: 400). 0: it stays the starting
     model. Lowering it lets the policy move further from its start."""
@@ -416,6 +452,11 @@ class AlgorithmConfig(Section):
     num_epochs: PositiveInt = 1
     """Times that the minibatches of a rollout are trained on, in the same order (mu in DeepSeekMath's algorithm 1). Raising it
     makes more of a rollout, ever further off-policy."""
+
+    @property
+    def advantage_rule(self) -> AdvantageRule:
+        """How advantages are made."""
+        return AdvantageRule(**{field.name: getattr(self, field.name) for field in fields(AdvantageRule)})
 
     @property
     def objective(self) -> Objective:
@@ -433,7 +474,22 @@ class AlgorithmConfig(Section):
     @property
     def every_token_counts(self) -> bool:
         """Whether the update has a use for completions whose advantage is 0: a gradient, or their place among the entropies."""
-        return self.kl_in_loss or self.entropy_coef > 0 or self.top_entropy < 1
+        return self.kl_in_loss or self.has_entropy_bonus or self.selects
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """At some time of the run."""
+        return self.entropy_coef > 0 or self.entropy_target is not None
+
+    @property
+    def selects(self) -> bool:
+        """Whether the surrogate of some tokens is left out, for what all tokens of the minibatch are before the update."""
+        return self.top_entropy < 1 or self.clip_cov > 0
+
+    @property
+    def entropy_control(self) -> EntropyControl | None:
+        """What changes the weight of the entropy bonus; None: nothing does."""
+        return None if self.entropy_target is None else EntropyControl(self.entropy_target, self.entropy_step)
 
 
 class LoRAConfig(Section):

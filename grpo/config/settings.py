@@ -326,6 +326,7 @@ class Config(Settings):
                 *self._never_reached(),
                 *low_rate,
                 *(dynamic if most > questions else []),
+                *self._passed_over(),
                 f"questions in all       {questions:,} = {questions / num_rows:.2f} epochs of {num_rows:,}",
             ]
         )
@@ -338,6 +339,15 @@ class Config(Settings):
             f"schedule               {name}: optimizer step {min(steps)} comes after the last rollout, which begins at {last}"
             for name, steps in late.items()
             if steps
+        ]
+
+    def _passed_over(self) -> list[str]:
+        rollout = self.rollout
+        if rollout.solved_share == 1:
+            return []
+        least = "all" if rollout.solved_from == 1 else f"{rollout.solved_from:g} of the"
+        return [
+            f"solved questions       of {least} last answers right: asked at {rollout.solved_share:g} of their turns"
         ]
 
     def _without_ratio(self) -> list[str]:

@@ -9,10 +9,12 @@ prompt's prefill, whatever template wrote it.
 from __future__ import annotations
 
 import ctypes
+import random
 import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -423,14 +425,48 @@ A run that resumes calls it again, and every process does: it has to say the sam
 epoch, as in `random.Random(epoch)`."""
 
 
+def ranks(prompts: Sequence[Prompt], config: DataConfig) -> list[int] | None:
+    """Of each prompt the place of its value of `data.order_by` among all there are; None: there is no column to order by.
+
+    Raises:
+        ValueError: a question has no value there, or some have numbers and others texts.
+    """
+    if config.order_by is None:
+        return None
+    name = config.order_by.removeprefix("-")
+    values: list[Any] = [prompt.columns.get(name) for prompt in prompts]
+    without = sum(value is None or value != value for value in values)
+    if without:
+        raise ValueError(
+            f"data.order_by is {config.order_by!r}; {without:,} of {len(prompts):,} questions have nothing in the column "
+            f"{name!r}. The columns are {', '.join(prompts[0].columns)}. Name one that all of them have, or remove data.order_by."
+        )
+    if not (
+        all(isinstance(value, (int, float)) for value in values) or all(isinstance(value, str) for value in values)
+    ):
+        kinds = sorted({type(value).__name__ for value in values})
+        raise ValueError(
+            f"data.order_by is {config.order_by!r}; its values are of the types {', '.join(kinds)}, which have no order. Name a "
+            "column of numbers, or one of texts."
+        )
+    descending = config.order_by.startswith("-")
+    place = {value: place for place, value in enumerate(sorted(set(values), reverse=descending))}
+    return [place[value] for value in values]
+
+
 class PromptOrder:
     """Deals prompts to the processes, epoch after epoch, in an order that depends only on seed and position.
 
-    `position` counts the prompts dealt so far over all processes; it is all there is to save and restore.
+    `position` counts the prompts dealt so far over all processes; it is all there is to save and restore, unless solved questions
+    are passed over.
 
     An epoch has as many places as there are prompts. Without weights each prompt has one. With weights each source has its share
     of them, rounded to whole places: its prompts in an order of their own, begun anew when all were dealt; the next epoch goes on
     where this one ended.
+
+    With a `solved_share` below 1 a prompt in `solved` is dealt at that share of its turns, and passed over at the others. A draw
+    looks at no more turns than there are prompts; where these would not be enough, it takes them as they come. What is looked at
+    beyond a draw is settled then and kept in `ahead`, whatever is solved later. `solved` and `ahead` are saved with `position`.
     """
 
     def __init__(
@@ -442,11 +478,16 @@ class PromptOrder:
         world_size: int,
         weights: Mapping[str, float] | None = None,
         own: Order | None = None,
+        solved_share: float = 1.0,
+        ranks: Sequence[int] | None = None,
+        ranked_epochs: int = 1,
     ) -> None:
         """
         Args:
             weights: of each source, as the prompts have it in their column `data_name`.
             own: a user's order instead of the seeded one.
+            solved_share: of their turns at which solved questions are asked.
+            ranks: of each prompt; in the first `ranked_epochs` epochs those of a lower one come first.
 
         Raises:
             ValueError: a source has no prompts, or too small a share for one place in an epoch; or `own` gives no order.
@@ -457,6 +498,10 @@ class PromptOrder:
         self.rank = rank
         self.world_size = world_size
         self.position = 0
+        self.solved_share = solved_share
+        self.solved: AbstractSet[int] = frozenset()  # rows of prompts
+        self.ranks, self.ranked_epochs = ranks, ranked_epochs
+        self.ahead: list[int] = []  # places after `position` that will be dealt; between and before them are none
         self._epoch: tuple[int, list[int]] = (-1, [])
         self._sources = [] if weights is None else _shared_out(prompts, weights)
         if own is not None and self._own_order(own, 0) != self._own_order(own, 0):
@@ -467,12 +512,40 @@ class PromptOrder:
 
     def draw(self, num_prompts: int) -> list[Prompt]:
         """This process's share of the next `num_prompts` prompts: every world_size-th, starting at its rank."""
-        start, self.position = self.position, self.position + num_prompts
-        return [*self.share(start, self.position).values()]
+        return [*self.share(self.take(num_prompts)[0]).values()]
 
-    def share(self, start: int, end: int) -> dict[int, Prompt]:
-        """This process's prompts from one place up to another, by place, dealt as in `draw`, which this leaves as it is."""
-        return {place: self._at(place) for place in range(start + self.rank, end, self.world_size)}
+    def take(self, num_prompts: int, *, num_ahead: int = 0) -> tuple[Sequence[int], Sequence[int]]:
+        """The places of the next `num_prompts` prompts, over all processes, and of those dealt after them."""
+        wanted = num_prompts + num_ahead
+        if self.solved_share == 1:
+            places: Sequence[int] = range(self.position, self.position + wanted)
+        else:
+            places = self._with_those_asked(wanted)
+            self.ahead = [*places[num_prompts:]]
+        taken, after = places[:num_prompts], places[num_prompts:wanted]
+        self.position = taken[-1] + 1 if taken else self.position
+        return taken, after
+
+    def share(self, places: Sequence[int]) -> dict[int, Prompt]:
+        """This process's prompts of those at the places of a `take`, by place."""
+        return {place: self._at(place) for place in places[self.rank :: self.world_size]}
+
+    def _with_those_asked(self, num: int) -> list[int]:
+        """`ahead`, filled up to `num` places."""
+        places = [*self.ahead]
+        place = places[-1] + 1 if places else self.position
+        end = place + max(len(self.prompts), num - len(places))
+        while len(places) < num:
+            if end - place <= num - len(places) or self._is_asked(place):
+                places.append(place)
+            place += 1
+        return places
+
+    def _is_asked(self, place: int) -> bool:
+        """Whether the question whose turn it is is asked: a function of `solved`, the seed and the place."""
+        if self._at(place).row not in self.solved:
+            return True
+        return random.Random(f"{self.seed} turn {place}").random() < self.solved_share
 
     def _at(self, place: int) -> Prompt:
         epoch, offset = divmod(place, len(self.prompts))
@@ -481,6 +554,8 @@ class PromptOrder:
         elif self._epoch[0] != epoch:
             pool = [number for source in self._sources for number in self._of_source(*source, epoch)]
             order = self._permutation(len(self.prompts), epoch)
+            if self.ranks is not None and epoch < self.ranked_epochs:
+                order.sort(key=self.ranks.__getitem__)  # those of equal rank stay in their order
             self._epoch = (epoch, [pool[place] for place in order] if pool else order)
         return self.prompts[self._epoch[1][offset]]
 

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from grpo.algorithm.advantage import group_advantages
+from grpo.algorithm.advantage import advantages_of_batch
+from grpo.algorithm.objective import AdvantageRule
 from grpo.config import DataConfig, ScoringConfig
 from grpo.data.rows import load_rows
 from grpo.observe.console import number
@@ -108,8 +109,7 @@ def sample_groups(
     scorer: Scorer,
     sampling: Sampling,
     num_completions: int,
-    normalize_by_std: bool,
-    baseline: str = "mean",
+    rule: AdvantageRule,
     seed: int,
 ) -> list[dict[str, Any]]:
     """A row per completion: as `grpo.scoring.answers.completion_rows`, with `sample`, `advantage`, `weights` and `why` besides.
@@ -119,7 +119,7 @@ def sample_groups(
     with scorer.begin(len(prompts)) as scoring:
         groups = generator.sample(prompts, sampling, num_completions=num_completions, seed=seed, on_group=scoring.add)
         scores = scoring.result()
-    advantages = group_advantages(scores.rewards, normalize_by_std=normalize_by_std, baseline=baseline)
+    advantages = advantages_of_batch(rule, scores.rewards, scorer.parts(scores))
     weights = {reward.name: reward.weight for reward in scorer.rewards}
     rows = []
     for number_, (row, advantage) in enumerate(

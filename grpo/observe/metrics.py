@@ -31,6 +31,7 @@ METRICS = {
     "reward/unknown": 'share of completions whose reward is unknown ("can\'t tell"); they are not trained on',
     "logged/<name>": "mean of the numbers that reward functions gave to log_metric under that name in the step",
     "group/with_signal": "share of the sampled groups whose known rewards are not all equal; others do nothing in the surrogate",
+    "group/passed_over": "solved questions whose turn was passed over in the step; this only with rollout.solved_share below 1",
     "group/sampled": "groups that were sampled; this and the next six only with rollout.max_oversampling above 1",
     "group/replaced": "of them, those with no signal in rollout.signal_from that are not in the batch",
     "group/surplus": "of them, those with that signal that the batch had no room for",
@@ -56,6 +57,7 @@ METRICS = {
     "aha/<list>_per_1k_<kind>": "that rate of `right` or `wrong` completions that ended by themselves, and of `truncated` ones",
     "aha/<list>_share_<kind>": "that share of the same",
     "policy/entropy": "mean over trained tokens of the entropy of the policy's next-token distribution, in nats",
+    "policy/entropy_coef": "weight of the entropy bonus in the step; with algorithm.entropy_target",
     "policy/kl": "mean over trained tokens of the KL estimator between policy and reference; in the reward, before the update",
     "policy/ratio_mean": "mean over trained tokens of pi / pi_old, or of their completion's; 1 when every update is on-policy",
     "policy/ratio_max": "largest of these ratios",
@@ -65,7 +67,7 @@ METRICS = {
     "policy/importance_mean": "mean over trained tokens of pi_old / pi_rollout (or of their completion's) before its bounds",
     "policy/importance_max": "largest of these weights",
     "policy/importance_bounded": "share of trained tokens whose weight was beyond a bound, and was truncated or masked",
-    "policy/selected": "share of trained tokens whose surrogate counts, because their entropy is among the highest",
+    "policy/selected": "share of trained tokens whose surrogate counts: not left out by algorithm.top_entropy or clip_cov",
     "policy/kl_penalty": "mean over the batch's completions of what the KL takes from their reward, with algorithm.kl_in reward",
     "policy/sampling_gap": "mean over trained tokens that this step's weights drew of |log-probability in the trainer - when "
     "sampled|, before an update",
@@ -125,7 +127,10 @@ METRICS = {
     "throughput/update": "tokens (of each completion and its prompt) of all processes per second of updating",
     "schedule/<setting>": "the value of a setting that follows a schedule (schedules), in this step",
     "watchdog/alarms": "rules of the watchdog that had something to say after the step",
-    "progress/epoch": "questions, or rows of supervised training, dealt so far, as a multiple of the training set",
+    "progress/epoch": "questions (those passed over, too), or rows of supervised training, dealt so far, as a multiple of the "
+    "training set",
+    "progress/solved": "share of the training questions that are solved, as the answers say that each had last; with "
+    "rollout.solved_share below 1",
     "kind/<question_kind>/reward": "reward/mean over the completions of questions of a kind (data.kind_column)",
     "kind/<question_kind>/length": "mean number of completion tokens of the same",
     "kind/<question_kind>/<function>": "reward/<function> over the same; absent where the function gave no verdict",

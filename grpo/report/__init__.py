@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grpo.report.figures import plot_arms, plot_curves, save_figures
+from grpo.report.fit import prediction, said
 from grpo.report.page import write_page
+from grpo.report.read import read_runs
 
-__all__ = ["at_the_end", "check_places", "plot_arms", "plot_curves", "save_figures", "write_page"]
+__all__ = ["at_the_end", "check_places", "plot_arms", "plot_curves", "predictions", "save_figures", "write_page"]
 
 COMPLETIONS_AT_THE_END = 4_000
 """Of each kind, so that a run does not wait for its page; `grpo report` writes one with more."""
@@ -30,6 +32,12 @@ def check_places(file: Path | None, *directories: Path | None) -> None:
             raise ValueError(
                 f"--png or --pdf is {str(directory)!r}; figures go into a directory, and a file is in its way. Give another name."
             )
+
+
+def predictions(directories: list[Path]) -> list[tuple[str, str]]:
+    """The name of each run, and a line of where its rewards lead."""
+    told = [(run.name, prediction(run)) for run in read_runs(directories, max_completions=0)]
+    return [(name, said(each)) for name, each in told if each is not None]
 
 
 def at_the_end(run_dir: Path) -> list[str]:

@@ -72,6 +72,22 @@ function tile(label, value, detail) {
   );
 }
 
+/** Where the curve through the rewards leads, or why that cannot be told. */
+function leads(told) {
+  const share = ["at_end", "limit"].every((part) => isShare(told[part]));
+  const format = share ? percent : number;
+  const limit = told.limit ? `limit ${format(told.limit[0])}, ${wholeInterval(told.limit, format)}` : "limit not told";
+  const found = told.reason
+    ? tile("Where it leads", NONE, `not told: ${told.reason}`)
+    : tile(
+        `At step ${told.step.toLocaleString("en")}`,
+        format(told.at_end[0]),
+        `${wholeInterval(told.at_end, format)} by the curve through ${plural(told.values, told.held_out ? "evaluation" : "step")}; ${limit}`,
+      );
+  found.classList.add("wide");
+  return found;
+}
+
 function hero(top) {
   const format = formatOf(top.before, top.after);
   const accuracy = top.accuracy && top.accuracy.every((v) => v >= 0 && v <= 1) ? percent : number;
@@ -149,6 +165,7 @@ function one(run) {
           top.memory === null ? machine(top) : `${number(top.memory)}${THIN}GiB`,
           top.memory === null ? null : `at most, ${machine(top)}`,
         ),
+        run.prediction ? leads(run.prediction) : null,
       ),
     ),
   ];

@@ -25,7 +25,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from grpo.report import panels, summary
+from grpo.report import fit, panels, summary
 from grpo.report.read import Row, Run, Source, read_runs
 from grpo.system.writer import replace_text
 from grpo.text.aha import PAPER_WORDS, pattern_source
@@ -139,12 +139,17 @@ def _describe(source: Source, bounds: list[tuple[int, int]]) -> dict[str, Any]:
 
 
 def _describe_run(run: Run) -> dict[str, Any]:
+    told = fit.prediction(run)
+    metrics = summary.columns(run)
+    if told is not None and "curve" in told:
+        metrics["values"][panels.FIT] = told.pop("curve")
     return {
         "name": run.name,
         "headline": summary.headline(run),
+        "prediction": told,
         "settings": summary.settings(run.config),
         "environment": summary.settings(run.environment),
-        "metrics": summary.columns(run),
+        "metrics": metrics,
         "intervals": summary.intervals(run),
         "held_out": summary.held_out(run),
         "results": run.results,

@@ -10,6 +10,8 @@ from grpo.observe.metrics import LOSS, METRICS
 from grpo.scoring.answers import verdict_name
 from grpo.text.answer_forms import FORMS
 
+FIT = "fit/curve"
+"""A line of the page that no run has logged: what grpo/report/fit.py makes of its values."""
 NOT_A_FUNCTION = {"reward/mean", "reward/std", "reward/unknown"}
 BOUNDS = ("_stderr", "_low", "_high")  # of a held-out value; drawn with it
 NOT_DRAWN = {"step", "eval/pass@1"}  # the latter is the mean of the verdict, which is drawn beside that of training
@@ -64,7 +66,8 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
             Panel("Reward", ["reward/mean"]),
             Panel("Loss of rows", [LOSS], "nats", points="supervised/held_out_loss"),
             Panel("Next tokens", ["supervised/accuracy"], points="supervised/held_out_accuracy"),
-            _function(verdict),
+            replace(_function(verdict), alone=[FIT]),
+            Panel("Solved questions", ["progress/solved"]),
             *map(_function, other),
             *(
                 Panel(name.removeprefix("eval/"), [], points=name)
@@ -109,6 +112,7 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
         "Does it reflect?": _reflection(names),
         "Is it healthy?": [
             Panel("Entropy", ["policy/entropy"], "nats"),
+            Panel("Weight of the entropy", ["policy/entropy_coef"]),
             Panel("KL to reference", ["policy/kl"], "nats"),
             Panel("Gradient norm", ["optimizer/grad_norm"]),
             Panel("Clipped tokens", ["policy/clip_fraction", "policy/clip_fraction_low", "policy/clip_fraction_high"]),
@@ -146,6 +150,7 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
             ),
             Panel("Groups sampled", ["group/sampled", "group/replaced", "group/surplus"]),
             Panel("DynamicSampler", ["rollout/draws"]),
+            Panel("Turns passed over", ["group/passed_over"]),
             Panel("Tokens of dropped groups", ["completion/dropped_tokens"], "tokens"),
             Panel("Places in use", ["rollout/occupancy"]),
         ],

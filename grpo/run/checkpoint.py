@@ -491,8 +491,13 @@ def _longer(checkpoint: Path, config: AnyConfig) -> str:
     )
 
 
-def restore(checkpoint: Path, *, policy: Policy, processes: Processes) -> tuple[RunState, StepState]:
+def restore(
+    checkpoint: Path, *, policy: Policy, processes: Processes, given: dict[str, str]
+) -> tuple[RunState, StepState]:
     """Load weights, optimizer and random states in place, in whatever layout they were written. Every process calls it.
+
+    Args:
+        given: digests of what the run is given; see grpo/run/inputs.py.
 
     Returns:
         Where the run stands, and this process's part of the step under way.
@@ -509,9 +514,11 @@ def restore(checkpoint: Path, *, policy: Policy, processes: Processes) -> tuple[
         policy.load_reference(checkpoint / REFERENCE)
     if processes.rank < written.num_processes:  # one more keeps the states it started with; sampling seeds its own
         _restore_random_states(load_tensors(checkpoint / "random" / f"rank-{processes.rank}.pt"))
-    where = RunState(**{field.name: saved[field.name] for field in fields(RunState)})
+    where = RunState(**{field.name: saved[field.name] for field in fields(RunState) if field.name in saved})
+    if inputs.QUESTIONS in inputs.changed(saved.get("given") or given, given):  # run.accept_changes: other rows
+        where.solved = []
     step = _under_way(checkpoint / "under_way", written.num_processes, processes)
-    step.drafts = _drafts(checkpoint / "drafts", written.num_processes, where.position, processes)
+    step.drafts = _drafts(checkpoint / "drafts", written.num_processes, where, processes)
     done = where.optimizer_steps - step.first_update if step.rollout else 0
     processes.say(f"resumed after step {where.step}{f' and {done} updates of the next' * (done > 0)} from {checkpoint}")
     return where, step
@@ -531,7 +538,7 @@ def _under_way(directory: Path, num_parts: int, processes: Processes) -> StepSta
     return redistribute(parts, rank=processes.rank, num_processes=processes.world_size)
 
 
-def _drafts(directory: Path, num_parts: int, position: int, processes: Processes) -> Drafts:
+def _drafts(directory: Path, num_parts: int, where: RunState, processes: Processes) -> Drafts:
     if not directory.exists():
         return {}
 
@@ -542,7 +549,13 @@ def _drafts(directory: Path, num_parts: int, position: int, processes: Processes
     if num_parts == processes.world_size:
         return part(processes.rank)
     parts = [part(rank) for rank in range(num_parts)]
-    return carry_over.redistribute(parts, position=position, rank=processes.rank, num_processes=processes.world_size)
+    return carry_over.redistribute(
+        parts,
+        position=where.position,
+        ahead=where.ahead,
+        rank=processes.rank,
+        num_processes=processes.world_size,
+    )
 
 
 UNDER_WAY = (

@@ -24,7 +24,7 @@ from grpo.turns.environment import Environment
 from grpo.turns.runner import Runner
 from grpo.types import Prompt
 
-HELD_OUT = "held-out questions"
+QUESTIONS, HELD_OUT = "the training questions", "held-out questions"
 
 
 def digests(
@@ -34,7 +34,7 @@ def digests(
     *,
     tools: Sequence[Runner] = (),
     environment: Environment | None = None,
-    what: str = "the training questions",
+    what: str = QUESTIONS,
 ) -> dict[str, str]:
     """By what a person calls it. Held-out questions have their number in the name, since another number of them may be asked."""
     found = {what: _of_prompts(prompts)}

@@ -181,7 +181,9 @@ class Loop:
         return saved
 
     def _restore(self, found: Path) -> None:
-        self.state, self.step = checkpoint.restore(found, policy=self.policy, processes=self.processes)
+        self.state, self.step = checkpoint.restore(
+            found, policy=self.policy, processes=self.processes, given=self.checkpoints.given
+        )
         self._take_up()
 
     def _roll_back(self, good: Path) -> None:

@@ -135,6 +135,11 @@ RIGHT = 1 - 1e-9
 """Least value of a verdict that means right; a function may add up parts of 1 in floating point."""
 
 
+def shares_right(verdicts: Tensor) -> Tensor:
+    """(P,) of each group's verdicts (P, G) the share that is right, of those that are known; NaN where none is."""
+    return (verdicts >= RIGHT).sum(1) / (~verdicts.isnan()).sum(1)
+
+
 def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The eval/ metrics of `answer`'s rows."""
     metrics: dict[str, float] = {}

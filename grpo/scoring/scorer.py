@@ -112,6 +112,10 @@ class Scorer:
             if bound.in_process:
                 bound.function.load()  # type: ignore[attr-defined] # before a step waits for it
 
+    def parts(self, scores: Scores) -> list[tuple[float, Tensor]]:
+        """The weight and the values (P, G) of each function that has a weight now; NaN where it gave no verdict."""
+        return [(reward.weight, scores.values[reward.name]) for reward in self.rewards if reward.weight]
+
     def score(self, groups: list[Group]) -> Scores:
         """What every function says of every completion, and the weighted sum; see `weighted_sum` for "can't tell".
 

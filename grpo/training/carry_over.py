@@ -18,7 +18,7 @@ in AReaL (arXiv 2505.24298): those of older weights are not the present ones'.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -60,19 +60,16 @@ class CarryOver:
     def draw(self, num_prompts: int) -> tuple[list[Prompt], Ahead]:
         """This process's share of the next `num_prompts` questions, and of those that follow."""
         drafts = self.drafts
-        start = self.order.position
-        after = start + num_prompts
-        self.order.position = after
-        mine = self._share(start, after)
-        later = self._share(after, after + self.num_ahead)
+        taken, after = self.order.take(num_prompts, num_ahead=self.num_ahead)
+        mine, later = self._share(taken), self._share(after)
         begun: list[list[Draft]] = [drafts.pop(place, []) for place in (*mine, *later)]
         self._drafts = drafts
         ahead = Ahead(self.step, begun, [*later.values()])
         self._under_way = [*later], ahead
         return [*mine.values()], ahead
 
-    def _share(self, start: int, end: int) -> dict[int, Prompt]:
-        dealt = self.order.share(start, end)
+    def _share(self, places: Sequence[int]) -> dict[int, Prompt]:
+        dealt = self.order.share(places)
         return {place: replace(prompt, seed=self.seed(place)) for place, prompt in dealt.items()}
 
     @property
@@ -91,10 +88,14 @@ class CarryOver:
         return sum(map(len, every)), sum(len(steps) - bisect_left(steps, self.step) for steps in every)  # they ascend
 
 
-def redistribute(parts: list[Drafts], *, position: int, rank: int, num_processes: int) -> Drafts:
-    """The drafts of one of `num_processes`, of those of any number of them: questions are dealt on from `position`."""
+def redistribute(
+    parts: list[Drafts], *, position: int, ahead: Sequence[int] = (), rank: int, num_processes: int
+) -> Drafts:
+    """The drafts of one of `num_processes`, of those of any number of them: questions are dealt on from `position`, or, where
+    solved ones are passed over, at the places of `ahead`."""
     every = {place: drafts for part in parts for place, drafts in part.items()}
-    return {place: drafts for place, drafts in every.items() if (place - position) % num_processes == rank}
+    turns = {place: turn for turn, place in enumerate(ahead)} or {place: place - position for place in every}
+    return {place: drafts for place, drafts in every.items() if turns[place] % num_processes == rank}
 
 
 def to_tensors(drafts: Drafts) -> dict[str, Tensor]:

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from grpo.algorithm.batch import empty_micro_batch, join, micro_batch, plan_passes, split, take
-from grpo.algorithm.loss import Objective, entropy_threshold, grpo_loss, token_weights
+from grpo.algorithm.loss import (
+    Objective,
+    covariances,
+    entropy_threshold,
+    grpo_loss,
+    lot_limit,
+    lots,
+    token_sums,
+    token_weights,
+)
 from grpo.algorithm.own_loss import Loss, use_loss
 from grpo.config import AlgorithmConfig, OptimizerConfig
 from grpo.config.schedule import learning_rate
@@ -122,7 +131,7 @@ class Learner:
         algorithm, entropies = self.algorithm, []
         for micro in minibatch:
             there = micro.to(self.processes.device)
-            if algorithm.updates_per_rollout > 1 or algorithm.top_entropy < 1:
+            if algorithm.updates_per_rollout > 1 or algorithm.selects:
                 micro.old_logprobs, entropy, _ = self.policy.before_update(there)
                 entropies.append(entropy[: 0 if micro.is_spare else None].cpu())
             if algorithm.kl_in_loss:
@@ -131,6 +140,25 @@ class Learner:
             threshold = entropy_threshold(torch.cat(self.processes.gather(torch.cat(entropies))), algorithm.top_entropy)
             for micro, entropy in zip(minibatch, entropies, strict=True):
                 micro.selected = None if micro.is_spare else entropy >= threshold
+        if minibatch and algorithm.clip_cov > 0:
+            self._clip_covariances([micro for micro in minibatch if not micro.is_spare])
+
+    def _clip_covariances(self, passes: list[MicroBatch]) -> None:
+        """Leave out the surrogate of tokens of high covariance (Clip-Cov): so many of a minibatch, in any of its passes."""
+        algorithm, processes = self.algorithm, self.processes
+        before = [(micro.advantages, _before_update(micro)) for micro in passes]
+        sums = [each for part in processes.gather([token_sums(*each) for each in before]) for each in part]
+        within, drawn = [], []
+        for micro, each in zip(passes, before, strict=True):
+            covariance = covariances(*each, sums)
+            within.append((covariance > algorithm.clip_cov_low) & (covariance < algorithm.clip_cov_high))
+            drawn.append(lots(micro.sampling_logprobs, micro.targets))
+        mine = torch.cat([torch.zeros(0, dtype=torch.long), *(x[own] for x, own in zip(drawn, within, strict=True))])
+        number = max(int(algorithm.clip_cov * sum(count for count, _, _ in sums)), 1)
+        limit = lot_limit(torch.cat(processes.gather(mine)), number)
+        for micro, own, lot in zip(passes, within, drawn, strict=True):
+            counts = ~(own & (lot <= limit))
+            micro.selected = counts if micro.selected is None else micro.selected & counts
 
     def divergences(self, batch: Batch, meter: Meter) -> Tensor:
         """(B,) sums over each completion's tokens of log pi - log pi_ref, before the update; a process may have no sequences."""
@@ -228,6 +256,11 @@ class Learner:
         if every and after // every > before // every:
             self.policy.refresh_reference()
             self.processes.say(f"the reference is the policy after optimizer step {after} from here on")
+
+
+def _before_update(micro: MicroBatch) -> Tensor:
+    assert micro.old_logprobs is not None, "covariances are those of the policy before the update"
+    return micro.old_logprobs.cpu()
 
 
 def local_sums(loss: Tensor, meter: Meter, *more: float) -> Tensor:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.algorithm.advantage import group_advantages, has_signal
+from grpo.algorithm.advantage import advantages_by, divided_by_batch_std, has_signal, square_sum
 from grpo.algorithm.batch import pack
 from grpo.algorithm.dynamic_sampling import DynamicSampler
 from grpo.config import AlgorithmConfig, Config
 from grpo.data.prompts import PromptOrder
 from grpo.observe.metrics import Meter, measure_carry_over, measure_texts
-from grpo.scoring.answers import completion_rows
+from grpo.scoring.answers import completion_rows, shares_right
 from grpo.text.aha import Words
 from grpo.training.carry_over import CarryOver
 from grpo.training.collector import Clock, Collector, SamplingPlan
@@ -29,9 +29,9 @@ class RolloutMaker:
 
     Args:
         prompts: the order in which questions are dealt.
-        signal_from: name of the reward by which dynamic sampling chooses groups.
+        signal_from: name of the reward by which dynamic sampling chooses groups and questions count as solved.
         words: that are counted in the completions.
-        advantage: (P, G) rewards to (P, G) advantages, instead of `group_advantages`.
+        advantage: (P, G) rewards to (P, G) advantages, instead of `advantages_by`.
     """
 
     def __init__(
@@ -89,7 +89,8 @@ class RolloutMaker:
             config.rollout.group_size,
             seed=lambda number: seed(f"rollout {number}" if number else "rollout"),
         )
-        self.prompts.position = state.position
+        self.prompts.position, self.prompts.ahead = state.position, [*state.ahead]
+        self.prompts.solved = frozenset(state.solved)
         with clock("step"):
             groups, scores = self.collector.fill(
                 sampler,
@@ -103,11 +104,23 @@ class RolloutMaker:
             with clock("logprobs"):
                 advantages, step.minibatches = retry(
                     lambda: prepare_updates(
-                        groups, scores.rewards, minibatch, config.algorithm, self.learner, meter, self.advantage
+                        groups,
+                        scores.rewards,
+                        self.collector.scorer.parts(scores),
+                        minibatch,
+                        config.algorithm,
+                        self.learner,
+                        meter,
+                        self.advantage,
                     )
                 )
         measure_texts(meter, completion_rows(groups, scores), self.words)
+        if self.prompts.solved_share < 1:
+            passed_over = self.prompts.position - state.position - len(sampler.signal)
+            meter.mean("group/passed_over", torch.tensor(float(passed_over)))
+            state.solved = self._solved(groups, scores, state.solved, at_least=config.rollout.solved_from)
         step.first_update, state.position = state.optimizer_steps, self.prompts.position
+        state.ahead = [*self.prompts.ahead]
         state.groups_seen, state.groups_with_signal = sampler.remembered()
         if carried is not None:
             measure_carry_over(meter, groups, minibatch >= 0, *carried.num_tokens)
@@ -132,6 +145,14 @@ class RolloutMaker:
             num_ahead=min(rollout.max_staleness, steps_after) * rollout.num_prompts,
             seed=seed,
         )
+
+    def _solved(self, groups: list[Group], scores: Scores, before: list[int], *, at_least: float) -> list[int]:
+        """Rows of the questions that are solved, as their last answers say. Every process calls it."""
+        shares = shares_right(scores.values[self.signal_from]).tolist()
+        mine = [(group.prompt.row, share >= at_least) for group, share in zip(groups, shares, strict=True)]
+        asked = [each for part in self.learner.processes.gather(mine) for each in part]
+        unsolved = {row for row, is_solved in asked if not is_solved}  # of one asked twice, both times have to be right
+        return sorted({*before, *(row for row, _ in asked)} - unsolved)
 
     def _signal(self, scores: Scores) -> Tensor:
         """(P,) which groups are worth a place in the batch, by the one reward that decides it."""
@@ -168,6 +189,7 @@ def own_advantages(advantage: Advantage, rewards: Tensor) -> Tensor:
 def prepare_updates(
     groups: list[Group],
     rewards: Tensor,
+    parts: list[tuple[float, Tensor]],
     minibatch: Tensor,
     algorithm: AlgorithmConfig,
     learner: Learner,
@@ -179,6 +201,7 @@ def prepare_updates(
     Args:
         groups: what this process has sampled.
         rewards: (P, G) of them; NaN: unknown.
+        parts: weight and values (P, G) of each reward function that they are a sum of.
         minibatch: (P,) that each belongs to; -1: to none.
         algorithm: of the step at hand.
 
@@ -190,12 +213,13 @@ def prepare_updates(
     if advantage is not None:
         advantages = own_advantages(advantage, rewards).float()
     else:
-        advantages = group_advantages(
-            rewards, normalize_by_std=algorithm.normalize_by_std, baseline=algorithm.baseline
-        ).float()
-    parts = [(minibatch == number).nonzero().flatten().tolist() for number in range(algorithm.num_minibatches)]
+        advantages = advantages_by(algorithm.advantage_rule, rewards, parts).float()
+        if algorithm.normalize_by_std == "batch":
+            mine = square_sum(advantages[minibatch >= 0])
+            advantages = divided_by_batch_std(advantages, learner.processes.gather(mine))
+    places = [(minibatch == number).nonzero().flatten().tolist() for number in range(algorithm.num_minibatches)]
     without = algorithm.filter_truncated
-    batches = [pack([groups[p] for p in part], advantages[part], without_truncated=without) for part in parts]
+    batches = [pack([groups[p] for p in part], advantages[part], without_truncated=without) for part in places]
     return advantages, learner.prepare(batches, meter)
 
 

@@ -28,6 +28,10 @@ class RunState:
     learning_rate: float = 0.0  # of the last optimizer step
     groups_seen: float = 0.0  # in the last steps, fading; see grpo/algorithm/dynamic_sampling.py
     groups_with_signal: float = 0.0  # of these
+    entropy_coef: float | None = None  # with algorithm.entropy_target; None: the first step is to come
+    entropy: float | None = None  # of the last step; with it too
+    solved: list[int] = field(default_factory=list)  # rows of questions; with rollout.solved_share, as is the next
+    ahead: list[int] = field(default_factory=list)  # see PromptOrder
 
     def metrics(self) -> dict[str, float]:
         """Of the step that is done."""

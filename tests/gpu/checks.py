@@ -203,6 +203,10 @@ VARIANTS = {
     "entropy bonus": ("algorithm.entropy_coef=0.001",),
     "top entropy": ("algorithm.top_entropy=0.5",),
     "KL in the reward": ("algorithm.kl_in=reward", "algorithm.kl_estimator=k1", "algorithm.normalize_by_std=false"),
+    "solved, batch, covariance, entropy target": (
+        "rollout.solved_share=0.2", "rollout.solved_from=0.5", "algorithm.normalize_by_std=batch", "algorithm.clip_cov=0.05",
+        "algorithm.clip_cov_low=0.1", "algorithm.entropy_target=0.5",
+    ),
     "scheduled temperature": (
         "schedules={rollout.temperature: {points: {0: 1.2, 2: 1.0, 4: 0.9}, interpolation: linear}}",
     ),
