@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo.algorithm.objective import AdvantageRule, Objective
 from grpo.algorithm.own_loss import Loss
 from grpo.config import Config, SupervisedConfig
-from grpo.config.combinations import CARRY_OVER_WITH_TOOLS
+from grpo.config.combinations import CARRY_OVER_WITH_ENVIRONMENT, CARRY_OVER_WITH_TOOLS
 from grpo.config.settings import Settings
 from grpo.data.pass_rates import within_pass_rates
 from grpo.data.prompts import Order, PromptOrder, build_prompts, check_kinds, ranks, use_chat_template
@@ -46,6 +46,7 @@ from grpo.training.carry_over import check_carries
 from grpo.training.collector import Collector
 from grpo.training.learner import Learner
 from grpo.training.rollout import Advantage, RolloutMaker
+from grpo.turns.environment import Environment, Make, own_rows
 from grpo.turns.toolbox import Given, Toolbox
 from grpo.turns.use import Tools
 from grpo.types import Generator, Prompt
@@ -81,6 +82,7 @@ def assemble(
     *,
     rewards: Sequence[Callable[..., Any] | Reward] | None,
     tools: Sequence[Given] | None = None,
+    environment: Make | None = None,
     train_dataset: Rows | None,
     eval_dataset: Rows | None,
     policy_class: type[Policy],
@@ -96,7 +98,8 @@ def assemble(
     Raises:
         ValueError: whatever is wrong with the settings, the data or the rewards; before the model is loaded.
     """
-    functions = reward_functions(config, rewards)
+    surroundings = Environment.of(config.environment, environment)
+    functions = reward_functions(config, rewards, [] if surroundings is None else [surroundings.reward])
     check_reward_names(reward.name for reward in functions)
     config = config if given_model is not None else with_resolved_name(config)
     request = StopRequest(config.run.max_hours)
@@ -114,14 +117,16 @@ def assemble(
     check_engine(config)
     check_sinks(config)
     signal_from = _signal_from(config, functions)
-    config, in_use = _with_tools(config, processes, tokenizer, tools)
-    questions = _questions(config, processes, tokenizer, functions, train_dataset, eval_dataset, order)
+    config, in_use = _with_tools(config, processes, tokenizer, tools, surroundings)
+    questions = _questions(config, processes, tokenizer, functions, train_dataset, eval_dataset, order, in_use)
     prompts, held_out, scorer = questions.order, questions.held_out, questions.scorer
 
     directory = Path(processes.on_main(lambda: str(rundir.claim(config.run))))
     scorer.log_to(directory / "rewards.log")
     called = [] if in_use is None else in_use.toolbox.runners
-    given = processes.on_main(lambda: inputs.digests(prompts.prompts, held_out, functions, tools=called))
+    given = processes.on_main(
+        lambda: inputs.digests(prompts.prompts, held_out, functions, tools=called, environment=surroundings)
+    )
     checkpoints = Checkpoints(directory / "checkpoints", config, processes, given=given)
     found = checkpoint.find(checkpoints.directory, config, processes, given=given)
     processes.say(config.summary(num_rows=len(prompts.prompts), world_size=processes.world_size))
@@ -175,11 +180,14 @@ def _with_tools(
     processes: TrainingProcesses,
     tokenizer: PreTrainedTokenizerBase,
     given: Sequence[Given] | None,
+    environment: Environment | None,
 ) -> tuple[Config, Tools | None]:
-    """The configuration whose prompts tell of the tools of the run, and these; None: it has none."""
+    """The configuration whose prompts tell of the tools of the run, and these with its environment; None: it has neither."""
     if given and config.rollout.carry_over:
         raise ValueError(CARRY_OVER_WITH_TOOLS)
-    tools = Tools.of(config.tools, config.scoring, tokenizer, config.data, given=given)
+    if environment is not None and config.rollout.carry_over:
+        raise ValueError(CARRY_OVER_WITH_ENVIRONMENT)
+    tools = Tools.of(config.tools, config.scoring, tokenizer, config.data, given=given, environment=environment)
     if tools is None:
         return config, None
     for notice in tools.toolbox.notices():
@@ -267,17 +275,24 @@ def _questions(
     train_dataset: Rows | None,
     eval_dataset: Rows | None,
     own_order: Order | None,
+    tools: Tools | None,
 ) -> Questions:
+    environment = None if tools is None else tools.toolbox.environment
     with processes.accelerator.main_process_first():
-        rows = _rows(config, train_dataset, functions, evaluation=False)
+        rows = _rows(config, train_dataset, functions, environment, evaluation=False)
         kept, left_out = within_pass_rates(rows, config.data)
         rows = [row for row, is_kept in zip(rows, kept, strict=True) if is_kept]
         check_kinds(rows, config.data)
         wanted = config.evaluation.num_questions
-        eval_rows = _rows(config, eval_dataset, functions, evaluation=True) if wanted else []
+        eval_rows = _rows(config, eval_dataset, functions, environment, evaluation=True) if wanted else []
+    eval_rows = eval_rows[:wanted]
+    if tools is not None:
+        toolbox = tools.toolbox
+        rows, eval_rows = processes.on_main(
+            lambda: (toolbox.observed(rows, config.data), toolbox.observed(eval_rows, config.data))
+        )
     scorer = _scorer(config, functions, rows, eval_rows)
     scorer.check_limits(config.completion_limits)
-    eval_rows = eval_rows[:wanted]
     gaps = [*_gaps(scorer, rows, "training questions"), *_gaps(scorer, eval_rows, "held-out questions")]
     for why, num in left_out.items():
         processes.say(f"{num:,} training questions left out: {why}")
@@ -317,7 +332,7 @@ def held_out_questions(
         ValueError: see assemble.
     """
     with processes.accelerator.main_process_first():
-        rows = _rows(config, eval_dataset, functions, evaluation=True)[: config.evaluation.num_questions]
+        rows = _rows(config, eval_dataset, functions, None, evaluation=True)[: config.evaluation.num_questions]
     scorer = _scorer(config, functions, rows, rows)
     for notice in [*scorer.notices(), *_gaps(scorer, rows, "held-out questions")]:
         processes.say(notice)
@@ -363,16 +378,21 @@ def _gradable(
     return prompts, audit(what, rows, reasons, num_prompts=len(prompts))
 
 
-def reward_functions(config: Config, rewards: Sequence[Callable[..., Any] | Reward] | None) -> list[Reward]:
+def reward_functions(
+    config: Config,
+    rewards: Sequence[Callable[..., Any] | Reward] | None,
+    of_environment: Sequence[Reward] = (),
+) -> list[Reward]:
+    """Those of the configuration, or those that are given instead; and then what the environment gives."""
     if rewards is None:
-        return resolve_rewards(config.rewards)
+        return [*resolve_rewards(config.rewards), *of_environment]
     for setting in config.schedules:
         if setting.startswith("rewards."):
             raise ValueError(
                 f"schedules holds {setting!r}; the rewards of this run are those given to Trainer, not those of `rewards`. List "
                 "them there, or remove the schedule."
             )
-    given = [reward if isinstance(reward, Reward) else Reward(reward) for reward in rewards]
+    given = [reward if isinstance(reward, Reward) else Reward(reward) for reward in rewards] + list(of_environment)
     if not given or not (any(reward.weight for reward in given) or config.teacher.name):
         raise ValueError(
             f"rewards is {[reward.name for reward in given]} without any weight; at least one reward must count for something. "
@@ -392,7 +412,18 @@ def _signal_from(config: Config, rewards: list[Reward]) -> str:
     return wanted or verdict_name(weighted or names)
 
 
-def _rows(config: Config, given: Rows | None, rewards: list[Reward], *, evaluation: bool) -> list[dict[str, Any]]:
+def _rows(
+    config: Config,
+    given: Rows | None,
+    rewards: list[Reward],
+    environment: Environment | None,
+    *,
+    evaluation: bool,
+) -> list[dict[str, Any]]:
+    if given is None and environment is not None:
+        own = own_rows(environment, config.data, evaluation=evaluation, reads_answer=reads_answer(rewards))
+        if own is not None:
+            return own
     if given is None:
         return load_rows(config.data, evaluation=evaluation, reads_answer=reads_answer(rewards))
     return prepare_rows(

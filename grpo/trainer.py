@@ -23,6 +23,7 @@ from grpo.training.callback import Callback
 from grpo.training.learner import Learner
 from grpo.training.rollout import Advantage
 from grpo.training.state import Rollout
+from grpo.turns.environment import Make
 from grpo.turns.toolbox import Given
 from grpo.types import MicroBatch
 
@@ -50,6 +51,8 @@ class Trainer(Loop):
         rewards: reward functions (or `Reward`s, which add a weight, a name and arguments) instead of `config.rewards`.
         tools: functions with types and docstrings that the model can call, or classes of which each completion has an object of
             its own, instead of `config.tools.functions`; docs/tools.md.
+        environment: a class, or another function that makes objects, whose `step(text)` answers the model's turns, instead of
+            `config.environment.function`; docs/environments.md.
         train_dataset: rows instead of those of `config.data.name`: a `datasets.Dataset`, a `pandas.DataFrame` or a list of
             dictionaries.
         eval_dataset: rows instead of those of `config.data.eval_name`.
@@ -80,6 +83,7 @@ class Trainer(Loop):
         *,
         rewards: Sequence[Callable[..., Any] | Reward] | None = None,
         tools: Sequence[Given] | None = None,
+        environment: Make | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -95,6 +99,7 @@ class Trainer(Loop):
             resolved,
             rewards=rewards,
             tools=tools,
+            environment=environment,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             policy_class=self._policy_class,

@@ -18,8 +18,9 @@ if TYPE_CHECKING:  # a configuration needs Sampling, and nobody should wait for 
     import torch
     from torch import Tensor
 
-FinishReason = Literal["stop", "length", "calls"]
-"""stop: the model ended. length: its tokens did. calls: it asked for a tool once more than it may."""
+FinishReason = Literal["stop", "length", "calls", "turns"]
+"""stop: the model ended, or its environment. length: its tokens did. calls: it asked for a tool once more than it may. turns: its
+environment would have gone on, and it has had all its turns."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,34 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Turn:
-    """A stretch of a completion that the model wrote, or what its tools answered."""
+    """A stretch of a completion: what the model wrote, what its tools answered, or what its environment said (user)."""
 
-    text: str
+    text: str  # as it stands in the sequence
     num_tokens: int
-    calls: tuple[ToolCall, ...] = ()  # whose results the text holds; empty: the model wrote it
+    role: Literal["assistant", "tool", "user"] = "assistant"
+    said: tuple[str, ...] = ()  # of others, without what the form puts around it: a result for each call
+    calls: tuple[ToolCall, ...] = ()  # whose results these are
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """As chat templates have them; of a tool, one for each call."""
+        if self.role == "tool":
+            return [
+                {"role": "tool", "name": call.name, "content": said}
+                for call, said in zip(self.calls, self.said, strict=True)
+            ]
+        return [{"role": self.role, "content": "\n".join(self.said) if self.role == "user" else self.text}]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What a completion's environment made of it."""
+
+    reward: float | None  # the sum of what it gave; None: it took too long or its process died, and nobody can tell
+    ended: bool  # by the environment, not by a limit
+    num_turns: int  # of the model's that it answered, the last included
+    seconds: float = 0.0  # that its steps took, added up
+    has_tools: bool = False  # whether the model could call tools besides
 
 
 @dataclass(frozen=True)
@@ -92,8 +116,8 @@ class Completion:
     an end-of-sequence token or completes a stop text. `text` is what a reader sees: no end-of-sequence token, and with the
     prompt's `prefill` put back in front, so that a reward sees the whole answer.
 
-    Where tools answered in between, `token_ids` holds all tokens in order and `trained` is false for those of results, whose
-    `logprobs` are 0 and mean nothing; `text` is what the model wrote and no more, `turns` who wrote what.
+    Where tools or an environment answered in between, `token_ids` holds all tokens in order and `trained` is false for theirs,
+    whose `logprobs` are 0 and mean nothing; `text` is what the model wrote and no more, `turns` who wrote what.
     """
 
     token_ids: list[int]
@@ -104,13 +128,14 @@ class Completion:
     ages: list[int] | None = (
         None  # training steps since the weights that drew each token; None: all by the present ones
     )
-    turns: list[Turn] | None = None  # of a conversation with tools, in order; the first and the last are the model's
+    turns: list[Turn] | None = None  # with tools or an environment, in order; the first and the last are the model's
+    episode: Episode | None = None  # with an environment
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """As TRL and chat templates have it: what the model wrote, and between it what tools answered."""
+        """As TRL and chat templates have it: what the model wrote, and between it what tools and the environment answered."""
         turns = self.turns or [Turn(self.text, len(self.token_ids))]
-        return [{"role": "tool" if turn.calls else "assistant", "content": turn.text} for turn in turns]
+        return [message for turn in turns for message in turn.messages]
 
     @property
     def own_ids(self) -> list[int]:

@@ -31,17 +31,39 @@ def countdown(completion: str, nums: Sequence[int | str], target: int | str) -> 
     taken off, and so are back-ticks, stars of emphasis and a full stop. Any expression
     that is right counts, not only the one that a data set names.
     """
+    return float(_wrong(completion, nums, target) is None)
+
+
+def explain_countdown(completion: str, nums: Sequence[int | str], target: int | str) -> str:
+    """What is wrong with the expression; "right" if nothing is."""
+    return _wrong(completion, nums, target) or "right"
+
+
+countdown.explain = explain_countdown  # type: ignore[attr-defined]
+
+
+def _wrong(completion: str, nums: Sequence[int | str], target: int | str) -> str | None:
     content = last_answer_tag(completion)
-    given, wanted = [int(number) for number in nums], int(target)
+    given, wanted = Counter(int(number) for number in nums), int(target)
     expression = None if content is None else _expression(content, wanted)
     if expression is None:
-        return 0.0
+        return "There is no <answer> with an arithmetic expression."
     try:
         tree = ast.parse(expression, mode="eval").body
-        used = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-        return float(Counter(used) == Counter(given) and _value(tree) == wanted)
-    except (SyntaxError, ZeroDivisionError, _NotArithmeticError):
-        return 0.0
+        used = Counter(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+        value = _value(tree)
+    except (SyntaxError, _NotArithmeticError):
+        return f"{expression} is no arithmetic expression."
+    except ZeroDivisionError:
+        return f"{expression} divides by 0."
+    for number in sorted(map(int, {*given, *used})):  # type: ignore[arg-type]  # digits only, see _EXPRESSION
+        if used[number] != given[number]:
+            return f"{expression} has {number} {_times(used[number])}; the numbers have it {_times(given[number])}."
+    return None if value == wanted else f"{expression} makes {value}, not {wanted}."
+
+
+def _times(number: int) -> str:
+    return {0: "not at all", 1: "once", 2: "twice"}.get(number, f"{number} times")
 
 
 class _NotArithmeticError(Exception):

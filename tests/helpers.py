@@ -34,6 +34,16 @@ QUESTIONS = ROOT / "tests" / "data" / "questions.jsonl"
 """The first 200 of the quickstart's 4,000, which every Trainer would tokenize anew for a second."""
 VOCABULARY = 300  # token ids below this are ordinary text of the tiny model
 
+QWEN = """{%- if tools %}{{- '<|im_start|>system\\n' + (tools | tojson) + '<|im_end|>\\n' }}{%- endif %}
+{%- for message in messages %}
+{%- if message.role == 'tool' %}
+{{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+{%- else %}{{- '<|im_start|>' + message.role + '\\n' + message.content }}
+{%- for call in message.tool_calls or [] %}{{- '\\n<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}{%- endfor %}
+{{- '<|im_end|>\\n' }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+"""In the form of Qwen 2.5: a chat template with tools."""
+
 
 def tiny_settings(run_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     """A run of the tiny model that takes a second a step; `sections` are merged over it."""

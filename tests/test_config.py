@@ -50,9 +50,14 @@ def test_every_setting_is_read_in_some_run(tmp_path: Path, monkeypatch: pytest.M
             tmp_path / "a",
             **everything,
             model={"name": str(ROOT / "configs/quickstart-tools/model")},
-            data={"name": "some/set", "template": "none", "question_template": "User: {question}\nAssistant:"},
+            data={"name": None, "template": "none", "question_template": "User: {question}\nAssistant:"},
             rollout={"max_completion_tokens": 48},
             tools={"functions": ["calculator"]},
+            environment={
+                "function": "guess_number",
+                "rows": {"size": 8},
+                "reply_template": "\nUser: {text}\nAssistant:",
+            },
             algorithm={"kl_coef": 0.1},
         ),
         tiny_config(

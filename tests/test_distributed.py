@@ -247,6 +247,20 @@ def test_a_process_may_leave_its_group_and_train_in_another(tmp_path: Path, zero
         assert not torch.distributed.is_initialized()
 
 
+def test_the_host_of_a_gpu_gets_few_threads_unless_the_environment_says_how_many(monkeypatch: pytest.MonkeyPatch):
+    before = torch.get_num_threads()
+    try:
+        for given, number in (("8", 8), (None, distributed.MOST_THREADS)):
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+            if given:
+                monkeypatch.setenv("OMP_NUM_THREADS", given)
+            torch.set_num_threads(8)
+            distributed.limit_threads()
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_accelerates_cpu_switch_does_not_drop_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     processes = distributed.start(tiny_config(tmp_path), dtype=torch.float32)

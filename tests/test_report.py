@@ -91,11 +91,12 @@ def completions_of(html: str, run: int = 0, source: int = 0) -> list[str]:
 # ---- the page ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_tools_answered_stands_at_its_place_as_javascript_counts(tmp_path: Path):
-    said, answered, rest = "\U0001f600 <tool>{}</tool>", "<result>7</result>", " so 7"
+@pytest.mark.parametrize("role", ["tool", "user"])
+def test_what_tools_and_environments_said_stands_at_its_place_as_javascript_counts(tmp_path: Path, role: str):
+    said, answered, rest = "\U0001f600 <tool>{}</tool>", "7", " so 7"
     turns = [
         {"role": "assistant", "content": said},
-        {"role": "tool", "content": answered},
+        {"role": role, "content": answered},
         {"role": "assistant", "content": rest},
     ]
     rows = [row(1, 0, "no call", advantage=0.0), {**row(1, 0, said + rest, advantage=0.0), "turns": turns}]

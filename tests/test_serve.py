@@ -27,7 +27,7 @@ import torch
 import warm
 import yaml
 from browser import KEYS, browser, chromium
-from helpers import ROOT, TINY, clean_environment, read_json, tiny_settings
+from helpers import QWEN, ROOT, TINY, clean_environment, read_json, tiny_settings
 
 pytest.importorskip("starlette")
 pytest.importorskip("openai")
@@ -56,6 +56,7 @@ from grpo.serving.protocol import (  # noqa: E402
 )
 from grpo.serving.run import bound  # noqa: E402
 from grpo.serving.scheduler import Worker  # noqa: E402
+from grpo.serving.text import Answer  # noqa: E402
 from grpo.system.jsonl import read_jsonl  # noqa: E402
 from grpo.types import Group, Prompt, Sampling  # noqa: E402
 
@@ -355,6 +356,122 @@ def test_sixteen_requests_at_once_are_each_as_alone(served: tuple[Server, int]):
     assert [reply["choices"] for _, reply in together] == [reply["choices"] for _, reply in alone]
 
 
+# ---- tools -----------------------------------------------------------------------------------------------------------
+
+LOOK = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Look a word up.",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
+    },
+}
+SAID = [
+    '<think>hm</think>I look.\n<tool_call>\n{"name": "look", "arguments": {"word": "coin"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "look", "arguments": {"word": "é"}}\n</tool_call>',
+    "It is 12.",
+]
+
+
+@pytest.fixture
+def told(models: list[Hosted], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Gives the model a chat template with tools, and lets it write what the list begins with, whatever it draws."""
+    template, scripted = QWEN.replace("<|im_end|>", "<|endoftext|>"), list[str]()
+    monkeypatch.setattr(models[0].tokenizer, "chat_template", template)
+
+    class Scripted(Answer):
+        def feed(self, tokens: list[int], *, has_ended: bool, ignores_ends: bool = False) -> Any:
+            if not hasattr(self, "left"):
+                self.left = models[0].tokenizer(f"{scripted[0]}<|endoftext|>")["input_ids"]
+            now, self.left = self.left[: len(tokens)], self.left[len(tokens) :]
+            return super().feed(now, has_ended=not self.left)
+
+    monkeypatch.setattr("grpo.serving.generation.Answer", Scripted)
+    return scripted
+
+
+def test_openais_client_is_given_calls_and_hands_in_what_came_of_them(
+    client: OpenAI, told: list[str], models: list[Hosted], monkeypatch: pytest.MonkeyPatch
+):
+    told[:] = SAID
+    asked: dict[str, Any] = {"model": "model", "tools": [LOOK], "max_tokens": 150, "extra_body": {"ignore_eos": True}}
+    conversation: list[Any] = [{"role": "user", "content": "What is a coin?"}]
+    reply = client.chat.completions.create(messages=conversation, logprobs=True, **asked).choices[0]
+    assert reply.finish_reason == "tool_calls"
+    assert (reply.message.content, reply.message.reasoning) == ("I look.", "hm")
+    calls = reply.message.tool_calls
+    assert [(each.type, each.function.name, each.function.arguments) for each in calls] == [
+        ("function", "look", '{"word": "coin"}'),
+        ("function", "look", '{"word": "é"}'),
+    ]
+    pieces: dict[int, list[Any]] = {}
+    content, reasons = "", []
+    for chunk in client.chat.completions.create(messages=conversation, stream=True, **asked):
+        choice = chunk.choices[0]
+        content += choice.delta.content or ""
+        reasons += [choice.finish_reason] if choice.finish_reason else []
+        for each in choice.delta.tool_calls or []:
+            pieces.setdefault(each.index, []).append(each)
+    assert (content, reasons, sorted(pieces)) == ("I look.", ["tool_calls"], [0, 1])
+    assert ["".join(each.function.arguments for each in pieces[n]) for n in (0, 1)] == [
+        '{"word": "coin"}',
+        '{"word": "é"}',
+    ]
+    assert all(pieces[n][0].id.startswith("call_") and pieces[n][0].function.name == "look" for n in (0, 1))
+    single = client.chat.completions.create(messages=conversation, parallel_tool_calls=False, **asked).choices[0]
+    assert len(single.message.tool_calls) == 1
+
+    prompts: list[str] = []
+    own = Hosted._tokens
+    monkeypatch.setattr(
+        Hosted, "_tokens", lambda self, text, *given: (prompts.append(text), own(self, text, *given))[1]
+    )
+    told.pop(0)
+    conversation.append(reply.message.model_dump())
+    conversation += [{"role": "tool", "tool_call_id": each.id, "content": f"{n} found"} for n, each in enumerate(calls)]
+    last = client.chat.completions.create(messages=conversation, **asked).choices[0]
+    assert (last.finish_reason, last.message.content, last.message.tool_calls) == ("stop", "It is 12.", None)
+    assert '"name": "look", "description": "Look a word up."' in prompts[0]
+    assert (
+        '<|im_start|>assistant\nI look.\n<tool_call>\n{"name": "look", "arguments": {"word": "coin"}}\n</tool_call>'
+        in prompts[0]
+    )
+    assert prompts[0].endswith(
+        "<|im_start|>user\n<tool_response>\n0 found\n</tool_response><|endoftext|>\n"
+        "<|im_start|>user\n<tool_response>\n1 found\n</tool_response><|endoftext|>\n<|im_start|>assistant\n"
+    )
+
+    named = {"type": "function", "function": {"name": "look"}}
+    told[:] = ['{"word": "x"}}\n</tool_call>']
+    for choice, words, begun in (
+        (named, '{"word": "x"}}\n</tool_call>', '<tool_call>\n{"name": "look", "arguments": '),
+        ("required", '{"name": "look", "arguments": {"word": "x"}}</tool_call>', "<tool_call>\n"),
+        ("none", "<tool_call>{}</tool_call>", ""),
+    ):
+        told[:] = [words]
+        found = client.chat.completions.create(messages=conversation[:1], tool_choice=choice, **asked).choices[0]
+        assert prompts[-1].endswith(f"<|im_start|>assistant\n{begun}")
+        if choice == "none":
+            assert "Look a word up" not in prompts[-1]
+            assert (found.finish_reason, found.message.tool_calls) == ("stop", None)
+            assert "<tool_call>" in found.message.content
+        else:
+            assert [each.function.arguments for each in found.message.tool_calls] == ['{"word": "x"}']
+
+
+def test_what_a_tool_answered_is_not_lost_in_a_template_without_tools(
+    models: list[Hosted], monkeypatch: pytest.MonkeyPatch
+):
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}{{ add_generation_prompt }}"
+    monkeypatch.setattr(models[0].tokenizer, "chat_template", template)
+    with pytest.raises(ApiError, match=r"messages.1 is what a tool answered; the chat template of model leaves it out"):
+        models[0].chat_prompt([Message(role="user", content="x"), Message(role="tool", content="5 coins")], None)
+    template = QWEN.replace("<|im_end|>", "<|endoftext|>") + "{% if add_generation_prompt %}<think>{% endif %}"
+    monkeypatch.setattr(models[0].tokenizer, "chat_template", template)
+    with pytest.raises(ApiError, match="tool_choice asks for a call, and the chat template of model begins with a"):
+        models[0].chat_prompt([Message(role="user", content="x")], None, [LOOK], "<tool_call>")
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
@@ -380,7 +497,37 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"stop": [""]}, 400, "stop.0", "at least 1 character"),
     ({"top_logprobs": 2}, 400, None, "without logprobs"),
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "penalties are not computed here"),
-    ({"tools": [{"type": "function"}]}, 400, "tools", "tools are not called here"),
+    ({"tools": [{"type": "function"}]}, 400, "tools.0.function", "tools.0.function is missing"),
+    (
+        {"tools": [LOOK]},
+        400,
+        "tools",
+        "its chat template does not tell the model of tools. Leave them out, or serve it",
+    ),
+    ({"tools": [LOOK], "tool_choice": "always"}, 400, "tool_choice", "tool_choice is 'always'; "),
+    ({"tool_choice": "required"}, 400, None, "tool_choice asks for a call, and there are no tools"),
+    (
+        {"tools": [LOOK], "tool_choice": {"type": "function", "function": {"name": "see"}}},
+        400,
+        None,
+        "tool_choice names 'see'; tools has look",
+    ),
+    (
+        {"messages": [{"role": "tool", "tool_call_id": "call_1", "content": "5"}]},
+        400,
+        "messages.0.tool_call_id",
+        "no call before it has this id",
+    ),
+    (
+        {
+            "messages": [
+                {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "[]"}}]}
+            ]
+        },
+        400,
+        "messages.0.tool_calls.0.function.arguments",
+        "it is a JSON object",
+    ),
     ({"response_format": {"type": "json_object"}}, 400, "response_format.type", "not held to a form"),
     (
         {"chat_template_kwargs": {"chat_template": "{{ 'a' * 1000000 }}"}},

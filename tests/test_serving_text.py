@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from grpo.config import ModelConfig
 from grpo.policy.tokenizer import load_tokenizer
 from grpo.rollout.stop_criteria import Ending
-from grpo.serving.text import Answer, Detokenizer, StopFinder, Thoughts
+from grpo.serving.text import Answer, Calls, Detokenizer, StopFinder, Thoughts
 
 TEXT = "<think>héllo 🎉🎉 wörld ≤ x²\n漢字</think> <answer> 4 </answer>"
 
@@ -144,3 +145,30 @@ def test_an_answer_has_the_tokens_to_its_end(ending: Ending):
     answer = Answer(ending)
     assert answer.feed(ids, has_ended=True) == [("content", TEXT)]
     assert answer.finish_reason == "length"
+
+
+CALLED = (
+    'I <look>.\n\n<tool_call>\n{"name": "f", "arguments": {"x": "é<"}}\n</tool_call>\n<tool_call> f(1) </tool_call> and \n'
+    '<tool_call>{"name": "g", "arguments": "{}"}</tool_call> \n so <tool_call>{"name": "h"'
+)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_calls_are_taken_out_of_an_answer_wherever_it_is_cut(seed: int):
+    def read(text: str, most: int | None = None, begun: str = "") -> tuple[str, list[tuple[str, str]]]:
+        calls, parts = Calls(("<tool_call>", "</tool_call>"), most, begun), []
+        for cut in cuts(len(text), seed):
+            parts += calls.feed(text[cut])
+        parts += calls.close()
+        made = [json.loads(text) for part, text in parts if part == "call"]
+        assert [each["index"] for each in made] == list(range(len(made)))
+        assert len({each["id"] for each in made}) == len(made)
+        content = "".join(text for part, text in parts if part == "content")
+        return content, [(each["function"]["name"], each["function"]["arguments"]) for each in made]
+
+    f, g = ("f", '{"x": "é<"}'), ("g", "{}")
+    assert read(CALLED) == ('I <look>.<tool_call> f(1) </tool_call> andso <tool_call>{"name": "h"', [f, g])
+    assert read(CALLED, most=1) == ("I <look>.", [f])
+    assert read(" none \n") == (" none \n", []), "without a call it is what it was"
+    assert read('{"x": 1}}</tool_call>', begun='<tool_call>\n{"name": "f", "arguments": ') == ("", [("f", '{"x": 1}')])
+    assert read("1", begun="<tool_call>\n") == ("<tool_call>\n1", []), "forced to call, it has not"

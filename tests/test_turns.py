@@ -20,7 +20,7 @@ from typing import Any
 import grpo.tools
 import pytest
 import yaml
-from helpers import ROOT, TINY, tiny_config
+from helpers import QWEN, ROOT, TINY, tiny_config
 from rich.console import Console
 from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -29,19 +29,19 @@ from grpo import Trainer
 from grpo.config import Config, DataConfig, ToolsConfig
 from grpo.config.sections import ScoringConfig
 from grpo.data.prompts import build_prompts
-from grpo.evaluation.benchmark import OwnModel, Runtime, Settings
-from grpo.inference.chat import Conversation, show
+from grpo.evaluation.benchmark import OwnModel, Runtime, Settings, _claimed
+from grpo.inference.chat import Conversation, Interlude, show
 from grpo.inference.model import load, sampling_config
 from grpo.inference.resolve_model import trusted_tools
 from grpo.policy.model_source import complete_checkpoints
 from grpo.rollout.grouping import Grouping
 from grpo.run.checkpoint import name_of
-from grpo.scoring.reward import Reward
+from grpo.scoring.reward import Reward, loaded_files
 from grpo.scoring.scorer import Scorer
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import RunError, Stopped
-from grpo.turns.form import TAGGED, form_of
-from grpo.turns.generator import Call, ToolGenerator
+from grpo.turns.form import TAGGED, Appended, form_of
+from grpo.turns.generator import Call, TurnGenerator
 from grpo.turns.toolbox import Toolbox
 from grpo.turns.use import Tools, named
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
@@ -136,7 +136,7 @@ def converse(lines: list[list[str]], tools: list = [lookup], *, max_tokens: int 
     config = ToolsConfig(timeout_seconds=1.0, **limits)
     inner = Scripted(lines)
     with Toolbox.of(config, SCORING, tools) as toolbox:
-        generator = ToolGenerator(inner, toolbox, TAGGED, TOKENIZER, config)
+        generator = TurnGenerator(inner, toolbox, TAGGED, TOKENIZER, config)
         (group,) = generator.sample([prompt], Sampling(max_tokens), num_completions=len(lines), seed=3)
     return prompt, group.completions, inner
 
@@ -165,6 +165,24 @@ def test_a_result_is_appended_to_the_very_tokens_and_only_its_own_tokens_are_mas
     assert [turn.text for turn in with_call.turns] == [first, "<result><dog><dog></result>", second]
     assert inner.asked[-1].token_ids == prompt.token_ids + own[0] + result, "it goes on from what was sampled"
     assert (plain.trained, plain.text, len(plain.turns)) == (None, "b plain", 1)
+
+
+def notes_and_dies(path: str) -> str:
+    """Leave a line in a file, and die.
+
+    Args:
+        path: of the file.
+    """
+    with open(path, "a") as file:
+        file.write("called\n")
+    os._exit(1)
+
+
+def test_a_call_on_which_its_process_died_is_an_error_and_is_not_made_again(tmp_path: Path):
+    lines = [[f"a {call(word='x')}", f"aa {call('notes_and_dies', path=str(tmp_path / 'notes'))}", "e"]]
+    _, (completion,), _ = converse(lines, [lookup, notes_and_dies])
+    assert statuses(completion) == ["ok", "crash"], "a worker that has answered before is not to blame"
+    assert (tmp_path / "notes").read_text() == "called\n"
 
 
 def test_whatever_goes_wrong_with_a_call_is_a_result_that_the_model_reads():
@@ -246,8 +264,8 @@ def test_a_program_in_a_result_keeps_its_white_space_whatever_was_added_to_the_v
     tokenizer.add_tokens(["    ", "\n\n", "<mark>"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
     program = "def f():\n    return 1\n\n<mark>"
-    text, _ = TAGGED.results([f"{program}<|end|>"], tokenizer, most=50)
-    assert text == f"<result>{program}< |end|></result>"
+    found = TAGGED.results([f"{program}<|end|>"], tokenizer, most=50)
+    assert found.text == f"<result>{program}< |end|></result>"
 
 
 def test_a_result_begins_without_the_space_that_some_tokenizers_put_before_every_text():
@@ -255,8 +273,8 @@ def test_a_result_begins_without_the_space_that_some_tokenizers_put_before_every
     made = Tokenizer(models.BPE(vocab=letters, merges=[]))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])  # as of Llama 2
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
-    text, ids = TAGGED.results(["6"], tokenizer, most=5)
-    assert "".join(tokenizer.convert_ids_to_tokens(ids)) == text == "<result>6</result>"
+    found = TAGGED.results(["6"], tokenizer, most=5)
+    assert "".join(tokenizer.convert_ids_to_tokens(found.token_ids)) == found.text == "<result>6</result>"
 
 
 def test_an_object_is_a_conversations_own_begins_with_the_columns_and_survives_its_process():
@@ -374,6 +392,35 @@ def test_an_ended_conversation_holds_no_objects(monkeypatch: pytest.MonkeyPatch)
     assert [(each.states, each.asked) for each in made[0].conversations] == [({}, [])]
 
 
+class Unreadable:
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (int, ("this is no number",))
+
+
+class Hoarder(Counter):
+    def hoard(self) -> str:
+        """Keep what can be written and not be read."""
+        self.kept = Unreadable()
+        return "kept"
+
+
+def test_an_object_that_cannot_be_read_again_is_an_error_that_the_model_reads():
+    _, (completion,), _ = converse([[f"a {call('hoard')}", f"aa {call('add', number=1)}", "e"]], [Hoarder])
+    assert statuses(completion) == ["ok", "error"]
+    assert "the object cannot be read again: ValueError: invalid literal" in results(completion)[1]
+
+
+def test_a_conversation_told_by_hand_ends_with_a_sentence_where_a_class_cannot_be_used():
+    with (
+        Toolbox.of(ToolsConfig(), SCORING, [Broken]) as toolbox,
+        pytest.raises(RunError, match=r"(?s)Tool add cannot be used.*no reset"),
+    ):
+        toolbox.answers(['{"name": "add", "arguments": {"number": 1}}'], {})
+
+
 class Broken(Counter):
     def reset(self, **_: object) -> None:
         raise ValueError("no reset")
@@ -395,7 +442,7 @@ def test_a_class_that_cannot_be_used_is_named_also_while_others_are_being_sample
     prompts = [Prompt(n, TOKENIZER("x")["input_ids"], "x", "", {}) for n in range(2)]
     inner = Waiting([[f"a {call('add', number=1)}"], [f"b {call('add', number=1)}"]])
     with Toolbox.of(ToolsConfig(), SCORING, [Broken]) as toolbox:
-        generator = ToolGenerator(inner, toolbox, TAGGED, TOKENIZER, ToolsConfig())
+        generator = TurnGenerator(inner, toolbox, TAGGED, TOKENIZER, ToolsConfig())
         with pytest.raises(RunError, match=r"(?s)Tool add cannot be used.*no reset"):
             generator.sample(prompts, Sampling(200), num_completions=1, seed=1)
 
@@ -458,16 +505,6 @@ def test_a_name_in_the_yaml_that_is_no_tool_is_refused(functions: list, words: l
     assert all(word in str(error.value) for word in words), error.value
 
 
-QWEN = """{%- if tools %}{{- '<|im_start|>system\\n' + (tools | tojson) + '<|im_end|>\\n' }}{%- endif %}
-{%- for message in messages %}
-{%- if message.role == 'tool' %}
-{{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
-{%- else %}{{- '<|im_start|>' + message.role + '\\n' + message.content }}
-{%- for call in message.tool_calls or [] %}{{- '\\n<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}{%- endfor %}
-{{- '<|im_end|>\\n' }}{%- endif %}{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
-
-
 QWEN_3 = """{%- if tools %}{{- '<|im_start|>system\\n# Tools\\n<tools>' + (tools | tojson) }}
 {{- '</tools>\\n<tool_call>\\n{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call><|im_end|>\\n' }}
 {%- endif %}
@@ -504,7 +541,7 @@ def test_a_template_may_write_a_turn_otherwise_once_results_follow(thinks: dict[
     tokenizer.chat_template = QWEN_3
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
     form = form_of(tokenizer, DataConfig(name="x", template="chat", chat_template_kwargs=thinks))
-    assert form.results(["1", "2"], tokenizer, most=9)[0] == (
+    assert form.results(["1", "2"], tokenizer, most=9).text == (
         "\n<|im_start|>user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response><|im_end|>\n"
         f"<|im_start|>assistant\n{opened}"
     )
@@ -516,10 +553,11 @@ def test_the_form_of_a_chat_template_is_what_it_writes_around_calls_and_results(
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
     data = DataConfig(name="x", template="chat")
     form = form_of(tokenizer, data)
-    assert form.results(["1", "2"], tokenizer, most=9)[0] == (
+    assert form.results(["1", "2"], tokenizer, most=9).text == (
         "\n<|im_start|>user\n<tool_response>\n1\n</tool_response><|im_end|>\n"
         "<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
+    assert form.results(["1", "2"], tokenizer, most=9).said == ("1", "2"), "what a message holds, without its wrapping"
     turn = 'I ask.\n<tool_call>\n{"name": "f"}\n</tool_call>\n<tool_call>\n{}\n</tool_call>'
     ids = tokenizer(f"{turn}<|im_end|>")["input_ids"]
     assert [each.strip() for each in form.calls(turn, ids)] == ['{"name": "f"}', "{}"]
@@ -677,6 +715,51 @@ def test_a_chat_calls_shows_what_came_back_and_goes_on():
         show(talk, "Problem: What is 12*345?\nWork:", terminal)
     written = terminal.file.getvalue()
     assert re.search(r'<tool>\{"name": "calculator".*\}</tool><result>\d+</result>\nResult: \d', written), written
+
+
+def test_a_chat_remembers_what_was_said_before_a_call_the_call_and_what_came_back():
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    tokenizer.chat_template = QWEN
+    talk = Conversation(SimpleNamespace(tokenizer=tokenizer), DataConfig(template="chat"), Sampling(9))  # type: ignore[arg-type]
+    asked = [' {"name": "f", "arguments": {"x": 1}} ', "f(2)"]
+    came = Interlude(asked, Appended("\n<tool_response>\n1\n</tool_response>", [], ("1", "no JSON")), None)  # type: ignore[arg-type]
+    words = "<think>hm</think>\nI look it up.\n<tool_call>...</tool_call>"
+    talk.remember("How much?", "It is 1.", [(words, came)])
+    assert talk.messages == [
+        {"role": "user", "content": "How much?"},
+        {
+            "role": "assistant",
+            "content": "I look it up.\n<tool_call>f(2)</tool_call>",
+            "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+        },
+        {"role": "tool", "content": "1"},
+        {"role": "tool", "content": "no JSON"},
+        {"role": "assistant", "content": "It is 1."},
+    ]
+    assert "I look it up." in talk.prompt("And now?")
+    assert '"arguments": {"x": 1}' in talk.prompt("And now?")
+
+
+def test_an_evaluation_whose_tool_was_edited_is_another(tmp_path: Path):
+    file = tmp_path / "mine.py"
+    text = 'def look(word: str) -> str:\n    """Look.\n\n    Args:\n        word: what.\n    """\n    return "{}"\n'
+
+    def claim() -> None:
+        loaded_files.clear()
+        own = OwnModel(
+            Settings(str(TOOLS / "model"), ["probes"], templates=["r1_zero"], tools=[f"{file}:look"]),
+            Runtime(num_workers=1),
+        )
+        with own.toolbox, _claimed(tmp_path / "out", Settings("m", ["probes"], ["r1_zero"]), {}, own):
+            pass
+
+    file.write_text(text.format("one"))
+    claim()
+    (tmp_path / "out/samples.jsonl").write_text("{}\n")
+    claim()
+    file.write_text(text.format("two"))
+    with pytest.raises(ValueError, match=r"the source of a tool of --tools has changed since .*must not be mixed"):
+        claim()
 
 
 def test_a_foreign_runs_tools_with_arguments_are_run_only_if_one_says_so():

@@ -33,7 +33,7 @@ from grpo.run.loop import Loop
 from grpo.system.distributed import GIB, Processes, TrainingProcesses
 from grpo.system.out_of_memory import is_out_of_memory
 from grpo.trainer import Trainer
-from grpo.turns.generator import ToolGenerator
+from grpo.turns.generator import TurnGenerator
 from grpo.types import Batch, Prompt
 
 NUM_STEPS = 2
@@ -267,7 +267,7 @@ def _explain(error: RuntimeError, advise: Advise, trainer: Loop | None) -> None:
 
 def _advise(config: Config, phase: str, trainer: Loop | None, world_size: int) -> list[str]:
     generator = trainer.collector.generator if isinstance(trainer, Trainer) else None
-    generator = generator.inner if isinstance(generator, ToolGenerator) else generator
+    generator = generator.inner if isinstance(generator, TurnGenerator) else generator
     kv_gib = generator.kv_gib if isinstance(generator, NativeGenerator) else None
     return advice(phase, config, world_size=world_size, kv_gib=kv_gib)
 

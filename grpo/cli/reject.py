@@ -77,6 +77,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             f"{where} names tools; grpo reject calls none, and the answers would not be those of the run. Give --tools without a "
             "name to sample without them."
         )
+    if chosen.settings.environment.function is not None:
+        raise ValueError(
+            f"environment.function of {options.config or options.model} is {chosen.settings.environment.function!r}; grpo reject "
+            "has no environment, and an answer is one turn. Name a YAML without one (--config)."
+        )
     chosen = replace(chosen, settings=_with_questions(chosen.settings, options.questions))
     tokenizer = load_tokenizer(chosen.model)
     data = chosen.data(tokenizer, options.template, options.system)

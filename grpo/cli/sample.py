@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8, metavar="G", help="completions per question; default: 8")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling; default: 0")
     parser.add_argument(
-        "--trust-rewards", action="store_true", help="run reward functions that the run's configuration names"
+        "--trust-rewards", action="store_true", help="run rewards and an environment that the run's configuration names"
     )
     parser.add_argument("--json", action="store_true", help="a JSON object per completion and nothing else")
     options = parser.parse_args()
@@ -76,26 +76,30 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 def sample(options: argparse.Namespace) -> list[dict[str, Any]]:
     from grpo.data.prompts import build_prompts
     from grpo.inference.inspect import chosen_rows, columns_of, make_scorer, own_rows, sample_groups, without
-    from grpo.inference.resolve_model import choose, said, trusted_rewards, trusted_tools
+    from grpo.inference.resolve_model import choose, said, trusted_environment, trusted_rewards, trusted_tools
     from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
     from grpo.scoring.reward import resolve_rewards
+    from grpo.turns.environment import Environment
     from grpo.turns.use import Tools
 
     chosen = choose(options)
     tokenizer = load_tokenizer(chosen.model)
     data = chosen.data(tokenizer, options.template, options.system)
-    tools = Tools.of(trusted_tools(chosen, options), chosen.settings.scoring, tokenizer, data)
+    environment = Environment.of(trusted_environment(chosen, options))
+    called = trusted_tools(chosen, options)
+    tools = Tools.of(called, chosen.settings.scoring, tokenizer, data, environment=environment)
     data = data if tools is None else tools.told(data)
     if options.data:
         data = data.model_copy(update={"name": options.data})
     asked = own_rows(options.question, options.answer)
-    rows = asked or chosen_rows(data, options.row, held_out=options.held_out)
+    rows = asked or chosen_rows(data, options.row, held_out=options.held_out, environment=environment)
+    rows = rows if tools is None else tools.toolbox.observed(rows, data)
     numbers = options.row or range(len(rows))
     prompts, dropped = build_prompts(rows, tokenizer, data)
     prompts = [replace(prompt, row=numbers[prompt.row]) for prompt in prompts]
     check_vocabulary(chosen.model, tokenizer, [prompt.token_ids for prompt in prompts])
     columns = columns_of(rows)
-    rewards = resolve_rewards(trusted_rewards(chosen, options))
+    rewards = resolve_rewards(trusted_rewards(chosen, options)) + ([] if environment is None else [environment.reward])
     lacking = without(rewards, columns)
     scorer = make_scorer(
         [reward for reward in rewards if reward.name not in lacking],

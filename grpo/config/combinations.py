@@ -131,6 +131,7 @@ def check_combinations(config: Config) -> None:
             "less, such as 0.1, or remove it."
         )
     _check_carry_over(config)
+    _check_environment(config)
     _check_updates(config)
     _check_objective(config.algorithm)
     _check_offload(config.distributed)
@@ -330,7 +331,7 @@ def check_rewards(config: Config) -> None:
         raise ValueError(
             f"rewards has {VOTE!r} with a weight; its values are names of answers and no rewards. Give it weight 0."
         )
-    if not config.rewards or not (config.has_weighted_reward or config.teacher.name):
+    if not (config.has_weighted_reward or (config.rewards and config.teacher.name)):
         raise ValueError(
             f"rewards is {[reward.function for reward in config.rewards]} without any weight; at least one reward must "
             "count for something, throughout the run. Give one of them a weight other than 0."
@@ -341,6 +342,21 @@ CARRY_OVER_WITH_TOOLS = (
     "rollout.carry_over is true; a completion that waits for a tool cannot be carried over to another step. Remove "
     "rollout.carry_over, or the tools."
 )
+CARRY_OVER_WITH_ENVIRONMENT = (
+    "rollout.carry_over is true; a completion that waits for its environment cannot be carried over to another step. Remove "
+    "rollout.carry_over, or the environment."
+)
+
+
+def _check_environment(config: Config) -> None:
+    environment = config.environment
+    if environment.function is None:
+        return  # one may be given to Trainer
+    if environment.rows and config.data.name is not None:
+        raise ValueError(
+            f"environment.rows is {environment.rows}; the questions are those of data.name ({config.data.name!r}), and it has no "
+            "effect. Remove one of the two."
+        )
 
 
 def _check_carry_over(config: Config) -> None:
@@ -359,6 +375,8 @@ def _check_carry_over(config: Config) -> None:
         )
     if config.tools.functions:
         raise ValueError(CARRY_OVER_WITH_TOOLS)
+    if config.environment.function is not None:
+        raise ValueError(CARRY_OVER_WITH_ENVIRONMENT)
     if config.algorithm.importance == "none" and config.algorithm.clip != "divergence":
         raise ValueError(
             "rollout.carry_over is true; part of the tokens are then drawn by older weights, and algorithm.importance none would "

@@ -330,6 +330,27 @@ class ToolsConfig(Section):
         )
 
 
+class EnvironmentConfig(Section):
+    """What answers the model's turns; docs/environments.md says how. It runs in processes as tools do."""
+
+    function: Location | None = None
+    """A name in tools/environments/, `module:Class`, or `path/to/file.py:Class`. null: a completion is one turn."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """What its objects are made with."""
+    rows: dict[str, Any] = Field(default_factory=dict)
+    """Questions of its own, where data.name is null: what its `rows` is given, such as {size: 1000, seed: 0}."""
+    max_turns: PositiveInt = 8
+    """Turns of the model in a completion. One whose environment would go on then ends with finish_reason "turns"."""
+    max_reply_tokens: PositiveInt = 256
+    """Of what it says to a turn; the rest is cut off. It counts towards rollout.max_completion_tokens."""
+    reply_template: str | None = None
+    """How what it says is put to the model, `{text}` in it. null: as data.template has it; data.template none needs it."""
+    timeout_seconds: PositiveFloat = 5.0
+    """Wall-clock limit of a step; then its process is ended, and so is the completion, with an unknown reward."""
+    weight: float = 1.0
+    """Factor of its reward in the sum, beside `rewards`. 0: only logged."""
+
+
 class ScoringConfig(Section):
     num_workers: PositiveInt = 2
     """Reward worker processes per training process."""

@@ -24,6 +24,7 @@ from grpo.config.sections import (
     CheckpointConfig,
     DataConfig,
     DistributedConfig,
+    EnvironmentConfig,
     EvaluationConfig,
     LoggingConfig,
     LoRAConfig,
@@ -146,6 +147,7 @@ class Config(Settings):
         default_factory=lambda: [RewardConfig(function="accuracy"), RewardConfig(function="format")]
     )
     tools: ToolsConfig = Field(default_factory=ToolsConfig)
+    environment: EnvironmentConfig = Field(default_factory=EnvironmentConfig)
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     lora: LoRAConfig = Field(default_factory=LoRAConfig)
@@ -229,7 +231,8 @@ class Config(Settings):
     @property
     def has_weighted_reward(self) -> bool:
         """Whether any reward counts for something."""
-        return any(reward.weight for reward in self.rewards)
+        of_environment = self.environment.weight if self.environment.function is not None else 0.0
+        return bool(of_environment) or any(reward.weight for reward in self.rewards)
 
     @property
     def sampling(self) -> Sampling:

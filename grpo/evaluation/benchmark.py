@@ -35,6 +35,7 @@ from grpo.inference import model as inference
 from grpo.inference.resolve_model import num_positions, run_directory
 from grpo.observe.bar import Bar, check_rows
 from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
+from grpo.run.inputs import of_tools
 from grpo.scoring.answers import answer
 from grpo.scoring.reward import Reward, resolve_function
 from grpo.scoring.scorer import Scorer
@@ -43,7 +44,7 @@ from grpo.system.distributed import Processes
 from grpo.system.out_of_memory import retry_with_fewer_sequences
 from grpo.system.terminal import say
 from grpo.turns.form import form_of
-from grpo.turns.generator import ToolGenerator
+from grpo.turns.generator import TurnGenerator
 from grpo.turns.toolbox import Toolbox
 from grpo.turns.use import named
 from grpo.types import VOTE, Generator, Prompt
@@ -148,6 +149,10 @@ class Asks(Protocol):
         """What tells the model from others of its name."""
         ...
 
+    def tool_sources(self) -> dict[str, str]:
+        """A digest of the source of each tool."""
+        ...
+
     def start(self, out: Path) -> Generator:
         """What answers."""
         ...
@@ -204,6 +209,9 @@ class OwnModel:
     def files(self) -> str:
         return inference.fingerprint(self.model.name, self.model.revision)
 
+    def tool_sources(self) -> dict[str, str]:
+        return {} if self.toolbox is None else of_tools(self.toolbox.runners)
+
     def start(self, out: Path) -> Generator:
         return inference.load(self.config, self.tokenizer).generator
 
@@ -211,7 +219,7 @@ class OwnModel:
         if self.toolbox is None:
             return generator
         form = self.forms[PROMPT_FORMATS[template].template]
-        return ToolGenerator(generator, self.toolbox, form, self.tokenizer, self.tools)
+        return TurnGenerator(generator, self.toolbox, form, self.tokenizer, self.tools)
 
 
 MOST_TOKENS = 4096
@@ -358,6 +366,7 @@ def _claimed(
     wanted = {
         **asdict(settings),
         "model_files": asks.files(),
+        **({"tool_sources": sources} if (sources := asks.tool_sources()) else {}),
         "questions": {name: xxhash.xxh3_128(json.dumps(own).encode()).hexdigest() for name, own in rows.items()},
     }
     return claimed(out, wanted, option="--out", difference=_difference, results=["results.json"])
@@ -372,6 +381,7 @@ def _difference(name: str, before: Any, now: Any) -> str:
 CONTENTS = {
     "model_files": "the files of --model have changed",
     "questions": "the questions of --benchmarks or --data have changed",
+    "tool_sources": "the source of a tool of --tools has changed",
 }
 
 

@@ -144,6 +144,10 @@ class HostedModel:
     def files(self) -> str:
         return json.dumps([self.endpoint.url, self.endpoint.request], sort_keys=True)
 
+    def tool_sources(self) -> dict[str, str]:
+        """A server's tools are its own."""
+        return {}
+
     def around(self, generator: Generator, template: str) -> Generator:
         """As it is: a server calls its tools itself."""
         return generator

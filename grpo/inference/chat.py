@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +23,7 @@ from grpo.policy.policy import SampledModel
 from grpo.rollout.hf import drawing_options, without_defaults
 from grpo.system.terminal import is_text, printable
 from grpo.text.thinking import Kind, Reader
+from grpo.turns.form import CHAT_CALL, Appended, Unreadable, read_call
 from grpo.turns.toolbox import States
 from grpo.turns.use import Tools
 from grpo.types import Sampling
@@ -112,6 +113,15 @@ class _Asked(StoppingCriteria):
         return torch.full((len(input_ids),), self.stop.is_set(), device=input_ids.device)
 
 
+@dataclass(frozen=True)
+class Interlude:
+    """Calls at the end of an answer, what came of them, and the answer that goes on."""
+
+    calls: list[str]
+    results: Appended
+    answer: Answer
+
+
 @dataclass
 class Conversation:
     """What was said, and how the next question becomes a prompt. Only the chat template has a history."""
@@ -119,11 +129,11 @@ class Conversation:
     model: SampledModel
     data: DataConfig
     sampling: Sampling
-    messages: list[dict[str, str]] = field(default_factory=list)  # of the user and the assistant in turns
+    messages: list[dict[str, Any]] = field(default_factory=list)  # of the user, the assistant and tools
     tools: Tools | None = None
 
     def __post_init__(self) -> None:
-        if self.tools is not None:
+        if self.tools is not None and self.tools.form is not None:
             self.data = self.tools.told(self.data)
             self.sampling = replace(self.sampling, stop=(*self.sampling.stop, *self.tools.form.stop))
 
@@ -158,35 +168,46 @@ class Conversation:
             )
         return Answer(self.model, tokens, self.sampling)
 
-    def after_tools(self, answer: Answer, states: States, num_calls: int) -> tuple[str, int, Answer] | None:
-        """What the tools say to the calls that an answer ends with, how many, and the answer that goes on; None if it ends here.
+    def after_tools(self, answer: Answer, states: States, num_calls: int) -> Interlude | None:
+        """What the tools say to the calls that an answer ends with, and the answer that goes on; None if it ends here.
 
         Args:
             states: the objects of the tools, which change.
             num_calls: of the answer so far.
+
+        Raises:
+            RunError: a tool cannot be used.
         """
-        if self.tools is None or answer.is_cut_off:
+        if self.tools is None or self.tools.form is None or answer.is_cut_off:
             return None
         calls = self.tools.form.calls(answer.text, answer.tokens)
         if not calls or num_calls + len(calls) > self.tools.limits.max_calls:
             return None
         said_ = [each.text for each in self.tools.toolbox.answers(calls, states)]
-        text, ids = self.tools.form.results(said_, self.model.tokenizer, most=self.tools.limits.max_result_tokens)
-        left = answer.limit - len(answer.tokens) - len(ids)
+        results = self.tools.form.results(said_, self.model.tokenizer, most=self.tools.limits.max_result_tokens)
+        left = answer.limit - len(answer.tokens) - len(results.token_ids)
         if left < 1:
             return None
-        prompt = [*answer.prompt, *answer.tokens, *ids]
-        return text, len(calls), Answer(self.model, prompt, replace(self.sampling, max_tokens=left))
+        prompt = [*answer.prompt, *answer.tokens, *results.token_ids]
+        return Interlude(calls, results, Answer(self.model, prompt, replace(self.sampling, max_tokens=left)))
 
-    def remember(self, question: str, answer: str) -> None:
+    def remember(self, question: str, answer: str, before: Sequence[tuple[str, Interlude]] = ()) -> None:
         """Add a turn, of the answer what stands behind its thoughts, as the models' own chat templates have it.
 
         Of an answer that ended within its thoughts that is nothing.
+
+        Args:
+            before: what was written before calls of tools, each with these and what came back.
         """
-        if self.remembers:
-            thinks = "<think>" in answer or _opens_thought(self.prompt(question))
-            said_ = "" if thinks and "</think>" not in answer else answer.rpartition("</think>")[2].strip()
-            self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": said_}]
+        if not self.remembers:
+            return
+        opened = _opens_thought(self.prompt(question))
+        self.messages.append({"role": "user", "content": question})
+        for words, interlude in before:
+            said_ = _without_thoughts(words.partition(CHAT_CALL[0])[0], opened)
+            self.messages += [_calling(said_, interlude.calls), *_answering(interlude)]
+            opened = words.rfind("<think>") > words.rfind("</think>") or (opened and "</think>" not in words)
+        self.messages.append({"role": "assistant", "content": _without_thoughts(answer, opened)})
 
     def command(self, line: str) -> str:
         """Carry out a line that begins with a slash, but for /quit; what to say to it.
@@ -241,13 +262,15 @@ def show(conversation: Conversation, question: str, terminal: Console) -> None:
     starts_in_thought = _opens_thought(conversation.prompt(question))
     states: States = {}
     num_calls = 0
+    before: list[tuple[str, Interlude]] = []
     try:
         with closing(iter(answer)) as pieces:
             write(pieces, terminal, starts_in_thought=starts_in_thought)
         while (after := conversation.after_tools(answer, states, num_calls)) is not None:
-            result, number, answer = after
-            num_calls += number
-            terminal.print(Text(printable(result), style="cyan"), end="")
+            before.append((answer.text, after))
+            num_calls += len(after.calls)
+            answer = after.answer
+            terminal.print(Text(printable(after.results.text), style="cyan"), end="")
             with closing(iter(answer)) as pieces:
                 write(pieces, terminal, starts_in_thought=False, goes_on=True)
     except KeyboardInterrupt:
@@ -255,7 +278,32 @@ def show(conversation: Conversation, question: str, terminal: Console) -> None:
     if answer.is_cut_off:
         note = f" (cut off at {conversation.sampling.max_tokens} tokens)"
     terminal.print(Text.assemble((note, "yellow")))
-    conversation.remember(question, answer.text)
+    conversation.remember(question, answer.text, before)
+
+
+def _without_thoughts(words: str, opened: bool) -> str:
+    """
+    Args:
+        opened: the prompt ends within a thought.
+    """
+    thinks = "<think>" in words or opened
+    return "" if thinks and "</think>" not in words else words.rpartition("</think>")[2].strip()
+
+
+def _calling(words: str, calls: list[str]) -> dict[str, Any]:
+    """The assistant's message before calls; one that nobody could read stands in it as it was written."""
+    made = []
+    for text in calls:
+        try:
+            name, arguments = read_call(text)
+            made.append({"type": "function", "function": {"name": name, "arguments": arguments}})
+        except Unreadable:
+            words = f"{words}\n{CHAT_CALL[0]}{text}{CHAT_CALL[1]}".strip()
+    return {"role": "assistant", "content": words, **({"tool_calls": made} if made else {})}
+
+
+def _answering(interlude: Interlude) -> list[dict[str, Any]]:
+    return [{"role": "tool", "content": said_} for said_ in interlude.results.said]
 
 
 def _opens_thought(prompt: str) -> bool:

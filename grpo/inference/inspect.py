@@ -20,6 +20,8 @@ from grpo.scoring.binding import LISTED, SINGLE
 from grpo.scoring.reward import Reward
 from grpo.scoring.scorer import Scorer
 from grpo.system.terminal import printable
+from grpo.turns.environment import Environment
+from grpo.turns.environment import own_rows as rows_of_environment
 from grpo.types import Generator, Prompt, Sampling
 
 
@@ -40,17 +42,22 @@ def own_rows(questions: Sequence[str], answers: Sequence[str]) -> list[dict[str,
     return [{"question": question, "answer": answer} for question, answer in zip(questions, gold, strict=True)]
 
 
-def chosen_rows(data: DataConfig, numbers: Sequence[int], *, held_out: bool) -> list[dict[str, Any]]:
-    """Rows of a data set by their numbers.
+def chosen_rows(
+    data: DataConfig, numbers: Sequence[int], *, held_out: bool, environment: Environment | None = None
+) -> list[dict[str, Any]]:
+    """Rows of a data set, or of those that an environment brings, by their numbers.
 
     Raises:
         ValueError: see load_rows; or there is no row of that number.
     """
-    if data.name is None:
+    own = None
+    if environment is not None:
+        own = rows_of_environment(environment, data, evaluation=held_out, reads_answer=False)
+    if own is None and data.name is None:
         raise ValueError(
             f"--row is {numbers[0]}; there are no questions to take it from. Name them with --data, or a run as --model."
         )
-    rows = load_rows(data, evaluation=held_out, reads_answer=False)
+    rows = load_rows(data, evaluation=held_out, reads_answer=False) if own is None else own
     for n in numbers:
         if not 0 <= n < len(rows):
             raise ValueError(
@@ -150,7 +157,7 @@ def show_group(console: Console, rows: list[dict[str, Any]]) -> None:
     console.print(Text.assemble(("\n", ""), (_summary(rows), "bold")))
 
 
-ENDS = {"length": "cut off", "calls": "out of calls"}
+ENDS = {"length": "cut off", "calls": "out of calls", "turns": "out of turns"}
 
 
 def _heading(row: Mapping[str, Any], num: int) -> Text:
@@ -177,13 +184,15 @@ def _indented(text: Text) -> Text:
 
 
 def _styled(row: Mapping[str, Any]) -> Text:
-    """What the model wrote, and between it what tools answered, which stands out."""
+    """What the model wrote, and between it, on lines of their own, what tools and the environment said, which stands out."""
     turns = row.get("turns") or [{"role": "assistant", "content": row["completion"].strip()}]
     styled = [
-        Text(printable(turn["content"]), style="cyan") if turn["role"] == "tool" else styled_completion(turn["content"])
+        styled_completion(turn["content"].strip())
+        if turn["role"] == "assistant"
+        else Text(printable(f"{turn.get('name') or turn['role']}: {turn['content']}"), style="cyan")
         for turn in turns
     ]
-    return Text.assemble(*styled)
+    return Text("\n").join(styled)
 
 
 def _summary(rows: list[dict[str, Any]]) -> str:

@@ -12,7 +12,16 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config import Config, DataConfig, ModelConfig, RewardConfig, SupervisedConfig, ToolsConfig, read_yaml
+from grpo.config import (
+    Config,
+    DataConfig,
+    EnvironmentConfig,
+    ModelConfig,
+    RewardConfig,
+    SupervisedConfig,
+    ToolsConfig,
+    read_yaml,
+)
 from grpo.data.prompts import use_chat_template
 from grpo.inference.model import Sampler, load, sampling_config
 from grpo.policy.families import attribute
@@ -113,6 +122,18 @@ def trusted_tools(chosen: Chosen, options: Namespace) -> ToolsConfig:
     ]
     _trust(foreign, "tools", "name them with --tools", options)
     return tools
+
+
+def trusted_environment(chosen: Chosen, options: Namespace) -> EnvironmentConfig:
+    """The environment that the run's configuration names, which is trusted as its tools are.
+
+    Raises:
+        ValueError: it is code of others, and nobody has said that it may run.
+    """
+    config = chosen.settings.environment
+    foreign = [config.function] if config.function is not None and ":" in config.function else []
+    _trust(foreign, "an environment", "say so with --trust-rewards", options)
+    return config
 
 
 def _trust(foreign: list[str], what: str, how: str, options: Namespace) -> None:

@@ -100,7 +100,13 @@ METRICS = {
     "tools/seconds": "mean seconds of a call in its worker process",
     "tools/result_tokens": "mean number of tokens that tools have put into a completion; no other metric counts them",
     "tools/out_of_calls": "share of completions that ended because they asked for more than tools.max_calls calls",
-    "tools/wait": "seconds of a draw in which all that was left waited for tools; mean over processes and draws",
+    "tools/wait": "seconds of a draw in which all that was left waited for tools or environment; mean over processes and draws",
+    "environment/turns": "mean number of turns of a completion that its environment answered or judged",
+    "environment/ended": "share of completions that the environment ended; the others came to a limit",
+    "environment/out_of_turns": "share of those that came to environment.max_turns",
+    "environment/failed": "share whose environment took too long or whose process died; their environment reward is unknown",
+    "environment/reply_tokens": "mean number of tokens that the environment has put into a completion, counted nowhere else",
+    "environment/seconds": "mean seconds that the steps of a completion took in worker processes",
     "batch/padding": "share of forward passes that a process ran without work, to keep in step with the others",
     "batch/shared": "share of the tokens of prompts and completions that need no pass, because completions share their prompt",
     "batch/imbalance": "share of the update's passes that the processes would wait for the fullest, if time were tokens",
@@ -281,6 +287,7 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores) -> None:
     meter.mean("completion/truncated", torch.tensor([float(c.finish_reason == "length") for c in completions]))
     meter.mean("completion/repetition", repeats([c.own_ids for c in completions]))
     measure_tools(meter, completions)
+    measure_environment(meter, completions)
     meter.total("scoring/timeouts", scores.num_timeouts)
     meter.total("scoring/crashes", scores.num_crashes)
     meter.total("throughput/scoring", float(len(completions)))
@@ -290,18 +297,37 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores) -> None:
 
 def measure_tools(meter: Meter, completions: list[Completion]) -> None:
     """What tools were asked, and how that went; nothing in a run without tools."""
-    with_turns = [completion for completion in completions if completion.turns is not None]
+    with_turns = [
+        each for each in completions if each.turns is not None and (each.episode is None or each.episode.has_tools)
+    ]
     if not with_turns:
         return
     calls = [[call for turn in completion.turns or [] for call in turn.calls] for completion in with_turns]
-    results = [sum(turn.num_tokens for turn in completion.turns or [] if turn.calls) for completion in with_turns]
     every = [call for own in calls for call in own]
     meter.mean("tools/calls", torch.tensor([float(len(own)) for own in calls]))
     meter.mean("tools/used", torch.tensor([float(bool(own)) for own in calls]))
     meter.mean("tools/failed", torch.tensor([float(call.status != "ok") for call in every]))
     meter.mean("tools/seconds", torch.tensor([call.seconds for call in every]))
-    meter.mean("tools/result_tokens", torch.tensor([float(number) for number in results]))
+    meter.mean("tools/result_tokens", torch.tensor([_tokens_of(each, "tool") for each in with_turns]))
     meter.mean("tools/out_of_calls", torch.tensor([float(each.finish_reason == "calls") for each in with_turns]))
+
+
+def measure_environment(meter: Meter, completions: list[Completion]) -> None:
+    """How the episodes went; nothing in a run without an environment."""
+    played = [(each, each.episode) for each in completions if each.episode is not None]
+    if not played:
+        return
+    meter.mean("environment/turns", torch.tensor([float(episode.num_turns) for _, episode in played]))
+    meter.mean("environment/ended", torch.tensor([float(episode.ended) for _, episode in played]))
+    meter.mean("environment/out_of_turns", torch.tensor([float(each.finish_reason == "turns") for each, _ in played]))
+    meter.mean("environment/failed", torch.tensor([float(episode.reward is None) for _, episode in played]))
+    meter.mean("environment/reply_tokens", torch.tensor([_tokens_of(each, "user") for each, _ in played]))
+    meter.mean("environment/seconds", torch.tensor([episode.seconds for _, episode in played]))
+
+
+def _tokens_of(completion: Completion, role: str) -> float:
+    """Tokens that others put into a completion."""
+    return float(sum(turn.num_tokens for turn in completion.turns or [] if turn.role == role))
 
 
 def measure_carry_over(

@@ -8,7 +8,7 @@ fetched, whatever a completion says.
     head              settings, metrics as columns, tables, and of each source of completions its index block and text blocks
     index-R-S         of run R and source S, a list per column: step, group, reward, right, ...
     texts-R-S-B       {"completions": [...], "rewards": [...], "questions": {group: [question, answer]}} of the block's rows, and
-                      "results": {row: [[offset, text], ...]}, what tools answered
+                      "results": {row: [[offset, text], ...]}, what tools and environments answered
 """
 
 from __future__ import annotations
@@ -115,10 +115,11 @@ def _texts(rows: list[Row]) -> dict[str, Any]:
 
 
 def _results(turns: list[dict[str, str]]) -> list[tuple[int, str]]:
-    """What tools answered, each with its place in the completion, counted as JavaScript counts: in units of UTF-16."""
+    """What tools and the environment answered, each with its place in the completion, counted as JavaScript counts: in units of
+    UTF-16."""
     found, place = [], 0
     for turn in turns:
-        if turn["role"] == "tool":
+        if turn["role"] != "assistant":
             found.append((place, turn["content"]))
         else:
             place += len(turn["content"].encode("utf-16-le", "surrogatepass")) // 2

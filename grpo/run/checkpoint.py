@@ -44,7 +44,7 @@ from grpo.system.terminal import say
 from grpo.system.writer import Writer, flush, load_tensors, problem_with, save_tensors
 from grpo.training import carry_over
 from grpo.training.state import Rollout, RunState, StepState, redistribute
-from grpo.types import Completion, Drafts, Group, MicroBatch, Packing, Prompt, Scores, ToolCall, Turn
+from grpo.types import Completion, Drafts, Episode, Group, MicroBatch, Packing, Prompt, Scores, ToolCall, Turn
 
 REFERENCE = "reference.safetensors"
 
@@ -559,7 +559,7 @@ def _drafts(directory: Path, num_parts: int, where: RunState, processes: Process
 
 
 UNDER_WAY = (
-    *(StepState, Rollout, Group, Prompt, Completion, Turn, ToolCall, Scores, MicroBatch, Packing, Meter),
+    *(StepState, Rollout, Group, Prompt, Completion, Turn, ToolCall, Episode, Scores, MicroBatch, Packing, Meter),
     (StepState, "grpo.under_way.StepUnderWay"),
     (Rollout, "grpo.post_mortem.Evidence"),
     (Meter, "grpo.metrics.Meter"),

@@ -1,4 +1,4 @@
-"""What a run was given besides its settings, as digests: its questions, and the source of its rewards and tools.
+"""What a run was given besides its settings, as digests: its questions, and the source of its rewards, tools and environment.
 
 Files may be edited between a run and its resumption under the same names. Checkpoints keep these digests, and a run that
 resumes from one compares them.
@@ -20,6 +20,7 @@ import xxhash
 
 from grpo.data.rows import canonical
 from grpo.scoring.reward import Reward
+from grpo.turns.environment import Environment
 from grpo.turns.runner import Runner
 from grpo.types import Prompt
 
@@ -32,13 +33,17 @@ def digests(
     rewards: Sequence[Reward],
     *,
     tools: Sequence[Runner] = (),
+    environment: Environment | None = None,
     what: str = QUESTIONS,
 ) -> dict[str, str]:
     """By what a person calls it. Held-out questions have their number in the name, since another number of them may be asked."""
     found = {what: _of_prompts(prompts)}
     if eval_prompts:
         found[f"the {len(eval_prompts)} {HELD_OUT}"] = _of_prompts(eval_prompts)
-    found |= {f"the tool {tool.name}": _of_tool(tool) for tool in tools}
+    found |= of_tools(tools)
+    if environment is not None:
+        runner = environment.runner
+        found[f"the environment {runner.name}"] = _of_given(runner.source, runner.given)
     return found | {f"the reward {reward.name}": _of_reward(reward) for reward in rewards}
 
 
@@ -71,10 +76,15 @@ def _of_reward(reward: Reward) -> str:
     return digest.hexdigest()
 
 
-def _of_tool(tool: Runner) -> str:
-    """Of its arguments, and of the files that it is defined in, as of a reward."""
-    digest = xxhash.xxh3_128(json.dumps(tool.given, sort_keys=True, default=_plain).encode())
-    digest.update(_source_of(tool.make))
+def of_tools(tools: Sequence[Runner]) -> dict[str, str]:
+    """By what a person calls it."""
+    return {f"the tool {tool.name}": _of_given(tool.make, tool.given) for tool in tools}
+
+
+def _of_given(made: Callable[..., Any], given: dict[str, Any]) -> str:
+    """Of a tool's or an environment's arguments, and of the files that it is defined in, as of a reward."""
+    digest = xxhash.xxh3_128(json.dumps(given, sort_keys=True, default=_plain).encode())
+    digest.update(_source_of(made))
     return digest.hexdigest()
 
 

@@ -22,7 +22,16 @@ from grpo.scoring.worker import Call, Outcome
 from grpo.system.terminal import printable
 
 LOGS = ("log_metric", "log_extra")  # methods of worker.Logged
-SHARED = ("finish_reason", "num_tokens", "max_completion_tokens", "completion_ids", "turns", "trainer_state", *LOGS)
+SHARED = (
+    "finish_reason",
+    "num_tokens",
+    "max_completion_tokens",
+    "completion_ids",
+    "turns",
+    "environment_reward",
+    "trainer_state",
+    *LOGS,
+)
 SINGLE = ("completion", "prompt", *SHARED)
 LISTED = ("completions", "prompts", *SHARED)
 

@@ -6,10 +6,11 @@ A reward function is a plain function; the names of its parameters say what it i
     accuracy(completions, answer, **kwargs) -> list        the completions of one group, as TRL calls it: every argument
                                                            is a list with one item per completion
 
-It can ask for `completion`, `prompt`, `finish_reason`, `num_tokens`, `max_completion_tokens`, `completion_ids`, `turns`, any
-column of the data, and the keys of its `args`; as in TRL also for `trainer_state`, `log_metric` and `log_extra`. `**kwargs`
-is given everything. It may be `async`. Three endings are kept apart: a value, "can't tell" (None, a timeout, a crash), and a
-bug in the function, which stops the run and shows the sample.
+It can ask for `completion`, `prompt`, `finish_reason`, `num_tokens`, `max_completion_tokens`, `completion_ids`, `turns`,
+`environment_reward` (None where nobody can tell, or there is no environment), any column of the data, and the keys of its `args`;
+as in TRL also for `trainer_state`, `log_metric` and `log_extra`. `**kwargs` is given everything. It may be `async`. Three endings
+are kept apart: a value, "can't tell" (None, a timeout, a crash), and a bug in the function, which stops the run and shows the
+sample.
 
 Which of the two it is, and whether completions come as texts or as messages, is its form. `Reward.form` says it, or else the
 parameters do: one named `completions` or `prompts`, or annotated with a list of lists, makes it a function of a group, and
@@ -281,6 +282,7 @@ class Scorer:
             "max_completion_tokens": self._limit_of(completion),
             "completion_ids": completion.token_ids,
             "turns": completion.messages,
+            "environment_reward": None if completion.episode is None else completion.episode.reward,
             "trainer_state": self.trainer_state,
         }
 
@@ -306,6 +308,7 @@ class Scorer:
             "max_completion_tokens": [self._limit_of(completion) for completion in group.completions],
             "completion_ids": [completion.token_ids for completion in group.completions],
             "turns": [completion.messages for completion in group.completions],
+            "environment_reward": [each.episode and each.episode.reward for each in group.completions],
             "trainer_state": self.trainer_state,  # not a list, nor in TRL
         }
 

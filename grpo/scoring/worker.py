@@ -12,8 +12,9 @@ What a call starts ends with it. Each worker has a keeper, the process that the 
 "child subreaper" (man 2 prctl) it inherits whatever the worker's children leave behind, even if they made themselves a session
 of their own, and ends it. What a call prints goes to a file, and what it changes in its process (folder, environment, signal
 handlers, recursion limit) is put back. A call that finds no memory left, or whose worker dies, is made once more in a fresh
-worker, so that a leak is not blamed on the call that happens to come last. Of the environment a worker is given what INHERITED
-names and no more: an access key that it does not have cannot end up in what a call prints.
+worker, so that a leak is not blamed on the call that happens to come last; a call of a tool is not (Call.once). Of the
+environment a worker is given what INHERITED names and no more: an access key that it does not have cannot end up in what a call
+prints.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ class Call:
     arguments: dict[str, Any]
     seconds: float
     logs: tuple[str, ...] = ()  # methods of Logged that the function is handed under their names
+    once: bool = False  # not made again where its worker dies, since what it does in the world would be done twice
 
 
 @dataclass

@@ -378,8 +378,8 @@ class _Worker:
         return [(number, Outcome("value", result, seconds, metrics, columns))]
 
     def _replace_after_crash(self) -> list[tuple[int, Outcome]]:
-        """Start a new process; the running call is tried again in it, unless the old one was new as well."""
-        if self.ready and self.num_answers:
+        """Start a new process; the running call is tried again in it, unless it may not or the old one was new as well."""
+        if self.ready and self.num_answers and not self.assigned[0][1].once:
             self.kill()
             self.suspect = self.assigned.popleft()
             self.start()

@@ -15,6 +15,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,9 +32,10 @@ from grpo.serving import protocol
 from grpo.serving.generation import Asked, Generation, Piece, timed_out
 from grpo.serving.metrics import Metrics
 from grpo.serving.models import Hosted
-from grpo.serving.protocol import GREEDY_BELOW, ApiError, ChatRequest, CompletionRequest, GenerationRequest
+from grpo.serving.protocol import GREEDY_BELOW, ApiError, ChatRequest, CompletionRequest, GenerationRequest, NamedTool
 from grpo.serving.replies import ChatReply, CompletionReply
 from grpo.serving.scheduler import TopLogprobs, Update, Worker
+from grpo.serving.text import Calls
 from grpo.serving.verdicts import Verifier
 from grpo.system.build import own_version
 from grpo.system.out_of_memory import is_out_of_memory
@@ -130,10 +132,17 @@ class Server:
     async def chat(self, request: Request) -> Response:
         asked = await _read(request, ChatRequest)
         hosted = self._hosted(asked.model)
-        kwargs = asked.chat_template_kwargs
-        prompt, thinks = await run_in_threadpool(hosted.chat_prompt, asked.messages, kwargs)
+        kwargs, tools = asked.chat_template_kwargs, asked.told_tools
+        tags = await run_in_threadpool(hosted.call_tags) if tools else None
+        begun = "" if tags is None else _begun(asked, tags)
+        prompt, thinks = await run_in_threadpool(hosted.chat_prompt, asked.messages, kwargs, tools, begun)
         num_top = (asked.top_logprobs or 0) if asked.logprobs else None
-        generation = self._generation(hosted, asked, [prompt], [thinks], wants_logprobs=num_top is not None)
+        calls = None
+        if tags is not None:
+            calls = partial(Calls, tags, 1 if asked.parallel_tool_calls is False else None, begun)
+        generation = self._generation(
+            hosted, asked, [prompt], [thinks], wants_logprobs=num_top is not None, calls=calls
+        )
         return await self._answer(request, asked, ChatReply(generation, num_top))
 
     async def complete(self, request: Request) -> Response:
@@ -212,6 +221,7 @@ class Server:
         *,
         wants_logprobs: bool,
         keeps_end: bool = False,
+        calls: Callable[[], Calls] | None = None,
     ) -> Generation:
         limits = [hosted.token_limit(asked.token_limit, prompt) for prompt in prompts]
         how = Asked(
@@ -222,7 +232,7 @@ class Server:
             bool(asked.ignore_eos),
             keeps_end,
         )
-        return Generation(hosted, self.worker, prompts, limits, how, thinks, self.limits.seconds)
+        return Generation(hosted, self.worker, prompts, limits, how, thinks, self.limits.seconds, calls)
 
     async def _scores(self, request: Request, hosted: Hosted, prompts: list[list[int]]) -> list[list[TopLogprobs]]:
         """Log-probabilities of the prompts' tokens, one prompt after the other.
@@ -306,6 +316,13 @@ class Server:
 def _spread(updates: list[Update]) -> None:
     for update in updates:
         update.sequence.owner.receive(update)
+
+
+def _begun(asked: ChatRequest, tags: tuple[str, str]) -> str:
+    """How an answer begins that has to be a call, of whatever tool or of the one that is named."""
+    if isinstance(asked.tool_choice, NamedTool):
+        return f'{tags[0]}\n{{"name": {json.dumps(asked.tool_choice.function.name)}, "arguments": '
+    return f"{tags[0]}\n" if asked.tool_choice == "required" else ""
 
 
 def _sampling(asked: GenerationRequest, usual: Sampling, limit: int) -> Sampling:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from grpo.serving.decoder import Served
 from grpo.serving.models import Hosted
 from grpo.serving.protocol import ApiError
 from grpo.serving.scheduler import TopLogprobs, Update, Worker
-from grpo.serving.text import Answer, Part
+from grpo.serving.text import Answer, Calls, Part
 from grpo.types import Sampling
 
 
@@ -59,6 +59,7 @@ class Generation:
         limits: most tokens of the choices of each prompt; with 0 it has ended before it starts.
         thinks: of each prompt, whether it opens a thought; None: nothing is a thought.
         seconds: after which it ends with an error.
+        calls: makes what takes calls of tools out of a choice; None: there are no tools.
     """
 
     hosted: Hosted
@@ -68,6 +69,7 @@ class Generation:
     asked: Asked
     thinks: list[bool] | None
     seconds: float
+    calls: Callable[[], Calls] | None = None
     arrived: float = field(default_factory=time.monotonic)
     first_token: float | None = None
 
@@ -89,7 +91,12 @@ class Generation:
         ]
         stops = asked.sampling.stop
         self.answers = [
-            Answer(self.hosted.ending, stops, None if self.thinks is None else self.thinks[index // n])
+            Answer(
+                self.hosted.ending,
+                stops,
+                None if self.thinks is None else self.thinks[index // n],
+                None if self.calls is None else self.calls(),
+            )
             for index in range(len(seeds))
         ]
         for index, answer in enumerate(self.answers):
@@ -160,7 +167,11 @@ class Generation:
             if not update.has_ended:  # at a stop text, of which the scheduler knows nothing
                 self.worker.cancel(self.hosted.scheduler, [update.sequence])
         tops = [] if update.logprobs is None else list(zip(answer.tokens[before:], update.logprobs, strict=False))
-        at_end = answer.finish_reason == "stop" and bool(tops) and tops[-1][0] in self.hosted.ending.end_token_ids
+        at_end = (
+            answer.finish_reason in ("stop", "tool_calls")
+            and bool(tops)
+            and tops[-1][0] in self.hosted.ending.end_token_ids
+        )
         if at_end and not self.asked.keeps_end:
             tops = tops[:-1]
         return Piece(update.sequence.index, parts, tops, answer.finish_reason)

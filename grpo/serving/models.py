@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
@@ -30,11 +31,12 @@ from grpo.rollout.paged import PAGE, PagedCache, num_pages_for
 from grpo.rollout.slots import FEWEST_SEQUENCES
 from grpo.rollout.stop_criteria import Ending
 from grpo.serving.decoder import ServingDecoder
-from grpo.serving.protocol import ApiError, Message
+from grpo.serving.protocol import ApiError, CalledTool, Message
 from grpo.serving.scheduler import Scheduler
 from grpo.system.distributed import GIB
 from grpo.system.out_of_memory import free_bytes, is_out_of_memory
 from grpo.system.terminal import say
+from grpo.turns.form import NoTools, form_of
 from grpo.types import Sampling
 
 LATEST, BASE = "latest", "base"
@@ -65,6 +67,7 @@ class Hosted:
         self._longest_token = max(map(len, vocabulary), default=1)
         self._rows = self.model.lm.config.get_text_config().vocab_size
         self._token_bytes: dict[int, list[int]] = {}
+        self._tags: dict[str, tuple[str, str]] = {}  # of calls, by the chat template
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -75,31 +78,78 @@ class Hosted:
         """Whether a conversation can have several turns."""
         return TEMPLATES[self.data.template].is_chat
 
-    def chat_prompt(self, messages: Sequence[Message], kwargs: dict[str, Any] | None) -> tuple[list[int], bool]:
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        kwargs: dict[str, Any] | None,
+        tools: Sequence[dict[str, Any]] = (),
+        begun: str = "",
+    ) -> tuple[list[int], bool]:
         """The tokens of a conversation, and whether the prompt opens a thought.
+
+        Args:
+            tools: that the model is told of.
+            begun: how the answer has to begin.
 
         Raises:
             ApiError: the template does not take it, or it is too long.
         """
-        turns = [{"role": _role(message), "content": message.text} for message in messages]
-        self._check_text([turn["content"] for turn in turns], "messages")
+        turns = _turns(messages)
+        self._check_text([*(turn["content"] for turn in turns), *map(json.dumps, tools)], "messages")
         data = self.data
         if kwargs:
             data = data.model_copy(update={"chat_template_kwargs": {**data.chat_template_kwargs, **kwargs}})
+        if tools:
+            data = data.with_tools(list(tools))
         try:
             text = self._conversation(turns, data) if self.has_history else self._question(turns, data)
         except ValueError as error:
             raise ApiError(str(error), param="messages") from None
+        for number, turn in enumerate(turns):
+            if turn["role"] == "tool" and turn["content"].strip() not in text:
+                raise ApiError(
+                    f"messages.{number} is what a tool answered; the chat template of {self.name} leaves it out. Serve a model "
+                    "whose template has tools.",
+                    param=f"messages.{number}",
+                )
+        thinks = prefill_of(text).rstrip().endswith("<think>")
+        if begun and thinks:
+            raise ApiError(
+                f"tool_choice asks for a call, and the chat template of {self.name} begins with a thought. Set it to auto, or "
+                "switch thinking off with chat_template_kwargs.",
+                param="tool_choice",
+            )
         self._check_text([text], "messages")
-        return self._tokens(text, data, "messages"), prefill_of(text).rstrip().endswith("<think>")
+        return self._tokens(text + begun, data, "messages"), thinks
 
-    def _conversation(self, turns: list[dict[str, str]], data: DataConfig) -> str:
+    def call_tags(self) -> tuple[str, str]:
+        """What stands around a call.
+
+        Raises:
+            ApiError: the template has no tools.
+        """
+        template = str(self.tokenizer.chat_template)
+        if not self.has_history:
+            why = f"it was trained in the template {self.data.template}, and only a chat template tells of them"
+            raise ApiError(f"tools are given to {self.name}; {why}. Leave them out.", param="tools")
+        if template not in self._tags:
+            try:
+                self._tags[template] = form_of(self.tokenizer, self.data).tags
+            except NoTools as error:
+                raise ApiError(
+                    f"tools are given to {self.name}; its chat template {error.what}. Leave them out, or serve it with another "
+                    "chat template (data.chat_template of a --config).",
+                    param="tools",
+                ) from None
+        return self._tags[template]
+
+    def _conversation(self, turns: list[dict[str, Any]], data: DataConfig) -> str:
         if data.system_prompt is not None and turns[0]["role"] != "system":
             turns = [{"role": "system", "content": data.system_prompt}, *turns]
         with time_limit(1):
             return chat_text(turns, self.tokenizer, data)
 
-    def _question(self, turns: list[dict[str, str]], data: DataConfig) -> str:
+    def _question(self, turns: list[dict[str, Any]], data: DataConfig) -> str:
         if len(turns) > 1 or turns[0]["role"] != "user":
             roles = ", ".join(turn["role"] for turn in turns)
             raise ApiError(
@@ -183,8 +233,42 @@ class Hosted:
         return text, self._token_bytes[token]
 
 
-def _role(message: Message) -> str:
-    return "system" if message.role == "developer" else message.role
+def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as chat templates take them: the arguments of a call are an object there, and its result has the name of the tool.
+
+    Raises:
+        ApiError: arguments are no JSON object, or a result belongs to no call.
+    """
+    turns: list[dict[str, Any]] = []
+    names: dict[str, str] = {}  # of the tool, by the id of a call
+    for number, message in enumerate(messages):
+        turn: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
+        turns.append({**turn, "content": message.text})
+        if message.role == "assistant" and message.tool_calls:
+            names |= {call.id: call.function.name for call in message.tool_calls}
+            turns[-1]["tool_calls"] = [_called(call, number, place) for place, call in enumerate(message.tool_calls)]
+        elif message.role == "tool":
+            own = message.tool_call_id
+            if own is not None and own not in names:
+                raise ApiError(
+                    f"messages.{number}.tool_call_id is {own[:100]!r}; no call before it has this id. Send the assistant's "
+                    "message with its tool_calls, too.",
+                    param=f"messages.{number}.tool_call_id",
+                )
+            if name := message.name or names.get(own or ""):
+                turns[-1]["name"] = name
+    return turns
+
+
+def _called(call: CalledTool, number: int, place: int) -> dict[str, Any]:
+    where = f"messages.{number}.tool_calls.{place}.function.arguments"
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise ApiError(f"{where} is {call.function.arguments[:100]!r}; it is a JSON object. Correct it.", param=where)
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
 def _byte_letters() -> dict[str, int]:

@@ -25,6 +25,7 @@ from grpo.serving.decoder import MOST_TOP_LOGPROBS
 MOST_CHOICES = 128
 MOST_STOPS, LONGEST_STOP = 16, 1000
 MOST_MESSAGES = MOST_PARTS = 10_000
+MOST_TOOLS, LONGEST_NAME = 128, 256
 MOST_TOKENS = 2**22  # of a prompt; models know fewer
 HOTTEST = 100.0
 LEAST_TOP_P = 1e-6  # less is lost to rounding in float32
@@ -73,9 +74,25 @@ class TextPart(_Tolerant):
     text: str
 
 
+class CalledFunction(_Tolerant):
+    name: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
+    arguments: str = "{}"  # JSON
+
+
+class CalledTool(_Tolerant):
+    """A call in an assistant's message, as an earlier answer had it."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(_Tolerant):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(max_length=MOST_PARTS, fail_fast=True)] | None = None
+    tool_calls: Annotated[list[CalledTool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
 
     @property
     def text(self) -> str:
@@ -134,6 +151,26 @@ class ResponseFormat(_Tolerant):
     type: Literal["text"]
 
 
+class Function(_Tolerant):
+    name: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
+    description: str = ""
+    parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
+
+
+class Tool(_Tolerant):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(_Tolerant):
+    name: str
+
+
+class NamedTool(_Tolerant):
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: Positive | None = None
@@ -141,7 +178,14 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: StrictBool | None = True
+
+    @property
+    def told_tools(self) -> list[dict[str, Any]]:
+        """What the model is told of: with tool_choice none of nothing, so that it calls nothing."""
+        return [] if self.tool_choice == "none" else [tool.model_dump(exclude_unset=True) for tool in self.tools or []]
 
     @property
     def token_limit(self) -> int | None:
@@ -159,6 +203,13 @@ class ChatRequest(GenerationRequest):
     def _agree(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs has no effect without logprobs. Set logprobs to true.")
+        names = [tool.function.name for tool in self.tools or []]
+        if not names and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("tool_choice asks for a call, and there are no tools. Give tools, or leave it out.")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(
+                f"tool_choice names {self.tool_choice.function.name!r}; tools has {', '.join(names)}. Name one of them."
+            )
         return self
 
 
@@ -257,7 +308,6 @@ REFUSED = {
     "repetition_penalty": "penalties are not computed here. Set it to 1, or leave it out.",
     "logit_bias": "biases are not computed here. Leave it out.",
     "response_format": "answers are not held to a form here. Leave it out, or say {'type': 'text'}.",
-    "tools": "tools are not called here. Leave them out.",
     "suffix": "a text is only continued here. Leave it out.",
 }
 
@@ -283,7 +333,7 @@ def error_of(found: ValidationError) -> ApiError:
     return ApiError(f"{param} is {shown}; {why}", param=param, code="invalid_value")
 
 
-_BRANCHES = {"str", "constrained-str", "int", "TextPart", "text", "texts", "tokens", "lists"}
+_BRANCHES = {"str", "constrained-str", "int", "TextPart", "NamedTool", "text", "texts", "tokens", "lists"}
 """What pydantic puts into a place to say which of several types it tried."""
 
 

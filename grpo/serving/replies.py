@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -62,9 +63,11 @@ class ChatReply:
         for index, answer in enumerate(self.generation.answers):
             own = [piece for piece in pieces if piece.index == index]
             found = _joined(own)
+            calls = _calls(own)
             message = {
                 "role": "assistant",
-                "content": found.get("content", ""),
+                "content": found.get("content", None if calls else ""),
+                **({"tool_calls": [_without_index(call) for call in calls]} if calls else {}),
                 "reasoning_content": found.get("reasoning_content"),
                 "reasoning": found.get("reasoning_content"),
             }
@@ -101,8 +104,20 @@ def _token(hosted: Hosted, token: int, logprob: float) -> dict[str, Any]:
     return {"token": text, "logprob": logprob, "bytes": bytes_}
 
 
-def _of_parts(piece: Piece) -> dict[str, str]:
-    return _joined([piece]) | ({} if not (own := _joined([piece]).get("reasoning_content")) else {"reasoning": own})
+def _of_parts(piece: Piece) -> dict[str, Any]:
+    found: dict[str, Any] = {**_joined([piece])}
+    if own := found.get("reasoning_content"):
+        found["reasoning"] = own
+    return found | ({"tool_calls": calls} if (calls := _calls([piece])) else {})
+
+
+def _calls(pieces: list[Piece]) -> list[dict[str, Any]]:
+    return [json.loads(text) for piece in pieces for part, text in piece.parts if part == "call"]
+
+
+def _without_index(call: dict[str, Any]) -> dict[str, Any]:
+    """As a whole message has it: in a stream, pieces of a call are told by its place."""
+    return {name: value for name, value in call.items() if name != "index"}
 
 
 def _joined(pieces: list[Piece]) -> dict[str, str]:
@@ -110,6 +125,8 @@ def _joined(pieces: list[Piece]) -> dict[str, str]:
     found: dict[str, str] = {}
     for piece in pieces:
         for part, text in piece.parts:
+            if part == "call":
+                continue
             name = "reasoning_content" if part == "reasoning" else "content"
             found[name] = found.get(name, "") + text
     return found

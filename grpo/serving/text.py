@@ -5,13 +5,17 @@ What a stream gives in pieces is, put together, what it would be whole, wherever
 
 from __future__ import annotations
 
+import json
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from grpo.rollout.stop_criteria import Ending
+from grpo.turns.form import Unreadable, read_call
 
-Part = Literal["reasoning", "content"]
+Part = Literal["reasoning", "content", "call"]
+"""What a piece of text belongs to; that of a call is a whole one, as JSON in OpenAI's form."""
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a character whose last bytes are still to come reads as, for all of its bytes or for each."""
@@ -131,17 +135,104 @@ class Thoughts:
 
 
 @dataclass
+class Calls:
+    """Takes the calls of tools out of the content of an answer in pieces, each as soon as it is closed.
+
+    What stands between the tags and is no call stays content, with its tags, and so does one that is never closed. White space
+    around calls is left out.
+
+    Args:
+        tags: around a call.
+        most: calls; the rest of the content is left out once there are so many. None: any number.
+        begun: what the prompt has already written of the answer.
+    """
+
+    tags: tuple[str, str]
+    most: int | None = None
+    begun: str = ""
+    number: int = 0  # so far
+
+    def __post_init__(self) -> None:
+        self._held, self._is_open, self._blank = self.begun, False, ""
+        self._is_behind_call = False
+
+    def feed(self, piece: str) -> list[tuple[Part, str]]:
+        """What is certain now."""
+        text, self._held = self._held + piece, ""
+        parts: list[tuple[Part, str]] = []
+        while text:
+            tag = self.tags[self._is_open]
+            before, found, after = text.partition(tag)
+            if self._is_open and not found:
+                self._held = text
+                break
+            if self._is_open:
+                parts += self._closed(before)
+            elif found:
+                parts += self._content(before)
+            else:
+                size = begun(text, [tag])
+                parts += self._content(text[: len(text) - size])
+                self._held = text[len(text) - size :]
+                break
+            self._is_open, text = not self._is_open, after
+        return parts
+
+    def close(self) -> list[tuple[Part, str]]:
+        rest, self._held = self.tags[0] * self._is_open + self._held, ""
+        parts = self._content(rest)
+        if self._blank and not self.number:
+            parts.append(("content", self._blank))
+        return parts
+
+    def _content(self, text: str) -> list[tuple[Part, str]]:
+        """White space waits for what comes behind it."""
+        text = self._blank + text
+        if self._is_behind_call:
+            text = text.lstrip()
+        shown = text.rstrip()
+        self._blank = text[len(shown) :]
+        if not shown or self._is_full:
+            return []
+        self._is_behind_call = False
+        return [("content", shown)]
+
+    def _closed(self, text: str) -> list[tuple[Part, str]]:
+        if self._is_full:
+            return []
+        try:
+            name, arguments = read_call(text)
+        except Unreadable:
+            return self._content(text.join(self.tags))
+        self._blank, self._is_behind_call = "", True
+        call = {
+            "index": self.number,
+            "id": f"call_{uuid.uuid4().hex[:24]}",
+            "type": "function",
+            "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)},
+        }
+        self.number += 1
+        return [("call", json.dumps(call))]
+
+    @property
+    def _is_full(self) -> bool:
+        return self.most is not None and self.number >= self.most
+
+
+@dataclass
 class Answer:
     """One choice while it is written.
 
     Args:
         stop: texts that end it and are cut off.
         thinks: whether the prompt has opened a thought; None: a raw completion, in which nothing is a thought.
+        calls: takes calls of tools out of it; None: there are no tools.
     """
 
     ending: Ending
     stop: tuple[str, ...] = ()
     thinks: bool | None = None
+    calls: Calls | None = None
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
@@ -172,7 +263,20 @@ class Answer:
         if self._thoughts is None:
             return [("content", shown)] if shown else []
         parts = self._thoughts.feed(shown)
-        return parts if self.finish_reason is None else [*parts, *self._thoughts.close()]
+        if self.finish_reason is not None:
+            parts += self._thoughts.close()
+        return parts if self.calls is None else self._called(self.calls, parts)
+
+    def _called(self, calls: Calls, parts: list[tuple[Part, str]]) -> list[tuple[Part, str]]:
+        """The parts, with calls of their own. One that ends with calls says so."""
+        found: list[tuple[Part, str]] = []
+        for part, text in parts:
+            found += calls.feed(text) if part == "content" else [(part, text)]
+        if self.finish_reason is not None:
+            found += calls.close()
+            if calls.number and self.finish_reason == "stop":
+                self.finish_reason = "tool_calls"
+        return found
 
     def _num_tokens_to_stop(self) -> int:
         """As the engine counts: to the token that completes a stop text."""

@@ -1,12 +1,17 @@
-"""A Generator whose completions call tools: sample to the end of a turn, make its calls, append what came of them, sample on.
+"""A Generator whose completions call tools or are answered by an environment: sample to the end of a turn, make its calls or have
+it answered, append what came of that, sample on.
 
 Token in, token out. The tokens of a result are appended to the very sequence that was sampled, and nothing is ever made from
 text again, so what is trained is what was sampled. Which tokens the model wrote is kept as they come (`Completion.trained`). The
 calls of a sequence are made as soon as the generator hands it on, while others are still being sampled. Between two turns the
 sequence is read again from its beginning.
 
+A turn that has no calls is the environment's to answer, where there is one. It says something, and the model takes another turn;
+or the episode is over. An episode that a limit ends is told so, and gives its last reward then.
+
 The limit of a completion is of all its tokens, results included. One that has no room for a result ends with finish_reason
-"length", one that asks for a tool after `max_calls` calls with "calls"; either ends with what the model wrote last.
+"length", one that asks for a tool after `max_calls` calls with "calls", one that has had all its turns with "turns"; each ends
+with what the model wrote last.
 """
 
 from __future__ import annotations
@@ -20,15 +25,17 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config import ToolsConfig
+from grpo.data.prompts import prefill_of
 from grpo.rollout.grouping import Grouping
 from grpo.rollout.stop_criteria import token_limit
 from grpo.scoring.worker import FunctionBug, Outcome
 from grpo.scoring.worker_pool import Errand
 from grpo.system import progress
 from grpo.system.stopping import RunError
-from grpo.turns.form import Form
-from grpo.turns.toolbox import Answer, Request, States, Toolbox
-from grpo.types import Completion, FinishReason, Generator, Group, OnGroup, Prompt, Sampling, ToolCall, Turn
+from grpo.turns.episode import Action
+from grpo.turns.form import Appended, Form, ReplyForm
+from grpo.turns.toolbox import Answer, Ask, Reply, Request, States, Toolbox
+from grpo.types import Completion, Episode, FinishReason, Generator, Group, OnGroup, Prompt, Sampling, ToolCall, Turn
 
 
 @dataclass
@@ -45,24 +52,41 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
     states: States = field(default_factory=dict)
     num_calls: int = 0
-    asked: list[Request | Answer] = field(default_factory=list)  # the calls of the last turn
+    asked: list[Request | Ask | Answer | Reply] = field(default_factory=list)  # of the last turn
+    written: str = ""  # by the model since the environment last spoke
+    prefill: str = ""  # what the environment's words end with that already belongs to the turn
+    replies: list[Reply] = field(default_factory=list)  # the environment's
+    reason: FinishReason | None = None  # for which it ends, once the environment has given its last reward
 
     @property
     def open_calls(self) -> list[int]:
         """Which calls of the turn are to be made next: of those of one object, the first, since it changes the object."""
-        waiting = {n: each for n, each in enumerate(self.asked) if isinstance(each, Request)}
-        objects = [each.tool.runner if each.tool.method else None for each in waiting.values()]
+        waiting = {n: each for n, each in enumerate(self.asked) if isinstance(each, (Request, Ask))}
+        objects = [each.object if isinstance(each, Request) else None for each in waiting.values()]
         return [n for place, n in enumerate(waiting) if objects[place] is None or objects[place] not in objects[:place]]
 
     def say(self, turn: Completion) -> None:
         """Take a turn of the model's."""
         self._append(turn.token_ids, turn.logprobs, own=True)
         self.turns.append(Turn(turn.text, len(turn.token_ids)))
+        self.written += turn.text
 
-    def read(self, text: str, token_ids: list[int], calls: list[ToolCall]) -> None:
+    def read(self, results: Appended, calls: list[ToolCall]) -> None:
         """Take what tools have answered."""
-        self._append(token_ids, [0.0] * len(token_ids), own=False)
-        self.turns.append(Turn(text, len(token_ids), tuple(calls)))
+        self._append(results.token_ids, [0.0] * len(results.token_ids), own=False)
+        self.turns.append(Turn(results.text, len(results.token_ids), "tool", results.said, tuple(calls)))
+        self.prefill = ""
+
+    def hear(self, reply: Appended) -> None:
+        """Take what the environment has said."""
+        self._append(reply.token_ids, [0.0] * len(reply.token_ids), own=False)
+        self.turns.append(Turn(reply.text, len(reply.token_ids), "user", reply.said))
+        self.written, self.prefill = "", prefill_of(reply.text)
+
+    def ask(self, action: Action) -> None:
+        """Have the environment make a step."""
+        seed = random.Random(f"{self.seed} {len(self.turns)} environment").getrandbits(62)
+        self.asked = [Ask(action, self.written, seed)]
 
     def _append(self, token_ids: list[int], logprobs: list[float], *, own: bool) -> None:
         self.token_ids += token_ids
@@ -74,15 +98,17 @@ class Conversation:
         return replace(
             self.prompt,
             token_ids=[*self.prompt.token_ids, *self.token_ids],
-            prefill="",
+            prefill=self.prefill,
             max_tokens=self.limit - len(self.token_ids),
             seed=random.Random(f"{self.seed} {len(self.turns)}").getrandbits(62),
         )
 
-    def completion(self, reason: FinishReason) -> Completion:
-        text = "".join(turn.text for turn in self.turns if not turn.calls)
+    def completion(self, reason: FinishReason, episode: Episode | None) -> Completion:
+        text = "".join(turn.text for turn in self.turns if turn.role == "assistant")
         trained = None if all(self.own) else self.own
-        return Completion(self.token_ids, self.logprobs, text, reason, trained=trained, turns=self.turns)
+        return Completion(
+            self.token_ids, self.logprobs, text, reason, trained=trained, turns=self.turns, episode=episode
+        )
 
 
 class Calls:
@@ -90,7 +116,7 @@ class Calls:
 
     def __init__(self, toolbox: Toolbox, errand: Errand) -> None:
         self.toolbox, self.errand = toolbox, errand
-        self.made: list[tuple[Conversation, int, Request]] = []
+        self.made: list[tuple[Conversation, int, Request | Ask]] = []
 
     def make(self, conversation: Conversation) -> None:
         """Hand on the calls of a conversation that can be made now, and return at once.
@@ -100,7 +126,7 @@ class Calls:
         """
         for number in conversation.open_calls:
             request = conversation.asked[number]
-            assert isinstance(request, Request), "it is open"
+            assert isinstance(request, (Request, Ask)), "it is open"
             try:
                 self.errand.add([self.toolbox.call(request, conversation.states, conversation.prompt.columns)])
             except FunctionBug as bug:
@@ -111,7 +137,7 @@ class Calls:
         """Wait for them, and put each answer in its request's place.
 
         Raises:
-            RunError: a class's object cannot be made, begun or kept.
+            RunError: a class's object cannot be made, begun or kept, or an environment has a bug.
         """
         with progress.busy("waiting for tools", math.inf):  # each call has its time limit
             outcomes = self._outcomes()
@@ -125,27 +151,35 @@ class Calls:
             raise self._unusable(bug) from None
 
     def _unusable(self, bug: FunctionBug) -> RunError:
-        tool = self.made[bug.call][2].tool
-        return RunError(
-            f"Tool {tool.name} cannot be used: its object cannot be made, its `reset` raised an exception, or the object "
-            f"cannot be kept between two calls (pickle).\n{bug.worker_traceback}"
-        )
+        return self.toolbox.unusable(self.made[bug.call][2], bug)
 
 
-class ToolGenerator:
-    """Samples with `inner`, and lets completions call tools."""
+class TurnGenerator:
+    """Samples with `inner`, and lets completions call tools and an environment answer them.
+
+    Args:
+        form: of calls; None: there are no tools.
+        reply_form: of what the environment says; None: there is none.
+    """
 
     def __init__(
         self,
         inner: Generator,
         toolbox: Toolbox,
-        form: Form,
+        form: Form | None,
         tokenizer: PreTrainedTokenizerBase,
         limits: ToolsConfig,
+        reply_form: ReplyForm | None = None,
     ) -> None:
-        self.inner, self.toolbox, self.form, self.tokenizer = inner, toolbox, form, tokenizer
-        self.limits = limits
+        self.inner, self.toolbox, self.tokenizer = inner, toolbox, tokenizer
+        self.form, self.reply_form, self.limits = form, reply_form, limits
         self._metrics: dict[str, float] = {}
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end a turn."""
+        forms = (self.form, self.reply_form)
+        return tuple(text for form in forms if form is not None for text in form.stop)
 
     def sync(self) -> None:
         self.inner.sync()
@@ -179,7 +213,7 @@ class Call:
 
     def __init__(
         self,
-        generator: ToolGenerator,
+        generator: TurnGenerator,
         prompts: list[Prompt],
         sampling: Sampling,
         *,
@@ -188,7 +222,7 @@ class Call:
         on_group: OnGroup | None,
     ) -> None:
         self.generator, self.prompts, self.num_completions, self.seed = generator, prompts, num_completions, seed
-        self.sampling = replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *generator.form.stop))))
+        self.sampling = replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *generator.stop))))
         self.grouping = Grouping(prompts, num_completions=num_completions, on_group=on_group)
         self.conversations = [
             Conversation(
@@ -221,7 +255,7 @@ class Call:
             def on_group(p: int, group: Group) -> None:
                 for g, turn in enumerate(group.completions):
                     conversation = speaking[p * num_completions + g]
-                    if self._has_calls(conversation, turn):
+                    if self._is_answered(conversation, turn):
                         calling.append(conversation)
                         calls.make(conversation)
 
@@ -231,47 +265,113 @@ class Call:
             self.rounds.append((len(speaking), self.generator.inner.metrics()))
             began = time.perf_counter()
             calls.take_in()
-        while any(conversation.open_calls for conversation in calling):
-            with self.generator.toolbox.begin() as errand:
-                calls = Calls(self.generator.toolbox, errand)
-                for conversation in calling:
-                    calls.make(conversation)
-                calls.take_in()
+        going_on: list[Conversation] = []
+        while calling:
+            going_on += [conversation for conversation in calling if self._goes_on(conversation)]
+            calling = [conversation for conversation in calling if conversation.open_calls]
+            self._make_calls(calling)
         self.seconds_waited += time.perf_counter() - began
-        calling.sort(key=lambda conversation: conversation.place)  # in whatever order they came
-        return [conversation for conversation in calling if self._goes_on(conversation)]
+        return sorted(going_on, key=lambda conversation: conversation.place)  # in whatever order they came
 
-    def _has_calls(self, conversation: Conversation, turn: Completion) -> bool:
-        """Take a turn; whether it ends with calls that may be made. If not, the conversation ends."""
+    def _make_calls(self, calling: list[Conversation]) -> None:
+        if not calling:
+            return
+        with self.generator.toolbox.begin() as errand:
+            calls = Calls(self.generator.toolbox, errand)
+            for conversation in calling:
+                calls.make(conversation)
+            calls.take_in()
+
+    def _is_answered(self, conversation: Conversation, turn: Completion) -> bool:
+        """Take a turn; whether others are to be asked now, for what it calls, or what the environment makes of it.
+
+        If not, the conversation ends.
+        """
         conversation.say(turn)
-        asked = self.generator.form.calls(turn.text, turn.token_ids) if turn.finish_reason == "stop" else []
-        if not asked:
-            self._end(conversation, turn.finish_reason)
-        elif conversation.num_calls + len(asked) > self.generator.limits.max_calls:
-            self._end(conversation, "calls")
-        elif len(conversation.token_ids) >= conversation.limit:
-            self._end(conversation, "length")
-        else:
+        generator, has_ended = self.generator, turn.finish_reason == "stop"
+        asked = generator.form.calls(turn.text, turn.token_ids) if generator.form is not None and has_ended else []
+        if asked and conversation.num_calls + len(asked) > generator.limits.max_calls:
+            self._close(conversation, "calls")
+        elif asked and len(conversation.token_ids) >= conversation.limit:
+            self._close(conversation, "length")
+        elif asked:
             conversation.num_calls += len(asked)
-            conversation.asked = [self.generator.toolbox.read(text) for text in asked]
-            return True
-        return False
+            conversation.asked = [generator.toolbox.read(text) for text in asked]
+        elif has_ended and generator.toolbox.environment is not None:
+            conversation.ask("step")
+        else:
+            self._close(conversation, turn.finish_reason)
+        return bool(conversation.asked)
 
     def _goes_on(self, conversation: Conversation) -> bool:
-        """Append the results of a turn's calls; False if there is no room for them and a word after them."""
-        generator, answers = self.generator, [each for each in conversation.asked if isinstance(each, Answer)]
-        text, token_ids = generator.form.results(
+        """Append what others have said to a turn; False if calls are still open, or the conversation ends."""
+        if conversation.open_calls:
+            return False
+        generator, reply = self.generator, conversation.asked[0]
+        if isinstance(reply, Reply):
+            return self._goes_on_after(conversation, reply)
+        answers = [each for each in conversation.asked if isinstance(each, Answer)]
+        assert generator.form is not None, "there were calls"
+        results = generator.form.results(
             [answer.text for answer in answers], generator.tokenizer, most=generator.limits.max_result_tokens
         )
-        if len(conversation.token_ids) + len(token_ids) >= conversation.limit:
-            self._end(conversation, "length")
+        conversation.asked = []
+        if len(conversation.token_ids) + len(results.token_ids) >= conversation.limit:
+            self._close(conversation, "length")
             return False
-        conversation.read(text, token_ids, [answer.call for answer in answers])
+        conversation.read(results, [answer.call for answer in answers])
         return True
 
+    def _goes_on_after(self, conversation: Conversation, reply: Reply) -> bool:
+        """The same of what the environment has said."""
+        generator, environment = self.generator, self.generator.toolbox.environment
+        assert generator.reply_form is not None, "there is an environment"
+        assert environment is not None, "it has replied"
+        conversation.replies.append(reply)
+        conversation.asked = []
+        if conversation.reason is not None:
+            self._end(conversation, conversation.reason)
+        elif reply.said is None:
+            self._end(conversation, "stop")
+        elif len(conversation.replies) == environment.config.max_turns:
+            self._close(conversation, "turns")
+        else:
+            said = generator.reply_form.reply(
+                reply.said,
+                generator.tokenizer,
+                most=environment.config.max_reply_tokens,
+                behind=conversation.token_ids,
+            )
+            if len(conversation.token_ids) + len(said.token_ids) < conversation.limit:
+                conversation.hear(said)
+                return True
+            self._close(conversation, "length")
+        return False
+
+    def _close(self, conversation: Conversation, reason: FinishReason) -> None:
+        """End a conversation that a limit has ended, when its environment, if there is one, has given its last reward."""
+        if self.generator.toolbox.environment is None:
+            self._end(conversation, reason)
+        else:
+            conversation.reason = reason
+            conversation.ask("reward")
+
     def _end(self, conversation: Conversation, reason: FinishReason) -> None:
-        self.grouping.add(conversation.place, conversation.completion(reason))
+        self.grouping.add(conversation.place, conversation.completion(reason, self._episode(conversation)))
         conversation.states, conversation.asked = {}, []  # of many conversations, for as long as the longest of them
+
+    def _episode(self, conversation: Conversation) -> Episode | None:
+        if self.generator.toolbox.environment is None:
+            return None
+        replies = conversation.replies
+        rewards = [reply.reward for reply in replies if reply.reward is not None]
+        return Episode(
+            reward=sum(rewards) if len(rewards) == len(replies) else None,
+            ended=conversation.reason is None and len(rewards) == len(replies),
+            num_turns=len(replies) - (conversation.reason is not None),
+            seconds=sum(reply.seconds for reply in replies),
+            has_tools=self.generator.form is not None,
+        )
 
     def metrics(self) -> dict[str, float]:
         """The generator's, over the rounds: the most sequences at once, all that were set aside, and means of the rest."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +44,7 @@ class Runner:
         """Make a call.
 
         Args:
-            method: of the object.
+            method: of the object; `reset`: make an object for a question, and tell what its `reset` says.
             arguments: those that the model chose.
             state: the object as a call before left it; None: it is made anew, and its `reset` is given the columns that it asks
                 for.
@@ -57,12 +58,19 @@ class Runner:
             return well, text, None
         import cloudpickle
 
+        if method == "reset":
+            return True, observation(begin(self.make(**self.given), columns)), None
         if state is None:
             held = self.make(**self.given)
-            _begin(held, columns)
+            check_told(held, begin(held, columns), columns)
             state = cloudpickle.dumps(held)  # one that cannot be kept even now is a mistake of its class
         else:
-            held = cloudpickle.loads(state)
+            try:
+                held = cloudpickle.loads(state)
+            except MemoryError:
+                raise
+            except Exception as error:  # of what a model had it hold, say
+                return False, f"the object cannot be read again: {words(error)}"[:MAX_CHARS], state
         well, text = _answered(getattr(held, method), arguments)
         kept, wrong = _kept(held)
         return (well, text, kept) if kept is not None else (False, wrong, state)
@@ -77,7 +85,7 @@ def _kept(held: Any) -> tuple[bytes | None, str]:
     except MemoryError:
         raise
     except Exception as error:
-        return None, f"the call is undone; what it left cannot be kept: {_words(error)}"[:MAX_CHARS]
+        return None, f"the call is undone; what it left cannot be kept: {words(error)}"[:MAX_CHARS]
     if len(kept) > MAX_STATE_BYTES:
         return (
             None,
@@ -86,30 +94,83 @@ def _kept(held: Any) -> tuple[bytes | None, str]:
     return kept, ""
 
 
-def _words(error: BaseException) -> str:
+def words(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:  # its __str__ is the tool's own code
         return type(error).__name__
 
 
-def _begin(held: Any, columns: Mapping[str, Any]) -> None:
-    """Call an object's `reset`, if it has one, with the columns that it asks for.
+OBSERVATION = "observation"
+"""Column of a row whose question holds what a `reset` had to say."""
 
-    Raises:
-        ValueError: it returned something, which nobody would read.
+
+def begin(held: Any, columns: Mapping[str, Any]) -> Any:
+    """Call an object's `reset`, if it has one, with the columns that it asks for, or with all of them as `row`.
+
+    The random numbers of Python that it draws follow from the question, so that it says the same of it each time.
     """
     reset = getattr(held, "reset", None)
     if reset is None:
-        return
-    wanted = inspect.signature(reset).parameters.values()
-    everything = any(each.kind is each.VAR_KEYWORD for each in wanted)
-    names = [each.name for each in wanted]
-    said = reset(**{name: value for name, value in columns.items() if everything or name in names})
-    if said is not None:
+        return None
+    row = without_observation(columns)
+    parameters = inspect.signature(reset).parameters
+    random.seed(repr((row.get("question"), row.get("answer"))))
+    if "row" in parameters and "row" not in row:
+        return reset(row=row)
+    everything = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return reset(**{name: value for name, value in row.items() if everything or name in parameters})
+
+
+def without_observation(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as it was before what `reset` said was put behind its question."""
+    row = {name: value for name, value in columns.items() if name != OBSERVATION}
+    if said := columns.get(OBSERVATION):
+        row["question"] = str(row["question"]).removesuffix(said).removesuffix(GAP)
+        if row.get("messages"):
+            *turns, last = row["messages"]
+            row["messages"] = [*turns, {**last, "content": row["question"]}]
+    return row
+
+
+GAP = "\n\n"
+"""Between a question and an observation."""
+
+
+def texts_of(said: Any) -> tuple[str, ...]:
+    """What an object has to say to the model: a text, or messages of the user; nothing: ().
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if said is None:
+        return ()
+    if isinstance(said, str):
+        return (said[:MAX_CHARS],)
+    items = list(said) if isinstance(said, (list, tuple)) else [said]
+    texts = [
+        each.get("content") if isinstance(each, Mapping) and each.get("role") == "user" else each for each in items
+    ]
+    if not all(isinstance(each, str) for each in texts):
         raise ValueError(
-            f"{type(held).__name__}.reset returned {str(said)[:80]!r}; it is called when the prompt has been read. Return "
-            "None, and put what the model is to be told into the question."
+            f"it returned {str(said)[:200]!r}; what is said to a model is a text, or a list of messages of the role user, "
+            '[{"role": "user", "content": "Higher."}]. Return one of these, or None.'
+        )
+    return tuple(str(each)[:MAX_CHARS] for each in texts)
+
+
+def observation(said: Any) -> str:
+    """What a `reset` said, as one text; empty: nothing."""
+    return "\n".join(texts_of(said))
+
+
+def check_told(held: Any, said: Any, columns: Mapping[str, Any]) -> None:
+    """Raises ValueError: a `reset` says what the prompt, which has been read by then, does not."""
+    if (text := observation(said)) not in (columns.get(OBSERVATION) or ""):
+        raise ValueError(
+            f"{type(held).__name__}.reset returned {text[:80]!r}, which is not what it returned when the prompt was made, or the "
+            "first question's had returned None. Let it return the same for the same row (random.random() does, which is seeded "
+            "by the row), and None for all rows or for none."
         )
 
 
@@ -123,7 +184,7 @@ def _answered(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[
     except MemoryError:  # the worker's own to handle: it is replaced
         raise
     except Exception as error:
-        return False, _words(error)[:MAX_CHARS]
+        return False, words(error)[:MAX_CHARS]
 
 
 def _awaited(value: Any) -> Any:

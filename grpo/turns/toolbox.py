@@ -1,22 +1,25 @@
-"""Which tools there are: found, described, and called in worker processes that can be killed."""
+"""Which tools and which environment there are: found, described, and called in worker processes that can be killed."""
 
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.config import ToolsConfig
+from grpo.config import DataConfig, ToolsConfig
 from grpo.config.sections import ScoringConfig
+from grpo.data.rows import MESSAGES
 from grpo.scoring.binding import pickled
 from grpo.scoring.reward import loaded_files, resolve_function
-from grpo.scoring.worker import Call, Outcome
+from grpo.scoring.worker import Call, FunctionBug, Outcome
 from grpo.scoring.worker_pool import Errand, WorkerPool
 from grpo.system import progress
-from grpo.turns.form import encodable
-from grpo.turns.runner import Runner
+from grpo.system.stopping import RunError
+from grpo.turns.environment import Environment
+from grpo.turns.episode import Action
+from grpo.turns.form import Unreadable, encodable, read_call
+from grpo.turns.runner import GAP, OBSERVATION, Runner
 from grpo.turns.schema import Schema, mismatch, schema_of
 from grpo.types import CallStatus, ToolCall
 
@@ -43,6 +46,34 @@ class Request:
     tool: Tool
     arguments: dict[str, Any]
 
+    @property
+    def object(self) -> int | None:
+        """Which of a conversation's objects it changes."""
+        return self.tool.runner if self.tool.method else None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A step of the environment that can be made."""
+
+    action: Action
+    text: str  # of the turn
+    seed: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the environment made of a turn.
+
+    Attributes:
+        said: to the model; None: the episode is over.
+        reward: None: nobody can tell, since the step took too long or its process died.
+    """
+
+    said: tuple[str, ...] | None
+    reward: float | None
+    seconds: float
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -57,11 +88,12 @@ States = dict[int, bytes]
 
 
 class Toolbox:
-    """The tools of a run, and the processes they run in.
+    """The tools of a run and its environment, and the processes they run in.
 
     Args:
         given: functions and classes.
         args: of each, arguments that are not the model's to choose.
+        environment: what answers a turn that has no calls; None: nobody.
 
     Raises:
         ValueError: a tool has no types or no docstring, two have one name, or one cannot be sent to a process.
@@ -72,12 +104,13 @@ class Toolbox:
         given: Sequence[Given],
         args: Sequence[Mapping[str, Any]] | None = None,
         *,
+        environment: Environment | None = None,
         timeout_seconds: float,
         num_workers: int,
         memory_gib: float,
-        environment: Sequence[str] = (),
+        variables: Sequence[str] = (),
     ) -> None:
-        self.timeout_seconds = timeout_seconds
+        self.timeout_seconds, self.environment = timeout_seconds, environment
         self.runners = [_runner(each, dict(own)) for each, own in zip(given, args or [{}] * len(given), strict=True)]
         self.tools: dict[str, Tool] = {}
         for tool in (tool for number, runner in enumerate(self.runners) for tool in _tools(number, runner)):
@@ -86,19 +119,31 @@ class Toolbox:
                     f"{SETTING} has two tools of the name {tool.name!r}; a model tells them apart by name. Rename one of them."
                 )
             self.tools[tool.name] = tool
-        modules = dict.fromkeys(_module_of(runner.make) for runner in self.runners)
+        calls = [pickled(runner, f"tool {runner.name}", own=runner.make) for runner in self.runners]
+        makers = [runner.make for runner in self.runners]
+        if environment is not None:
+            own = environment.runner
+            calls.append(pickled(own, f"environment {own.name}", own=own.source))
+            makers.append(own.source)
+        modules = dict.fromkeys(map(_module_of, makers))
         with progress.busy("starting the tool workers"):
             self._pool = WorkerPool(
-                [pickled(runner, f"tool {runner.name}", own=runner.make) for runner in self.runners],
+                calls,
                 files=[loaded_files[name] for name in modules if name in loaded_files],
                 num_workers=num_workers,
                 memory_gib=memory_gib,
-                environment=environment,
+                environment=variables,
             )
 
     @classmethod
-    def of(cls, config: ToolsConfig, scoring: ScoringConfig, given: Sequence[Given] | None = None) -> Toolbox | None:
-        """The tools that a configuration names, or those that are given instead; None if there are none.
+    def of(
+        cls,
+        config: ToolsConfig,
+        scoring: ScoringConfig,
+        given: Sequence[Given] | None = None,
+        environment: Environment | None = None,
+    ) -> Toolbox | None:
+        """The tools that a configuration names, or those that are given instead; None if there are none, and no environment.
 
         Raises:
             ValueError: as Toolbox; a name is unknown, or a tool refuses to run here (its `_check`, which is given its args).
@@ -110,15 +155,16 @@ class Toolbox:
             functions, args = list(given), [{} for _ in given]
         for function, own in zip(functions, args, strict=True):
             getattr(function, "_check", lambda **_: None)(**own)
-        if not functions:
+        if not functions and environment is None:
             return None
         return cls(
             functions,
             args,
+            environment=environment,
             timeout_seconds=config.timeout_seconds,
             num_workers=scoring.num_workers,
             memory_gib=scoring.memory_gib,
-            environment=scoring.environment,
+            variables=scoring.environment,
         )
 
     @property
@@ -127,40 +173,44 @@ class Toolbox:
 
     def notices(self) -> list[str]:
         """What is to be said before the tools are used: what their `_notice` attributes return."""
-        texts = [getattr(runner.make, "_notice", lambda: None)() for runner in self.runners]
+        made = [runner.make for runner in self.runners]
+        if self.environment is not None:
+            made.append(self.environment.runner.source)
+        texts = [getattr(each, "_notice", lambda: None)() for each in made]
         return [text for text in texts if text is not None]
 
     def read(self, text: str) -> Request | Answer:
         """A call as a model wrote it, a JSON object with `name` and `arguments`; or what is wrong with it."""
         try:
-            call = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            return _no("", "unreadable", f"the call is no JSON: {error}")
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return _no("", "unreadable", 'a call is a JSON object, {"name": ..., "arguments": {...}}')
-        name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
-        if isinstance(arguments, str):  # as OpenAI has them
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError) as error:
-                return _no(name, "unreadable", f"the arguments are no JSON: {error}")
+            name, arguments = read_call(text)
+        except Unreadable as error:
+            if error.name and error.name not in self.tools:
+                return self._unknown(error.name)
+            return _no(error.name, "unreadable", str(error))
         if name not in self.tools:
-            return _no(name, "refused", f"there is no tool {name!r}; there is {', '.join(self.tools)}")
-        if not isinstance(arguments, dict):
-            return _no(name, "unreadable", "the arguments are no JSON object")
+            return self._unknown(name)
         wrong = mismatch(arguments, self.tools[name].schema)
         return Request(self.tools[name], arguments) if wrong is None else _no(name, "refused", wrong)
+
+    def _unknown(self, name: str) -> Answer:
+        return _no(name, "refused", f"there is no tool {name!r}; there is {', '.join(self.tools)}")
 
     def begin(self) -> Errand:
         """Make calls that are still to come, while this thread does something else."""
         return self._pool.begin()
 
-    def call(self, request: Request, states: States, columns: Mapping[str, Any]) -> Call:
+    def call(self, request: Request | Ask, states: States, columns: Mapping[str, Any]) -> Call:
         """The call that a worker is to make.
 
         Args:
             columns: of the question.
         """
+        if isinstance(request, Ask):
+            assert self.environment is not None, "who asks has one"
+            number = len(self.runners)
+            step = {"action": request.action, "text": request.text, "seed": request.seed}
+            state = {"state": states.get(number), "columns": {} if number in states else columns}
+            return Call(number, {**step, **state}, self.environment.config.timeout_seconds)
         tool = request.tool
         own = columns if tool.method and tool.runner not in states else {}  # only `reset` is given them
         arguments = {
@@ -169,10 +219,18 @@ class Toolbox:
             "state": states.get(tool.runner),
             "columns": own,
         }
-        return Call(tool.runner, arguments, self.timeout_seconds)
+        # once: what a call has done in the world before its worker died is not to be done twice
+        return Call(tool.runner, arguments, self.timeout_seconds, once=True)
 
-    def answer(self, request: Request, outcome: Outcome, states: States) -> Answer:
+    def answer(self, request: Request | Ask, outcome: Outcome, states: States) -> Answer | Reply:
         """What came of it; the conversation's objects are then as the call left them."""
+        if isinstance(request, Ask):
+            if outcome.kind != "value":
+                return Reply(None, None, outcome.seconds)
+            step = outcome.value
+            if step.state is not None:
+                states[len(self.runners)] = step.state
+            return Reply(step.said, step.reward, outcome.seconds)
         name = request.tool.name
         if outcome.kind == "timeout":
             return _no(name, "timeout", f"{name} took longer than {self.timeout_seconds:g} seconds", outcome.seconds)
@@ -184,16 +242,98 @@ class Toolbox:
         return Answer(ToolCall(name, "ok" if well else "error", outcome.seconds), text if well else f"error: {text}")
 
     def answers(self, calls: list[str], states: States) -> list[Answer]:
-        """What comes of calls as a model wrote them, made one after another."""
-        found = []
+        """What comes of calls as a model wrote them, made one after another.
+
+        Raises:
+            RunError: a class's object cannot be made, begun or kept.
+        """
+        found: list[Answer] = []
         for text in calls:
             request = self.read(text)
             if isinstance(request, Request):
                 with self.begin() as errand:
-                    errand.add([self.call(request, states, {})])
-                    request = self.answer(request, errand.result()[0], states)
-            found.append(request)
+                    try:
+                        errand.add([self.call(request, states, {})])
+                        outcome = errand.result()[0]
+                    except FunctionBug as bug:
+                        raise self.unusable(request, bug) from None
+                made = self.answer(request, outcome, states)
+                assert isinstance(made, Answer), "a tool's"
+                found.append(made)
+            else:
+                found.append(request)
         return found
+
+    def unusable(self, request: Request | Ask, bug: FunctionBug) -> RunError:
+        """What to say of a bug in what was called."""
+        if isinstance(request, Ask):
+            assert self.environment is not None, "it was asked"
+            said = f" on the turn {request.text[-500:]!r}" if request.action == "step" else ""
+            return RunError(
+                f"Environment {self.environment.runner.name} raised an exception in `{request.action}`{said}. This is a bug in "
+                f"the environment: what the model writes badly must be answered inside of it.\n{bug.worker_traceback}"
+            )
+        return RunError(
+            f"Tool {request.tool.name} cannot be used: its object cannot be made, its `reset` raised an exception, or the object "
+            f"cannot be kept between two calls (pickle).\n{bug.worker_traceback}"
+        )
+
+    def observed(self, rows: Sequence[dict[str, Any]], data: DataConfig) -> list[dict[str, Any]]:
+        """The rows with what each `reset` has to say of them behind their question, and as a column of its own.
+
+        A class whose `reset` says nothing of the first row is not asked about the others.
+
+        Raises:
+            RunError: a `reset` raised an exception.
+            ValueError: there is no place for what it says, or a column of the name.
+        """
+        said = [self._said(number, name, rows) for number, name in self._resettable()]
+        texts = ["\n".join(filter(None, each)) for each in zip(*said, strict=True)] if said else []
+        if not any(texts):
+            return list(rows)
+        if data.template == "none" and data.question_template is not None:
+            raise ValueError(
+                f"data.question_template is {data.question_template!r} with data.template none, and a `reset` returned "
+                f"{texts[0][:80]!r}; it would stand behind the template, where the model is to go on. Put it into a column of "
+                "the data, or set data.template to r1_zero or chat."
+            )
+        if OBSERVATION in rows[0]:
+            raise ValueError(
+                f"the data has a column {OBSERVATION!r}, under which what a `reset` returned is kept. Rename the column."
+            )
+        return [_with_observation(row, text) for row, text in zip(rows, texts, strict=True)]
+
+    def _resettable(self) -> list[tuple[int, str]]:
+        """Runners whose objects may say something when they begin, by number, and what they are called in errors."""
+        own = [
+            (number, f"Tool {runner.name}")
+            for number, runner in enumerate(self.runners)
+            if runner.is_object and hasattr(runner.make, "reset")
+        ]
+        environment = self.environment
+        return own + ([] if environment is None else [(len(self.runners), f"Environment {environment.runner.name}")])
+
+    def _said(self, number: int, name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+        """What the `reset` of the objects of a runner says of each row."""
+        if not any(first := self._resets(number, name, rows[:1])):
+            return [""] * len(rows)
+        return first + self._resets(number, name, rows[1:])
+
+    def _resets(self, number: int, name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+        of_tool = number < len(self.runners)
+        own = {"method": "reset", "arguments": {}} if of_tool else {"action": "reset", "text": "", "seed": 0}
+        try:
+            outcomes = self._pool.run(
+                [Call(number, {**own, "state": None, "columns": row}, self.timeout_seconds) for row in rows]
+            )
+        except FunctionBug as bug:
+            raise RunError(
+                f"{name} raised an exception as its object was made for a question, or in its `reset`.\n{bug.worker_traceback}"
+            ) from None
+        for row, outcome in zip(rows, outcomes, strict=True):
+            if outcome.kind != "value":
+                raise RunError(f"{name} ended in a {outcome.kind} in its `reset` for {str(row)[:500]}")
+        return [outcome.value[1] if of_tool else outcome.value for outcome in outcomes]
 
     def close(self) -> None:
         """Kill the workers."""
@@ -208,6 +348,13 @@ class Toolbox:
 
 def _no(name: str, status: CallStatus, why: str, seconds: float = 0.0) -> Answer:
     return Answer(ToolCall(encodable(name), status, seconds), f"error: {why}")
+
+
+def _with_observation(row: dict[str, Any], text: str) -> dict[str, Any]:
+    question = f"{row['question']}{GAP}{text}" if text and row["question"] else row["question"] or text
+    turns = row.get(MESSAGES)
+    own = {MESSAGES: [*turns[:-1], {**turns[-1], "content": question}]} if turns else {}
+    return {**row, "question": question, OBSERVATION: text, **own}
 
 
 def _runner(given: Given, args: dict[str, Any]) -> Runner:

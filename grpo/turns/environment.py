@@ -1,0 +1,114 @@
+"""Which environment answers a run's turns, and the questions that it brings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from grpo.config import DataConfig, EnvironmentConfig
+from grpo.data.rows import prepare_rows
+from grpo.scoring.reward import Reward, resolve_function
+from grpo.turns.episode import EpisodeRunner, environment
+
+SETTING = "environment.function"
+
+Make = Callable[..., Any] | type
+"""A class, or another function that makes an object."""
+
+SIZE = 1000
+"""Questions of an environment's own where nothing else is said."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """An environment, as its run has set it."""
+
+    runner: EpisodeRunner
+    config: EnvironmentConfig
+
+    @classmethod
+    def of(cls, config: EnvironmentConfig, given: Make | None = None) -> Environment | None:
+        """The environment that a configuration names, or the one that is given instead; None: there is none.
+
+        Raises:
+            ValueError: there is no such class, it has no `step`, or it does not take the args.
+        """
+        if given is None and config.function is None:
+            return None
+        make = resolve_function(config.function or "", SETTING, "grpo.tools.environments") if given is None else given
+        said = config.function if given is None else given
+        if not callable(make):
+            raise ValueError(
+                f"environment is {make!r}; it is a class, whose objects have a method `step`. Hand over the class."
+            )
+        if inspect.isclass(make) and not callable(getattr(make, "step", None)):
+            raise ValueError(
+                f"{SETTING} is {said!r}; the class has no method `step`, which answers a turn of the model. Give it "
+                "`step(self, text: str) -> str | None`; a class whose methods the model is to call belongs into tools."
+            )
+        parameters = inspect.signature(make).parameters
+        open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        for name in config.args:
+            if name not in parameters and not open_ended:
+                raise ValueError(
+                    f"environment.args sets {name!r}; {said!r} has no such parameter: {', '.join(parameters) or 'none'}. Remove "
+                    "it or correct the name."
+                )
+        return cls(EpisodeRunner(make, dict(config.args)), config)
+
+    @property
+    def reward(self) -> Reward:
+        """The reward function that counts what it gave."""
+        return Reward(environment, weight=self.config.weight)
+
+    def rows(self, *, held_out: bool) -> list[dict[str, Any]] | None:
+        """Questions of its own, made by its static method `rows(size, seed, ...)`; None: it has none.
+
+        Row i is made from seed + i by convention, so held-out rows are those that would come next.
+
+        Raises:
+            ValueError: it does not take environment.rows.
+        """
+        make = getattr(self.runner.make, "rows", None)
+        if make is None:
+            if self.config.rows:
+                raise ValueError(
+                    f"environment.rows is {self.config.rows}; {self.runner.name} has no `rows` that would make questions. Set "
+                    "data.name, and remove environment.rows."
+                )
+            return None
+        args = {"size": SIZE, "seed": 0, **self.config.rows}
+        if held_out:
+            args["seed"] += args["size"]
+        try:
+            inspect.signature(make).bind(**args)
+        except TypeError as error:
+            raise ValueError(
+                f"environment.rows is {self.config.rows}; the `rows` of {self.runner.name} takes "
+                f"{', '.join(inspect.signature(make).parameters)}: {error}. Correct environment.rows."
+            ) from None
+        return [{"question": "", "answer": "", **row} for row in make(**args)]
+
+
+def own_rows(
+    environment: Environment, data: DataConfig, *, evaluation: bool, reads_answer: bool
+) -> list[dict[str, Any]] | None:
+    """The questions that an environment brings, as rows of the data, where the data names none; None: it brings none.
+
+    Args:
+        evaluation: those of the evaluation.
+        reads_answer: as load_rows has it.
+
+    Raises:
+        ValueError: as Environment.rows; or a row is none.
+    """
+    if data.name is not None or (evaluation and data.eval_name is not None):
+        return None
+    made = environment.rows(held_out=evaluation)
+    if made is None:
+        return None
+    return prepare_rows(
+        made, data, answer_regex=data.answer_regex, setting="environment.rows", reads_answer=reads_answer
+    )
