@@ -6,8 +6,8 @@ text again, so what is trained is what was sampled. Which tokens the model wrote
 calls of a sequence are made as soon as the generator hands it on, while others are still being sampled. The native engine keeps
 what it has read of the sequence, and goes on with it when its calls are made; other engines read it again from its beginning.
 
-When that is, no clock may decide where a run is to be repeatable: how many sequences are sampled side by side decides how sums are
-rounded. So sequences that were answered wait there until nothing else is left to sample, and otherwise go on at once.
+No clock may decide when that is where a run is to be repeatable: how many sequences are sampled side by side decides how sums
+are rounded. So sequences that were answered wait there until nothing else is left to sample, and otherwise go on at once.
 
 A turn that has no calls is the environment's to answer, where there is one. It says something, and the model takes another turn;
 or the episode is over. An episode that a limit ends is told so, and gives its last reward then.
