@@ -202,7 +202,10 @@ def _generator(config: Config, policy: Policy, tools: Tools | None) -> tuple[Gen
     engine = make_generator(config, policy)
     if config.rollout.carry_over:
         check_carries(engine, policy)
-    return engine if tools is None else tools.around(engine), ENGINES[type(engine).__name__]
+    name = ENGINES[type(engine).__name__]
+    if tools is not None:
+        engine = tools.around(engine, at_once=not config.run.deterministic)
+    return engine, name
 
 
 def settle(
