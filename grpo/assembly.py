@@ -46,8 +46,8 @@ from grpo.training.carry_over import check_carries
 from grpo.training.collector import Collector
 from grpo.training.learner import Learner
 from grpo.training.rollout import Advantage, RolloutMaker
-from grpo.turns.environment import Environment, Make, own_rows
-from grpo.turns.toolbox import Given, Toolbox
+from grpo.turns.environment import Environment, Make, check_unused, own_rows
+from grpo.turns.toolbox import Given, Toolbox, with_observations
 from grpo.turns.use import Tools
 from grpo.types import Generator, Prompt
 
@@ -99,6 +99,8 @@ def assemble(
         ValueError: whatever is wrong with the settings, the data or the rewards; before the model is loaded.
     """
     surroundings = Environment.of(config.environment, environment)
+    if surroundings is None:
+        check_unused(config.environment)
     functions = reward_functions(config, rewards, [] if surroundings is None else [surroundings.reward])
     check_reward_names(reward.name for reward in functions)
     config = config if given_model is not None else with_resolved_name(config)
@@ -200,7 +202,10 @@ def _generator(config: Config, policy: Policy, tools: Tools | None) -> tuple[Gen
     engine = make_generator(config, policy)
     if config.rollout.carry_over:
         check_carries(engine, policy)
-    return engine if tools is None else tools.around(engine), ENGINES[type(engine).__name__]
+    name = ENGINES[type(engine).__name__]
+    if tools is not None:
+        engine = tools.around(engine, at_once=not config.run.deterministic)
+    return engine, name
 
 
 def settle(
@@ -288,8 +293,9 @@ def _questions(
     eval_rows = eval_rows[:wanted]
     if tools is not None:
         toolbox = tools.toolbox
-        rows, eval_rows = processes.on_main(
-            lambda: (toolbox.observed(rows, config.data), toolbox.observed(eval_rows, config.data))
+        said = processes.on_main(lambda: (toolbox.observations(rows), toolbox.observations(eval_rows)))
+        rows, eval_rows = (
+            with_observations(own, texts, config.data) for own, texts in zip((rows, eval_rows), said, strict=True)
         )
     scorer = _scorer(config, functions, rows, eval_rows)
     scorer.check_limits(config.completion_limits)

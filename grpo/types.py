@@ -220,6 +220,37 @@ class Generator(Protocol):
         ...
 
 
+class Listener(Protocol):
+    """Whom completions speak to, and who answers their turns, while others are sampled."""
+
+    def ended(self, place: int, turn: Completion) -> None:
+        """A completion has ended a turn, in this thread; `place`: among all completions of the call."""
+        ...
+
+    def answers(self, *, wait: bool) -> list[tuple[int, Prompt | None]]:
+        """The places of completions whose turns have been answered since, each with all there is of it so far, to go on from; or
+        None if it is over.
+
+        Args:
+            wait: for one at least; nothing else is to do.
+        """
+        ...
+
+
+class TurnTakingGenerator(Generator, Protocol):
+    """An engine that keeps what it has read of a completion while others answer it."""
+
+    def sample_turns(
+        self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int, listener: Listener
+    ) -> None:
+        """Sample turns of `num_completions` completions of each prompt, until `listener` has ended them all.
+
+        A completion that waits for its answer holds no place. What it draws next is that of a call of `sample` with the prompt to
+        go on from, up to rounding.
+        """
+        ...
+
+
 class CarryingGenerator(Generator, Protocol):
     """An engine that goes on with what it has begun, and begins with what comes next."""
 

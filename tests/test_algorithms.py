@@ -200,4 +200,6 @@ def check_two_steps(tmp_path: Path, name: str, *, result_tokens: int = 0) -> dic
         )
     if config.algorithm.importance != "none":
         assert any(0 < row["policy/importance_bounded"] < 1 for row in rows)
+    if config.algorithm.clip_cov:
+        assert all(row["policy/selected"] < 1 for row in rows), "no covariance was within the bounds"
     return rows[0]

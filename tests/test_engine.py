@@ -635,6 +635,65 @@ def test_a_model_whose_numbers_come_out_wrong_is_refused(policy: Policy, monkeyp
     assert "differ by" in str(unsupported(policy, fused=False))
 
 
+class Others:
+    """Answer each turn but the third with words of their own, when `num_waiting` turns wait, or nothing else is to do."""
+
+    def __init__(self, prompts: list[Prompt], *, num_completions: int, num_waiting: int) -> None:
+        self.so_far = [prompt for prompt in prompts for _ in range(num_completions)]
+        self.turns: list[list[tuple[Prompt, Completion]]] = [[] for _ in self.so_far]
+        self.num_waiting = num_waiting
+        self.waiting: list[int] = []
+
+    def ended(self, place: int, turn: Completion) -> None:
+        self.turns[place].append((self.so_far[place], turn))
+        self.waiting.append(place)
+
+    def answers(self, *, wait: bool) -> list[tuple[int, Prompt | None]]:
+        if not wait and len(self.waiting) < self.num_waiting:
+            return []
+        answered, self.waiting = self.waiting, []
+        return [(place, self._next(place)) for place in answered]
+
+    def _next(self, place: int) -> Prompt | None:
+        prompt, turn = self.turns[place][-1]
+        number = len(self.turns[place])
+        if number == 3:
+            return None
+        words = [5 + (7 * place + n) % 300 for n in range((1, 90, 3)[(place + number) % 3])]
+        self.so_far[place] = replace(prompt, token_ids=[*prompt.token_ids, *turn.token_ids, *words], seed=place)
+        return self.so_far[place]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral with a window", "gemma3"])
+def test_turns_go_on_from_what_was_read_as_if_it_was_read_again(family: str, tmp_path: Path):
+    policy = make_policy(tmp_path, save_family(tmp_path / "model", FAMILIES[family]))
+    prompts, sampling = some_prompts(5), Sampling(9, temperature=0.0, stop=("e",))
+    last: list[list[list[int]]] = []
+    gib = None
+    for scarce, num_waiting in ((False, 20), (False, 1), (True, 4)):
+        engine = native(policy, max_sequences=20, kv_cache_gib=gib if scarce else None)
+        # room for the longest conversation, which the limit of a turn does not tell
+        engine.sample([Prompt(0, [5] * 500, "", "", {})], Sampling(1), num_completions=1, seed=0)
+        others = Others(prompts, num_completions=4, num_waiting=num_waiting)
+        engine.sample_turns(prompts, sampling, num_completions=4, seed=0, listener=others)
+        metrics = engine.metrics()
+        assert engine.kv_gib is not None
+        gib = engine.kv_gib[1] * 1.001
+        assert [len(turns) for turns in others.turns] == [3] * 20
+        last.append([turn.token_ids for turns in others.turns for _, turn in turns])
+        every = [prompt for turns in others.turns for prompt, _ in turns]
+        again = engine.sample(every, sampling, num_completions=1, seed=0)
+        for (prompt, turn), group in zip([each for turns in others.turns for each in turns], again, strict=True):
+            assert_equal_but_for_a_tie(turn, group.completions[0])
+            assert group.prompt is prompt
+        if scarce:
+            assert metrics["rollout/preempted"] > 0
+        else:
+            words = sum(len(prompt.token_ids) for prompt in others.so_far) + 9 * len(others.so_far)
+            assert metrics["rollout/read_tokens"] < words < engine.metrics()["rollout/read_tokens"]
+    assert last[0] == last[1] == last[2]
+
+
 def test_buckets_waste_at_most_a_quarter_and_few_are_needed():
     buckets = {bucket_of(n) for n in range(1, 1025)}
     assert all(n <= bucket_of(n) <= max(n * 1.25, n + 1) for n in range(1, 1025))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from grpo.tools.environments.guess_number import ASK
 from helpers import ROOT, TINY, tiny_config
@@ -23,15 +24,18 @@ from grpo import Reward, Trainer
 from grpo.config import Config, DataConfig, EnvironmentConfig, ToolsConfig
 from grpo.config.sections import ScoringConfig
 from grpo.data.prompts import build_prompts
+from grpo.data.rows import MESSAGES
 from grpo.rollout.grouping import Grouping
+from grpo.run.preflight import group_stats
 from grpo.scoring.scorer import Scorer
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import RunError, Stopped
 from grpo.turns.environment import Environment
 from grpo.turns.form import TAGGED, reply_form
 from grpo.turns.generator import TurnGenerator
-from grpo.turns.toolbox import Toolbox
-from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
+from grpo.turns.runner import without_observation
+from grpo.turns.toolbox import Toolbox, with_observations
+from grpo.types import Completion, Group, OnGroup, Prompt, Sampling, Scores
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY / "model")
 SCORING = ScoringConfig(num_workers=1)
@@ -79,7 +83,7 @@ def play(
     **settings: Any,
 ) -> tuple[Prompt, list[Completion], Player]:
     """The completions of one question that a player of these words writes."""
-    config = EnvironmentConfig(timeout_seconds=1.0, **settings)
+    config = EnvironmentConfig(**{"timeout_seconds": 1.0, **settings})
     data = DataConfig(name="x", template=template, max_prompt_tokens=1000)
     own = Environment.of(config, environment)
     with Toolbox.of(ToolsConfig(), SCORING, tools or [], own) as toolbox:
@@ -151,6 +155,13 @@ def test_an_episode_that_a_limit_ends_gives_its_last_reward_all_the_same():
     assert out.text == 3 * answer(4), "it ends with what the model wrote"
     size = len(TOKENIZER(answer(4) + " User: Higher. Assistant:", add_special_tokens=False)["input_ids"])
     _, (no_room,), _ = play(lambda *_: answer(4), Higher, max_tokens=size)
+    endings = group_stats(
+        Group(Prompt(0, [1], "", "", {}), [out, no_room]),
+        Scores(torch.zeros(1, 2), {}, 0, 0),
+        0,
+        end_token_ids=[TOKENIZER.eos_token_id],
+    ).endings
+    assert endings == ["stop text", "cut off"], "out of turns is not cut off, which the preflight would refuse"
     assert (no_room.finish_reason, no_room.trained, no_room.episode.reward) == ("length", None, 0.25)
     _, (cut,), _ = play(lambda *_: answer(4), Higher, max_tokens=3)
     assert (cut.finish_reason, cut.episode.num_turns, cut.episode.reward) == ("length", 0, 0.0)
@@ -222,6 +233,32 @@ def test_what_reset_says_stands_behind_the_question_and_all_that_is_drawn_comes_
     assert second.turns[1].said[0] == said
     _, both, _ = play(lambda *_: "x", Dice, max_turns=2, num=2)
     assert both[0].turns[1].said != both[1].turns[1].said, "and of each completion its own"
+
+
+def test_what_reset_says_has_a_place_and_a_column_of_its_own():
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "Why?"}]
+    rows = [{"question": "", "answer": "1"}, {"question": "Why?", "answer": "2", MESSAGES: turns}]
+    chat = DataConfig(name="x", template="chat")
+    first, second = with_observations(rows, ["A 1.", "A 2."], chat)
+    assert (first["question"], first["observation"]) == ("A 1.", "A 1.")
+    assert second[MESSAGES] == [turns[0], {"role": "user", "content": "Why?\n\nA 2."}]
+    assert [without_observation(each) for each in (first, second)] == rows, "as `reset` is given them again"
+    raw = DataConfig(name="x", template="none", question_template="User: {question}\nAssistant:")
+    with pytest.raises(ValueError, match=r"a `reset` returned 'A 1.'; it would stand behind the template"):
+        with_observations(rows, ["A 1.", ""], raw)
+    with pytest.raises(ValueError, match=r"the data has a column 'observation'"):
+        with_observations([{**rows[0], "observation": "x"}], ["A 1."], chat)
+
+
+class Changing(Higher):
+    def reset(self, answer: str) -> str:
+        super().reset(answer)
+        return str(time.time())
+
+
+def test_a_reset_that_says_something_else_the_second_time_is_told():
+    with pytest.raises(RunError, match=r"(?s)Changing.reset returned .* not what it returned when the prompt was made"):
+        play(bisects, Changing)
 
 
 class Greeter:
@@ -325,7 +362,9 @@ def test_what_is_no_environment_and_what_does_not_go_with_one_is_refused(tmp_pat
     with pytest.raises(ValueError, match=r"takes size, seed, low, high, question.*'least'"):
         Environment.of(EnvironmentConfig(function="guess_number", rows={"least": 1})).rows(held_out=False)
     with pytest.raises(ValueError, match=r"environment.rows is \{'size': 5\}.*no effect"):
-        tiny_config(tmp_path, environment={"function": "guess_number", "rows": {"size": 5}})
+        Trainer(tiny_config(tmp_path, environment={"function": "guess_number", "rows": {"size": 5}}))
+    with pytest.raises(ValueError, match=r"environment.max_turns is 3; there is no environment, and it has no effect"):
+        Trainer(tiny_config(tmp_path, environment={"max_turns": 3}))
     with pytest.raises(ValueError, match=r"carry_over is true; a completion that waits for its environment"):
         tiny_config(
             tmp_path,
@@ -513,3 +552,54 @@ def test_grpo_sample_plays_the_environment_of_a_configuration(
     answered = [row for row in rows if "turns" in row]
     assert answered, [row["completion"] for row in rows]
     assert {row["turns"][1]["content"] for row in answered} <= {"Higher.", "Lower.", "Say a number."}
+
+
+VERIFIERS = """
+import random
+import verifiers as vf
+from verifiers.envs.experimental.gym_env import GymEnv
+
+
+class Game:
+    def reset(self, seed):
+        self.number = random.Random(seed).randint(1, 10)
+        return "Guess a number from 1 to 10."
+
+    def step(self, action):
+        right = action == self.number
+        return "Higher." if action < self.number else "Lower.", float(right), right, False, {}
+
+
+def load_environment(episodes):
+    parse = lambda text: int(text.split()[1])
+    return GymEnv(Game, action_parser=parse, num_train_episodes=episodes, num_eval_episodes=3, max_episode_steps=4)
+"""
+
+
+def test_an_environment_of_verifiers_is_played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Their GymEnv around a game. Not in CI, which does not install the package."""
+    pytest.importorskip("verifiers")
+    (tmp_path / "gym_game.py").write_text(VERIFIERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    args = {"env": "gym_game", "args": {"episodes": 5}}
+    config = EnvironmentConfig(function="of_verifiers", args=args, rows={"size": 4})
+    own = Environment.of(config)
+    rows, held_out = own.rows(held_out=False), own.rows(held_out=True)
+    assert ([row["answer"] for row in rows], [row["answer"] for row in held_out]) == (["0", "1", "2", "3"], ["4"])
+    number = random.Random(1).randint(1, 10)
+
+    def words(read: str, place: int) -> str:
+        return answer(number if "Higher." in read or "Lower." in read else number % 10 + 1) if place else answer(11)
+
+    given = {"num": 2, "row": rows[1], "args": args, "timeout_seconds": 60.0}
+    _, (lost, won), _ = play(words, own.runner.make, **given)
+    assert (lost.finish_reason, lost.episode.reward, lost.episode.num_turns) == ("stop", 0.0, 4)
+    assert [turn.said for turn in lost.turns[1::2]] == [("Lower.",)] * 3
+    assert (won.episode.reward, won.episode.num_turns, won.episode.ended) == (1.0, 2, True)
+
+
+def test_without_the_package_of_verifiers_its_environments_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "verifiers", None)
+    monkeypatch.delitem(sys.modules, "grpo.tools.environments.verifiers_env", raising=False)
+    with pytest.raises(ValueError, match=r"verifiers cannot be imported.*pip install 'grpo-zero\[verifiers\]'"):
+        Environment.of(EnvironmentConfig(function="of_verifiers"))

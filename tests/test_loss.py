@@ -14,8 +14,12 @@ from grpo.algorithm.loss import (
     Objective,
     TokenLoss,
     _importance,
+    covariances,
     entropy_threshold,
     grpo_loss,
+    lot_limit,
+    lots,
+    token_sums,
     token_weights,
 )
 from grpo.config import AlgorithmConfig
@@ -51,7 +55,8 @@ def random_completions(seed: int) -> list[Told]:
         entropies = [rng.expovariate(1) for _ in old]
         logprobs, ref, sampled = columns
         now = torch.tensor([logprobs, entropies], dtype=torch.float64, requires_grad=True).unbind(0)
-        return Told(rng.gauss(0, 1), now[0], now[1], old, [rng.random() for _ in old], ref, sampled)
+        targets = [7 * place % 300 for place in range(len(old))]
+        return Told(rng.gauss(0, 1), now[0], now[1], old, [rng.random() for _ in old], ref, sampled, targets=targets)
 
     return [told() for _ in range(7)]
 
@@ -74,10 +79,16 @@ def fast_loss(tolds: list[Told], algorithm: AlgorithmConfig) -> TokenLoss:
         for name in ("old", "old_entropies", "ref", "sampled")
     )
     has_kl = algorithm.kl_coef > 0 and algorithm.kl_in == "loss"
-    threshold = entropy_threshold(old_entropies, algorithm.top_entropy)
+    advantages = torch.tensor([told.advantage for told in tolds], dtype=torch.float64).repeat_interleave(lens)
+    selected = old_entropies >= entropy_threshold(old_entropies, algorithm.top_entropy)
+    if algorithm.clip_cov:
+        covariance = covariances(advantages, old, [token_sums(advantages, old)])
+        within = (covariance > algorithm.clip_cov_low) & (covariance < algorithm.clip_cov_high)
+        drawn = lots(sampled, torch.tensor([x for told in tolds for x in told.targets]))
+        selected &= ~(within & (drawn <= lot_limit(drawn[within], max(int(algorithm.clip_cov * len(old)), 1))))
     return grpo_loss(
         torch.cat([told.logprobs for told in tolds]),
-        torch.tensor([told.advantage for told in tolds], dtype=torch.float64).repeat_interleave(lens),
+        advantages,
         token_weights(algorithm.aggregation, lens, **counts).double(),
         objective_of(algorithm),
         completion_lens=lens,
@@ -85,7 +96,7 @@ def fast_loss(tolds: list[Told], algorithm: AlgorithmConfig) -> TokenLoss:
         old_logprobs=old,
         ref_logprobs=ref if has_kl else None,
         sampling_logprobs=sampled,
-        selected=old_entropies >= threshold if algorithm.top_entropy < 1 else None,
+        selected=selected if algorithm.selects else None,
     )
 
 

@@ -138,6 +138,7 @@ def test_kwargs_receive_everything() -> None:
     with make_scorer(Reward(lambda **kw: len(kw["completion"]) + kw["x"], name="f", args={"x": 10})) as scorer:
         assert_equal(scorer.score([make_group(["a", "bb"])]).rewards, [[11, 12]])
     names = {"completion", "prompt", "finish_reason", "num_tokens", "max_completion_tokens", "completion_ids", "turns"}
+    names.add("environment_reward")
     as_in_trl = {"trainer_state", "log_metric", "log_extra"}
     assert score_one(lambda **kw: set(kw) == names | as_in_trl | {"question", "answer"}, ["a"]) == [1.0]
 

@@ -23,7 +23,7 @@ def make_slots(lens: list[tuple[int, int]], *, group: int, num_slots: int, num_p
 
 def owners(slots: Slots, prefixes: set[Prefix]) -> Counter[int]:
     pages: Counter[int] = Counter(slots._free)
-    for sequence in slots.running:
+    for sequence in (*slots.running, *slots.set_aside, *slots.returning):
         pages.update(sequence.own)
         prefixes.add(sequence.prefix)
     for prefix in prefixes | set(slots.ready):
@@ -67,6 +67,54 @@ def test_every_sequence_ends_once_whatever_the_memory(num_pages: int, seed: int)
     assert most <= 16
     if num_pages == 2000:
         assert (most, slots.num_preempted) == (16, 0)
+    if num_pages == 40:
+        assert slots.num_preempted > 0
+
+
+@pytest.mark.parametrize("num_pages", [40, 80, 2000])
+@pytest.mark.parametrize("seed", range(3))
+def test_sequences_that_wait_for_words_keep_their_pages_while_nobody_needs_them(num_pages: int, seed: int):
+    rng = random.Random(seed)
+    lens = [(rng.randint(1, 300), rng.randint(100, 400)) for _ in range(30)]
+    slots = make_slots(lens, group=4, num_slots=16, num_pages=num_pages)
+    prefixes: set[Prefix] = set()
+    waiting: list[tuple[Sequence, int]] = []  # with the limit of all its tokens
+    over, num_read, most = [], 0, 0
+    while slots or waiting:
+        while taken := slots.read_ahead(1000):
+            for prefix in taken:
+                length = len(prefix.tokens)
+                assert prefix.num_kept <= length <= len(prefix.pages) * PAGE
+                num_read += length - prefix.num_kept
+                if not any(prefix.waiting[0] is each for each in slots.running):
+                    prefixes.add(prefix)
+        slots.start(4)
+        slots.grow(4)
+        assert owners(slots, prefixes) == Counter(range(1, num_pages + 1)), "a page is lost or has two owners"
+        assert slots.running or waiting, "nothing runs, and nothing ever will"
+        most = max(most, len(slots.running))
+        for sequence in [*slots.running]:
+            assert len(sequence.shared + sequence.own) * PAGE >= sequence.num_cached + min(4, sequence.remaining)
+            sequence.tokens += [7] * min(4, sequence.remaining)
+            if sequence.remaining and rng.random() > 0.1:
+                continue
+            sequence.num_kept = sequence.num_cached
+            slots.set_down(sequence)
+            waiting.append((sequence, len(sequence.prompt) + sequence.limit))
+        for sequence, end in [each for each in waiting if rng.random() < 0.3 or not slots]:
+            waiting.remove((sequence, end))
+            words = rng.choice([1, 3, 70])
+            so_far = [*sequence.prompt, *sequence.tokens, *[9] * words]
+            if len(so_far) >= end:
+                slots.let_go(sequence)
+                over.append(sequence.index)
+            else:
+                slots.take_up(sequence, Sequence(sequence.index, so_far, end - len(so_far), seed=0))
+    assert sorted(over) == list(range(120))
+    assert most <= 16
+    assert Counter(slots._free) == Counter(range(1, num_pages + 1))
+    if num_pages == 2000:
+        assert slots.num_preempted == 0
     if num_pages == 40:
         assert slots.num_preempted > 0
 

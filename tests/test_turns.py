@@ -44,7 +44,7 @@ from grpo.turns.form import TAGGED, Appended, form_of
 from grpo.turns.generator import Call, TurnGenerator
 from grpo.turns.toolbox import Toolbox
 from grpo.turns.use import Tools, named
-from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
+from grpo.types import Completion, Generator, Group, OnGroup, Prompt, Sampling
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY / "model")
 SCORING = ScoringConfig(num_workers=1)
@@ -671,6 +671,31 @@ def test_the_tiny_model_learns_to_call_and_what_was_sampled_is_what_is_trained(t
     row = next(row for row in read_jsonl(tmp_path / "run/completions.jsonl") if "turns" in row)
     assert "<result>" not in row["completion"]
     assert "".join(turn["content"] for turn in row["turns"] if turn["role"] == "assistant") == row["completion"]
+
+
+class Apart:
+    """An engine that keeps nothing between turns."""
+
+    def __init__(self, engine: Generator) -> None:
+        self.sample, self.metrics = engine.sample, engine.metrics
+
+
+def test_an_engine_that_keeps_what_it_has_read_samples_the_same_and_reads_less(tmp_path: Path):
+    trainer = Trainer(run_with_tools(tmp_path / "run"), rewards=[asks])
+    turns = trainer.collector.generator
+    assert isinstance(turns, TurnGenerator)
+    assert not turns.at_once, "a run is repeatable unless it says otherwise"
+    engine, found = turns.inner, []
+    for turns.inner, turns.at_once in ((Apart(engine), False), (engine, False), (engine, True)):
+        groups = turns.sample(trainer.prompts.prompts[:8], Sampling(64), num_completions=4, seed=5)
+        every = [each for group in groups for each in group.completions]
+        found.append(([(each.token_ids, each.trained, each.finish_reason) for each in every], turns.metrics()))
+    trainer.close()
+    (apart, rounds), (kept, once), (at_once, soon) = found
+    assert apart == kept == at_once
+    assert sum(trained is not None for _, trained, _ in kept) > 4, "completions with a result"
+    assert once["rollout/read_tokens"] == soon["rollout/read_tokens"] < 0.8 * rounds["rollout/read_tokens"]
+    assert soon["rollout/decoding_steps"] <= once["rollout/decoding_steps"]
 
 
 def test_a_run_with_tools_goes_on_after_a_stop_as_if_there_had_been_none(tmp_path: Path):

@@ -20,7 +20,8 @@ from grpo.trainer import Trainer
 
 
 def check(config: Config, *, templates: Sequence[str] = tuple(TEMPLATES), num_questions: int | None = None) -> int:
-    """Try the configured template and `templates`, and print what came of it; every process calls it.
+    """Try the configured template and `templates`, and print what came of it; every process calls it. With an environment the
+    configured one alone.
 
     Args:
         num_questions: None: as configured.
@@ -36,7 +37,10 @@ def check(config: Config, *, templates: Sequence[str] = tuple(TEMPLATES), num_qu
         num_questions or config.preflight.num_questions or PreflightConfig.model_fields["num_questions"].default
     )
     wanted = list(dict.fromkeys([config.data.template, *templates]))
-    rows, tokenizer = load_rows(config.data, reads_answer=False), load_tokenizer(config.model)
+    if config.environment.function is not None:  # what it says has the form of the configured one
+        wanted = wanted[:1]
+    rows = load_rows(config.data, reads_answer=False) if len(wanted) > 1 else []
+    tokenizer = load_tokenizer(config.model)
     use_chat_template(tokenizer, config.data)
     skipped: list[Skipped] = []
     while len(wanted) > 1 and (reason := _unfit(config, wanted[0], rows, tokenizer)) is not None:

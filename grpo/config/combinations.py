@@ -131,7 +131,6 @@ def check_combinations(config: Config) -> None:
             "less, such as 0.1, or remove it."
         )
     _check_carry_over(config)
-    _check_environment(config)
     _check_updates(config)
     _check_objective(config.algorithm)
     _check_offload(config.distributed)
@@ -346,17 +345,6 @@ CARRY_OVER_WITH_ENVIRONMENT = (
     "rollout.carry_over is true; a completion that waits for its environment cannot be carried over to another step. Remove "
     "rollout.carry_over, or the environment."
 )
-
-
-def _check_environment(config: Config) -> None:
-    environment = config.environment
-    if environment.function is None:
-        return  # one may be given to Trainer
-    if environment.rows and config.data.name is not None:
-        raise ValueError(
-            f"environment.rows is {environment.rows}; the questions are those of data.name ({config.data.name!r}), and it has no "
-            "effect. Remove one of the two."
-        )
 
 
 def _check_carry_over(config: Config) -> None:

@@ -646,7 +646,8 @@ class PlaceConfig(Section):
     seed: NonNegativeInt = 0
     """Of the order of questions or rows, and of the sampling."""
     deterministic: bool = True
-    """Repeat and resume a run to the bit on the same GPUs. false: the backward pass of attention adds in whatever order."""
+    """Repeat and resume a run to the bit on the same GPUs. false: the backward pass of attention adds in whatever order, and a
+    completion goes on as soon as its tool calls are answered, whatever is sampled beside it."""
     max_hours: PositiveFloat | None = None
     """Save, stop and exit with 75 after so much time, as on SIGTERM; a start with `resume: auto` goes on. null: no limit."""
     resume: Literal["never", "auto"] = "never"

@@ -28,7 +28,10 @@ FEWEST_STEPS, FEWEST_EVALUATIONS = 20, 8
 """That a curve of four parameters is drawn through."""
 OF_ONE, OF_TWO, OF_THREE = 3.84, 5.99, 11.34
 """Chi-squared: 95 % for one and for two parameters, and 99 % for three."""
-STEEPNESS = np.geomspace(0.25, 8, 36)
+STEEPNESS = (0.25, 8.0)
+GRID, NUM_GRIDS = (48, 24), 3
+"""C_mid and B that are tried, and how often a finer grid is laid over the best of them."""
+MOST_VALUES = 400
 FAR = 30.0
 """How many times as far as the last value C_mid is looked for. If it may be farther, the limit cannot be told."""
 
@@ -67,56 +70,139 @@ def fit(compute: Values, values: Values, *, end: float, fewest: int, bounds: tup
         fewest: values below which nothing is said.
         bounds: the least and the largest value there can be, of a share; None: there are none.
     """
+    compute, values = _in_bins(compute), _in_bins(values)
     if len(values) < fewest:
         return f"{len(values)} values are too few for a curve; {fewest} would do"
     if np.ptp(values) == 0:
         return "it has not changed"
-    last = float(compute.max())
-    middles = np.geomspace(max(last, 1.0) / 100, FAR * max(last, 1.0), 72)
-    grid = [(middle, steep) for middle in middles for steep in STEEPNESS]
-    shapes = np.stack([_risen(compute, *each) for each in grid])  # (cells, N)
-    starts, limits, spread = _solve(shapes, values, bounds)
-    errors = ((starts[:, None] + (limits - starts)[:, None] * shapes - values) ** 2).sum(1)
-    best = int(errors.argmin())
-    residuals = values - (starts[best] + (limits[best] - starts[best]) * shapes[best])
-    number = _independent(residuals)
-    least = max(float(errors[best]), 1e-12 * float(np.sum(values**2)) + 1e-300)
+    last = max(float(compute.max()), 1.0)
+    shapes = _look(compute, values, bounds, last)
+    reason = _no_curve(compute, values, shapes, last)
+    if reason is not None:
+        return reason
+    best = shapes.best
+    risen = _risen(np.array([end]), shapes.middles[:, None], shapes.steepness[:, None])[:, 0]
+    at_end = shapes.interval(risen, bounds)
+    rise = float((shapes.limits[best] - shapes.starts[best]) * shapes.risen[best].max())
+    if at_end.high - at_end.low > rise:
+        return f"its end may lie anywhere from {at_end.low:.3g} to {at_end.high:.3g}, more than it has risen"
+    limits = shapes.interval(np.ones_like(risen), bounds)
+    reaches = bool(shapes.middles[shapes.as_good].max() >= 0.99 * FAR * last)
+    is_open = reaches or (bounds is not None and limits.high >= bounds[1] - 1e-9)
+    return Curve(
+        float(shapes.starts[best]),
+        float(shapes.limits[best]),
+        float(shapes.middles[best]),
+        float(shapes.steepness[best]),
+        at_end,
+        None if is_open else limits,
+    )
 
-    def worse(other: float) -> float:
-        return number * float(np.log(max(other, least) / least))
 
-    if worse(float(np.sum((values - values.mean()) ** 2))) < OF_THREE:
+@dataclass(frozen=True)
+class _Shapes:
+    """Points of the grid, each with the best start and limit; (S,), and `risen` (S, N) at the values."""
+
+    middles: Values
+    steepness: Values
+    risen: Values
+    starts: Values
+    limits: Values
+    spread: Values  # (S, 2, 2) the inverse of the squares of what start and limit are multiplied by
+    errors: Values  # sums of squares
+    number: float  # of independent values
+
+    @property
+    def best(self) -> int:
+        return int(self.errors.argmin())
+
+    def worse(self, errors: Any) -> Any:
+        """By how much curves with these sums of squares explain the values worse than the best: chi-squared."""
+        least = max(float(self.errors.min()), 1e-300)
+        return self.number * np.log(np.maximum(errors, least) / least)
+
+    @property
+    def slack(self) -> Values:
+        """How much worse each could still be; below 0 it is out."""
+        return OF_ONE * self.number / max(self.number - 4, 1.0) - self.worse(
+            self.errors
+        )  # few values seem better fitted
+
+    @property
+    def as_good(self) -> NDArray[np.bool_]:
+        return self.slack >= 0
+
+    def interval(self, risen: Values, bounds: tuple[float, float] | None) -> Estimate:
+        """Where curves that are about as good are when they have `risen` (S,), as far as start and limit may move there too."""
+        values = self.starts + (self.limits - self.starts) * risen
+        direction = np.stack([1 - risen, risen], 1)
+        variance = np.einsum("si,sij,sj->s", direction, self.spread, direction)
+        sigma = (float(self.errors.min()) / self.number) ** 0.5
+        half = sigma * np.sqrt(np.maximum(self.slack, 0) * np.maximum(variance, 0))
+        low, high = float((values - half)[self.as_good].min()), float((values + half)[self.as_good].max())
+        if bounds is not None:
+            low, high = max(low, bounds[0]), min(high, bounds[1])
+        return Estimate(float(values[self.best]), low, high)
+
+
+def _look(compute: Values, values: Values, bounds: tuple[float, float] | None, last: float) -> _Shapes:
+    """The grid over all curves, then finer ones over those that are about as good as the best."""
+    middles, steepness = (last / 100, FAR * last), STEEPNESS
+    for _ in range(NUM_GRIDS):
+        every = np.geomspace(*middles, GRID[0]), np.geomspace(*steepness, GRID[1])
+        across, along = np.meshgrid(*every, indexing="ij")
+        shapes = _shapes(across.ravel(), along.ravel(), compute, values, bounds)
+        steps = [each[1] / each[0] for each in every]
+        good = shapes.middles[shapes.as_good], shapes.steepness[shapes.as_good]
+        (middles, steepness) = (
+            (max(each.min() / step, all_of[0]), min(each.max() * step, all_of[1]))
+            for each, step, all_of in zip(good, steps, (middles, steepness), strict=True)
+        )
+    return shapes
+
+
+def _shapes(
+    middles: Values, steepness: Values, compute: Values, values: Values, bounds: tuple[float, float] | None
+) -> _Shapes:
+    risen = _risen(compute, middles[:, None], steepness[:, None])
+    starts, limits, spread = _solve(risen, values, bounds)
+    residuals = starts[:, None] + (limits - starts)[:, None] * risen - values
+    errors = np.maximum((residuals**2).sum(1), 1e-12 * float(np.sum(values**2)))
+    number = _independent(residuals[errors.argmin()])
+    return _Shapes(middles, steepness, risen, starts, limits, spread, errors, number)
+
+
+def _no_curve(compute: Values, values: Values, shapes: _Shapes, last: float) -> str | None:
+    """Why the best curve says nothing; None: it does."""
+    best, num = shapes.best, len(values)
+    if shapes.worse(float(np.sum((values - values.mean()) ** 2))) < OF_THREE:
         return "it has not risen by more than its noise"
-    if limits[best] < starts[best]:
+    if shapes.limits[best] < shapes.starts[best]:
         return "it falls"
-    sigma = (least / max(number - 4, 1.0)) ** 0.5 * (number / len(values)) ** 0.5
-    few = max(len(values) // 5, 3)
-    off = float(residuals[-few:].mean())
-    if abs(off) > 3 * sigma * (len(values) / number / few) ** 0.5:
+    few = max(num // 5, 3)
+    curve = shapes.starts[best] + (shapes.limits[best] - shapes.starts[best]) * shapes.risen[best]
+    off = float((values - curve)[-few:].mean())
+    noise = (
+        float(shapes.errors[best]) / max(shapes.number - 4, 1.0) / few
+    ) ** 0.5  # of their mean, if neighbours err alike too
+    if abs(off) > 3 * noise:
         return f"its last {few} values lie {abs(off):.2g} {'above' if off > 0 else 'below'} the curve through all"
     line = np.polynomial.Polynomial.fit(compute, values, 1)
-    if worse(float(np.sum((values - line(compute)) ** 2))) < OF_TWO:
+    if shapes.worse(float(np.sum((values - line(compute)) ** 2))) < OF_TWO:
         return "it rises along a straight line as yet, and nothing says where it ends"
-    if grid[best][0] > last:
+    if shapes.middles[best] > last:
         return "the middle of its rise lies beyond the last value, and nothing says where it ends"
-    allowed = OF_ONE * number / max(number - 4, 1.0)  # of few values the errors are underestimated
-    slack = allowed - number * np.log(np.maximum(errors, least) / least)
-    inside = slack >= 0
-    at_end = np.array([_risen(np.array([end]), *each)[0] for each in grid])
-    found = _interval(starts + (limits - starts) * at_end, at_end, spread, slack, inside, sigma, best, bounds)
-    rise = float((limits[best] - starts[best]) * shapes[best].max())
-    if found.high - found.low > max(rise, 0.0):
-        return f"its end may lie anywhere from {found.low:.3g} to {found.high:.3g}, more than it has risen"
-    edge = middles[-1] * 0.999
-    open_ended = any(grid[i][0] > edge for i in np.flatnonzero(inside))
-    reach = _interval(limits, np.ones(len(grid)), spread, slack, inside, sigma, best, bounds)
-    touches = bounds is not None and reach.high >= bounds[1] - 1e-9
-    middle, steep = grid[best]
-    known = None if open_ended or touches else reach
-    return Curve(float(starts[best]), float(limits[best]), float(middle), float(steep), found, known)
+    return None
 
 
-def _risen(compute: Values, middle: float, steepness: float) -> Values:
+def _in_bins(values: Values) -> Values:
+    """Means of neighbours where there are more than MOST_VALUES: all shapes of the grid at all values take memory."""
+    if len(values) <= MOST_VALUES:
+        return values
+    return np.array([part.mean() for part in np.array_split(values, MOST_VALUES)])
+
+
+def _risen(compute: Values, middle: Any, steepness: Any) -> Values:
     """The share of the way from start to limit that is done."""
     with np.errstate(divide="ignore", over="ignore"):  # at 0 the logarithm is minus infinity, and nothing is done
         return 1 / (1 + np.exp(steepness * (np.log(middle) - np.log(compute))))
@@ -136,26 +222,6 @@ def _solve(shapes: Values, values: Values, bounds: tuple[float, float] | None) -
             limits = np.where(bb > 1e-12, np.clip((yb - ab * starts) / np.maximum(bb, 1e-12), *bounds), limits)
     spread = np.stack([bb, -ab, -ab, aa], 1).reshape(-1, 2, 2) / determinant[:, None, None]
     return starts, limits, spread
-
-
-def _interval(
-    values: Values,
-    risen: Values,
-    spread: Values,
-    slack: Values,
-    inside: NDArray[np.bool_],
-    sigma: float,
-    best: int,
-    bounds: tuple[float, float] | None,
-) -> Estimate:
-    """What a number is over all curves that are about as good: at each shape, as far as start and limit may move there too."""
-    direction = np.stack([1 - risen, risen], 1)
-    variance = np.einsum("ci,cij,cj->c", direction, spread, direction)
-    half = np.sqrt(np.maximum(slack, 0) * np.maximum(variance, 0)) * sigma
-    low, high = float((values - half)[inside].min()), float((values + half)[inside].max())
-    if bounds is not None:
-        low, high = max(low, bounds[0]), min(high, bounds[1])
-    return Estimate(float(values[best]), low, high)
 
 
 def _independent(residuals: Values) -> float:

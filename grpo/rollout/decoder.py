@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from grpo.policy.language_model import output_head
 from grpo.rollout.layers import FusedLayers, model_layers
-from grpo.rollout.paged import PAGE, PagedCache, Places
+from grpo.rollout.paged import PAGE, Kept, PagedCache, Places
 from grpo.rollout.sampling import KNOBS, draw, knobs_of
 from grpo.rollout.slots import Prefix, Sequence
 from grpo.system import progress
@@ -54,6 +54,11 @@ class Chunk:
     def wait(self) -> None:
         if self.event is not None:
             self.event.synchronize()
+
+
+def _places(pages: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Where in the cache these positions of a sequence with these pages are."""
+    return pages[positions // PAGE] * PAGE + positions % PAGE
 
 
 class Decoder:
@@ -111,25 +116,32 @@ class Decoder:
         self.truncated = sampling.truncated
 
     def read(self, prefixes: list[Prefix]) -> int:
-        """Keep the keys and values of whole prefixes, and say how many tokens these are."""
-        rows = [(prefix.tokens, prefix.pages) for prefix in prefixes]
-        rows = [(tokens, pages) for tokens, pages in rows if tokens]
+        """Keep the keys and values of prefixes behind what is kept of them, and say how many tokens these are."""
+        rows = [(prefix.tokens, prefix.num_kept, prefix.pages) for prefix in prefixes]
+        rows = [(tokens, start, pages) for tokens, start, pages in rows if len(tokens) > start]
         if not rows:
             return 0
-        lens = [len(tokens) for tokens, _ in rows]
-        positions = [np.arange(n) for n in lens]
-        places = [
-            np.array(pages)[at // PAGE] * PAGE + at % PAGE for at, (_, pages) in zip(positions, rows, strict=True)
-        ]
+        starts, ends = [start for _, start, _ in rows], [len(tokens) for tokens, _, _ in rows]
+        lens = [end - start for start, end in zip(starts, ends, strict=True)]
+        positions = [np.arange(start, end) for start, end in zip(starts, ends, strict=True)]
+        tables = [np.array(pages) for _, _, pages in rows]
+        kept = None
+        if any(starts):
+            kept = Kept(
+                self._upload(np.concatenate([*map(_places, tables, map(np.arange, ends))])),
+                self._upload(np.cumsum([0, *ends])).int(),
+                max(ends),
+            )
         self._layers(
             self.lm,
-            self._upload(np.concatenate([tokens for tokens, _ in rows])),
+            self._upload(np.concatenate([tokens[start:] for tokens, start, _ in rows])),
             self._upload(np.concatenate(positions)),
             Places(
                 self.cache,
-                write=self._upload(np.concatenate(places)),
+                write=self._upload(np.concatenate([*map(_places, tables, positions)])),
                 cu_seqlens=self._upload(np.cumsum([0, *lens])).int(),
                 longest=max(lens),
+                kept=kept,
             ),
         )
         return sum(lens)

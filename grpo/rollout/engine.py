@@ -41,7 +41,7 @@ from grpo.rollout.stop_criteria import Ending, token_limit
 from grpo.system import progress
 from grpo.system.distributed import GIB
 from grpo.system.out_of_memory import free_bytes, is_out_of_memory
-from grpo.types import Ahead, Completion, Draft, Group, OnGroup, Prompt, Sampling
+from grpo.types import Ahead, Completion, Draft, Group, Listener, OnGroup, Prompt, Sampling
 
 READ_TOKENS = 16384
 """Most prompt tokens in one forward pass; a longer prompt is read alone. The update's micro-batches are larger."""
@@ -145,6 +145,28 @@ class NativeGenerator:
         self._metrics = call.metrics()
         return grouping.groups()
 
+    @torch.no_grad()
+    def sample_turns(
+        self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int, listener: Listener
+    ) -> None:
+        """See TurnTakingGenerator."""
+        self._metrics = {}
+        if not prompts:
+            return
+        with self.policy.sampling_model("paged") as lm:
+            call = Call(
+                self._decoder_for(lm, _longest(prompts, sampling)),
+                self.ending,
+                Grouping(prompts, num_completions=num_completions, on_group=None),
+                sampling,
+                num_completions=num_completions,
+                seed=seed,
+                ahead=Ahead(0, [[] for _ in prompts], []),
+                listener=listener,
+            )
+            call.run()
+        self._metrics = call.metrics()
+
     def _decoder_for(self, lm: PreTrainedModel, longest: int) -> Decoder:
         """The decoder there is, or a new one if a sequence may be longer than the configuration says."""
         if self._decoder is None or self._decoder.table.shape[1] < num_pages_for(longest):
@@ -170,7 +192,11 @@ def _longest(prompts: list[Prompt], sampling: Sampling) -> int:
 
 
 class Call:
-    """One call of `sample`, from the prompts of a grouping to its completions; those of later questions follow them."""
+    """One call of `sample`, from the prompts of a grouping to its completions; those of later questions follow them.
+
+    Args:
+        listener: takes the completions, as turns, in place of the grouping.
+    """
 
     def __init__(
         self,
@@ -182,9 +208,11 @@ class Call:
         num_completions: int,
         seed: int,
         ahead: Ahead,
+        listener: Listener | None = None,
     ) -> None:
+        self.listener = listener
         self.decoder, self.ending, self.grouping, self.sampling = decoder, ending, grouping, sampling
-        self.ahead, self.num_completions = ahead, num_completions
+        self.ahead, self.num_completions, self.seed = ahead, num_completions, seed
         decoder.begin(sampling)
         questions = [*grouping.prompts[::num_completions], *ahead.prompts]
         seeds = completion_seeds(questions, seed=seed, num_completions=num_completions).tolist()
@@ -194,7 +222,7 @@ class Call:
         ]
         self.end_tokens = frozenset(ending.end_token_ids)
         self.num_missing = len(grouping.prompts)
-        self.ended: set[int] = set()  # places of sequences
+        self.ended: set[Sequence] = set()
         self.num_drawn = 0  # tokens that completions or drafts have from this call
         self._take_up(ahead)
         self.slots = Slots(
@@ -224,9 +252,7 @@ class Call:
     def _prefixes(self) -> Iterator[Prefix]:
         """What there is to read: of each question its prompt, for the completions that begin, and those under way, each alone."""
         for start in range(0, len(self.sequences), self.num_completions):
-            own = [
-                each for each in self.sequences[start : start + self.num_completions] if each.index not in self.ended
-            ]
+            own = [each for each in self.sequences[start : start + self.num_completions] if each not in self.ended]
             yield from (Prefix(deque([each])) for each in own if each.tokens)
             if new := [each for each in own if not each.tokens]:
                 yield Prefix(deque(new))
@@ -238,6 +264,8 @@ class Call:
             chunk = self._launch(before)
             if before is not None:
                 self._take_in(before)
+            if self.listener is not None:
+                self._listen(self.listener, wait=chunk is None and before is None)
             before = chunk
             progress.drew(0 if chunk is None else chunk.num_places)
         if before is not None and self.ahead.prompts:
@@ -279,7 +307,7 @@ class Call:
         tokens, logprobs = chunk.tokens.T.tolist(), chunk.logprobs.T.tolist()
         finished = []
         for row, (sequence, length) in enumerate(zip(chunk.rows, chunk.lens.tolist(), strict=False)):
-            if sequence.index in self.ended:
+            if sequence in self.ended:
                 continue  # in the chunk before
             count = length - sequence.num_cached
             sequence.tokens += tokens[row][:count]
@@ -289,13 +317,32 @@ class Call:
             if self._has_ended(sequence) or self._has_stop(sequence, count):
                 finished.append(sequence)
                 self._end(sequence)
-        self.slots.finish(finished)
+        if self.listener is None:
+            self.slots.finish(finished)
 
     def _end(self, sequence: Sequence) -> None:
-        self.ended.add(sequence.index)
-        if not sequence.later:
+        self.ended.add(sequence)
+        if self.listener is not None:
+            turn = self._completion(sequence)
+            sequence.num_kept = min(sequence.num_cached, len(sequence.prompt) + len(turn.token_ids))
+            self.slots.set_down(sequence)
+            self.listener.ended(sequence.index, turn)
+        elif not sequence.later:
             self.num_missing -= 1
             self.grouping.add(sequence.index, self._completion(sequence))
+
+    def _listen(self, listener: Listener, *, wait: bool) -> None:
+        """Let sequences whose turns have been answered go on, and those that are over go."""
+        for place, prompt in listener.answers(wait=wait):
+            before = self.sequences[place]
+            if prompt is None:
+                self.slots.let_go(before)
+                self.num_missing -= 1
+                continue
+            own = completion_seeds([prompt], seed=self.seed, num_completions=1).item()
+            after = _sequence(place, prompt, self.sampling, int(own), later=False)
+            self.sequences[place], self.grouping.prompts[place] = after, prompt
+            self.slots.take_up(before, after)
 
     def _completion(self, sequence: Sequence) -> Completion:
         prompt = self.grouping.prompts[sequence.index]

@@ -7,6 +7,7 @@ for what it has written. Page 0 belongs to nobody: rows of a step that have no s
 One forward pass does one of two things, told apart by the `Places` that travel through the model as a keyword argument:
 
     prefill   (1, N) tokens of whole prompts end to end; attention among themselves; keys and values are kept
+    go on     the same of tokens that follow others, whose keys and values are in the pages already; attention to these, too
     decode    (1, B) tokens, the last one of each of B sequences; attention over the pages
 """
 
@@ -77,6 +78,20 @@ class PagedCache:
         self.keys[layer][page, :, position] = keys
         self.values[layer][page, :, position] = values
 
+    def read(self, layer: int, places: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values, (N, kv_heads, head_dim), that are kept at `places` (N,)."""
+        page, position = places // PAGE, places % PAGE
+        return self.keys[layer][page, :, position], self.values[layer][page, :, position]
+
+
+@dataclass
+class Kept:
+    """The keys of sequences of which the last tokens are being read."""
+
+    places: Tensor  # (K,) int64, page * PAGE + position in the page
+    cu_seqlens: Tensor  # (sequences + 1,) int32
+    longest: int
+
 
 @dataclass
 class Places:
@@ -86,6 +101,7 @@ class Places:
     write: Tensor  # (N,) int64, page * PAGE + position in the page
     cu_seqlens: Tensor | None = None  # prefill: (sequences + 1,) int32
     longest: int = 0  # prefill: tokens of the longest sequence
+    kept: Kept | None = None  # prefill that goes on: all that the tokens see, themselves included
     block_table: Tensor | None = None  # decode: (B, pages) int32
     lens: Tensor | None = None  # decode: (B,) int32, tokens of each sequence with the one that is being read
 
@@ -125,7 +141,10 @@ AttentionMaskInterface.register("paged", lambda *args, **kwargs: None)  # what a
 def attend(q: Tensor, k: Tensor, v: Tensor, places: Places, layer: int, *, scale: float, window: int | None) -> Tensor:
     """Attention of tokens whose keys and values have been written; q (N, heads, D), k and v (N, kv_heads, D)."""
     if places.cu_seqlens is not None:
-        bounds, longest = places.cu_seqlens, places.longest
+        bounds, longest, kept = places.cu_seqlens, places.longest, places.kept
+        if kept is not None:
+            k, v = places.cache.read(layer, kept.places)
+            return varlen_attention(q, k, v, bounds, kept.cu_seqlens, longest, kept.longest, scale=scale, window=window)
         return varlen_attention(q, k, v, bounds, bounds, longest, longest, scale=scale, window=window)
     assert places.block_table is not None, "a decoding step has a block table"
     assert places.lens is not None, "a decoding step has lengths"

@@ -7,6 +7,9 @@ the prompt's full pages and owns a copy of the last, part-filled one.
 When pages run out, the running sequence with the fewest tokens gives its place up, those that nobody waits for before all
 others, and is later read again, prompt and tokens, as a prefix of its own. The space for one sequence of full length is never
 given to prefixes, so the last one running always ends.
+
+A sequence that waits for others' words (`set_down`) has no place, and keeps its pages for as long as nobody else needs them.
+Taken up again, it goes on from them, or is read from its beginning if they are gone.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ class Sequence:
     shared: list[int] = field(default_factory=list)  # pages of its prefix
     own: list[int] = field(default_factory=list)
     prefix: Prefix | None = None
+    num_kept: int = 0  # tokens whose keys and values its pages hold, when it is taken up
 
     @property
     def newest(self) -> int:
@@ -65,7 +69,8 @@ class Prefix:
 
     waiting: deque[Sequence]
     pages: list[int] = field(default_factory=list)
-    num_users: int = 0  # sequences that run on its pages
+    num_kept: int = 0  # of its tokens, those that have been read before
+    num_users: int = 0  # sequences that hold its pages
 
     @property
     def later(self) -> bool:
@@ -104,6 +109,8 @@ class Slots:
         self.unread = deque(prefixes)
         self.ready: deque[Prefix] = deque()
         self.running: list[Sequence] = []
+        self.set_aside: list[Sequence] = []  # they wait for others' words, and hold pages
+        self.returning: deque[Sequence] = deque()  # they have them, and wait for a place
         self.num_slots = num_slots
         self.pages_each = pages_each
         self.num_pages = len(pages)
@@ -111,7 +118,7 @@ class Slots:
         self._free = list(reversed(pages))
 
     def __bool__(self) -> bool:
-        return bool(self.unread or self.ready or self.running)
+        return bool(self.unread or self.ready or self.running or self.returning)
 
     @property
     def num_free_pages(self) -> int:
@@ -120,7 +127,54 @@ class Slots:
     @property
     def num_waiting(self) -> int:
         """Sequences that have no place yet, or gave one up."""
-        return sum(len(prefix.waiting) for prefix in (*self.unread, *self.ready))
+        return len(self.returning) + sum(len(prefix.waiting) for prefix in (*self.unread, *self.ready))
+
+    def set_down(self, sequence: Sequence) -> None:
+        """Take its place from a sequence, and leave it its pages."""
+        if sequence.prefix is None:  # it had given up both
+            self.finish([sequence])
+            return
+        self.running.remove(sequence)
+        self.set_aside.append(sequence)
+
+    def take_up(self, before: Sequence, after: Sequence) -> None:
+        """Go on from a sequence that was set down.
+
+        Args:
+            after: it, with others' words behind the first `before.num_kept` of its tokens.
+        """
+        if before.prefix is None:  # its pages were needed
+            self.unread.appendleft(Prefix(deque([after])))
+            return
+        self.set_aside.remove(before)
+        after.shared, after.own, after.prefix = before.shared, before.own, before.prefix
+        after.num_kept, before.prefix = before.num_kept, None
+        self.returning.append(after)
+
+    def let_go(self, sequence: Sequence) -> None:
+        """Of a sequence that was set down, and is over."""
+        if sequence.prefix is not None:
+            self.set_aside.remove(sequence)
+            self._release(sequence)
+
+    def _make_room(self, number: int) -> bool:
+        """Whether so many pages are free, if need be by taking those of sequences that have no place: of those that wait for
+        others' words first, and of these of the shortest."""
+        while number > len(self._free) and (self.set_aside or self.returning):
+            if self.set_aside:
+                shortest = min(self.set_aside, key=lambda each: each.num_cached)
+                self.set_aside.remove(shortest)
+                self._release(shortest)
+                self.num_preempted += 1
+            else:
+                self._read_again(self.returning.pop())
+        return number <= len(self._free)
+
+    def _read_again(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        sequence.num_kept = 0
+        self.unread.appendleft(Prefix(deque([sequence])))
+        self.num_preempted += 1
 
     def cancel(self, sequence: Sequence) -> None:
         """Let go of a sequence that has not ended, wherever it is."""
@@ -143,12 +197,12 @@ class Slots:
     def read_ahead(self, max_tokens: int) -> list[Prefix]:
         """Prefixes to read now, their pages allotted: none while enough completions are ready for the free slots, else as many
         as `max_tokens`, the memory and READ_AHEAD allow."""
-        taken: list[Prefix] = []
-        num_tokens = 0
+        taken, num_tokens = self._take_back(max_tokens)
         while self.unread and (not self._enough_ready() or (taken and self._may_read_ahead())):
             length = len(self.unread[0].tokens)
-            too_long = bool(taken) and num_tokens + length > max_tokens
-            if too_long or num_pages_for(length) + self.pages_each > len(self._free):
+            needed = num_pages_for(length) + self.pages_each
+            has_room = needed <= len(self._free) if self._enough_ready() else self._make_room(needed)
+            if not has_room or (taken and num_tokens + length > max_tokens):
                 break
             prefix = self.unread.popleft()
             prefix.pages = self._take(num_pages_for(length))
@@ -156,6 +210,21 @@ class Slots:
             taken.append(prefix)
             self.ready.insert(len(self.ready) if prefix.later else _first_later(self.ready), prefix)
         return taken
+
+    def _take_back(self, max_tokens: int) -> tuple[list[Prefix], int]:
+        """Give places to sequences that return; what there is to read of them, and how many tokens that are."""
+        taken: list[Prefix] = []
+        num_tokens = 0
+        while self.returning and len(self.running) < self.num_slots and num_tokens < max_tokens:
+            sequence = self.returning.popleft()
+            if not self._make_room(sequence.missing(1)):
+                self._read_again(sequence)
+                break
+            sequence.own += self._take(sequence.missing(1))
+            self.running.append(sequence)
+            num_tokens += sequence.num_cached - sequence.num_kept
+            taken.append(Prefix(deque([sequence]), [*sequence.shared, *sequence.own], sequence.num_kept))
+        return taken, num_tokens
 
     def _enough_ready(self) -> bool:
         startable = (prefix for prefix in self.ready if not (prefix.later and self._holds_back))
@@ -180,7 +249,7 @@ class Slots:
             num_shared, partial = divmod(sequence.num_cached, PAGE)
             sequence.shared = prefix.pages[:num_shared]
             needed = sequence.missing(num_steps)
-            if needed > len(self._free):
+            if not self._make_room(needed):
                 break
             sequence.own = self._take(needed)
             sequence.prefix = prefix
@@ -196,7 +265,7 @@ class Slots:
     def grow(self, num_steps: int) -> None:
         """Give every running sequence the pages for its next steps; if there are too few, the shortest give up their places."""
         for sequence in sorted(self.running, key=_priority, reverse=True) if self._scarce(num_steps) else self.running:
-            while sequence.prefix is not None and sequence.missing(num_steps) > len(self._free):
+            while sequence.prefix is not None and not self._make_room(sequence.missing(num_steps)):
                 self._preempt(min(self.running, key=_priority))
             if sequence.prefix is not None:
                 sequence.own += self._take(sequence.missing(num_steps))

@@ -30,6 +30,7 @@ from grpo.system import progress
 from grpo.system.distributed import Processes
 from grpo.system.writer import to_json
 from grpo.training.collector import Collector
+from grpo.turns.generator import TurnGenerator
 from grpo.types import Completion, Group, Prompt, Scores
 
 CONFIDENCE = 0.95
@@ -131,7 +132,8 @@ def group_stats(group: Group, scores: Scores, p: int, *, end_token_ids: Iterable
 
 
 def _ending(completion: Completion, end_token_ids: set[int]) -> Literal["end token", "stop text", "cut off"]:
-    if completion.finish_reason != "stop":
+    """How its last turn ended; out of calls of tools or out of turns, it has ended like others."""
+    if completion.finish_reason == "length":
         return "cut off"
     return "end token" if completion.token_ids[-1] in end_token_ids else "stop text"
 
@@ -472,20 +474,23 @@ class Preflight:
         """Try the configured template on some training questions, and the others.
 
         Args:
-            templates: the others to try; None: all there are, if the configured one is refused.
+            templates: the others to try; None: all there are, if the configured one is refused, and nobody answers the model in
+                the form of that one.
         """
         started, own = time.perf_counter(), self.config.data.template
         num_questions = min(num_questions, len(self.prompts))
         order = PromptOrder(self.prompts, seed=self.config.run.seed, rank=0, world_size=1)
         questions = order.draw(num_questions)  # the first that training will see
         first = self.try_template(questions, own)
+        generator = self.collector.generator
         if templates is None:
-            templates = list(TEMPLATES) if is_refused(first) else []
+            templates = list(TEMPLATES) if is_refused(first) and not isinstance(generator, TurnGenerator) else []
+        is_game = isinstance(generator, TurnGenerator) and generator.toolbox.environment is not None
         others = [self._rebuilt(questions, template) for template in templates if template != own]
         return Result(
             [first, *others],
             self.audits,
-            in_both(self.prompts, self.eval_prompts),
+            [] if is_game else in_both(self.prompts, self.eval_prompts),  # a game's question may always be the same
             len(self.eval_prompts),
             seconds=time.perf_counter() - started,
         )

@@ -137,7 +137,7 @@ class WorkerPool:
                     return [outcomes[i] for i in sorted(outcomes)]
                 self._hand_out(errand.calls, pending)
                 for worker in _wait([worker for worker in self._workers if worker.is_busy], errand.signal):
-                    outcomes.update(worker.collect())
+                    errand.take_in(worker.collect())
                 _bound(self.output)
         finally:
             for worker in self._workers:
@@ -171,6 +171,8 @@ class Errand:
         self.calls: list[Call] = []
         self.made: dict[int, Outcome] = {}  # by the number of the call; the thread's to fill
         self.outcomes: Future[list[Outcome]] = Future()  # the thread's to set
+        self._changed = threading.Condition()
+        self.outcomes.add_done_callback(lambda _: self.take_in([]))
         self.signal, self._bell = socket.socketpair()
         self.signal.setblocking(False)
         self._state: Literal["open", "complete", "given up"] = "open"
@@ -181,10 +183,30 @@ class Errand:
         Raises:
             FunctionBug: an earlier call raised an exception.
         """
-        if self.outcomes.done():  # before its time: only by an error
-            self.outcomes.result()
+        self.check()
         self.calls += calls
         self._ring()
+
+    def take_in(self, made: list[tuple[int, Outcome]]) -> None:
+        """Calls that have been made, with their numbers; for the pool's thread."""
+        with self._changed:
+            self.made.update(made)
+            self._changed.notify_all()
+
+    def wait_for_more(self, num_made: int) -> None:
+        """Wait until more calls than so many have been made.
+
+        Raises:
+            FunctionBug: a call raised an exception.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: len(self.made) > num_made or self.outcomes.done())
+        self.check()
+
+    def check(self) -> None:
+        """Raises FunctionBug if a call raised an exception."""
+        if self._state == "open" and self.outcomes.done():  # before its time: only by an error
+            self.outcomes.result()
 
     def result(self) -> list[Outcome]:
         """Wait for all calls; their outcomes, in the order they were added.

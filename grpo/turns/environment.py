@@ -64,7 +64,8 @@ class Environment:
         return Reward(environment, weight=self.config.weight)
 
     def rows(self, *, held_out: bool) -> list[dict[str, Any]] | None:
-        """Questions of its own, made by its static method `rows(size, seed, ...)`; None: it has none.
+        """Questions of its own, made by its static method `rows(size, seed, ...)`, which is given those of its args that it
+        names; None: it has none.
 
         Row i is made from seed + i by convention, so held-out rows are those that would come next.
 
@@ -79,7 +80,8 @@ class Environment:
                     "data.name, and remove environment.rows."
                 )
             return None
-        args = {"size": SIZE, "seed": 0, **self.config.rows}
+        shared = {name: value for name, value in self.config.args.items() if name in inspect.signature(make).parameters}
+        args = {"size": SIZE, "seed": 0, **shared, **self.config.rows}
         if held_out:
             args["seed"] += args["size"]
         try:
@@ -102,8 +104,13 @@ def own_rows(
         reads_answer: as load_rows has it.
 
     Raises:
-        ValueError: as Environment.rows; or a row is none.
+        ValueError: as Environment.rows; or a row is none, or environment.rows has no effect.
     """
+    if data.name is not None and environment.config.rows:
+        raise ValueError(
+            f"environment.rows is {environment.config.rows}; the questions are those of data.name ({data.name!r}), and it has no "
+            "effect. Remove one of the two."
+        )
     if data.name is not None or (evaluation and data.eval_name is not None):
         return None
     made = environment.rows(held_out=evaluation)
@@ -112,3 +119,13 @@ def own_rows(
     return prepare_rows(
         made, data, answer_regex=data.answer_regex, setting="environment.rows", reads_answer=reads_answer
     )
+
+
+def check_unused(config: EnvironmentConfig) -> None:
+    """Raises ValueError: there is no environment, and something is set of it."""
+    for name, field in type(config).model_fields.items():
+        if getattr(config, name) != field.get_default(call_default_factory=True):
+            raise ValueError(
+                f"environment.{name} is {getattr(config, name)!r}; there is no environment, and it has no effect. Set "
+                "environment.function, hand an environment to Trainer, or remove it."
+            )

@@ -3,8 +3,11 @@ it answered, append what came of that, sample on.
 
 Token in, token out. The tokens of a result are appended to the very sequence that was sampled, and nothing is ever made from
 text again, so what is trained is what was sampled. Which tokens the model wrote is kept as they come (`Completion.trained`). The
-calls of a sequence are made as soon as the generator hands it on, while others are still being sampled. Between two turns the
-sequence is read again from its beginning.
+calls of a sequence are made as soon as the generator hands it on, while others are still being sampled. The native engine keeps
+what it has read of the sequence, and goes on with it when its calls are made; other engines read it again from its beginning.
+
+No clock may decide when that is where a run is to be repeatable: how many sequences are sampled side by side decides how sums
+are rounded. So sequences that were answered wait there until nothing else is left to sample, and otherwise go on at once.
 
 A turn that has no calls is the environment's to answer, where there is one. It says something, and the model takes another turn;
 or the episode is over. An episode that a limit ends is told so, and gives its last reward then.
@@ -19,8 +22,10 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -28,14 +33,25 @@ from grpo.config import ToolsConfig
 from grpo.data.prompts import prefill_of
 from grpo.rollout.grouping import Grouping
 from grpo.rollout.stop_criteria import token_limit
-from grpo.scoring.worker import FunctionBug, Outcome
+from grpo.scoring.worker import FunctionBug
 from grpo.scoring.worker_pool import Errand
 from grpo.system import progress
-from grpo.system.stopping import RunError
 from grpo.turns.episode import Action
 from grpo.turns.form import Appended, Form, ReplyForm
 from grpo.turns.toolbox import Answer, Ask, Reply, Request, States, Toolbox
-from grpo.types import Completion, Episode, FinishReason, Generator, Group, OnGroup, Prompt, Sampling, ToolCall, Turn
+from grpo.types import (
+    Completion,
+    Episode,
+    FinishReason,
+    Generator,
+    Group,
+    OnGroup,
+    Prompt,
+    Sampling,
+    ToolCall,
+    Turn,
+    TurnTakingGenerator,
+)
 
 
 @dataclass
@@ -53,6 +69,7 @@ class Conversation:
     states: States = field(default_factory=dict)
     num_calls: int = 0
     asked: list[Request | Ask | Answer | Reply] = field(default_factory=list)  # of the last turn
+    num_on_their_way: int = 0  # of these, calls that are being made
     written: str = ""  # by the model since the environment last spoke
     prefill: str = ""  # what the environment's words end with that already belongs to the turn
     replies: list[Reply] = field(default_factory=list)  # the environment's
@@ -116,7 +133,14 @@ class Calls:
 
     def __init__(self, toolbox: Toolbox, errand: Errand) -> None:
         self.toolbox, self.errand = toolbox, errand
-        self.made: list[tuple[Conversation, int, Request | Ask]] = []
+        self.made: dict[
+            int, tuple[Conversation, int, Request | Ask]
+        ] = {}  # by their number in the errand, and not taken in
+        self.num_taken = 0
+        self.answered: list[Conversation] = []  # which wait for no call
+
+    def __bool__(self) -> bool:
+        return bool(self.made or self.answered)
 
     def make(self, conversation: Conversation) -> None:
         """Hand on the calls of a conversation that can be made now, and return at once.
@@ -124,34 +148,47 @@ class Calls:
         Raises:
             RunError: as take_in, of a call that was handed on before.
         """
+        if not conversation.open_calls:  # its calls could not be read
+            self.answered.append(conversation)
         for number in conversation.open_calls:
             request = conversation.asked[number]
             assert isinstance(request, (Request, Ask)), "it is open"
-            try:
+            self.made[len(self.errand.calls)] = conversation, number, request
+            conversation.num_on_their_way += 1
+            with self._naming_bugs():
                 self.errand.add([self.toolbox.call(request, conversation.states, conversation.prompt.columns)])
-            except FunctionBug as bug:
-                raise self._unusable(bug) from None
-            self.made.append((conversation, number, request))
 
-    def take_in(self) -> None:
-        """Wait for them, and put each answer in its request's place.
+    def take_in(self, *, wait: bool = True) -> list[Conversation]:
+        """Put each answer that has come in its request's place; the conversations that wait for no other.
+
+        Args:
+            wait: for an answer, if any is on its way.
 
         Raises:
             RunError: a class's object cannot be made, begun or kept, or an environment has a bug.
         """
-        with progress.busy("waiting for tools", math.inf):  # each call has its time limit
-            outcomes = self._outcomes()
-        for (conversation, number, request), outcome in zip(self.made, outcomes, strict=True):
+        with self._naming_bugs():
+            if wait and self.made and not self.answered:
+                with progress.busy("waiting for tools", math.inf):  # each call has its time limit
+                    self.errand.wait_for_more(self.num_taken)
+            self.errand.check()
+        for call in [call for call in self.made if call in self.errand.made]:
+            conversation, number, request = self.made.pop(call)
+            outcome = self.errand.made[call]
             conversation.asked[number] = self.toolbox.answer(request, outcome, conversation.states)
+            self.num_taken += 1
+            conversation.num_on_their_way -= 1
+            if not conversation.num_on_their_way:
+                self.answered.append(conversation)
+        answered, self.answered = self.answered, []
+        return answered
 
-    def _outcomes(self) -> list[Outcome]:
+    @contextmanager
+    def _naming_bugs(self) -> Iterator[None]:
         try:
-            return self.errand.result()
+            yield
         except FunctionBug as bug:
-            raise self._unusable(bug) from None
-
-    def _unusable(self, bug: FunctionBug) -> RunError:
-        return self.toolbox.unusable(self.made[bug.call][2], bug)
+            raise self.toolbox.unusable(self.made[bug.call][2], bug) from None
 
 
 class TurnGenerator:
@@ -160,6 +197,7 @@ class TurnGenerator:
     Args:
         form: of calls; None: there are no tools.
         reply_form: of what the environment says; None: there is none.
+        at_once: let a completion go on as soon as it is answered.
     """
 
     def __init__(
@@ -170,7 +208,10 @@ class TurnGenerator:
         tokenizer: PreTrainedTokenizerBase,
         limits: ToolsConfig,
         reply_form: ReplyForm | None = None,
+        *,
+        at_once: bool = False,
     ) -> None:
+        self.at_once = at_once
         self.inner, self.toolbox, self.tokenizer = inner, toolbox, tokenizer
         self.form, self.reply_form, self.limits = form, reply_form, limits
         self._metrics: dict[str, float] = {}
@@ -202,18 +243,21 @@ class TurnGenerator:
         on_group: OnGroup | None = None,
     ) -> list[Group]:
         """See Generator."""
-        call = Call(self, prompts, sampling, num_completions=num_completions, seed=seed, on_group=on_group)
-        call.run()
+        with self.toolbox.begin() as errand:
+            calls = Calls(self.toolbox, errand)
+            call = Call(self, calls, prompts, sampling, num_completions=num_completions, seed=seed, on_group=on_group)
+            call.run()
         self._metrics = call.metrics()
         return call.grouping.groups()
 
 
 class Call:
-    """One call of `sample`: rounds in which every conversation that has not ended takes a turn."""
+    """One call of `sample`: turns of its conversations, until all have ended."""
 
     def __init__(
         self,
         generator: TurnGenerator,
+        calls: Calls,
         prompts: list[Prompt],
         sampling: Sampling,
         *,
@@ -222,6 +266,7 @@ class Call:
         on_group: OnGroup | None,
     ) -> None:
         self.generator, self.prompts, self.num_completions, self.seed = generator, prompts, num_completions, seed
+        self.calls = calls
         self.sampling = replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *generator.stop))))
         self.grouping = Grouping(prompts, num_completions=num_completions, on_group=on_group)
         self.conversations = [
@@ -233,10 +278,60 @@ class Call:
             )
             for place, prompt in enumerate(self.grouping.prompts)
         ]
+        self.over: list[int] = []  # conversations that have ended, and their listener does not know
         self.rounds: list[tuple[int, dict[str, float]]] = []  # sequences of each, and the generator's metrics
         self.seconds_waited = 0.0
 
     def run(self) -> None:
+        inner = self.generator.inner
+        if hasattr(inner, "sample_turns"):
+            cast(TurnTakingGenerator, inner).sample_turns(
+                self.prompts, self.sampling, num_completions=self.num_completions, seed=self.seed, listener=self
+            )
+            self.rounds.append((len(self.conversations), inner.metrics()))
+        else:
+            self._run_in_rounds()
+
+    # ---- for an engine that takes turns ------------------------------------------------------------------------------
+
+    def ended(self, place: int, turn: Completion) -> None:
+        """See Listener."""
+        conversation = self.conversations[place]
+        if self._is_answered(conversation, turn):
+            self.calls.make(conversation)
+        else:
+            self.over.append(place)
+
+    def answers(self, *, wait: bool) -> list[tuple[int, Prompt | None]]:
+        """See Listener."""
+        found: list[tuple[int, Prompt | None]] = []
+        began = time.perf_counter()
+        at_once = self.generator.at_once
+        if at_once:
+            found += self._take_in(wait=False)
+        while wait and self.calls and not (at_once and (found or self.over)):
+            found += self._take_in(wait=True)
+        assert found or self.over or not wait, "nobody has yet to answer"
+        found += [(place, None) for place in self.over]
+        self.over = []
+        self.seconds_waited += time.perf_counter() - began if wait else 0.0
+        return sorted(found, key=lambda answer: answer[0])  # in whatever order they came
+
+    def _take_in(self, *, wait: bool) -> list[tuple[int, Prompt | None]]:
+        """Those that go on; `over` has those that do not."""
+        found: list[tuple[int, Prompt | None]] = []
+        for conversation in self.calls.take_in(wait=wait):
+            if self._goes_on(conversation):
+                found.append((conversation.place, conversation.next_prompt()))
+            elif conversation.asked:
+                self.calls.make(conversation)
+            else:
+                self.over.append(conversation.place)
+        return found
+
+    # ---- for any other -----------------------------------------------------------------------------------------------
+
+    def _run_in_rounds(self) -> None:
         """The first round samples the prompts as they are, so that a prompt is read once for all its completions."""
         everyone = self.conversations
         waiting = self._round(self.prompts, everyone, num_completions=self.num_completions)
@@ -248,39 +343,22 @@ class Call:
         self, prompts: list[Prompt], speaking: list[Conversation], *, num_completions: int
     ) -> list[Conversation]:
         """Let conversations take a turn each; those that are to take another, with the results of their calls."""
-        calling: list[Conversation] = []
-        with self.generator.toolbox.begin() as errand:
-            calls = Calls(self.generator.toolbox, errand)
 
-            def on_group(p: int, group: Group) -> None:
-                for g, turn in enumerate(group.completions):
-                    conversation = speaking[p * num_completions + g]
-                    if self._is_answered(conversation, turn):
-                        calling.append(conversation)
-                        calls.make(conversation)
+        def on_group(p: int, group: Group) -> None:
+            for g, turn in enumerate(group.completions):
+                self.ended(speaking[p * num_completions + g].place, turn)
 
-            self.generator.inner.sample(
-                prompts, self.sampling, num_completions=num_completions, seed=self.seed, on_group=on_group
-            )
-            self.rounds.append((len(speaking), self.generator.inner.metrics()))
-            began = time.perf_counter()
-            calls.take_in()
-        going_on: list[Conversation] = []
-        while calling:
-            going_on += [conversation for conversation in calling if self._goes_on(conversation)]
-            calling = [conversation for conversation in calling if conversation.open_calls]
-            self._make_calls(calling)
-        self.seconds_waited += time.perf_counter() - began
-        return sorted(going_on, key=lambda conversation: conversation.place)  # in whatever order they came
+        self.generator.inner.sample(
+            prompts, self.sampling, num_completions=num_completions, seed=self.seed, on_group=on_group
+        )
+        self.rounds.append((len(speaking), self.generator.inner.metrics()))
+        going_on: list[int] = []
+        self.over = []
+        while self.calls:
+            going_on += [place for place, prompt in self.answers(wait=True) if prompt is not None]
+        return [self.conversations[place] for place in sorted(going_on)]  # in whatever order they came
 
-    def _make_calls(self, calling: list[Conversation]) -> None:
-        if not calling:
-            return
-        with self.generator.toolbox.begin() as errand:
-            calls = Calls(self.generator.toolbox, errand)
-            for conversation in calling:
-                calls.make(conversation)
-            calls.take_in()
+    # ---- what a turn leads to ----------------------------------------------------------------------------------------
 
     def _is_answered(self, conversation: Conversation, turn: Completion) -> bool:
         """Take a turn; whether others are to be asked now, for what it calls, or what the environment makes of it.
@@ -386,4 +464,9 @@ class Call:
         return found
 
 
-OVER_ROUNDS: dict[str, Callable[[Iterable[float]], float]] = {"rollout/slots": max, "rollout/preempted": sum}
+OVER_ROUNDS: dict[str, Callable[[Iterable[float]], float]] = {
+    "rollout/slots": max,
+    "rollout/preempted": sum,
+    "rollout/decoding_steps": sum,
+    "rollout/read_tokens": sum,
+}

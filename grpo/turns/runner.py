@@ -127,11 +127,14 @@ def without_observation(columns: Mapping[str, Any]) -> dict[str, Any]:
     row = {name: value for name, value in columns.items() if name != OBSERVATION}
     if said := columns.get(OBSERVATION):
         row["question"] = str(row["question"]).removesuffix(said).removesuffix(GAP)
-        if row.get("messages"):
-            *turns, last = row["messages"]
-            row["messages"] = [*turns, {**last, "content": row["question"]}]
+        if row.get(MESSAGES):
+            *turns, last = row[MESSAGES]
+            row[MESSAGES] = [*turns, {**last, "content": row["question"]}]
     return row
 
+
+MESSAGES = "question_messages"
+"""As grpo/data/rows.py has it, which a worker does not import."""
 
 GAP = "\n\n"
 """Between a question and an observation."""

@@ -281,27 +281,22 @@ class Toolbox:
     def observed(self, rows: Sequence[dict[str, Any]], data: DataConfig) -> list[dict[str, Any]]:
         """The rows with what each `reset` has to say of them behind their question, and as a column of its own.
 
+        Raises:
+            RunError, ValueError: as observations and with_observations.
+        """
+        return with_observations(rows, self.observations(rows), data)
+
+    def observations(self, rows: Sequence[dict[str, Any]]) -> list[str]:
+        """What each `reset` has to say of the rows; empty: nothing, of none.
+
         A class whose `reset` says nothing of the first row is not asked about the others.
 
         Raises:
-            RunError: a `reset` raised an exception.
-            ValueError: there is no place for what it says, or a column of the name.
+            RunError: a `reset` raised an exception, or took too long.
         """
         said = [self._said(number, name, rows) for number, name in self._resettable()]
-        texts = ["\n".join(filter(None, each)) for each in zip(*said, strict=True)] if said else []
-        if not any(texts):
-            return list(rows)
-        if data.template == "none" and data.question_template is not None:
-            raise ValueError(
-                f"data.question_template is {data.question_template!r} with data.template none, and a `reset` returned "
-                f"{texts[0][:80]!r}; it would stand behind the template, where the model is to go on. Put it into a column of "
-                "the data, or set data.template to r1_zero or chat."
-            )
-        if OBSERVATION in rows[0]:
-            raise ValueError(
-                f"the data has a column {OBSERVATION!r}, under which what a `reset` returned is kept. Rename the column."
-            )
-        return [_with_observation(row, text) for row, text in zip(rows, texts, strict=True)]
+        texts = ["\n".join(filter(None, each)) for each in zip(*said, strict=True)]
+        return texts if any(texts) else []
 
     def _resettable(self) -> list[tuple[int, str]]:
         """Runners whose objects may say something when they begin, by number, and what they are called in errors."""
@@ -321,11 +316,11 @@ class Toolbox:
 
     def _resets(self, number: int, name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
         of_tool = number < len(self.runners)
+        environment = self.environment
+        seconds = self.timeout_seconds if of_tool or environment is None else environment.config.timeout_seconds
         own = {"method": "reset", "arguments": {}} if of_tool else {"action": "reset", "text": "", "seed": 0}
         try:
-            outcomes = self._pool.run(
-                [Call(number, {**own, "state": None, "columns": row}, self.timeout_seconds) for row in rows]
-            )
+            outcomes = self._pool.run([Call(number, {**own, "state": None, "columns": row}, seconds) for row in rows])
         except FunctionBug as bug:
             raise RunError(
                 f"{name} raised an exception as its object was made for a question, or in its `reset`.\n{bug.worker_traceback}"
@@ -348,6 +343,30 @@ class Toolbox:
 
 def _no(name: str, status: CallStatus, why: str, seconds: float = 0.0) -> Answer:
     return Answer(ToolCall(encodable(name), status, seconds), f"error: {why}")
+
+
+def with_observations(rows: Sequence[dict[str, Any]], texts: Sequence[str], data: DataConfig) -> list[dict[str, Any]]:
+    """The rows with these texts behind their questions, and as a column of their own.
+
+    Args:
+        texts: one for each, or none.
+
+    Raises:
+        ValueError: there is no place for them, or a column of the name.
+    """
+    if not texts:
+        return list(rows)
+    if data.template == "none" and data.question_template is not None:
+        raise ValueError(
+            f"data.question_template is {data.question_template!r} with data.template none, and a `reset` returned "
+            f"{texts[0][:80]!r}; it would stand behind the template, where the model is to go on. Put it into a column of "
+            "the data, or set data.template to r1_zero or chat."
+        )
+    if OBSERVATION in rows[0]:
+        raise ValueError(
+            f"the data has a column {OBSERVATION!r}, under which what a `reset` returned is kept. Rename the column."
+        )
+    return [_with_observation(row, text) for row, text in zip(rows, texts, strict=True)]
 
 
 def _with_observation(row: dict[str, Any], text: str) -> dict[str, Any]:

@@ -61,8 +61,11 @@ class Tools:
         """The same for prompts that tell of the tools."""
         return data.with_tools(self.toolbox.schemas)
 
-    def around(self, generator: Generator) -> Generator:
-        return TurnGenerator(generator, self.toolbox, self.form, self.tokenizer, self.limits, self.reply_form)
+    def around(self, generator: Generator, *, at_once: bool = False) -> Generator:
+        """See TurnGenerator."""
+        return TurnGenerator(
+            generator, self.toolbox, self.form, self.tokenizer, self.limits, self.reply_form, at_once=at_once
+        )
 
 
 def named(names: Sequence[str], limits: ToolsConfig | None = None) -> ToolsConfig:
