@@ -1,6 +1,7 @@
 """One thread per process: on a few shared cores more of them only wait for each other. And which tests run where, and when.
 
-seconds.json has what the slower tests took (`--write-seconds`, on one worker or several). By it
+seconds.json has the processor seconds that the slower tests took (`--write-seconds`, on one worker or several), with those of
+the processes that they started: how busy a machine is hardly changes them. By it
 
 - several workers (`pytest -n 2 --dist loadgroup`) begin with what takes longest, so that none is left alone with it at the end;
 - `-m "not slow"` leaves out what takes longer than 0.3 seconds: `make check`.
@@ -41,6 +42,7 @@ for _number in (
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import warm  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported; the kernels then run on the CPU
@@ -140,11 +142,31 @@ def has_fixture_of_its_module(item: pytest.Item) -> bool:
 
 
 _took: dict[str, float] = defaultdict(float)
+_used = [0.0]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[pytest.TestReport]:
+    """Processor seconds since the report before, in the process that tests: a worker's report is sent with them."""
+    report = yield
+    before, _used[0] = _used[0], processor_seconds()
+    report.processor_seconds = _used[0] - before
+    return report  # type: ignore[return-value]
+
+
+def pytest_runtest_logstart() -> None:
+    _used[0] = _used[0] or processor_seconds()  # not what was imported before the first test
+
+
+def processor_seconds() -> float:
+    """Of this process, its forks and what all of them have started and waited for."""
+    own = os.times()
+    return own.user + own.system + own.children_user + own.children_system + warm.processor_seconds()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """With what its fixtures took, which is counted for the first that has them."""
-    _took[name_of(report.nodeid)] += report.duration
+    _took[name_of(report.nodeid)] += getattr(report, "processor_seconds", 0.0)  # none of a worker that died
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import warm
-from helpers import clean_environment, launch
+from helpers import ROOT, clean_environment, launch
 
 
 def run(code: str, *arguments: str, **variables: str):
@@ -74,6 +75,16 @@ def test_a_fork_has_what_a_process_of_its_own_has(tmp_path: Path):
     ours, theirs = json.loads(forked.stdout), json.loads(started.stdout)
     del ours["open"], theirs["open"]
     assert ours == theirs
+
+
+def test_a_fork_has_the_grpo_that_its_path_leads_to(tmp_path: Path):
+    (tmp_path / "grpo").mkdir()
+    (tmp_path / "grpo/__init__.py").touch()
+    code = "import sys; print('grpo.trainer' in sys.modules); import grpo; print(grpo.__file__)"
+    for place, is_ready in ((ROOT, not torch.cuda.is_available()), (tmp_path, False)):
+        environment = {**clean_environment(), "PYTHONPATH": str(place)}
+        done = warm.run(["-c", code], timeout=30, env=environment, cwd=tmp_path / "grpo")
+        assert done.stdout.split() == [str(is_ready), str(place / "grpo/__init__.py")]
 
 
 def test_a_process_can_be_spoken_to_waited_for_and_signalled():

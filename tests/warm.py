@@ -3,9 +3,9 @@
 `warm.run(["tests/worker.py", "--kills", "3"])` is `subprocess.run([sys.executable, "tests/worker.py", "--kills", "3"])`, ten
 seconds faster; `-c CODE` and `-m MODULE` are understood too. `warm.Process` is what tests use of subprocess.Popen.
 
-The parent (`python tests/warm.py`) holds packages of others alone, one thread and no process group. A fork has the environment,
-directory, arguments and streams that it is given, and imports grpo and the tests' modules itself. It differs from an interpreter
-of its own in this:
+The parent (`python tests/warm.py`) holds packages of others and what of grpo a run imports, one thread and no process group. A
+fork has the environment, directory, arguments and streams that it is given, and imports the tests' modules itself, and grpo too
+where its path leads to another one. It differs from an interpreter of its own in this:
 
 - its parent is not the test, and /proc/self/cmdline is that of `warm.py`: tests of launchers and of orphans start a real one;
 - variables that Python or a package reads when it starts cannot be changed (`FROZEN`): a ValueError;
@@ -244,6 +244,11 @@ class _Parent:
                 env=environment,
             )
 
+    def processor_seconds(self) -> float:
+        """Of its forks that have ended."""
+        own = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, own[13:15])) / os.sysconf("SC_CLK_TCK")
+
     def start(self, request: dict[str, Any], streams: list[int]) -> socket.socket:
         """Fork; what comes through the socket is the process id and, in the end, the wait status."""
         for name in request["environment"].keys() | _ENVIRONMENT.keys():
@@ -275,6 +280,11 @@ def _parent() -> _Parent:
     if not _started:
         _started.append(_Parent())
     return _started[0]
+
+
+def processor_seconds() -> float:
+    """Of all forks that have ended; not what their parent takes to import everything, once."""
+    return sum(parent.processor_seconds() for parent in _started)
 
 
 # ---- in the parent of all forks, and in a fork -----------------------------------------------------------------------

@@ -34,7 +34,7 @@ shard_even_small_weights(fetch_ahead=True)
 trainer = Trainer(
     tiny_config(
         arguments.out / "run",
-        model={"name": shallow(2)},
+        model={"name": shallow(2 if arguments.lora else 1)},  # with adapters one layer shows less
         rewards=VARIETY,
         rollout={"max_completion_tokens": 12, "num_prompts": max(4, int(os.environ.get("WORLD_SIZE", "1")))},
         algorithm={"kl_coef": 1e-3},  # every token has a gradient, and is in the post-mortem
