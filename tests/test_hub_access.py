@@ -86,6 +86,7 @@ def _move(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
 COMMANDS = [
     ["train", "--config", "hub.yaml", "--processes", "2"],
     ["train", "--config", "quickstart", "--set", "data.name=somebody/data"],
+    ["train", "--config", "quickstart", "--set", "rewards=[{function: reward_model, args: {model: somebody/tiny}}]"],
     ["preflight", "--config", "hub.yaml"],
     ["check", "memory", "--config", "hub.yaml"],
     ["evaluate", "--model", "somebody/tiny", "--benchmarks", "gsm8k"],

@@ -19,6 +19,10 @@ def check_config(config: Config | SupervisedConfig) -> None:
     check_model(config.model.name, "model.name", config.model.revision)
     if isinstance(config, Config) and config.teacher.name is not None:
         check_model(config.teacher.name, "teacher.name", config.teacher.revision)
+    for number, reward in enumerate(config.rewards if isinstance(config, Config) else []):
+        model = reward.args.get("model")
+        if reward.function == "reward_model" and isinstance(model, str):
+            check_model(model, f"rewards.{number}.args.model", str(reward.args.get("revision", "main")))
     for setting, name in _data_sets(config):
         if _may_be_of_hub(name) and not hub_access.has_data_set(name) and (reason := hub_access.unreachable()):
             raise ValueError(hub_access.no_data_set(f"{setting} is {name!r}", name, setting, reason))
