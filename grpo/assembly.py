@@ -119,6 +119,10 @@ def assemble(
     check_engine(config)
     check_sinks(config)
     signal_from = _signal_from(config, functions)
+    if config.rollout.solved_share < 1:
+        processes.say(
+            f"the reward {signal_from} decides which questions are solved: 1 means right, a smaller value wrong"
+        )
     config, in_use = _with_tools(config, processes, tokenizer, tools, surroundings)
     questions = _questions(config, processes, tokenizer, functions, train_dataset, eval_dataset, order, in_use)
     prompts, held_out, scorer = questions.order, questions.held_out, questions.scorer

@@ -12,6 +12,7 @@ from grpo.algorithm.advantage import (
     has_signal,
     separate_advantages,
     square_sum,
+    teaches,
 )
 from grpo.algorithm.objective import AdvantageRule
 
@@ -122,6 +123,19 @@ def test_of_right_and_wrong_answers_it_is_the_papers_formula(k: int, num_wrong: 
     right, wrong = (1 - reward) / std, (1 - reward - math.comb(num_wrong - 1, k - 1) / math.comb(7, k - 1)) / std
     assert found[0].item() == pytest.approx(right)
     assert found[-1].item() == pytest.approx(wrong)
+
+
+def test_a_group_teaches_where_its_advantages_are_not_all_zero():
+    # of 6, the number that are wrong; all sets of 3 hold a right one where fewer than 3 are, and PKPO's right ones of 2 gain
+    rewards = torch.tensor([[0.0] * wrong + [1.0] * (6 - wrong) for wrong in range(7)])
+    for options, first in (({"pass_at": 3}, 3), ({"pass_at": 3, "baseline": "leave_one_out"}, 2), ({}, 1)):
+        found = teaches(AdvantageRule(**options), rewards)
+        assert found.tolist() == [first <= wrong < 6 for wrong in range(7)]
+    noise = rewards + torch.tensor([0, 1e-7, 0, 2e-7, 0, 1e-7])
+    assert (
+        teaches(AdvantageRule("leave_one_out", pass_at=3), noise).tolist()
+        == found.logical_and(torch.arange(7) >= 2).tolist()
+    ), "float noise is no gain"
 
 
 def test_unknown_rewards_are_in_no_set():

@@ -157,6 +157,28 @@ def test_a_group_is_taken_for_the_reward_that_is_asked_for_not_for_the_sum(tmp_p
         assert min(map(len, groups)) > 1
 
 
+def seldom_wrong(completion: str) -> float:
+    return float(int(completion[-1]) > 2)
+
+
+def test_of_the_best_of_k_a_group_with_too_few_wrong_answers_takes_no_place_in_the_batch(tmp_path: Path):
+    config = tiny_config(
+        tmp_path / "run",
+        algorithm={"pass_at": 3, "kl_coef": 0.0, "max_sampling_gap": 100},
+        rollout={"group_size": 8, "max_oversampling": 4.0},
+    )
+    trainer = Trainer(config, rewards=[seldom_wrong])
+    trainer.collector.generator = FixedGenerator()
+    assert trainer.train_step()["batch/with_signal"] == 1
+    trainer.close()
+    rows = read_jsonl(tmp_path / "run/completions.jsonl")
+    groups = [rows[start : start + 8] for start in range(0, len(rows), 8)]
+    wrong = [(group[0]["in_batch"], sum(1 - row["reward"] for row in group)) for group in groups]
+    assert all(number >= 3 for in_batch, number in wrong if in_batch)
+    assert any(0 < number < 3 for in_batch, number in wrong if not in_batch), "all that differed were taken"
+    assert all(any(row["advantage"] for row in group) for group in groups if group[0]["in_batch"])
+
+
 def test_a_reward_to_choose_groups_by_must_be_one_of_the_run(tmp_path: Path):
     config = tiny_config(tmp_path / "run", rollout={**DYNAMIC, "signal_from": "acuracy"})
     with pytest.raises(

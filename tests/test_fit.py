@@ -143,6 +143,31 @@ def test_the_page_and_the_command_say_where_a_run_leads(
     )
 
 
+def test_a_reward_other_than_accuracy_may_pass_what_it_was_so_far(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    metrics = [
+        {"step": s, "reward/mean": 0.1 + 1.7 * (s - 1) / (s + 59) + rng.normal(0, 0.01), "time/step": 1.0}
+        for s in range(1, 61)
+    ]
+    assert max(row["reward/mean"] for row in metrics) < 1
+    run = a_run(tmp_path / "run", metrics=metrics)
+    written = (run / "config.yaml").read_text().replace("steps: 9\n", "steps: 200\n")
+    (run / "config.yaml").write_text(written)
+    value, low, high = block(html_of(run), "head")["runs"][0]["prediction"]["at_end"]
+    assert low < 0.1 + 1.7 * 199 / 259 < high
+    assert value > 1
+
+
+def test_the_curve_begins_with_what_was_held_out_before_the_first_step(tmp_path: Path):
+    run = a_run_that_learns(tmp_path / "run")
+    rows = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text('{"step": 0, "eval/accuracy": 0.1}\n' + rows)
+    with np.errstate(all="raise", under="ignore"):
+        line = block(html_of(run), "head")["runs"][0]["metrics"]["values"]["fit/curve"]
+    assert line[0] == line[1]
+    assert line == sorted(line)
+
+
 def test_what_is_sampled_of_ever_harder_questions_is_not_what_is_predicted_from(tmp_path: Path):
     told = block(html_of(a_run_that_learns(tmp_path / "run", solved_share=0.1)), "head")["runs"][0]["prediction"]
     assert told is None, "nothing was held out"

@@ -16,7 +16,7 @@ from test_carry_over import CARRIES, metrics_of
 from grpo import Trainer
 from grpo.config import Config
 from grpo.data.prompts import PromptOrder
-from grpo.scoring.answers import shares_right
+from grpo.scoring.answers import is_solved
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import Stopped
 from grpo.training.carry_over import CarryOver, redistribute
@@ -35,19 +35,29 @@ def rows_of(prompts: list[Prompt]) -> list[int]:
 
 
 def in_loops(num: int, sizes: list[int], *, share: float, solved: set[int]) -> list[list[int]]:
-    """The rows of each draw, turn by turn."""
-    plain, turn, draws = order(num, share=1.0, solved=set()), 0, []
-    for size in sizes:
-        rows: list[int] = []
-        first = turn
-        while len(rows) < size:
-            row = plain._at(turn).row
-            chance = random.Random(f"4 turn {turn}").random()
-            left = max(num, size) - (turn - first)  # turns that the draw may still look at
-            if row not in solved or chance < share or left <= size - len(rows):
-                rows.append(row)
-            turn += 1
-        draws.append(rows)
+    """The rows of each draw, turn by turn; two draws are a step."""
+    plain, start, draws = order(num, share=1.0, solved=set()), 0, []
+    for number, size in enumerate(sizes):
+        before: list[int] = draws[-1] if number % 2 else []
+        turns = [(turn, plain._at(turn).row) for turn in range(start, start + max(num, size))]
+        asked = [(t, row) for t, row in turns if row not in solved or random.Random(f"4 turn {t}").random() < share]
+        chosen: dict[int, int] = {}
+        for these, again in ((asked, False), (turns[::-1], False), (turns[::-1], True)):
+            for turn, row in these:
+                is_new = row not in [*before, *chosen.values()]
+                if len(chosen) < size and turn not in chosen and (is_new or again):
+                    chosen[turn] = row
+        start = max(chosen) + 1
+        draws.append([chosen[turn] for turn in sorted(chosen)])
+    return draws
+
+
+def dealt_by(dealer: PromptOrder, sizes: list[int]) -> list[list[int]]:
+    draws = []
+    for number, size in enumerate(sizes):
+        if number % 2 == 0:
+            dealer.begin_step(dealer.position, ahead=dealer.ahead, solved=dealer.solved)
+        draws.append(rows_of(dealer.draw(size)))
     return draws
 
 
@@ -56,19 +66,19 @@ def in_loops(num: int, sizes: list[int], *, share: float, solved: set[int]) -> l
 def test_a_draw_is_that_of_looking_at_turn_after_turn(num: int, solved: range, share: float):
     sizes = [4, 5, 1, 4, 8, 4, 4, 4]
     expected = in_loops(num, sizes, share=share, solved={*solved})
-    dealer = order(num, share=share, solved={*solved})
-    assert [rows_of(dealer.draw(size)) for size in sizes] == expected
+    assert dealt_by(order(num, share=share, solved={*solved}), sizes) == expected
+    for first, second in zip(expected[::2], expected[1::2], strict=True):
+        assert num < 30 or len({*first, *second}) == len(first + second), "a step asks no question twice"
     if len(solved) <= num - 8 and share == 0:
         assert not {row for rows in expected for row in rows} & {*solved}
-    pair = [order(num, share=share, solved={*solved}, rank=rank, world_size=2) for rank in range(2)]
-    for rows, size in zip(expected, sizes, strict=True):
-        first, second = (rows_of(each.draw(size)) for each in pair)
-        assert (first, second) == (rows[::2], rows[1::2])
+    for rank in range(2):
+        dealer = order(num, share=share, solved={*solved}, rank=rank, world_size=2)
+        assert dealt_by(dealer, sizes) == [rows[rank::2] for rows in expected]
 
 
 def test_a_solved_question_is_asked_at_its_share_of_turns_and_the_others_at_all():
     dealer = order(1000, share=0.25, solved=set(range(400)))
-    rows = [row for _ in range(90) for row in rows_of(dealer.draw(30))]
+    rows = [row for draw in dealt_by(dealer, 90 * [30]) for row in draw]
     epochs = dealer.position / 1000
     solved = sum(row < 400 for row in rows)
     assert (len(rows) - solved) / epochs == pytest.approx(600, rel=0.02)  # turns of an epoch that is not over
@@ -88,7 +98,7 @@ def test_what_was_begun_ahead_is_asked_although_it_is_solved_by_then():
         num_settled += sum(dealers[0]._at(place).row in solved for place in begun)
         places: list[int] = []
         for rank, dealer in enumerate(dealers):
-            dealer.solved = solved
+            dealer.begin_step(dealer.position, ahead=dealer.ahead, solved=solved)
             carried = CarryOver(dealer, drafts[rank], step=step, num_ahead=4, seed=lambda place: place)
             mine, ahead = carried.draw(2)
             asked += rows_of(mine)
@@ -109,12 +119,13 @@ def test_what_was_begun_ahead_is_asked_although_it_is_solved_by_then():
     assert dealers[0].position - 24 > 3, "some were passed over"
 
 
-def test_solved_is_a_share_of_the_answers_with_a_verdict():
+def test_a_question_is_solved_or_not_unless_unknown_verdicts_decide_it():
     nan = float("nan")
-    verdicts = torch.tensor([[1.0, 1.0, 1.0], [1.0, nan, 0.0], [1.0, nan, 1.0], [nan, nan, nan], [1 - 1e-12, 1, 0.9]])
-    torch.testing.assert_close(
-        shares_right(verdicts), torch.tensor([1.0, 0.5, 1.0, nan, 2 / 3]), equal_nan=True, rtol=1e-6, atol=0
+    verdicts = torch.tensor(
+        [[1, 1, 1], [1, nan, 0], [1, nan, 1], [nan, nan, nan], [1 - 1e-12, 1, 0.9], [1, nan, nan]], dtype=torch.float64
     )
+    assert is_solved(verdicts, at_least=1.0) == [True, False, None, None, False, None]
+    assert is_solved(verdicts, at_least=0.6) == [True, None, True, None, True, None]
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -152,7 +163,7 @@ def test_what_all_answers_had_right_is_passed_over_until_one_is_wrong(tmp_path: 
         while len(expected) < 4:
             row = trainer.prompts._at(turn).row
             asked = row not in solved or random.Random(f"3 turn {turn}").random() < 0.2
-            expected += [row] * asked
+            expected += [row] * (asked and row not in expected)
             turn += 1
         assert [row["row"] for row in rows[::4]] == expected
         assert metrics["group/passed_over"] == turn - before - 4
@@ -171,6 +182,20 @@ def test_what_all_answers_had_right_is_passed_over_until_one_is_wrong(tmp_path: 
         resumed.close()
         assert resumed.state.step == 8
         assert resumed.state.solved == remembered, "rows of other questions say nothing of these"
+
+
+def one_to_three(completion: str) -> float:
+    return 1.0 + len(completion) % 3
+
+
+def test_a_reward_that_is_no_verdict_solves_nothing_and_ends_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    config = few_questions(tmp_path / "run", algorithm={"kl_coef": 0.0, "max_sampling_gap": 100})
+    trainer = Trainer(config, rewards=[one_to_three])
+    assert "the reward one_to_three decides which questions are solved: 1 means right" in caplog.text
+    trainer.collector.generator = FixedGenerator()
+    with pytest.raises(ValueError, match=r"the reward one_to_three has given a completion [23], and 1 means right"):
+        trainer.train_step()
+    trainer.close()
 
 
 def test_a_run_that_carries_over_and_was_stopped_deals_as_if_it_had_not_been(tmp_path: Path):

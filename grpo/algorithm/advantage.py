@@ -106,12 +106,14 @@ def _best_of(rewards: Tensor, k: int, *, leave_one_out: bool) -> tuple[Tensor, T
             continue
         ascending, order = row[places].double().sort()
         size = min(k, len(places))
-        with_each, over_all = (weights.to(row.device) for weights in best_weights(len(places), size))
+        with_each, over_all, gains = (weights.to(row.device) for weights in best_weights(len(places), size))
         mean = over_all @ ascending
         std = (over_all @ (ascending - mean).square()).sqrt()
-        is_flat = std <= FLAT * ascending.abs().max().clamp(min=1)  # as where fewer than k are wrong
+        noise = FLAT * ascending.abs().max().clamp(min=1)
+        is_flat = std <= noise  # as where fewer than k are wrong
         if leave_one_out and size > 1:
-            own = torch.stack([_gain(ascending, i, size) for i in range(len(places))])
+            own = gains @ ascending
+            own = own.masked_fill(own.abs() <= noise, 0.0)
         else:
             own = (with_each @ ascending - mean).masked_fill(is_flat, 0.0)
         centred[p, places[order]] = own.to(rewards.dtype)
@@ -120,14 +122,16 @@ def _best_of(rewards: Tensor, k: int, *, leave_one_out: bool) -> tuple[Tensor, T
 
 
 @lru_cache(maxsize=64)
-def best_weights(num: int, k: int) -> tuple[Tensor, Tensor]:
-    """Of `num` ascending rewards, what each counts in the mean of the best of k.
+def best_weights(num: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `num` ascending rewards, what each counts in the mean of the best of k, and in what each adds to it.
 
     The j-th of them (from 0) is the best of comb(j, k - 1) sets. With the i-th in each set, it is the best itself where the
-    others are before it, and a later j-th is that of comb(j - 1, k - 2) sets.
+    others are before it, and a later j-th is that of comb(j - 1, k - 2) sets. The i-th adds its distance to the best of the
+    others, the j-th before it in comb(j, k - 2) sets, and nothing where a later one is there.
 
     Returns:
-        (num, num): for each i over the sets with it; (num,): over all sets. Rows of sum 1.
+        (num, num): for each i over the sets with it; (num,): over all sets; rows of sum 1. (num, num): for each i, k times the
+        mean over the sets with it of what it adds; rows of sum 0, and 0 throughout where k is 1.
     """
     sets = math.comb(num, k)
     over_all = torch.tensor([math.comb(j, k - 1) / sets for j in range(num)], dtype=torch.float64)
@@ -137,16 +141,9 @@ def best_weights(num: int, k: int) -> tuple[Tensor, Tensor]:
         with_each[i, i] = math.comb(i, k - 1) / sets
         for j in range(i + 1, num):
             with_each[i, j] = math.comb(j - 1, k - 2) / sets if k > 1 else 0.0
-    return with_each, over_all
-
-
-def _gain(ascending: Tensor, i: int, k: int) -> Tensor:
-    """k times the mean over sets with the i-th of what it adds to the best: where k - 1 before it are the others."""
-    num = len(ascending)
-    weights = [math.comb(j, k - 2) / math.comb(num - 1, k - 1) for j in range(i)]
-    return (
-        k * (torch.tensor(weights, dtype=torch.float64, device=ascending.device) * (ascending[i] - ascending[:i])).sum()
-    )
+    before = torch.tensor([k * math.comb(j, k - 2) / sets if k > 1 else 0.0 for j in range(num)], dtype=torch.float64)
+    others = before.expand(num, num).tril(-1)
+    return with_each, over_all, others.sum(1).diag() - others
 
 
 def _check_not_negative(rewards: Tensor) -> None:
@@ -192,6 +189,12 @@ def has_signal(rewards: Tensor) -> Tensor:
     """(P,) bool: the rewards of which groups (P, G) are not all equal, up to float noise; what is NaN is not looked at."""
     largest = rewards.nan_to_num().abs().amax(1, keepdim=True)
     return (_std(rewards) > FLAT * largest.clamp(min=1)).squeeze(1)
+
+
+def teaches(rule: AdvantageRule, rewards: Tensor) -> Tensor:
+    """(P,) bool: which groups (P, G) have advantages other than 0. Of the best of k, one with too few wrong answers has none."""
+    advantages = group_advantages(rewards, normalize_by_std=False, baseline=rule.baseline, pass_at=rule.pass_at)
+    return (advantages.nan_to_num() != 0).any(1)
 
 
 def _std(rewards: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ as it comes.
   samples of an older policy, and they are the ones dealt last, of which rounding up leaves few.
 - A group has signal here if the values of one reward differ, as in DAPO: `accuracy`, or what rollout.signal_from names. By the
   weighted sum a batch would fill up with groups that differ in length or form alone, as wrong answers to the hardest questions
-  do; that has taught a policy to be short and wrong within 40 steps (verl-project/verl-recipe#125).
+  do; that has taught a policy to be short and wrong within 40 steps (verl-project/verl-recipe#125). With algorithm.pass_at it has
+  signal if its advantages, by that reward, are not all 0: where too few answers are wrong they are.
 """
 
 from __future__ import annotations

@@ -215,7 +215,8 @@ class RolloutConfig(Section):
     solved is not asked again, unless too few others are left (ScaleRL, arXiv 2510.13786). Lowering it spends less on groups that
     teach nothing, and notices later what is forgotten."""
     solved_from: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of right answers, of those with a verdict, from which on a question is solved (ScaleRL: 0.9)."""
+    """Share of right answers, those of value 1, from which on a question is solved (ScaleRL: 0.9). Where unknown ones decide it,
+    it stays what it was."""
     carry_over: bool = False
     """Give places that fall free while the last completions of a batch run to those of later questions, which go on from there in
     their own step: no place waits for the longest answer. The batch is the next questions in dealt order as ever. Its tokens are

@@ -464,9 +464,10 @@ class PromptOrder:
     of them, rounded to whole places: its prompts in an order of their own, begun anew when all were dealt; the next epoch goes on
     where this one ended.
 
-    With a `solved_share` below 1 a prompt in `solved` is dealt at that share of its turns, and passed over at the others. A draw
-    looks at no more turns than there are prompts; where these would not be enough, it takes them as they come. What is looked at
-    beyond a draw is settled then and kept in `ahead`, whatever is solved later. `solved` and `ahead` are saved with `position`.
+    With a `solved_share` below 1 a prompt in `solved` is dealt at that share of its turns, and passed over at the others. So is
+    one that the step has dealt already. A draw looks at no more turns than there are prompts. Where these are not enough, the
+    last of the solved ones passed over are taken too, and of those dealt already if these are not enough either. What is looked
+    at beyond a draw is settled then and kept in `ahead`, whatever is solved later. `solved` and `ahead` are saved, too.
     """
 
     def __init__(
@@ -502,6 +503,7 @@ class PromptOrder:
         self.solved: AbstractSet[int] = frozenset()  # rows of prompts
         self.ranks, self.ranked_epochs = ranks, ranked_epochs
         self.ahead: list[int] = []  # places after `position` that will be dealt; between and before them are none
+        self._dealt: set[int] = set()  # rows of this step, where solved ones are passed over
         self._epoch: tuple[int, list[int]] = (-1, [])
         self._sources = [] if weights is None else _shared_out(prompts, weights)
         if own is not None and self._own_order(own, 0) != self._own_order(own, 0):
@@ -509,6 +511,11 @@ class PromptOrder:
                 "order gave two answers for epoch 0; every process asks it, and a resumed run asks again. Draw by the epoch: "
                 "random.Random(epoch)."
             )
+
+    def begin_step(self, position: int, *, ahead: Sequence[int], solved: Iterable[int]) -> None:
+        """Deal on from there, with these rows solved."""
+        self.position, self.ahead, self.solved = position, [*ahead], frozenset(solved)
+        self._dealt = set()
 
     def draw(self, num_prompts: int) -> list[Prompt]:
         """This process's share of the next `num_prompts` prompts: every world_size-th, starting at its rank."""
@@ -522,6 +529,7 @@ class PromptOrder:
         else:
             places = self._with_those_asked(wanted)
             self.ahead = [*places[num_prompts:]]
+            self._dealt.update(self._at(place).row for place in places[:num_prompts])
         taken, after = places[:num_prompts], places[num_prompts:wanted]
         self.position = taken[-1] + 1 if taken else self.position
         return taken, after
@@ -533,13 +541,26 @@ class PromptOrder:
     def _with_those_asked(self, num: int) -> list[int]:
         """`ahead`, filled up to `num` places."""
         places = [*self.ahead]
-        place = places[-1] + 1 if places else self.position
-        end = place + max(len(self.prompts), num - len(places))
-        while len(places) < num:
-            if end - place <= num - len(places) or self._is_asked(place):
+        start = places[-1] + 1 if places else self.position
+        turns = range(start, start + max(len(self.prompts), num - len(places)))
+        dealt = self._dealt | {self._at(place).row for place in places}
+        passed_over: dict[int, int] = {}  # solved questions and the last turn of each, ascending
+        for place in turns:
+            if len(places) >= num:
+                return places
+            row = self._at(place).row
+            if row in dealt:
+                continue
+            passed_over.pop(row, None)
+            if self._is_asked(place):
                 places.append(place)
-            place += 1
-        return places
+                dealt.add(row)
+            else:
+                passed_over[row] = place
+        fresh = [*passed_over.values()]
+        again = sorted({*turns}.difference(places, fresh)) if len(places) + len(fresh) < num else []
+        spare = [*again, *fresh]
+        return sorted([*places, *spare[len(places) + len(spare) - num :]])
 
     def _is_asked(self, place: int) -> bool:
         """Whether the question whose turn it is is asked: a function of `solved`, the seed and the place."""

@@ -30,8 +30,10 @@ METRICS = {
     "reward/<function>": "mean of that function's unweighted value over the sampled completions it gave a verdict on",
     "reward/unknown": 'share of completions whose reward is unknown ("can\'t tell"); they are not trained on',
     "logged/<name>": "mean of the numbers that reward functions gave to log_metric under that name in the step",
-    "group/with_signal": "share of the sampled groups whose known rewards are not all equal; others do nothing in the surrogate",
-    "group/passed_over": "solved questions whose turn was passed over in the step; this only with rollout.solved_share below 1",
+    "group/with_signal": "share of the sampled groups whose known rewards are not all equal; others do nothing in the surrogate "
+    "(with algorithm.pass_at, nor do those with too few wrong answers)",
+    "group/passed_over": "turns passed over in the step, of solved questions and of those it had asked already; "
+    "this only with rollout.solved_share below 1",
     "group/sampled": "groups that were sampled; this and the next six only with rollout.max_oversampling above 1",
     "group/replaced": "of them, those with no signal in rollout.signal_from that are not in the batch",
     "group/surplus": "of them, those with that signal that the batch had no room for",
@@ -356,7 +358,7 @@ def measure_batch(meter: Meter, groups: list[Group], scores: Scores, *, signal: 
     """Which of the groups that were sampled dynamic sampling took, (P,), and what became of the others.
 
     Args:
-        signal: (P,) whether the values of the reward that it goes by differ in a group.
+        signal: (P,) whether a group has signal in the reward that decides it.
     """
     tokens = torch.tensor([sum(len(c.own_ids) for c in group.completions) for group in groups])
     meter.total("group/sampled", float(len(groups)))

@@ -258,12 +258,14 @@ def prediction(run: Run) -> dict[str, Any] | None:
     compute = np.array([step - lag for step, _ in chosen], dtype=np.float64)
     steps, planned = run.metrics[-1]["step"], run.config.get("run", {}).get("steps") or 0
     end = planned if planned > steps else 2 * steps
-    is_share = bool(values.min() >= 0 and values.max() <= 1)
+    is_share = about["name"] in ("reward/accuracy", "eval/accuracy")  # another reward may pass what it was so far
     fewest = FEWEST_EVALUATIONS if is_held_out else FEWEST_STEPS
     found = fit(compute, values, end=end - lag, fewest=fewest, bounds=(0.0, 1.0) if is_share else None)
     if isinstance(found, str):
         return {**about, "reason": found}
-    at_steps = np.array([row["step"] - lag for row in run.metrics], dtype=np.float64)
+    at_steps = np.array(
+        [max(row["step"] - lag, 0) for row in run.metrics], dtype=np.float64
+    )  # 0: held out at the start
     limit = found.limits
     return {
         **about,

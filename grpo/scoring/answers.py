@@ -135,9 +135,14 @@ RIGHT = 1 - 1e-9
 """Least value of a verdict that means right; a function may add up parts of 1 in floating point."""
 
 
-def shares_right(verdicts: Tensor) -> Tensor:
-    """(P,) of each group's verdicts (P, G) the share that is right, of those that are known; NaN where none is."""
-    return (verdicts >= RIGHT).sum(1) / (~verdicts.isnan()).sum(1)
+def is_solved(verdicts: Tensor, *, at_least: float) -> list[bool | None]:
+    """Of each group's verdicts (P, G), whether at least that share is right; None: the unknown ones decide it."""
+    right = (verdicts >= RIGHT).double()
+    surely, perhaps = right.mean(1), (right + verdicts.isnan()).mean(1)
+    return [
+        True if low >= at_least else None if high >= at_least else False
+        for low, high in zip(surely.tolist(), perhaps.tolist(), strict=True)
+    ]
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:

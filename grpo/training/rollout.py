@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo.algorithm.advantage import advantages_by, divided_by_batch_std, has_signal, square_sum
+from grpo.algorithm.advantage import FLAT, advantages_by, divided_by_batch_std, has_signal, square_sum, teaches
 from grpo.algorithm.batch import pack
 from grpo.algorithm.dynamic_sampling import DynamicSampler
+from grpo.algorithm.objective import AdvantageRule
 from grpo.config import AlgorithmConfig, Config
 from grpo.data.prompts import PromptOrder
 from grpo.observe.metrics import Meter, measure_carry_over, measure_texts
-from grpo.scoring.answers import completion_rows, shares_right
+from grpo.scoring.answers import completion_rows, is_solved
 from grpo.text.aha import Words
 from grpo.training.carry_over import CarryOver
 from grpo.training.collector import Clock, Collector, SamplingPlan
@@ -89,14 +91,13 @@ class RolloutMaker:
             config.rollout.group_size,
             seed=lambda number: seed(f"rollout {number}" if number else "rollout"),
         )
-        self.prompts.position, self.prompts.ahead = state.position, [*state.ahead]
-        self.prompts.solved = frozenset(state.solved)
+        self.prompts.begin_step(state.position, ahead=state.ahead, solved=state.solved)
         with clock("step"):
             groups, scores = self.collector.fill(
                 sampler,
                 self._draw if carried is None else carried.draw,
                 plan,
-                signal=self._signal,
+                signal=partial(self._signal, config.algorithm.advantage_rule),
                 meter=meter,
                 clock=clock,
             )
@@ -147,16 +148,30 @@ class RolloutMaker:
         )
 
     def _solved(self, groups: list[Group], scores: Scores, before: list[int], *, at_least: float) -> list[int]:
-        """Rows of the questions that are solved, as their last answers say. Every process calls it."""
-        shares = shares_right(scores.values[self.signal_from]).tolist()
-        mine = [(group.prompt.row, share >= at_least) for group, share in zip(groups, shares, strict=True)]
-        asked = [each for part in self.learner.processes.gather(mine) for each in part]
-        unsolved = {row for row, is_solved in asked if not is_solved}  # of one asked twice, both times have to be right
-        return sorted({*before, *(row for row, _ in asked)} - unsolved)
+        """Rows of the questions that are solved, as their last answers say. Every process calls it.
 
-    def _signal(self, scores: Scores) -> Tensor:
+        A question stays what it was where it depends on answers without a verdict.
+
+        Raises:
+            ValueError: on all processes, a verdict is no share of what is right.
+        """
+        verdicts = scores.values[self.signal_from]
+        outside = verdicts[(verdicts < 0) | (verdicts > 1 + FLAT)].tolist()  # NaN is neither
+        mine = [*zip((group.prompt.row for group in groups), is_solved(verdicts, at_least=at_least), strict=True)]
+        parts = self.learner.processes.gather((mine, outside[:1]))
+        for value in (value for _, values in parts for value in values):
+            raise ValueError(
+                f"rollout.solved_share is below 1; the reward {self.signal_from} has given a completion {value:g}, and 1 means "
+                "right, 0 wrong. Name a reward of values from 0 to 1 in rollout.signal_from, or set rollout.solved_share to 1."
+            )
+        asked = [each for part, _ in parts for each in part]
+        solved, unsolved = ({row for row, answer in asked if answer is each} for each in (True, False))
+        return sorted(({*before} | solved) - unsolved)  # of one asked twice, no time may say that it is not
+
+    def _signal(self, rule: AdvantageRule, scores: Scores) -> Tensor:
         """(P,) which groups are worth a place in the batch, by the one reward that decides it."""
-        return has_signal(scores.values[self.signal_from].masked_fill(scores.rewards.isnan(), math.nan))
+        values = scores.values[self.signal_from].masked_fill(scores.rewards.isnan(), math.nan)
+        return has_signal(values) if self.advantage is not None else teaches(rule, values)
 
 
 Advantage = Callable[[Tensor], Tensor]
