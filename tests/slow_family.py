@@ -122,9 +122,13 @@ def clip_cov(tolds: list[Told], longest: int) -> Tensor:
     def covariance(i: int, t: int) -> float:
         return (tolds[i].old[t] - mean_logprob) * (tolds[i].advantage - mean_advantage)
 
-    def lot(i: int, t: int) -> int:
+    def number(i: int, t: int) -> int:
         (bits,) = struct.unpack("<i", struct.pack("<f", tolds[i].sampled[t]))
-        mixed = (bits * 2_654_435_761 + tolds[i].targets[t] * 40_503) % 2**32
+        return bits * 2_654_435_761 + tolds[i].targets[t] * 40_503
+
+    def lot(i: int, t: int) -> int:
+        whole = sum(number(i, k) for k in range(len(tolds[i].old)))
+        mixed = (sum(number(i, k) for k in range(t + 1)) + 2_246_822_519 * whole) % 2**32
         return ((mixed ^ (mixed >> 15)) * 2_246_822_519) % 2**32
 
     within = sorted((place for place in every if 1 < covariance(*place) < 5), key=lambda place: lot(*place))

@@ -76,7 +76,7 @@ def test_lots_are_spread_evenly_whatever_the_log_probabilities():
     rng = random.Random(0)
     for logprobs in ([-rng.random() * 1e-4 for _ in range(20_000)], [-rng.randrange(1, 9) / 8 for _ in range(20_000)]):
         targets = torch.tensor([rng.randrange(150_000) for _ in range(20_000)])
-        drawn = lots(torch.tensor(logprobs), targets)
+        drawn = lots(torch.tensor(logprobs), targets, torch.tensor([1] * 5000 + [60] * 250))
         assert int(drawn.min()) >= 0
         counts = torch.histc(drawn.double() / 2**32, 10, 0, 1)
         assert ((counts - 2000).abs() < 5 * (2000 * 0.9) ** 0.5).all(), counts  # five standard deviations
@@ -84,3 +84,32 @@ def test_lots_are_spread_evenly_whatever_the_log_probabilities():
         for number in (1, 40, 30_000):
             assert int((drawn <= lot_limit(drawn, number)).sum()) == min(number, len(drawn))
     assert lot_limit(torch.zeros(0, dtype=torch.long), 3) == lot_limit(torch.tensor([5]), 0) == -1
+
+
+def test_tokens_that_are_repeated_have_lots_of_their_own_wherever_their_completion_is():
+    lens = torch.tensor([40, 1, 40, 0, 7, 40])
+    logprobs, targets = torch.zeros(128), torch.full((128,), 9)
+    logprobs[80], targets[81 + 6] = -0.5, 3  # the end of the third and of the fifth: all begin as the first does
+    drawn = lots(logprobs, targets, lens)
+    assert drawn[:40].equal(drawn[88:]), "the last is the first again"
+    assert len(drawn[:88].unique()) == 88
+    parts = [*zip(logprobs.split(lens.tolist()), targets.split(lens.tolist()), strict=True)]
+    alone = [lots(*part, lens[i : i + 1]) for i, part in enumerate(parts)]
+    assert torch.cat(alone).equal(drawn)
+    order = [5, 2, 0, 4, 3, 1]
+    moved = lots(*(torch.cat([parts[i][k] for i in order]) for k in (0, 1)), lens[order])
+    assert moved.equal(torch.cat([alone[i] for i in order]))
+
+
+def test_beside_the_highest_entropies_tokens_of_high_covariance_are_chosen_of_those_that_count(tmp_path: Path):
+    algorithm = {"kl_coef": 0.0, "max_sampling_gap": 100, "top_entropy": 0.3}
+    selected = []
+    for clip_cov in (0.0, 0.1):
+        bounds = {"clip_cov_low": 0.0, "clip_cov_high": 1e9} if clip_cov else {}
+        config = tiny_config(tmp_path / f"{clip_cov}", algorithm={**algorithm, "clip_cov": clip_cov, **bounds})
+        trainer = Trainer(config, rewards=[number_in_text])
+        trainer.collector.generator = FixedGenerator()
+        selected.append(trainer.train_step()["policy/selected"])
+        trainer.close()
+    # a tenth of all tokens is left out of the 0.3 that counted, half of which have a positive covariance
+    assert selected == pytest.approx([0.3, 0.2], abs=0.01)

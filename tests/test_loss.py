@@ -84,7 +84,7 @@ def fast_loss(tolds: list[Told], algorithm: AlgorithmConfig) -> TokenLoss:
     if algorithm.clip_cov:
         covariance = covariances(advantages, old, [token_sums(advantages, old)])
         within = (covariance > algorithm.clip_cov_low) & (covariance < algorithm.clip_cov_high)
-        drawn = lots(sampled, torch.tensor([x for told in tolds for x in told.targets]))
+        drawn = lots(sampled, torch.tensor([x for told in tolds for x in told.targets]), lens)
         selected &= ~(within & (drawn <= lot_limit(drawn[within], max(int(algorithm.clip_cov * len(old)), 1))))
     return grpo_loss(
         torch.cat([told.logprobs for told in tolds]),

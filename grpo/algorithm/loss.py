@@ -271,13 +271,25 @@ def covariances(advantages: Tensor, logprobs: Tensor, sums: list[tuple[int, floa
     return (logprobs - logprob / number) * (advantages - advantage / number)
 
 
-def lots(sampling_logprobs: Tensor, targets: Tensor) -> Tensor:
-    """(T,) whole numbers below 2 ** 32 that are as good as drawn at random, and the same wherever a token is computed.
+def lots(sampling_logprobs: Tensor, targets: Tensor, completion_lens: Tensor) -> Tensor:
+    """(T,) whole numbers below 2 ** 32 that are as good as drawn at random, and the same wherever a completion is computed.
 
-    They are a hash of the token and of the digits of the log-probability that it was drawn with.
+    They are a hash of the completion's tokens up to this one, with the digits of the log-probabilities that they were drawn with,
+    and of the whole completion. So a token that is repeated, or that other completions begin with, too, has one of its own.
+
+    Args:
+        sampling_logprobs: (T,)
+        targets: (T,)
+        completion_lens: (B,) whose sum is T.
     """
     bits = sampling_logprobs.float().contiguous().view(torch.int32).long()
-    mixed = (bits * 2_654_435_761 + targets * 40_503) % 2**32
+    each = (bits * 2_654_435_761 + targets * 40_503) % 2**32
+    sums, ends = torch.nn.functional.pad(each.cumsum(0), (1, 0)), completion_lens.cumsum(0)
+    before, whole = sums[ends - completion_lens], sums[ends] - sums[ends - completion_lens]
+    up_to = sums[1:] - before.repeat_interleave(completion_lens)
+    mixed = (
+        up_to + whole.repeat_interleave(completion_lens) * 2_246_822_519
+    ) % 2**32  # an overflow is a multiple of it
     return ((mixed ^ (mixed >> 15)) * 2_246_822_519) % 2**32
 
 

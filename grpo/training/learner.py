@@ -144,15 +144,19 @@ class Learner:
             self._clip_covariances([micro for micro in minibatch if not micro.is_spare])
 
     def _clip_covariances(self, passes: list[MicroBatch]) -> None:
-        """Leave out the surrogate of tokens of high covariance (Clip-Cov): so many of a minibatch, in any of its passes."""
+        """Leave out the surrogate of tokens of high covariance (Clip-Cov): so many of a minibatch, in any of its passes.
+
+        Where top_entropy has left tokens out already, these are chosen of the others.
+        """
         algorithm, processes = self.algorithm, self.processes
         before = [(micro.advantages, _before_update(micro)) for micro in passes]
         sums = [each for part in processes.gather([token_sums(*each) for each in before]) for each in part]
         within, drawn = [], []
         for micro, each in zip(passes, before, strict=True):
             covariance = covariances(*each, sums)
-            within.append((covariance > algorithm.clip_cov_low) & (covariance < algorithm.clip_cov_high))
-            drawn.append(lots(micro.sampling_logprobs, micro.targets))
+            own = (covariance > algorithm.clip_cov_low) & (covariance < algorithm.clip_cov_high)
+            within.append(own if micro.selected is None else own & micro.selected)
+            drawn.append(lots(micro.sampling_logprobs, micro.targets, micro.completion_lens))
         mine = torch.cat([torch.zeros(0, dtype=torch.long), *(x[own] for x, own in zip(drawn, within, strict=True))])
         number = max(int(algorithm.clip_cov * sum(count for count, _, _ in sums)), 1)
         limit = lot_limit(torch.cat(processes.gather(mine)), number)
