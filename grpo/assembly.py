@@ -118,6 +118,8 @@ def assemble(
     check_teacher(config, tokenizer)
     check_engine(config)
     check_sinks(config)
+    if advantage is None and config.algorithm.normalize_by_mean:
+        _check_not_negative(config, functions)
     signal_from = _signal_from(config, functions)
     if config.rollout.solved_share < 1:
         processes.say(
@@ -409,6 +411,18 @@ def reward_functions(
             "Give one of them a weight other than 0."
         )
     return given
+
+
+def _check_not_negative(config: Config, rewards: list[Reward]) -> None:
+    """Raises ValueError if a reward has a weight below 0 at some time of the run."""
+    for number, reward in enumerate(rewards):
+        schedule = config.schedules.get(f"rewards.{number}.weight")
+        lowest = reward.weight if schedule is None else min(schedule.points.values())
+        if lowest < 0:
+            raise ValueError(
+                f"algorithm.normalize_by_mean is true; the reward {reward.name} has the weight {lowest:g}, and a mean below 0 "
+                "would turn their signs. Give it a weight of 0 or more, or set algorithm.normalize_by_mean to false."
+            )
 
 
 def _signal_from(config: Config, rewards: list[Reward]) -> str:

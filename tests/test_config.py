@@ -160,7 +160,18 @@ def test_a_missing_setting_is_named(tmp_path: Path):
             ["algorithm.reference_refresh_steps is 2", "6 optimizer steps", "a multiple"],
         ),
         ({"algorithm": {"baseline": "leave_one_out"}}, ["baseline is 'leave_one_out'", "normalize_by_std to false"]),
+        (
+            {"algorithm": {"baseline": "leave_one_out", "normalize_by_std": "batch"}},
+            ["the batch's", "of the baseline mean again"],
+        ),
+        ({"algorithm": {"baseline": "leave_one_out", "pass_at": 2}}, ["pass_at 2", "PKPO's, which are not divided"]),
+        (
+            {"algorithm": {"normalize_by_std": "Batch"}},
+            ["by_std is 'Batch'; it may be true or false. Correct algorithm.normalize_by_std.", "may be batch"],
+        ),
         ({"algorithm": {"entropy_step": 0.1}}, ["entropy_step is 0.1", "entropy_target is null"]),
+        ({"algorithm": {"entropy_max": 0.1}}, ["entropy_max is 0.1", "entropy_target is null"]),
+        ({"algorithm": {"entropy_coef": 0.1, "entropy_target": 0.2}}, ["entropy_coef is 0.1", "entropy_max, 0.005"]),
         ({"algorithm": {"clip_cov_low": 0.5}}, ["clip_cov_low is 0.5", "clip_cov is 0"]),
         (
             {"algorithm": {"clip_cov": 0.1, "clip_cov_low": 6}},
@@ -194,6 +205,10 @@ def test_a_missing_setting_is_named(tmp_path: Path):
         (
             {"algorithm": {"kl_in": "reward", "kl_coef": 0.1, "kl_estimator": "k1"}},
             ["algorithm.kl_in is 'reward'", "as large as any reward", "Set algorithm.normalize_by_std to false"],
+        ),
+        (
+            {"algorithm": {"kl_in": "reward", "kl_coef": 0.1, "kl_estimator": "k1", "normalize_by_std": "batch"}},
+            ["algorithm.kl_in is 'reward'", "every batch whose groups are all right", "normalize_by_std to false"],
         ),
         (
             {"algorithm": {"kl_in": "reward", "kl_coef": 0.1, "normalize_by_std": False}},

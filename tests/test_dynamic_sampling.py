@@ -179,6 +179,19 @@ def test_of_the_best_of_k_a_group_with_too_few_wrong_answers_takes_no_place_in_t
     assert all(any(row["advantage"] for row in group) for group in groups if group[0]["in_batch"])
 
 
+def test_a_weight_below_zero_is_refused_where_rewards_are_divided_by_their_mean(tmp_path: Path):
+    by_mean = {"algorithm": {"normalize_by_std": False, "normalize_by_mean": True}}
+    falls = {"rewards.0.weight": {"points": {0: 1, 5: -0.5}}}
+    for config, rewards in (
+        (tiny_config(tmp_path / "run", **by_mean), [seldom_wrong, Reward(number_or_nothing, weight=-0.5)]),
+        (tiny_config(tmp_path / "run", **by_mean, rewards=[{"function": "accuracy"}], schedules=falls), None),
+    ):
+        with pytest.raises(
+            ValueError, match=r"the reward (number_or_nothing|accuracy) has the weight -0.5, and a mean below"
+        ):
+            Trainer(config, rewards=rewards)
+
+
 def test_a_reward_to_choose_groups_by_must_be_one_of_the_run(tmp_path: Path):
     config = tiny_config(tmp_path / "run", rollout={**DYNAMIC, "signal_from": "acuracy"})
     with pytest.raises(

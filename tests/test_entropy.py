@@ -15,18 +15,24 @@ from grpo.algorithm.objective import EntropyControl
 
 
 def test_the_weight_rises_below_the_target_and_falls_above_it_and_is_left_out_there():
-    control = EntropyControl(target=0.3, step=0.01)
+    control = EntropyControl(target=0.3, step=0.01, most=0.025)
     coef, entropy, seen = 0.0, None, []
     for drawn in (0.5, 0.2, 0.1, 0.29, 0.31, 0.4, 0.3, 0.2):
         seen.append(control.in_use(coef, entropy))
         coef, entropy = control.next(coef, drawn), drawn
-    # 0.5 cannot make it negative; 0.2, 0.1 and 0.29 raise it; after 0.31 and 0.4 it is left out; 0.3 lowers it
-    assert seen == pytest.approx([0, 0, 0.01, 0.02, 0.03, 0, 0, 0])
+    # 0.5 cannot make it negative; 0.2, 0.1 and 0.29 raise it, at last to its bound; after 0.31 and 0.4 it is left out
+    assert seen == pytest.approx([0, 0, 0.01, 0.02, 0.025, 0, 0, 0])
     assert coef == pytest.approx(0.01)
 
 
 def followed(directory: Path, *, steps: int) -> Trainer:
-    algorithm = {"entropy_coef": 0.02, "entropy_target": 0.6, "entropy_step": 0.003, "max_sampling_gap": 100}
+    algorithm = {
+        "entropy_coef": 0.02,
+        "entropy_target": 0.6,
+        "entropy_step": 0.003,
+        "entropy_max": 0.1,
+        "max_sampling_gap": 100,
+    }
     config = tiny_config(
         directory, algorithm=algorithm, run={"steps": steps, "resume": "auto"}, optimizer={"learning_rate": 3e-3}
     )

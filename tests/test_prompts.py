@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from grpo.rewards import format
 from helpers import TINY
@@ -346,7 +347,9 @@ def leveled(
     return PromptOrder(prompts, seed=seed, rank=rank, world_size=world_size, ranks=places, ranked_epochs=epochs)
 
 
-@pytest.mark.parametrize("as_written", [lambda level: level, lambda level: f"Level {level}", lambda level: level / 3])
+@pytest.mark.parametrize(
+    "as_written", [lambda level: level, lambda level: f"Level {level}", lambda level: level / 3, np.int64, np.float32]
+)
 def test_a_curriculum_goes_by_a_column_and_is_seeded_within_and_afterwards(as_written: Callable[[int], Any]):
     levels = [3, 1, 2, 2, 3, 1, 2, 1, 3, 2]
     values = [*map(as_written, levels)]

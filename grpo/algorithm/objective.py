@@ -9,16 +9,17 @@ from dataclasses import dataclass
 class EntropyControl:
     """The weight of the entropy bonus as it follows a target (Skywork-OR1, arXiv 2505.22312).
 
-    It rises by `step` after every training step whose entropy was below the target, falls by as much after one above it, and is
-    never negative. The bonus is left out altogether after a step above the target.
+    It rises by `step` after every training step whose entropy was below the target, falls by as much after one above it, and
+    stays from 0 to `most`. The bonus is left out altogether after a step above the target.
     """
 
     target: float
     step: float
+    most: float
 
     def next(self, coef: float, entropy: float) -> float:
         """After a step with this entropy and that weight."""
-        return max(0.0, coef + (self.step if entropy < self.target else -self.step))
+        return min(max(0.0, coef + (self.step if entropy < self.target else -self.step)), self.most)
 
     def in_use(self, coef: float, entropy: float | None) -> float:
         """The weight in the loss; `entropy` is that of the step before, None: of the first."""

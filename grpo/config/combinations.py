@@ -420,10 +420,13 @@ def _check_objective(algorithm: AlgorithmConfig) -> None:
     default = AlgorithmConfig.model_fields
     _check_advantage(algorithm)
     if algorithm.baseline == "leave_one_out" and algorithm.normalize_by_std:
-        raise ValueError(
-            "algorithm.baseline is 'leave_one_out'; divided by the standard deviation it would be GRPO's advantage again, "
-            "times a constant. Set algorithm.normalize_by_std to false."
+        whose, same = (
+            ("batch's", "of the baseline mean") if algorithm.normalize_by_std == "batch" else ("group's", "GRPO's")
         )
+        why = f"divided by the {whose} standard deviation it would be the advantage {same} again, up to a constant"
+        if algorithm.pass_at > 1:
+            why = f"with algorithm.pass_at {algorithm.pass_at} its advantages are PKPO's, which are not divided by any deviation"
+        raise ValueError(f"algorithm.baseline is 'leave_one_out'; {why}. Set algorithm.normalize_by_std to false.")
     if algorithm.clip == "weight" and algorithm.clip_low is None and algorithm.clip_high is None:
         raise ValueError(
             "algorithm.clip is 'weight'; without clip_low and clip_high there is no bound, and surrogate has the same gradient. "
@@ -452,10 +455,11 @@ def _check_objective(algorithm: AlgorithmConfig) -> None:
                 f"algorithm.{name} is {getattr(algorithm, name)!r}; there is no KL, because algorithm.kl_coef is 0. Remove it, "
                 "or set algorithm.kl_coef > 0."
             )
-    if algorithm.kl_in == "reward" and algorithm.normalize_by_std is True:
+    if algorithm.kl_in == "reward" and algorithm.normalize_by_std:
+        where = "batch whose groups are" if algorithm.normalize_by_std == "batch" else "group that is"
         raise ValueError(
-            "algorithm.kl_in is 'reward'; divided by the standard deviation the KL would be as large as any reward in every "
-            "group that is all right or all wrong, however small kl_coef is. Set algorithm.normalize_by_std to false."
+            f"algorithm.kl_in is 'reward'; divided by the standard deviation the KL would be as large as any reward in every "
+            f"{where} all right or all wrong, however small kl_coef is. Set algorithm.normalize_by_std to false."
         )
     if algorithm.kl_in == "reward" and algorithm.kl_weighted:
         raise ValueError(
@@ -467,10 +471,16 @@ def _check_objective(algorithm: AlgorithmConfig) -> None:
             f"algorithm.kl_estimator is {algorithm.kl_estimator!r}; in the reward only k1 has the gradient of the KL. Set "
             "algorithm.kl_estimator to k1, or algorithm.kl_in to loss."
         )
-    if algorithm.entropy_target is None and algorithm.entropy_step != default["entropy_step"].default:
+    for name in ("entropy_step", "entropy_max"):
+        if algorithm.entropy_target is None and getattr(algorithm, name) != default[name].default:
+            raise ValueError(
+                f"algorithm.{name} is {getattr(algorithm, name):g}; it has no effect while algorithm.entropy_target is null. Set "
+                "that, or remove it."
+            )
+    if algorithm.entropy_target is not None and algorithm.entropy_coef > algorithm.entropy_max:
         raise ValueError(
-            f"algorithm.entropy_step is {algorithm.entropy_step:g}; it has no effect while algorithm.entropy_target is null. Set "
-            "that, or remove it."
+            f"algorithm.entropy_coef is {algorithm.entropy_coef:g}; with algorithm.entropy_target it is where the weight begins, "
+            f"which is at most algorithm.entropy_max, {algorithm.entropy_max:g}. Lower the one or raise the other."
         )
     for name in ("clip_cov_low", "clip_cov_high"):
         if algorithm.clip_cov == 0 and getattr(algorithm, name) != default[name].default:

@@ -429,8 +429,11 @@ class AlgorithmConfig(Section):
     entropy_target: PositiveFloat | None = None
     """Entropy in nats (policy/entropy) below which the bonus grows: entropy_coef is then where its weight begins, and
     policy/entropy_coef what it is (Skywork-OR1: 0.2). null: the weight stays."""
-    entropy_step: PositiveFloat = 0.005
+    entropy_step: PositiveFloat = 0.0001
     """By how much entropy_target changes that weight after each training step. Raising it answers sooner, and overshoots more."""
+    entropy_max: PositiveFloat = 0.005
+    """Largest weight that entropy_target raises the bonus to. Raising it lets the bonus outweigh the rewards where the
+    entropy stays below the target."""
     clip_cov: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of each minibatch's tokens whose surrogate is left out because their covariance of log-probability and advantage is
     within the bounds below; chosen at random of these (Clip-Cov, arXiv 2505.22617: 0.0002). Such tokens take most of the entropy
@@ -490,7 +493,11 @@ class AlgorithmConfig(Section):
     @property
     def entropy_control(self) -> EntropyControl | None:
         """What changes the weight of the entropy bonus; None: nothing does."""
-        return None if self.entropy_target is None else EntropyControl(self.entropy_target, self.entropy_step)
+        return (
+            None
+            if self.entropy_target is None
+            else EntropyControl(self.entropy_target, self.entropy_step, self.entropy_max)
+        )
 
 
 class LoRAConfig(Section):

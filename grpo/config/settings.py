@@ -7,6 +7,7 @@ message has the setting as spelled, the value, the rule and the remedy.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -446,4 +447,7 @@ def _explain(detail: ErrorDetails) -> str:
     if detail["type"] == "missing":
         return f"{spelled} is missing; it has no default. Set {spelled}."
     rule = detail["msg"][0].lower() + detail["msg"][1:]
+    kind = re.search(r"\.(bool|literal\['(\w+)'\])\Z", spelled)
+    if kind is not None:  # a setting that is true, false or a word: pydantic has an error for each of the two
+        spelled, rule = spelled[: kind.start()], f"it may be {kind[2] or 'true or false'}"
     return f"{spelled} is {detail['input']!r}; {rule}. Correct {spelled}."

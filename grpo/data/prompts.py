@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -441,9 +442,7 @@ def ranks(prompts: Sequence[Prompt], config: DataConfig) -> list[int] | None:
             f"data.order_by is {config.order_by!r}; {without:,} of {len(prompts):,} questions have nothing in the column "
             f"{name!r}. The columns are {', '.join(prompts[0].columns)}. Name one that all of them have, or remove data.order_by."
         )
-    if not (
-        all(isinstance(value, (int, float)) for value in values) or all(isinstance(value, str) for value in values)
-    ):
+    if not (all(isinstance(value, Real) for value in values) or all(isinstance(value, str) for value in values)):
         kinds = sorted({type(value).__name__ for value in values})
         raise ValueError(
             f"data.order_by is {config.order_by!r}; its values are of the types {', '.join(kinds)}, which have no order. Name a "
