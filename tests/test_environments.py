@@ -18,7 +18,7 @@ import torch
 import yaml
 from grpo.tools.environments.guess_number import ASK
 from helpers import ROOT, TINY, tiny_config
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 from grpo import Reward, Trainer
 from grpo.config import Config, DataConfig, EnvironmentConfig, ToolsConfig
@@ -336,6 +336,19 @@ def test_in_a_chat_template_a_reply_is_a_turn_of_the_user_and_an_open_turn_is_cl
     plain = reply_form(TOKENIZER, DataConfig(name="x", template="chat"), None)
     eos = [TOKENIZER.eos_token_id]
     assert plain.reply(("Higher.",), TOKENIZER, most=9, behind=eos).text == "\nUser: Higher.\nAssistant:"
+
+
+def test_an_end_of_turn_that_is_special_without_a_part_is_not_doubled():
+    """As Gemma's <end_of_turn>: among the added tokens, and neither eos_token nor another of all_special_tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    tokenizer.chat_template = CHAT.replace("<|im_end|>", "<end_of_turn>")
+    tokenizer.add_tokens([AddedToken("<end_of_turn>", special=True)])
+    assert "<end_of_turn>" not in tokenizer.all_special_tokens
+    form = reply_form(tokenizer, DataConfig(name="x", template="chat"), None)
+    ended = tokenizer("5<end_of_turn>")["input_ids"]
+    said = "\n<|im_start|>user\nHigher.<end_of_turn>\n<|im_start|>assistant\n<think>\n"
+    assert form.reply(("Higher.",), tokenizer, most=50, behind=ended).text == said
+    assert form.reply(("Higher.",), tokenizer, most=50, behind=ended[:-1]).text == "<end_of_turn>" + said
 
 
 @pytest.mark.parametrize(
