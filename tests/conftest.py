@@ -42,10 +42,11 @@ for _number in (
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-import warm  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported; the kernels then run on the CPU
+
+import warm  # noqa: E402  which keeps the environment as it is here
 
 torch.set_num_threads(1)
 

@@ -301,11 +301,12 @@ POWERS = torch.tensor([pow(31, i, PRIME) for i in range(400)])
 def pages_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose next token is a hash of all tokens before it, which it finds in the pages of the sequence."""
 
-    def read(self: Decoder, prefixes: list[Any]) -> None:
+    def read(self: Decoder, prefixes: list[Any]) -> int:
         for prefix in prefixes:
             places = torch.arange(len(prefix.tokens), device=self.device)
             pages = torch.tensor(prefix.pages, dtype=torch.long, device=self.device)[places // PAGE]
             self.cache.keys[0, pages, 0, places % PAGE, 0] = torch.tensor(prefix.tokens, device=self.device).float()
+        return sum(len(prefix.tokens) for prefix in prefixes)
 
     def logits(self: Decoder, size: int) -> Tensor:
         tokens, lens, table = self.state[0, :size], self.state[1, :size].long(), self.table[:size].long()

@@ -35,6 +35,25 @@ def run(
     return [outcome.value if outcome.kind == "value" else outcome.kind for outcome in outcomes]
 
 
+def test_calls_that_are_handed_on_after_a_bug_do_not_wait_for_ever() -> None:
+    def fail(x: int) -> None:
+        raise KeyError(x)
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    pool = WorkerPool([cloudpickle.dumps(fail)], files=[], num_workers=1, memory_gib=0.125)
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    try:
+        with pool.begin() as errand:
+            errand.add([Call(0, {"x": 1}, 10.0)])
+            assert isinstance(errand.outcomes.exception(), FunctionBug)
+            for _ in range(2000):  # what `add` does between the bug and its notice; a socket holds a few hundred
+                errand._ring()
+            with pytest.raises(FunctionBug):
+                errand.add([Call(0, {"x": 2}, 10.0)])
+    finally:
+        pool.close()
+
+
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"

@@ -119,6 +119,38 @@ def test_sequences_that_wait_for_words_keep_their_pages_while_nobody_needs_them(
         assert slots.num_preempted > 0
 
 
+def test_pages_are_not_taken_from_those_that_wait_where_that_is_not_enough():
+    slots = make_slots([(4 * PAGE, 4 * PAGE)] * 5, group=1, num_slots=8, num_pages=50)
+    while slots.read_ahead(10**6):
+        slots.start(4)
+    runs, waits = slots.running[:-1], slots.running[-1]
+    for sequence in runs:
+        sequence.tokens += [7] * (3 * PAGE)
+    slots.grow(4)
+    waits.num_kept = waits.num_cached
+    slots.set_down(waits)
+    free = slots.num_free_pages
+    slots.unread.append(Prefix(deque([Sequence(9, [1] * (10 * PAGE), 8 * PAGE, seed=0)])))
+    assert slots.read_ahead(10**6) == []
+    assert (slots.set_aside, slots.num_free_pages) == ([waits], free)
+    slots.unread.clear()
+    slots.take_up(waits, Sequence(4, [*waits.prompt, 1, 2], 9, seed=0))
+    (back,) = slots.read_ahead(10**6)
+    assert (back.num_kept, len(back.tokens)) == (4 * PAGE - 1, 4 * PAGE + 1)
+
+
+def test_the_keys_of_those_that_return_together_are_bounded():
+    slots = make_slots([(40 * PAGE, PAGE)] * 6, group=1, num_slots=8, num_pages=2000)
+    while slots.read_ahead(10**6):
+        slots.start(4)
+    for sequence in [*slots.running]:
+        sequence.num_kept = sequence.num_cached
+        slots.set_down(sequence)
+        slots.take_up(sequence, Sequence(sequence.index, [*sequence.prompt, 1, 2], 9, seed=0))
+    sizes = [len(taken) for taken in iter(lambda: slots.read_ahead(20 * PAGE), [])]
+    assert sizes == [1] * 6 or sizes == [2] * 3
+
+
 def test_a_prompt_is_read_once_and_its_full_pages_are_shared():
     slots = make_slots([(2 * PAGE + 10, 20)], group=3, num_slots=8, num_pages=30)
     (prefix,) = slots.read_ahead(1000)

@@ -390,6 +390,8 @@ def test_an_ended_conversation_holds_no_objects(monkeypatch: pytest.MonkeyPatch)
     _, completions, _ = converse([[f"a {call('add', number=1)}", "e"]], [Counter])
     assert results(completions[0]) == ["<result>6</result>"]
     assert [(each.states, each.asked) for each in made[0].conversations] == [({}, [])]
+    errand = made[0].calls.errand  # which the pool knows until the next
+    assert [(call.arguments, errand.made[n].value) for n, call in enumerate(errand.calls)] == [({}, None)]
 
 
 class Unreadable:

@@ -30,7 +30,7 @@ def trainer(name: str, *, offload: Sequence[str] = ()) -> Trainer:
             arguments.out / name,
             data={"eval_name": str(QUESTIONS)},
             rollout={"max_completion_tokens": 10},
-            **({"model": {"name": shallow(1)}} if arguments.lora else {}),
+            **({"model": {"name": shallow(2)}} if arguments.lora else {}),
             rewards=VARIETY,
             evaluation={"num_questions": 5},  # an odd number over two processes
             algorithm={"kl_coef": 0.05, "num_minibatches": 2, "reference_refresh_steps": 4},  # after step 2

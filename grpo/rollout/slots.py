@@ -14,7 +14,7 @@ Taken up again, it goes on from them, or is read from its beginning if they are 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from grpo.rollout.paged import PAGE, num_pages_for
@@ -24,6 +24,10 @@ FEWEST_SEQUENCES = 3
 
 READ_AHEAD = 0.125
 """Share of the pages that prompts may take before a completion of theirs can start, so that many are read in one pass."""
+
+
+KEYS_PER_TOKEN = 4
+"""Keys and values that are copied together for a pass over the ends of sequences, for each token that a pass may have."""
 
 
 @dataclass(eq=False)
@@ -160,7 +164,9 @@ class Slots:
     def _make_room(self, number: int) -> bool:
         """Whether so many pages are free, if need be by taking those of sequences that have no place: of those that wait for
         others' words first, and of these of the shortest."""
-        while number > len(self._free) and (self.set_aside or self.returning):
+        if number > len(self._free) + self._num_held:
+            return False
+        while number > len(self._free):
             if self.set_aside:
                 shortest = min(self.set_aside, key=lambda each: each.num_cached)
                 self.set_aside.remove(shortest)
@@ -169,6 +175,14 @@ class Slots:
             else:
                 self._read_again(self.returning.pop())
         return number <= len(self._free)
+
+    @property
+    def _num_held(self) -> int:
+        """Pages that are free once no sequence without a place holds any."""
+        waiting = [*self.set_aside, *self.returning]
+        users = Counter(each.prefix for each in waiting if each.prefix is not None)
+        prefixes = sum(len(each.pages) for each, n in users.items() if n == each.num_users and not each.waiting)
+        return prefixes + sum(len(each.own) for each in waiting)
 
     def _read_again(self, sequence: Sequence) -> None:
         self._release(sequence)
@@ -199,23 +213,32 @@ class Slots:
         as `max_tokens`, the memory and READ_AHEAD allow."""
         taken, num_tokens = self._take_back(max_tokens)
         while self.unread and (not self._enough_ready() or (taken and self._may_read_ahead())):
-            length = len(self.unread[0].tokens)
-            needed = num_pages_for(length) + self.pages_each
-            has_room = needed <= len(self._free) if self._enough_ready() else self._make_room(needed)
-            if not has_room or (taken and num_tokens + length > max_tokens):
-                break
             prefix = self.unread.popleft()
+            length = len(prefix.tokens)
+            if (taken and num_tokens + length > max_tokens) or not self._has_room(num_pages_for(length)):
+                self.unread.appendleft(prefix)
+                break
             prefix.pages = self._take(num_pages_for(length))
             num_tokens += length
             taken.append(prefix)
             self.ready.insert(len(self.ready) if prefix.later else _first_later(self.ready), prefix)
         return taken
 
+    def _has_room(self, number: int) -> bool:
+        """Whether a prefix of so many pages may be read, which leaves room for a sequence of full length. Pages of sequences that
+        wait are taken only if there is a place for what it begins."""
+        if number + self.pages_each > len(self._free) + self._num_held:
+            return False
+        return number <= len(self._free) or (not self._enough_ready() and self._make_room(number))
+
     def _take_back(self, max_tokens: int) -> tuple[list[Prefix], int]:
         """Give places to sequences that return; what there is to read of them, and how many tokens that are."""
         taken: list[Prefix] = []
-        num_tokens = 0
+        num_tokens, num_keys = 0, 0
         while self.returning and len(self.running) < self.num_slots and num_tokens < max_tokens:
+            num_keys += self.returning[0].num_cached
+            if taken and num_keys > KEYS_PER_TOKEN * max_tokens:
+                break
             sequence = self.returning.popleft()
             if not self._make_room(sequence.missing(1)):
                 self._read_again(sequence)

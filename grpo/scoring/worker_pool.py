@@ -161,6 +161,9 @@ class WorkerPool:
                     worker.start()
 
 
+_FORGOTTEN = Call(-1, {}, 0.0), Outcome("value")
+
+
 class Errand:
     """Calls on their way from the thread that has them to the pool's own, which makes them.
 
@@ -175,6 +178,7 @@ class Errand:
         self.outcomes.add_done_callback(lambda _: self.take_in([]))
         self.signal, self._bell = socket.socketpair()
         self.signal.setblocking(False)
+        self._bell.setblocking(False)
         self._state: Literal["open", "complete", "given up"] = "open"
 
     def add(self, calls: list[Call]) -> None:
@@ -192,6 +196,10 @@ class Errand:
         with self._changed:
             self.made.update(made)
             self._changed.notify_all()
+
+    def forget(self, number: int) -> None:
+        """What a call was handed and what it returned, objects among them, which nobody asks for any more."""
+        self.calls[number], self.made[number] = _FORGOTTEN
 
     def wait_for_more(self, num_made: int) -> None:
         """Wait until more calls than so many have been made.
@@ -226,7 +234,8 @@ class Errand:
         return self._state
 
     def _ring(self) -> None:
-        self._bell.send(b"!")
+        with contextlib.suppress(BlockingIOError):  # full of rings that nobody has heard yet, or after a bug ever will
+            self._bell.send(b"!")
 
     def give_up(self) -> None:
         """Wait until no call is being made any more; without effect after the last one."""

@@ -92,7 +92,7 @@ class Conversation:
         """Take what tools have answered."""
         self._append(results.token_ids, [0.0] * len(results.token_ids), own=False)
         self.turns.append(Turn(results.text, len(results.token_ids), "tool", results.said, tuple(calls)))
-        self.prefill = ""
+        self.prefill = prefill_of(results.text)
 
     def hear(self, reply: Appended) -> None:
         """Take what the environment has said."""
@@ -176,6 +176,7 @@ class Calls:
             conversation, number, request = self.made.pop(call)
             outcome = self.errand.made[call]
             conversation.asked[number] = self.toolbox.answer(request, outcome, conversation.states)
+            self.errand.forget(call)
             self.num_taken += 1
             conversation.num_on_their_way -= 1
             if not conversation.num_on_their_way:
