@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -13,12 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from grpo.tools.environments.guess_number import ASK
 from helpers import ROOT, TINY, tiny_config
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 from grpo import Reward, Trainer
 from grpo.config import Config, DataConfig, EnvironmentConfig, ToolsConfig
@@ -31,9 +33,10 @@ from grpo.scoring.scorer import Scorer
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import RunError, Stopped
 from grpo.turns.environment import Environment
+from grpo.turns.episode import EpisodeRunner
 from grpo.turns.form import TAGGED, reply_form
 from grpo.turns.generator import TurnGenerator
-from grpo.turns.runner import without_observation
+from grpo.turns.runner import Runner, without_observation
 from grpo.turns.toolbox import Toolbox, with_observations
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling, Scores
 
@@ -235,6 +238,54 @@ def test_what_reset_says_stands_behind_the_question_and_all_that_is_drawn_comes_
     assert both[0].turns[1].said != both[1].turns[1].said, "and of each completion its own"
 
 
+class Draws:
+    """Draws with Python and numpy wherever it can."""
+
+    def __init__(self) -> None:
+        self.made = random.random()
+
+    def reset(self, row: dict[str, Any]) -> str:
+        return f"{self.made} {random.random()} {np.random.rand()}"
+
+    def step(self, text: str) -> str:
+        return f"{self.made} {random.random()} {np.random.rand()}"
+
+
+def test_numbers_of_numpy_and_of_init_follow_from_the_row_and_those_of_a_step_from_its_seed():
+    """Also of a class of tools. Between two calls others have drawn, as other completions do."""
+
+    def twice(call: Callable[[], Any]) -> list[Any]:
+        return [(call(), random.seed(), np.random.seed())[0] for _ in range(2)]
+
+    row, runner = {"question": "q", "answer": "1"}, EpisodeRunner(Draws)
+    first, second = twice(lambda: runner("reset", "", None, row, 0))
+    assert first == second
+    assert runner("reset", "", None, {**row, "answer": "2"}, 0) != first
+    told = {**row, "question": f"q\n\n{first}", "observation": first}
+    steps = twice(lambda: runner("step", "x", None, told, 3).said[0])
+    assert steps[0] == steps[1]
+    assert steps[0].split()[0] == first.split()[0], "made as it was for the prompt"
+    other = runner("step", "x", None, told, 4).said[0].split()
+    assert [a == b for a, b in zip(steps[0].split(), other, strict=True)] == [True, False, False]
+    tools = twice(lambda: Runner(Draws, is_object=True)("reset", {}, None, row)[1])
+    assert tools == [first, first]
+
+
+def test_the_documents_own_environment_is_played():
+    """Also in the paper's template, whose turns end with </answer>, and where a limit cuts the first turn off."""
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs/environments.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    names: dict[str, Any] = {"__name__": "my_game"}
+    exec(code, names)
+    words = ["<answer> 4 </answer>", "<answer> five </answer>", "<answer> 6 </answer>"]
+    _, (won,), _ = play(lambda read, _: words[read.count("Higher.") + read.count("Say a number.")], names["Game"])
+    assert [turn.said for turn in won.turns[1::2]] == [("Higher.",), ("Say a number.",)]
+    assert (won.episode.reward, won.episode.ended) == (1.0, True)
+    _, (cut,), _ = play(lambda *_: answer(6), names["Game"], max_tokens=3)
+    assert (cut.finish_reason, cut.episode.reward) == ("length", 0.0)
+
+
 def test_what_reset_says_has_a_place_and_a_column_of_its_own():
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "Why?"}]
     rows = [{"question": "", "answer": "1"}, {"question": "Why?", "answer": "2", MESSAGES: turns}]
@@ -338,6 +389,19 @@ def test_in_a_chat_template_a_reply_is_a_turn_of_the_user_and_an_open_turn_is_cl
     assert plain.reply(("Higher.",), TOKENIZER, most=9, behind=eos).text == "\nUser: Higher.\nAssistant:"
 
 
+def test_an_end_of_turn_that_is_special_without_a_part_is_not_doubled():
+    """As Gemma's <end_of_turn>: among the added tokens, and neither eos_token nor another of all_special_tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    tokenizer.chat_template = CHAT.replace("<|im_end|>", "<end_of_turn>")
+    tokenizer.add_tokens([AddedToken("<end_of_turn>", special=True)])
+    assert "<end_of_turn>" not in tokenizer.all_special_tokens
+    form = reply_form(tokenizer, DataConfig(name="x", template="chat"), None)
+    ended = tokenizer("5<end_of_turn>")["input_ids"]
+    said = "\n<|im_start|>user\nHigher.<end_of_turn>\n<|im_start|>assistant\n<think>\n"
+    assert form.reply(("Higher.",), tokenizer, most=50, behind=ended).text == said
+    assert form.reply(("Higher.",), tokenizer, most=50, behind=ended[:-1]).text == "<end_of_turn>" + said
+
+
 @pytest.mark.parametrize(
     ("template", "given", "words"),
     [
@@ -382,6 +446,12 @@ def test_the_environments_that_come_along_answer_what_a_model_may_write():
     turns = ["<answer> 50 </answer>", "20? No, 30.", "I give up", "3.7", "37", "-37"]
     assert [guess.step(turn) for turn in turns[:4]] == ["Lower.", "Higher.", "Say a number.", "Say a number."]
     assert (guess.reward(), guess.step("37"), guess.reward()) == (0.0, None, 0.5)
+    guess.reset(answer="1000")
+    turns = ["not 1,000, 3", "1,0,00", "1,000.5", "(3,999)", "1,000,000", "<answer>1,000</answer>"]
+    said = ["Higher.", "Higher.", "Say a number.", "Lower.", "Lower.", None]
+    assert [guess.step(turn) for turn in turns] == said, (
+        "a comma parts thousands where three digits follow, and a list else"
+    )
 
     assert len({frozenset(each.split()) for each in ANIMALS.values()}) == len(ANIMALS), "each can be found out"
     assert {word for each in ANIMALS.values() for word in each.split()} <= set(PROPERTIES)
@@ -566,13 +636,22 @@ class Game:
         return "Guess a number from 1 to 10."
 
     def step(self, action):
+        if action == 99:
+            raise vf.ToolError("it is out of order")
         right = action == self.number
         return "Higher." if action < self.number else "Lower.", float(right), right, False, {}
 
 
-def load_environment(episodes):
+def load_environment(episodes, rubric=None):
     parse = lambda text: int(text.split()[1])
-    return GymEnv(Game, action_parser=parse, num_train_episodes=episodes, num_eval_episodes=3, max_episode_steps=4)
+
+    def ranks(states) -> list:
+        return [0.0 for _ in states]
+
+    own = vf.Rubric(funcs=[ranks]) if rubric == "group" else None
+    return GymEnv(
+        Game, action_parser=parse, num_train_episodes=episodes, num_eval_episodes=3, max_episode_steps=4, rubric=own
+    )
 """
 
 
@@ -589,13 +668,18 @@ def test_an_environment_of_verifiers_is_played(tmp_path: Path, monkeypatch: pyte
     number = random.Random(1).randint(1, 10)
 
     def words(read: str, place: int) -> str:
-        return answer(number if "Higher." in read or "Lower." in read else number % 10 + 1) if place else answer(11)
+        guess = number if "Higher." in read or "Lower." in read else number % 10 + 1
+        return answer((11, guess, 99)[place])
 
-    given = {"num": 2, "row": rows[1], "args": args, "timeout_seconds": 60.0}
-    _, (lost, won), _ = play(words, own.runner.make, **given)
+    given = {"num": 3, "row": rows[1], "args": args, "timeout_seconds": 60.0}
+    _, (lost, won, wrong), _ = play(words, own.runner.make, **given)
     assert (lost.finish_reason, lost.episode.reward, lost.episode.num_turns) == ("stop", 0.0, 4)
     assert [turn.said for turn in lost.turns[1::2]] == [("Lower.",)] * 3
     assert (won.episode.reward, won.episode.num_turns, won.episode.ended) == (1.0, 2, True)
+    assert (wrong.episode.reward, wrong.episode.num_turns, wrong.episode.ended) == (0.0, 1, True), "their error ends it"
+    args = {**args, "args": {"episodes": 5, "rubric": "group"}}
+    with pytest.raises(ValueError, match=r"args.env is 'gym_game', whose rubric has rewards of a whole group"):
+        Environment.of(EnvironmentConfig(function="of_verifiers", args=args)).rows(held_out=False)
 
 
 def test_without_the_package_of_verifiers_its_environments_are_refused(monkeypatch: pytest.MonkeyPatch):

@@ -459,6 +459,27 @@ def test_openais_client_is_given_calls_and_hands_in_what_came_of_them(
             assert [each.function.arguments for each in found.message.tool_calls] == ['{"word": "x"}']
 
 
+ONE_CALL = """{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for m in messages %}{% if m.tool_calls|length > 1 %}
+{{ raise_exception("This model only supports single tool-calls at once!") }}{% endif %}{{ m.role }}:
+{{ m.content | tojson if m.role == "tool" else m.content }}<|endoftext|>{% endfor %}{{ add_generation_prompt }}"""
+"""As Llama 3's: a call in a turn at most, and results as JSON."""
+
+
+def test_a_template_that_refuses_two_calls_is_refused_and_results_as_json_are_no_loss(
+    served: tuple[Any, int], models: list[Hosted], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(models[0].tokenizer, "chat_template", ONE_CALL)
+    status, reply = ask(served[1], "/v1/chat/completions", {**WORDS, "tools": [LOOK]})
+    assert (status, reply["error"]["param"]) == (400, "tools")
+    assert (
+        "two calls (This model only supports single tool-calls at once!). Leave them out" in reply["error"]["message"]
+    )
+    result = ' {"word": "é\n"} '
+    said = [Message(role="user", content="x"), Message(role="tool", content=result)]
+    ids, _ = models[0].chat_prompt(said, None)
+    assert json.dumps(result, ensure_ascii=False) in models[0].tokenizer.decode(ids)
+
+
 def test_what_a_tool_answered_is_not_lost_in_a_template_without_tools(
     models: list[Hosted], monkeypatch: pytest.MonkeyPatch
 ):

@@ -172,3 +172,15 @@ def test_calls_are_taken_out_of_an_answer_wherever_it_is_cut(seed: int):
     assert read(" none \n") == (" none \n", []), "without a call it is what it was"
     assert read('{"x": 1}}</tool_call>', begun='<tool_call>\n{"name": "f", "arguments": ') == ("", [("f", '{"x": 1}')])
     assert read("1", begun="<tool_call>\n") == ("<tool_call>\n1", []), "forced to call, it has not"
+    half = '<tool_call>{"name": "f\\ud800", "arguments": {"x": "\\udfff"}}</tool_call>'
+    assert read(half) == ("", [("f?", '{"x": "?"}')]), "half a surrogate pair is no text"
+    for wrong in ('{"name": "f", "arguments": {"x": NaN}}', '{"name": "f", "arguments": {"x": 1e999}}', '{"name": ""}'):
+        assert read(f"<tool_call>{wrong}</tool_call>") == (f"<tool_call>{wrong}</tool_call>", []), "no call of JSON"
+    tag = '<tool_call>{"name": "f", "arguments": {"x": "a </tool_call> \\"</tool_call>"}}</tool_call>'
+    assert read(f"{tag} so") == ("so", [("f", '{"x": "a </tool_call> \\"</tool_call>"}')]), (
+        "a tag within a string ends none"
+    )
+    assert read(f'<tool_call>{{"name": "f</tool_call>{tag}') == (
+        '<tool_call>{"name": "f</tool_call>',
+        [("f", '{"x": "a </tool_call> \\"</tool_call>"}')],
+    ), "a quote that was forgotten takes in no other call"

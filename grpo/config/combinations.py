@@ -333,7 +333,8 @@ def check_rewards(config: Config) -> None:
     if not (config.has_weighted_reward or (config.rewards and config.teacher.name)):
         raise ValueError(
             f"rewards is {[reward.function for reward in config.rewards]} without any weight; at least one reward must "
-            "count for something, throughout the run. Give one of them a weight other than 0."
+            "count for something, throughout the run. Give one of them a weight other than 0; or, where those of the run are "
+            "handed to Trainer (rewards=[], environment=Game), leave `rewards` out of the configuration."
         )
 
 

@@ -106,7 +106,7 @@ class Hosted:
         except ValueError as error:
             raise ApiError(str(error), param="messages") from None
         for number, turn in enumerate(turns):
-            if turn["role"] == "tool" and turn["content"].strip() not in text:
+            if turn["role"] == "tool" and not _is_told(turn["content"].strip(), text):
                 raise ApiError(
                     f"messages.{number} is what a tool answered; the chat template of {self.name} leaves it out. Serve a model "
                     "whose template has tools.",
@@ -231,6 +231,13 @@ class Hosted:
             known = isinstance(own, str) and all(letter in BYTES for letter in own)
             self._token_bytes[token] = [BYTES[letter] for letter in own] if known else list(text.encode())
         return text, self._token_bytes[token]
+
+
+def _is_told(result: str, prompt: str) -> bool:
+    """Whether a prompt has a tool's result: as it is, or as a string of JSON, which Llama 3's template makes of it."""
+    return any(
+        each in prompt for each in (result, json.dumps(result, ensure_ascii=False)[1:-1], json.dumps(result)[1:-1])
+    )
 
 
 def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from grpo.rollout.stop_criteria import Ending
-from grpo.turns.form import Unreadable, read_call
+from grpo.turns.form import Unreadable, encodable, read_call
 
 Part = Literal["reasoning", "content", "call"]
 """What a piece of text belongs to; that of a call is a whole one, as JSON in OpenAI's form."""
@@ -155,28 +155,43 @@ class Calls:
     def __post_init__(self) -> None:
         self._held, self._is_open, self._blank = self.begun, False, ""
         self._is_behind_call = False
+        self._num_searched = 0  # characters of an open call in which no tag closes it
 
     def feed(self, piece: str) -> list[tuple[Part, str]]:
         """What is certain now."""
         text, self._held = self._held + piece, ""
         parts: list[tuple[Part, str]] = []
         while text:
-            tag = self.tags[self._is_open]
-            before, found, after = text.partition(tag)
-            if self._is_open and not found:
+            if not self._is_open:
+                before, found, text = text.partition(self.tags[0])
+                size = 0 if found else begun(before, [self.tags[0]])
+                parts += self._content(before[: len(before) - size])
+                self._held = before[len(before) - size :]
+                self._is_open, self._num_searched = bool(found), 0
+            elif (end := self._end_of_call(text)) is not None:
+                parts += self._closed(text[:end])
+                self._is_open, text = False, text[end + len(self.tags[1]) :]
+            else:
                 self._held = text
                 break
-            if self._is_open:
-                parts += self._closed(before)
-            elif found:
-                parts += self._content(before)
-            else:
-                size = begun(text, [tag])
-                parts += self._content(text[: len(text) - size])
-                self._held = text[len(text) - size :]
-                break
-            self._is_open, text = not self._is_open, after
         return parts
+
+    def _end_of_call(self, text: str) -> int | None:
+        """Where an open call ends: at the first closing tag that stands in none of its strings; None: it is not there yet.
+
+        Where a string that was never closed has taken in what follows, the call has ended with the first tag of all.
+        """
+        tag = self.tags[1]
+        while (place := text.find(tag, self._num_searched)) >= 0:
+            try:
+                json.loads(text[:place])
+            except (ValueError, RecursionError) as error:
+                if not str(error).startswith("Unterminated string"):
+                    return text.find(tag)
+            else:
+                return place
+            self._num_searched = place + len(tag)
+        return None
 
     def close(self) -> list[tuple[Part, str]]:
         rest, self._held = self.tags[0] * self._is_open + self._held, ""
@@ -201,7 +216,7 @@ class Calls:
         if self._is_full:
             return []
         try:
-            name, arguments = read_call(text)
+            name, arguments = _call(text)
         except Unreadable:
             return self._content(text.join(self.tags))
         self._blank, self._is_behind_call = "", True
@@ -209,7 +224,7 @@ class Calls:
             "index": self.number,
             "id": f"call_{uuid.uuid4().hex[:24]}",
             "type": "function",
-            "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)},
+            "function": {"name": name, "arguments": arguments},
         }
         self.number += 1
         return [("call", json.dumps(call))]
@@ -217,6 +232,24 @@ class Calls:
     @property
     def _is_full(self) -> bool:
         return self.most is not None and self.number >= self.most
+
+
+def _call(text: str) -> tuple[str, str]:
+    """The name and the arguments of a call, these as JSON that any client reads.
+
+    Python's own reader takes more than JSON has: NaN, and half a surrogate pair ("\\ud800"), which is no text in UTF-8.
+
+    Raises:
+        Unreadable: it is none.
+    """
+    name, arguments = read_call(text)
+    if not name:
+        raise Unreadable("a call has a name")
+    try:
+        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"the arguments are no JSON: {error}", name) from None
+    return encodable(name), encodable(written)
 
 
 @dataclass

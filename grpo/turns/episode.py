@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 import numbers
-import random
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from grpo.turns import runner
 from grpo.turns.runner import MAX_STATE_BYTES, begin, check_told, observation, texts_of
 
 Action = Literal["reset", "step", "reward"]
@@ -67,14 +66,13 @@ class EpisodeRunner:
         import cloudpickle
 
         if state is None:
-            held = self.make(**self.given)
-            said = begin(held, columns)
+            held, said = begin(self.make, self.given, columns)
             if action == "reset":
                 return observation(said)
             check_told(held, said, columns)
         else:
             held = cloudpickle.loads(state)
-        _seed(seed)
+        runner.seed(seed)
         if action == "reward":
             return Step(None, _final(held))
         said, reward = _told(held.step(text))
@@ -86,12 +84,6 @@ class EpisodeRunner:
                 f"{self.name} has {len(kept) >> 20} MiB after a step; {MAX_STATE_BYTES >> 20} can be kept."
             )
         return Step(texts_of(said), reward, kept)
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    if (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.seed(seed % 2**32)
 
 
 def _told(returned: Any) -> tuple[Any, float]:

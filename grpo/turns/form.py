@@ -151,9 +151,8 @@ def harmless(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 @lru_cache(maxsize=4)
 def _marks(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Tags and special tokens. Others that were added to a vocabulary are text, such as runs of spaces in a program."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     tags = {*CALL, *RESULT, *CHAT_CALL, "<tool_response>", "</tool_response>"}
-    marks = {each for each in {*added, *map(str, tokenizer.all_special_tokens), *tags} if len(each.strip()) > 1}
+    marks = {each for each in {*_special(tokenizer), *tags} if len(each.strip()) > 1}
     return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
 
 
@@ -245,10 +244,16 @@ def _chat_form(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Form:
         {"role": "assistant", "content": _WORDS, "tool_calls": [call, call]},
     ]
     answers = [{"role": "tool", "name": "probe", "content": text} for text in (_FIRST, _SECOND)]
-    prompt = render(asked[:1], tokenizer, probed, add_generation_prompt=True)
-    if "9f1c tool" not in prompt:
-        raise NoTools("does not tell the model of tools")
-    whole = render([*asked, *answers], tokenizer, probed, add_generation_prompt=True)
+    try:
+        prompt = render(asked[:1], tokenizer, probed, add_generation_prompt=True)
+        if "9f1c tool" not in prompt:
+            raise NoTools("does not tell the model of tools")
+        whole = render([*asked, *answers], tokenizer, probed, add_generation_prompt=True)
+    except NoTools:
+        raise
+    except ValueError as error:  # such as Llama 3's: "This model only supports single tool-calls at once!"
+        own = str(error.__context__ or error)[:300]  # the template's words, without what `render` says of them
+        raise NoTools(f"refuses tools, or a turn with two calls ({own})") from None
     # Only what stands behind the calls is looked at: Qwen 3 writes empty thoughts into an assistant's turn if it is the last,
     # and none once a result follows. No matter: what the model has sampled is never rendered again.
     turns = whole.rpartition(_QUESTION)[2]
@@ -268,7 +273,13 @@ def _chat_form(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Form:
 
 def _ends(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Tokens that may end a turn, the longest first."""
-    return sorted(map(str, {tokenizer.eos_token, *tokenizer.all_special_tokens} - {None}), key=len, reverse=True)
+    return sorted(_special(tokenizer), key=len, reverse=True)
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Special tokens: those with a part, such as the end of a text, and those that were only added (Gemma's <end_of_turn>)."""
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(map(str, tokenizer.all_special_tokens), tokenizer.all_special_ids, strict=True))
 
 
 # ---- what an environment says ----------------------------------------------------------------------------------------
@@ -327,4 +338,4 @@ def _chat_reply(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> ReplyFo
         )
     end = next((each for each in _ends(tokenizer) if behind.lstrip().startswith(each)), "")
     before, _, after = (behind.lstrip().removeprefix(end) if end else behind).partition(_FIRST)
-    return ReplyForm((), before, after, end, frozenset(tokenizer.all_special_ids))
+    return ReplyForm((), before, after, end, frozenset(_special(tokenizer).values()))

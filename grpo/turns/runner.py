@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import random
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,10 +60,11 @@ class Runner:
         import cloudpickle
 
         if method == "reset":
-            return True, observation(begin(self.make(**self.given), columns)), None
+            _, said = begin(self.make, self.given, columns)
+            return True, observation(said), None
         if state is None:
-            held = self.make(**self.given)
-            check_told(held, begin(held, columns), columns)
+            held, said = begin(self.make, self.given, columns)
+            check_told(held, said, columns)
             state = cloudpickle.dumps(held)  # one that cannot be kept even now is a mistake of its class
         else:
             try:
@@ -105,21 +107,32 @@ OBSERVATION = "observation"
 """Column of a row whose question holds what a `reset` had to say."""
 
 
-def begin(held: Any, columns: Mapping[str, Any]) -> Any:
-    """Call an object's `reset`, if it has one, with the columns that it asks for, or with all of them as `row`.
+def begin(make: Callable[..., Any], given: Mapping[str, Any], columns: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Make an object, and call its `reset`, if it has one, with the columns that it asks for, or with all of them as `row`.
 
-    The random numbers of Python that it draws follow from the question, so that it says the same of it each time.
+    The random numbers that both draw follow from the question, so that it says the same of it each time.
+
+    Returns:
+        The object, and what its `reset` returned.
     """
+    row = without_observation(columns)
+    seed(repr((row.get("question"), row.get("answer"))))
+    held = make(**given)
     reset = getattr(held, "reset", None)
     if reset is None:
-        return None
-    row = without_observation(columns)
+        return held, None
     parameters = inspect.signature(reset).parameters
-    random.seed(repr((row.get("question"), row.get("answer"))))
     if "row" in parameters and "row" not in row:
-        return reset(row=row)
+        return held, reset(row=row)
     everything = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    return reset(**{name: value for name, value in row.items() if everything or name in parameters})
+    return held, reset(**{name: value for name, value in row.items() if everything or name in parameters})
+
+
+def seed(value: int | str) -> None:
+    """Seed the random numbers of Python, and the global ones of numpy where a module has imported it."""
+    random.seed(value)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(random.Random(value).getrandbits(32))
 
 
 def without_observation(columns: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from grpo.rewards.verifier.extraction import last_answer_tag
 
 _NUMBER = re.compile(r"(?<![\d.])-?\d{1,9}(?![\d.]*\d)")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,]*\d)")
 ASK = "I think of a whole number from {low} to {high}. Guess it; I say whether it is higher or lower."
 
 
@@ -46,7 +47,8 @@ class guess_number:
         self.number, self.num_before, self.right = int(answer), 0, False
 
     def step(self, text: str) -> str | None:
-        found = _NUMBER.findall(last_answer_tag(text) or text)
+        said = last_answer_tag(text) or text
+        found = _NUMBER.findall(_THOUSANDS.sub(lambda number: number[0].replace(",", ""), said))
         if found and int(found[-1]) == self.number:
             self.right = True
             return None

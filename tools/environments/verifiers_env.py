@@ -56,14 +56,18 @@ class of_verifiers:
         said = [vf.AssistantMessage(content=text)]
         step = {"prompt": self.messages, "completion": said, "response": None, "tokens": None, "reward": None}
         more = {"advantage": None, "is_truncated": False, "trajectory_id": state["trajectory_id"], "extras": {}}
-        _run(env.add_trajectory_step(state, {**step, **more}))
-        before = concat_messages([self.messages, said])
+        before, found = concat_messages([self.messages, said]), list[Any]()
+        try:
+            _run(env.add_trajectory_step(state, {**step, **more}))
+            if not _run(env.is_completed(state)):
+                found = list(maybe_normalize_messages(_run(env.get_prompt_messages(state)), field_name="env_response"))
+        except (
+            vf.Error
+        ) as error:  # such as that of a call which the model wrote badly; it ends the episode, as in theirs
+            state["error"] = error
         if _run(env.is_completed(state)):
             return None
-        found = maybe_normalize_messages(_run(env.get_prompt_messages(state)), field_name="env_response")
-        if _run(env.is_completed(state)):
-            return None
-        self.messages = list(found)
+        self.messages = found
         self._let_go()
         return [str(message.content) for message in found[len(before) :]]
 
@@ -101,6 +105,11 @@ def _loaded(env: str, args: str) -> Any:
     if made.tool_defs:
         raise ValueError(
             f"environment.args.env is {env!r}, whose model calls tools; here tools are functions in tools.functions. Name "
+            "another."
+        )
+    if made.rubric.has_group_rewards:
+        raise ValueError(
+            f"environment.args.env is {env!r}, whose rubric has rewards of a whole group; here an episode is scored alone. Name "
             "another."
         )
     return made
