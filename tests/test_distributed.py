@@ -10,6 +10,7 @@ import torch
 from helpers import QUESTIONS, TINY, launch, launch_script, read_json, tiny_config
 from safetensors.torch import load_file
 
+from grpo import Trainer
 from grpo.policy.policy import Policy
 from grpo.policy.tokenizer import load_tokenizer
 from grpo.system import distributed
@@ -257,6 +258,19 @@ def test_the_host_of_a_gpu_gets_few_threads_unless_the_environment_says_how_many
             torch.set_num_threads(8)
             distributed.limit_threads()
             assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_small_model_trains_on_one_thread_of_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    if torch.cuda.is_available():
+        pytest.skip("a CPU is not what trains here")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        Trainer(tiny_config(tmp_path / "run")).close()
+        assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
 

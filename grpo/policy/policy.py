@@ -47,7 +47,7 @@ from grpo.policy.logprobs import token_logprobs
 from grpo.policy.model_source import processor_files
 from grpo.policy.tokenizer import end_token_ids
 from grpo.system import distributed, progress
-from grpo.system.distributed import Processes, TrainingProcesses, deterministic, whole
+from grpo.system.distributed import SMALL_PARAMETERS, Processes, TrainingProcesses, deterministic, limit_threads, whole
 from grpo.system.terminal import say
 from grpo.system.writer import Write, load_tensors, save_tensors, write_now
 from grpo.types import Batch, MicroBatch
@@ -132,6 +132,8 @@ class Policy(SampledModel):
         optimizer: MakeOptimizer | None = None,
     ) -> None:
         lm = load_lm(config.model, dtype=resolve_dtype(config.model.dtype))
+        if processes.device.type == "cpu" and lm.num_parameters() < SMALL_PARAMETERS:
+            limit_threads(1)
         super().__init__(lm, config.model, tokenizer, processes)
         self._sharded = config.distributed.zero_stage == 3
         self._config = config

@@ -52,6 +52,12 @@ MOST_THREADS = 4
 spin: five runs side by side on 32 cores kept all of them busy, and took 1 to 2.4 s for what takes 0.3 s with four each."""
 
 
+SMALL_PARAMETERS = 5_000_000
+"""A smaller model trains on one thread of a CPU. Two made the quickstart's steps a tenth shorter on two idle processors, and ten
+times as long beside other work, for which each waits spinning. No clock decides it: the number of threads decides how sums are
+rounded, and a run that is resumed shall be the same."""
+
+
 BUCKET_ELEMENTS = 100_000_000
 """Elements that DeepSpeed moves between GPUs at once, through buffers of this size; its own default takes 0.9 GiB for each."""
 
@@ -185,10 +191,10 @@ def join() -> Processes:
     return Processes(rank, world_size, device)
 
 
-def limit_threads() -> None:
-    """At most MOST_THREADS for torch's work on the host, unless OMP_NUM_THREADS says how many."""
+def limit_threads(most: int = MOST_THREADS) -> None:
+    """At most so many for torch's work on the host, unless OMP_NUM_THREADS says how many."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), MOST_THREADS))
+        torch.set_num_threads(min(torch.get_num_threads(), most))
 
 
 def _prepare_environment() -> None:
