@@ -28,6 +28,7 @@ from grpo import Trainer, report
 from grpo.config import Config
 from grpo.rollout.grouping import all_at_once
 from grpo.system import distributed
+from grpo.system.jsonl import read_jsonl
 from grpo.types import Completion, Group, MicroBatch, OnGroup, Prompt, Sampling, Scores
 
 ROOT = Path(__file__).parents[1]
@@ -283,3 +284,10 @@ def without_pictures() -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run's steps, without those that a clock or the machine decides."""
+    clocks = ("time/", "throughput/", "memory/", "tools/seconds", "tools/wait", "environment/seconds")
+    rows = [row for row in read_jsonl(run / "metrics.jsonl") if "time/step" in row]
+    return [{name: value for name, value in row.items() if not name.startswith(clocks)} for row in rows]

@@ -151,6 +151,8 @@ def test_a_step_is_measured_and_has_exactly_the_tokens_it_says(whole_step: Done)
     read = f"{middle['throughput/update'] * (1 - middle['batch/shared']):,.0f} of them read"
     assert read in whole_step.printed
     assert f"batch/shared {middle['batch/shared']:.3f}, batch/imbalance 0.000" in whole_step.printed
+    assert middle["rollout/read_tokens"] == sum(prompt_lens) - 2  # the last of each is read as it is decoded
+    assert f"rollout/decoding_steps {middle['rollout/decoding_steps']:,.0f}, rollout/read_tokens" in whole_step.printed
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from grpo.tools.environments.guess_number import ASK
-from helpers import ROOT, TINY, tiny_config
+from helpers import ROOT, TINY, steps_of, tiny_config
 from transformers import AddedToken, AutoTokenizer
 
 from grpo import Reward, Trainer
@@ -582,15 +582,7 @@ def test_a_run_with_an_environment_goes_on_after_a_stop_as_if_there_had_been_non
     with pytest.raises(Stopped):
         first.train()
     trainer("halves").train()
-    clocks = ("time/", "throughput/", "environment/seconds", "tools/wait", "memory/")
-    whole, halves = (
-        [
-            {name: value for name, value in row.items() if not name.startswith(clocks)}
-            for row in read_jsonl(tmp_path / name / "metrics.jsonl")
-            if "time/step" in row
-        ]
-        for name in ("whole", "halves")
-    )
+    whole, halves = (steps_of(tmp_path / name) for name in ("whole", "halves"))
     assert halves == whole
     assert sum(row["environment/turns"] for row in whole) > 3
 

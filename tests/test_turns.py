@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import grpo.tools
 import pytest
 import yaml
-from helpers import QWEN, ROOT, TINY, tiny_config
+from helpers import QWEN, ROOT, TINY, steps_of, tiny_config
 from rich.console import Console
 from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -449,6 +450,18 @@ def test_a_class_that_cannot_be_used_is_named_also_while_others_are_being_sample
             generator.sample(prompts, Sampling(200), num_completions=1, seed=1)
 
 
+def test_a_thought_that_a_result_opens_belongs_to_what_follows():
+    form = replace(TAGGED, after="</result><think>")
+    prompt = Prompt(0, TOKENIZER("x")["input_ids"], "x", "", {"question": "x", "answer": ""})
+    inner = Scripted([[f"a {call(word='dog')}", "so </think> dog"]])
+    with Toolbox.of(ToolsConfig(), SCORING, [lookup]) as toolbox:
+        generator = TurnGenerator(inner, toolbox, form, TOKENIZER, ToolsConfig())
+        (group,) = generator.sample([prompt], Sampling(200), num_completions=1, seed=1)
+    (completion,) = group.completions
+    assert completion.text.endswith("<think>so </think> dog")
+    assert completion.turns[-1].text == "<think>so </think> dog"
+
+
 def test_what_a_conversation_draws_depends_on_its_place_and_turn_alone():
     lines = [[f"{n} {call(word='a')}", "e"] for n in "pq"]
     _, _, first = converse(lines)
@@ -700,6 +713,14 @@ def test_an_engine_that_keeps_what_it_has_read_samples_the_same_and_reads_less(t
     assert soon["rollout/decoding_steps"] <= once["rollout/decoding_steps"]
 
 
+def test_a_run_that_need_not_be_repeatable_goes_on_as_soon_as_it_is_answered(tmp_path: Path):
+    trainer = Trainer(run_with_tools(tmp_path / "run", run={"deterministic": False}), rewards=[asks])
+    turns = trainer.collector.generator
+    trainer.close()
+    assert isinstance(turns, TurnGenerator)
+    assert turns.at_once
+
+
 def test_a_run_with_tools_goes_on_after_a_stop_as_if_there_had_been_none(tmp_path: Path):
     halves: dict[str, Any] = {"algorithm": {"kl_coef": 0.001, "num_minibatches": 2}}
     Trainer(run_with_tools(tmp_path / "whole", **halves)).train()
@@ -716,15 +737,7 @@ def test_a_run_with_tools_goes_on_after_a_stop_as_if_there_had_been_none(tmp_pat
         first.train()
     assert [path.name for path in complete_checkpoints(tmp_path / "halves/checkpoints")] == [name_of(1, 1)]
     Trainer(run_with_tools(tmp_path / "halves", **halves, run={"resume": "auto"})).train()
-    clocks = ("time/", "throughput/", "tools/seconds", "tools/wait", "memory/")
-    whole, halves = (
-        [
-            {name: value for name, value in row.items() if not name.startswith(clocks)}
-            for row in read_jsonl(tmp_path / name / "metrics.jsonl")
-            if "time/step" in row
-        ]
-        for name in ("whole", "halves")
-    )
+    whole, halves = (steps_of(tmp_path / name) for name in ("whole", "halves"))
     assert halves == whole
     assert sum(row["tools/used"] for row in whole) > 0
 

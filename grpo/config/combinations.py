@@ -418,7 +418,6 @@ def _check_updates(config: Config) -> None:
 
 def _check_objective(algorithm: AlgorithmConfig) -> None:
     """Nothing in it contradicts the rest, or has no effect."""
-    default = AlgorithmConfig.model_fields
     _check_advantage(algorithm)
     if algorithm.baseline == "leave_one_out" and algorithm.normalize_by_std:
         whose, same = (
@@ -445,17 +444,12 @@ def _check_objective(algorithm: AlgorithmConfig) -> None:
             "or remove algorithm.clip."
         )
     for name, clip in (("clip_dual", "surrogate"), ("soft_positive", "soft"), ("soft_negative", "soft")):
-        if algorithm.clip != clip and getattr(algorithm, name) != default[name].default:
-            raise ValueError(
-                f"algorithm.{name} is {getattr(algorithm, name)}; it has no effect with algorithm.clip {algorithm.clip}. Set "
-                f"that to {clip}, or remove it."
-            )
-    for name in ("kl_in", "kl_estimator", "kl_weighted"):
-        if algorithm.kl_coef == 0 and getattr(algorithm, name) != default[name].default:
-            raise ValueError(
-                f"algorithm.{name} is {getattr(algorithm, name)!r}; there is no KL, because algorithm.kl_coef is 0. Remove it, "
-                "or set algorithm.kl_coef > 0."
-            )
+        if algorithm.clip != clip:
+            why = f"it has no effect with algorithm.clip {algorithm.clip}. Set that to {clip}, or remove it."
+            _refuse_idle(algorithm, [name], why)
+    if algorithm.kl_coef == 0:
+        why = "there is no KL, because algorithm.kl_coef is 0. Remove it, or set algorithm.kl_coef > 0."
+        _refuse_idle(algorithm, ["kl_in", "kl_estimator", "kl_weighted"], why)
     if algorithm.kl_in == "reward" and algorithm.normalize_by_std:
         where = "batch whose groups are" if algorithm.normalize_by_std == "batch" else "group that is"
         raise ValueError(
@@ -472,34 +466,25 @@ def _check_objective(algorithm: AlgorithmConfig) -> None:
             f"algorithm.kl_estimator is {algorithm.kl_estimator!r}; in the reward only k1 has the gradient of the KL. Set "
             "algorithm.kl_estimator to k1, or algorithm.kl_in to loss."
         )
-    for name in ("entropy_step", "entropy_max"):
-        if algorithm.entropy_target is None and getattr(algorithm, name) != default[name].default:
-            raise ValueError(
-                f"algorithm.{name} is {getattr(algorithm, name):g}; it has no effect while algorithm.entropy_target is null. Set "
-                "that, or remove it."
-            )
+    if algorithm.entropy_target is None:
+        why = "it has no effect while algorithm.entropy_target is null. Set that, or remove it."
+        _refuse_idle(algorithm, ["entropy_step", "entropy_max"], why)
     if algorithm.entropy_target is not None and algorithm.entropy_coef > algorithm.entropy_max:
         raise ValueError(
             f"algorithm.entropy_coef is {algorithm.entropy_coef:g}; with algorithm.entropy_target it is where the weight begins, "
             f"which is at most algorithm.entropy_max, {algorithm.entropy_max:g}. Lower the one or raise the other."
         )
-    for name in ("clip_cov_low", "clip_cov_high"):
-        if algorithm.clip_cov == 0 and getattr(algorithm, name) != default[name].default:
-            raise ValueError(
-                f"algorithm.{name} is {getattr(algorithm, name):g}; it has no effect while algorithm.clip_cov is 0. Set that, "
-                "such as to 0.0002, or remove it."
-            )
+    if algorithm.clip_cov == 0:
+        why = "it has no effect while algorithm.clip_cov is 0. Set that, such as to 0.0002, or remove it."
+        _refuse_idle(algorithm, ["clip_cov_low", "clip_cov_high"], why)
     if algorithm.clip_cov_low >= algorithm.clip_cov_high:
         raise ValueError(
             f"algorithm.clip_cov_low is {algorithm.clip_cov_low:g} and clip_cov_high {algorithm.clip_cov_high:g}; no covariance "
             "lies between them. Set clip_cov_low below clip_cov_high."
         )
-    for name in ("importance_level", "importance_low", "importance_high"):
-        if algorithm.importance == "none" and getattr(algorithm, name) != default[name].default:
-            raise ValueError(
-                f"algorithm.{name} is {getattr(algorithm, name)!r}; it has no effect while algorithm.importance is none. Set "
-                "that to truncate or mask, or remove it."
-            )
+    if algorithm.importance == "none":
+        why = "it has no effect while algorithm.importance is none. Set that to truncate or mask, or remove it."
+        _refuse_idle(algorithm, ["importance_level", "importance_low", "importance_high"], why)
     low, high = algorithm.importance_low or 0.0, algorithm.importance_high
     if algorithm.importance != "none" and (high is None or not low < 1 < high):
         raise ValueError(
@@ -507,6 +492,14 @@ def _check_objective(algorithm: AlgorithmConfig) -> None:
             "they are bounds of a weight that is 1 where nothing is wrong, so 1 must lie between them. Set them, such as to 2 "
             "and null (TIS), or 5 and 0.5 (IcePop)."
         )
+
+
+def _refuse_idle(algorithm: AlgorithmConfig, names: list[str], why: str) -> None:
+    """Raises ValueError for one of these settings, which have no effect, that somebody has set."""
+    for name in names:
+        value = getattr(algorithm, name)
+        if value != AlgorithmConfig.model_fields[name].default:
+            raise ValueError(f"algorithm.{name} is {value!r}; {why}")
 
 
 def _check_advantage(algorithm: AlgorithmConfig) -> None:

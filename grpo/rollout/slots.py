@@ -128,11 +128,6 @@ class Slots:
     def num_free_pages(self) -> int:
         return len(self._free)
 
-    @property
-    def num_waiting(self) -> int:
-        """Sequences that have no place yet, or gave one up."""
-        return len(self.returning) + sum(len(prefix.waiting) for prefix in (*self.unread, *self.ready))
-
     def set_down(self, sequence: Sequence) -> None:
         """Take its place from a sequence, and leave it its pages."""
         if sequence.prefix is None:  # it had given up both
@@ -186,7 +181,6 @@ class Slots:
 
     def _read_again(self, sequence: Sequence) -> None:
         self._release(sequence)
-        sequence.num_kept = 0
         self.unread.appendleft(Prefix(deque([sequence])))
         self.num_preempted += 1
 

@@ -159,10 +159,11 @@ class RolloutMaker:
         outside = verdicts[(verdicts < 0) | (verdicts > 1 + FLAT)].tolist()  # NaN is neither
         mine = [*zip((group.prompt.row for group in groups), is_solved(verdicts, at_least=at_least), strict=True)]
         parts = self.learner.processes.gather((mine, outside[:1]))
-        for value in (value for _, values in parts for value in values):
+        if found := [value for _, values in parts for value in values]:
             raise ValueError(
-                f"rollout.solved_share is below 1; the reward {self.signal_from} has given a completion {value:g}, and 1 means "
-                "right, 0 wrong. Name a reward of values from 0 to 1 in rollout.signal_from, or set rollout.solved_share to 1."
+                f"rollout.solved_share is below 1; the reward {self.signal_from} has given a completion {found[0]:g}, and 1 "
+                "means right, 0 wrong. Name a reward of values from 0 to 1 in rollout.signal_from, or set rollout.solved_share "
+                "to 1."
             )
         asked = [each for part, _ in parts for each in part]
         solved, unsolved = ({row for row, answer in asked if answer is each} for each in (True, False))

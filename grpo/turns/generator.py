@@ -133,14 +133,12 @@ class Calls:
 
     def __init__(self, toolbox: Toolbox, errand: Errand) -> None:
         self.toolbox, self.errand = toolbox, errand
-        self.made: dict[
-            int, tuple[Conversation, int, Request | Ask]
-        ] = {}  # by their number in the errand, and not taken in
+        self.under_way: dict[int, tuple[Conversation, int, Request | Ask]] = {}  # by their number in the errand
         self.num_taken = 0
         self.answered: list[Conversation] = []  # which wait for no call
 
     def __bool__(self) -> bool:
-        return bool(self.made or self.answered)
+        return bool(self.under_way or self.answered)
 
     def make(self, conversation: Conversation) -> None:
         """Hand on the calls of a conversation that can be made now, and return at once.
@@ -153,12 +151,12 @@ class Calls:
         for number in conversation.open_calls:
             request = conversation.asked[number]
             assert isinstance(request, (Request, Ask)), "it is open"
-            self.made[len(self.errand.calls)] = conversation, number, request
+            self.under_way[len(self.errand.calls)] = conversation, number, request
             conversation.num_on_their_way += 1
             with self._naming_bugs():
                 self.errand.add([self.toolbox.call(request, conversation.states, conversation.prompt.columns)])
 
-    def take_in(self, *, wait: bool = True) -> list[Conversation]:
+    def take_in(self, *, wait: bool) -> list[Conversation]:
         """Put each answer that has come in its request's place; the conversations that wait for no other.
 
         Args:
@@ -168,12 +166,12 @@ class Calls:
             RunError: a class's object cannot be made, begun or kept, or an environment has a bug.
         """
         with self._naming_bugs():
-            if wait and self.made and not self.answered:
+            if wait and self.under_way and not self.answered:
                 with progress.busy("waiting for tools", math.inf):  # each call has its time limit
                     self.errand.wait_for_more(self.num_taken)
             self.errand.check()
-        for call in [call for call in self.made if call in self.errand.made]:
-            conversation, number, request = self.made.pop(call)
+        for call in [call for call in self.under_way if call in self.errand.made]:
+            conversation, number, request = self.under_way.pop(call)
             outcome = self.errand.made[call]
             conversation.asked[number] = self.toolbox.answer(request, outcome, conversation.states)
             self.errand.forget(call)
@@ -189,7 +187,7 @@ class Calls:
         try:
             yield
         except FunctionBug as bug:
-            raise self.toolbox.unusable(self.made[bug.call][2], bug) from None
+            raise self.toolbox.unusable(self.under_way[bug.call][2], bug) from None
 
 
 class TurnGenerator:
