@@ -139,6 +139,18 @@ def test_pages_are_not_taken_from_those_that_wait_where_that_is_not_enough():
     assert (back.num_kept, len(back.tokens)) == (4 * PAGE - 1, 4 * PAGE + 1)
 
 
+def test_a_prefix_that_only_those_who_wait_hold_is_room_for_another():
+    slots = make_slots([(20 * PAGE, PAGE)], group=2, num_slots=8, num_pages=60)
+    slots.read_ahead(10**6)
+    slots.start(4)
+    for sequence in [*slots.running]:
+        slots.set_down(sequence)
+    slots.unread.append(Prefix(deque([Sequence(9, [1] * (30 * PAGE), 1, seed=0)])))
+    (taken,) = slots.read_ahead(10**6)
+    assert len(taken.pages) == 30  # and the reserve for a sequence of full length is what those who wait would give up
+    assert slots.num_preempted == 0
+
+
 def test_the_keys_of_those_that_return_together_are_bounded():
     slots = make_slots([(40 * PAGE, PAGE)] * 6, group=1, num_slots=8, num_pages=2000)
     while slots.read_ahead(10**6):

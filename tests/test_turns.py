@@ -462,6 +462,31 @@ def test_a_thought_that_a_result_opens_belongs_to_what_follows():
     assert completion.turns[-1].text == "<think>so </think> dog"
 
 
+def test_calls_of_one_turn_are_each_made_once_whichever_is_answered_first(tmp_path: Path):
+    def note(word: str, seconds: float) -> str:
+        """Write a word down.
+
+        Args:
+            word: the word.
+            seconds: to wait before.
+        """
+        time.sleep(seconds)
+        with (tmp_path / "notes").open("a") as file:
+            file.write(word)
+        return word
+
+    turn = call("note", word="a", seconds=0.6) + call("note", word="b", seconds=0.0)
+    prompt = Prompt(0, TOKENIZER("x")["input_ids"], "x", "", {"question": "x", "answer": ""})
+    inner = Scripted([[f"p {turn}", "", "q"]])  # by the number of calls before
+    end = TOKENIZER(f"p {turn}", add_special_tokens=False)["input_ids"][-1]
+    form = replace(TAGGED, stop=(), ends=frozenset({end}), between="|")
+    with Toolbox.of(ToolsConfig(), ScoringConfig(num_workers=2), [note]) as toolbox:
+        generator = TurnGenerator(inner, toolbox, form, TOKENIZER, ToolsConfig())
+        (group,) = generator.sample([prompt], Sampling(400, stop=TAGGED.stop), num_completions=1, seed=1)
+    assert (tmp_path / "notes").read_text() == "ba"
+    assert results(group.completions[0]) == ["<result>a|b</result>"]
+
+
 def test_what_a_conversation_draws_depends_on_its_place_and_turn_alone():
     lines = [[f"{n} {call(word='a')}", "e"] for n in "pq"]
     _, _, first = converse(lines)
