@@ -140,7 +140,7 @@ def test_pages_are_not_taken_from_those_that_wait_where_that_is_not_enough():
 
 
 def test_a_prefix_that_only_those_who_wait_hold_is_room_for_another():
-    slots = make_slots([(20 * PAGE, PAGE)], group=2, num_slots=8, num_pages=60)
+    slots = make_slots([(20 * PAGE, PAGE)], group=2, num_slots=8, num_pages=64)
     slots.read_ahead(10**6)
     slots.start(4)
     for sequence in [*slots.running]:

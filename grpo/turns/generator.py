@@ -165,11 +165,9 @@ class Calls:
         Raises:
             RunError: a class's object cannot be made, begun or kept, or an environment has a bug.
         """
-        with self._naming_bugs():
-            if wait and self.under_way and not self.answered:
-                with progress.busy("waiting for tools", math.inf):  # each call has its time limit
-                    self.errand.wait_for_more(self.num_taken)
-            self.errand.check()
+        if wait and self.under_way and not self.answered:
+            with self._naming_bugs(), progress.busy("waiting for tools", math.inf):  # each call has its time limit
+                self.errand.wait_for_more(self.num_taken)
         for call in [call for call in self.under_way if call in self.errand.made]:
             conversation, number, request = self.under_way.pop(call)
             outcome = self.errand.made[call]
