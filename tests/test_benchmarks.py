@@ -77,7 +77,7 @@ def test_a_text_of_words_reads_back_as_its_tokens_and_none_of_them_ends_it():
     import workload
 
     tokenizer = workload.word_tokenizer(151936)
-    for ids in workload.prompt_ids(4):
+    for ids in workload.prompt_ids(4, "7b"):
         assert 90 <= len(ids) <= 199
         assert tokenizer(tokenizer.decode(ids))["input_ids"] == ids
     assert tokenizer.eos_token_id == 151936
@@ -143,7 +143,7 @@ def test_a_step_is_measured_and_has_exactly_the_tokens_it_says(whole_step: Done)
     assert middle["completion/length_mean"] == middle["completion/length_max"] == 8
     phases = [value for name, value in middle.items() if name.startswith("time/") and name != "time/step"]
     assert record["step"] == pytest.approx(sum(phases), rel=1e-6)
-    prompt_lens = [len(ids) for ids in workload.prompt_ids(2)]
+    prompt_lens = [len(ids) for ids in workload.prompt_ids(2, "tiny")]
     assert middle["batch/shared"] == pytest.approx(sum(prompt_lens) / (2 * sum(prompt_lens) + 4 * 8))
     micro = a_pass(prompt_lens=prompt_lens, completion_lens=[[8, 8], [8, 8]])
     assert middle["update/tflop"] == pytest.approx(step.update_flops(workload.model_config("tiny"), [micro]) / 1e12)
