@@ -45,10 +45,10 @@ def test_an_updates_operations_are_those_that_torch_counts():
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         PackedLM(lm, temperature=1.0, chunk_tokens=16)(micro)[0].sum().backward()
     # sdpa computes all pairs of a run's queries and keys; q (q - 1) / 2 of them are masked and do not count, 12 H operations each
-    masked = 12 * 64 * 2 * sum(q * (q - 1) // 2 for q in (7, 5, 20, 1, 12, 9))
-    head_again = 2 * 100 * 64 * (20 + 1 + 12 + 9)  # the logits are computed once more for the backward pass
-    # transformers 5.17 has the angles as a product of 8 frequencies and the positions, 5.23 has not
-    rotation = 2 * 8 * len(micro.tokens)
+    masked = 12 * 128 * 3 * sum(q * (q - 1) // 2 for q in (7, 5, 20, 1, 12, 9))
+    head_again = 2 * 100 * 128 * (20 + 1 + 12 + 9)  # the logits are computed once more for the backward pass
+    # transformers 5.17 has the angles as a product of 16 frequencies and the positions, 5.23 has not
+    rotation = 2 * 16 * len(micro.tokens)
     assert counter.get_total_flops() - masked - head_again - step.update_flops(config, [micro]) in (0, rotation)
 
 
