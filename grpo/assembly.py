@@ -145,7 +145,7 @@ def assemble(
         config.algorithm,
         config.optimizer,
         optimizer_steps=config.optimizer_steps,
-        token_budget=config.memory.micro_batch_tokens,
+        token_budget=config.pass_tokens,
         max_completion_tokens=config.rollout.max_completion_tokens,
         loss=loss,
     )

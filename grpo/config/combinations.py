@@ -397,11 +397,13 @@ def _check_updates(config: Config) -> None:
             f"algorithm.reference_refresh_steps is {algorithm.reference_refresh_steps}; there is no reference, because "
             "algorithm.kl_coef is 0. Remove it, or set algorithm.kl_coef > 0."
         )
-    if memory.micro_batch_tokens < config.max_sequence_tokens:
+    at_once = config.distributed.sequence_parallel
+    if config.pass_tokens < config.max_sequence_tokens:
+        times = f", times {at_once} (distributed.sequence_parallel)" * (at_once > 1)
         raise ValueError(
-            f"memory.micro_batch_tokens is {memory.micro_batch_tokens}; one sequence may have "
+            f"memory.micro_batch_tokens is {memory.micro_batch_tokens}{times}; one sequence may have "
             f"{config.max_sequence_tokens} tokens (data.max_prompt_tokens + rollout.max_completion_tokens) and is never "
-            f"split. Set memory.micro_batch_tokens >= {config.max_sequence_tokens}."
+            f"split. Set memory.micro_batch_tokens >= {-(-config.max_sequence_tokens // at_once)}."
         )
     every, forever = config.checkpoint.every_steps, config.checkpoint.keep_every
     if forever and (every == 0 or forever % every):

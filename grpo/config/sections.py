@@ -532,8 +532,9 @@ class OptimizerConfig(Section):
 
 class MemoryConfig(Section):
     micro_batch_tokens: PositiveInt = 16384
-    """Tokens per forward and backward pass of one process, a prompt counted once for all its completions. Results do not depend
-    on it; passes below 32,768 tokens leave a fast GPU waiting for the host on small models."""
+    """Tokens per forward and backward pass of one process, a prompt counted once for all its completions; processes that run it
+    together (distributed.sequence_parallel) have as many each. Results do not depend on it; passes below 32,768 tokens leave a
+    fast GPU waiting for the host on small models."""
     logprob_chunk_tokens: PositiveInt = 4096
     """Completion tokens whose logits over the vocabulary exist at once, in the model's precision. Results do not depend on it."""
     activation_checkpointing: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -554,6 +555,10 @@ class DistributedConfig(Section):
     bytes of GPU memory per trained weight, divided by the processes; each update then takes the CPU's time."""
     offload_parameters: bool = False
     """Keep the weights' shards in the machine's memory too, under ZeRO-3 only; they pass through the GPU layer by layer."""
+    sequence_parallel: PositiveInt = 1
+    """Processes that run each pass of the update together, each with its share of the tokens and, in attention, of the heads
+    (DeepSpeed-Ulysses): for sequences whose activations are too large for one GPU. A pass has up to memory.micro_batch_tokens for
+    each of them. It divides the number of processes and of the model's attention heads. Sampling does not change."""
 
 
 class EvaluationConfig(Section):

@@ -294,6 +294,11 @@ class Config(Settings):
     def max_sequence_tokens(self) -> int:
         return self.data.max_prompt_tokens + self.rollout.max_completion_tokens
 
+    @property
+    def pass_tokens(self) -> int:
+        """Most tokens of a pass, over the processes that run it together."""
+        return self.memory.micro_batch_tokens * self.distributed.sequence_parallel
+
     def summary(self, *, num_rows: int, world_size: int) -> str:
         """The numbers people ask for first, for a data set of `num_rows` questions on `world_size` processes."""
         rollout, steps = self.rollout, self.run.steps

@@ -253,8 +253,9 @@ class Meter:
         for name in _names(meter.totals for meter in meters):
             reduced[name] = sum(meter.totals.get(name, 0.0) for meter in meters)
         for name in _names(meter.work for meter in meters):
-            columns = list(zip(*(meter.work[name] for meter in meters), strict=True))
-            fullest = len(meters) * sum(max(column) for column in columns)
+            works = [meter.work[name] for meter in meters if name in meter.work]
+            columns = list(zip(*works, strict=True))
+            fullest = len(works) * sum(max(column) for column in columns)
             reduced[name] = 1 - sum(map(sum, columns)) / fullest if fullest else 0.0
         return reduced
 

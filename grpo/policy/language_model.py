@@ -28,8 +28,10 @@ from grpo.policy.families import (
 )
 from grpo.policy.logprobs import token_logprobs
 from grpo.policy.model_source import from_source, model_config
+from grpo.policy.sequence_parallel import Share
 from grpo.policy.tokenizer import load_tokenizer, vocabulary_size
 from grpo.system import progress
+from grpo.system.distributed import SequenceGroup
 from grpo.types import MicroBatch
 
 
@@ -78,13 +80,27 @@ class PackedLM(nn.Module):
         super().__init__()
         self.lm = lm
         self.temperature = temperature
+        self.sequence_group: SequenceGroup | None = None  # of processes that run each pass together
         self.logprobs_of = LogprobHead(lm, chunk_tokens=chunk_tokens)
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability and entropy (nats) of each completion token at the sampling temperature, and whether it is the
         likeliest; each (T,)."""
+        if self.sequence_group is not None:
+            return self._together(micro, Share(self.sequence_group, len(micro.tokens)))
         hidden = self.lm.base_model(**packed_inputs(micro)).last_hidden_state.squeeze(0)
         return self.logprobs_of(hidden[micro.source_index], micro.targets, self.temperature)
+
+    def _together(self, micro: MicroBatch, share: Share) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, of which this process computes what follows from its places."""
+        hidden = self.lm.base_model(**packed_inputs(share.inputs(micro))).last_hidden_state.squeeze(0)
+        own = share.targets(micro)
+        # without a token of its own a process takes part for one that it leaves out again: ZeRO-3 counts on the output layer
+        source = micro.source_index[own] - share.start if len(own) else own.new_zeros(1)
+        targets = micro.targets[own] if len(own) else own.new_zeros(1)
+        parts = (part[: len(own)] for part in self.logprobs_of(hidden[source], targets, self.temperature))
+        logprobs, entropy, likeliest = share.whole(own, *parts, num_tokens=len(micro.targets))
+        return logprobs, entropy, likeliest.bool()
 
 
 class LogprobHead(nn.Module):
