@@ -134,6 +134,10 @@ def check_combinations(config: Config) -> None:
     _check_updates(config)
     _check_objective(config.algorithm)
     _check_offload(config.distributed)
+    if config.model.float32_head and config.model.dtype == "float32":
+        raise ValueError(
+            "model.float32_head is true; with model.dtype float32 the logits are in float32 anyway. Remove one of the two."
+        )
     _check_lora(config.lora)
     check_watchdog(config)
     _check_rate(config.optimizer)

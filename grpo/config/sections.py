@@ -50,6 +50,10 @@ class ModelConfig(Section):
     """Branch, tag or commit of a hub model. Pin it for a run that others should repeat."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights in the forward pass; the optimizer keeps float32 masters. auto: bfloat16 on CUDA, float32 on CPU."""
+    float32_head: bool = False
+    """Keep the logits of a bfloat16 model in float32, in the update and the native engine; else they are rounded to 8 bits, which
+    is much of what the two differ by (MiniMax-M1, arXiv 2506.13585, section 3.2; ScaleRL, arXiv 2510.13786). Takes twice the
+    memory for logits, of which memory.logprob_chunk_tokens exist at once."""
     resize_embeddings: bool = False
     """Where the tokenizer has tokens beyond the model's embedding matrix, give it rows for them, near the mean of the others.
     false: prompts with such tokens are refused."""
