@@ -120,10 +120,10 @@ def check_combinations(config: Config) -> None:
             f"rollout.max_oversampling is {rollout.max_oversampling:g}; it allows not one question more than the "
             f"{rollout.num_prompts} of a step (rollout.num_prompts). Set it to 1, or to 2 or more."
         )
-    if rollout.signal_from is not None and rollout.max_oversampling == rollout.solved_share == 1:
+    if rollout.signal_from is not None and rollout.max_oversampling == 1 and not rollout.passes_over:
         raise ValueError(
-            f"rollout.signal_from is {rollout.signal_from!r}; it has no effect while rollout.max_oversampling is 1 and "
-            "rollout.solved_share 1. Remove it, or set one of these."
+            f"rollout.signal_from is {rollout.signal_from!r}; it has no effect while rollout.max_oversampling, "
+            "rollout.solved_share and hopeless_share are 1. Remove it, or set one of these."
         )
     if rollout.solved_from != type(rollout).model_fields["solved_from"].default and rollout.solved_share == 1:
         raise ValueError(

@@ -221,6 +221,9 @@ class RolloutConfig(Section):
     solved_from: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of right answers, those of value 1, from which on a question is solved (ScaleRL: 0.9). Where unknown ones decide it,
     it stays what it was."""
+    hopeless_share: Share = 1.0
+    """The same for hopeless questions, of which not one of the answers that they had last was right: asked at this share of their
+    turns. Lowering it spends less on groups that teach nothing, and notices later what has come within reach; 0 never does."""
     carry_over: bool = False
     """Give places that fall free while the last completions of a batch run to those of later questions, which go on from there in
     their own step: no place waits for the longest answer. The batch is the next questions in dealt order as ever. Its tokens are
@@ -246,6 +249,11 @@ class RolloutConfig(Section):
     optional extra. auto: native if it supports the model, else hf."""
     fused_layers: bool = True
     """Let the native engine run its fused kernels for the families it has them for. false: the model's own layers."""
+
+    @property
+    def passes_over(self) -> bool:
+        """Whether some questions are not asked at each of their turns."""
+        return min(self.solved_share, self.hopeless_share) < 1
 
 
 class VLLMConfig(Section):

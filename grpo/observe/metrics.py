@@ -32,8 +32,8 @@ METRICS = {
     "logged/<name>": "mean of the numbers that reward functions gave to log_metric under that name in the step",
     "group/with_signal": "share of the sampled groups whose known rewards are not all equal; others do nothing in the surrogate "
     "(with algorithm.pass_at, nor do those with too few wrong answers)",
-    "group/passed_over": "turns passed over in the step, of solved questions and of those it had asked already; "
-    "this only with rollout.solved_share below 1",
+    "group/passed_over": "turns passed over in the step, of solved or hopeless questions and of those it had asked "
+    "already; this only with rollout.solved_share or hopeless_share below 1",
     "group/sampled": "groups that were sampled; this and the next six only with rollout.max_oversampling above 1",
     "group/replaced": "of them, those with no signal in rollout.signal_from that are not in the batch",
     "group/surplus": "of them, those with that signal that the batch had no room for",
@@ -132,7 +132,8 @@ METRICS = {
     "progress/epoch": "questions (those passed over, too), or rows of supervised training, dealt so far, as a multiple of the "
     "training set",
     "progress/solved": "share of the training questions that are solved, as the answers say that each had last; with "
-    "rollout.solved_share below 1",
+    "rollout.solved_share or hopeless_share below 1",
+    "progress/hopeless": "share of them of which not one of these answers was right",
     "kind/<question_kind>/reward": "reward/mean over the completions of questions of a kind (data.kind_column)",
     "kind/<question_kind>/length": "mean number of completion tokens of the same",
     "kind/<question_kind>/<function>": "reward/<function> over the same; absent where the function gave no verdict",
