@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -176,11 +177,17 @@ def check_reward_names(names: Iterable[str]) -> None:
 
 def _is_own(metric: str) -> bool:
     """Whether a metric in whose name no reward stands has this name."""
+    return _own_names().fullmatch(metric) is not None
+
+
+@cache
+def _own_names() -> re.Pattern[str]:
     own = (name for name in METRICS if "<function>" not in name or name.endswith("_stderr"))
-    patterns = (
-        re.escape(name).replace("<function>", ".+").replace("<k>", r"\d+").replace("<n>", r"\d+") for name in own
+    return re.compile(
+        "|".join(
+            re.escape(name).replace("<function>", ".+").replace("<k>", r"\d+").replace("<n>", r"\d+") for name in own
+        )
     )
-    return any(re.fullmatch(pattern, metric) for pattern in patterns)
 
 
 @dataclass
