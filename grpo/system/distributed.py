@@ -25,7 +25,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import datasets
 import huggingface_hub.utils
 import torch
 import torch.distributed as dist
@@ -37,7 +36,7 @@ from torch import Tensor
 from transformers.integrations import unset_hf_deepspeed_config
 
 from grpo.config import Config
-from grpo.system import heartbeat
+from grpo.system import heartbeat, hub_access
 from grpo.system.terminal import say
 
 GIB = 2**30
@@ -417,7 +416,7 @@ def _free_port() -> int:
 
 def _quiet() -> None:
     """Keep progress bars of loading, and notices that only library authors can act on, out of a run's output."""
-    datasets.disable_progress_bars()
+    hub_access.hide_bars_of_data_sets()
     transformers.utils.logging.disable_progress_bar()
     if os.environ.get("RANK", "0") == "0" and sys.stderr is not None and sys.stderr.isatty():
         huggingface_hub.utils.enable_progress_bars()  # which the line above takes away too: a download may take minutes
