@@ -429,12 +429,16 @@ def test_what_is_no_environment_and_what_does_not_go_with_one_is_refused(tmp_pat
         Trainer(tiny_config(tmp_path, environment={"function": "guess_number", "rows": {"size": 5}}))
     with pytest.raises(ValueError, match=r"environment.max_turns is 3; there is no environment, and it has no effect"):
         Trainer(tiny_config(tmp_path, environment={"max_turns": 3}))
-    with pytest.raises(ValueError, match=r"carry_over is true; a completion that waits for its environment"):
-        tiny_config(
-            tmp_path,
-            environment={"function": "second_try"},
-            rollout={"carry_over": True, "engine": "native"},
-        )
+    carries: dict[str, Any] = {
+        "rollout": {"carry_over": True, "engine": "native", "max_completion_tokens": 40},
+        "algorithm": {"importance": "truncate", "importance_high": 2.0},
+        "schedules": {"rollout.max_completion_tokens": {"points": {0: 20, 4: 40}}},
+    }
+    tiny_config(tmp_path, **carries)
+    with pytest.raises(ValueError, match=r"cannot be carried to another. Remove the schedule, or rollout.carry_over"):
+        tiny_config(tmp_path, environment={"function": "second_try"}, **carries)
+    with pytest.raises(ValueError, match=r"cannot be carried to another. Remove the schedule, or rollout.carry_over"):
+        Trainer(tiny_config(tmp_path, **carries), rewards=[], environment=Higher)
 
 
 def test_the_environments_that_come_along_answer_what_a_model_may_write():
