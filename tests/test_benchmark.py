@@ -273,7 +273,9 @@ def test_an_environment_is_played_its_numbers_are_those_of_the_samples_and_a_kil
     again = benchmark.evaluate(played(), out, ONE)["results"][0]
     assert samples(out) == sorted(rows, key=lambda row: (row["row"], row["sample"]))
     assert again["metrics"] == found["metrics"]
-    with pytest.raises(ValueError, match=r"the evaluation there has --environment \{.*'later': 0.25.*their samples must not"):
+    with pytest.raises(
+        ValueError, match=r"the evaluation there has --environment \{.*'later': 0.25.*their samples must not"
+    ):
         benchmark.evaluate(played(environment=None), out, ONE)
 
 
@@ -306,12 +308,21 @@ def environment_of(function: str, **values: Any) -> dict[str, Any]:
             {"environment": environment_of("second_try", reply_template="{text}"), "benchmarks": [], "data": {}},
             r"^--environment is 'second_try', which brings no questions of its own\. Name some to play it on: --benchmarks",
         ),
-        ({"environment": environment_of("second_try")}, r"^reply_template of --environment is missing; --templates none"),
+        (
+            {"environment": environment_of("second_try")},
+            r"^reply_template of --environment is missing; --templates none",
+        ),
         ({"environment": environment_of("second_tri")}, r"^--environment is 'second_tri'.*second_try"),
         ({"endpoint": "http://x/v1"}, r"^--tools is \['calculator'\] with --endpoint"),
-        ({"endpoint": "http://x/v1", "tools": []}, r"^--environment is 'second_try' with --endpoint; what it says is put"),
+        (
+            {"endpoint": "http://x/v1", "tools": []},
+            r"^--environment is 'second_try' with --endpoint; what it says is put",
+        ),
         ({"environment": environment_of("guess_number", rows={"size": 3})}, r"^--environment has rows .* no effect"),
-        ({"question_template": "User:"}, r"^--question-template is 'User:'; the question takes the place of \{question\}"),
+        (
+            {"question_template": "User:"},
+            r"^--question-template is 'User:'; the question takes the place of \{question\}",
+        ),
     ],
 )
 def test_what_cannot_be_played_is_refused(tmp_path: Path, changed: dict[str, Any], message: str):
@@ -323,7 +334,9 @@ def test_what_cannot_be_played_is_refused(tmp_path: Path, changed: dict[str, Any
 def test_an_environment_is_named_as_it_is_or_with_all_its_section_has_or_by_a_configuration(tmp_path: Path):
     assert named_environment("guess_number").function == "guess_number"
     assert named_environment('{"function": "guess_number", "max_turns": 3}').max_turns == 3
-    config = tiny_config(tmp_path, environment={"function": "guess_number", "args": {"early": 0.5}}, data={"name": None})
+    config = tiny_config(
+        tmp_path, environment={"function": "guess_number", "args": {"early": 0.5}}, data={"name": None}
+    )
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert named_environment(str(tmp_path / "config.yaml")).args == {"early": 0.5}
     for text, message in (
