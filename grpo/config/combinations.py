@@ -342,14 +342,18 @@ def check_rewards(config: Config) -> None:
         )
 
 
-CARRY_OVER_WITH_TOOLS = (
-    "rollout.carry_over is true; a completion that waits for a tool cannot be carried over to another step. Remove "
-    "rollout.carry_over, or the tools."
-)
-CARRY_OVER_WITH_ENVIRONMENT = (
-    "rollout.carry_over is true; a completion that waits for its environment cannot be carried over to another step. Remove "
-    "rollout.carry_over, or the environment."
-)
+def check_carried_turns(config: Config) -> None:
+    """For a run with tools or an environment, which may be handed to Trainer.
+
+    Raises:
+        ValueError: it carries completions over, whose limit changes.
+    """
+    setting = "rollout.max_completion_tokens"
+    if config.rollout.carry_over and setting in config.schedules:
+        raise ValueError(
+            f"rollout.carry_over is true, and schedules has {setting}; what a tool or an environment answered under one limit "
+            "cannot be carried to another. Remove the schedule, or rollout.carry_over."
+        )
 
 
 def _check_carry_over(config: Config) -> None:
@@ -366,10 +370,8 @@ def _check_carry_over(config: Config) -> None:
             f"rollout.carry_over is true; rollout.engine {rollout.engine} cannot go on with completions that were begun in an "
             "earlier step. Set rollout.engine to native, or remove rollout.carry_over."
         )
-    if config.tools.functions:
-        raise ValueError(CARRY_OVER_WITH_TOOLS)
-    if config.environment.function is not None:
-        raise ValueError(CARRY_OVER_WITH_ENVIRONMENT)
+    if config.tools.functions or config.environment.function is not None:
+        check_carried_turns(config)
     if config.algorithm.importance == "none" and config.algorithm.clip != "divergence":
         raise ValueError(
             "rollout.carry_over is true; part of the tokens are then drawn by older weights, and algorithm.importance none would "
