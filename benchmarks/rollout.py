@@ -93,7 +93,7 @@ def parse_args() -> argparse.Namespace:
 def model_and_prompts(args: argparse.Namespace) -> tuple[str, list[Prompt]]:
     model = args.model or str(saved_model(args.size, args.cache))
     if args.questions is None:
-        return model, [Prompt(i, tokens, "", "", {}) for i, tokens in enumerate(prompt_ids(args.prompts))]
+        return model, [Prompt(i, tokens, "", "", {}) for i, tokens in enumerate(prompt_ids(args.prompts, args.size))]
     data = DataConfig(name=str(args.questions), template=args.template)
     tokenizer = load_tokenizer(ModelConfig(name=model))
     return model, build_prompts(load_rows(data)[: args.prompts], tokenizer, data)[0]

@@ -36,7 +36,7 @@ from step import GIB, in_a_process
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_step import Clock
-from workload import SHAPES, device_name, device_type, model_config, saved_model, synchronize
+from workload import SHAPES, device_name, device_type, saved_model, synchronize, word_ids
 
 from grpo import SupervisedConfig, SupervisedTrainer
 from grpo.policy.language_model import resolve_dtype
@@ -102,7 +102,7 @@ def model_of(args: argparse.Namespace) -> str:
 def random_rows(args: argparse.Namespace) -> list[dict[str, list[int]]]:
     """Of lengths drawn evenly from the two ranges; enough for all updates."""
     rng, rows, tokens = random.Random(0), [], 0
-    some = range(1000, min(100_000, model_config(args.size).vocab_size))
+    some = word_ids(args.size)
     while tokens < (args.warmup + args.updates + 1) * args.update_tokens:
         lens = rng.randint(*args.prompt_lens), rng.randint(*args.completion_lens)
         prompt, completion = (rng.choices(some, k=length) for length in lens)

@@ -208,7 +208,7 @@ def make_config(args: argparse.Namespace, model: Path, scratch: Path) -> Config:
 
 def make_trainer(args: argparse.Namespace, config: Config) -> Trainer:
     """On as many questions as a step has, so that all steps are the same work."""
-    ids = prompt_ids(config.rollout.num_prompts)
+    ids = prompt_ids(config.rollout.num_prompts, args.size)
     tokenizer = AutoTokenizer.from_pretrained(config.model.name)
     rows = [{"question": tokenizer.decode(each), "answer": ""} for each in ids]
     trainer = Trainer(config, rewards=[random_reward], train_dataset=rows)

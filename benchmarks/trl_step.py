@@ -57,7 +57,9 @@ def measure_trl(args: argparse.Namespace, *, liger: bool) -> dict[str, Any]:
             processing_class=tokenizer,
             args=settings,
             reward_funcs=random_reward,
-            train_dataset=Dataset.from_list([{"prompt": tokenizer.decode(ids)} for ids in prompt_ids(args.prompts)]),
+            train_dataset=Dataset.from_list(
+                [{"prompt": tokenizer.decode(ids)} for ids in prompt_ids(args.prompts, args.size)]
+            ),
             callbacks=[clock],
         )
         clock.watch_generation(trainer, num_tokens=num_sequences * args.new_tokens)

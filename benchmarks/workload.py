@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwe
 
 LONGEST_PROMPT = 199
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "tiny": {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 2048,
+    },
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
     "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
     "7b": {
@@ -27,7 +29,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4, "tie_word_embeddings": False, "vocab_size": 152064,
     },
 }  # fmt: skip
-"""Qwen2.5's, where they differ from `model_config`; tiny is for trying a benchmark out on a CPU."""
+"""Qwen2.5's, where they differ from `model_config`; tiny, the quickstart's with a larger vocabulary, is for a CPU."""
 
 
 def on_gpu() -> bool:
@@ -60,10 +62,15 @@ def random_lm(size: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(model_config(size), dtype=torch.bfloat16)
 
 
-def prompt_ids(number: int) -> list[list[int]]:
-    """Tokens of `number` prompts, the same in every call; each is one of `word_tokenizer`'s words."""
-    rng = random.Random(0)
-    return [[rng.randrange(1000, 100_000) for _ in range(rng.randrange(90, LONGEST_PROMPT + 1))] for _ in range(number)]
+def word_ids(size: str) -> range:
+    """Tokens that are words of `word_tokenizer` in a model of this size."""
+    return range(1000, min(100_000, model_config(size).vocab_size))
+
+
+def prompt_ids(number: int, size: str) -> list[list[int]]:
+    """Tokens of `number` prompts, the same in every call; each is a word."""
+    rng, words = random.Random(0), word_ids(size)
+    return [[rng.choice(words) for _ in range(rng.randrange(90, LONGEST_PROMPT + 1))] for _ in range(number)]
 
 
 def random_reward(completion_ids: list[int]) -> float:

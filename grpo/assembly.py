@@ -121,9 +121,9 @@ def assemble(
     if advantage is None and config.algorithm.normalize_by_mean:
         _check_not_negative(config, functions)
     signal_from = _signal_from(config, functions)
-    if config.rollout.solved_share < 1:
+    if config.rollout.passes_over:
         processes.say(
-            f"the reward {signal_from} decides which questions are solved: 1 means right, a smaller value wrong"
+            f"the reward {signal_from} decides which questions are solved or hopeless: 1 means right, a smaller value wrong"
         )
     config, in_use = _with_tools(config, processes, tokenizer, tools, surroundings)
     questions = _questions(config, processes, tokenizer, functions, train_dataset, eval_dataset, order, in_use)
@@ -145,7 +145,7 @@ def assemble(
         config.algorithm,
         config.optimizer,
         optimizer_steps=config.optimizer_steps,
-        token_budget=config.memory.micro_batch_tokens,
+        token_budget=config.pass_tokens,
         max_completion_tokens=config.rollout.max_completion_tokens,
         loss=loss,
     )
@@ -271,10 +271,10 @@ def _without_effect(config: Config, **given: Callable[..., Any] | None) -> Itera
         yield f"data.order_by is {config.data.order_by!r}, without effect: order was given to Trainer"
     if given["order"] is not None and config.data.weights is not None:
         yield "the weights in data.name are without effect: order was given to Trainer"
-    elif config.rollout.solved_share < 1 and config.data.weights is not None:
+    elif config.rollout.passes_over and config.data.weights is not None:
         yield (
-            f"rollout.solved_share is {config.rollout.solved_share:g}: the weights in data.name share out turns, and a source "
-            "with more solved questions is passed over more often"
+            f"rollout.solved_share is {config.rollout.solved_share:g} and hopeless_share {config.rollout.hopeless_share:g}: the "
+            "weights in data.name share out turns, and a source with more such questions is passed over more often"
         )
 
 
@@ -325,6 +325,7 @@ def _questions(
         weights=config.data.weights if train_dataset is None and own_order is None else None,
         own=own_order,
         solved_share=config.rollout.solved_share,
+        hopeless_share=config.rollout.hopeless_share,
         ranks=ranks(prompts, config.data) if own_order is None else None,
         ranked_epochs=config.data.order_epochs,
     )

@@ -210,8 +210,9 @@ class Trainer(Loop):
         metrics |= {f"schedule/{name}": float(value) for name, value in self.now.scheduled_values().items()}
         metrics["progress/epoch"] = self.state.position / len(self.prompts.prompts)
         self._follow_entropy(metrics)
-        if self.prompts.solved_share < 1:
-            metrics["progress/solved"] = len(self.state.solved) / len(self.prompts.prompts)
+        if self.prompts.passes_over:
+            for name, rows in (("solved", self.state.solved), ("hopeless", self.state.hopeless)):
+                metrics[f"progress/{name}"] = len(rows) / len(self.prompts.prompts)
         return self._close_step(metrics, rollout)
 
     # ---- what the run's course asks for ------------------------------------------------------------------------------

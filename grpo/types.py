@@ -357,6 +357,7 @@ class Packing:
     key_index: Tensor  # (K,) the place of each key
     own_key: Tensor  # (S,) where the keys have each place as part of its own run
     shared_keys: Tensor  # (prompt tokens, G) where else they have each, for the completions that see it; -1: nowhere
+    share: Any = None  # a sequence_parallel.Share, where several processes share the pass
 
 
 @dataclass

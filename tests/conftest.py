@@ -46,6 +46,7 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported; the kernels then run on the CPU
 
+import graders  # noqa: E402
 import warm  # noqa: E402  which keeps the environment as it is here
 
 torch.set_num_threads(1)
@@ -56,6 +57,7 @@ from grpo import report  # noqa: E402
 from grpo.report import at_the_end  # noqa: E402
 
 without_pictures()
+graders.use()
 
 
 @pytest.fixture

@@ -45,10 +45,10 @@ def test_an_updates_operations_are_those_that_torch_counts():
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         PackedLM(lm, temperature=1.0, chunk_tokens=16)(micro)[0].sum().backward()
     # sdpa computes all pairs of a run's queries and keys; q (q - 1) / 2 of them are masked and do not count, 12 H operations each
-    masked = 12 * 64 * 2 * sum(q * (q - 1) // 2 for q in (7, 5, 20, 1, 12, 9))
-    head_again = 2 * 100 * 64 * (20 + 1 + 12 + 9)  # the logits are computed once more for the backward pass
-    # transformers 5.17 has the angles as a product of 8 frequencies and the positions, 5.23 has not
-    rotation = 2 * 8 * len(micro.tokens)
+    masked = 12 * 128 * 3 * sum(q * (q - 1) // 2 for q in (7, 5, 20, 1, 12, 9))
+    head_again = 2 * 100 * 128 * (20 + 1 + 12 + 9)  # the logits are computed once more for the backward pass
+    # transformers 5.17 has the angles as a product of 16 frequencies and the positions, 5.23 has not
+    rotation = 2 * 16 * len(micro.tokens)
     assert counter.get_total_flops() - masked - head_again - step.update_flops(config, [micro]) in (0, rotation)
 
 
@@ -77,7 +77,7 @@ def test_a_text_of_words_reads_back_as_its_tokens_and_none_of_them_ends_it():
     import workload
 
     tokenizer = workload.word_tokenizer(151936)
-    for ids in workload.prompt_ids(4):
+    for ids in workload.prompt_ids(4, "7b"):
         assert 90 <= len(ids) <= 199
         assert tokenizer(tokenizer.decode(ids))["input_ids"] == ids
     assert tokenizer.eos_token_id == 151936
@@ -143,7 +143,7 @@ def test_a_step_is_measured_and_has_exactly_the_tokens_it_says(whole_step: Done)
     assert middle["completion/length_mean"] == middle["completion/length_max"] == 8
     phases = [value for name, value in middle.items() if name.startswith("time/") and name != "time/step"]
     assert record["step"] == pytest.approx(sum(phases), rel=1e-6)
-    prompt_lens = [len(ids) for ids in workload.prompt_ids(2)]
+    prompt_lens = [len(ids) for ids in workload.prompt_ids(2, "tiny")]
     assert middle["batch/shared"] == pytest.approx(sum(prompt_lens) / (2 * sum(prompt_lens) + 4 * 8))
     micro = a_pass(prompt_lens=prompt_lens, completion_lens=[[8, 8], [8, 8]])
     assert middle["update/tflop"] == pytest.approx(step.update_flops(workload.model_config("tiny"), [micro]) / 1e12)

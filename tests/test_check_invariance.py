@@ -12,6 +12,7 @@ from helpers import ROOT, launch_group, tiny_config
 from safetensors.torch import save_file
 
 from grpo.check import invariance
+from grpo.check.dry_run import changed
 from grpo.check.invariance import TOLERANCE, Variant, conclusion, plan, row, verdict
 from grpo.check.variant import EPSILON, SCALE, Replay, compare
 from grpo.config import Config
@@ -64,11 +65,10 @@ def test_the_tiny_models_update_is_the_same_in_every_variant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """Of its four launches one is of torchrun, whose two processes import everything."""
-    # ZeRO 0 and 1 on two processes are left to test_distributed
+    # ZeRO 0 and 1 on two processes, and passes that both run, are left to test_distributed
     launches = Forked(monkeypatch, launches=1)  # the first goes through torchrun
-    monkeypatch.setattr(
-        invariance, "plan", lambda *args: [v for v in plan(*args) if v.name not in ("ZeRO 0", "ZeRO 1")]
-    )
+    left_out = ("ZeRO 0", "ZeRO 1", "passes on 2 processes together")
+    monkeypatch.setattr(invariance, "plan", lambda *args: [v for v in plan(*args) if v.name not in left_out])
     assert invariance.check(small_config(tmp_path), processes=[1, 2], worker=(WORKER, "sharded")) == 0
     out = capsys.readouterr().out
     assert "Tolerance in float32: 2e-05 of the norm, 0.0001 of the update." in out
@@ -143,15 +143,25 @@ def test_the_variants_are_budgets_processes_and_stages(tmp_path: Path):
         ("ZeRO 0", 4),
         ("ZeRO 1", 4),
         ("ZeRO 3", 4),
+        ("passes on 2 processes together", 4),
     ]
     configs = [v.config for v in variants if v.config is not None]
-    assert [c.memory.micro_batch_tokens for c in configs] == [512, 120, 512, 512, 512, 512, 512]
-    assert [c.distributed.zero_stage for c in configs] == [2, 2, 2, 2, 0, 1, 3]
+    assert [c.memory.micro_batch_tokens for c in configs] == [512, 120, *[512] * 6]
+    assert [c.distributed.zero_stage for c in configs] == [2, 2, 2, 2, 0, 1, 3, 2]
+    assert [c.distributed.sequence_parallel for c in configs] == [*[1] * 7, 2]
     for config in configs:
         assert config.algorithm.num_minibatches == 1
         assert config.algorithm.kl_coef == 0.1
         assert config.optimizer.learning_rate == SCALE * EPSILON
         assert (config.optimizer.weight_decay, config.optimizer.warmup_steps) == (0, 0)
+
+
+def test_passes_are_run_together_by_as_many_as_are_configured_and_heads_allow(tmp_path: Path):
+    config = changed(small_config(tmp_path), distributed={"sequence_parallel": 4}, memory={"micro_batch_tokens": 128})
+    (alone, *_, together) = [v.config for v in plan(config, [1, 4]) if v.config is not None]
+    assert (alone.distributed.sequence_parallel, alone.memory.micro_batch_tokens) == (1, 512)
+    assert (together.distributed.sequence_parallel, together.memory.micro_batch_tokens) == (4, 512)
+    assert not any("together" in v.name for v in plan(config, [1, 3])), "four heads on three processes"
 
 
 def test_a_budget_that_is_the_smallest_already_is_doubled(tmp_path: Path):

@@ -60,6 +60,20 @@ def test_a_budget_above_what_a_process_has_is_halved_from_what_it_has(tmp_path: 
     assert f"from 1000000 to {(512 + 4 * 1024) // 2} " in advice("update", config, world_size=4)[0]
 
 
+def test_processes_are_advised_to_share_passes_as_far_as_they_can_be_grouped(tmp_path: Path):
+    def advised(config: Config, world_size: int) -> list[str]:
+        return [text for text in advice("update", config, world_size=world_size) if "sequence_parallel" in text]
+
+    (text,) = advised(long_config(tmp_path), 4)
+    assert "distributed.sequence_parallel from 1 to 2" in text
+    config = long_config(tmp_path, distributed={"sequence_parallel": 2}, memory={"micro_batch_tokens": 768})
+    assert "from 2 to 4" in advised(config, 4)[0]
+    assert not advised(config, 6)
+    assert not any("micro_batch" in text for text in advice("update", config, world_size=4)), (
+        "a sequence, shared by two"
+    )
+
+
 def test_what_is_advised_about_offloading_is_one_that_the_configuration_takes(tmp_path: Path):
     for stage in (0, 1, 2, 3):
         (text,) = [

@@ -9,9 +9,11 @@ import pytest
 import torch
 from helpers import QUESTIONS, TINY, launch, launch_script, read_json, tiny_config
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from grpo import Trainer
 from grpo.policy.policy import Policy
+from grpo.policy.sequence_parallel import check_heads, repeats
 from grpo.policy.tokenizer import load_tokenizer
 from grpo.system import distributed
 from grpo.system.jsonl import read_jsonl
@@ -74,6 +76,7 @@ def assert_same_update(out: Path, reference: Path) -> None:
         ),  # a pass for each of 9 sequences, on 4 processes: some are spare; and one process samples nothing
         (2, 2, 256, ["--offload", "optimizer"]),
         (3, 2, 256, ["--offload", "optimizer", "parameters"]),
+        (3, 4, 64, ["--sequence-parallel", "4"]),  # more than there are key heads
     ],
 )
 def test_the_update_does_not_depend_on_how_it_is_split(
@@ -81,7 +84,11 @@ def test_the_update_does_not_depend_on_how_it_is_split(
 ):
     out = update(tmp_path / "out", *options, zero=zero, processes=processes, budget=budget)
     assert_same_update(out, reference)
-    assert all((row["batch/padding"] > 0) == (processes == 4) for row in read_json(out / "metrics.json"))
+    assert all((row["batch/padding"] > 0) == (budget == 1) for row in read_json(out / "metrics.json"))
+    if "--sequence-parallel" in options:
+        own, whole = (read_json(each / "widths.json") for each in (out, reference))
+        assert max(own) <= budget
+        assert sum(own) < sum(whole) / 2, "a process reads a fourth of the tokens, and prompts again in each pass"
     held = read_json(out / "held.json")
     assert held == TINY_PARAMETERS / (processes if zero == 3 else 1)
 
@@ -104,6 +111,7 @@ def test_adapters_do_not_depend_on_how_the_update_is_split(tmp_path: Path, adapt
 def test_what_looks_at_whole_completions_minibatches_or_groups_does_not_depend_on_the_split_either(tmp_path: Path):
     whole = update(tmp_path / "whole", "--family", zero=0, processes=1, budget=100_000)
     parts = update(tmp_path / "parts", "--family", zero=3, processes=2, budget=120)
+    shared = update(tmp_path / "shared", "--family", "--sequence-parallel", "2", zero=2, processes=4, budget=60)
     for row in read_json(whole / "metrics.json"):
         assert 0.2 < row["policy/selected"] < 0.295, "the highest 0.3 in entropy, less some of high covariance"
         assert 0 < row["policy/importance_bounded"] < 1
@@ -111,6 +119,7 @@ def test_what_looks_at_whole_completions_minibatches_or_groups_does_not_depend_o
         read_json(whole / "metrics.json")[1]["policy/kl_penalty"] != 0
     )  # the reference is the policy in the first step
     assert_same_update(parts, whole)
+    assert_same_update(shared, whole)
 
 
 @pytest.mark.parametrize(
@@ -311,3 +320,19 @@ def test_processes_about_to_run_other_numbers_of_passes_are_told_instead_of_wait
     two.check_same("numbers of passes", [3, 3])
     with pytest.raises(RuntimeError, match=r"numbers of passes differ between the processes: \[\[3, 2\], \[3, 3\]\]"):
         two.check_same("numbers of passes", [3, 2])
+
+
+def test_groups_that_do_not_come_out_even_are_refused():
+    with pytest.raises(
+        ValueError, match=r"sequence_parallel is 2; 3 processes were launched.* Launch a multiple of 2 "
+    ):
+        distributed._sequence_group(0, 3, 2)
+    config = AutoConfig.from_pretrained(TINY / "model")
+    with pytest.raises(ValueError, match=r"is 3; the model has 4 attention heads.* Set it to 1, 2 or 4\."):
+        check_heads(config, 3)
+
+
+@pytest.mark.parametrize(("num_kv_heads", "size", "times"), [(2, 2, 1), (2, 4, 2), (2, 3, 3), (4, 6, 3), (4, 7, 7)])
+def test_key_heads_are_repeated_until_they_can_be_shared_out(num_kv_heads: int, size: int, times: int):
+    """Both divide the number of query heads, and so does what comes out."""
+    assert repeats(num_kv_heads, size) == times

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TINY, FixedGenerator, number_in_text, save_family, sequences_of, tiny_config
+from helpers import TINY, VARIETY, FixedGenerator, number_in_text, save_family, sequences_of, shallow, tiny_config
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -33,7 +34,7 @@ from grpo.data.prompts import build_prompts
 from grpo.data.rows import load_rows
 from grpo.policy.attention import packed_inputs
 from grpo.policy.language_model import checkpoint_activations, fuse_kernels, load_lm, output_head
-from grpo.policy.logprobs import token_logprobs
+from grpo.policy.logprobs import float32_linear, token_logprobs
 from grpo.policy.policy import Policy
 from grpo.policy.tokenizer import check_context, end_token_ids, load_tokenizer
 from grpo.rollout.hf import HFGenerator
@@ -207,6 +208,59 @@ def test_gradients_through_flash_attention_equal_those_in_float32(fused: bool):
     for exact, ours in zip(*gradients, strict=True):
         # bfloat16 keeps 8 bits, through two layers and back
         assert (ours.float() - exact).norm() < 0.03 * exact.norm()
+
+
+def test_logits_of_a_float32_head_are_those_of_exact_sums():
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((7, 64), (50, 64), (50,)))
+    slope, found = torch.randn(7, 50), []
+    for compute in (float32_linear, lambda *given: nn.functional.linear(*(each.double() for each in given))):
+        given = [each.clone().requires_grad_() for each in (x, weight, bias)]
+        logits = compute(*given)
+        found.append((logits, *torch.autograd.grad((logits * slope).sum(), given)))
+    (ours, *gradients), (exact, *expected) = found
+    assert ours.dtype == torch.float32
+    assert (ours - exact).abs().max() < 1e-5 < 1e-2 < (exact.bfloat16() - exact).abs().max()
+    for gradient, other in zip(gradients, expected, strict=True):
+        assert (gradient - other).norm() < 5e-3 * other.norm()  # 8 bits
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_policy_with_a_float32_head_trains_and_samples_with_it(tmp_path: Path, zero: int):
+    norms, gaps = [], []
+    for is_wide in (False, True):
+        config = tiny_config(
+            tmp_path / f"run-{is_wide}",
+            model={"name": shallow(1), "dtype": "bfloat16", "float32_head": is_wide},
+            distributed={"zero_stage": zero},
+            rewards=VARIETY,
+        )
+        trainer = Trainer(config)
+        policy, head = trainer.policy, torch.zeros(2, dtype=torch.long)
+        with policy.sampling_model("paged") as lm:
+            logits = output_head(lm)(lm.get_input_embeddings()(head))
+        assert logits.dtype == (torch.float32 if is_wide else torch.bfloat16)
+        metrics = trainer.train_step()
+        norms.append(metrics["optimizer/grad_norm"])
+        gaps.append(metrics["policy/sampling_gap"])
+        trainer.close()
+        distributed.stop()
+    assert gaps[1] < 0.2 * gaps[0], "rounded logits are most of the gap"
+    assert norms[1] == pytest.approx(norms[0], rel=0.5)  # of other samples
+
+
+def test_a_float32_head_needs_an_output_layer_that_is_known(monkeypatch: pytest.MonkeyPatch):
+    class Own(nn.Linear):
+        pass
+
+    def given(*_: Any, **__: Any) -> PreTrainedModel:
+        lm = random_model("qwen2")
+        lm.lm_head.__class__ = Own
+        return lm
+
+    monkeypatch.setattr("grpo.policy.language_model.from_source", given)
+    with pytest.raises(ValueError, match=r"model\.float32_head is true; the output layer of Qwen2ForCausalLM is a Own"):
+        load_lm(ModelConfig(name=str(TINY / "model"), float32_head=True), dtype=torch.bfloat16)
 
 
 WHERE_KERNELS_RUN = (

@@ -14,10 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import graders
 import pytest
 
 from grpo.scoring.worker import Call, FunctionBug
 from grpo.scoring.worker_pool import WorkerPool
+
+
+@pytest.fixture(autouse=True)
+def workers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreters, as users have them, and not forks."""
+    monkeypatch.setattr("grpo.scoring.worker_pool._Worker._open", graders.own_interpreter)
 
 
 def run(

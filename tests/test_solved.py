@@ -86,6 +86,18 @@ def test_a_solved_question_is_asked_at_its_share_of_turns_and_the_others_at_all(
     assert len({row for row in rows if row < 400}) > 200, "not always the same ones"
 
 
+def test_hopeless_questions_have_a_share_of_their_own():
+    dealer = order(1000, share=1.0, solved=set(range(300)))
+    dealer.hopeless, dealer.hopeless_share = set(range(600, 1000)), 0.25
+    rows = []
+    for _ in range(90):
+        dealer.begin_step(dealer.position, ahead=dealer.ahead, solved=dealer.solved, hopeless=dealer.hopeless)
+        rows += rows_of(dealer.draw(30))
+    epochs, hopeless = dealer.position / 1000, sum(row >= 600 for row in rows)
+    assert (len(rows) - hopeless) / epochs == pytest.approx(600, rel=0.02)
+    assert hopeless / epochs == pytest.approx(100, abs=4 * (400 * 0.25 * 0.75 / epochs) ** 0.5)
+
+
 def test_what_was_begun_ahead_is_asked_although_it_is_solved_by_then():
     prompts = [Prompt(i, [i], "", "", {}) for i in range(12)]
     dealers = [PromptOrder(prompts, seed=4, rank=r, world_size=2, solved_share=0.0) for r in range(2)]
@@ -142,7 +154,7 @@ RUN: dict[str, Any] = {"steps": 8, "resume": "auto", "seed": 3}
 def few_questions(directory: Path, **sections: Any) -> Config:
     merged = {
         "data": {"split": "train[:14]"},
-        "rollout": {"solved_share": 0.2, **sections.pop("rollout", {})},
+        "rollout": {"solved_share": 0.2, "hopeless_share": 0.6, **sections.pop("rollout", {})},
         "run": RUN,
         **sections,
     }
@@ -154,6 +166,7 @@ def test_what_all_answers_had_right_is_passed_over_until_one_is_wrong(tmp_path: 
     trainer = Trainer(few_questions(tmp_path / "run", algorithm=algorithm), rewards=[by_row])
     trainer.collector.generator = FixedGenerator()
     solved: set[int] = set()
+    hopeless: set[int] = set()
     turn = 0
     for step in range(8):
         metrics = trainer.train_step()
@@ -162,26 +175,33 @@ def test_what_all_answers_had_right_is_passed_over_until_one_is_wrong(tmp_path: 
         before = turn
         while len(expected) < 4:
             row = trainer.prompts._at(turn).row
-            asked = row not in solved or random.Random(f"3 turn {turn}").random() < 0.2
+            share = 0.2 if row in solved else 0.6 if row in hopeless else 1.0
+            asked = random.Random(f"3 turn {turn}").random() < share
             expected += [row] * (asked and row not in expected)
             turn += 1
         assert [row["row"] for row in rows[::4]] == expected
         assert metrics["group/passed_over"] == turn - before - 4
         for start in range(0, 16, 4):
-            right = all(row["rewards"]["by_row"] == 1 for row in rows[start : start + 4])
-            (solved.add if right else solved.discard)(rows[start]["row"])
+            right = [row["rewards"]["by_row"] == 1 for row in rows[start : start + 4]]
+            (solved.add if all(right) else solved.discard)(rows[start]["row"])
+            (hopeless.discard if any(right) else hopeless.add)(rows[start]["row"])
         assert metrics["progress/solved"] == len(solved) / 14
+        assert metrics["progress/hopeless"] == len(hopeless) / 14
         assert metrics["progress/epoch"] == turn / 14
     trainer.save(wait=True)
     trainer.close()
     assert turn - 8 * 4 > 3
-    for first, remembered in ((0, sorted(solved)), (14, [])):
+    assert solved
+    assert hopeless
+    for first, *remembered in ((0, sorted(solved), sorted(hopeless)), (14, [], [])):
         questions = read_jsonl(QUESTIONS)[first : first + 14]
         given = few_questions(tmp_path / "run", algorithm=algorithm, run={"accept_changes": True, **RUN})
         resumed = Trainer(given, rewards=[by_row], train_dataset=questions)
         resumed.close()
         assert resumed.state.step == 8
-        assert resumed.state.solved == remembered, "rows of other questions say nothing of these"
+        assert [resumed.state.solved, resumed.state.hopeless] == remembered, (
+            "rows of other questions say nothing of these"
+        )
 
 
 def one_to_three(completion: str) -> float:
@@ -191,7 +211,7 @@ def one_to_three(completion: str) -> float:
 def test_a_reward_that_is_no_verdict_solves_nothing_and_ends_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     config = few_questions(tmp_path / "run", algorithm={"kl_coef": 0.0, "max_sampling_gap": 100})
     trainer = Trainer(config, rewards=[one_to_three])
-    assert "the reward one_to_three decides which questions are solved: 1 means right" in caplog.text
+    assert "the reward one_to_three decides which questions are solved or hopeless: 1 means right" in caplog.text
     trainer.collector.generator = FixedGenerator()
     with pytest.raises(ValueError, match=r"the reward one_to_three has given a completion [23], and 1 means right"):
         trainer.train_step()

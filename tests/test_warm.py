@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,38 @@ def test_a_rank_that_fails_ends_the_others_and_its_output_is_shown(tmp_path: Pat
     said = str(failed.value)
     assert "rank 0:\nrank 0 of 2" in said
     assert "RuntimeError: broken here" in said
+
+
+HANGS = """
+import sys, threading, time
+import cloudpickle
+from grpo.scoring.worker import Call
+from grpo.scoring.worker_pool import WorkerPool
+
+def hang(path):
+    import os, time
+    with open(path, "w") as file:
+        file.write(f"{os.getpid()} {os.getppid()}")
+    os.rename(path, path + ".whole")
+    time.sleep(60)
+
+pool = WorkerPool([cloudpickle.dumps(hang)], files=[], num_workers=1, memory_gib=1.0)
+print(pool._workers[0].process.__class__.__module__, flush=True)
+pool.run([Call(0, {"path": sys.argv[1]}, 60.0)])
+"""
+
+
+def test_a_reward_worker_that_is_a_fork_ends_with_its_run_even_in_the_middle_of_a_call(tmp_path: Path):
+    written = tmp_path / "pids.whole"
+    environment = {**clean_environment(), "PYTHONPATH": str(ROOT)}
+    with warm.Process(["-c", HANGS, str(tmp_path / "pids")], env=environment, stdout=warm.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == ("subprocess\n" if torch.cuda.is_available() else "graders\n")
+        while not written.exists():
+            time.sleep(0.01)
+        worker, keeper = map(int, written.read_text().split())
+        process.kill()
+    until = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in (worker, keeper)) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [pid for pid in (worker, keeper) if Path(f"/proc/{pid}").exists()] == []

@@ -34,6 +34,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+if __name__ != "__main__":
+    import graders
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = """
 torch torch.distributed torch.utils.flop_counter torch.utils.module_tracker torch.nn.attention.varlen
@@ -103,6 +106,7 @@ class Process:
                 "environment": dict(os.environ if env is None else env),
                 "directory": str(cwd or Path.cwd()),
                 "in_terminal": in_terminal,
+                "graders": graders.address(),
             }
             self._status = _parent().start(request, streams)
         finally:
@@ -284,7 +288,7 @@ def _parent() -> _Parent:
 
 def processor_seconds() -> float:
     """Of all forks that have ended; not what their parent takes to import everything, once."""
-    return sum(parent.processor_seconds() for parent in _started)
+    return sum(parent.processor_seconds() for parent in _started) + graders.processor_seconds()
 
 
 # ---- in the parent of all forks, and in a fork -----------------------------------------------------------------------
@@ -361,6 +365,8 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["directory"])
+    if "graders" in sys.modules:  # not where interpreters are started
+        sys.modules["graders"].use(request["graders"])
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
     for name in ("numpy",):
         if name in sys.modules:
@@ -445,6 +451,34 @@ def fill_caches() -> None:
     get_checkpoint_conversion_mapping("qwen2")  # compiles the expressions of all families
 
 
+def fill_our_caches() -> None:
+    """What this repository finds out once in a process."""
+    from transformers import AutoConfig
+
+    from grpo.observe import metrics, rundir
+    from grpo.policy import families
+    from grpo.system import build
+    from grpo.text import aha
+
+    rundir._versions(), build.own_version(), build.commit(), aha._built_in(), metrics._own_names()
+    for num_layers in (1, 2, 3):
+        config = AutoConfig.from_pretrained(ROOT / "configs" / "quickstart" / "model")
+        config.num_hidden_layers, config.layer_types = num_layers, config.layer_types[:num_layers]
+        families.unfit(config)
+
+
+def take_down_no_libraries() -> None:
+    """torch.library would take its 200 libraries of operations out of the dispatcher at each fork's end, for 0.1 s."""
+    import weakref
+
+    import torch
+
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        alive = finalizer.peek()
+        if alive is not None and alive[1] is torch.library._del_library:
+            finalizer.atexit = False
+
+
 def prepare() -> None:
     import gc
     import importlib
@@ -458,7 +492,11 @@ def prepare() -> None:
     sys.path.insert(0, str(ROOT))
     for name in OURS.split():
         importlib.import_module(name)
-    sys.path.remove(str(ROOT))
+    sys.path.insert(0, str(ROOT / "tests"))
+    importlib.import_module("graders").use()
+    fill_our_caches()
+    sys.path[:2] = []
+    take_down_no_libraries()
     gc.collect()
     gc.freeze()  # what is not looked at by a fork's collections stays shared
 

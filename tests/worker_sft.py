@@ -19,6 +19,7 @@ parser.add_argument("out", type=Path)
 parser.add_argument("--zero", type=int, required=True)
 parser.add_argument("--budget", type=int, required=True)
 parser.add_argument("--lora", type=int, default=0, help="rank")
+parser.add_argument("--sequence-parallel", type=int, default=1)
 arguments = parser.parse_args()
 shard_even_small_weights(fetch_ahead=True)
 config = sft_config(
@@ -27,7 +28,7 @@ config = sft_config(
     optimizer={"learning_rate": 1e-3 if arguments.lora else 1e-5},
     memory={"micro_batch_tokens": 200, "logprob_chunk_tokens": 16},
     lora={"rank": arguments.lora},
-    distributed={"zero_stage": arguments.zero},
+    distributed={"zero_stage": arguments.zero, "sequence_parallel": arguments.sequence_parallel},
     evaluation={"num_rows": 3},
     run={"steps": 2},
 )

@@ -20,6 +20,7 @@ parser.add_argument("--budget", type=int, required=True)
 parser.add_argument("--dtype", default="float32")
 parser.add_argument("--lora", type=int, default=0, help="rank")
 parser.add_argument("--offload", nargs="*", default=[], choices=["optimizer", "parameters"])
+parser.add_argument("--sequence-parallel", type=int, default=1)
 parser.add_argument("--family", action="store_true", help="whatever looks at whole completions, minibatches or groups")
 arguments = parser.parse_args()
 
@@ -56,7 +57,11 @@ config = tiny_config(
     # on random completions a larger step makes ratios explode, and noise with them; adapters start where B is zero
     optimizer={"learning_rate": 1e-4 if arguments.lora else 1e-5},
     lora={"rank": arguments.lora},
-    distributed={"zero_stage": arguments.zero, **{f"offload_{what}": True for what in arguments.offload}},
+    distributed={
+        "zero_stage": arguments.zero,
+        "sequence_parallel": arguments.sequence_parallel,
+        **{f"offload_{what}": True for what in arguments.offload},
+    },
     checkpoint={"every_steps": 0},
     logging={"completions_every": 0},
 )
@@ -66,6 +71,8 @@ if arguments.family:  # refused beside KL in the reward, for batches without sig
     config.algorithm.normalize_by_std = "batch"
 trainer = Trainer(config, rewards=[number_in_text])
 trainer.collector.generator = FixedGenerator()
+widths: list[int] = []  # tokens of each pass on this process
+trainer.policy.lm.get_input_embeddings().register_forward_hook(lambda _, args, __: widths.append(args[0].numel()))
 metrics = [trainer.train_step() for _ in range(2)]
 trainer.policy.sync()
 if trainer.processes.is_main:
@@ -75,6 +82,7 @@ if trainer.processes.is_main:
         )
     (arguments.out / "metrics.json").write_text(json.dumps(metrics))
     shards = [getattr(p, "ds_tensor", p).numel() for p in trainer.policy.lm.parameters()]
+    (arguments.out / "widths.json").write_text(json.dumps(widths))
     (arguments.out / "held.json").write_text(json.dumps(sum(shards)))
 trainer.close()
 torch.distributed.barrier()

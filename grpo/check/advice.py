@@ -69,7 +69,10 @@ def _max_sequences(config: Config, *, world_size: int, **_: Any) -> str | None:
 
 def _micro_batch(config: Config, *, world_size: int, **_: Any) -> str | None:
     """Halve the budget, or what a pass has if that is less, down to one sequence: none is ever split."""
-    now, longest = config.memory.micro_batch_tokens, config.max_sequence_tokens
+    now, longest = (
+        config.memory.micro_batch_tokens,
+        _share(config.max_sequence_tokens, config.distributed.sequence_parallel),
+    )
     return _smaller_passes(now, min(now, _pass_tokens(config, world_size)), longest)
 
 
@@ -116,6 +119,14 @@ def _zero_stage(config: Config, *, world_size: int, **_: Any) -> str | None:
     return f"launch on {2 * world_size} GPUs instead of {world_size} (accelerate launch --num_processes), for smaller shares"
 
 
+def _sequence_parallel(config: Config, *, world_size: int, **_: Any) -> str | None:
+    now = config.distributed.sequence_parallel
+    if world_size % (2 * now):
+        return None
+    why = "a process holds a smaller share of the longest sequences, where the model's attention heads can be shared out so"
+    return _change("distributed.sequence_parallel", now, 2 * now, why)
+
+
 def _completion_length(config: Config, **_: Any) -> str | None:
     now = config.rollout.max_completion_tokens
     return (
@@ -143,7 +154,7 @@ def _checkpointing(config: Config, **_: Any) -> str | None:
 LADDERS: dict[str, list[Rung]] = {
     "loading": [_offload, _zero_stage, _smaller_model],
     "rollout": [_kv_cache, _max_sequences, _offload, _zero_stage, _completion_length],
-    "logprobs": [_micro_batch, _chunk, _offload, _zero_stage, _completion_length],
-    "update": [_micro_batch, _chunk, _checkpointing, _offload, _zero_stage, _completion_length],
+    "logprobs": [_micro_batch, _chunk, _sequence_parallel, _offload, _zero_stage, _completion_length],
+    "update": [_micro_batch, _chunk, _checkpointing, _sequence_parallel, _offload, _zero_stage, _completion_length],
 }
 """By phase, what may help there, cheapest first. The rest of a step (taking over the weights) counts as the update."""

@@ -44,6 +44,11 @@ def changed(config: Config, **changes: dict[str, Any]) -> Config:
     return Config(**settings)
 
 
+def passes_alone(config: Config) -> dict[str, dict[str, Any]]:
+    """Changes with which each process runs its passes by itself, as large as they were."""
+    return {"memory": {"micro_batch_tokens": config.pass_tokens}, "distributed": {"sequence_parallel": 1}}
+
+
 class RandomRewards(Scorer):
     """Gives every completion a reward of its own, so that each group moves the policy; the same in every process and run."""
 

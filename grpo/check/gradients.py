@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo.algorithm.advantage import advantages_of_batch
 from grpo.algorithm.batch import micro_batch, pack, plan_passes, take
 from grpo.algorithm.loss import grpo_loss, token_weights
-from grpo.check.dry_run import changed
+from grpo.check.dry_run import changed, passes_alone
 from grpo.check.plain import PlainLM, real_trainer, unshared, use_own_rotary
 from grpo.config import Config
 from grpo.policy.language_model import PackedLM, checkpoint_activations, fuse_kernels, load_lm, resolve_dtype
@@ -348,7 +348,7 @@ def check(config: Config, *, num_sequences: int = NUM_SEQUENCES, out: Path | Non
     Raises:
         ValueError: as Trainer; adapters are trained; there is no completion to train on.
     """
-    config = changed(config.at(0), algorithm=COUNTS_ALL)
+    config = changed(config.at(0), algorithm=COUNTS_ALL, **passes_alone(config))
     if config.lora.rank:
         raise ValueError(
             f"lora.rank is {config.lora.rank}; this check compares the gradients of all weights. Set lora.rank=0."

@@ -27,10 +27,12 @@ from typing import Any
 
 import torch
 
-from grpo.check.dry_run import changed
+from grpo.check.dry_run import changed, passes_alone
 from grpo.check.variant import EPSILON, SCALE
 from grpo.config import Config
 from grpo.policy.language_model import resolve_dtype
+from grpo.policy.model_source import model_config
+from grpo.policy.sequence_parallel import num_heads
 from grpo.system.terminal import say
 
 WORKER = ("-m", "grpo.check.variant")
@@ -110,8 +112,9 @@ def _counts(config: Config, asked: Sequence[int] | None) -> list[int]:
 
 
 def plan(config: Config, counts: Sequence[int]) -> Iterator[Variant]:
-    """The configuration as it is, with the smallest passes, on every number of processes, and in every ZeRO stage on the most."""
-    stage, budget = config.distributed.zero_stage, config.memory.micro_batch_tokens
+    """The configuration as it is, with the smallest passes, on every number of processes; on the most of them in every ZeRO
+    stage, and with passes that processes run together."""
+    stage, budget = config.distributed.zero_stage, config.pass_tokens
     smallest = config.max_sequence_tokens
     other_budget = smallest if budget > smallest else 2 * smallest
     base = _one_plain_step(config)
@@ -126,6 +129,17 @@ def plan(config: Config, counts: Sequence[int]) -> Iterator[Variant]:
             yield Variant(f"ZeRO {other}", counts[-1], changed(base, distributed={"zero_stage": other}))
         except ValueError as error:
             yield Variant(f"ZeRO {other}", counts[-1], None, str(error))
+    for together in _group_sizes(config, counts[-1]):
+        name = f"passes on {together} processes together"
+        yield Variant(name, counts[-1], changed(base, distributed={"sequence_parallel": together}))
+
+
+def _group_sizes(config: Config, processes: int) -> list[int]:
+    """How many processes are to run passes together: as configured, or the fewest that there can be; none if there cannot."""
+    wanted = config.distributed.sequence_parallel
+    heads = num_heads(model_config(config.model))
+    possible = [n for n in range(2, processes + 1) if processes % n == 0 and heads % n == 0]
+    return [wanted] if wanted in possible else possible[:1]
 
 
 def _one_plain_step(config: Config) -> Config:
@@ -133,6 +147,7 @@ def _one_plain_step(config: Config) -> Config:
     rate = SCALE * EPSILON
     return changed(
         config,
+        **passes_alone(config),
         rollout={"max_oversampling": 1.0, "signal_from": None, "carry_over": False, "max_staleness": 2},
         algorithm={"num_minibatches": 1, "num_epochs": 1},
         optimizer={"learning_rate": rate, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0},

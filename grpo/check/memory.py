@@ -103,7 +103,7 @@ def worst_case(config: Config) -> Trainer:
 
 def run(trainer: Trainer) -> dict[str, float]:
     """Metrics of the last of the longest steps, with the peaks of a step of fuller passes where those are higher."""
-    config, world_size = trainer.config, trainer.processes.world_size
+    config, world_size = trainer.config, trainer.processes.num_parts
     metrics = [trainer.train_step() for _ in range(NUM_STEPS)][-1]
     length = filling_length(config, world_size=world_size)
     if length is None:
@@ -135,7 +135,7 @@ def filling_length(config: Config, *, world_size: int) -> int | None:
 def fullest_pass(config: Config, completion_tokens: int, *, world_size: int) -> float:
     """The share of the token budget in the fullest pass over a minibatch of prompts that are as long as they may be."""
     prompt, group_size = config.data.max_prompt_tokens, config.rollout.group_size
-    count, budget = config.prompts_per_minibatch * group_size, config.memory.micro_batch_tokens
+    count, budget = config.prompts_per_minibatch * group_size, config.pass_tokens
     nothing = torch.empty(0)
     batch = Batch(
         tokens=nothing,

@@ -120,10 +120,10 @@ def check_combinations(config: Config) -> None:
             f"rollout.max_oversampling is {rollout.max_oversampling:g}; it allows not one question more than the "
             f"{rollout.num_prompts} of a step (rollout.num_prompts). Set it to 1, or to 2 or more."
         )
-    if rollout.signal_from is not None and rollout.max_oversampling == rollout.solved_share == 1:
+    if rollout.signal_from is not None and rollout.max_oversampling == 1 and not rollout.passes_over:
         raise ValueError(
-            f"rollout.signal_from is {rollout.signal_from!r}; it has no effect while rollout.max_oversampling is 1 and "
-            "rollout.solved_share 1. Remove it, or set one of these."
+            f"rollout.signal_from is {rollout.signal_from!r}; it has no effect while rollout.max_oversampling, "
+            "rollout.solved_share and hopeless_share are 1. Remove it, or set one of these."
         )
     if rollout.solved_from != type(rollout).model_fields["solved_from"].default and rollout.solved_share == 1:
         raise ValueError(
@@ -134,6 +134,10 @@ def check_combinations(config: Config) -> None:
     _check_updates(config)
     _check_objective(config.algorithm)
     _check_offload(config.distributed)
+    if config.model.float32_head and config.model.dtype == "float32":
+        raise ValueError(
+            "model.float32_head is true; with model.dtype float32 the logits are in float32 anyway. Remove one of the two."
+        )
     _check_lora(config.lora)
     check_watchdog(config)
     _check_rate(config.optimizer)
@@ -397,11 +401,13 @@ def _check_updates(config: Config) -> None:
             f"algorithm.reference_refresh_steps is {algorithm.reference_refresh_steps}; there is no reference, because "
             "algorithm.kl_coef is 0. Remove it, or set algorithm.kl_coef > 0."
         )
-    if memory.micro_batch_tokens < config.max_sequence_tokens:
+    at_once = config.distributed.sequence_parallel
+    if config.pass_tokens < config.max_sequence_tokens:
+        times = f", times {at_once} (distributed.sequence_parallel)" * (at_once > 1)
         raise ValueError(
-            f"memory.micro_batch_tokens is {memory.micro_batch_tokens}; one sequence may have "
+            f"memory.micro_batch_tokens is {memory.micro_batch_tokens}{times}; one sequence may have "
             f"{config.max_sequence_tokens} tokens (data.max_prompt_tokens + rollout.max_completion_tokens) and is never "
-            f"split. Set memory.micro_batch_tokens >= {config.max_sequence_tokens}."
+            f"split. Set memory.micro_batch_tokens >= {-(-config.max_sequence_tokens // at_once)}."
         )
     every, forever = config.checkpoint.every_steps, config.checkpoint.keep_every
     if forever and (every == 0 or forever % every):

@@ -51,6 +51,10 @@ class ModelConfig(Section):
     """Branch, tag or commit of a hub model. Pin it for a run that others should repeat."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights in the forward pass; the optimizer keeps float32 masters. auto: bfloat16 on CUDA, float32 on CPU."""
+    float32_head: bool = False
+    """Keep the logits of a bfloat16 model in float32, in the update and the native engine; else they are rounded to 8 bits, which
+    is much of what the two differ by (MiniMax-M1, arXiv 2506.13585, section 3.2; ScaleRL, arXiv 2510.13786). Takes twice the
+    memory for logits, of which memory.logprob_chunk_tokens exist at once."""
     resize_embeddings: bool = False
     """Where the tokenizer has tokens beyond the model's embedding matrix, give it rows for them, near the mean of the others.
     false: prompts with such tokens are refused."""
@@ -218,6 +222,9 @@ class RolloutConfig(Section):
     solved_from: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of right answers, those of value 1, from which on a question is solved (ScaleRL: 0.9). Where unknown ones decide it,
     it stays what it was."""
+    hopeless_share: Share = 1.0
+    """The same for hopeless questions, of which not one of the answers that they had last was right: asked at this share of their
+    turns. Lowering it spends less on groups that teach nothing, and notices later what has come within reach; 0 never does."""
     carry_over: bool = False
     """Give places that fall free while the last completions of a batch run to those of later questions, which go on from there in
     their own step: no place waits for the longest answer. The batch is the next questions in dealt order as ever. Its tokens are
@@ -243,6 +250,11 @@ class RolloutConfig(Section):
     optional extra. auto: native if it supports the model, else hf."""
     fused_layers: bool = True
     """Let the native engine run its fused kernels for the families it has them for. false: the model's own layers."""
+
+    @property
+    def passes_over(self) -> bool:
+        """Whether some questions are not asked at each of their turns."""
+        return min(self.solved_share, self.hopeless_share) < 1
 
 
 class VLLMConfig(Section):
@@ -533,8 +545,9 @@ class OptimizerConfig(Section):
 
 class MemoryConfig(Section):
     micro_batch_tokens: PositiveInt = 16384
-    """Tokens per forward and backward pass of one process, a prompt counted once for all its completions. Results do not depend
-    on it; passes below 32,768 tokens leave a fast GPU waiting for the host on small models."""
+    """Tokens per forward and backward pass of one process, a prompt counted once for all its completions; processes that run it
+    together (distributed.sequence_parallel) have as many each. Results do not depend on it; passes below 32,768 tokens leave a
+    fast GPU waiting for the host on small models."""
     logprob_chunk_tokens: PositiveInt = 4096
     """Completion tokens whose logits over the vocabulary exist at once, in the model's precision. Results do not depend on it."""
     activation_checkpointing: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -555,6 +568,10 @@ class DistributedConfig(Section):
     bytes of GPU memory per trained weight, divided by the processes; each update then takes the CPU's time."""
     offload_parameters: bool = False
     """Keep the weights' shards in the machine's memory too, under ZeRO-3 only; they pass through the GPU layer by layer."""
+    sequence_parallel: PositiveInt = 1
+    """Processes that run each pass of the update together, each with its share of the tokens and, in attention, of the heads
+    (DeepSpeed-Ulysses): for sequences whose activations are too large for one GPU. A pass has up to memory.micro_batch_tokens for
+    each of them. It divides the number of processes and of the model's attention heads. Sampling does not change."""
 
 
 class EvaluationConfig(Section):

@@ -294,6 +294,11 @@ class Config(Settings):
     def max_sequence_tokens(self) -> int:
         return self.data.max_prompt_tokens + self.rollout.max_completion_tokens
 
+    @property
+    def pass_tokens(self) -> int:
+        """Most tokens of a pass, over the processes that run it together."""
+        return self.memory.micro_batch_tokens * self.distributed.sequence_parallel
+
     def summary(self, *, num_rows: int, world_size: int) -> str:
         """The numbers people ask for first, for a data set of `num_rows` questions on `world_size` processes."""
         rollout, steps = self.rollout, self.run.steps
@@ -344,12 +349,12 @@ class Config(Settings):
 
     def _passed_over(self) -> list[str]:
         rollout = self.rollout
-        if rollout.solved_share == 1:
-            return []
         least = "all" if rollout.solved_from == 1 else f"{rollout.solved_from:g} of the"
-        return [
+        solved = (
             f"solved questions       of {least} last answers right: asked at {rollout.solved_share:g} of their turns"
-        ]
+        )
+        hopeless = f"hopeless questions     of no last answer right: asked at {rollout.hopeless_share:g} of their turns"
+        return [*[solved] * (rollout.solved_share < 1), *[hopeless] * (rollout.hopeless_share < 1)]
 
     def _without_ratio(self) -> list[str]:
         """That the ratio is 1 in every update, for whoever has set what becomes of it."""

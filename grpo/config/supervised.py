@@ -139,10 +139,13 @@ class SupervisedConfig(Settings):
                 f"training.tokens_per_update is {training.tokens_per_update}; one row may have {data.max_tokens} tokens "
                 f"(data.max_tokens) and is never cut. Set training.tokens_per_update >= {data.max_tokens}, or lower the latter."
             )
-        if self.memory.micro_batch_tokens < data.max_tokens:
+        at_once = self.distributed.sequence_parallel
+        if self.pass_tokens < data.max_tokens:
+            times = f", times {at_once} (distributed.sequence_parallel)" * (at_once > 1)
             raise ValueError(
-                f"memory.micro_batch_tokens is {self.memory.micro_batch_tokens}; one row may have {data.max_tokens} tokens "
-                f"(data.max_tokens) and is never split. Set memory.micro_batch_tokens >= {data.max_tokens}, or lower the latter."
+                f"memory.micro_batch_tokens is {self.memory.micro_batch_tokens}{times}; one row may have {data.max_tokens} "
+                f"tokens (data.max_tokens) and is never split. Set memory.micro_batch_tokens >= "
+                f"{-(-data.max_tokens // at_once)}, or lower the latter."
             )
         if self.run.steps is not None and "epochs" in training.model_fields_set:
             raise ValueError(
@@ -185,6 +188,11 @@ class SupervisedConfig(Settings):
     def max_sequence_tokens(self) -> int:
         """Of the longest row that there may be."""
         return self.data.max_tokens
+
+    @property
+    def pass_tokens(self) -> int:
+        """Most tokens of a pass, over the processes that run it together."""
+        return self.memory.micro_batch_tokens * self.distributed.sequence_parallel
 
     @property
     def parts(self) -> Config:

@@ -463,10 +463,11 @@ class PromptOrder:
     of them, rounded to whole places: its prompts in an order of their own, begun anew when all were dealt; the next epoch goes on
     where this one ended.
 
-    With a `solved_share` below 1 a prompt in `solved` is dealt at that share of its turns, and passed over at the others. So is
-    one that the step has dealt already. A draw looks at no more turns than there are prompts. Where these are not enough, the
-    last of the solved ones passed over are taken too, and of those dealt already if these are not enough either. What is looked
-    at beyond a draw is settled then and kept in `ahead`, whatever is solved later. `solved` and `ahead` are saved, too.
+    With a `solved_share` below 1 a prompt in `solved` is dealt at that share of its turns, and passed over at the others; so is
+    one in `hopeless` with a `hopeless_share`, and one that the step has dealt already. A draw looks at no more turns than there
+    are prompts. Where these are not enough, the last of the others passed over are taken too, and of those dealt already if these
+    are not enough either. What is looked at beyond a draw is settled then and kept in `ahead`, whatever is solved later. All
+    three are saved, too.
     """
 
     def __init__(
@@ -479,6 +480,7 @@ class PromptOrder:
         weights: Mapping[str, float] | None = None,
         own: Order | None = None,
         solved_share: float = 1.0,
+        hopeless_share: float = 1.0,
         ranks: Sequence[int] | None = None,
         ranked_epochs: int = 1,
     ) -> None:
@@ -486,7 +488,7 @@ class PromptOrder:
         Args:
             weights: of each source, as the prompts have it in their column `data_name`.
             own: a user's order instead of the seeded one.
-            solved_share: of their turns at which solved questions are asked.
+            solved_share, hopeless_share: of their turns at which such questions are asked.
             ranks: of each prompt; in the first `ranked_epochs` epochs those of a lower one come first.
 
         Raises:
@@ -498,8 +500,9 @@ class PromptOrder:
         self.rank = rank
         self.world_size = world_size
         self.position = 0
-        self.solved_share = solved_share
+        self.solved_share, self.hopeless_share = solved_share, hopeless_share
         self.solved: AbstractSet[int] = frozenset()  # rows of prompts
+        self.hopeless: AbstractSet[int] = frozenset()
         self.ranks, self.ranked_epochs = ranks, ranked_epochs
         self.ahead: list[int] = []  # places after `position` that will be dealt; between and before them are none
         self._dealt: set[int] = set()  # rows of this step, where solved ones are passed over
@@ -511,10 +514,16 @@ class PromptOrder:
                 "random.Random(epoch)."
             )
 
-    def begin_step(self, position: int, *, ahead: Sequence[int], solved: Iterable[int]) -> None:
-        """Deal on from there, with these rows solved."""
+    @property
+    def passes_over(self) -> bool:
+        return min(self.solved_share, self.hopeless_share) < 1
+
+    def begin_step(
+        self, position: int, *, ahead: Sequence[int], solved: Iterable[int], hopeless: Iterable[int] = ()
+    ) -> None:
+        """Deal on from there, with these rows solved, and these hopeless."""
         self.position, self.ahead, self.solved = position, [*ahead], frozenset(solved)
-        self._dealt = set()
+        self.hopeless, self._dealt = frozenset(hopeless), set()
 
     def draw(self, num_prompts: int) -> list[Prompt]:
         """This process's share of the next `num_prompts` prompts: every world_size-th, starting at its rank."""
@@ -523,7 +532,7 @@ class PromptOrder:
     def take(self, num_prompts: int, *, num_ahead: int = 0) -> tuple[Sequence[int], Sequence[int]]:
         """The places of the next `num_prompts` prompts, over all processes, and of those dealt after them."""
         wanted = num_prompts + num_ahead
-        if self.solved_share == 1:
+        if not self.passes_over:
             places: Sequence[int] = range(self.position, self.position + wanted)
         else:
             places = self._with_those_asked(wanted)
@@ -543,7 +552,7 @@ class PromptOrder:
         start = places[-1] + 1 if places else self.position
         turns = range(start, start + max(len(self.prompts), num - len(places)))
         dealt = self._dealt | {self._at(place).row for place in places}
-        passed_over: dict[int, int] = {}  # solved questions and the last turn of each, ascending
+        passed_over: dict[int, int] = {}  # questions and the last turn of each, ascending
         for place in turns:
             if len(places) >= num:
                 return places
@@ -562,10 +571,10 @@ class PromptOrder:
         return sorted([*places, *spare[len(places) + len(spare) - num :]])
 
     def _is_asked(self, place: int) -> bool:
-        """Whether the question whose turn it is is asked: a function of `solved`, the seed and the place."""
-        if self._at(place).row not in self.solved:
-            return True
-        return random.Random(f"{self.seed} turn {place}").random() < self.solved_share
+        """Whether the question whose turn it is is asked: a function of what is known of it, the seed and the place."""
+        row = self._at(place).row
+        share = self.solved_share if row in self.solved else self.hopeless_share if row in self.hopeless else 1.0
+        return share == 1 or random.Random(f"{self.seed} turn {place}").random() < share
 
     def _at(self, place: int) -> Prompt:
         epoch, offset = divmod(place, len(self.prompts))

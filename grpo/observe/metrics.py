@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,8 +33,8 @@ METRICS = {
     "logged/<name>": "mean of the numbers that reward functions gave to log_metric under that name in the step",
     "group/with_signal": "share of the sampled groups whose known rewards are not all equal; others do nothing in the surrogate "
     "(with algorithm.pass_at, nor do those with too few wrong answers)",
-    "group/passed_over": "turns passed over in the step, of solved questions and of those it had asked already; "
-    "this only with rollout.solved_share below 1",
+    "group/passed_over": "turns passed over in the step, of solved or hopeless questions and of those it had asked "
+    "already; this only with rollout.solved_share or hopeless_share below 1",
     "group/sampled": "groups that were sampled; this and the next six only with rollout.max_oversampling above 1",
     "group/replaced": "of them, those with no signal in rollout.signal_from that are not in the batch",
     "group/surplus": "of them, those with that signal that the batch had no room for",
@@ -132,7 +133,8 @@ METRICS = {
     "progress/epoch": "questions (those passed over, too), or rows of supervised training, dealt so far, as a multiple of the "
     "training set",
     "progress/solved": "share of the training questions that are solved, as the answers say that each had last; with "
-    "rollout.solved_share below 1",
+    "rollout.solved_share or hopeless_share below 1",
+    "progress/hopeless": "share of them of which not one of these answers was right",
     "kind/<question_kind>/reward": "reward/mean over the completions of questions of a kind (data.kind_column)",
     "kind/<question_kind>/length": "mean number of completion tokens of the same",
     "kind/<question_kind>/<function>": "reward/<function> over the same; absent where the function gave no verdict",
@@ -175,11 +177,17 @@ def check_reward_names(names: Iterable[str]) -> None:
 
 def _is_own(metric: str) -> bool:
     """Whether a metric in whose name no reward stands has this name."""
+    return _own_names().fullmatch(metric) is not None
+
+
+@cache
+def _own_names() -> re.Pattern[str]:
     own = (name for name in METRICS if "<function>" not in name or name.endswith("_stderr"))
-    patterns = (
-        re.escape(name).replace("<function>", ".+").replace("<k>", r"\d+").replace("<n>", r"\d+") for name in own
+    return re.compile(
+        "|".join(
+            re.escape(name).replace("<function>", ".+").replace("<k>", r"\d+").replace("<n>", r"\d+") for name in own
+        )
     )
-    return any(re.fullmatch(pattern, metric) for pattern in patterns)
 
 
 @dataclass
@@ -253,8 +261,9 @@ class Meter:
         for name in _names(meter.totals for meter in meters):
             reduced[name] = sum(meter.totals.get(name, 0.0) for meter in meters)
         for name in _names(meter.work for meter in meters):
-            columns = list(zip(*(meter.work[name] for meter in meters), strict=True))
-            fullest = len(meters) * sum(max(column) for column in columns)
+            works = [meter.work[name] for meter in meters if name in meter.work]
+            columns = list(zip(*works, strict=True))
+            fullest = len(works) * sum(max(column) for column in columns)
             reduced[name] = 1 - sum(map(sum, columns)) / fullest if fullest else 0.0
         return reduced
 

@@ -37,9 +37,12 @@ def packed_attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence; query `(1, heads, S, D)`, key and value `(1, kv_heads, S, D)`."""
+    """Causal attention within each sequence; query `(1, heads, S, D)`, key and value `(1, kv_heads, S, D)`, of a share of the
+    places where several processes share the pass."""
     check_arguments(module, others)
     q, k, v = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
+    if packing.share is not None:
+        q, k, v = packing.share.by_heads(q, k, v)
     out = varlen_attention(
         q,
         spread(k, packing),
@@ -51,6 +54,8 @@ def packed_attention(
         scale=scaling,
         window=sliding_window,
     )
+    if packing.share is not None:
+        out = packing.share.by_places(out)
     return out.unsqueeze(0), None
 
 

@@ -93,7 +93,7 @@ def unfit(settings: PretrainedConfig, *, trust_remote_code: bool = False) -> str
     has_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(settings, "auto_map", None) or {})
     if settings.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not has_code:
         return f"transformers has no causal language model of the type {settings.model_type}"
-    key = (type(settings), settings.to_json_string(use_diff=False))
+    key = (type(settings), str(settings.to_dict() | {"_name_or_path": ""}))
     if has_code or key not in _FOUND:
         lm, reason = without_weights(settings, trust_remote_code=trust_remote_code)
         _FOUND[key] = reason if lm is None else unfit_layers(lm)

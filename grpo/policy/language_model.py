@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -26,10 +26,12 @@ from grpo.policy.families import (
     logit_transform,
     switch_off_dropout,
 )
-from grpo.policy.logprobs import token_logprobs
+from grpo.policy.logprobs import float32_linear, token_logprobs
 from grpo.policy.model_source import check_weights, from_source, model_config
+from grpo.policy.sequence_parallel import Share
 from grpo.policy.tokenizer import load_tokenizer, vocabulary_size
 from grpo.system import progress
+from grpo.system.distributed import SequenceGroup
 from grpo.types import MicroBatch
 
 
@@ -78,13 +80,27 @@ class PackedLM(nn.Module):
         super().__init__()
         self.lm = lm
         self.temperature = temperature
+        self.sequence_group: SequenceGroup | None = None  # of processes that run each pass together
         self.logprobs_of = LogprobHead(lm, chunk_tokens=chunk_tokens)
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability and entropy (nats) of each completion token at the sampling temperature, and whether it is the
         likeliest; each (T,)."""
+        if self.sequence_group is not None:
+            return self._together(micro, Share(self.sequence_group, len(micro.tokens)))
         hidden = self.lm.base_model(**packed_inputs(micro)).last_hidden_state.squeeze(0)
         return self.logprobs_of(hidden[micro.source_index], micro.targets, self.temperature)
+
+    def _together(self, micro: MicroBatch, share: Share) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, of which this process computes what follows from its places."""
+        hidden = self.lm.base_model(**packed_inputs(share.inputs(micro))).last_hidden_state.squeeze(0)
+        own = share.targets(micro)
+        # without a token of its own a process takes part for one that it leaves out again: ZeRO-3 counts on the output layer
+        source = micro.source_index[own] - share.start if len(own) else own.new_zeros(1)
+        targets = micro.targets[own] if len(own) else own.new_zeros(1)
+        parts = (part[: len(own)] for part in self.logprobs_of(hidden[source], targets, self.temperature))
+        logprobs, entropy, likeliest = share.whole(own, *parts, num_tokens=len(micro.targets))
+        return logprobs, entropy, likeliest.bool()
 
 
 class LogprobHead(nn.Module):
@@ -100,7 +116,7 @@ class LogprobHead(nn.Module):
         layer = lm.get_output_embeddings()
         self.weight, self.chunk_tokens = layer.weight, chunk_tokens
         self.register_parameter("bias", layer.bias)
-        self._logits = output_head(lm, lambda hidden: type(layer).forward(self, hidden))
+        self._logits = output_head(lm, self)
 
     def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """See token_logprobs."""
@@ -113,13 +129,17 @@ class LogprobHead(nn.Module):
         """The parameters are loaded as the model's."""
 
 
-def output_head(lm: PreTrainedModel, layer: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
-    """(N, H) -> (N, V) logits, as the model's own forward computes them from its last hidden state.
+def output_head(lm: PreTrainedModel, owner: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
+    """(N, H) -> (N, V) logits, as the model's own forward computes them from its last hidden state, or in float32.
 
     Args:
-        layer: what to compute the output layer with instead of its module.
+        owner: a module with the output layer's weight and bias, which is not to be called itself.
     """
-    head, transform = layer or lm.get_output_embeddings(), logit_transform(lm)
+    layer, transform = lm.get_output_embeddings(), logit_transform(lm)
+    if getattr(lm, "float32_head", False):
+        parameters: Any = owner or layer
+        return lambda hidden: transform(float32_linear(hidden, parameters.weight, parameters.bias))
+    head: Callable[[Tensor], Tensor] = layer if owner is None else partial(type(layer).forward, owner)
     return lambda hidden: transform(head(hidden))
 
 
@@ -136,6 +156,12 @@ def load_lm(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
         lm: PreTrainedModel = from_source(AutoModelForCausalLM, config, config=settings, dtype=dtype)
     lm.stored_dropouts = dropouts  # type: ignore[assignment] # for `_shell`
     logit_transform(lm)  # measured now, while its layers are its own
+    lm.float32_head = config.float32_head  # type: ignore[assignment] # for `output_head`
+    if config.float32_head and type(lm.get_output_embeddings()) is not nn.Linear:
+        raise ValueError(
+            f"model.float32_head is true; the output layer of {type(lm).__name__} is a "
+            f"{type(lm.get_output_embeddings()).__name__}, and only that of a Linear is known. Remove it."
+        )
     if config.resize_embeddings:
         with torch.random.fork_rng():
             torch.manual_seed(0)  # the same new rows in every process, and in the reference

@@ -81,6 +81,41 @@ class _LogSoftmaxAt(torch.autograd.Function):
         return logits, None, None
 
 
+def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias, whose products of 16-bit numbers are added up and kept in float32.
+
+    Args:
+        x: (N, H), in the weight's precision.
+        weight: (V, H); bias: (V,) or None.
+
+    Returns:
+        (N, V) float32. Its gradient is rounded to the weight's precision before it is multiplied, as that of 16-bit logits.
+    """
+    return _Float32Linear.apply(x, weight, bias)
+
+
+class _Float32Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        if x.is_cuda and x.dtype != torch.float32:
+            logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
+        else:
+            logits = x.float() @ weight.float().t()
+        return logits if bias is None else logits.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        narrow = gradient.to(weight.dtype)
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            narrow @ weight if of_x else None,
+            narrow.t() @ x if of_weight else None,
+            gradient.sum(0).to(weight.dtype) if of_bias else None,
+        )
+
+
 def plain_row_statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probability of each target, entropy, logarithm of the softmax's denominator, and whether no token is likelier than the
     target; each (N,) for logits (N, V)."""

@@ -44,7 +44,8 @@ from grpo.policy.language_model import (
     trained_parameters,
 )
 from grpo.policy.logprobs import token_logprobs
-from grpo.policy.model_source import processor_files
+from grpo.policy.model_source import model_config, processor_files
+from grpo.policy.sequence_parallel import check_heads
 from grpo.policy.tokenizer import end_token_ids
 from grpo.system import distributed, progress
 from grpo.system.distributed import SMALL_PARAMETERS, Processes, TrainingProcesses, deterministic, limit_threads, whole
@@ -123,6 +124,8 @@ class Policy(SampledModel):
         optimizer: makes one of the trained parameters, instead of AdamW as `config.optimizer` has it.
     """
 
+    processes: TrainingProcesses
+
     def __init__(
         self,
         config: Config,
@@ -131,6 +134,9 @@ class Policy(SampledModel):
         *,
         optimizer: MakeOptimizer | None = None,
     ) -> None:
+        for model in (config.model, config.teacher_model):
+            if model is not None:
+                check_heads(model_config(model), processes.sequence_parallel)
         lm = load_lm(config.model, dtype=resolve_dtype(config.model.dtype))
         if processes.device.type == "cpu" and lm.num_parameters() < SMALL_PARAMETERS:
             limit_threads(1)
@@ -194,16 +200,25 @@ class Policy(SampledModel):
             sampling_logprobs=kept.cpu(),
         )
         micro = micro_batch(batch, weights=torch.zeros(len(kept))).to(self.processes.device)
-        reason = self._misfit(micro, kept)
+        reason = self._misfit(micro, kept, LeakTest(self.lm, self.old_logprobs).worst)
+        if reason is None and self.processes.sequence_group is not None:
+            for model in (self.engine, self.reference):
+                if model is not None:
+                    getattr(model, "module", model).sequence_group = self.processes.sequence_group
+            reason = self._misfit(micro, kept, lambda _: 0.0)
         if reason is not None:
             raise ValueError(refusal(self._config.model.name, reason))
 
-    def _misfit(self, micro: MicroBatch, alone: Tensor) -> str | None:
-        """What is wrong with the log-probabilities of a pack, whose sequences have those of `alone` (T,) each for itself."""
+    def _misfit(self, micro: MicroBatch, alone: Tensor, leak: Callable[[MicroBatch], float]) -> str | None:
+        """What is wrong with the log-probabilities of a pack, whose sequences have those of `alone` (T,) each for itself.
+
+        Args:
+            leak: by how many nats a sequence feels its neighbours.
+        """
         name, most = type(self.lm).__name__, FORWARD_TOLERANCE[self.dtype]
         try:
             gap = float((self.old_logprobs(micro) - alone).abs().mean())
-            moved = LeakTest(self.lm, self.old_logprobs).worst(micro)
+            moved = leak(micro)
         except (TypeError, ValueError, AttributeError, IndexError) as error:  # of any family's code
             return f"{name} does not run over packed sequences ({str(error).splitlines()[0]})"
         if not moved < most:
@@ -296,6 +311,13 @@ class Policy(SampledModel):
     def old_logprobs(self, micro: MicroBatch) -> Tensor:
         """The policy's own log-probabilities of a micro-batch before it is updated; (T,)."""
         return self.before_update(micro)[0]
+
+    def own_logprobs(self, micro: MicroBatch) -> Tensor:
+        """`old_logprobs` of a micro-batch of this process's own; those who run passes together have one each."""
+        processes = self.processes
+        of_each = [micro] if processes.sequence_group is None else processes.gather_within(micro)
+        found = [self.old_logprobs(each.to(processes.device)) for each in of_each]
+        return found[processes.rank % len(of_each)]
 
     def use_temperature(self, temperature: float) -> None:
         """All log-probabilities, of the reference too, are those of this sampling temperature from here on."""

@@ -243,10 +243,10 @@ def prediction(run: Run) -> dict[str, Any] | None:
     """
     held_out = _values(run, f"eval/{run.verdict}")
     sampled = _values(run, f"reward/{run.verdict}") or _values(run, "reward/mean")
-    # where questions become harder what is sampled is no measure of the policy
+    # where other questions come to be asked what is sampled is no measure of the policy
     rollout, data = run.config.get("rollout", {}), run.config.get("data", {})
-    harder = rollout.get("solved_share", 1) < 1 or data.get("order_by") is not None
-    is_held_out = len(held_out) >= FEWEST_EVALUATIONS or harder
+    passes_over = min(rollout.get("solved_share", 1), rollout.get("hopeless_share", 1)) < 1
+    is_held_out = len(held_out) >= FEWEST_EVALUATIONS or passes_over or data.get("order_by") is not None
     chosen = held_out if is_held_out else sampled
     name = f"eval/{run.verdict}" if is_held_out else f"reward/{run.verdict}"
     name = name if is_held_out or _values(run, name) else "reward/mean"

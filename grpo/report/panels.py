@@ -67,7 +67,7 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
             Panel("Loss of rows", [LOSS], "nats", points="supervised/held_out_loss"),
             Panel("Next tokens", ["supervised/accuracy"], points="supervised/held_out_accuracy"),
             replace(_function(verdict), alone=[FIT]),
-            Panel("Solved questions", ["progress/solved"]),
+            Panel("Solved and hopeless questions", ["progress/solved", "progress/hopeless"]),
             *map(_function, other),
             *(
                 Panel(name.removeprefix("eval/"), [], points=name)

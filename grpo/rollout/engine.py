@@ -433,7 +433,7 @@ def cache_shape(lm: PreTrainedModel) -> dict[str, int]:
     return {"num_layers": len(calls), "num_kv_heads": calls[0].num_kv_heads, "head_dim": calls[0].key_dim}
 
 
-CHECKED_STEPS = 24
+CHECKED_STEPS = 8
 CHECKED_TOKENS = 2 * PAGE + CHECKED_STEPS // 2
 """Length of the sequences by which a model is checked, and how many of these tokens it decodes: it goes over a border of pages
 when it reads the prompt and when it decodes."""

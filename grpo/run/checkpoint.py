@@ -516,7 +516,7 @@ def restore(
         _restore_random_states(load_tensors(checkpoint / "random" / f"rank-{processes.rank}.pt"))
     where = RunState(**{field.name: saved[field.name] for field in fields(RunState) if field.name in saved})
     if inputs.QUESTIONS in inputs.changed(saved.get("given") or given, given):  # run.accept_changes: other rows
-        where.solved = []
+        where.solved, where.hopeless = [], []
     step = _under_way(checkpoint / "under_way", written.num_processes, processes)
     step.drafts = _drafts(checkpoint / "drafts", written.num_processes, where, processes)
     done = where.optimizer_steps - step.first_update if step.rollout else 0

@@ -120,7 +120,7 @@ class Probe:
 
     def _one_pass(self, batch: Batch) -> Tensor:
         micro = micro_batch(batch, torch.zeros(len(batch.sampling_logprobs)))
-        return self.policy.old_logprobs(micro.to(self.policy.processes.device))
+        return self.policy.own_logprobs(micro)
 
     def mean(self, values: Tensor) -> float:
         return _mean(self.policy, values)
@@ -169,7 +169,7 @@ def diagnose(
         rounding: see `measure_rounding`.
     """
     pairs = _probed(policy, groups)
-    probe = Probe(policy, pairs, max(config.memory.micro_batch_tokens // config.max_sequence_tokens, 1))
+    probe = Probe(policy, pairs, max(config.pass_tokens // config.max_sequence_tokens, 1))
     return [
         _temperature(probe, config),
         _template(probe, config),

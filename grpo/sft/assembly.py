@@ -129,7 +129,7 @@ def assemble(
         cross_entropy(config.training.aggregation),
         config.optimizer,
         optimizer_steps=order.num_updates,
-        token_budget=config.memory.micro_batch_tokens,
+        token_budget=config.pass_tokens,
         max_completion_tokens=config.data.max_tokens,
         measure=measure_rows,
     )

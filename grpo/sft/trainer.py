@@ -104,8 +104,9 @@ class SupervisedTrainer(Loop):
             rows = self.order.draw()
             rollout = self._as_rollout(rows)
             passes = self._deal(rows)
-            measure_passes(step.meter, passes)
-            measure_dealt_rows(step.meter, passes)
+            if self.processes.speaks:
+                measure_passes(step.meter, passes)
+                measure_dealt_rows(step.meter, passes)
             self._update(passes, rollout)
         step.rollout, self.state.position = rollout, self.order.position
         self.state.step += 1
@@ -149,7 +150,7 @@ class SupervisedTrainer(Loop):
 
     def held_out_loss(self) -> dict[str, float]:
         """Loss and accuracy of the rows that were set aside, over all processes."""
-        meter = Meter()
+        meter = Meter()  # of which all processes of a part have the same
         for micro in self._deal(self.aside):
             there = micro.to(self.processes.device)
             predicted = Predicted(*self.policy.before_update(there))

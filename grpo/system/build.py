@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,6 +13,7 @@ DISTRIBUTION = "grpo-zero"
 """On PyPI; `grpo` there is somebody else's."""
 
 
+@cache
 def own_version() -> str | None:
     """None where the library is used without being installed."""
     try:
@@ -21,8 +22,10 @@ def own_version() -> str | None:
         return None
 
 
+@cache
 def commit() -> str | None:
-    """Of the checkout that this package lies in, with `+` where files of it are changed; None elsewhere."""
+    """Of the checkout that this package lies in, with `+` where files of it are changed; None elsewhere. Asked once in a process:
+    what it has imported stays as it was."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

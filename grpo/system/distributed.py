@@ -63,6 +63,15 @@ BUCKET_ELEMENTS = 100_000_000
 
 
 @dataclass(frozen=True)
+class SequenceGroup:
+    """Processes that run each pass together, and which of them this one is."""
+
+    group: Any  # of torch.distributed
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Processes:
     """This process among its peers."""
 
@@ -138,9 +147,36 @@ class Processes:
 
 @dataclass(frozen=True)
 class TrainingProcesses(Processes):
-    """With DeepSpeed."""
+    """With DeepSpeed. Passes are dealt to `num_parts` processes, or groups of processes of which each runs a pass together."""
 
     accelerator: Accelerator
+    sequence_group: SequenceGroup | None = None
+
+    @property
+    def sequence_parallel(self) -> int:
+        return 1 if self.sequence_group is None else self.sequence_group.size
+
+    @property
+    def num_parts(self) -> int:
+        return self.world_size // self.sequence_parallel
+
+    @property
+    def part(self) -> int:
+        return self.rank // self.sequence_parallel
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process is the one of its part by which what all of them have is counted."""
+        return self.sequence_group is None or self.sequence_group.rank == 0
+
+    def gather_parts(self, value: Any) -> list[Any]:
+        """What one process of each part passed, where all processes of a part pass the same."""
+        return self.gather(value)[:: self.sequence_parallel]
+
+    def gather_within(self, value: Any) -> list[Any]:
+        """What every process of this part passed."""
+        first = self.part * self.sequence_parallel
+        return self.gather(value)[first : first + self.sequence_parallel]
 
 
 def start(config: Config, *, dtype: torch.dtype) -> TrainingProcesses:
@@ -173,7 +209,27 @@ def start(config: Config, *, dtype: torch.dtype) -> TrainingProcesses:
     if not (on_cpu or config.distributed.offload_optimizer):  # which updates the weights on the host
         limit_threads()
     heartbeat.start(rank=accelerator.process_index, world_size=launched)
-    return TrainingProcesses(accelerator.process_index, launched, accelerator.device, accelerator)
+    return TrainingProcesses(
+        accelerator.process_index,
+        launched,
+        accelerator.device,
+        accelerator,
+        _sequence_group(accelerator.process_index, launched, config.distributed.sequence_parallel),
+    )
+
+
+def _sequence_group(rank: int, world_size: int, size: int) -> SequenceGroup | None:
+    """Neighbours, which one host has. Raises ValueError if processes would be left over."""
+    if world_size % size:
+        raise ValueError(
+            f"distributed.sequence_parallel is {size}; {world_size} process{'es were' if world_size > 1 else ' was'} launched, "
+            f"which cannot be grouped by {size}. Launch a multiple of {size} (grpo train --processes), or "
+            f"{f'set it to a divisor of {world_size}' if world_size > 1 else 'remove it'}."
+        )
+    if size == 1:
+        return None
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world_size, size)]
+    return SequenceGroup(groups[rank // size], rank % size, size)
 
 
 def join() -> Processes:

@@ -20,6 +20,7 @@ import html
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 PAPER_WORDS = ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check")
@@ -91,7 +92,12 @@ class Words:
 
 def with_own(lists: Mapping[str, Sequence[str]]) -> Words:
     """The built-in lists and a user's, of which one of the same name takes a built-in one's place."""
-    return Words({**WORD_LISTS, **lists})
+    return Words({**WORD_LISTS, **lists}) if lists else _built_in()
+
+
+@cache
+def _built_in() -> Words:
+    return Words(WORD_LISTS)
 
 
 def pattern_source(words: Iterable[str]) -> str:

@@ -46,7 +46,7 @@ class Learner:
 
     Args:
         optimizer_steps: of the whole run, for the schedule of the learning rate.
-        token_budget: tokens of a pass.
+        token_budget: tokens of a pass, over the processes that run it together.
         max_completion_tokens: for the aggregation `constant`.
         measure: takes up what a pass gave.
         loss: a user's, instead of `grpo_loss`; a completion whose advantage is 0 may have a gradient under it.
@@ -91,7 +91,7 @@ class Learner:
         dealt = [self.deal(mine) for mine in minibatches]
         for passes in dealt:
             self._fix(passes)
-        for passes in self.algorithm.num_epochs * dealt:
+        for passes in self.algorithm.num_epochs * dealt if self.processes.speaks else []:
             measure_passes(meter, passes)
         return self.algorithm.num_epochs * dealt
 
@@ -110,8 +110,8 @@ class Learner:
         needed = list(range(whole.num_sequences))
         if not self.every_token_counts:
             needed = whole.advantages.nonzero().flatten().tolist() or needed
-        plan = plan_passes(take(whole, needed), token_budget=self.token_budget, num_processes=self.processes.world_size)
-        return [self._pass(whole, [needed[i] for i in part]) for part in plan[self.processes.rank]]
+        plan = plan_passes(take(whole, needed), token_budget=self.token_budget, num_processes=self.processes.num_parts)
+        return [self._pass(whole, [needed[i] for i in part]) for part in plan[self.processes.part]]
 
     def _pass(self, whole: Batch, sequences: list[int]) -> MicroBatch:
         if not sequences:
@@ -137,7 +137,9 @@ class Learner:
             if algorithm.kl_in_loss:
                 micro.ref_logprobs = self.policy.ref_logprobs(there)
         if minibatch and algorithm.top_entropy < 1:
-            threshold = entropy_threshold(torch.cat(self.processes.gather(torch.cat(entropies))), algorithm.top_entropy)
+            threshold = entropy_threshold(
+                torch.cat(self.processes.gather_parts(torch.cat(entropies))), algorithm.top_entropy
+            )
             for micro, entropy in zip(minibatch, entropies, strict=True):
                 micro.selected = None if micro.is_spare else entropy >= threshold
         if minibatch and algorithm.clip_cov > 0:
@@ -150,7 +152,7 @@ class Learner:
         """
         algorithm, processes = self.algorithm, self.processes
         before = [(micro.advantages, _before_update(micro)) for micro in passes]
-        sums = [each for part in processes.gather([token_sums(*each) for each in before]) for each in part]
+        sums = [each for part in processes.gather_parts([token_sums(*each) for each in before]) for each in part]
         within, drawn = [], []
         for micro, each in zip(passes, before, strict=True):
             covariance = covariances(*each, sums)
@@ -159,13 +161,19 @@ class Learner:
             drawn.append(lots(micro.sampling_logprobs, micro.targets, micro.completion_lens))
         mine = torch.cat([torch.zeros(0, dtype=torch.long), *(x[own] for x, own in zip(drawn, within, strict=True))])
         number = max(int(algorithm.clip_cov * sum(count for count, _, _ in sums)), 1)
-        limit = lot_limit(torch.cat(processes.gather(mine)), number)
+        limit = lot_limit(torch.cat(processes.gather_parts(mine)), number)
         for micro, own, lot in zip(passes, within, drawn, strict=True):
             counts = ~(own & (lot <= limit))
             micro.selected = counts if micro.selected is None else micro.selected & counts
 
     def divergences(self, batch: Batch, meter: Meter) -> Tensor:
         """(B,) sums over each completion's tokens of log pi - log pi_ref, before the update; a process may have no sequences."""
+        of_each = self.processes.gather_within(batch) if self.processes.sequence_group is not None else [batch]
+        mine = self.processes.rank % len(of_each)
+        everyones = [self._divergences(each, meter if n == mine else Meter()) for n, each in enumerate(of_each)]
+        return everyones[mine]
+
+    def _divergences(self, batch: Batch, meter: Meter) -> Tensor:
         plan = plan_passes(batch, token_budget=self.token_budget, num_processes=1)[0]
         sums = torch.zeros(batch.num_sequences)
         for sequences in [*plan, *[[]] * (max(self.processes.gather(len(plan))) - len(plan))]:
@@ -199,6 +207,7 @@ class Learner:
             flags: added up over the processes on the way, whose sums nobody has to wait for.
         """
         total = torch.zeros((), device=self.processes.device)
+        measured = meter if self.processes.speaks else Meter()  # what all processes of a part have counts once
         for number, micro in enumerate(micro.to(self.processes.device) for micro in minibatch):
             logprobs, entropy, likeliest = self.policy.logprobs(micro)
             result = self.loss(
@@ -213,14 +222,14 @@ class Learner:
                 sampling_logprobs=micro.sampling_logprobs,
                 selected=micro.selected,
             )
-            total += result.loss.detach()
+            total += result.loss.detach() if self.processes.speaks else 0.0
             predicted = Predicted(logprobs.detach(), entropy.detach(), likeliest)
-            self.measure(meter, micro, self.objective, predicted, result)
+            self.measure(measured, micro, self.objective, predicted, result)
             passes.append((micro, logprobs.detach()))
             if number < len(minibatch) - 1:
                 self.policy.backward(result.loss, last=False)
             else:
-                sums = self.processes.add_up(local_sums(total, meter, *flags))
+                sums = self.processes.add_up(local_sums(total, measured, *flags))
                 self.policy.backward(unless_finite(result.loss, sums[0]), last=True)
         loss, gaps, num_tokens, *counts = sums.tolist()
         return Totals(loss, gaps, num_tokens, tuple(counts))

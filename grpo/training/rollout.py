@@ -91,7 +91,7 @@ class RolloutMaker:
             config.rollout.group_size,
             seed=lambda number: seed(f"rollout {number}" if number else "rollout"),
         )
-        self.prompts.begin_step(state.position, ahead=state.ahead, solved=state.solved)
+        self.prompts.begin_step(state.position, ahead=state.ahead, solved=state.solved, hopeless=state.hopeless)
         with clock("step"):
             groups, scores = self.collector.fill(
                 sampler,
@@ -116,10 +116,10 @@ class RolloutMaker:
                     )
                 )
         measure_texts(meter, completion_rows(groups, scores), self.words)
-        if self.prompts.solved_share < 1:
+        if self.prompts.passes_over:
             passed_over = self.prompts.position - state.position - len(sampler.signal)
             meter.mean("group/passed_over", torch.tensor(float(passed_over)))
-            state.solved = self._solved(groups, scores, state.solved, at_least=config.rollout.solved_from)
+            self._remember(groups, scores, state, solved_from=config.rollout.solved_from)
         step.first_update, state.position = state.optimizer_steps, self.prompts.position
         state.ahead = [*self.prompts.ahead]
         state.groups_seen, state.groups_with_signal = sampler.remembered()
@@ -147,8 +147,8 @@ class RolloutMaker:
             seed=seed,
         )
 
-    def _solved(self, groups: list[Group], scores: Scores, before: list[int], *, at_least: float) -> list[int]:
-        """Rows of the questions that are solved, as their last answers say. Every process calls it.
+    def _remember(self, groups: list[Group], scores: Scores, state: RunState, *, solved_from: float) -> None:
+        """Which questions are solved or hopeless, as their last answers say. Every process calls it.
 
         A question stays what it was where it depends on answers without a verdict.
 
@@ -157,17 +157,19 @@ class RolloutMaker:
         """
         verdicts = scores.values[self.signal_from]
         outside = verdicts[(verdicts < 0) | (verdicts > 1 + FLAT)].tolist()  # NaN is neither
-        mine = [*zip((group.prompt.row for group in groups), is_solved(verdicts, at_least=at_least), strict=True)]
-        parts = self.learner.processes.gather((mine, outside[:1]))
+        rows = [group.prompt.row for group in groups]
+        solved = is_solved(verdicts, at_least=solved_from)
+        hopeless = [None if any_right is None else not any_right for any_right in is_solved(verdicts, at_least=FLAT)]
+        parts = self.learner.processes.gather(([*zip(rows, solved, hopeless, strict=True)], outside[:1]))
         if found := [value for _, values in parts for value in values]:
+            name = "solved_share" if self.prompts.solved_share < 1 else "hopeless_share"
             raise ValueError(
-                f"rollout.solved_share is below 1; the reward {self.signal_from} has given a completion {found[0]:g}, and 1 "
-                "means right, 0 wrong. Name a reward of values from 0 to 1 in rollout.signal_from, or set rollout.solved_share "
-                "to 1."
+                f"rollout.{name} is below 1; the reward {self.signal_from} has given a completion {found[0]:g}, and 1 "
+                f"means right, 0 wrong. Name a reward of values from 0 to 1 in rollout.signal_from, or set rollout.{name} to 1."
             )
         asked = [each for part, _ in parts for each in part]
-        solved, unsolved = ({row for row, answer in asked if answer is each} for each in (True, False))
-        return sorted(({*before} | solved) - unsolved)  # of one asked twice, no time may say that it is not
+        state.solved = _after(state.solved, [(row, is_so) for row, is_so, _ in asked])
+        state.hopeless = _after(state.hopeless, [(row, is_so) for row, _, is_so in asked])
 
     def _signal(self, rule: AdvantageRule, scores: Scores) -> Tensor:
         """(P,) which groups are worth a place in the batch, by the one reward that decides it."""
@@ -247,3 +249,9 @@ def _with_kl_penalties(
     penalties = kl_coef * learner.divergences(every, meter).view(len(trained), rewards.shape[1])
     meter.mean("policy/kl_penalty", penalties)
     return rewards.index_add(0, trained, penalties.to(rewards.dtype), alpha=-1)
+
+
+def _after(before: list[int], asked: list[tuple[int, bool | None]]) -> list[int]:
+    """Rows of which something holds, after answers that say it of some. One asked twice must have it both times."""
+    holds, holds_not = ({row for row, answer in asked if answer is each} for each in (True, False))
+    return sorted(({*before} | holds) - holds_not)

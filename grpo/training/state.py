@@ -30,7 +30,8 @@ class RunState:
     groups_with_signal: float = 0.0  # of these
     entropy_coef: float | None = None  # with algorithm.entropy_target; None: the first step is to come
     entropy: float | None = None  # of the last step; with it too
-    solved: list[int] = field(default_factory=list)  # rows of questions; with rollout.solved_share, as is the next
+    solved: list[int] = field(default_factory=list)  # rows of questions; with rollout.solved_share, as are the next
+    hopeless: list[int] = field(default_factory=list)
     ahead: list[int] = field(default_factory=list)  # see PromptOrder
 
     def metrics(self) -> dict[str, float]:

@@ -202,6 +202,7 @@ LEARNS = {
 VARIANTS = {
     "entropy bonus": ("algorithm.entropy_coef=0.001",),
     "top entropy": ("algorithm.top_entropy=0.5",),
+    "float32 head": ("model.float32_head=true",),
     "KL in the reward": ("algorithm.kl_in=reward", "algorithm.kl_estimator=k1", "algorithm.normalize_by_std=false"),
     "solved, batch, covariance, entropy target": (
         "rollout.solved_share=0.2", "rollout.solved_from=0.5", "algorithm.normalize_by_std=batch", "algorithm.clip_cov=0.05",
