@@ -14,8 +14,9 @@ from grpo.algorithm.own_loss import Loss
 from grpo.config import Config, SupervisedConfig
 from grpo.config.combinations import check_carried_turns
 from grpo.config.settings import Settings
+from grpo.data.order import Order, PromptOrder, ranks
 from grpo.data.pass_rates import within_pass_rates
-from grpo.data.prompts import Order, PromptOrder, build_prompts, check_kinds, ranks, use_chat_template
+from grpo.data.prompts import build_prompts, check_kinds, use_chat_template
 from grpo.data.rows import load_rows, missing, prepare_rows
 from grpo.observe import rundir
 from grpo.observe.bar import check_rows

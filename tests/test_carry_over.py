@@ -20,7 +20,7 @@ from test_engine import make_policy, native, some_prompts, tokens_of
 from grpo import Config, Trainer
 from grpo.algorithm.batch import join, micro_batch, pack, split
 from grpo.check.invariance import _one_plain_step
-from grpo.data.prompts import PromptOrder
+from grpo.data.order import PromptOrder
 from grpo.observe.metrics import Meter, measure_carry_over
 from grpo.rollout.slots import Prefix, Sequence, Slots
 from grpo.run.checkpoint import _completed, changed_setting, name_of
