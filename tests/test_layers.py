@@ -81,3 +81,16 @@ def test_there_is_no_circle():
 
 def test_the_test_sees_imports():
     assert {"grpo.types", "grpo.config", "grpo.run.loop"} <= GRAPH["grpo.trainer"]
+
+
+@pytest.mark.parametrize("package", ["datasets", "peft"])
+def test_a_package_that_takes_a_second_to_import_is_imported_where_it_is_used(package: str):
+    """Most runs read JSON lines and train all weights. DeepSpeed's, accelerate's and transformers' modules cannot be helped."""
+    found = []
+    for name, path in FILES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                found += [name for each in node.names if each.name.partition(".")[0] == package]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == package:
+                found.append(name)
+    assert not found, f"{', '.join(found)} import {package} with the module; import it in the functions that use it"
