@@ -88,3 +88,16 @@ def test_no_module_is_too_long_to_read_at_once():
     longest = max(lengths, key=lambda name: lengths[name])
     assert lengths[longest] <= 600, f"{longest} has {lengths[longest]} lines; find the part of it that is a module"
     assert lengths["grpo.trainer"] <= 260, "a trainer is the loop alone"
+
+
+@pytest.mark.parametrize("package", ["datasets", "peft"])
+def test_a_package_that_takes_a_second_to_import_is_imported_where_it_is_used(package: str):
+    """Most runs read JSON lines and train all weights. DeepSpeed's, accelerate's and transformers' modules cannot be helped."""
+    found = []
+    for name, path in FILES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                found += [name for each in node.names if each.name.partition(".")[0] == package]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == package:
+                found.append(name)
+    assert not found, f"{', '.join(found)} import {package} with the module; import it in the functions that use it"
