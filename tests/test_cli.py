@@ -163,6 +163,16 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):
         launch.num_processes(3)
 
 
+def test_a_machine_without_gpus_is_not_buried_in_processes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert launch.num_processes(8) == 8
+    with pytest.raises(
+        ValueError, match=r"--processes is 1000; this machine has no GPU and 2 cores.* Set it to 8 or less"
+    ):
+        launch.num_processes(1000)
+
+
 def test_the_quickstart_trains_in_an_empty_directory_in_two_processes_and_stops_on_a_signal(tmp_path: Path):
     """It starts two interpreters, which takes ten seconds each where there is one core for both."""
     quick = ["run.steps=500", "evaluation.num_questions=4", "preflight.num_questions=0", "checkpoint.every_steps=0"]

@@ -1,7 +1,10 @@
 """Mistakes on the command line: each is answered in three lines at most, with the setting, the value and a remedy."""
 
+import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +32,33 @@ FILES = {
     "without_run.yaml": "model: {name: a}\n",
     "bad.py": "def f(completion:\n",
     "one.py": "def g(completion): return 1.0\n",
+    "imports.py": "import no_such_module\ndef g(completion): return 1.0\n",
+    "exits.py": "def g(completion): return 1.0\nraise SystemExit(3)\n",
+    "nothing.py": "def g(): return 1.0\n",
+    "sums.jsonl": '{"question": "1+1", "answer": "2"}\n' * 5,
+    "latin.jsonl": '{"question": "1+1", "answer": "2"}\n{"question": "caf\udce9", "answer": "1"}\n',
+    "again.jsonl": '{"question": "a", "question": "b", "answer": "1"}\n',
+    "nested.jsonl": '{"question": {"a": 1}, "answer": "1"}\n',
+    "wide.csv": "question,answer\n1+1,2,3\n",
+    "letters.yaml": "model: {name: a}\nrun: {dir: x, steps: 1}\nrewards: [accuracy]\n",
     "file": "",
 }
+
+AFTER_TORCH: list[tuple[list[str], str]] = [
+    (
+        [*QUICKSTART, "rewards.0.function=imports.py:g"],
+        r"line 1 of .*imports\.py raised ModuleNotFoundError while the file was imported: .* Install it, or correct the file",
+    ),
+    (
+        [*QUICKSTART, "rewards.0.function=exits.py:g"],
+        r"line 2 of .*exits\.py raised SystemExit .*: 3\. Correct the file",
+    ),
+    (
+        [*QUICKSTART, "rewards.0.function=nothing.py:g"],
+        r"reward g has no parameters, .* Name what it is to be given: completion",
+    ),
+]
+"""What only running the user's own code can tell."""
 
 MISTAKES: list[tuple[list[str], str]] = [
     (["tran"], r"grpo has no command 'tran'\. Did you mean train\?"),
@@ -135,6 +163,47 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["settings", "zzzz"], r"no setting has 'zzzz' in its name or meaning\. `grpo settings` lists all"),
     (["aha", "folder"], r"folder is not the directory of a run; there is no config\.yaml in it\. Name one"),
     (["r1", "nope"], r"'nope' is no folder of stages: .* Name a folder"),
+    (
+        ["train", "--config", "letters.yaml"],
+        r"rewards\.0 is 'accuracy'; it is a mapping .*Write \{function: accuracy\}",
+    ),
+    (["train", "--config", "quickstart", "--dryrun"], r"unrecognized arguments: --dryrun\. Did you mean --dry-run\?"),
+    (["train", "--config", "quickstart", "run.steps=3"], r"Settings follow --set: --set run\.steps=3\."),
+    ([*QUICKSTART, "run.dir=file"], r"run\.dir is 'file'; it is a file, .* Name another"),
+    ([*QUICKSTART, "run.dir=file/run"], r"run\.dir is 'file/run'; 'file' is a file, .* Name another"),
+    (
+        [*QUICKSTART, "data.name=sums.jsonl", "data.eval_name=null"],
+        r"data\.eval_name is missing; .* Set data\.eval_name",
+    ),
+    (
+        [*QUICKSTART, "data.name=latin.jsonl"],
+        r"latin\.jsonl, line 2: the byte 0xe9 is no UTF-8 .* Save the file as UTF-8",
+    ),
+    (
+        [*QUICKSTART, "data.name=again.jsonl"],
+        r"again\.jsonl, line 1: the key 'question' is there twice\. Correct the line",
+    ),
+    (
+        [*QUICKSTART, "data.name=nested.jsonl"],
+        r"question of row 0 .* is a dictionary with a, not a text\. Name what is inside",
+    ),
+    ([*QUICKSTART, "data.name=wide.csv"], r"wide\.csv, line 2: 3 cells under 2 column names\. Quote a cell"),
+    (
+        [*QUICKSTART, "model.name=cut_off"],
+        r"model\.name is 'cut_off'; its file model\.safetensors is not whole: .* again into",
+    ),
+    ([*QUICKSTART, "model.name=only_config"], r"there are no weights in it .* Copy or download the model again"),
+    (
+        [*QUICKSTART, "model.name=part"],
+        r"model\.name is 'part'; its file two\.safetensors is missing\. Copy or download",
+    ),
+    (
+        [*QUICKSTART, "model.name=pointer"],
+        r"is a pointer of Git LFS and holds no weights \(`git lfs pull` fetches them\)",
+    ),
+    ([*QUICKSTART, "model.name=no_json"], r"its config\.json is not JSON .* Copy or download the model again"),
+    (["serve", "--model", "cut_off"], r"--model is 'cut_off'; its file model\.safetensors is not whole"),
+    (["chat", "--model", "only_config"], r"--model is 'only_config'; there are no weights in it"),
     (["check", "memroy", "--config", "quickstart"], r"invalid choice: 'memroy' \(choose from 'memory'"),
     (["reject", "--model", MODEL, "--out", "rows.txt"], r"--out is 'rows\.txt'; the rows are JSON lines"),
     (
@@ -149,14 +218,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place = tmp_path_factory.mktemp("mistakes")
     (place / "folder").mkdir()
     for name, text in FILES.items():
-        (place / name).write_text(text)
+        (place / name).write_text(text, errors="surrogateescape")
+    _make_models(place)
     before = Path.cwd()
     os.chdir(place)
     yield place
     os.chdir(before)
 
 
-@pytest.mark.parametrize(("arguments", "answer"), MISTAKES, ids=[" ".join(given)[-60:] for given, _ in MISTAKES])
+def _make_models(place: Path) -> None:
+    for name in ("cut_off", "only_config", "part", "pointer", "no_json"):
+        (place / name).mkdir()
+        shutil.copy(TINY / "model" / "config.json", place / name)
+    weights = (TINY / "model" / "model.safetensors").read_bytes()
+    (place / "cut_off" / "model.safetensors").write_bytes(weights[:-1])
+    (place / "part" / "one.safetensors").write_bytes(weights)
+    named = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (place / "part" / "model.safetensors.index.json").write_text(json.dumps(named))
+    (place / "pointer" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (place / "no_json" / "config.json").write_text("{broken")
+
+
+ALL = [*MISTAKES, *AFTER_TORCH]
+
+
+@pytest.mark.parametrize(("arguments", "answer"), ALL, ids=[" ".join(given)[-60:] for given, _ in ALL])
 def test_a_mistake_is_answered_in_three_lines_at_most(
     arguments: list[str], answer: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -169,3 +255,24 @@ def test_a_mistake_is_answered_in_three_lines_at_most(
     assert re.search(answer, said), said
     assert len(said.splitlines()) <= 3, said
     assert not [path for path in folder.iterdir() if path.name in ("runs", "lock")]
+
+
+EARLY = [given for given, _ in MISTAKES if given[:3] == QUICKSTART[:3]]
+
+
+def test_what_is_wrong_with_a_configuration_is_told_before_torch_is_imported(folder: Path):
+    """In one process that refuses to import it: a command that needs it fails with another message."""
+    program = (
+        "import json, sys\n"
+        "sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from grpo import cli\n"
+        "for given in json.loads(sys.argv[1]):\n"
+        "    try: cli.main(given)\n"
+        "    except SystemExit as ended: print(ended.code)\n"
+        "    except BaseException as error: print(given, repr(error))\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(EARLY)], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["2"] * len(EARLY), done.stdout + done.stderr

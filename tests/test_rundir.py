@@ -30,8 +30,9 @@ def test_a_tilde_is_the_users_home_as_in_a_shell(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("resume", ["never", "auto"])
 def test_a_directory_that_cannot_be_made_is_said_with_the_setting(tmp_path: Path, resume: str):
     (tmp_path / "file").write_text("")
-    for parent in ("/sys", str(tmp_path / "file")):  # nobody makes folders there
-        with pytest.raises(ValueError, match=rf"^run.dir is '{parent}/run'; it cannot be written to: .*Make room"):
+    in_a_file = f"'{tmp_path / 'file'}' is a file, .* Name another"
+    for parent, said in {"/sys": "it cannot be written to: .*Make room", str(tmp_path / "file"): in_a_file}.items():
+        with pytest.raises(ValueError, match=rf"^run.dir is '{parent}/run'; {said}"):
             claim(RunConfig(dir=f"{parent}/run", steps=1, resume=resume))
 
 

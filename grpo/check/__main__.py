@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grpo import Config
-from grpo.data.hub_names import check_config
+from grpo.check.at_once import check_config
 from grpo.observe.console import errors_for_users
 from grpo.system.parser import Parser
 

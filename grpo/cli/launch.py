@@ -25,6 +25,9 @@ PATIENCE = 240.0
 
 LOOK_SECONDS = 0.1
 
+PROCESSES_PER_CORE = 4
+"""Most that are started where there is no GPU: more is a slip of the finger, and stops the machine."""
+
 
 def start_processes(module: str, wanted: int | None) -> None:
     """Run the module in several processes and leave with their exit code, unless one is enough or this is one of them."""
@@ -64,7 +67,7 @@ def num_processes(wanted: int | None) -> int:
     """One for each GPU, or one; or as many as are wanted.
 
     Raises:
-        ValueError: there are GPUs, and fewer than that.
+        ValueError: there are GPUs, and fewer than that; or there are none, and far fewer cores.
     """
     import torch
 
@@ -73,6 +76,13 @@ def num_processes(wanted: int | None) -> int:
         raise ValueError(
             f"--processes is {wanted}; this machine has {gpus} GPU{'s' * (gpus > 1)}, and each process needs one. Set it to "
             f"{gpus} or less."
+        )
+    cores = os.cpu_count() or 1
+    most = PROCESSES_PER_CORE * cores
+    if wanted is not None and gpus == 0 and wanted > most:
+        raise ValueError(
+            f"--processes is {wanted}; this machine has no GPU and {cores} cores, and each process needs one. Set it to {most} "
+            "or less."
         )
     return wanted or max(gpus, 1)
 

@@ -9,8 +9,8 @@ Exits with 0 if the configured template can be trained with, with 1 if it is ref
 import argparse
 
 from grpo import Config
+from grpo.check.at_once import check_config
 from grpo.cli.model_options import TEMPLATES
-from grpo.data.hub_names import check_config
 from grpo.observe.console import errors_for_users
 from grpo.system.parser import Parser
 

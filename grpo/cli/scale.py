@@ -46,7 +46,7 @@ def main() -> None:
             raise ValueError(f"--out is {arguments.out}; it is there already. Remove it, or name another file.")
         if not arguments.out.parent.is_dir():
             raise ValueError(f"--out is {arguments.out}; there is no directory {arguments.out.parent}. Make it first.")
-        check_model(arguments.model)
+        check_model(arguments.model, whole=False)
         text = supervised(arguments) if is_supervised(arguments.config) else reinforcement(arguments)
     arguments.out.write_text(text)
     print(text)

@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from grpo.check.at_once import check_config
 from grpo.cli import launch
 from grpo.config import SupervisedConfig
-from grpo.data.hub_names import check_config
 from grpo.observe.console import errors_for_users, positive
 from grpo.system.parser import Parser
 

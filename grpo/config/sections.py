@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -687,6 +688,16 @@ class PlaceConfig(Section):
     """checkpoint: push every checkpoint too, in the background. Each is a revision: the tag `step-N`."""
     hub_private: bool = True
     """Make repositories that are not there yet visible to their owner alone."""
+
+    def check_dir(self) -> None:
+        """Raises ValueError if a file lies where the run's directory, or a folder above it, is to be."""
+        for path in (place := Path(self.dir), *place.parents):
+            if path.exists() and not path.is_dir():
+                where = "it is" if path == place else f"{str(path)!r} is"
+                raise ValueError(
+                    f"run.dir is {self.dir!r}; {where} a file, and everything that a run produces goes into a directory. Name "
+                    "another."
+                )
 
 
 class RunConfig(PlaceConfig):

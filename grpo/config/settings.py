@@ -15,7 +15,7 @@ from typing import Any, Self
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from grpo.config import shipped
+from grpo.config import sections, shipped
 from grpo.config.combinations import check_combinations, check_rewards, check_schedules, check_vllm_sampling, scheduled
 from grpo.config.elsewhere import ELSEWHERE
 from grpo.config.load import apply_override, put, read_settings, read_text, write_yaml
@@ -451,6 +451,11 @@ def _explain(detail: ErrorDetails) -> str:
     spelled = ".".join(str(part) for part in detail["loc"] if part not in SHAPES_OF_SOURCES)
     if detail["type"] == "missing":
         return f"{spelled} is missing; it has no default. Set {spelled}."
+    if detail["type"] == "model_type":
+        names = list(vars(sections)[detail["ctx"]["class_name"]].model_fields)
+        some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        example = f"{{{names[0]}: {detail['input']}}}" if isinstance(detail["input"], str) else f"{{{names[0]}: ...}}"
+        return f"{spelled} is {detail['input']!r}; it is a mapping with {some}. Write {example}."
     rule = detail["msg"][0].lower() + detail["msg"][1:]
     kind = re.search(r"\.(bool|literal\['(\w+)'\])\Z", spelled)
     if kind is not None:  # a setting that is true, false or a word: pydantic has an error for each of the two

@@ -1,4 +1,4 @@
-"""Models and data sets of the hub that cannot be had, told before torch is imported: in a second or two."""
+"""Models and data sets that cannot be had, or whose files are not whole, told before torch is imported: in a second or two."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from pathlib import Path
 
 from grpo.config import Config, SupervisedConfig
 from grpo.data.files import FORMATS
+from grpo.policy.model_source import check_files, complete_checkpoints, model_directory
 from grpo.system import hub_access
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def check_config(config: Config | SupervisedConfig) -> None:
-    """Raises ValueError for a model or data set that is neither on this machine nor to be had from the hub."""
+    """Raises ValueError for a model or data set that is neither on this machine nor to be had from the hub, and for a model here
+    whose files are not whole."""
     check_model(config.model.name, "model.name", config.model.revision)
     if isinstance(config, Config) and config.teacher.name is not None:
         check_model(config.teacher.name, "teacher.name", config.teacher.revision)
@@ -28,8 +30,18 @@ def check_config(config: Config | SupervisedConfig) -> None:
             raise ValueError(hub_access.no_data_set(f"{setting} is {name!r}", name, setting, reason))
 
 
-def check_model(name: str, setting: str = "--model", revision: str = "main") -> None:
-    """Raises ValueError if it is neither on this machine nor to be had from the hub."""
+def check_model(name: str, setting: str = "--model", revision: str = "main", *, whole: bool = True) -> None:
+    """Raises ValueError if it is neither on this machine nor to be had from the hub.
+
+    Args:
+        whole: refuse one here whose files are not whole, too; otherwise its weights are not read.
+    """
+    path, is_first = Path(name), os.environ.get("RANK", "0") == "0"
+    is_begun = (path / "config.yaml").is_file() and not complete_checkpoints(
+        path / "checkpoints"
+    )  # --base needs no more
+    if whole and is_first and not is_begun and (directory := Path(model_directory(name, setting=setting))).is_dir():
+        check_files(directory, f"{setting} is {name!r}")
     if _may_be_of_hub(name) and not hub_access.has_model(name, revision) and (reason := hub_access.unreachable()):
         raise ValueError(hub_access.no_model(f"{setting} is {name!r}", name, setting, reason))
 

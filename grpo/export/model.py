@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from grpo.config import ModelConfig
 from grpo.inference.model import merged
-from grpo.policy.model_source import from_source, not_loaded
+from grpo.policy.model_source import check_weights, from_source, not_loaded
 from grpo.system import progress
 
 
@@ -35,6 +35,7 @@ class Whole:
 
 def load_whole(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Whole:
     """Raises ValueError if the weights cannot be read."""
+    check_weights(config)
     try:
         with progress.busy("loading the model"):
             lm = merged(from_source(AutoModelForCausalLM, config, dtype="auto"), config)

@@ -45,11 +45,8 @@ def claim(config: PlaceConfig) -> Path:
     Raises:
         ValueError: another process is at work in the directory to resume in, it cannot be written to, or is a file.
     """
+    config.check_dir()
     wanted = Path(config.dir)
-    if wanted.exists() and not wanted.is_dir():
-        raise ValueError(
-            f"run.dir is {str(wanted)!r}; it is a file, and everything that a run produces goes into a directory. Name another."
-        )
     with _writing(wanted):
         directory = wanted if config.resume == "auto" else _new(wanted)
         directory.mkdir(parents=True, exist_ok=True)

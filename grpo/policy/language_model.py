@@ -27,7 +27,7 @@ from grpo.policy.families import (
     switch_off_dropout,
 )
 from grpo.policy.logprobs import float32_linear, token_logprobs
-from grpo.policy.model_source import from_source, model_config
+from grpo.policy.model_source import check_weights, from_source, model_config
 from grpo.policy.sequence_parallel import Share
 from grpo.policy.tokenizer import load_tokenizer, vocabulary_size
 from grpo.system import progress
@@ -144,8 +144,13 @@ def output_head(lm: PreTrainedModel, owner: nn.Module | None = None) -> Callable
 
 
 def load_lm(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
-    """A model without dropout: with it, the ratio of an unchanged policy would not be 1."""
+    """A model without dropout: with it, the ratio of an unchanged policy would not be 1.
+
+    Raises:
+        ValueError: the files of the weights are not whole.
+    """
     settings = model_config(config)
+    check_weights(config)
     dropouts = switch_off_dropout(settings)
     with progress.busy("loading the model"):
         lm: PreTrainedModel = from_source(AutoModelForCausalLM, config, config=settings, dtype=dtype)

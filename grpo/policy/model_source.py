@@ -11,13 +11,13 @@ import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoConfig, PretrainedConfig
-from transformers.utils import cached_file
+from typing import TYPE_CHECKING, Any
 
 from grpo.config import Config, ModelConfig
 from grpo.system import hub_access
+
+if TYPE_CHECKING:  # imported where it is used: what a name means is told before transformers is imported
+    from transformers import PretrainedConfig
 
 ADAPTER = "adapter_config.json"
 
@@ -70,6 +70,66 @@ CHECKPOINT_NAME = re.compile(r"step-[0-9]{8,}(-[0-9]{4,})?")
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Oldest first."""
     return sorted(path for path in directory.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir())
+
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def check_files(directory: Path, said: str) -> None:
+    """Raises ValueError if a model's files are not whole, as after a download that was interrupted: config.json is not JSON, or
+    weights are missing or cut off. Of the weights only the first bytes are read.
+
+    Args:
+        said: the setting and its value, for the error.
+    """
+    if (directory / ADAPTER).is_file() and not (directory / "config.json").is_file():
+        return
+    again = f"Copy or download the model again into {str(directory)!r}."
+    try:
+        json.loads((directory / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{said}; its config.json is not JSON ({error}). {again}") from error
+    index = directory / INDEX
+    named = {path.name for path in directory.glob(WEIGHTS[0])}
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{said}; its {INDEX} does not list its weights ({error}). {again}") from error
+    if not named and not any(directory.glob(WEIGHTS[1])):
+        raise ValueError(f"{said}; there are no weights in it ({' or '.join(WEIGHTS)}). {again}")
+    for name in sorted(named):
+        if (problem := _problem_of(directory / name)) is not None:
+            raise ValueError(f"{said}; its file {name} {problem}. {again}")
+
+
+def check_weights(config: ModelConfig) -> None:
+    """Raises ValueError if the model lies on this machine and its files are not whole."""
+    directory = Path(source_of(config).base)
+    if directory.is_dir():
+        check_files(directory, f"model.name is {config.name!r}")
+
+
+def _problem_of(path: Path) -> str | None:
+    """Why a file of weights is not whole; None: it is as long as its header says."""
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        begun = file.read(8)
+        if begun == b"version ":
+            return "is a pointer of Git LFS and holds no weights (`git lfs pull` fetches them)"
+        length = int.from_bytes(begun, "little")
+        if size < 8 + length:
+            return f"is cut off: {size:,} bytes, less than its header"
+        try:
+            tensors = json.loads(file.read(length))
+            ends = [tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError):
+            return "has a header that cannot be read"
+    whole = 8 + length + max(ends, default=0)
+    return None if size == whole else f"is not whole: {size:,} bytes instead of {whole:,}"
 
 
 def with_resolved_name(config: Config) -> Config:
@@ -158,6 +218,8 @@ def model_config(config: ModelConfig) -> PretrainedConfig:
     Raises:
         ValueError: neither a directory nor the hub has it, or it needs code of its own.
     """
+    from transformers import AutoConfig
+
     try:
         return from_source(AutoConfig, config)
     except (OSError, ValueError, KeyError) as error:
@@ -222,6 +284,8 @@ def processor_files(config: ModelConfig) -> dict[str, bytes]:
 
     A model of text alone has none, and the hub is not asked for any.
     """
+    from transformers.utils import cached_file
+
     model = model_config(config)
     if model.get_text_config() is model:
         return {}

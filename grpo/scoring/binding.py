@@ -112,6 +112,11 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 def bind(reward: Reward, columns: list[str], elsewhere: Mapping[str, str]) -> BoundFunction:
     """Check a reward function's parameters against what there is."""
     parameters = inspect.signature(reward.function).parameters
+    if not parameters:
+        raise ValueError(
+            f"reward {reward.name} has no parameters, so it would say the same of every completion. Name what it is to be given: "
+            f"{', '.join(dict.fromkeys([*SINGLE, *columns]))}."
+        )
     form = reward.form or _form_by_parameters(parameters)
     built_in = SINGLE if form == "completion" else LISTED
     for name in parameters:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import difflib
 import functools
-import importlib
+import importlib.util
 import inspect
 import sys
 import textwrap
+import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,16 +18,15 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Literal
 
-import torch
-
 from grpo.config import RewardConfig, as_text, read_text
 from grpo.scoring.worker import SourceFile
 from grpo.system.stopping import RunError
 
 loaded_files: dict[str, SourceFile] = {}  # modules that resolve_function loaded from a path; workers load the same text
 
-LARGEST = float(torch.finfo(torch.float32).max)
-"""Of a reward. Rewards are 64-bit numbers up to the advantage, which is a 32-bit one: a larger reward would become infinite."""
+LARGEST = 3.4028234663852886e38
+"""Of a reward: the largest number of 32 bits. Rewards are 64-bit numbers up to the advantage, which is a 32-bit one: a larger
+reward would become infinite."""
 
 Form = Literal["completion", "texts", "messages"]
 FORMS: dict[str, str] = {
@@ -219,14 +219,7 @@ def resolve_function(
     """
     place, colon, name = spec.rpartition(":")
     if not colon:
-        module = importlib.import_module(built_in)  # a user's own `rewards` is another module
-        known = module.__all__
-        if spec not in known:
-            raise ValueError(
-                f"{setting} is {spec!r}; {nearest(spec, known)}. Name one of these, "
-                "module:function, or path/to/file.py:function."
-            )
-        name = spec
+        module, name = _built_in(spec, setting, built_in), spec
     else:
         module = (
             _load_file(spec, Path(place), setting) if place.endswith(".py") else _import_module(spec, place, setting)
@@ -234,11 +227,58 @@ def resolve_function(
     function = getattr(module, name, None)
     if not callable(function):
         defined = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise ValueError(
-            f"{setting} is {spec!r}; {place} has no function {name!r}: {nearest(name, defined)}. "
-            "Name one of its functions."
-        )
+        raise ValueError(_no_function(spec, setting, defined))
     return function
+
+
+def check_spec(spec: str, setting: str = "rewards.*.function", built_in: str = "grpo.rewards") -> None:
+    """What `resolve_function` refuses and can be told without running a user's code: it may import torch, or take a GPU.
+
+    Raises:
+        ValueError: as there.
+    """
+    place, colon, name = spec.rpartition(":")
+    if not colon:
+        _built_in(spec, setting, built_in)
+    elif place.endswith(".py"):
+        source = _source_file(spec, Path(place), setting)
+        bound, functions = _bound_names(ast.parse(source.text))
+        if bound is not None and name not in bound:
+            raise ValueError(_no_function(spec, setting, functions))
+    elif importlib.util.find_spec(package := place.partition(".")[0] or " ") is None:
+        raise ValueError(_not_imported(spec, place, setting, f"there is no package {package!r}"))
+
+
+def _built_in(spec: str, setting: str, built_in: str) -> ModuleType:
+    module = importlib.import_module(built_in)  # a user's own `rewards` is another module
+    if spec not in module.__all__:
+        raise ValueError(
+            f"{setting} is {spec!r}; {nearest(spec, module.__all__)}. Name one of these, "
+            "module:function, or path/to/file.py:function."
+        )
+    return module
+
+
+def _no_function(spec: str, setting: str, defined: Iterable[str]) -> str:
+    place, _, name = spec.rpartition(":")
+    return (
+        f"{setting} is {spec!r}; {place} has no function {name!r}: {nearest(name, defined)}. Name one of its functions."
+    )
+
+
+def _bound_names(tree: ast.Module) -> tuple[set[str] | None, list[str]]:
+    """Names that a source gives to anything, anywhere, and those of its outermost functions. None: it imports `*`."""
+    bound: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.Name):
+            bound.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            if any(alias.name == "*" for alias in node.names):
+                return None, []
+            bound |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+    return bound, [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
 
 
 # ---- who is given what -----------------------------------------------------------------------------------------------
@@ -247,11 +287,15 @@ def resolve_function(
 def _import_module(spec: str, name: str, setting: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except (ImportError, ValueError) as error:  # ValueError: an empty name
-        raise ValueError(
-            f"{setting} is {spec!r}; the module {name!r} cannot be imported: {error}. "
-            "Install it, add its folder to PYTHONPATH, or name its file: path/to/file.py:function."
-        ) from error
+    except (Exception, SystemExit) as error:  # ValueError: an empty name
+        raise ValueError(_not_imported(spec, name, setting, error)) from error
+
+
+def _not_imported(spec: str, name: str, setting: str, why: object) -> str:
+    return (
+        f"{setting} is {spec!r}; the module {name!r} cannot be imported: {why}. "
+        "Install it, add its folder to PYTHONPATH, or name its file: path/to/file.py:function."
+    )
 
 
 def modules_of(rewards: Sequence[Reward]) -> list[str]:
@@ -261,24 +305,49 @@ def modules_of(rewards: Sequence[Reward]) -> list[str]:
 
 
 def _load_file(spec: str, path: Path, setting: str) -> ModuleType:
+    name = _module_name(path)
+    if name not in loaded_files:
+        source = _source_file(spec, path, setting)
+        _check_neighbours(spec, source, setting)
+        try:
+            with _importing_from(source.folder):
+                source.load()
+        except (Exception, SystemExit) as error:
+            del sys.modules[name]  # what it has defined until then is not whole
+            raise ValueError(_not_run(spec, source, setting, error)) from error
+        loaded_files[name] = source
+    return sys.modules[name]
+
+
+def _module_name(path: Path) -> str:
+    """Another one for each of two files with one name, and never with a dot."""
+    return f"reward_file_{zlib.crc32(str(path.resolve()).encode()):08x}"
+
+
+def _source_file(spec: str, path: Path, setting: str) -> SourceFile:
+    """Raises ValueError if there is no such file, or it is no Python."""
     if not path.is_file():
         raise ValueError(
             f"{setting} is {spec!r}; there is no file {path.resolve()}. "
             "Give the path from the folder in which the run is started, or an absolute one."
         )
     path = path.resolve()
-    name = f"reward_file_{zlib.crc32(str(path).encode()):08x}"  # of two files with one name, and never with a dot
-    if name not in loaded_files:
-        source = SourceFile(name, str(path), read_text(path, f"{setting} is {spec!r}"))
-        try:
-            compile(source.text, source.path, "exec")
-        except SyntaxError as error:
-            raise ValueError(f"{setting} is {spec!r}; the file is not valid Python: {error}. Correct it.") from error
-        _check_neighbours(spec, source, setting)
-        with _importing_from(source.folder):
-            source.load()
-        loaded_files[name] = source
-    return sys.modules[name]
+    source = SourceFile(_module_name(path), str(path), read_text(path, f"{setting} is {spec!r}"))
+    try:
+        compile(source.text, source.path, "exec")
+    except SyntaxError as error:
+        raise ValueError(f"{setting} is {spec!r}; the file is not valid Python: {error}. Correct it.") from error
+    return source
+
+
+def _not_run(spec: str, source: SourceFile, setting: str, error: BaseException) -> str:
+    """What ended the file while it was imported, and in which of its lines."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == source.path]
+    remedy = "Install it, or correct the file." if isinstance(error, ImportError) else "Correct the file."
+    return (
+        f"{setting} is {spec!r}; line {lines[-1] if lines else 1} of {source.path} raised {type(error).__name__} while the file "
+        f"was imported: {error}. {remedy}"
+    )
 
 
 @contextmanager

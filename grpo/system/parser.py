@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, which prints the whole usage before each error."""
+    """argparse's, which prints the whole usage before each error, and proposes nothing."""
 
     def error(self, message: str) -> NoReturn:
         """Raises SystemExit: 2."""
         said = message if message.endswith(".") else f"{message}."
+        found = re.match(r"unrecognized arguments: ((\S+?)(=\S*)?)( |\Z)", message)
+        if found is not None and (proposed := self._proposed(*found.group(1, 2))):
+            said += f" {proposed}"
         self.exit(2, f"error: {self.prog}: {said} `{self.prog} --help` lists the options.\n")
+
+    def _proposed(self, word: str, name: str) -> str:
+        """What a word may have been meant for that no option takes: an option, or a setting without --set before it."""
+        options = list(self._option_string_actions)
+        if name.startswith("-"):
+            near = difflib.get_close_matches(name, options, n=1)
+            return f"Did you mean {near[0]}?" if near else ""
+        is_setting = "--set" in options and re.fullmatch(r"\w+(\.\w+)+=.*", word)
+        return f"Settings follow --set: --set {word}." if is_setting else ""
