@@ -265,6 +265,7 @@ def test_an_environment_is_played_its_numbers_are_those_of_the_samples_and_a_kil
     assert metrics["ended"] == pytest.approx(sum(row["finish_reason"] == "stop" for row in rows) / 24)
     assert metrics["truncated"] + metrics["ended"] == pytest.approx(1)
     assert {"ended": True, "turns": 2} in [row["episode"] for row in rows]
+    assert "    < That is not right. Try again." in results.transcript(rows).splitlines()
     table = results.report([found]).splitlines()
     assert table[0].split()[:4] == ["environment", "template", "episodes", "reward"]
     assert table[1].startswith(f"mine         none      8 x 3     {metrics['reward']:.3f} [")

@@ -208,5 +208,15 @@ def transcript(rows: list[dict[str, Any]]) -> str:
             samples = [row for row in own if row["template"] == template]
             num_right = sum(is_right(row) is True for row in samples)
             parts.append(f"  {template}: right {num_right} of {len(samples)} times; the first answer:")
-            parts += [f"    | {line}" for line in samples[0]["completion"].strip().split("\n")]
+            parts += _written(samples[0])
     return "\n".join(parts)
+
+
+def _written(row: dict[str, Any]) -> list[str]:
+    """An answer, and between its lines what tools and an environment said."""
+    turns = row.get("turns") or [{"role": "assistant", "content": row["completion"]}]
+    return [
+        f"    {'|' if turn['role'] == 'assistant' else '<'} {line}"
+        for turn in turns
+        for line in turn["content"].strip().split("\n")
+    ]
