@@ -214,6 +214,11 @@ MISTAKES: list[tuple[list[str], str]] = [
     ([*EVALUATE, "--data", "mine=sums.jsonl", "--samples", "x"], r"--samples: 'x' is not a whole number of at least 1"),
     (["sample", "--model", MODEL, "--row", "one"], r"--row: 'one' is no whole number"),
     (["scale", "--model", MODEL, "--gpus", "1", "--hours", "x", "--out", "new.yaml"], r"--hours: 'x' is no number"),
+    (["aha", "broken_run"], r"broken_run/config\.yaml is not valid YAML, line 1, column 5: .* Correct it"),
+    (
+        ["scale", "--config", "tab.yaml", "--model", MODEL, "--hours", "1", "--out", "new.yaml"],
+        r"tab\.yaml is not valid YAML, line 2, column 1: .* Correct it",
+    ),
     (["check", "memroy", "--config", "quickstart"], r"invalid choice: 'memroy' \(choose from 'memory'"),
     (["reject", "--model", MODEL, "--out", "rows.txt"], r"--out is 'rows\.txt'; the rows are JSON lines"),
     (
@@ -229,6 +234,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (place / "folder").mkdir()
     for name, text in FILES.items():
         (place / name).write_text(text, errors="surrogateescape")
+    (place / "broken_run").mkdir()
+    (place / "broken_run" / "config.yaml").write_text("a: [")
     _make_models(place)
     before = Path.cwd()
     os.chdir(place)
