@@ -62,6 +62,7 @@ from typing import Any
 
 import torch
 from card import matrix_rate
+from random_reward import random_reward
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer, Qwen2Config
@@ -75,7 +76,6 @@ from workload import (
     model_config,
     on_gpu,
     prompt_ids,
-    random_reward,
     saved_model,
     synchronize,
     with_ends,

@@ -73,10 +73,6 @@ def prompt_ids(number: int, size: str) -> list[list[int]]:
     return [[rng.choice(words) for _ in range(rng.randrange(90, LONGEST_PROMPT + 1))] for _ in range(number)]
 
 
-def random_reward(completion_ids: list[int]) -> float:
-    return hash(tuple(completion_ids)) % 1000 / 1000
-
-
 def word_tokenizer(vocab_size: int) -> Qwen2Tokenizer:
     """Words of up to four letters, each a token, so that text made of words reads back as the same tokens.
 

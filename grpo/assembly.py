@@ -12,10 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo.algorithm.objective import AdvantageRule, Objective
 from grpo.algorithm.own_loss import Loss
 from grpo.config import Config, SupervisedConfig
-from grpo.config.combinations import CARRY_OVER_WITH_ENVIRONMENT, CARRY_OVER_WITH_TOOLS
+from grpo.config.combinations import check_carried_turns
 from grpo.config.settings import Settings
+from grpo.data.order import Order, PromptOrder, ranks
 from grpo.data.pass_rates import within_pass_rates
-from grpo.data.prompts import Order, PromptOrder, build_prompts, check_kinds, ranks, use_chat_template
+from grpo.data.prompts import build_prompts, check_kinds, use_chat_template
 from grpo.data.rows import load_rows, missing, prepare_rows
 from grpo.observe import rundir
 from grpo.observe.bar import check_rows
@@ -191,10 +192,8 @@ def _with_tools(
     environment: Environment | None,
 ) -> tuple[Config, Tools | None]:
     """The configuration whose prompts tell of the tools of the run, and these with its environment; None: it has neither."""
-    if given and config.rollout.carry_over:
-        raise ValueError(CARRY_OVER_WITH_TOOLS)
-    if environment is not None and config.rollout.carry_over:
-        raise ValueError(CARRY_OVER_WITH_ENVIRONMENT)
+    if given or environment is not None:
+        check_carried_turns(config)
     tools = Tools.of(config.tools, config.scoring, tokenizer, config.data, given=given, environment=environment)
     if tools is None:
         return config, None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from grpo.algorithm.own_loss import Loss
 from grpo.assembly import Rows, assemble, settle
 from grpo.config import Config
-from grpo.data.prompts import Order
+from grpo.data.order import Order
 from grpo.observe.metrics import step_metrics
 from grpo.policy.policy import MakeOptimizer, Policy
 from grpo.run.loop import Loop

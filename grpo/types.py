@@ -146,12 +146,57 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Reply:
+    """What an environment made of a turn.
+
+    Attributes:
+        said: to the model; None: the episode is over.
+        reward: None: nobody can tell, since the step took too long or its process died.
+    """
+
+    said: tuple[str, ...] | None
+    reward: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """What a draft has besides its tokens where tools or an environment answer."""
+
+    turns: tuple[
+        Turn, ...
+    ]  # those that are over; what the draft has behind their tokens is of the next, the model's own
+    states: dict[int, bytes]  # the objects that tools and the environment have for it, by number; see Toolbox
+    replies: tuple[Reply, ...]
+    ended: FinishReason | None  # None: it is under way
+
+
+@dataclass(frozen=True)
 class Draft:
     """What there is of a completion before its question's turn: not a token, a beginning, or all of it."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)  # the training step whose weights drew each token
+    dialogue: Dialogue | None = None
+
+    @classmethod
+    def of(cls, completion: Completion, step: int) -> Draft:
+        """One that has ended in this step."""
+        ages = completion.ages or [0] * len(completion.token_ids)
+        return cls(completion.token_ids, completion.logprobs, [step - age for age in ages])
+
+    @property
+    def own_steps(self) -> list[int]:
+        """Those of the tokens that the model wrote."""
+        if self.dialogue is None:
+            return self.steps
+        own: list[int] = []
+        start = 0
+        for turn in self.dialogue.turns:
+            own += self.steps[start : start + turn.num_tokens] if turn.role == "assistant" else []
+            start += turn.num_tokens
+        return own + self.steps[start:]
 
 
 Drafts = dict[int, list[Draft]]
@@ -181,6 +226,30 @@ class Ahead:
     begun: list[list[Draft]]
     prompts: list[Prompt]
     left: list[list[Draft]] = field(default_factory=list)
+
+    @classmethod
+    def nothing(cls, prompts: list[Prompt]) -> Ahead:
+        """Of a call for these questions and no more."""
+        return cls(0, [[] for _ in prompts], [])
+
+    def start_of(self, place: int, num_completions: int) -> Draft:
+        """What there is of the completion at a place of the call."""
+        drafts = self.begun[place // num_completions]
+        return drafts[place % num_completions] if drafts else Draft()
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an engine takes up a turn of a completion.
+
+    Its random numbers follow from the seed of the prompt and `number`, or from that of the call and `place`.
+    """
+
+    place: int  # of the completion, among all of the call
+    prompt: Prompt
+    number: int = 0  # of those that go on from the prompt
+    draft: Draft = field(default_factory=Draft)  # what there is of the turn
+    later: bool = False  # nobody waits for it
 
 
 OnGroup = Callable[[int, Group], None]
@@ -232,7 +301,7 @@ class Listener(Protocol):
         None if it is over.
 
         Args:
-            wait: for one at least; nothing else is to do.
+            wait: nothing is sampled that somebody waits for, so one of these at least has to be answered.
         """
         ...
 
@@ -241,12 +310,19 @@ class TurnTakingGenerator(Generator, Protocol):
     """An engine that keeps what it has read of a completion while others answer it."""
 
     def sample_turns(
-        self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int, listener: Listener
-    ) -> None:
-        """Sample turns of `num_completions` completions of each prompt, until `listener` has ended them all.
+        self, starts: list[Start], sampling: Sampling, *, seed: int, listener: Listener, step: int = 0
+    ) -> dict[int, Draft]:
+        """Sample turns of completions, until `listener` has ended all that somebody waits for.
 
         A completion that waits for its answer holds no place. What it draws next is that of a call of `sample` with the prompt to
         go on from, up to rounding.
+
+        Args:
+            starts: in the order of their places; those of one prompt, the same object, stand together.
+            step: number of the training step whose weights sample.
+
+        Returns:
+            By its place, what there is of each turn that is under way.
         """
         ...
 

@@ -315,7 +315,7 @@ def check_tokenizer(tokenizer: Qwen2Tokenizer, folder: Path, corpus: Iterator[st
         assert loaded(text).input_ids == ids, f"AutoTokenizer tokenises differently: {text!r}"
         assert loaded.decode(ids, skip_special_tokens=True) == text, f"does not decode to itself: {text!r}"
         if text.startswith("User: "):
-            question, _ = text.removeprefix("User: ").split("\nAssistant:")
+            question = text.removeprefix("User: ").split("\nAssistant:")[0]
             message = [{"role": "user", "content": question}]
             prompt = loaded.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
             assert ids[: len(prompt)] == prompt, f"the prompt's ids change with what follows: {text!r}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -12,9 +13,9 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from helpers import TINY, launch, read_json
+from helpers import ROOT, TINY, launch, read_json, tiny_config
 
-from grpo.config import ModelConfig
+from grpo.config import EnvironmentConfig, ModelConfig
 from grpo.evaluation import benchmark, results
 from grpo.evaluation.asked import Runtime, Settings
 from grpo.evaluation.sample_file import finished
@@ -23,8 +24,11 @@ from grpo.observe.bar import Bar, check_rows
 from grpo.rollout import sampling
 from grpo.system import progress
 from grpo.system.jsonl import append_jsonl, read_jsonl
+from grpo.turns.environment import Environment
+from grpo.turns.use import named_environment
 
 MODEL = str(TINY / "model")
+TOOLS = ROOT / "configs/quickstart-tools"
 QUESTIONS = str(TINY / "test.jsonl")
 ONE = Runtime(num_workers=1)
 
@@ -219,6 +223,130 @@ def test_greedy_decoding_answers_once(tmp_path: Path):
 def test_settings_that_cannot_be_are_refused(changed: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         settings(**changed)
+
+
+# ---- with an environment ---------------------------------------------------------------------------------------------
+
+
+def played(**changed: Any) -> Settings:
+    """The model of quickstart-tools, which may call a calculator and has a second try."""
+    values = {
+        "model": str(TOOLS / "model"),
+        "templates": ["none"],
+        "data": {"mine": str(TOOLS / "test.jsonl")},
+        "tools": ["calculator"],
+        "environment": EnvironmentConfig(
+            function="second_try",
+            args={"source": "anywhere", "later": 0.25},
+            reply_template="\nUser: {text}\nAssistant:",
+            max_turns=2,
+        ).model_dump(mode="json"),
+        "question_template": "User: {question}\nAssistant:",
+        "max_completion_tokens": 96,
+        "num_samples": 3,
+    }
+    return settings(**values | changed)
+
+
+def test_an_environment_is_played_its_numbers_are_those_of_the_samples_and_a_kill_changes_nothing(tmp_path: Path):
+    out = tmp_path / "out"
+    found = benchmark.evaluate(played(), out, ONE)["results"][0]
+    rows = read_jsonl(out / "samples.jsonl")
+    metrics = {name: each["value"] for name, each in found["metrics"].items()}
+    assert len(rows) == 24
+    assert {tuple(row["rewards"]) for row in rows} == {("environment",)}
+    said = [[turn["content"] for turn in row.get("turns", []) if turn["role"] == "user"] for row in rows]
+    assert any(said)
+    assert {text for each in said for text in each} == {"That is not right. Try again."}
+    assert any(turn["role"] == "tool" for row in rows for turn in row.get("turns", []))
+    assert metrics["reward"] == pytest.approx(sum(row["reward"] for row in rows) / 24)
+    assert metrics["pass@1"] == pytest.approx(sum(row["reward"] == 1 for row in rows) / 24)
+    assert metrics["turns"] == pytest.approx(sum(row["episode"]["turns"] for row in rows) / 24)
+    assert metrics["ended"] == pytest.approx(sum(row["finish_reason"] == "stop" for row in rows) / 24)
+    assert metrics["truncated"] + metrics["ended"] == pytest.approx(1)
+    assert {"ended": True, "turns": 2} in [row["episode"] for row in rows]
+    table = results.report([found]).splitlines()
+    assert table[0].split()[:4] == ["environment", "template", "episodes", "reward"]
+    assert table[1].startswith(f"mine         none      8 x 3     {metrics['reward']:.3f} [")
+    lines = (out / "samples.jsonl").read_text().splitlines(keepends=True)
+    (out / "samples.jsonl").write_text("".join(lines[:10]))
+    again = benchmark.evaluate(played(), out, ONE)["results"][0]
+    assert samples(out) == sorted(rows, key=lambda row: (row["row"], row["sample"]))
+    assert again["metrics"] == found["metrics"]
+    with pytest.raises(
+        ValueError, match=r"the evaluation there has --environment \{.*'later': 0.25.*their samples must not"
+    ):
+        benchmark.evaluate(played(environment=None), out, ONE)
+
+
+def test_an_environments_own_questions_are_its_held_out_ones():
+    game = EnvironmentConfig(function="guess_number", rows={"size": 30, "high": 9}, reply_template="{text}")
+    asked = played(benchmarks=[], data={}, environment=game.model_dump(mode="json"), num_questions=20)
+    environment = Environment.of(game)
+    assert environment is not None
+    rows = benchmark._every_row(asked, environment)
+    assert [row["answer"] for row in rows["guess_number"]] == [
+        str(random.Random(seed).randint(1, 9)) for seed in range(30, 50)
+    ]
+    own = environment.rows(held_out=False)
+    assert own is not None
+    assert not {id(row) for row in own} & {id(row) for row in rows["guess_number"]}
+
+
+def environment_of(function: str, **values: Any) -> dict[str, Any]:
+    return EnvironmentConfig(function=function, **values).model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"environment": environment_of("countdown", reply_template="{text}")},
+            r"Environment countdown: its `reset` asks for nums, target; the rows have the columns question, answer\. Name data",
+        ),
+        (
+            {"environment": environment_of("second_try", reply_template="{text}"), "benchmarks": [], "data": {}},
+            r"^--environment is 'second_try', which brings no questions of its own\. Name some to play it on: --benchmarks",
+        ),
+        (
+            {"environment": environment_of("second_try")},
+            r"^reply_template of --environment is missing; --templates none",
+        ),
+        ({"environment": environment_of("second_tri")}, r"^--environment is 'second_tri'.*second_try"),
+        ({"endpoint": "http://x/v1"}, r"^--tools is \['calculator'\] with --endpoint"),
+        (
+            {"endpoint": "http://x/v1", "tools": []},
+            r"^--environment is 'second_try' with --endpoint; what it says is put",
+        ),
+        ({"environment": environment_of("guess_number", rows={"size": 3})}, r"^--environment has rows .* no effect"),
+        (
+            {"question_template": "User:"},
+            r"^--question-template is 'User:'; the question takes the place of \{question\}",
+        ),
+    ],
+)
+def test_what_cannot_be_played_is_refused(tmp_path: Path, changed: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        benchmark.evaluate(played(**changed), tmp_path / "out", ONE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_environment_is_named_as_it_is_or_with_all_its_section_has_or_by_a_configuration(tmp_path: Path):
+    assert named_environment("guess_number").function == "guess_number"
+    assert named_environment('{"function": "guess_number", "max_turns": 3}').max_turns == 3
+    config = tiny_config(
+        tmp_path, environment={"function": "guess_number", "args": {"early": 0.5}}, data={"name": None}
+    )
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert named_environment(str(tmp_path / "config.yaml")).args == {"early": 0.5}
+    for text, message in (
+        ('{"function": ', "is no JSON"),
+        ("{}", 'names no environment. Add "function"'),
+        ('{"function": "guess_number", "turns": 3}', "turns"),
+        (str(ROOT / "configs/quickstart.yaml"), "has no environment.function"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            named_environment(text)
 
 
 def test_samples_of_different_settings_are_never_mixed(whole: Path, tmp_path: Path):

@@ -20,7 +20,7 @@ from test_engine import make_policy, native, some_prompts, tokens_of
 from grpo import Config, Trainer
 from grpo.algorithm.batch import join, micro_batch, pack, split
 from grpo.check.invariance import _one_plain_step
-from grpo.data.prompts import PromptOrder
+from grpo.data.order import PromptOrder
 from grpo.observe.metrics import Meter, measure_carry_over
 from grpo.rollout.slots import Prefix, Sequence, Slots
 from grpo.run.checkpoint import _completed, changed_setting, name_of
@@ -360,3 +360,94 @@ def test_a_gap_is_measured_on_what_the_weights_at_hand_have_drawn():
     )
     assert float(meter.sums["policy/sampling_gap"] / meter.counts["policy/sampling_gap"]) == pytest.approx(0.25)
     assert float(meter.maxima["policy/sampling_gap_max"]) == pytest.approx(0.5)
+
+
+# ---- tools and environments ------------------------------------------------------------------------------------------
+
+
+class Twice:
+    """Says the question once more, and pays for the second turn by what the first was; it remembers its steps."""
+
+    def reset(self, question: str) -> None:
+        self.question, self.said = question, [""]
+
+    def step(self, text: str) -> tuple[str | None, float]:
+        self.said.append(text)
+        return (self.question if len(self.said) < 4 else None), 0.01 * len(self.said[-2])
+
+
+def talking(directory: Path, *, environment: bool = False, **sections: Any) -> Trainer:
+    """A run of the model of quickstart-tools that carries over."""
+    from test_turns import run_with_tools
+
+    every = {"rollout": CARRIES["rollout"], "algorithm": CARRIES["algorithm"], "memory": {"max_sequences": 16}}
+    every |= {"run": {"steps": 4, "resume": "auto"}, "checkpoint": {"every_steps": 1}}
+    config = run_with_tools(
+        directory, **{name: every.get(name, {}) | sections.get(name, {}) for name in every | sections}
+    )
+    if not environment:
+        return Trainer(config)
+    settings = config.model_dump(mode="json", exclude_unset=True)
+    settings["environment"] = {"reply_template": "\nUser: {text}\nAssistant:", "max_turns": 3}
+    return Trainer(Config(**settings), rewards=[], environment=Twice)
+
+
+def under_way(drafts: Any) -> list[Draft]:
+    """Those that go on behind what others have answered."""
+    every = [draft for own in drafts.values() for draft in own if draft.dialogue]
+    return [draft for draft in every if draft.dialogue.turns and not draft.dialogue.ended]
+
+
+@pytest.mark.parametrize("environment", [False, True])
+def test_a_conversation_is_the_same_whether_it_is_carried_or_not(tmp_path: Path, environment: bool):
+    trainer = talking(tmp_path / "run", environment=environment)
+    generator, prompts = trainer.collector.generator, trainer.prompts.prompts[:9]
+    seeded = [replace(prompt, seed=100 + place) for place, prompt in enumerate(prompts)]
+    expected = generator.sample(seeded, Sampling(96), num_completions=3, seed=5)
+    carried = sampled_in_turns(generator, prompts, Sampling(96), size=3, num_ahead=6)
+    trainer.close()
+    assert tokens_of(carried) == tokens_of(expected)
+    for ours, theirs in zip(carried, expected, strict=True):
+        for one, other in zip(ours.completions, theirs.completions, strict=True):
+            assert (one.text, one.finish_reason, one.trained) == (other.text, other.finish_reason, other.trained)
+            assert [turn.text for turn in one.turns or []] == [turn.text for turn in other.turns or []]
+            assert replace(one.episode, seconds=0.0) == replace(other.episode, seconds=0.0) if environment else True
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    old = [each for group in carried for each in group.completions if each.ages]
+    assert any(each.trained and 0 in each.ages for each in old), "none went on in its own step"
+    assert all(len(each.ages) == len(each.token_ids) and max(each.ages) <= 2 for each in old)
+
+
+@pytest.mark.parametrize("environment", [False, True])
+def test_a_run_with_carried_conversations_goes_on_after_a_stop_as_if_there_had_been_none(
+    tmp_path: Path, environment: bool
+):
+    whole = talking(tmp_path / "whole", environment=environment)
+    whole.train()
+    stopped = talking(tmp_path / "stopped", environment=environment)
+    own = stopped._sample
+
+    def sample(*arguments: Any) -> Any:
+        if stopped.state.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own(*arguments)
+
+    stopped._sample = sample  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        stopped.train()
+    resumed = talking(tmp_path / "stopped", environment=environment)
+    assert resumed.state.step == 1
+    carried = under_way(resumed.step.drafts)
+    assert carried, "no conversation is in the middle"
+    assert any(draft.dialogue.states for draft in carried) == environment
+    resumed.train()
+    rows = metrics_of(tmp_path / "whole")
+    timed = ("tools/seconds", "tools/wait", "environment/seconds")
+    assert [{k: v for k, v in row.items() if k not in timed} for row in metrics_of(tmp_path / "stopped")] == [
+        {k: v for k, v in row.items() if k not in timed} for row in rows
+    ]
+    steps = [row for row in rows if "rollout/staleness" in row]
+    assert max(row["rollout/carried"] for row in steps) > 0.1
+    assert max(row["rollout/staleness_max"] for row in steps) <= 2
+    assert all(row["policy/sampling_gap_max"] < 1e-3 for row in steps), "of the tokens that the weights at hand drew"
+    assert all(row["tools/calls" if not environment else "environment/turns"] > 0 for row in steps)

@@ -38,13 +38,13 @@ from grpo.policy.policy import Policy
 from grpo.policy.tokenizer import load_tokenizer
 from grpo.rollout import make_generator
 from grpo.rollout.decoder import Decoder, bucket_of
-from grpo.rollout.engine import NativeGenerator, _unsupported_by_design, unsupported
+from grpo.rollout.engine import NativeGenerator, _unsupported_by_design, first_turns, unsupported
 from grpo.rollout.hf import HFGenerator
 from grpo.rollout.layers import FusedLayers, Joined, end_to_end, model_layers
 from grpo.rollout.paged import PAGE
 from grpo.rollout.stop_criteria import token_limit
 from grpo.system import distributed
-from grpo.types import Completion, Group, Prompt, Sampling
+from grpo.types import Ahead, Completion, Group, Prompt, Sampling
 
 CUDA = torch.cuda.is_available()
 GREEDY = Sampling(max_tokens=30, temperature=0.0)
@@ -676,7 +676,8 @@ def test_turns_go_on_from_what_was_read_as_if_it_was_read_again(family: str, tmp
         # room for the longest conversation, which the limit of a turn does not tell
         engine.sample([Prompt(0, [5] * 500, "", "", {})], Sampling(1), num_completions=1, seed=0)
         others = Others(prompts, num_completions=4, num_waiting=num_waiting)
-        engine.sample_turns(prompts, sampling, num_completions=4, seed=0, listener=others)
+        starts = first_turns([prompt for prompt in prompts for _ in range(4)], Ahead.nothing(prompts), 4)
+        assert not engine.sample_turns(starts, sampling, seed=0, listener=others), "none is left under way"
         metrics = engine.metrics()
         assert engine.kv_gib is not None
         gib = engine.kv_gib[1] * 1.001

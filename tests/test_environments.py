@@ -193,6 +193,20 @@ def test_a_step_that_hangs_or_dies_ends_its_completion_whose_reward_nobody_can_t
     assert list(scores.values) == ["environment"]
 
 
+class Unsure(Higher):
+    """Cannot tell where the number was 7."""
+
+    def reward(self) -> float | None:
+        return None if self.number == 7 else super().reward()
+
+
+def test_an_environment_that_cannot_tell_leaves_the_reward_unknown():
+    _, (told, *_), _ = play(bisects, Unsure)
+    _, (unknown, *_), _ = play(bisects, Unsure, row={"answer": "7"})
+    assert told.episode.reward == 1.25
+    assert (unknown.episode.reward, unknown.episode.ended, unknown.finish_reason) == (None, False, "stop")
+
+
 class Trips(Higher):
     def step(self, text: str) -> str | None:
         return {"long": [1, 2], "five": (1, 2, 3), "nan": ("x", float("nan"))}[text]
@@ -429,12 +443,16 @@ def test_what_is_no_environment_and_what_does_not_go_with_one_is_refused(tmp_pat
         Trainer(tiny_config(tmp_path, environment={"function": "guess_number", "rows": {"size": 5}}))
     with pytest.raises(ValueError, match=r"environment.max_turns is 3; there is no environment, and it has no effect"):
         Trainer(tiny_config(tmp_path, environment={"max_turns": 3}))
-    with pytest.raises(ValueError, match=r"carry_over is true; a completion that waits for its environment"):
-        tiny_config(
-            tmp_path,
-            environment={"function": "second_try"},
-            rollout={"carry_over": True, "engine": "native"},
-        )
+    carries: dict[str, Any] = {
+        "rollout": {"carry_over": True, "engine": "native", "max_completion_tokens": 40},
+        "algorithm": {"importance": "truncate", "importance_high": 2.0},
+        "schedules": {"rollout.max_completion_tokens": {"points": {0: 20, 4: 40}}},
+    }
+    tiny_config(tmp_path, **carries)
+    with pytest.raises(ValueError, match=r"cannot be carried to another. Remove the schedule, or rollout.carry_over"):
+        tiny_config(tmp_path, environment={"function": "second_try"}, **carries)
+    with pytest.raises(ValueError, match=r"cannot be carried to another. Remove the schedule, or rollout.carry_over"):
+        Trainer(tiny_config(tmp_path, **carries), rewards=[], environment=Higher)
 
 
 def test_the_environments_that_come_along_answer_what_a_model_may_write():
@@ -634,6 +652,13 @@ class Game:
         return "Higher." if action < self.number else "Lower.", float(right), right, False, {}
 
 
+class Sandboxed(GymEnv):
+    async def setup_state(self, state):
+        if state["answer"] == "3":
+            raise vf.InfraError("no sandbox is free")
+        return await super().setup_state(state)
+
+
 def load_environment(episodes, rubric=None):
     parse = lambda text: int(text.split()[1])
 
@@ -641,7 +666,7 @@ def load_environment(episodes, rubric=None):
         return [0.0 for _ in states]
 
     own = vf.Rubric(funcs=[ranks]) if rubric == "group" else None
-    return GymEnv(
+    return Sandboxed(
         Game, action_parser=parse, num_train_episodes=episodes, num_eval_episodes=3, max_episode_steps=4, rubric=own
     )
 """
@@ -669,6 +694,9 @@ def test_an_environment_of_verifiers_is_played(tmp_path: Path, monkeypatch: pyte
     assert [turn.said for turn in lost.turns[1::2]] == [("Lower.",)] * 3
     assert (won.episode.reward, won.episode.num_turns, won.episode.ended) == (1.0, 2, True)
     assert (wrong.episode.reward, wrong.episode.num_turns, wrong.episode.ended) == (0.0, 1, True), "their error ends it"
+    _, (unbegun, *_), _ = play(words, own.runner.make, **given | {"row": rows[3]})
+    assert (unbegun.finish_reason, unbegun.episode.num_turns) == ("stop", 1), "it could not begin, and the run goes on"
+    assert (unbegun.episode.reward, unbegun.episode.ended) == (None, False), "of which no answer is to blame"
     args = {**args, "args": {"episodes": 5, "rubric": "group"}}
     with pytest.raises(ValueError, match=r"args.env is 'gym_game', whose rubric has rewards of a whole group"):
         Environment.of(EnvironmentConfig(function="of_verifiers", args=args)).rows(held_out=False)

@@ -81,3 +81,10 @@ def test_there_is_no_circle():
 
 def test_the_test_sees_imports():
     assert {"grpo.types", "grpo.config", "grpo.run.loop"} <= GRAPH["grpo.trainer"]
+
+
+def test_no_module_is_too_long_to_read_at_once():
+    lengths = {name: len(path.read_text().splitlines()) for name, path in FILES.items() if "kernels" not in name}
+    longest = max(lengths, key=lambda name: lengths[name])
+    assert lengths[longest] <= 600, f"{longest} has {lengths[longest]} lines; find the part of it that is a module"
+    assert lengths["grpo.trainer"] <= 260, "a trainer is the loop alone"

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo import Callback, Config, LossInputs, SupervisedTrainer, Trainer
 from grpo.algorithm.objective import Objective
 from grpo.algorithm.own_loss import use_loss
-from grpo.data.prompts import PromptOrder
+from grpo.data.order import PromptOrder
 from grpo.observe.console import LineSink
 from grpo.observe.screen import console_sink
 from grpo.policy.given_model import GivenModel

@@ -63,7 +63,7 @@ AFTER_TORCH: list[tuple[list[str], str]] = [
 MISTAKES: list[tuple[list[str], str]] = [
     (["tran"], r"grpo has no command 'tran'\. Did you mean train\?"),
     (["train"], r"required: --config\. `grpo train --help` lists the options"),
-    (["evaluate", "--model", "x"], r"required: --benchmarks"),
+    (["evaluate", "--model", "x"], r"required: --benchmarks, or an --environment"),
     (["chat"], r"required: --model"),
     (
         [*EVALUATE, "--data", "mine=columns.jsonl", "--samples", "0"],

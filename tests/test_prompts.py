@@ -13,7 +13,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from grpo.config import DataConfig
-from grpo.data.prompts import TEMPLATES, PromptOrder, build_prompts, ranks, use_chat_template
+from grpo.data.order import PromptOrder, ranks
+from grpo.data.prompts import TEMPLATES, build_prompts, use_chat_template
 from grpo.data.rows import load_rows, prepare_rows
 from grpo.types import Prompt
 

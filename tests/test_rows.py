@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from grpo import Trainer
 from grpo.config import Config, DataConfig
-from grpo.data.prompts import PromptOrder, build_prompts
+from grpo.data.order import PromptOrder
+from grpo.data.prompts import build_prompts
 from grpo.data.rows import MESSAGES, canonical, complete, load_rows, prepare_rows
 from grpo.types import Prompt
 

@@ -15,7 +15,7 @@ from test_carry_over import CARRIES, metrics_of
 
 from grpo import Trainer
 from grpo.config import Config
-from grpo.data.prompts import PromptOrder
+from grpo.data.order import PromptOrder
 from grpo.scoring.answers import is_solved
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import Stopped

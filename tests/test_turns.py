@@ -602,6 +602,11 @@ def test_the_form_of_a_chat_template_is_what_it_writes_around_calls_and_results(
     ids = tokenizer(f"{turn}<|im_end|>")["input_ids"]
     assert [each.strip() for each in form.calls(turn, ids)] == ['{"name": "f"}', "{}"]
     assert form.calls(turn, ids[:-1]) == [], "a text of rollout.stop has ended it, and the turn is open"
+    tagged = '{"name": "f", "arguments": {"code": "print(\'</tool_call><tool_call>\')"}}'
+    turn = f"<tool_call>{tagged}</tool_call> and <tool_call>{{}}</tool_call>"
+    assert form.calls(turn, ids) == [tagged, "{}"], "a tag within a string ends no call"
+    turn = '<tool_call>{"name": "f</tool_call><tool_call>{}</tool_call><tool_call>never closed'
+    assert form.calls(turn, ids) == ['{"name": "f', "{}"], "nor does a string that is never closed take in what follows"
     with Toolbox.of(ToolsConfig(functions=["calculator"]), SCORING) as toolbox:
         prompts, _ = build_prompts([{"question": "x", "answer": ""}], tokenizer, data.with_tools(toolbox.schemas))
     assert '"name": "calculator"' in prompts[0].text
@@ -870,5 +875,11 @@ def test_what_a_tool_has_to_say_is_said_wherever_it_is_used(
 
 
 def test_what_does_not_go_with_tools_is_refused():
-    with pytest.raises(ValueError, match=r"carry_over is true; a completion that waits for a tool"):
-        tiny_config(Path("x"), tools={"functions": ["calculator"]}, rollout={"carry_over": True, "engine": "native"})
+    with pytest.raises(ValueError, match=r"carry_over is true, and schedules has rollout.max_completion_tokens"):
+        tiny_config(
+            Path("x"),
+            tools={"functions": ["calculator"]},
+            rollout={"carry_over": True, "engine": "native", "max_completion_tokens": 40},
+            algorithm={"importance": "truncate", "importance_high": 2.0},
+            schedules={"rollout.max_completion_tokens": {"points": {0: 20, 4: 40}}},
+        )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from fake_vllm import VLLMServer, installed
-from helpers import TINY, shard_even_small_weights, tiny_config
+from helpers import shallow, shard_even_small_weights, tiny_config
 
 from grpo import Trainer
 from grpo.rollout.vllm_server import ServerError
@@ -33,16 +33,18 @@ def length(completion: str) -> float:
     return float(len(completion))
 
 
+MODEL = shallow(1)
 shard_even_small_weights()
 settings = {"mode": mode}
 server = None
 if mode == "server":
-    server = VLLMServer(str(TINY / "model")) if os.environ["RANK"] == "0" else None
+    server = VLLMServer(MODEL) if os.environ["RANK"] == "0" else None
     url = share(server.url if server else "")
     settings |= {"url": url, "sync_dir": str(out / "sync"), "timeout_seconds": 20}
 config = tiny_config(
     out / "run",
-    rollout={"engine": "vllm", "num_prompts": 6, "group_size": 3},
+    model={"name": MODEL},
+    rollout={"engine": "vllm", "num_prompts": 4, "group_size": 3, "max_completion_tokens": 8},
     vllm=settings,
     optimizer={"learning_rate": 1e-2},
     algorithm={"kl_coef": 0.0, "max_sampling_gap": 1e-3},

@@ -100,14 +100,43 @@ def _joined_masks(batches: list[Batch], masks: list[Tensor | None]) -> Tensor | 
     return torch.cat([each if mask is None else mask for each, mask in zip(everything, masks, strict=True)])
 
 
-def _num_prompts(batch: Batch) -> int:
+def _num_prompts(batch: Batch | Outline) -> int:
     return int(batch.prompt_index.max()) + 1 if batch.num_sequences else 0
 
 
 # --- which sequences share a pass -------------------------------------------------------------------------------------------
 
 
-def plan_passes(batch: Batch, *, token_budget: int, num_processes: int) -> list[list[list[int]]]:
+@dataclass(frozen=True)
+class Outline:
+    """What decides in which pass sequences are, and what they weigh there: all but their tokens; each (B,)."""
+
+    prompt_lens: Tensor
+    completion_lens: Tensor
+    trained_lens: Tensor
+    prompt_index: Tensor
+    advantages: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> Outline:
+        return cls(batch.prompt_lens, batch.completion_lens, batch.trained_lens, batch.prompt_index, batch.advantages)
+
+    @classmethod
+    def joined(cls, outlines: list[Outline]) -> Outline:
+        """Of the batch that `join` makes of theirs."""
+        firsts = _offsets(torch.tensor([_num_prompts(each) for each in outlines]))[:-1].tolist()
+        apart = [replace(each, prompt_index=each.prompt_index + n) for each, n in zip(outlines, firsts, strict=True)]
+        return cls(*(torch.cat(parts) for parts in zip(*(vars(each).values() for each in apart), strict=True)))
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.prompt_lens)
+
+    def take(self, sequences: list[int]) -> Outline:
+        return Outline(*(values[sequences] for values in vars(self).values()))
+
+
+def plan_passes(batch: Batch | Outline, *, token_budget: int, num_processes: int) -> list[list[list[int]]]:
     """For each process, the sequences of each of its passes: as few passes as fit the budget, all of about the same size.
 
     Every process has the same number of passes, because under ZeRO they run them in step; passes that run at the same time are

@@ -3,6 +3,7 @@
 grpo evaluate --model runs/gsm8k --benchmarks gsm8k --samples 16
 grpo evaluate --model Qwen/Qwen2.5-0.5B --benchmarks gsm8k,math500 --templates r1_zero,chat_boxed
 grpo evaluate --model runs/quickstart --benchmarks mine --data mine=configs/quickstart/test.jsonl --templates chat
+grpo evaluate --model runs/game --environment runs/game/config.yaml
 grpo evaluate --endpoint http://127.0.0.1:8000/v1 --model gsm8k --benchmarks gsm8k --templates chat
 
 The model is a run (its newest checkpoint), a checkpoint, a directory in Hugging Face format or an id of the hub; with --endpoint
@@ -36,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     check(parser, arguments)
     with errors_for_users():
-        names, data = benchmarks.named(arguments)
+        names, data = ([], {}) if arguments.benchmarks is None else benchmarks.named(arguments)
         if not arguments.endpoint:
             check_model(arguments.model, revision=arguments.revision)
         for name, path in data.items():
@@ -45,7 +46,9 @@ def main() -> None:
         from grpo.evaluation import benchmark, results
         from grpo.policy.model_source import model_directory
         from grpo.system import distributed
+        from grpo.turns.use import named_environment
 
+        environment = None if arguments.environment is None else named_environment(arguments.environment)
         settings = asked.Settings(
             model=arguments.model if arguments.endpoint else model_directory(arguments.model),
             benchmarks=names,
@@ -60,6 +63,8 @@ def main() -> None:
             max_completion_tokens=arguments.max_tokens,
             stop=arguments.stop,
             tools=arguments.tools,
+            environment=None if environment is None else environment.model_dump(mode="json"),
+            question_template=arguments.question_template,
             num_questions=arguments.questions,
             system_prompt=arguments.system_prompt,
             dtype=arguments.dtype,
@@ -105,7 +110,9 @@ REMOTE = ("api_key_env", "concurrency", "request", "price_in", "price_out")
 
 
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Refuse what has no effect."""
+    """Refuse what has no effect, and nothing to ask."""
+    if arguments.benchmarks is None and (arguments.environment is None or arguments.data):
+        parser.error("the following arguments are required: --benchmarks, or an --environment that brings questions")
     for name in LOCAL if arguments.endpoint else REMOTE:
         if getattr(arguments, name) != parser.get_default(name):
             option = "--" + name.replace("_", "-")
@@ -129,7 +136,18 @@ def _parser() -> argparse.ArgumentParser:
         "--trust-remote-code", action="store_true", help="run the Python code that comes with the model"
     )
     parser.add_argument("--revision", default=asked.Settings.revision, help="branch, tag or commit of a hub model")
-    benchmarks.add_arguments(parser)
+    benchmarks.add_arguments(parser, required=False)
+    parser.add_argument(
+        "--environment",
+        metavar="NAME",
+        help="that answers the model's turns, on held-out questions of its own or on those of --benchmarks: guess_number, "
+        'my_game.py:Game, \'{"function": ..., "args": {...}, "max_turns": 6}\', or a run\'s config.yaml',
+    )
+    parser.add_argument(
+        "--question-template",
+        metavar="TEXT",
+        help="around each question, {question} in it; default: it stands by itself",
+    )
     parser.add_argument(
         "--templates",
         default="r1_zero",

@@ -1,5 +1,6 @@
 """Config: the settings of a run (sections.py, settings.py), what may not be combined, and how YAML and overrides are read."""
 
+from grpo.config.algorithm import AlgorithmConfig
 from grpo.config.combinations import (
     COLUMN_IN_BRACES,
     OF_CHAT,
@@ -12,7 +13,6 @@ from grpo.config.load import (
     write_yaml,
 )
 from grpo.config.sections import (
-    AlgorithmConfig,
     DataConfig,
     DistributedConfig,
     EnvironmentConfig,

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from grpo.config.algorithm import check_objective
 from grpo.config.sections import (
     VLLM_SETTINGS,
-    AlgorithmConfig,
     DataConfig,
     DistributedConfig,
     LoRAConfig,
@@ -132,7 +132,7 @@ def check_combinations(config: Config) -> None:
         )
     _check_carry_over(config)
     _check_updates(config)
-    _check_objective(config.algorithm)
+    check_objective(config.algorithm)
     _check_offload(config.distributed)
     if config.model.float32_head and config.model.dtype == "float32":
         raise ValueError(
@@ -342,14 +342,18 @@ def check_rewards(config: Config) -> None:
         )
 
 
-CARRY_OVER_WITH_TOOLS = (
-    "rollout.carry_over is true; a completion that waits for a tool cannot be carried over to another step. Remove "
-    "rollout.carry_over, or the tools."
-)
-CARRY_OVER_WITH_ENVIRONMENT = (
-    "rollout.carry_over is true; a completion that waits for its environment cannot be carried over to another step. Remove "
-    "rollout.carry_over, or the environment."
-)
+def check_carried_turns(config: Config) -> None:
+    """For a run with tools or an environment, which may be handed to Trainer.
+
+    Raises:
+        ValueError: it carries completions over, whose limit changes.
+    """
+    setting = "rollout.max_completion_tokens"
+    if config.rollout.carry_over and setting in config.schedules:
+        raise ValueError(
+            f"rollout.carry_over is true, and schedules has {setting}; what a tool or an environment answered under one limit "
+            "cannot be carried to another. Remove the schedule, or rollout.carry_over."
+        )
 
 
 def _check_carry_over(config: Config) -> None:
@@ -366,10 +370,8 @@ def _check_carry_over(config: Config) -> None:
             f"rollout.carry_over is true; rollout.engine {rollout.engine} cannot go on with completions that were begun in an "
             "earlier step. Set rollout.engine to native, or remove rollout.carry_over."
         )
-    if config.tools.functions:
-        raise ValueError(CARRY_OVER_WITH_TOOLS)
-    if config.environment.function is not None:
-        raise ValueError(CARRY_OVER_WITH_ENVIRONMENT)
+    if config.tools.functions or config.environment.function is not None:
+        check_carried_turns(config)
     if config.algorithm.importance == "none" and config.algorithm.clip != "divergence":
         raise ValueError(
             "rollout.carry_over is true; part of the tokens are then drawn by older weights, and algorithm.importance none would "
@@ -420,118 +422,6 @@ def _check_updates(config: Config) -> None:
             f"optimizer.warmup_steps is {config.optimizer.warmup_steps}; the run has {config.optimizer_steps} optimizer "
             "steps (run.steps * algorithm.num_minibatches * num_epochs) and would end before its peak rate. Lower the warm-up."
         )
-
-
-def _check_objective(algorithm: AlgorithmConfig) -> None:
-    """Nothing in it contradicts the rest, or has no effect."""
-    _check_advantage(algorithm)
-    if algorithm.baseline == "leave_one_out" and algorithm.normalize_by_std:
-        whose, same = (
-            ("batch's", "of the baseline mean") if algorithm.normalize_by_std == "batch" else ("group's", "GRPO's")
-        )
-        why = f"divided by the {whose} standard deviation it would be the advantage {same} again, up to a constant"
-        if algorithm.pass_at > 1:
-            why = f"with algorithm.pass_at {algorithm.pass_at} its advantages are PKPO's, which are not divided by any deviation"
-        raise ValueError(f"algorithm.baseline is 'leave_one_out'; {why}. Set algorithm.normalize_by_std to false.")
-    if algorithm.clip == "weight" and algorithm.clip_low is None and algorithm.clip_high is None:
-        raise ValueError(
-            "algorithm.clip is 'weight'; without clip_low and clip_high there is no bound, and surrogate has the same gradient. "
-            "Set algorithm.clip_high, or remove algorithm.clip."
-        )
-    if algorithm.clip == "divergence" and (algorithm.ratio == "sequence" or algorithm.importance != "none"):
-        name = "ratio" if algorithm.ratio == "sequence" else "importance"
-        raise ValueError(
-            f"algorithm.clip is 'divergence'; its ratio is a token's, to the policy that drew it, and algorithm.{name} "
-            f"{getattr(algorithm, name)} has no place beside it. Remove one of the two."
-        )
-    if algorithm.clip == "divergence" and algorithm.clip_low is None and algorithm.clip_high is None:
-        raise ValueError(
-            "algorithm.clip is 'divergence'; without clip_low and clip_high there is no bound. Set them, such as to 0.2, "
-            "or remove algorithm.clip."
-        )
-    for name, clip in (("clip_dual", "surrogate"), ("soft_positive", "soft"), ("soft_negative", "soft")):
-        if algorithm.clip != clip:
-            why = f"it has no effect with algorithm.clip {algorithm.clip}. Set that to {clip}, or remove it."
-            _refuse_idle(algorithm, [name], why)
-    if algorithm.kl_coef == 0:
-        why = "there is no KL, because algorithm.kl_coef is 0. Remove it, or set algorithm.kl_coef > 0."
-        _refuse_idle(algorithm, ["kl_in", "kl_estimator", "kl_weighted"], why)
-    if algorithm.kl_in == "reward" and algorithm.normalize_by_std:
-        where = "batch whose groups are" if algorithm.normalize_by_std == "batch" else "group that is"
-        raise ValueError(
-            f"algorithm.kl_in is 'reward'; divided by the standard deviation the KL would be as large as any reward in every "
-            f"{where} all right or all wrong, however small kl_coef is. Set algorithm.normalize_by_std to false."
-        )
-    if algorithm.kl_in == "reward" and algorithm.kl_weighted:
-        raise ValueError(
-            "algorithm.kl_weighted is true; in the reward the KL is taken before the policy moves. Remove it, or set "
-            "algorithm.kl_in to loss."
-        )
-    if algorithm.kl_in == "reward" and algorithm.kl_estimator != "k1":
-        raise ValueError(
-            f"algorithm.kl_estimator is {algorithm.kl_estimator!r}; in the reward only k1 has the gradient of the KL. Set "
-            "algorithm.kl_estimator to k1, or algorithm.kl_in to loss."
-        )
-    if algorithm.entropy_target is None:
-        why = "it has no effect while algorithm.entropy_target is null. Set that, or remove it."
-        _refuse_idle(algorithm, ["entropy_step", "entropy_max"], why)
-    if algorithm.entropy_target is not None and algorithm.entropy_coef > algorithm.entropy_max:
-        raise ValueError(
-            f"algorithm.entropy_coef is {algorithm.entropy_coef:g}; with algorithm.entropy_target it is where the weight begins, "
-            f"which is at most algorithm.entropy_max, {algorithm.entropy_max:g}. Lower the one or raise the other."
-        )
-    if algorithm.clip_cov == 0:
-        why = "it has no effect while algorithm.clip_cov is 0. Set that, such as to 0.0002, or remove it."
-        _refuse_idle(algorithm, ["clip_cov_low", "clip_cov_high"], why)
-    if algorithm.clip_cov_low >= algorithm.clip_cov_high:
-        raise ValueError(
-            f"algorithm.clip_cov_low is {algorithm.clip_cov_low:g} and clip_cov_high {algorithm.clip_cov_high:g}; no covariance "
-            "lies between them. Set clip_cov_low below clip_cov_high."
-        )
-    if algorithm.importance == "none":
-        why = "it has no effect while algorithm.importance is none. Set that to truncate or mask, or remove it."
-        _refuse_idle(algorithm, ["importance_level", "importance_low", "importance_high"], why)
-    low, high = algorithm.importance_low or 0.0, algorithm.importance_high
-    if algorithm.importance != "none" and (high is None or not low < 1 < high):
-        raise ValueError(
-            f"algorithm.importance_high is {high} and importance_low {low:g}; with algorithm.importance {algorithm.importance} "
-            "they are bounds of a weight that is 1 where nothing is wrong, so 1 must lie between them. Set them, such as to 2 "
-            "and null (TIS), or 5 and 0.5 (IcePop)."
-        )
-
-
-def _refuse_idle(algorithm: AlgorithmConfig, names: list[str], why: str) -> None:
-    """Raises ValueError for one of these settings, which have no effect, that somebody has set."""
-    for name in names:
-        value = getattr(algorithm, name)
-        if value != AlgorithmConfig.model_fields[name].default:
-            raise ValueError(f"algorithm.{name} is {value!r}; {why}")
-
-
-def _check_advantage(algorithm: AlgorithmConfig) -> None:
-    """What is made of rewards in another way than GRPO's goes together."""
-    if algorithm.separate_rewards and not algorithm.normalize_by_std:
-        raise ValueError(
-            "algorithm.separate_rewards is true; without division the sum of centred rewards is the centred sum, so it has no "
-            "effect. Set algorithm.normalize_by_std to batch (GDPO) or true, or remove it."
-        )
-    if algorithm.normalize_by_mean and algorithm.normalize_by_std:
-        raise ValueError(
-            f"algorithm.normalize_by_mean is true and normalize_by_std {algorithm.normalize_by_std}; centred rewards are divided "
-            "by one of the two. Set algorithm.normalize_by_std to false."
-        )
-    kinds = {
-        "separate_rewards": algorithm.separate_rewards,
-        "normalize_by_mean": algorithm.normalize_by_mean,
-        "pass_at": algorithm.pass_at if algorithm.pass_at > 1 else None,
-        "kl_in": "reward" if algorithm.kl_in == "reward" else None,
-    }
-    others = [f"algorithm.{name} is {value}" for name, value in kinds.items() if value]
-    if len(others) > 1:
-        raise ValueError(f"{' and '.join(others)}; there is no advantage that is both. Remove one of the two.")
-    if algorithm.baseline == "leave_one_out" and (algorithm.separate_rewards or algorithm.normalize_by_mean):
-        name = "separate_rewards" if algorithm.separate_rewards else "normalize_by_mean"
-        raise ValueError(f"algorithm.{name} is true; it subtracts the mean. Set algorithm.baseline to mean.")
 
 
 def _check_teacher(config: Config) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,8 +24,6 @@ from pydantic import (
     Tag,
     field_validator,
 )
-
-from grpo.algorithm.objective import AdvantageRule, EntropyControl, Objective
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -375,142 +372,6 @@ class ScoringConfig(Section):
     environment: list[str] = Field(default_factory=list)
     """Names of environment variables that rewards need, such as [JUDGE_API_KEY]. Workers are given these, and paths, languages
     and caches (INHERITED in grpo/scoring/worker_pool.py), and nothing else of the environment."""
-
-
-class AlgorithmConfig(Section):
-    """docs/algorithms.md has the settings of each published algorithm; loss.py the expression that they go into."""
-
-    baseline: Literal["mean", "leave_one_out"] = "mean"
-    """What is subtracted from a reward: its group's mean (GRPO), or the mean of the group's others (RLOO)."""
-    normalize_by_std: bool | Literal["batch"] = True
-    """Divide centred rewards by the group's standard deviation (GRPO). false: Dr. GRPO. batch: by that of all centred rewards of
-    the batch, so that a group counts by how much its rewards differ (REINFORCE++)."""
-    normalize_by_mean: bool = False
-    """Divide centred rewards by the group's mean instead: of rewards that are 0 or 1 this is the gradient of the logarithm of the
-    share of right answers, in which a hard question counts more (MaxRL). Rewards below 0 end the run."""
-    pass_at: PositiveInt = 1
-    """What counts is the best of so many completions (Pass@k training; with baseline leave_one_out PKPO). Raising it rewards what
-    is seldom right, and leaves groups alone in which nearly all are."""
-    separate_rewards: bool = False
-    """Centre and divide each reward by itself before their weighted sum (GDPO, which has normalize_by_std batch besides)."""
-    aggregation: Literal["sequence", "token", "constant"] = "sequence"
-    """Weight of a token in the loss: 1/length (GRPO), 1/all tokens (DAPO), 1/max_completion_tokens (Dr. GRPO)."""
-    filter_truncated: bool = False
-    """Do not train on completions that were cut off, though they stay in their group's baseline (DAPO's overlong filtering)."""
-    top_entropy: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of each minibatch's tokens, those of highest entropy, whose surrogate counts (arXiv 2506.01939: 0.2). Below 1 it
-    takes a forward pass before the update, also where every update is on-policy."""
-    ratio: Literal["token", "sequence"] = "token"
-    """Whether a token's ratio pi / pi_old is its own (GRPO), or the geometric mean of its completion's (GSPO)."""
-    clip: Literal["surrogate", "weight", "soft", "divergence"] = "surrogate"
-    """What the bounds below do. surrogate: a token beyond has no gradient (PPO, GRPO). weight: the ratio within its bounds
-    weights the token's log-probability, which always has one (CISPO). soft: there are none; a gate closes as the ratio leaves 1
-    (SAPO). divergence: they are of the token's probability, less what it was when it was drawn (DPPO)."""
-    clip_low: PositiveFloat | None = 0.2
-    """The ratio is clipped below at 1 - clip_low. null: it has no bound below."""
-    clip_high: PositiveFloat | None = 0.2
-    """The ratio is clipped above at 1 + clip_high. DAPO raises it to 0.28; DeepSeek-R1's first stage used 10. null: no bound."""
-    clip_dual: Annotated[float, Field(gt=1)] | None = None
-    """With a negative advantage, a token whose ratio is above this has no gradient (Dual-clip PPO: 3). null: no such bound."""
-    soft_positive: PositiveFloat = 1.0
-    """Temperature of the gate of clip soft, for positive advantages. Raising it closes the gate sooner."""
-    soft_negative: PositiveFloat = 1.05
-    """The same for negative advantages."""
-    importance: Literal["none", "truncate", "mask"] = "none"
-    """Weight each token's surrogate with pi_old / pi_rollout, where what samples is not quite what is trained: truncated to the
-    bounds below (TIS), or 0 beyond them (IcePop)."""
-    importance_level: Literal["token", "sequence", "geometric"] = "token"
-    """Whether that weight is the token's own, or the product over its completion: unbiased, and far from 1 for long ones; or the
-    geometric mean over it, which is neither."""
-    importance_low: PositiveFloat | None = None
-    """Lower bound of the importance weight (TIS: none; IcePop: 0.5)."""
-    importance_high: PositiveFloat | None = None
-    """Upper bound of the importance weight (TIS: 2; IcePop: 5)."""
-    kl_coef: NonNegativeFloat = 0.001
-    """Weight of the KL penalty to the reference model (beta). 0: no reference model is loaded."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Per-token KL estimator; see grpo/algorithm/loss.py. The paper's is k3."""
-    kl_weighted: bool = False
-    """Multiply the estimate by pi / pi_old: unbiased, with an unbiased gradient, where the policy has moved since it sampled
-    (DeepSeek-V3.2)."""
-    kl_in: Literal["loss", "reward"] = "loss"
-    """loss: a term of its own for every token. reward: each completion's sum of k1 is subtracted from its reward, before the
-    advantage."""
-    entropy_coef: NonNegativeFloat = 0.0
-    """Weight of a bonus for the entropy of the next-token distribution, of every token. Raising it keeps the policy exploring;
-    too much of it makes noise of the completions."""
-    entropy_target: PositiveFloat | None = None
-    """Entropy in nats (policy/entropy) below which the bonus grows: entropy_coef is then where its weight begins, and
-    policy/entropy_coef what it is (Skywork-OR1: 0.2). null: the weight stays."""
-    entropy_step: PositiveFloat = 0.0001
-    """By how much entropy_target changes that weight after each training step. Raising it answers sooner, and overshoots more."""
-    entropy_max: PositiveFloat = 0.005
-    """Largest weight that entropy_target raises the bonus to. Raising it lets the bonus outweigh the rewards where the
-    entropy stays below the target."""
-    clip_cov: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of each minibatch's tokens whose surrogate is left out because their covariance of log-probability and advantage is
-    within the bounds below; chosen at random of these (Clip-Cov, arXiv 2505.22617: 0.0002). Such tokens take most of the entropy
-    away. 0: none. Otherwise it takes a forward pass before the update, also where every update is on-policy."""
-    clip_cov_low: float = 1.0
-    """Least covariance of such a token."""
-    clip_cov_high: float = 5.0
-    """Largest covariance of such a token."""
-    reference_refresh_steps: NonNegativeInt = 0
-    """After every so many optimizer steps the reference becomes the current policy (the paper: 400). 0: it stays the starting
-    model. Lowering it lets the policy move further from its start."""
-    max_sampling_gap: PositiveFloat | None = None
-    """Stop when sampled tokens' log-probabilities and the trainer's own of the same tokens differ by more than this, in nats on
-    average: one of them is wrong. null: 0.001 in float32, and in bfloat16 0.04, or three times what rounding makes of this model
-    if that is more, measured on the first rollout; divided by a temperature below 1. Raise it for an engine whose rounding is
-    known to be coarser."""
-    num_minibatches: PositiveInt = 1
-    """Parts of a rollout that have an optimizer step each (the paper: 16). With 1 of them and of num_epochs every update is
-    strictly on-policy."""
-    num_epochs: PositiveInt = 1
-    """Times that the minibatches of a rollout are trained on, in the same order (mu in DeepSeekMath's algorithm 1). Raising it
-    makes more of a rollout, ever further off-policy."""
-
-    @property
-    def advantage_rule(self) -> AdvantageRule:
-        """How advantages are made."""
-        return AdvantageRule(**{field.name: getattr(self, field.name) for field in fields(AdvantageRule)})
-
-    @property
-    def objective(self) -> Objective:
-        """What the loss is made of."""
-        return Objective(**{field.name: getattr(self, field.name) for field in fields(Objective)})
-
-    @property
-    def updates_per_rollout(self) -> int:
-        return self.num_minibatches * self.num_epochs
-
-    @property
-    def kl_in_loss(self) -> bool:
-        return self.kl_coef > 0 and self.kl_in == "loss"
-
-    @property
-    def every_token_counts(self) -> bool:
-        """Whether the update has a use for completions whose advantage is 0: a gradient, or their place among the entropies."""
-        return self.kl_in_loss or self.has_entropy_bonus or self.selects
-
-    @property
-    def has_entropy_bonus(self) -> bool:
-        """At some time of the run."""
-        return self.entropy_coef > 0 or self.entropy_target is not None
-
-    @property
-    def selects(self) -> bool:
-        """Whether the surrogate of some tokens is left out, for what all tokens of the minibatch are before the update."""
-        return self.top_entropy < 1 or self.clip_cov > 0
-
-    @property
-    def entropy_control(self) -> EntropyControl | None:
-        """What changes the weight of the entropy bonus; None: nothing does."""
-        return (
-            None
-            if self.entropy_target is None
-            else EntropyControl(self.entropy_target, self.entropy_step, self.entropy_max)
-        )
 
 
 class LoRAConfig(Section):

@@ -16,12 +16,12 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from grpo.config import sections, shipped
+from grpo.config.algorithm import AlgorithmConfig
 from grpo.config.combinations import check_combinations, check_rewards, check_schedules, check_vllm_sampling, scheduled
 from grpo.config.elsewhere import ELSEWHERE
 from grpo.config.load import apply_override, put, read_settings, read_text, write_yaml
 from grpo.config.sections import (
     SHAPES_OF_SOURCES,
-    AlgorithmConfig,
     CheckpointConfig,
     DataConfig,
     DistributedConfig,

@@ -14,6 +14,7 @@ import gzip
 import io
 import json
 import os
+import sys
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -148,8 +149,7 @@ def _sliced(rows: Iterable[Row], split: str, split_setting: str) -> Iterable[Row
 
 
 def _folder_rows(path: Path, subset: str | None, split: str, setting: str, split_setting: str) -> Iterable[Row]:
-    import datasets
-
+    datasets = hub_access.data_sets()
     said = f"{setting} is {str(path)!r}"
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = _loaded(lambda: datasets.load_from_disk(str(path)), path, f"{said}; it cannot be read")
@@ -183,8 +183,7 @@ def _known_split(split: str, known: Mapping[str, Any], path: Path, split_setting
 
 
 def _hub_rows(name: str, subset: str | None, split: str, setting: str, revision: str | None) -> Iterator[Row]:
-    import datasets
-
+    datasets = hub_access.data_sets()
     options = {} if revision is None else {"revision": revision}
     asked = f"subset {subset!r}, split {split!r}" + (f", revision {revision!r}" if revision else "")
     said = f"{setting} is {name!r} ({asked})"
@@ -231,9 +230,12 @@ NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQU
 
 def data_set_rows(table: Any) -> Iterator[Row]:
     """The rows of a `datasets.Dataset`, many at a time; numbers of half and single precision with their own shortest digits."""
-    import datasets
-
-    if not isinstance(table, datasets.Dataset) or table.format["type"] not in (None, "pandas", "polars", "arrow"):
+    datasets = sys.modules.get("datasets")  # which takes a second to import; who has a Dataset has imported it
+    if (
+        datasets is None
+        or not isinstance(table, datasets.Dataset)
+        or table.format["type"] not in (None, "pandas", "polars", "arrow")
+    ):
         return iter(table)
     table = table.with_format(None)
     short = {name: each for name, feature in table.features.items() if (each := _shortened(feature)) is not None}
@@ -413,8 +415,7 @@ def _check_cells(path: Path, line: int, names: list[str], cells: list[str]) -> N
 
 def parquet_rows(path: Path) -> Iterator[Row]:
     """Raises Unreadable: it is no parquet file."""
-    import datasets
-
+    datasets = hub_access.data_sets()
     load = partial(datasets.load_dataset, "parquet", data_files=str(path), split="train")
     return data_set_rows(_loaded(load, path, f"{path} cannot be read as parquet"))
 
@@ -452,9 +453,9 @@ def given_rows(given: Any, setting: str) -> Iterator[Row]:
     Raises:
         ValueError: it is a DatasetDict or a dictionary of columns, or no rows at all.
     """
-    import datasets
-
     if isinstance(given, Mapping):
+        import datasets
+
         is_split_up = isinstance(given, (datasets.DatasetDict, datasets.IterableDatasetDict))
         raise ValueError(
             f"{setting} is a {type(given).__name__} with the keys {', '.join(map(str, given))}; it takes rows. "

@@ -53,10 +53,10 @@ OWN_FILE = Benchmark("", "train", level="level", subject="subject")
 """Columns of a file that the user names; level and subject where it has them."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """What scripts say of benchmarks."""
     names = ", ".join([*BENCHMARKS, PROBES_NAME])
-    parser.add_argument("--benchmarks", required=True, metavar="A,B,...", help=f"of {names}, and those of --data")
+    parser.add_argument("--benchmarks", required=required, metavar="A,B,...", help=f"of {names}, and those of --data")
     parser.add_argument(
         "--data",
         nargs="+",
@@ -113,17 +113,18 @@ def default_samples(name: str) -> int:
     return BENCHMARKS.get(name, OWN_FILE).num_samples
 
 
-def load(name: str, path: str | None = None) -> list[dict[str, Any]]:
+def load(name: str, path: str | None = None, *, every_column: bool = False) -> list[dict[str, Any]]:
     """Rows with `question` and `answer`, and `level` and `subject` where there are any.
 
     Args:
         path: a local file with columns `question` and `answer` instead of what the hub has.
+        every_column: with all others, too.
 
     Raises:
         ValueError: there is no such data set or file, or a column is missing.
     """
     if path is not None:
-        return _read(OWN_FILE, load_table(path, None, "train", f"--data {name}"), f"--data {name}")
+        return _read(OWN_FILE, load_table(path, None, "train", f"--data {name}"), f"--data {name}", every_column)
     if name == PROBES_NAME:
         return [probe.row for probe in PROBES]
     known = BENCHMARKS[name]
@@ -132,16 +133,17 @@ def load(name: str, path: str | None = None) -> list[dict[str, Any]]:
         table = load_table(known.source, known.subset, known.split, setting)
     except ValueError as error:
         raise ValueError(f"{error} A local copy will do: --data {name}=questions.jsonl.") from error
-    return _read(known, table, setting)
+    return _read(known, table, setting, every_column)
 
 
-def _read(benchmark: Benchmark, table: Any, setting: str) -> list[dict[str, Any]]:
+def _read(benchmark: Benchmark, table: Any, setting: str, every_column: bool) -> list[dict[str, Any]]:
     columns = DataConfig(question_column="question", answer_column=benchmark.answer)
     renamed = (_plain(number, row, benchmark, setting) for number, row in enumerate(table))
     rows = prepare_rows(renamed, columns, answer_regex=benchmark.answer_regex, setting=setting)
     names = {"level": benchmark.level, "subject": benchmark.subject}
     return [
-        {name: row[name] for name in ("question", "answer", MESSAGES) if row.get(name) is not None}
+        (dict(row) if every_column else {})
+        | {name: row[name] for name in ("question", "answer", MESSAGES) if row.get(name) is not None}
         | {name: row[column] for name, column in names.items() if column and row.get(column) is not None}
         for row in rows
     ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from grpo.data import registry as benchmarks
 from grpo.types import Prompt, Sampling
 
+QUESTION = "{question}"
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -55,11 +57,16 @@ class Settings:
     dtype: str = "auto"
     seed: int = 0
     tools: list[str] = field(default_factory=list)  # that the model can call, as --tools has them
+    environment: dict[str, Any] | None = (
+        None  # that answers its turns, as the section has it; None: an answer is one turn
+    )
+    question_template: str | None = None  # around each question, {question} in it; None: it stands by itself
     endpoint: str | None = None  # the address of a server that hosts the model; None: it is loaded here
 
     def __post_init__(self) -> None:
         """Raises ValueError: a name that is not known, or settings that contradict each other."""
-        benchmarks.check_names(self.benchmarks, self.data)
+        if self.benchmarks or self.environment is None:
+            benchmarks.check_names(self.benchmarks, self.data)
         for name in self.templates:
             if name not in PROMPT_FORMATS or self.templates.count(name) > 1:
                 raise ValueError(
@@ -82,6 +89,21 @@ class Settings:
                 f"--tools is {self.tools} with --endpoint; tools are called where the model is sampled, and a server does that "
                 "itself. Leave it out."
             )
+        if self.endpoint is not None and self.environment is not None:
+            raise ValueError(
+                f"--environment is {self.environment['function']!r} with --endpoint; what it says is put behind the tokens of a "
+                "turn, which a server does not hand out. Serve nothing, and name the model's directory: --model DIR."
+            )
+        if self.environment is not None and self.environment["rows"] and self.benchmarks:
+            raise ValueError(
+                f"--environment has rows {self.environment['rows']}; the questions are those of --benchmarks, and they have no "
+                "effect. Remove one of the two."
+            )
+        if self.question_template is not None and self.question_template.count(QUESTION) != 1:
+            raise ValueError(
+                f"--question-template is {self.question_template!r}; the question takes the place of {QUESTION} in it, once. "
+                "Write $'User: {question}\\nAssistant:', say."
+            )
         if self.revision != "main" and Path(self.model).is_dir():
             raise ValueError(
                 f"--revision is {self.revision!r}; --model is the directory {self.model!r}, which has none, so it has no effect. "
@@ -100,6 +122,10 @@ class Settings:
             raise ValueError(
                 f"--top-p is {self.top_p}; at --temperature 0 the likeliest token is taken and it has no effect. Remove it."
             )
+
+    def put(self, question: str, prompt_format: PromptFormat) -> str:
+        """A question as it is asked."""
+        return (self.question_template or QUESTION).replace(QUESTION, question + prompt_format.suffix)
 
     def samples_of(self, benchmark: str) -> int:
         """How often each question is answered."""

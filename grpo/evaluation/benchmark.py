@@ -15,7 +15,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import xxhash
 
-from grpo.config import Config, DataConfig, ModelConfig
+from grpo.config import Config, DataConfig, EnvironmentConfig, ModelConfig
 from grpo.config.sections import ScoringConfig
 from grpo.data import registry as benchmarks
 from grpo.data.prompts import build_prompts
@@ -35,7 +35,7 @@ from grpo.inference import model as inference
 from grpo.inference.resolve_model import num_positions, run_directory
 from grpo.observe.bar import Bar, check_rows
 from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
-from grpo.run.inputs import of_tools
+from grpo.run.inputs import of_environment, of_tools
 from grpo.scoring.answers import answer
 from grpo.scoring.reward import Reward, resolve_function
 from grpo.scoring.scorer import Scorer
@@ -43,8 +43,10 @@ from grpo.system import distributed
 from grpo.system.distributed import Processes
 from grpo.system.out_of_memory import retry_with_fewer_sequences
 from grpo.system.terminal import say
-from grpo.turns.form import form_of
+from grpo.turns.environment import Environment, own_rows
+from grpo.turns.form import form_of, reply_form
 from grpo.turns.generator import TurnGenerator
+from grpo.turns.runner import OBSERVATION
 from grpo.turns.toolbox import Toolbox
 from grpo.turns.use import named
 from grpo.types import VOTE, Generator, Prompt
@@ -77,6 +79,10 @@ OPTIONS = {
     " and say it in data.question_template": "",
     "data.system_prompt": "--system-prompt",
     "tools.functions": "--tools",
+    "environment.function": "--environment",
+    "environment.reply_template": "reply_template of --environment",
+    "environment.args": "args of --environment",
+    "environment.rows": "rows of --environment",
 }
 """What a setting of a run's configuration is called here."""
 
@@ -107,11 +113,12 @@ def evaluate(settings: Settings, out: Path, runtime: Runtime, hosted: Asks | Non
     """
     asks: Asks = OwnModel(settings, runtime) if hosted is None else hosted
     processes = distributed.join()
-    rows = processes.on_main(lambda: {name: _rows(settings, name) for name in settings.benchmarks})
-    with _scorers(settings, runtime) as scorers, ExitStack() as held:
+    played = asks.environment
+    rows = processes.on_main(lambda: _every_row(settings, played))
+    with _scorers(settings, runtime, played) as scorers, ExitStack() as held:
         tasks = [
             _task(settings, name, template, rows[name], asks, scorers[PROMPT_FORMATS[template].source], processes)
-            for name in settings.benchmarks
+            for name in rows
             for template in settings.templates
         ]
         settings = asks.prepared(settings, [prompt for task in tasks for prompt in task.prompts])
@@ -137,8 +144,14 @@ def evaluate(settings: Settings, out: Path, runtime: Runtime, hosted: Asks | Non
 class Asks(Protocol):
     """Who asks a model: one that is loaded here, or one that is hosted elsewhere."""
 
-    def prompts(self, rows: list[dict[str, Any]], data: DataConfig) -> list[Prompt]:
-        """Of the rows of a benchmark, in their order."""
+    environment: Environment | None  # that answers its turns
+
+    def prompts(self, rows: list[dict[str, Any]], data: DataConfig, put: Callable[[str], str]) -> list[Prompt]:
+        """Of the rows of a benchmark, in their order.
+
+        Args:
+            put: a question as it is asked.
+        """
         ...
 
     def prepared(self, settings: Settings, prompts: list[Prompt]) -> Settings:
@@ -150,7 +163,7 @@ class Asks(Protocol):
         ...
 
     def tool_sources(self) -> dict[str, str]:
-        """A digest of the source of each tool."""
+        """A digest of the source of each tool, and of the environment."""
         ...
 
     def start(self, out: Path) -> Generator:
@@ -158,7 +171,7 @@ class Asks(Protocol):
         ...
 
     def around(self, generator: Generator, template: str) -> Generator:
-        """The same with tools, for prompts of that template."""
+        """The same with tools and the environment, for prompts of that template."""
         ...
 
 
@@ -172,20 +185,32 @@ class OwnModel:
         )
         self.tokenizer = load_tokenizer(self.model)
         self.tools = named(settings.tools)
+        answers = EnvironmentConfig(**(settings.environment or {}))
+        self.environment = Environment.of(answers)
         scoring = ScoringConfig(num_workers=runtime.num_workers)
         formats = dict.fromkeys(PROMPT_FORMATS[name].template for name in settings.templates)
         self.forms = {
             template: form_of(self.tokenizer, DataConfig(template=template))  # type: ignore[arg-type]
             for template in (formats if settings.tools else ())
         }
-        self.toolbox = Toolbox.of(self.tools, scoring)
+        self.reply_forms = {
+            template: reply_form(
+                self.tokenizer,
+                DataConfig(template=template),  # type: ignore[arg-type]
+                answers.reply_template,
+            )
+            for template in (formats if self.environment is not None else ())
+        }
+        self.toolbox = Toolbox.of(self.tools, scoring, environment=self.environment)
         if self.toolbox is not None and os.environ.get("RANK", "0") == "0":
             for notice in self.toolbox.notices():
                 say(notice)
 
-    def prompts(self, rows: list[dict[str, Any]], data: DataConfig) -> list[Prompt]:
+    def prompts(self, rows: list[dict[str, Any]], data: DataConfig, put: Callable[[str], str]) -> list[Prompt]:
         told = data if self.toolbox is None else data.with_tools(self.toolbox.schemas)
-        return build_prompts(rows, self.tokenizer, told)[0]
+        observed = rows if self.toolbox is None else self.toolbox.observed(rows, data)
+        asked = [{**row, "question": put(row["question"])} for row in observed]
+        return build_prompts(asked, self.tokenizer, told)[0]
 
     def prepared(self, settings: Settings, prompts: list[Prompt]) -> Settings:
         asked = [prompt.token_ids for prompt in prompts]
@@ -210,7 +235,7 @@ class OwnModel:
         return inference.fingerprint(self.model.name, self.model.revision)
 
     def tool_sources(self) -> dict[str, str]:
-        return {} if self.toolbox is None else of_tools(self.toolbox.runners)
+        return {} if self.toolbox is None else of_tools(self.toolbox.runners) | of_environment(self.environment)
 
     def start(self, out: Path) -> Generator:
         return inference.load(self.config, self.tokenizer).generator
@@ -218,8 +243,9 @@ class OwnModel:
     def around(self, generator: Generator, template: str) -> Generator:
         if self.toolbox is None:
             return generator
-        form = self.forms[PROMPT_FORMATS[template].template]
-        return TurnGenerator(generator, self.toolbox, form, self.tokenizer, self.tools)
+        kind = PROMPT_FORMATS[template].template
+        forms = self.forms.get(kind), self.reply_forms.get(kind)
+        return TurnGenerator(generator, self.toolbox, forms[0], self.tokenizer, self.tools, forms[1])
 
 
 MOST_TOKENS = 4096
@@ -248,15 +274,31 @@ def default_max_tokens(model: ModelConfig, longest_prompt: int) -> int:
 # ---- the questions ---------------------------------------------------------------------------------------------------
 
 
-def _rows(settings: Settings, name: str) -> list[dict[str, Any]]:
-    return benchmarks.load(name, settings.data.get(name))[: settings.num_questions]
+def _every_row(settings: Settings, environment: Environment | None) -> dict[str, list[dict[str, Any]]]:
+    """By the name of a benchmark, or of an environment whose own questions are asked: the held-out ones."""
+    if settings.benchmarks or environment is None:
+        return {name: _rows(settings, name, every_column=environment is not None) for name in settings.benchmarks}
+    own = own_rows(environment, DataConfig(), evaluation=True, reads_answer=False)
+    if own is None:
+        raise ValueError(
+            f"--environment is {environment.runner.name!r}, which brings no questions of its own. Name some to play it on: "
+            "--benchmarks gsm8k, or --benchmarks mine --data mine=questions.jsonl."
+        )
+    return {environment.runner.name: own[: settings.num_questions]}
+
+
+def _rows(settings: Settings, name: str, *, every_column: bool) -> list[dict[str, Any]]:
+    return benchmarks.load(name, settings.data.get(name), every_column=every_column)[: settings.num_questions]
 
 
 @contextmanager
-def _scorers(settings: Settings, runtime: Runtime) -> Iterator[dict[str, Scorer]]:
+def _scorers(settings: Settings, runtime: Runtime, environment: Environment | None) -> Iterator[dict[str, Scorer]]:
     """By where they look for the answer."""
     sources = {PROMPT_FORMATS[template].source for template in settings.templates}
-    scorers = {source: _scorer(source, settings, runtime) for source in sorted(sources)}
+    scorers = {
+        source: _scorer(_verdicts(source, settings) if environment is None else [environment.reward], settings, runtime)
+        for source in sorted(sources)
+    }
     try:
         yield scorers
     finally:
@@ -264,13 +306,17 @@ def _scorers(settings: Settings, runtime: Runtime) -> Iterator[dict[str, Scorer]
             scorer.close()
 
 
-def _scorer(source: str, settings: Settings, runtime: Runtime) -> Scorer:
+def _verdicts(source: str, settings: Settings) -> list[Reward]:
     rewards = [
         Reward(resolve_function("accuracy"), args={"source": source}),
         Reward(resolve_function("format"), weight=0),
     ]
     if any(settings.samples_of(name) > 1 for name in settings.benchmarks):
         rewards.append(Reward(resolve_function(VOTE), weight=0, args={"source": source}))
+    return rewards
+
+
+def _scorer(rewards: list[Reward], settings: Settings, runtime: Runtime) -> Scorer:
     return Scorer(
         rewards,
         columns=["question", "answer"],
@@ -293,13 +339,13 @@ def _task(
     how = PROMPT_FORMATS[template]
     system_prompt = settings.system_prompt if how.template == "chat" else None
     data = DataConfig(template=how.template, system_prompt=system_prompt, max_prompt_tokens=NO_LIMIT)  # type: ignore[arg-type]
-    asked = [{**row, "question": row["question"] + how.suffix} for row in rows]
-    prompts = asks.prompts(asked, data)
+    prompts = asks.prompts(rows, data, lambda question: settings.put(question, how))
     reasons = processes.on_main(lambda: check_rows(scorer, rows))
     own = [
         replace(
             prompt,
-            columns=rows[prompt.row],
+            columns=rows[prompt.row]
+            | {name: said for name, said in prompt.columns.items() if name == OBSERVATION},  # of a `reset`
             seed=random.Random(f"{settings.seed} {name} {template} {prompt.row}").getrandbits(62),
         )
         for prompt in prompts
@@ -380,8 +426,8 @@ def _difference(name: str, before: Any, now: Any) -> str:
 
 CONTENTS = {
     "model_files": "the files of --model have changed",
-    "questions": "the questions of --benchmarks or --data have changed",
-    "tool_sources": "the source of a tool of --tools has changed",
+    "questions": "the questions of --benchmarks, --data or --environment have changed",
+    "tool_sources": "the source of a tool of --tools or of the --environment has changed",
 }
 
 

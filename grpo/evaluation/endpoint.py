@@ -18,6 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -30,6 +31,7 @@ from grpo.evaluation.asked import Settings
 from grpo.rollout.sampling import sequence_seeds
 from grpo.system.terminal import say
 from grpo.system.writer import replace_text
+from grpo.turns.environment import Environment
 from grpo.types import Completion, FinishReason, Generator, Group, OnGroup, Prompt, Sampling
 
 SET_HERE = ("model", "messages", "prompt", "stream", "n")
@@ -119,6 +121,7 @@ class HostedModel:
 
     def __init__(self, endpoint: Endpoint, model: str) -> None:
         self.endpoint, self.model = endpoint, model
+        self.environment: Environment | None = None
         self.usage = Usage()
         self._path: Path | None = None
         self._own_fields: dict[str, Any] = {}
@@ -129,10 +132,10 @@ class HostedModel:
 
     # ---- as Asks
 
-    def prompts(self, rows: list[dict[str, Any]], data: DataConfig) -> list[Prompt]:
+    def prompts(self, rows: list[dict[str, Any]], data: DataConfig, put: Callable[[str], str]) -> list[Prompt]:
         template, prompts = TEMPLATES[data.template], []
         for number, row in enumerate(rows):
-            question = str(row["question"])
+            question = put(str(row["question"]))
             messages = conversation(question, data) if template.is_chat else None
             text = "" if messages is not None else template.fill(question, None, data)  # type: ignore[arg-type]
             prompts.append(Prompt(number, [], text, prefill_of(text), row, messages=messages))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -54,7 +55,7 @@ def _result(task: Task, settings: Settings, out: Path, *, seconds: float | None)
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "max_completion_tokens": settings.max_completion_tokens,
-        "answer_from": SOURCES[PROMPT_FORMATS[task.template].source],
+        "answer_from": None if settings.environment else SOURCES[PROMPT_FORMATS[task.template].source],
         "seconds": seconds,
         "metrics": _metrics(questions),
         "by": {name: parts for name in OF_THE_QUESTION if (parts := _parts(questions, name))},
@@ -94,29 +95,30 @@ def as_json(settings: Settings, results: list[dict[str, Any]]) -> dict[str, Any]
 
 
 def _in_words(result: dict[str, Any]) -> str:
-    found = result["metrics"].get("pass@1")
-    right = "no verdict is known" if found is None else f"pass@1 {_interval(found)}"
+    found, name = result["metrics"].get(_main(result)), _main(result)
+    right = "no verdict is known" if found is None else f"{name} {_interval(found, name)}"
     return right if result["seconds"] is None else f"{right} ({result['seconds']:.1f} s)"
 
 
-def _interval(found: dict[str, float]) -> str:
+def _main(result: dict[str, Any]) -> str:
+    """The metric by which templates are compared."""
+    return "reward" if _is_played(result) else "pass@1"
+
+
+def _is_played(result: dict[str, Any]) -> bool:
+    """Whether an environment has answered."""
+    return "turns" in result["metrics"]
+
+
+def _interval(found: dict[str, float], name: str = "pass@1") -> str:
+    if name == "reward":
+        return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
     return f"{found['value']:6.1%} [{found['low']:.1%}, {found['high']:.1%}]"
 
 
 def report(results: list[dict[str, Any]]) -> str:
     """A table of the results, the best template of each benchmark marked, and that one by level and subject."""
-    header = (
-        "benchmark",
-        "template",
-        "answers",
-        "pass@1 [95 %]",
-        "pass@k",
-        "cons@n",
-        "format",
-        "cut off",
-        "unknown",
-        "tokens",
-    )
+    header = PLAYED if any(map(_is_played, results)) else ASKED
     best = _best_templates(results)
     several = len(results) > len(best)
     rows = [header, *(_cells(result, marked=several and best[result["benchmark"]] is result) for result in results)]
@@ -130,17 +132,28 @@ def report(results: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", *marked, *notes, *_left_out(results)])
 
 
+ASKED = (
+    *("benchmark", "template", "answers", "pass@1 [95 %]", "pass@k", "cons@n", "format", "cut off", "unknown"),
+    "tokens",
+)
+PLAYED = (
+    *("environment", "template", "episodes", "reward [95 %]", "reward 1", "turns", "ended", "out of turns", "cut off"),
+    *("unknown", "tokens"),
+)
+"""With an environment. Reward 1: the share of episodes that have at least that."""
+
+
 def _best_templates(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     best: dict[str, dict[str, Any]] = {}
     for result in results:
         before = best.setdefault(result["benchmark"], result)
-        if _pass_at_1(result) > _pass_at_1(before):
+        if _value(result) > _value(before):
             best[result["benchmark"]] = result
     return best
 
 
-def _pass_at_1(result: dict[str, Any]) -> float:
-    return result["metrics"].get("pass@1", {"value": -1.0})["value"]
+def _value(result: dict[str, Any]) -> float:
+    return result["metrics"].get(_main(result), {"value": -math.inf})["value"]
 
 
 def _cells(result: dict[str, Any], *, marked: bool) -> tuple[str, ...]:
@@ -154,6 +167,14 @@ def _part_cells(result: dict[str, Any], name: str, value: str, part: dict[str, A
 
 
 def _measured(metrics: dict[str, Any]) -> tuple[str, ...]:
+    if "turns" in metrics:
+        return (
+            _interval(metrics["reward"], "reward") if "reward" in metrics else "-",
+            f"{metrics['pass@1']['value']:.1%}" if "pass@1" in metrics else "-",
+            f"{metrics['turns']['value']:.2f}",
+            *(f"{metrics[name]['value']:.1%}" for name in ("ended", "out_of_turns", "truncated", "unknown")),
+            f"{metrics['length']['value']:,.0f}",
+        )
     largest = max((name for name in metrics if name.startswith("pass@")), key=lambda name: int(name[5:]), default="")
     agreed = next((name for name in metrics if name.startswith("cons@")), "")
     at_most = "-" if largest in ("", "pass@1") else f"{metrics[largest]['value']:.1%} @{largest[5:]}"
@@ -167,7 +188,7 @@ def _measured(metrics: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _sources(results: list[dict[str, Any]]) -> dict[str, str]:
-    return {result["template"]: result["answer_from"] for result in results}
+    return {result["template"]: result["answer_from"] for result in results if result["answer_from"] is not None}
 
 
 def _left_out(results: list[dict[str, Any]]) -> list[str]:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import xxhash
-from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config import Config, ModelConfig
@@ -187,5 +186,7 @@ def merged(lm: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     """With the adapter, if `model.name` is one, in its weights."""
     adapter = source_of(config).adapter
     if adapter is not None:
+        from peft import PeftModel
+
         PeftModel.from_pretrained(lm, str(adapter)).merge_and_unload()
     return lm

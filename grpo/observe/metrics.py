@@ -360,7 +360,12 @@ def measure_carry_over(
 
 
 def _ages(completion: Completion) -> list[int]:
-    return [0] * len(completion.token_ids) if completion.ages is None else completion.ages
+    """Of the tokens that the model wrote."""
+    if completion.ages is None:
+        return [0] * len(completion.own_ids)
+    if completion.trained is None:
+        return completion.ages
+    return [age for age, is_own in zip(completion.ages, completion.trained, strict=True) if is_own]
 
 
 def measure_batch(meter: Meter, groups: list[Group], scores: Scores, *, signal: Tensor, in_batch: Tensor) -> None:

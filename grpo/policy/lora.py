@@ -21,11 +21,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -33,6 +31,10 @@ from transformers import PreTrainedModel
 from grpo.config import Config
 from grpo.policy.model_source import source_of
 from grpo.system.distributed import whole
+
+if TYPE_CHECKING:  # it takes most of a second to import, for runs without adapters too
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
 POLICY, REFERENCE = "default", "reference"
 """Names of a layer's adapters."""
@@ -42,7 +44,7 @@ PREFIX = "base_model.model."
 """What peft writes before the name of each matrix."""
 
 
-Adapters = dict[str, LoraLayer]
+Adapters: TypeAlias = "dict[str, LoraLayer]"
 """The adapted layers of a model by their names."""
 
 
@@ -52,6 +54,9 @@ def add_adapters(lm: PreTrainedModel, config: Config) -> Adapters:
     Raises:
         ValueError: a name in lora.target_modules is that of no linear layer.
     """
+    from peft import inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
     for name in (POLICY, REFERENCE):
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # the second adapter is meant
@@ -89,6 +94,8 @@ def _go_on_with(directory: Path, adapters: Adapters, config: Config) -> None:
 def peft_config(lm: PreTrainedModel, config: Config) -> LoraConfig:
     """The adapters' configuration as peft spells and stores it."""
     source = source_of(config.model)
+    from peft import LoraConfig
+
     return LoraConfig(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,  # type: ignore[arg-type] # peft divides it by r, whatever its type

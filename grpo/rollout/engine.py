@@ -19,8 +19,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -35,13 +35,13 @@ from grpo.rollout.decoder import LENGTH, TOKEN, Chunk, Decoder
 from grpo.rollout.grouping import Grouping
 from grpo.rollout.layers import can_fuse
 from grpo.rollout.paged import PAGE, PagedCache, num_pages_for
-from grpo.rollout.sampling import completion_seeds
+from grpo.rollout.sampling import numbered_seeds
 from grpo.rollout.slots import FEWEST_SEQUENCES, READ_AHEAD, Prefix, Sequence, Slots
 from grpo.rollout.stop_criteria import Ending, token_limit
 from grpo.system import progress
 from grpo.system.distributed import GIB
 from grpo.system.out_of_memory import free_bytes, is_out_of_memory
-from grpo.types import Ahead, Completion, Draft, Group, Listener, OnGroup, Prompt, Sampling
+from grpo.types import Ahead, Completion, Draft, Group, Listener, OnGroup, Prompt, Sampling, Start
 
 READ_TOKENS = 16384
 """Most prompt tokens in one forward pass; a longer prompt is read alone. The update's micro-batches are larger."""
@@ -103,7 +103,6 @@ class NativeGenerator:
         """See Generator."""
         return self._metrics
 
-    @torch.no_grad()
     def sample(
         self,
         prompts: list[Prompt],
@@ -114,12 +113,15 @@ class NativeGenerator:
         on_group: OnGroup | None = None,
     ) -> list[Group]:
         """See Generator."""
-        nothing = Ahead(0, [[] for _ in prompts], [])
         return self.sample_ahead(
-            prompts, sampling, num_completions=num_completions, seed=seed, on_group=on_group, ahead=nothing
+            prompts,
+            sampling,
+            num_completions=num_completions,
+            seed=seed,
+            on_group=on_group,
+            ahead=Ahead.nothing(prompts),
         )
 
-    @torch.no_grad()
     def sample_ahead(
         self,
         prompts: list[Prompt],
@@ -131,41 +133,27 @@ class NativeGenerator:
         ahead: Ahead,
     ) -> list[Group]:
         """See CarryingGenerator."""
-        self._metrics = {}
-        if not prompts:
-            ahead.left = ahead.begun[:]
-            return []
-        with self.policy.sampling_model("paged") as lm:
-            decoder = self._decoder_for(lm, _longest([*prompts, *ahead.prompts], sampling))
-            grouping = Grouping(prompts, num_completions=num_completions, on_group=on_group)
-            call = Call(
-                decoder, self.ending, grouping, sampling, num_completions=num_completions, seed=seed, ahead=ahead
-            )
-            call.run()
-        self._metrics = call.metrics()
+        grouping = Grouping(prompts, num_completions=num_completions, on_group=on_group)
+        whole = Whole(grouping, ahead, num_completions=num_completions)
+        under_way = self.sample_turns(whole.starts, sampling, seed=seed, listener=whole, step=ahead.step)
+        ahead.left = whole.left(under_way)
         return grouping.groups()
 
     @torch.no_grad()
     def sample_turns(
-        self, prompts: list[Prompt], sampling: Sampling, *, num_completions: int, seed: int, listener: Listener
-    ) -> None:
+        self, starts: list[Start], sampling: Sampling, *, seed: int, listener: Listener, step: int = 0
+    ) -> dict[int, Draft]:
         """See TurnTakingGenerator."""
         self._metrics = {}
-        if not prompts:
-            return
+        if not starts:
+            return {}
         with self.policy.sampling_model("paged") as lm:
-            call = Call(
-                self._decoder_for(lm, _longest(prompts, sampling)),
-                self.ending,
-                Grouping(prompts, num_completions=num_completions, on_group=None),
-                sampling,
-                num_completions=num_completions,
-                seed=seed,
-                ahead=Ahead(0, [[] for _ in prompts], []),
-                listener=listener,
-            )
+            longest = max(len(start.prompt.token_ids) + token_limit(start.prompt, sampling) for start in starts)
+            decoder = self._decoder_for(lm, longest)
+            call = Call(decoder, self.ending, starts, sampling, seed=seed, listener=listener, step=step)
             call.run()
         self._metrics = call.metrics()
+        return call.under_way()
 
     def _decoder_for(self, lm: PreTrainedModel, longest: int) -> Decoder:
         """The decoder there is, or a new one if a sequence may be longer than the configuration says."""
@@ -187,92 +175,150 @@ class NativeGenerator:
         )
 
 
-def _longest(prompts: list[Prompt], sampling: Sampling) -> int:
-    return max(len(prompt.token_ids) + token_limit(prompt, sampling) for prompt in prompts)
+class Whole:
+    """The listener of completions that nobody answers: each is over when its first turn is.
+
+    Args:
+        ahead: what was begun of the questions of the grouping, and of those that follow them.
+    """
+
+    def __init__(self, grouping: Grouping, ahead: Ahead, *, num_completions: int) -> None:
+        self.grouping, self.ahead, self.size = grouping, ahead, num_completions
+        self.starts = first_turns(grouping.prompts, ahead, num_completions)
+        self.over: list[int] = []
+        self.ended_ahead: dict[int, Draft] = {}
+
+    def ended(self, place: int, turn: Completion) -> None:
+        """See Listener."""
+        self.over.append(place)
+        if place < len(self.grouping.prompts):
+            self.grouping.add(place, turn)
+        else:
+            self.ended_ahead[place] = Draft.of(turn, self.ahead.step)
+
+    def answers(self, *, wait: bool) -> list[tuple[int, Prompt | None]]:
+        """See Listener."""
+        over, self.over = self.over, []
+        return [(place, None) for place in over]
+
+    def left(self, under_way: dict[int, Draft]) -> list[list[Draft]]:
+        """Of each later question, what there is of its completions."""
+        every = self.ended_ahead | under_way
+        places = range(len(self.grouping.prompts), len(self.starts))
+        drafts = [every[place] for place in places]
+        return [drafts[start : start + self.size] for start in range(0, len(drafts), self.size)]
+
+
+def first_turns(asked: list[Prompt], ahead: Ahead, num_completions: int) -> list[Start]:
+    """Where the completions of a call begin, whose first turn is not over.
+
+    Args:
+        asked: the prompt of each completion that somebody waits for.
+    """
+    later = [prompt for prompt in ahead.prompts for _ in range(num_completions)]
+    return [
+        Start(
+            place,
+            prompt,
+            place % num_completions,
+            ahead.start_of(place, num_completions),
+            later=place >= len(asked),
+        )
+        for place, prompt in enumerate([*asked, *later])
+    ]
 
 
 class Call:
-    """One call of `sample`, from the prompts of a grouping to its completions; those of later questions follow them.
-
-    Args:
-        listener: takes the completions, as turns, in place of the grouping.
-    """
+    """One call of `sample_turns`, from the starts of completions until all that somebody waits for are over."""
 
     def __init__(
         self,
         decoder: Decoder,
         ending: Ending,
-        grouping: Grouping,
+        starts: list[Start],
         sampling: Sampling,
         *,
-        num_completions: int,
         seed: int,
-        ahead: Ahead,
-        listener: Listener | None = None,
+        listener: Listener,
+        step: int,
     ) -> None:
-        self.listener = listener
-        self.decoder, self.ending, self.grouping, self.sampling = decoder, ending, grouping, sampling
-        self.ahead, self.num_completions, self.seed = ahead, num_completions, seed
+        self.decoder, self.ending, self.sampling = decoder, ending, sampling
+        self.seed, self.listener, self.step = seed, listener, step
         decoder.begin(sampling)
-        questions = [*grouping.prompts[::num_completions], *ahead.prompts]
-        seeds = completion_seeds(questions, seed=seed, num_completions=num_completions).tolist()
-        self.sequences = [
-            _sequence(index, questions[index // num_completions], sampling, own, later=index >= len(grouping.prompts))
-            for index, own in enumerate(seeds)
-        ]
         self.end_tokens = frozenset(ending.end_token_ids)
-        self.num_missing = len(grouping.prompts)
+        self.prompts = {start.place: start.prompt for start in starts}  # of the turn that each is in
+        self.sequences = self._begun(starts)
+        self.num_missing = sum(not start.later for start in starts)
+        self.num_sampling = self.num_missing  # of these, those that do not wait for an answer
         self.ended: set[Sequence] = set()
-        self.num_drawn = 0  # tokens that completions or drafts have from this call
-        self._take_up(ahead)
+        self.num_drawn = 0  # tokens that turns have from this call
+        before = [each for each in self.sequences.values() if each.tokens and self._is_over(each, len(each.tokens))]
         self.slots = Slots(
-            [*self._prefixes()],
+            self._prefixes({*before}),
             num_slots=decoder.state.shape[1],
             pages=range(1, decoder.cache.keys.shape[1]),
             pages_each=decoder.table.shape[1],
         )
+        for sequence in before:  # in an earlier call
+            self._end(sequence)
         self.num_places = 0
-        self.num_steps, self.num_read = (
-            0,
-            0,
-        )  # decoding steps, and tokens whose keys and values were computed before them
+        self.num_steps = 0  # of decoding
+        self.num_read = 0  # tokens whose keys and values were computed before them
         self.timeline: list[tuple[float, int]] = []  # when each chunk was launched, and its sequences
 
-    def _take_up(self, ahead: Ahead) -> None:
-        """What was begun in earlier calls; a completion may have ended in one of them."""
-        for place, drafts in enumerate(ahead.begun):
-            for number, draft in enumerate(drafts):
-                sequence = self.sequences[place * self.num_completions + number]
-                kept = slice(sequence.limit)  # which may be less than it was
-                sequence.tokens, sequence.logprobs = draft.tokens[kept], draft.logprobs[kept]
-                sequence.steps = draft.steps[kept]
-                if draft.tokens and (self._has_ended(sequence) or self._has_stop(sequence, self.decoder.chunk)):
-                    self._end(sequence)
+    def _begun(self, starts: list[Start]) -> dict[int, Sequence]:
+        """By its place, the sequence of each start, with what there is of it."""
+        own = [self.seed if start.prompt.seed is None else start.prompt.seed for start in starts]
+        numbers = [start.place if start.prompt.seed is None else start.number for start in starts]
+        seeds = numbered_seeds(own, numbers).tolist()
+        return {start.place: self._sequence(start, number) for start, number in zip(starts, seeds, strict=True)}
 
-    def _prefixes(self) -> Iterator[Prefix]:
-        """What there is to read: of each question its prompt, for the completions that begin, and those under way, each alone."""
-        for start in range(0, len(self.sequences), self.num_completions):
-            own = [each for each in self.sequences[start : start + self.num_completions] if each not in self.ended]
-            yield from (Prefix(deque([each])) for each in own if each.tokens)
+    def _sequence(self, start: Start, seed: int) -> Sequence:
+        draft, limit = start.draft, token_limit(start.prompt, self.sampling)
+        kept = slice(limit)  # which may be less than it was
+        return Sequence(
+            start.place,
+            start.prompt.token_ids,
+            limit,
+            seed,
+            draft.tokens[kept],
+            draft.logprobs[kept],
+            draft.steps[kept],
+            later=start.later,
+        )
+
+    def _prefixes(self, over: set[Sequence]) -> list[Prefix]:
+        """What there is to read: of each prompt, for the turns that begin, and those under way, each alone."""
+        prefixes: list[Prefix] = []
+        for _, run in groupby(self.sequences.values(), key=lambda each: id(self.prompts[each.index])):
+            own = [each for each in run if each not in over]
+            prefixes += [Prefix(deque([each])) for each in own if each.tokens]
             if new := [each for each in own if not each.tokens]:
-                yield Prefix(deque(new))
+                prefixes.append(Prefix(deque(new)))
+        return prefixes
 
     def run(self) -> None:
         """Launch a chunk of steps, and while it runs take in the results of the one before."""
         before: Chunk | None = None
+        if self.num_missing:
+            self._listen()  # of what had ended before
         while self.num_missing:
             chunk = self._launch(before)
             if before is not None:
                 self._take_in(before)
-            if self.listener is not None:
-                self._listen(self.listener, wait=chunk is None and before is None)
+            self._listen()
             before = chunk
             progress.drew(0 if chunk is None else chunk.num_places)
-        if before is not None and self.ahead.prompts:
+        if before is not None and any(each.later for each in before.rows):
             self._take_in(before)
-        size, later = self.num_completions, self.sequences[len(self.grouping.prompts) :]
-        drafts = [Draft(each.tokens, each.logprobs, each.steps) for each in later]
-        self.ahead.left = [drafts[start : start + size] for start in range(0, len(drafts), size)]
+
+    def under_way(self) -> dict[int, Draft]:
+        """See TurnTakingGenerator.sample_turns."""
+        return {
+            place: Draft(each.tokens, each.logprobs, each.steps)
+            for place, each in self.sequences.items()
+            if each not in self.ended
+        }
 
     def _launch(self, before: Chunk | None) -> Chunk | None:
         """The next steps of all that run and do not come to their limits in the chunk before; None if there are none."""
@@ -296,7 +342,7 @@ class Call:
         return chunk
 
     def _take_in(self, chunk: Chunk) -> None:
-        """Append what each sequence of a chunk drew, and make completions of those that have ended."""
+        """Append what each sequence of a chunk drew, and hand on the turns that have ended."""
         chunk.wait()
         if not chunk.logprobs[:, : len(chunk.rows)].isfinite().all():
             self.decoder.cache.clear()
@@ -305,57 +351,54 @@ class Call:
                 "from an older checkpoint with model.name=.../hf and a lower optimizer.learning_rate."
             )
         tokens, logprobs = chunk.tokens.T.tolist(), chunk.logprobs.T.tolist()
-        finished = []
         for row, (sequence, length) in enumerate(zip(chunk.rows, chunk.lens.tolist(), strict=False)):
             if sequence in self.ended:
                 continue  # in the chunk before
             count = length - sequence.num_cached
             sequence.tokens += tokens[row][:count]
             sequence.logprobs += logprobs[row][:count]
-            sequence.steps += [self.ahead.step] * count
+            sequence.steps += [self.step] * count
             self.num_drawn += count
-            if self._has_ended(sequence) or self._has_stop(sequence, count):
-                finished.append(sequence)
+            if self._is_over(sequence, count):
                 self._end(sequence)
-        if self.listener is None:
-            self.slots.finish(finished)
 
     def _end(self, sequence: Sequence) -> None:
         self.ended.add(sequence)
-        if self.listener is not None:
-            turn = self._completion(sequence)
-            sequence.num_kept = min(sequence.num_cached, len(sequence.prompt) + len(turn.token_ids))
-            self.slots.set_down(sequence)
-            self.listener.ended(sequence.index, turn)
-        elif not sequence.later:
-            self.num_missing -= 1
-            self.grouping.add(sequence.index, self._completion(sequence))
+        self.num_sampling -= not sequence.later
+        turn = self._completion(sequence)
+        sequence.num_kept = min(sequence.num_cached, len(sequence.prompt) + len(turn.token_ids))
+        self.slots.set_down(sequence)
+        self.listener.ended(sequence.index, turn)
 
-    def _listen(self, listener: Listener, *, wait: bool) -> None:
+    def _listen(self) -> None:
         """Let sequences whose turns have been answered go on, and those that are over go."""
-        for place, prompt in listener.answers(wait=wait):
+        for place, prompt in self.listener.answers(wait=not self.num_sampling):
             before = self.sequences[place]
             if prompt is None:
                 self.slots.let_go(before)
-                self.num_missing -= 1
+                self.num_missing -= not before.later
                 continue
-            own = completion_seeds([prompt], seed=self.seed, num_completions=1).item()
-            after = _sequence(place, prompt, self.sampling, int(own), later=False)
-            self.sequences[place], self.grouping.prompts[place] = after, prompt
+            self.prompts[place] = prompt
+            after = self._begun([Start(place, prompt, later=before.later)])[place]
+            self.sequences[place] = after
+            self.num_sampling += not after.later
             self.slots.take_up(before, after)
 
     def _completion(self, sequence: Sequence) -> Completion:
-        prompt = self.grouping.prompts[sequence.index]
+        prompt = self.prompts[sequence.index]
         completion = self.ending.completion(prompt, self.sampling, sequence.tokens, sequence.logprobs)
         length = len(completion.token_ids)
-        self.num_drawn -= sequence.steps[length:].count(self.ahead.step)
+        self.num_drawn -= sequence.steps[length:].count(self.step)
         cut_off = completion.finish_reason == "length"
         assert not cut_off or length == sequence.limit, "a completion was cut off below its limit"
-        ages = [self.ahead.step - step for step in sequence.steps[:length]]
+        ages = [self.step - step for step in sequence.steps[:length]]
         return replace(completion, ages=ages) if any(ages) else completion
 
-    def _has_ended(self, sequence: Sequence) -> bool:
-        return len(sequence.tokens) == sequence.limit or sequence.tokens[-1] in self.end_tokens
+    def _is_over(self, sequence: Sequence, count: int) -> bool:
+        """Whether its turn is, of which the newest `count` tokens have not been looked at."""
+        if len(sequence.tokens) == sequence.limit or sequence.tokens[-1] in self.end_tokens:
+            return True
+        return self._has_stop(sequence, count)
 
     def _has_stop(self, sequence: Sequence, count: int) -> bool:
         """Whether one of the newest `count` tokens completes a stop text, which has no more tokens than bytes."""
@@ -373,10 +416,6 @@ class Call:
             "rollout/decoding_steps": self.num_steps,
             "rollout/read_tokens": self.num_read,
         }
-
-
-def _sequence(index: int, prompt: Prompt, sampling: Sampling, seed: int, *, later: bool) -> Sequence:
-    return Sequence(index, prompt.token_ids, token_limit(prompt, sampling), seed, later=later)
 
 
 D = TypeVar("D", bound=Decoder)

@@ -26,11 +26,10 @@ def decode_attention(
     longest, (rows, heads, head_dim) = int(lens.max()), q.shape
     num_kv_heads, page = keys.shape[1:3]
     used = block_table[:, : -(-longest // page)].long()
-    if used.shape[1] == 1:  # index_select, which is three times as fast as indexing
-        k, v = (x[:, :, :longest].index_select(0, used[:, 0]) for x in (keys, values))
-    else:
-        k, v = (x.index_select(0, used.flatten()).unflatten(0, used.shape) for x in (keys, values))
-        k, v = (x.transpose(1, 2).flatten(2, 3)[:, :, :longest] for x in (k, v))
+    # by index_select, which is three times as fast as indexing, and head by head, so that a head's pages come to lie end to end
+    by_head = (used.unsqueeze(1) * num_kv_heads + torch.arange(num_kv_heads).unsqueeze(1)).flatten()
+    k, v = (x.view(-1, page, head_dim).index_select(0, by_head) for x in (keys, values))
+    k, v = (x.view(rows, num_kv_heads, -1, head_dim)[:, :, :longest] for x in (k, v))
     age = lens.unsqueeze(1) - 1 - torch.arange(longest)
     hidden = age < 0 if window is None else (age < 0) | (age >= window)
     # the query heads of a key head are the rows of one small product

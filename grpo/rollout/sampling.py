@@ -9,6 +9,8 @@ On CUDA `kernels.draw` does this in one pass over the logits; `plain_draw` is th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -98,8 +100,13 @@ def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
 
 def sequence_seeds(seed: int, num_sequences: int) -> Tensor:
     """(num_sequences,) int64: a seed for each sequence of a rollout."""
-    start = mix(torch.tensor([seed], dtype=torch.int64) * GOLDEN)
-    return mix(start + torch.arange(1, num_sequences + 1) * GOLDEN)
+    return numbered_seeds([seed] * num_sequences, range(num_sequences))
+
+
+def numbered_seeds(seeds: Sequence[int], numbers: Sequence[int]) -> Tensor:
+    """(len(seeds),) int64: of each sequence, by a seed and its number among the sequences that have it."""
+    starts = mix(torch.tensor(seeds, dtype=torch.int64) * GOLDEN)
+    return mix(starts + (torch.tensor(numbers, dtype=torch.int64) + 1) * GOLDEN)
 
 
 def completion_seeds(prompts: list[Prompt], *, seed: int, num_completions: int) -> Tensor:

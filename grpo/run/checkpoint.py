@@ -544,7 +544,7 @@ def _drafts(directory: Path, num_parts: int, where: RunState, processes: Process
 
     def part(rank: int) -> Drafts:
         progress.tick()
-        return carry_over.from_tensors(load_tensors(directory / f"rank-{rank}.pt"))
+        return carry_over.from_tensors(load_tensors(directory / f"rank-{rank}.pt", classes=carry_over.CLASSES))
 
     if num_parts == processes.world_size:
         return part(processes.rank)

@@ -41,9 +41,7 @@ def digests(
     if eval_prompts:
         found[f"the {len(eval_prompts)} {HELD_OUT}"] = _of_prompts(eval_prompts)
     found |= of_tools(tools)
-    if environment is not None:
-        runner = environment.runner
-        found[f"the environment {runner.name}"] = _of_given(runner.source, runner.given)
+    found |= of_environment(environment)
     return found | {f"the reward {reward.name}": _of_reward(reward) for reward in rewards}
 
 
@@ -79,6 +77,14 @@ def _of_reward(reward: Reward) -> str:
 def of_tools(tools: Sequence[Runner]) -> dict[str, str]:
     """By what a person calls it."""
     return {f"the tool {tool.name}": _of_given(tool.make, tool.given) for tool in tools}
+
+
+def of_environment(environment: Environment | None) -> dict[str, str]:
+    """By what a person calls it; empty: there is none."""
+    if environment is None:
+        return {}
+    runner = environment.runner
+    return {f"the environment {runner.name}": _of_given(runner.source, runner.given)}
 
 
 def _of_given(made: Callable[..., Any], given: dict[str, Any]) -> str:

@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from grpo.algorithm.advantage import has_signal
 from grpo.config import Config
 from grpo.data.contamination import normalized
-from grpo.data.prompts import TEMPLATES, PromptOrder, build_prompts
+from grpo.data.order import PromptOrder
+from grpo.data.prompts import TEMPLATES, build_prompts
 from grpo.system import progress
 from grpo.system.distributed import Processes
 from grpo.system.writer import to_json

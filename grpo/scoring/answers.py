@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grpo.scoring.scorer import Scorer
 from grpo.scoring.statistics import Values, estimate, majority, pass_at_k, powers_of_two
-from grpo.types import VOTE, Generator, Group, Prompt, Sampling, Scores
+from grpo.types import VOTE, Completion, Generator, Group, Prompt, Sampling, Scores
 
 OnRows = Callable[[list[dict[str, Any]]], None]
 """Called with the rows of a question, when all of its samples are scored."""
@@ -91,18 +91,28 @@ def completion_rows(groups: list[Group], scores: Scores) -> list[dict[str, Any]]
     return rows
 
 
+ENVIRONMENT = "environment"
+"""The name of an environment's reward among those of the reward functions."""
+
 OF_THE_QUESTION = ("level", "subject")
 """Columns of the data that evaluations are told apart by."""
 
 
 def evaluation_rows(groups: list[Group], scores: Scores) -> list[dict[str, Any]]:
-    """The same of an evaluation, with the number of the sample, and level and subject where the data has them."""
+    """The same of an evaluation, with the number of the sample, level and subject where the data has them, and with an
+    environment how many turns it answered and whether it ended the episode."""
     rows = completion_rows(groups, scores)
-    samples = ((group.prompt.columns, number) for group in groups for number in range(len(group.completions)))
+    samples = [(group.prompt.columns, *each) for group in groups for each in enumerate(group.completions)]
     return [
-        {**row, "sample": number} | {name: columns[name] for name in OF_THE_QUESTION if columns.get(name) is not None}
-        for row, (columns, number) in zip(rows, samples, strict=True)
+        {**row, "sample": number, **_played(completion)}
+        | {name: columns[name] for name in OF_THE_QUESTION if columns.get(name) is not None}
+        for row, (columns, number, completion) in zip(rows, samples, strict=True)
     ]
+
+
+def _played(completion: Completion) -> dict[str, Any]:
+    episode = completion.episode
+    return {} if episode is None else {"episode": {"turns": episode.num_turns, "ended": episode.ended}}
 
 
 def training_rows(
@@ -188,8 +198,16 @@ def verdict_columns(questions: list[list[dict[str, Any]]]) -> dict[str, Values]:
 
 
 def columns_of(questions: list[list[dict[str, Any]]]) -> dict[str, Values]:
-    """All that is told of a benchmark, (Q,) each: verdicts; shares of well-formed, cut off and unknown answers; tokens."""
+    """All that is told of a benchmark, (Q,) each: verdicts; shares of well-formed, cut off and unknown answers; tokens.
+
+    With an environment also its reward, the turns, and the shares of episodes that it ended and that were out of turns.
+    """
     columns = verdict_columns(questions)
+    if "episode" in questions[0][0]:
+        columns["reward"] = _means(questions, lambda row: row["rewards"][ENVIRONMENT])
+        columns["turns"] = _means(questions, lambda row: float(row["episode"]["turns"]))
+        columns["ended"] = _means(questions, lambda row: float(row["episode"]["ended"]))
+        columns["out_of_turns"] = _means(questions, lambda row: float(row["finish_reason"] == "turns"))
     if "format" in questions[0][0]["rewards"]:
         columns["format"] = _means(questions, partial(_reward, "format"))
     columns["truncated"] = _means(questions, lambda row: float(row["finish_reason"] == "length"))

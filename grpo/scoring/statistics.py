@@ -139,7 +139,7 @@ def estimate(columns: Mapping[str, Values], *, seed: int = 0) -> dict[str, Estim
     return found
 
 
-NO_SHARES = ("length",)
+NO_SHARES = ("length", "reward", "turns")
 """Of what is told of a benchmark (answers.columns_of), the columns that are no share of answers."""
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from grpo.rollout.stop_criteria import Ending
-from grpo.turns.form import Unreadable, encodable, read_call
+from grpo.turns.form import Unreadable, encodable, end_of_call, read_call
 
 Part = Literal["reasoning", "content", "call"]
 """What a piece of text belongs to; that of a call is a whole one, as JSON in OpenAI's form."""
@@ -168,30 +168,15 @@ class Calls:
                 parts += self._content(before[: len(before) - size])
                 self._held = before[len(before) - size :]
                 self._is_open, self._num_searched = bool(found), 0
-            elif (end := self._end_of_call(text)) is not None:
+            elif (end := end_of_call(text, self.tags[1], self._num_searched)) is not None:
                 parts += self._closed(text[:end])
                 self._is_open, text = False, text[end + len(self.tags[1]) :]
             else:
+                if self.tags[1] in text[self._num_searched :]:
+                    self._num_searched = text.rindex(self.tags[1]) + len(self.tags[1])
                 self._held = text
                 break
         return parts
-
-    def _end_of_call(self, text: str) -> int | None:
-        """Where an open call ends: at the first closing tag that stands in none of its strings; None: it is not there yet.
-
-        Where a string that was never closed has taken in what follows, the call has ended with the first tag of all.
-        """
-        tag = self.tags[1]
-        while (place := text.find(tag, self._num_searched)) >= 0:
-            try:
-                json.loads(text[:place])
-            except (ValueError, RecursionError) as error:
-                if not str(error).startswith("Unterminated string"):
-                    return text.find(tag)
-            else:
-                return place
-            self._num_searched = place + len(tag)
-        return None
 
     def close(self) -> list[tuple[Part, str]]:
         rest, self._held = self.tags[0] * self._is_open + self._held, ""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from grpo.config.supervised import TrainingConfig
-from grpo.data.prompts import PromptOrder
+from grpo.data.order import PromptOrder
 from grpo.types import Group
 
 

@@ -13,6 +13,7 @@ up. Three defaults of theirs are silent traps on machines without a GPU, and `st
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import sys
 import warnings
@@ -24,7 +25,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import datasets
 import huggingface_hub.utils
 import torch
 import torch.distributed as dist
@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers.integrations import unset_hf_deepspeed_config
 
 from grpo.config import Config
-from grpo.system import heartbeat
+from grpo.system import heartbeat, hub_access
 from grpo.system.terminal import say
 
 GIB = 2**30
@@ -104,6 +104,17 @@ class Processes:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def exchange(self, values: list[Any]) -> list[Any]:
+        """What every rank passed for this one, in rank order; `values` are for each rank. Only what moves is sent."""
+        texts = [pickle.dumps(value) for value in values]
+        sizes = torch.tensor([len(text) for text in texts], device=self.device)
+        theirs = torch.empty_like(sizes)
+        dist.all_to_all_single(theirs, sizes)
+        sent = torch.frombuffer(bytearray().join(texts), dtype=torch.uint8).to(self.device)
+        received = sent.new_empty(int(theirs.sum()))
+        dist.all_to_all_single(received, sent, theirs.tolist(), sizes.tolist())
+        return [pickle.loads(part.numpy().tobytes()) for part in received.cpu().split(theirs.tolist())]
 
     def check_same(self, what: str, value: Any) -> None:
         """Make sure that all processes are about to do the same.
@@ -405,7 +416,7 @@ def _free_port() -> int:
 
 def _quiet() -> None:
     """Keep progress bars of loading, and notices that only library authors can act on, out of a run's output."""
-    datasets.disable_progress_bars()
+    hub_access.hide_bars_of_data_sets()
     transformers.utils.logging.disable_progress_bar()
     if os.environ.get("RANK", "0") == "0" and sys.stderr is not None and sys.stderr.isatty():
         huggingface_hub.utils.enable_progress_bars()  # which the line above takes away too: a download may take minutes

@@ -8,11 +8,13 @@ an answer, before the first file.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 from grpo.system.terminal import say
 
@@ -103,6 +105,25 @@ def _ask(patience: float) -> str | None:
     threading.Thread(target=ask, daemon=True).start()  # a resolver's own time limit cannot be set
     answered.wait(patience)
     return reasons[-1] if reasons else None
+
+
+_show_bars = [True]
+
+
+def hide_bars_of_data_sets() -> None:
+    """The package `datasets` shows no bars from here on, wherever it is imported first: that takes a second."""
+    _show_bars[0] = False
+    if "datasets" in sys.modules:
+        data_sets()
+
+
+def data_sets() -> ModuleType:
+    """The package `datasets`."""
+    import datasets
+
+    if not _show_bars[0]:
+        datasets.disable_progress_bars()
+    return datasets
 
 
 @contextmanager

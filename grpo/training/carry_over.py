@@ -11,6 +11,9 @@ A draft goes on from its tokens under the weights of the step that it goes on in
 was drawn with, and the loss weighs it by `algorithm.importance`. Each step takes at least `rollout.num_prompts` questions, so
 no token can be older than `rollout.max_staleness` steps.
 
+Where tools or an environment answer, a draft is a conversation: those that have been asked for answer before the step is over,
+and the objects that they have for it are kept as bytes, as between two turns. Nothing is asked twice.
+
 A batch of the answers that end first would train on short ones first. Keys and values are computed anew from a draft's tokens, as
 in AReaL (arXiv 2505.24298): those of older weights are not the present ones'.
 """
@@ -20,14 +23,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from grpo.data.prompts import PromptOrder
+from grpo.data.order import PromptOrder
 from grpo.policy.policy import SampledModel
 from grpo.rollout.engine import unsupported
-from grpo.types import Ahead, Draft, Drafts, Generator, Prompt
+from grpo.types import Ahead, Dialogue, Draft, Drafts, Generator, Prompt, Reply, ToolCall, Turn
 
 
 def check_carries(generator: Generator, policy: SampledModel) -> None:
@@ -83,8 +86,8 @@ class CarryOver:
 
     @property
     def num_tokens(self) -> tuple[int, int]:
-        """Tokens of `drafts`, and how many of them this step has drawn."""
-        every = [draft.steps for drafts in self.drafts.values() for draft in drafts]
+        """Tokens of `drafts` that the model wrote, and how many of them this step has drawn."""
+        every = [draft.own_steps for drafts in self.drafts.values() for draft in drafts]
         return sum(map(len, every)), sum(len(steps) - bisect_left(steps, self.step) for steps in every)  # they ascend
 
 
@@ -98,12 +101,12 @@ def redistribute(
     return {place: drafts for place, drafts in every.items() if turns[place] % num_processes == rank}
 
 
-def to_tensors(drafts: Drafts) -> dict[str, Tensor]:
+def to_tensors(drafts: Drafts) -> dict[str, Any]:
     """Drafts as a checkpoint holds them: a few tensors, since a million Python numbers take seconds to write and to read.
 
     Returns:
         places and num_drafts (Q,) of the questions, lens (D,) of the drafts, and tokens, logprobs and steps (T,) of all of them,
-        end to end.
+        end to end; and the dialogue of each draft.
     """
     every = [draft for own in drafts.values() for draft in own]
     return {
@@ -113,13 +116,19 @@ def to_tensors(drafts: Drafts) -> dict[str, Tensor]:
         "tokens": torch.tensor([token for draft in every for token in draft.tokens], dtype=torch.int64),
         "logprobs": torch.tensor([each for draft in every for each in draft.logprobs], dtype=torch.float64),
         "steps": torch.tensor([step for draft in every for step in draft.steps], dtype=torch.int64),
+        "dialogues": [draft.dialogue for draft in every],
     }
 
 
-def from_tensors(saved: dict[str, Tensor]) -> Drafts:
+CLASSES = (Dialogue, Turn, ToolCall, Reply)
+"""Of the objects that `to_tensors` leaves as they are."""
+
+
+def from_tensors(saved: dict[str, Any]) -> Drafts:
     """What `to_tensors` was given."""
     lens = saved["lens"].tolist()
     columns = [[part.tolist() for part in saved[name].split(lens)] for name in ("tokens", "logprobs", "steps")]
-    every = iter([Draft(*parts) for parts in zip(*columns, strict=True)])
+    dialogues = saved.get("dialogues", [None] * len(lens))  # older checkpoints have none
+    every = iter([Draft(*parts) for parts in zip(*columns, dialogues, strict=True)])
     questions = zip(saved["places"].tolist(), saved["num_drafts"].tolist(), strict=True)
     return {place: [next(every) for _ in range(number)] for place, number in questions}

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from grpo.algorithm.batch import empty_micro_batch, join, micro_batch, plan_passes, split, take
+from grpo.algorithm.batch import Outline, empty_micro_batch, join, micro_batch, plan_passes, split, take
 from grpo.algorithm.loss import (
     Objective,
     covariances,
@@ -103,20 +104,37 @@ class Learner:
         makes no gradient, such completions count, but need no pass. If there are no others all of them get one, so that the
         sampling gap is still measured, which may be why nothing is rewarded.
         """
-        return self.deal_whole(join(self.processes.gather(mine)) if self.processes.world_size > 1 else mine)
+        if self.processes.world_size == 1:
+            return self.deal_whole(mine)
+        processes, outlines = self.processes, self.processes.gather(Outline.of(mine))
+        whole = Outline.joined(outlines)
+        plan = self._plan(whole)
+        starts = [0, *accumulate(each.num_sequences for each in outlines)]
+        first, end = starts[processes.rank : processes.rank + 2]  # of all sequences, mine
+        read = [sorted(i for each in passes for i in each) for passes in plan]  # by each part, whoever has them
+        sent = [take(mine, [i - first for i in numbers if first <= i < end]) for numbers in read]
+        received = processes.exchange([each for each in sent for _ in range(processes.sequence_parallel)])
+        here, place = join(received), {i: n for n, i in enumerate(read[processes.part])}
+        return [self._pass(here, [place[i] for i in each], whole) for each in plan[processes.part]]
 
     def deal_whole(self, whole: Batch) -> list[MicroBatch]:
         """The same of a minibatch that every process has all of."""
+        outline = Outline.of(whole)
+        return [self._pass(whole, part, outline) for part in self._plan(outline)[self.processes.part]]
+
+    def _plan(self, whole: Outline) -> list[list[list[int]]]:
+        """For each part of the processes, the sequences of each of its passes."""
         needed = list(range(whole.num_sequences))
         if not self.every_token_counts:
             needed = whole.advantages.nonzero().flatten().tolist() or needed
-        plan = plan_passes(take(whole, needed), token_budget=self.token_budget, num_processes=self.processes.num_parts)
-        return [self._pass(whole, [needed[i] for i in part]) for part in plan[self.processes.part]]
+        plan = plan_passes(whole.take(needed), token_budget=self.token_budget, num_processes=self.processes.num_parts)
+        return [[[needed[i] for i in part] for part in passes] for passes in plan]
 
-    def _pass(self, whole: Batch, sequences: list[int]) -> MicroBatch:
+    def _pass(self, batch: Batch, sequences: list[int], whole: Outline) -> MicroBatch:
+        """Of these sequences of a batch; `whole` are those of the minibatch."""
         if not sequences:
             return empty_micro_batch()
-        part = take(whole, sequences)
+        part = take(batch, sequences)
         weights = token_weights(
             self.algorithm.aggregation,
             part.trained_lens,
@@ -177,7 +195,7 @@ class Learner:
         plan = plan_passes(batch, token_budget=self.token_budget, num_processes=1)[0]
         sums = torch.zeros(batch.num_sequences)
         for sequences in [*plan, *[[]] * (max(self.processes.gather(len(plan))) - len(plan))]:
-            micro = self._pass(batch, sequences).to(self.processes.device)
+            micro = self._pass(batch, sequences, Outline.of(batch)).to(self.processes.device)
             kl = (self.policy.old_logprobs(micro) - self.policy.ref_logprobs(micro)).cpu()
             if sequences:
                 sums[sequences] = torch.stack([part.sum() for part in kl.split(micro.completion_lens.tolist())])

@@ -15,7 +15,7 @@ from grpo.algorithm.batch import pack
 from grpo.algorithm.dynamic_sampling import DynamicSampler
 from grpo.algorithm.objective import AdvantageRule
 from grpo.config import AlgorithmConfig, Config
-from grpo.data.prompts import PromptOrder
+from grpo.data.order import PromptOrder
 from grpo.observe.metrics import Meter, measure_carry_over, measure_texts
 from grpo.scoring.answers import completion_rows, is_solved
 from grpo.text.aha import Words

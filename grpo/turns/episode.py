@@ -21,10 +21,11 @@ Action = Literal["reset", "step", "reward"]
 
 @dataclass(frozen=True)
 class Step:
-    """What an environment made of a turn: what it says to it, None if the episode is over; and the reward it gave."""
+    """What an environment made of a turn: what it says to it, None if the episode is over; and the reward it gave, None if it
+    cannot tell."""
 
     said: tuple[str, ...] | None
-    reward: float
+    reward: float | None
     state: bytes | None = None  # the object, where the episode goes on
 
 
@@ -77,7 +78,8 @@ class EpisodeRunner:
             return Step(None, _final(held))
         said, reward = _told(held.step(text))
         if said is None:
-            return Step(None, reward + _final(held))
+            final = _final(held)
+            return Step(None, None if final is None else reward + final)
         kept = cloudpickle.dumps(held)
         if len(kept) > MAX_STATE_BYTES:
             raise ValueError(
@@ -103,10 +105,11 @@ def _told(returned: Any) -> tuple[Any, float]:
     return said, _number(reward, "step")
 
 
-def _final(held: Any) -> float:
-    """What `reward`, which is asked once at the end, adds to the rewards of the turns."""
-    reward = getattr(held, "reward", None)
-    return 0.0 if reward is None else _number(reward() if callable(reward) else reward, "reward")
+def _final(held: Any) -> float | None:
+    """What `reward`, which is asked once at the end, adds to the rewards of the turns; None: nobody can tell what they are."""
+    reward = getattr(held, "reward", 0.0)
+    given = reward() if callable(reward) else reward
+    return None if given is None else _number(given, "reward")
 
 
 def _number(value: Any, method: str) -> float:

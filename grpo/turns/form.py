@@ -71,7 +71,15 @@ class Form:
             return [before.rpartition(self.tags[0])[2] if self.tags[0] in before else ""]
         if not token_ids or token_ids[-1] not in self.ends:
             return []
-        return re.findall(f"{re.escape(self.tags[0])}(.*?){re.escape(self.tags[1])}", turn, re.DOTALL)
+        opening, closing = self.tags
+        calls: list[str] = []
+        _, opened, rest = turn.partition(opening)
+        while opened and closing in rest:
+            end = end_of_call(rest, closing)
+            end = rest.index(closing) if end is None else end  # of a string that is never closed
+            calls.append(rest[:end])
+            _, opened, rest = rest[end + len(closing) :].partition(opening)
+        return calls
 
     def results(self, texts: list[str], tokenizer: PreTrainedTokenizerBase, *, most: int) -> Appended:
         """What is put behind a turn whose calls had these results.
@@ -226,6 +234,27 @@ def read_call(text: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(arguments, dict):
         raise Unreadable("the arguments are no JSON object", name)
     return name, arguments
+
+
+def end_of_call(text: str, tag: str, start: int = 0) -> int | None:
+    """Where an open call ends: at the first closing tag that stands in none of its strings; None: it is not there.
+
+    Where a string that was never closed has taken in what follows, the call has ended with the first tag of all.
+
+    Args:
+        text: behind the tag that opens it.
+        start: up to where the tags are known to stand in a string.
+    """
+    while (place := text.find(tag, start)) >= 0:
+        try:
+            json.loads(text[:place])
+        except (ValueError, RecursionError) as error:
+            if not str(error).startswith("Unterminated string"):
+                return text.find(tag)
+        else:
+            return place
+        start = place + len(tag)
+    return None
 
 
 _QUESTION, _WORDS, _FIRST, _SECOND = "9f1c question", "9f1c words", "9f1c first", "9f1c second"

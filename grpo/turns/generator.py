@@ -7,10 +7,15 @@ calls of a sequence are made as soon as the generator hands it on, while others 
 what it has read of the sequence, and goes on with it when its calls are made; other engines read it again from its beginning.
 
 No clock may decide when that is where a run is to be repeatable: how many sequences are sampled side by side decides how sums
-are rounded. So sequences that were answered wait there until nothing else is left to sample, and otherwise go on at once.
+are rounded. So sequences that were answered wait there until nothing that somebody waits for is left to sample, and otherwise
+go on at once.
 
 A turn that has no calls is the environment's to answer, where there is one. It says something, and the model takes another turn;
 or the episode is over. An episode that a limit ends is told so, and gives its last reward then.
+
+With `rollout.carry_over` the completions of later questions take turns beside those of the batch, and wait like them. When the
+batch is whole, those that have been asked for are answered, and every conversation is kept as a draft: its tokens, its turns and
+the objects that others have for it (training/carry_over.py).
 
 The limit of a completion is of all its tokens, results included. One that has no room for a result ends with finish_reason
 "length", one that asks for a tool after `max_calls` calls with "calls", one that has had all its turns with "turns"; each ends
@@ -38,16 +43,21 @@ from grpo.scoring.worker_pool import Errand
 from grpo.system import progress
 from grpo.turns.episode import Action
 from grpo.turns.form import Appended, Form, ReplyForm
-from grpo.turns.toolbox import Answer, Ask, Reply, Request, States, Toolbox
+from grpo.turns.toolbox import Answer, Ask, Request, States, Toolbox
 from grpo.types import (
+    Ahead,
     Completion,
+    Dialogue,
+    Draft,
     Episode,
     FinishReason,
     Generator,
     Group,
     OnGroup,
     Prompt,
+    Reply,
     Sampling,
+    Start,
     ToolCall,
     Turn,
     TurnTakingGenerator,
@@ -62,9 +72,12 @@ class Conversation:
     prompt: Prompt
     seed: str
     limit: int  # tokens, results included
+    step: int  # of training, whose weights sample
+    later: bool = False  # nobody waits for it
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     own: list[bool] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)  # the training step of each token
     turns: list[Turn] = field(default_factory=list)
     states: States = field(default_factory=dict)
     num_calls: int = 0
@@ -74,6 +87,7 @@ class Conversation:
     prefill: str = ""  # what the environment's words end with that already belongs to the turn
     replies: list[Reply] = field(default_factory=list)  # the environment's
     reason: FinishReason | None = None  # for which it ends, once the environment has given its last reward
+    ended: FinishReason | None = None
 
     @property
     def open_calls(self) -> list[int]:
@@ -84,31 +98,59 @@ class Conversation:
 
     def say(self, turn: Completion) -> None:
         """Take a turn of the model's."""
-        self._append(turn.token_ids, turn.logprobs, own=True)
-        self.turns.append(Turn(turn.text, len(turn.token_ids)))
-        self.written += turn.text
+        said = Turn(turn.text, len(turn.token_ids))
+        self._append(said, turn.token_ids, turn.logprobs, Draft.of(turn, self.step).steps)
 
     def read(self, results: Appended, calls: list[ToolCall]) -> None:
         """Take what tools have answered."""
-        self._append(results.token_ids, [0.0] * len(results.token_ids), own=False)
-        self.turns.append(Turn(results.text, len(results.token_ids), "tool", results.said, tuple(calls)))
-        self.prefill = prefill_of(results.text)
+        self._append_of_others(results, Turn(results.text, len(results.token_ids), "tool", results.said, tuple(calls)))
 
     def hear(self, reply: Appended) -> None:
         """Take what the environment has said."""
-        self._append(reply.token_ids, [0.0] * len(reply.token_ids), own=False)
-        self.turns.append(Turn(reply.text, len(reply.token_ids), "user", reply.said))
-        self.written, self.prefill = "", prefill_of(reply.text)
+        self._append_of_others(reply, Turn(reply.text, len(reply.token_ids), "user", reply.said))
 
     def ask(self, action: Action) -> None:
         """Have the environment make a step."""
         seed = random.Random(f"{self.seed} {len(self.turns)} environment").getrandbits(62)
         self.asked = [Ask(action, self.written, seed)]
 
-    def _append(self, token_ids: list[int], logprobs: list[float], *, own: bool) -> None:
+    def _append_of_others(self, said: Appended, turn: Turn) -> None:
+        self._append(turn, said.token_ids, [0.0] * turn.num_tokens, [self.step] * turn.num_tokens)
+
+    def _append(self, turn: Turn, token_ids: list[int], logprobs: list[float], steps: list[int]) -> None:
+        is_own = turn.role == "assistant"
+        self.turns.append(turn)
         self.token_ids += token_ids
         self.logprobs += logprobs
-        self.own += [own] * len(token_ids)
+        self.steps += steps
+        self.own += [is_own] * turn.num_tokens
+        self.written = self.written + turn.text if is_own else "" if turn.role == "user" else self.written
+        self.prefill = self.prefill if is_own else prefill_of(turn.text)
+
+    def take_up(self, draft: Draft) -> Draft:
+        """Go on from what an earlier step has left; what there is of the turn under way."""
+        done = draft.dialogue
+        if done is None:
+            return draft
+        start = 0
+        for turn in done.turns:
+            part = slice(start, start + turn.num_tokens)
+            self._append(turn, draft.tokens[part], draft.logprobs[part], draft.steps[part])
+            self.num_calls += len(turn.calls)
+            start = part.stop
+        self.states, self.replies, self.ended = dict(done.states), [*done.replies], done.ended
+        self.reason = None if done.ended == "stop" else done.ended
+        return Draft(draft.tokens[start:], draft.logprobs[start:], draft.steps[start:])
+
+    def draft(self, under_way: Draft) -> Draft:
+        """What a later step goes on from."""
+        assert not self.asked, "what it asked for has been answered"
+        return Draft(
+            self.token_ids + under_way.tokens,
+            self.logprobs + under_way.logprobs,
+            self.steps + under_way.steps,
+            Dialogue(tuple(self.turns), dict(self.states), tuple(self.replies), self.ended),
+        )
 
     def next_prompt(self) -> Prompt:
         """To go on from. What it draws is a function of the conversation's seed and the turn, whatever is sampled beside it."""
@@ -123,8 +165,16 @@ class Conversation:
     def completion(self, reason: FinishReason, episode: Episode | None) -> Completion:
         text = "".join(turn.text for turn in self.turns if turn.role == "assistant")
         trained = None if all(self.own) else self.own
+        ages = [self.step - step for step in self.steps]
         return Completion(
-            self.token_ids, self.logprobs, text, reason, trained=trained, turns=self.turns, episode=episode
+            self.token_ids,
+            self.logprobs,
+            text,
+            reason,
+            trained=trained,
+            ages=ages if any(ages) else None,
+            turns=self.turns,
+            episode=episode,
         )
 
 
@@ -240,9 +290,38 @@ class TurnGenerator:
         on_group: OnGroup | None = None,
     ) -> list[Group]:
         """See Generator."""
+        return self.sample_ahead(
+            prompts,
+            sampling,
+            num_completions=num_completions,
+            seed=seed,
+            on_group=on_group,
+            ahead=Ahead.nothing(prompts),
+        )
+
+    def sample_ahead(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        num_completions: int,
+        seed: int,
+        on_group: OnGroup | None = None,
+        ahead: Ahead,
+    ) -> list[Group]:
+        """See CarryingGenerator; with an engine that takes turns."""
         with self.toolbox.begin() as errand:
             calls = Calls(self.toolbox, errand)
-            call = Call(self, calls, prompts, sampling, num_completions=num_completions, seed=seed, on_group=on_group)
+            call = Call(
+                self,
+                calls,
+                prompts,
+                sampling,
+                num_completions=num_completions,
+                seed=seed,
+                on_group=on_group,
+                ahead=ahead,
+            )
             call.run()
         self._metrics = call.metrics()
         return call.grouping.groups()
@@ -261,7 +340,9 @@ class Call:
         num_completions: int,
         seed: int,
         on_group: OnGroup | None,
+        ahead: Ahead,
     ) -> None:
+        self.ahead = ahead
         self.generator, self.prompts, self.num_completions, self.seed = generator, prompts, num_completions, seed
         self.calls = calls
         self.sampling = replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *generator.stop))))
@@ -272,8 +353,12 @@ class Call:
                 prompt,
                 f"{seed} {place}" if prompt.seed is None else f"{prompt.seed} {place % num_completions}",
                 token_limit(prompt, sampling),
+                ahead.step,
+                later=place >= len(self.grouping.prompts),
             )
-            for place, prompt in enumerate(self.grouping.prompts)
+            for place, prompt in enumerate(
+                [*self.grouping.prompts, *(prompt for prompt in ahead.prompts for _ in range(num_completions))]
+            )
         ]
         self.over: list[int] = []  # conversations that have ended, and their listener does not know
         self.rounds: list[tuple[int, dict[str, float]]] = []  # sequences of each, and the generator's metrics
@@ -282,14 +367,32 @@ class Call:
     def run(self) -> None:
         inner = self.generator.inner
         if hasattr(inner, "sample_turns"):
-            cast(TurnTakingGenerator, inner).sample_turns(
-                self.prompts, self.sampling, num_completions=self.num_completions, seed=self.seed, listener=self
-            )
-            self.rounds.append((len(self.conversations), inner.metrics()))
+            self._run_with(cast(TurnTakingGenerator, inner))
         else:
+            assert not self.ahead.prompts, "check_carries has looked"
             self._run_in_rounds()
 
     # ---- for an engine that takes turns ------------------------------------------------------------------------------
+
+    def _run_with(self, inner: TurnTakingGenerator) -> None:
+        starts = [start for each in self.conversations if (start := self._start(each)) is not None]
+        under_way = inner.sample_turns(starts, self.sampling, seed=self.seed, listener=self, step=self.ahead.step)
+        while self.calls:  # of conversations that nobody waits for
+            self.answers(wait=True)
+        size, nothing = self.num_completions, Draft()
+        left = [each.draft(under_way.get(each.place, nothing)) for each in self.conversations if each.later]
+        self.ahead.left = [left[start : start + size] for start in range(0, len(left), size)]
+        self.rounds.append((len(self.conversations), inner.metrics()))
+
+    def _start(self, conversation: Conversation) -> Start | None:
+        """Where the engine takes it up; None: it is over."""
+        number = conversation.place % self.num_completions
+        turn = conversation.take_up(self.ahead.start_of(conversation.place, self.num_completions))
+        if conversation.ended is not None:
+            self._end(conversation, conversation.ended)
+            return None
+        prompt, number = (conversation.next_prompt(), 0) if conversation.turns else (conversation.prompt, number)
+        return Start(conversation.place, prompt, number, turn, later=conversation.later)
 
     def ended(self, place: int, turn: Completion) -> None:
         """See Listener."""
@@ -432,8 +535,10 @@ class Call:
             conversation.ask("reward")
 
     def _end(self, conversation: Conversation, reason: FinishReason) -> None:
-        self.grouping.add(conversation.place, conversation.completion(reason, self._episode(conversation)))
+        conversation.ended = reason
         conversation.states, conversation.asked = {}, []  # of many conversations, for as long as the longest of them
+        if not conversation.later:
+            self.grouping.add(conversation.place, conversation.completion(reason, self._episode(conversation)))
 
     def _episode(self, conversation: Conversation) -> Episode | None:
         if self.generator.toolbox.environment is None:

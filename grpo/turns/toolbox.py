@@ -21,7 +21,7 @@ from grpo.turns.episode import Action
 from grpo.turns.form import Unreadable, encodable, read_call
 from grpo.turns.runner import GAP, OBSERVATION, Runner
 from grpo.turns.schema import Schema, mismatch, schema_of
-from grpo.types import CallStatus, ToolCall
+from grpo.types import CallStatus, Reply, ToolCall
 
 SETTING = "tools.functions"
 
@@ -59,20 +59,6 @@ class Ask:
     action: Action
     text: str  # of the turn
     seed: int
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What the environment made of a turn.
-
-    Attributes:
-        said: to the model; None: the episode is over.
-        reward: None: nobody can tell, since the step took too long or its process died.
-    """
-
-    said: tuple[str, ...] | None
-    reward: float | None
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -292,8 +278,11 @@ class Toolbox:
         A class whose `reset` says nothing of the first row is not asked about the others.
 
         Raises:
+            ValueError: a `reset` asks for a column that the rows do not have.
             RunError: a `reset` raised an exception, or took too long.
         """
+        for name, make in self._begun():
+            check_columns(name, make, rows)
         said = [self._said(number, name, rows) for number, name in self._resettable()]
         texts = ["\n".join(filter(None, each)) for each in zip(*said, strict=True)]
         return texts if any(texts) else []
@@ -307,6 +296,15 @@ class Toolbox:
         ]
         environment = self.environment
         return own + ([] if environment is None else [(len(self.runners), f"Environment {environment.runner.name}")])
+
+    def _begun(self) -> list[tuple[str, Callable[..., Any]]]:
+        """What makes objects for a question, as a person calls it."""
+        own = [(f"Tool {runner.name}", runner.make) for runner in self.runners if runner.is_object]
+        return own + (
+            []
+            if self.environment is None
+            else [(f"Environment {self.environment.runner.name}", self.environment.runner.source)]
+        )
 
     def _said(self, number: int, name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
         """What the `reset` of the objects of a runner says of each row."""
@@ -339,6 +337,26 @@ class Toolbox:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check_columns(name: str, make: Callable[..., Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError: the `reset` of a class asks for columns that the rows do not have."""
+    reset = getattr(make, "reset", None)
+    if not rows or not inspect.isfunction(reset):
+        return
+    _, *parameters = inspect.signature(reset).parameters.values()
+    missing = [
+        each.name
+        for each in parameters
+        if each.default is each.empty
+        and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
+        and each.name not in (*rows[0], "row")
+    ]
+    if missing:
+        raise ValueError(
+            f"{name}: its `reset` asks for {', '.join(missing)}; the rows have the columns {', '.join(rows[0])}. Name data that "
+            "has them, or give the parameters of `reset` defaults."
+        )
 
 
 def _no(name: str, status: CallStatus, why: str, seconds: float = 0.0) -> Answer:

@@ -6,10 +6,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config import DataConfig, ToolsConfig
+from grpo.config import Config, DataConfig, EnvironmentConfig, ToolsConfig
 from grpo.config.sections import ScoringConfig
 from grpo.turns.environment import Environment
 from grpo.turns.form import Form, ReplyForm, form_of, reply_form
@@ -66,6 +67,32 @@ class Tools:
         return TurnGenerator(
             generator, self.toolbox, self.form, self.tokenizer, self.limits, self.reply_form, at_once=at_once
         )
+
+
+def named_environment(text: str) -> EnvironmentConfig:
+    """The environment that a command line names: as environment.function, as JSON with what else the section has, or a
+    configuration (.yaml) with such a section.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if text.endswith(".yaml"):
+        found = Config.load(Path(text)).environment
+        if found.function is None:
+            raise ValueError(f"--environment is {text!r}; the configuration has no environment.function. Name another.")
+        return found
+    if not text.startswith("{"):
+        return EnvironmentConfig(function=text)
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f'--environment is {text!r}, which is no JSON: {error}. Name one, or write {{"function": ..., "rows": {{...}}}}.'
+        ) from None
+    config = EnvironmentConfig(**values)
+    if config.function is None:
+        raise ValueError(f'--environment is {text!r}; it names no environment. Add "function".')
+    return config
 
 
 def named(names: Sequence[str], limits: ToolsConfig | None = None) -> ToolsConfig:

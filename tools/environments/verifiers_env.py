@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Coroutine, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -46,12 +47,21 @@ class of_verifiers:
 
     def reset(self, given: str) -> None:
         env = self._made()
-        self.state = _run(env.init_state(json.loads(given), _NoClient(None), "policy"))
-        self.state = _run(env.setup_state(self.state)) or self.state
-        self.messages = list(maybe_normalize_messages(_run(env.get_prompt_messages(self.state)), field_name="prompt"))
+        self.state, self.messages, self.has_begun = {}, [], False
+        try:
+            self.state = _run(env.init_state(json.loads(given), _NoClient(None), "policy"))
+            self.state = _run(env.setup_state(self.state)) or self.state
+            self.messages = list(
+                maybe_normalize_messages(_run(env.get_prompt_messages(self.state)), field_name="prompt")
+            )
+        except vf.Error:  # such as that of a sandbox which does not start
+            return
+        self.has_begun = True
         self._let_go()
 
     def step(self, text: str) -> list[str] | None:
+        if not self.has_begun:
+            return None
         env, state = self._made(), self.state
         said = [vf.AssistantMessage(content=text)]
         step = {"prompt": self.messages, "completion": said, "response": None, "tokens": None, "reward": None}
@@ -71,8 +81,13 @@ class of_verifiers:
         self._let_go()
         return [str(message.content) for message in found[len(before) :]]
 
-    def reward(self) -> float:
+    def reward(self) -> float | None:
+        """None: it could not begin, of which no answer is to blame."""
         env = self._made()
+        if not self.has_begun:
+            with suppress(vf.Error, KeyError):  # of a state that is half made
+                _run(env.cleanup(self.state))
+            return None
         _run(env.cleanup(self.state))
         _run(env.rubric.score_rollout(self.state))
         return float(self.state["reward"])

@@ -1,0 +1,94 @@
+"""What a process's passes over a minibatch are, of which each process has a part."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from threading import Barrier
+from typing import Any
+
+import pytest
+import torch
+from test_batch import completion, prompt
+
+from grpo.algorithm.batch import join, pack
+from grpo.config import AlgorithmConfig
+from grpo.training.learner import Learner
+from grpo.types import Batch, Group, MicroBatch, Packing
+
+
+class Peer:
+    """A process of several, each a thread: what `Processes` is to a Learner."""
+
+    def __init__(self, rank: int, table: dict[int, Any], barrier: Barrier, sequence_parallel: int) -> None:
+        self.rank, self.table, self.barrier = rank, table, barrier
+        self.world_size, self.sequence_parallel = barrier.parties, sequence_parallel
+        self.num_parts, self.part = self.world_size // sequence_parallel, rank // sequence_parallel
+
+    def gather(self, value: Any) -> list[Any]:
+        self.table[self.rank] = value
+        self.barrier.wait(20)
+        values = [self.table[rank] for rank in range(self.world_size)]
+        self.barrier.wait(20)
+        return values
+
+    def exchange(self, values: list[Any]) -> list[Any]:
+        return [given[self.rank] for given in self.gather(values)]
+
+
+def learner(peer: Peer, *, every_token_counts: bool) -> Learner:
+    made = Learner.__new__(Learner)
+    made.processes, made.every_token_counts = peer, every_token_counts  # type: ignore[assignment]
+    made.algorithm, made.token_budget, made.max_completion_tokens = AlgorithmConfig(), 60, 30
+    return made
+
+
+def parts_of_a_minibatch() -> list[Batch]:
+    """Of four processes, one of which has nothing; half of the advantages are 0, and in one part not all tokens are trained."""
+    rng, parts = random.Random(0), []
+    for num_groups in (3, 0, 2, 5):
+        groups = [
+            Group(
+                prompt([rng.randrange(100) for _ in range(rng.randint(1, 9))]),
+                [completion([rng.randrange(100) for _ in range(rng.randint(2, 30))]) for _ in range(3)],
+            )
+            for _ in range(num_groups)
+        ]
+        if num_groups == 2:
+            cut = [
+                replace(each, trained=[True, *[False] * (len(each.token_ids) - 1)]) for each in groups[0].completions
+            ]
+            groups[0] = replace(groups[0], completions=cut)
+        advantages = torch.tensor([[rng.choice([0.0, 1.0, -0.5]) for _ in range(3)] for _ in groups])
+        parts.append(pack(groups, advantages.reshape(num_groups, 3)))
+    return parts
+
+
+def assert_equal(ours: Any, theirs: Any) -> None:
+    for field in fields(theirs):
+        one, other = getattr(ours, field.name), getattr(theirs, field.name)
+        if isinstance(other, Packing):
+            assert_equal(one, other)
+        elif isinstance(other, torch.Tensor):
+            assert torch.equal(one, other), field.name
+        else:
+            assert one == other, field.name
+
+
+@pytest.mark.parametrize("every_token_counts", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [1, 2])
+def test_a_process_has_the_passes_of_the_whole_minibatch_though_it_gets_its_own_sequences_alone(
+    every_token_counts: bool, sequence_parallel: int
+):
+    parts, table, barrier = parts_of_a_minibatch(), {}, Barrier(4)
+    peers = [Peer(rank, table, barrier, sequence_parallel) for rank in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        dealt: list[list[MicroBatch]] = list(
+            threads.map(lambda peer: learner(peer, every_token_counts=every_token_counts).deal(parts[peer.rank]), peers)
+        )
+    for peer, passes in zip(peers, dealt, strict=True):
+        expected = learner(peer, every_token_counts=every_token_counts).deal_whole(join(parts))
+        assert len(passes) == len(expected) > 1
+        for ours, theirs in zip(passes, expected, strict=True):
+            assert_equal(ours, theirs)
