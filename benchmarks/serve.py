@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -85,6 +86,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--clients", type=positive, nargs="+", default=[1, 16, 64, 256], help="at once")
     parser.add_argument("--rounds", type=positive, default=3, help="requests of each client")
     parser.add_argument("--prompt-words", type=positive, default=128)
+    parser.add_argument(
+        "--beside-words",
+        type=positive,
+        metavar="N",
+        help="meanwhile one more client, which is not counted, asks with prompts of so many words, one after the other",
+    )
     parser.add_argument("--new-tokens", type=positive, default=256, help="of each completion")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -103,9 +110,17 @@ def server(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         yield args.url, args.name
         return
     model = args.model or str(saved_model(args.size, args.cache))
-    longest = str(4 * args.prompt_words + args.new_tokens) if args.size != "tiny" else "512"
+    words = max(args.prompt_words, args.beside_words or 0)
+    longest = str(4 * words + args.new_tokens) if args.size != "tiny" or words > 100 else "512"
     command = [sys.executable, "-m", "grpo", "serve", "--model", model, "--name", "own", "--port", "0"]
-    command += ["--max-sequences", str(max(args.clients)), "--max-context", longest, "--template", "none"]
+    command += [
+        "--max-sequences",
+        str(max(args.clients) + bool(args.beside_words)),
+        "--max-context",
+        longest,
+        "--template",
+        "none",
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "GRPO_API_KEY"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
@@ -149,9 +164,18 @@ async def measure(url: str, name: str, clients: int, args: argparse.Namespace) -
             for n in range(args.rounds)
         ]
 
+    async def beside() -> None:
+        for number in itertools.count():
+            await ask(url, name, prompt(args, -1_000 - number, args.beside_words), args)
+
+    other = asyncio.create_task(beside()) if args.beside_words else None
     start = time.perf_counter()
     found = [asked for each in await asyncio.gather(*map(client, range(clients))) for asked in each]
     seconds = time.perf_counter() - start
+    if other is not None:
+        if other.done():
+            other.result()  # the server has refused it
+        other.cancel()
     num_tokens = sum(asked.num_tokens for asked in found)
     first = [asked.events[0] - asked.begun for asked in found]
     gaps = [b - a for asked in found for a, b in zip(asked.events, asked.events[1:], strict=False)]
@@ -182,8 +206,8 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{share}": ordered[min(len(ordered) * share // 100, len(ordered) - 1)] for share in (50, 99)}
 
 
-def prompt(args: argparse.Namespace, seed: int) -> str:
-    return " ".join(random.Random(seed).choices(WORDS, k=args.prompt_words))
+def prompt(args: argparse.Namespace, seed: int, num_words: int | None = None) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=num_words or args.prompt_words))
 
 
 async def ask(url: str, name: str, text: str, args: argparse.Namespace) -> Asked:

@@ -153,7 +153,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     ([*EVALUATE, "--data", "mine=nope.jsonl"], r"--data mine is 'nope\.jsonl'; there is no such file"),
     ([*EVALUATE, "--data", "nope.jsonl"], r"--data has 'nope\.jsonl'; it reads NAME=FILE"),
     (
-        [*EVALUATE, "--data", "mine=columns.jsonl", "--templates", "chatml"],
+        [*EVALUATE, "--data", "mine=sums.jsonl", "--templates", "chatml"],
         r"--templates has 'chatml'; it is one of r1_zero",
     ),
     (
@@ -204,6 +204,21 @@ MISTAKES: list[tuple[list[str], str]] = [
     ([*QUICKSTART, "model.name=no_json"], r"its config\.json is not JSON .* Copy or download the model again"),
     (["serve", "--model", "cut_off"], r"--model is 'cut_off'; its file model\.safetensors is not whole"),
     (["chat", "--model", "only_config"], r"--model is 'only_config'; there are no weights in it"),
+    (["export", MODEL, "--to", "ggfu", "--out", "new"], r"--to is ggfu; it is one of gguf, folder, hub\. Choose one"),
+    (["export", MODEL], r"--out is missing; with --to gguf it names a new folder\. Add it"),
+    (
+        [*EVALUATE, "--data", "mine=sums.jsonl", "--temperature", "hot"],
+        r"--temperature: 'hot' is no number of 0 or more",
+    ),
+    ([*EVALUATE, "--data", "mine=sums.jsonl", "--top-p", "2"], r"--top-p: '2' is no number above 0 and at most 1"),
+    ([*EVALUATE, "--data", "mine=sums.jsonl", "--samples", "x"], r"--samples: 'x' is not a whole number of at least 1"),
+    (["sample", "--model", MODEL, "--row", "one"], r"--row: 'one' is no whole number"),
+    (["scale", "--model", MODEL, "--gpus", "1", "--hours", "x", "--out", "new.yaml"], r"--hours: 'x' is no number"),
+    (["aha", "broken_run"], r"broken_run/config\.yaml is not valid YAML, line 1, column 5: .* Correct it"),
+    (
+        ["scale", "--config", "tab.yaml", "--model", MODEL, "--hours", "1", "--out", "new.yaml"],
+        r"tab\.yaml is not valid YAML, line 2, column 1: .* Correct it",
+    ),
     (["check", "memroy", "--config", "quickstart"], r"invalid choice: 'memroy' \(choose from 'memory'"),
     (["reject", "--model", MODEL, "--out", "rows.txt"], r"--out is 'rows\.txt'; the rows are JSON lines"),
     (
@@ -219,6 +234,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (place / "folder").mkdir()
     for name, text in FILES.items():
         (place / name).write_text(text, errors="surrogateescape")
+    (place / "broken_run").mkdir()
+    (place / "broken_run" / "config.yaml").write_text("a: [")
     _make_models(place)
     before = Path.cwd()
     os.chdir(place)
@@ -257,7 +274,11 @@ def test_a_mistake_is_answered_in_three_lines_at_most(
     assert not [path for path in folder.iterdir() if path.name in ("runs", "lock")]
 
 
-EARLY = [given for given, _ in MISTAKES if given[:3] == QUICKSTART[:3]]
+EARLY = [
+    given
+    for given, _ in MISTAKES
+    if given[:3] == QUICKSTART[:3] or given[0] == "export" or ("mine=sums.jsonl" in given and "chatml" not in given)
+]
 
 
 def test_what_is_wrong_with_a_configuration_is_told_before_torch_is_imported(folder: Path):

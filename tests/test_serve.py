@@ -45,6 +45,7 @@ from grpo.inference import model as inference  # noqa: E402
 from grpo.policy.tokenizer import load_tokenizer  # noqa: E402
 from grpo.scoring.scorer import Scorer  # noqa: E402
 from grpo.serving.app import Limits, Server  # noqa: E402
+from grpo.serving.decoder import Served  # noqa: E402
 from grpo.serving.models import Hosted, host  # noqa: E402
 from grpo.serving.protocol import (  # noqa: E402
     ApiError,
@@ -210,6 +211,41 @@ def test_the_text_is_that_of_grpo_sample_to_the_token(
         expected, _, after = rest.partition("</think>")
         assert (thought or "") == expected
         assert message["content"] == (before if before.strip() or not opened else "") + after
+
+
+def test_a_long_prompt_is_read_in_pieces_and_a_short_one_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch):
+    """No pass has more tokens than a piece, a short prompt that comes later draws its first token earlier, and the tokens are
+    those after prompts that are read whole."""
+    with ExitStack() as stack:
+        (hosted,) = host(options(TINY / "model", max_tokens=200), stack)
+        scheduler, decoder = hosted.scheduler, hosted.scheduler.decoder
+        read, passes = decoder.read, []
+        monkeypatch.setattr(decoder, "read", lambda prefixes: passes.append(read(prefixes)))
+
+        def served(piece: int) -> tuple[list[list[int]], list[int]]:
+            """Tokens of each, and which have drawn, turn by turn."""
+            passes.clear()
+            scheduler.piece = piece
+            words = torch.randint(10, 400, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+            prompts = [words, words[7:277], words[40:52]]
+            sequences = [Served(n, prompt, 12, seed=n, ignores_ends=True) for n, prompt in enumerate(prompts)]
+            scheduler.add(sequences[:1])
+            drawn = [update.sequence.index for update in scheduler.turn()]
+            for sequence in sequences[1:]:
+                scheduler.add([sequence])
+            while scheduler:
+                drawn += [update.sequence.index for update in scheduler.turn()]
+            return [sequence.tokens for sequence in sequences], list(dict.fromkeys(drawn))
+
+        with torch.no_grad():
+            whole, _ = served(4096)
+            assert passes[0] == 299
+            pieces, order = served(32)
+        assert order == [2, 0, 1]
+        assert max(passes) == 32
+        assert sum(passes) == 299 + 269 + 11
+        assert pieces == whole
+        assert not scheduler.slots.num_pages - scheduler.slots.num_free_pages
 
 
 def test_log_probabilities_are_the_models_own(models: list[Hosted], client: OpenAI):

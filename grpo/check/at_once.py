@@ -34,20 +34,22 @@ def check_config(config: AnyConfig) -> None:
 def _check_data(config: AnyConfig) -> None:
     data = config.data
     if isinstance(config, SupervisedConfig):
-        if _is_read_fast(data.name, data.split):
+        if is_read_fast(data.name, data.split):
             for _ in written_rows(data, None):
                 pass
         return
-    if _is_read_fast(data.name, data.split):
+    if is_read_fast(data.name, data.split):
         load_rows(data, reads_answer=False)
     is_evaluated = data.name is not None and config.evaluation.num_questions > 0
-    if is_evaluated and _is_read_fast(data.eval_name or data.name, data.eval_split):
+    if is_evaluated and is_read_fast(data.eval_name or data.name, data.eval_split):
         load_rows(data, evaluation=True, reads_answer=False)
 
 
-def _is_read_fast(source: object, split: str) -> bool:
+def is_read_fast(source: object, split: str = "train") -> bool:
     """Whether it is a small file of text, or a file that is not there."""
-    if not isinstance(source, str) or source.startswith(TASK_PREFIX) or "[" in split:
+    if not isinstance(source, str) or source.startswith(TASK_PREFIX):
+        return False
+    if "[" in split or os.environ.get("RANK", "0") != "0":
         return False
     path = Path(source).expanduser()
     if not path.is_file():

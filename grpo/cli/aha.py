@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from grpo.config import read_yaml
+from grpo.config.load import read_settings, read_text
 from grpo.observe.console import errors_for_users
 from grpo.system.parser import Parser
 from grpo.system.terminal import say
@@ -43,7 +43,7 @@ def words_of(run: Path) -> aha.Words:
         raise ValueError(
             f"{run} is not the directory of a run; there is no {path.name} in it. Name one, such as runs/quickstart."
         )
-    logging = read_yaml(path.read_text())["logging"]
+    logging = read_settings(read_text(path, f"RUN_DIR is {str(run)!r}"), str(path)).get("logging") or {}
     return aha.with_own(logging.get("reflection_words", {}))  # runs before there was such a setting have none
 
 

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo.check.at_once import is_read_fast
 from grpo.data import registry as benchmarks
 from grpo.data.hub_names import check_model
 from grpo.evaluation import asked
@@ -34,15 +37,18 @@ def main() -> None:
     arguments = parser.parse_args()
     check(parser, arguments)
     with errors_for_users():
+        names, data = ([], {}) if arguments.benchmarks is None else benchmarks.named(arguments)
         if not arguments.endpoint:
             check_model(arguments.model, revision=arguments.revision)
+        for name, path in data.items():
+            if is_read_fast(path):
+                benchmarks.load(name, path)
         from grpo.evaluation import benchmark, results
         from grpo.policy.model_source import model_directory
         from grpo.system import distributed
         from grpo.turns.use import named_environment
 
         environment = None if arguments.environment is None else named_environment(arguments.environment)
-        names, data = ([], {}) if arguments.benchmarks is None else benchmarks.named(arguments)
         settings = asked.Settings(
             model=arguments.model if arguments.endpoint else model_directory(arguments.model),
             benchmarks=names,
@@ -196,9 +202,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _not_negative(text: str) -> float:
-    if not 0 <= float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a temperature; it is 0 or more")
-    return float(text)
+    return _number(text, lambda value: 0 <= value < math.inf, "of 0 or more")
+
+
+def _number(text: str, fits: Callable[[float], bool], rule: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number {rule}")
+    return value
 
 
 def _fields(text: str) -> dict[str, Any]:
@@ -212,6 +226,4 @@ def _fields(text: str) -> dict[str, Any]:
 
 
 def _share(text: str) -> float:
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return float(text)
+    return _number(text, lambda value: 0 < value <= 1, "above 0 and at most 1")

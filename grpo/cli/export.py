@@ -36,11 +36,11 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> list[str]:
     """Where it is now."""
+    kind, *repo = options.to
+    check(options, kind, repo)
     from grpo.export.export import Asked, export, push
     from grpo.inference.resolve_model import choose, run_directory
 
-    kind, *repo = options.to
-    check(options, kind, repo)
     asked = Asked(
         choose(options),
         run_directory(options.model),

@@ -54,10 +54,11 @@ def main() -> None:
 
 def is_supervised(source: Path) -> bool:
     """Whether it says how rows are learned."""
-    from grpo.config import read_yaml
+    from grpo.config.load import read_settings, read_text
 
-    settings = read_yaml(source.read_text()) if source.is_file() else None
-    return isinstance(settings, dict) and "training" in settings
+    return source.is_file() and "training" in read_settings(
+        read_text(source, f"--config is {str(source)!r}"), str(source)
+    )
 
 
 def supervised(arguments: argparse.Namespace) -> str:

@@ -20,8 +20,9 @@ from grpo.config import (
     RewardConfig,
     SupervisedConfig,
     ToolsConfig,
-    read_yaml,
+    read_text,
 )
+from grpo.config.load import read_settings
 from grpo.data.prompts import use_chat_template
 from grpo.inference.model import Sampler, load, sampling_config
 from grpo.policy.families import attribute
@@ -182,7 +183,7 @@ def choose(options: Namespace) -> Chosen:
 
 def settings_of(path: Path) -> Config:
     """What a YAML says; of supervised training, how its held-out questions are asked."""
-    if path.is_file() and "training" in read_yaml(path.read_text(encoding="utf-8")):
+    if path.is_file() and "training" in read_settings(read_text(path, f"{path} is a configuration"), str(path)):
         return SupervisedConfig.load(path).parts
     return Config.load(path)
 

@@ -80,7 +80,7 @@ function leads(told) {
   const found = told.reason
     ? tile("Where it leads", NONE, `not told: ${told.reason}`)
     : tile(
-        `At step ${told.step.toLocaleString("en")}`,
+        `Where ${told.name.split("/").pop()} leads: step ${told.step.toLocaleString("en")}`,
         format(told.at_end[0]),
         `${wholeInterval(told.at_end, format)} by the curve through ${plural(told.values, told.held_out ? "evaluation" : "step")}; ${limit}`,
       );

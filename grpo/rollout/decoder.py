@@ -116,8 +116,8 @@ class Decoder:
         self.truncated = sampling.truncated
 
     def read(self, prefixes: list[Prefix]) -> int:
-        """Keep the keys and values of prefixes behind what is kept of them, and say how many tokens these are."""
-        rows = [(prefix.tokens, prefix.num_kept, prefix.pages) for prefix in prefixes]
+        """Keep the keys and values of prefixes behind what is kept of them, up to `Prefix.end`, and say how many these are."""
+        rows = [(prefix.tokens[: prefix.end], prefix.num_kept, prefix.pages) for prefix in prefixes]
         rows = [(tokens, start, pages) for tokens, start, pages in rows if len(tokens) > start]
         if not rows:
             return 0

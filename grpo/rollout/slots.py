@@ -74,6 +74,7 @@ class Prefix:
     waiting: deque[Sequence]
     pages: list[int] = field(default_factory=list)
     num_kept: int = 0  # of its tokens, those that have been read before
+    end: int | None = None  # it is read up to here in the next pass, and not yet started; None: to its end
     num_users: int = 0  # sequences that hold its pages
 
     @property
@@ -258,9 +259,9 @@ class Slots:
     def start(self, num_steps: int) -> list[tuple[int, int]]:
         """Fill free slots with ready completions; the pages to copy, as (source, target)."""
         copies = []
-        while self.ready and len(self.running) < self.num_slots:
-            prefix = self.ready[0]
-            if prefix.later and self._holds_back:
+        while len(self.running) < self.num_slots:
+            prefix = next((each for each in self.ready if each.end is None), None)
+            if prefix is None or (prefix.later and self._holds_back):
                 break
             sequence = prefix.waiting[0]
             num_shared, partial = divmod(sequence.num_cached, PAGE)
@@ -276,7 +277,7 @@ class Slots:
             self.running.append(sequence)
             prefix.waiting.popleft()
             if not prefix.waiting:
-                self.ready.popleft()
+                self.ready.remove(prefix)
         return copies
 
     def grow(self, num_steps: int) -> None:

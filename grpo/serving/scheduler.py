@@ -26,6 +26,9 @@ from grpo.serving.decoder import Served, ServedChunk, ServingDecoder
 from grpo.system.out_of_memory import free, is_out_of_memory
 from grpo.system.terminal import say
 
+PIECE, CPU_PIECE = 4096, 256
+"""Tokens of prompts that are read between two launches; what runs waits for them, and so does a shorter prompt."""
+
 
 @dataclass(frozen=True)
 class TopLogprobs:
@@ -59,6 +62,7 @@ class Scheduler:
         self.num_preempted = 0
         self._end_token_ids = set(decoder.ends.tolist())
         self._before: ServedChunk | None = None
+        self.piece = PIECE if decoder.device.type == "cuda" else CPU_PIECE
         self.slots = self._empty_slots()
 
     def _empty_slots(self) -> Slots:
@@ -114,15 +118,39 @@ class Scheduler:
         return [Update(sequence, [], None, True, why) for sequence in lost]  # type: ignore[arg-type]
 
     def _launch(self) -> ServedChunk | None:
-        """See grpo.rollout.engine.Call, which does this for a closed batch."""
+        """See grpo.rollout.engine.Call, which does this for a closed batch, and reads each prompt whole."""
         decoder, slots = self.decoder, self.slots
-        while prefixes := slots.read_ahead(READ_TOKENS):
-            decoder.read(prefixes)
+        while slots.read_ahead(READ_TOKENS):
+            pass  # they have pages now
+        self._read_a_piece()
         decoder.copy(slots.start(decoder.chunk))
         slots.grow(2 * decoder.chunk)  # the steps of the chunk before are not counted yet
         under_way = set() if self._before is None else set(self._before.rows)
         rows = [each for each in slots.running if each.remaining > decoder.chunk or each not in under_way]
         return decoder.decode(rows) if rows else None
+
+    def _read_a_piece(self) -> None:
+        """Read up to `piece` tokens of prompts that have pages.
+
+        Half of it is the oldest's, so that none waits forever; the rest goes to those that have the fewest tokens left, so that a
+        short prompt does not wait for a long one. What is not read to its end does not start.
+        """
+        unread = [each for each in self.slots.ready if each.num_kept < len(each.tokens)]
+        if not unread:
+            return
+
+        def left(prefix: Prefix) -> int:
+            return len(prefix.tokens) - prefix.num_kept
+
+        shares = {unread[0]: min(left(unread[0]), self.piece // 2)}
+        for prefix in sorted(unread, key=left):
+            has = shares.get(prefix, 0)
+            shares[prefix] = has + min(left(prefix) - has, self.piece - sum(shares.values()))
+        for prefix, share in shares.items():
+            prefix.end = None if share == left(prefix) else prefix.num_kept + share
+        self.decoder.read(unread)
+        for prefix, share in shares.items():
+            prefix.num_kept += share
 
     def _take_in(self, chunk: ServedChunk) -> list[Update]:
         chunk.wait()
