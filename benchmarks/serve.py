@@ -69,8 +69,9 @@ def main() -> None:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(about: str | None) -> argparse.ArgumentParser:
+    """Those of a server and of what it is asked."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SHAPES, default="0.5b", help="serve random weights of this shape")
     parser.add_argument("--model", help="serve this directory instead")
     parser.add_argument(
@@ -97,6 +98,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--out", type=Path, help="append the results to this file, a line of JSON each")
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks"), help="where the random models are kept")
+    return parser
+
+
+def parse_args() -> argparse.Namespace:
+    parser = arguments(__doc__)
     args = parser.parse_args()
     if (args.url is None) != (args.name is None):
         parser.error("--url and --name go together: the server, and what the model is called there.")

@@ -257,7 +257,11 @@ REPLACED: dict[str, tuple[str, list[str]]] = {
 
 
 def _without_effect(config: Config, **given: Callable[..., Any] | None) -> Iterator[str]:
-    """Says which settings other than their defaults a function given to Trainer stands in for."""
+    """Says which settings other than their defaults a function given to Trainer stands in for, or have no effect here."""
+    if config.model.float32_head and str(resolve_dtype(config.model.dtype)) == "torch.float32":
+        yield "model.float32_head is true, without effect: the model is in float32 here"
+    elif config.model.float32_head and config.rollout.engine in ("hf", "vllm"):
+        yield f"model.float32_head is true, for the update alone: rollout.engine {config.rollout.engine} samples as without it"
     for argument, (section, names) in REPLACED.items():
         values = getattr(config, section)
         for name in names:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import launch, tiny_config
+from helpers import QUESTIONS, launch, tiny_config
 from test_engine import make_policy, native, some_prompts, tokens_of
 
 from grpo import Config, Trainer
@@ -24,9 +24,10 @@ from grpo.data.order import PromptOrder
 from grpo.observe.metrics import Meter, measure_carry_over
 from grpo.rollout.slots import Prefix, Sequence, Slots
 from grpo.run.checkpoint import _completed, changed_setting, name_of
+from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import Stopped
 from grpo.training.carry_over import CarryOver, from_tensors, redistribute, to_tensors
-from grpo.types import Ahead, Completion, Draft, Group, Prompt, Sampling
+from grpo.types import Ahead, Completion, Dialogue, Draft, Group, Prompt, Sampling
 
 CARRIES: dict[str, Any] = {
     "rollout": {"carry_over": True, "max_staleness": 2},
@@ -451,3 +452,28 @@ def test_a_run_with_carried_conversations_goes_on_after_a_stop_as_if_there_had_b
     assert max(row["rollout/staleness_max"] for row in steps) <= 2
     assert all(row["policy/sampling_gap_max"] < 1e-3 for row in steps), "of the tokens that the weights at hand drew"
     assert all(row["tools/calls" if not environment else "environment/turns"] > 0 for row in steps)
+
+
+def test_what_was_begun_of_other_questions_or_answered_under_another_limit_is_not_gone_on_with(tmp_path: Path):
+    settings = {**CARRIES, "run": {"steps": 3, "resume": "auto"}}
+    trainer = Trainer(tiny_config(tmp_path / "run", **settings))
+    trainer.train_step()
+    place, later = trainer.state.position, trainer.state.position + 1
+    turns = Dialogue((), {}, (), None)
+    trainer.step.drafts = {place: [Draft([5], [-1.0], [1])], later: [Draft([5], [-1.0], [1], turns)]}
+    trainer.save(wait=True)
+    trainer.close()
+    limit = trainer.config.rollout.max_completion_tokens
+    questions = read_jsonl(QUESTIONS)
+    for rows, tokens, kept in (
+        (questions, limit, [place, later]),
+        (questions, limit - 1, [place]),
+        (questions[50:], limit, []),
+    ):
+        rollout = {**CARRIES["rollout"], "max_completion_tokens": tokens}
+        run = {"steps": 3, "resume": "auto", "accept_changes": True}
+        config = tiny_config(tmp_path / "run", **{**settings, "rollout": rollout, "run": run})
+        resumed = Trainer(config, train_dataset=rows)
+        resumed.close()
+        assert resumed.state.step == 1
+        assert sorted(resumed.step.drafts) == kept

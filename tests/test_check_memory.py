@@ -13,9 +13,9 @@ from helpers import ROOT, launch_group, run_script, tiny_config
 
 from grpo.algorithm.batch import micro_batch, pack, plan_passes, take
 from grpo.check import memory
-from grpo.check.advice import LADDERS, advice
+from grpo.check.advice import LADDERS, advice, supervised_advice
 from grpo.check.dry_run import RandomRewards
-from grpo.config import Config, setting_names
+from grpo.config import Config, SupervisedConfig, setting_names
 from grpo.system import distributed
 from grpo.system.out_of_memory import is_out_of_memory
 from grpo.types import Completion, Group, Prompt
@@ -72,6 +72,19 @@ def test_processes_are_advised_to_share_passes_as_far_as_they_can_be_grouped(tmp
     assert not any("micro_batch" in text for text in advice("update", config, world_size=4)), (
         "a sequence, shared by two"
     )
+
+
+def test_supervised_training_is_advised_of_a_share_of_the_longest_row():
+    config = SupervisedConfig(
+        model={"name": "x"},
+        data={"name": "rows.jsonl", "max_tokens": 4096},
+        memory={"micro_batch_tokens": 4096},
+        distributed={"sequence_parallel": 2},
+        run={"dir": "runs/x"},
+    )
+    said = supervised_advice("update", config, world_size=4)
+    assert "memory.micro_batch_tokens from 4096 to 2048" in said[0]
+    assert any("distributed.sequence_parallel from 2 to 4" in text for text in said)
 
 
 def test_what_is_advised_about_offloading_is_one_that_the_configuration_takes(tmp_path: Path):

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
@@ -639,6 +640,32 @@ def test_a_step_under_way_is_redistributed_without_losing_a_sequence(before: int
     assert sum(step.meter.sums.get("x", 0.0) for step in dealt) == sum(range(before))
     assert sum(step.meter.counts.get("x", 0.0) for step in dealt) == before
     assert all(step.first_update == 3 for step in dealt)
+
+
+@pytest.mark.parametrize(("before", "now"), [((2, 2), (2, 1)), ((2, 1), (2, 2)), ((4, 2), (2, 1)), ((2, 1), (6, 3))])
+def test_processes_that_run_passes_together_have_the_same_and_none_is_run_twice(
+    before: tuple[int, int], now: tuple[int, int]
+):
+    """Each is a number of processes, and how many of them run passes together."""
+    rng = random.Random(0)
+    alone = [part_of_a_step(rng, number) for number in range(before[0] // before[1])]
+    parts = [replace(part_of_a_step(rng, n), minibatches=alone[n // before[1]].minibatches) for n in range(before[0])]
+    dealt = [
+        redistribute(parts, rank=rank, num_processes=now[0], together_before=before[1], together=now[1])
+        for rank in range(now[0])
+    ]
+
+    def sequences(steps: list[StepState]) -> list[list[list[int]]]:
+        passes = [[micro for step in steps for micro in step.minibatches[n] if not micro.is_spare] for n in (0, 1)]
+        return [sorted(micro.targets.tolist() for micro in each) for each in passes]
+
+    for first in range(0, now[0], now[1]):
+        for other in dealt[first : first + now[1]]:
+            assert sequences([other]) == sequences([dealt[first]])
+            assert len(other.minibatches[0]) == len(dealt[first].minibatches[0])
+    assert sequences(dealt[:: now[1]]) == sequences(alone)
+    rows = sorted(g.prompt.row for step in dealt if step.rollout is not None for g in step.rollout.groups)
+    assert rows == list(range(2 * before[0])), "of completions each process has its own"
 
 
 def part_of_a_step(rng: random.Random, number: int) -> StepState:

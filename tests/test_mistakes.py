@@ -13,6 +13,7 @@ import pytest
 from helpers import TINY
 
 from grpo import cli
+from grpo.policy.model_source import check_files
 
 MODEL = str(TINY / "model")
 QUICKSTART = ["train", "--config", "quickstart", "--set", "preflight.num_questions=0"]
@@ -297,3 +298,13 @@ def test_what_is_wrong_with_a_configuration_is_told_before_torch_is_imported(fol
         [sys.executable, "-c", program, json.dumps(EARLY)], cwd=folder, env=environment, capture_output=True, text=True
     )
     assert done.stdout.splitlines() == ["2"] * len(EARLY), done.stdout + done.stderr
+
+
+def test_what_lies_beside_weights_in_one_file_is_not_read(tmp_path: Path):
+    """As transformers reads it: an index that was left over, or a file of other software."""
+    shutil.copytree(TINY / "model", tmp_path / "model")
+    (tmp_path / "model/model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+    )
+    (tmp_path / "model/consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    check_files(tmp_path / "model", "model.name is 'model'")

@@ -32,8 +32,9 @@ def supervised_advice(phase: str, config: SupervisedConfig, *, world_size: int) 
     if phase == "loading":
         return advice(phase, config.parts, world_size=world_size)
     now, longest, parts = config.memory.micro_batch_tokens, config.data.max_tokens, config.parts
-    rungs = (_chunk, _checkpointing, _offload, _zero_stage)
-    found = [_smaller_passes(now, now, longest), *(rung(parts, world_size=world_size) for rung in rungs)]
+    rungs = (_chunk, _checkpointing, _sequence_parallel, _offload, _zero_stage)
+    own = _share(longest, config.distributed.sequence_parallel)  # of the longest row, what a process has
+    found = [_smaller_passes(now, now, own), *(rung(parts, world_size=world_size) for rung in rungs)]
     if longest > 1:
         found.append(_change("data.max_tokens", longest, longest // 2, "longer rows are left out"))
     return [text for text in found if text is not None]

@@ -131,7 +131,8 @@ def plan(config: Config, counts: Sequence[int]) -> Iterator[Variant]:
             yield Variant(f"ZeRO {other}", counts[-1], None, str(error))
     for together in _group_sizes(config, counts[-1]):
         name = f"passes on {together} processes together"
-        yield Variant(name, counts[-1], changed(base, distributed={"sequence_parallel": together}))
+        own = {"micro_batch_tokens": -(-budget // together)}
+        yield Variant(name, counts[-1], changed(base, distributed={"sequence_parallel": together}, memory=own))
 
 
 def _group_sizes(config: Config, processes: int) -> list[int]:

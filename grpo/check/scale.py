@@ -378,6 +378,7 @@ def changes(scaled: Scaled, run_dir: str) -> dict[str, tuple[Any, str]]:
             layout.zero_stage,
             f"for {scaled.hardware.gpus} GPU(s), what fits with the least traffic",
         ),
+        "distributed.sequence_parallel": (1, "each GPU runs passes of its own"),
         "run.steps": (scaled.rollouts, _why_steps(scaled)),
         "distributed.offload_optimizer": (
             layout.offload,

@@ -104,6 +104,7 @@ def as_yaml(
         "memory.micro_batch_tokens": (layout.pass_tokens, "what fits; results do not depend on it"),
         "memory.activation_checkpointing": (1, "least memory"),
         "distributed.zero_stage": (layout.zero_stage, f"for {hardware.gpus} GPU(s), what fits with the least traffic"),
+        "distributed.sequence_parallel": (1, "each GPU runs passes of its own"),
         "distributed.offload_optimizer": (
             layout.offload,
             "it does not fit otherwise; each update waits for the CPU" if layout.offload else "it fits without",

@@ -61,7 +61,7 @@ def report(trainer: SupervisedTrainer) -> str:
     """Learn the update, and what it took."""
     metrics, order = [trainer.train_step() for _ in range(NUM_STEPS)][-1], trainer.order
     assert isinstance(order, Longest)
-    order.rows = fullest(order, trainer.config.memory.micro_batch_tokens, num_processes=trainer.processes.world_size)
+    order.rows = fullest(order, trainer.config.pass_tokens, num_processes=trainer.processes.num_parts)
     filled = trainer.train_step()
     metrics |= {name: max(metrics[name], filled[name]) for name in metrics if name.startswith("memory/")}
     left = memory.measured(trainer)

@@ -35,7 +35,7 @@ from grpo.inference import model as inference
 from grpo.inference.resolve_model import num_positions, run_directory
 from grpo.observe.bar import Bar, check_rows
 from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
-from grpo.run.inputs import of_environment, of_tools
+from grpo.run.inputs import of_environment, of_tools, plain
 from grpo.scoring.answers import answer
 from grpo.scoring.reward import Reward, resolve_function
 from grpo.scoring.scorer import Scorer
@@ -413,7 +413,9 @@ def _claimed(
         **asdict(settings),
         "model_files": asks.files(),
         **({"tool_sources": sources} if (sources := asks.tool_sources()) else {}),
-        "questions": {name: xxhash.xxh3_128(json.dumps(own).encode()).hexdigest() for name, own in rows.items()},
+        "questions": {
+            name: xxhash.xxh3_128(json.dumps(own, default=plain).encode()).hexdigest() for name, own in rows.items()
+        },
     }
     return claimed(out, wanted, option="--out", difference=_difference, results=["results.json"])
 

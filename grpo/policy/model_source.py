@@ -72,7 +72,7 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir())
 
 
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -92,7 +92,9 @@ def check_files(directory: Path, said: str) -> None:
         raise ValueError(f"{said}; its config.json is not JSON ({error}). {again}") from error
     index = directory / INDEX
     named = {path.name for path in directory.glob(WEIGHTS[0])}
-    if index.is_file():
+    if WHOLE in named:  # which is what is loaded, whatever lies beside it
+        named = {WHOLE}
+    elif index.is_file():
         try:
             named = set(json.loads(index.read_text())["weight_map"].values())
         except (ValueError, KeyError) as error:

@@ -38,7 +38,7 @@ from grpo.policy.policy import Policy
 from grpo.run import inputs, reshard
 from grpo.run.reshard import Layout
 from grpo.system import progress
-from grpo.system.distributed import GIB, Processes
+from grpo.system.distributed import GIB, Processes, TrainingProcesses
 from grpo.system.stopping import RunError
 from grpo.system.terminal import say
 from grpo.system.writer import Writer, flush, load_tensors, problem_with, save_tensors
@@ -492,12 +492,14 @@ def _longer(checkpoint: Path, config: AnyConfig) -> str:
 
 
 def restore(
-    checkpoint: Path, *, policy: Policy, processes: Processes, given: dict[str, str]
+    checkpoint: Path, *, policy: Policy, processes: Processes, given: dict[str, str], max_completion_tokens: int | None
 ) -> tuple[RunState, StepState]:
     """Load weights, optimizer and random states in place, in whatever layout they were written. Every process calls it.
 
     Args:
         given: digests of what the run is given; see grpo/run/inputs.py.
+        max_completion_tokens: of the run now. What tools answered under another limit is not carried on: those conversations
+            begin anew.
 
     Returns:
         Where the run stands, and this process's part of the step under way.
@@ -515,16 +517,28 @@ def restore(
     if processes.rank < written.num_processes:  # one more keeps the states it started with; sampling seeds its own
         _restore_random_states(load_tensors(checkpoint / "random" / f"rank-{processes.rank}.pt"))
     where = RunState(**{field.name: saved[field.name] for field in fields(RunState) if field.name in saved})
-    if inputs.QUESTIONS in inputs.changed(saved.get("given") or given, given):  # run.accept_changes: other rows
+    others = inputs.QUESTIONS in inputs.changed(saved.get("given") or given, given)  # run.accept_changes: other rows
+    if others:
         where.solved, where.hopeless = [], []
-    step = _under_way(checkpoint / "under_way", written.num_processes, processes)
-    step.drafts = _drafts(checkpoint / "drafts", written.num_processes, where, processes)
+        where.ahead = []
+    together = saved["config"]["distributed"].get("sequence_parallel", 1)
+    step = _under_way(checkpoint / "under_way", written.num_processes, policy.processes, together_before=together)
+    step.drafts = {} if others else _drafts(checkpoint / "drafts", written.num_processes, where, processes)
+    if _limit(saved["config"]) != max_completion_tokens:
+        step.drafts = {
+            place: drafts for place, drafts in step.drafts.items() if not any(each.dialogue for each in drafts)
+        }
     done = where.optimizer_steps - step.first_update if step.rollout else 0
     processes.say(f"resumed after step {where.step}{f' and {done} updates of the next' * (done > 0)} from {checkpoint}")
     return where, step
 
 
-def _under_way(directory: Path, num_parts: int, processes: Processes) -> StepState:
+def _limit(config: dict[str, Any]) -> int | None:
+    """Of completions, in a configuration; None: supervised training has none."""
+    return config.get("rollout", {}).get("max_completion_tokens")
+
+
+def _under_way(directory: Path, num_parts: int, processes: TrainingProcesses, *, together_before: int) -> StepState:
     if not directory.exists():
         return StepState()
 
@@ -532,10 +546,16 @@ def _under_way(directory: Path, num_parts: int, processes: Processes) -> StepSta
         progress.tick()
         return load_tensors(directory / f"rank-{rank}.pt", classes=UNDER_WAY)
 
-    if num_parts == processes.world_size:
+    together = processes.sequence_parallel
+    if (num_parts, together_before) == (processes.world_size, together):
         return part(processes.rank)
-    parts = [part(rank) for rank in range(num_parts)]
-    return redistribute(parts, rank=processes.rank, num_processes=processes.world_size)
+    return redistribute(
+        [part(rank) for rank in range(num_parts)],
+        rank=processes.rank,
+        num_processes=processes.world_size,
+        together_before=together_before,
+        together=together,
+    )
 
 
 def _drafts(directory: Path, num_parts: int, where: RunState, processes: Processes) -> Drafts:

@@ -65,9 +65,9 @@ def _of_prompts(prompts: Sequence[Prompt]) -> str:
 
 def _of_reward(reward: Reward) -> str:
     """Of its arguments, and of the files that it and what it calls are defined in, of its own package or folder."""
-    digest = xxhash.xxh3_128(json.dumps(reward.args, sort_keys=True, default=_plain).encode())
+    digest = xxhash.xxh3_128(json.dumps(reward.args, sort_keys=True, default=plain).encode())
     if reward.made_with:
-        digest.update(json.dumps(reward.made_with, sort_keys=True, default=_plain).encode())
+        digest.update(json.dumps(reward.made_with, sort_keys=True, default=plain).encode())
     for function in (reward.function, getattr(reward.function, "check_row", None)):
         if function is not None:
             digest.update(_source_of(function))
@@ -89,7 +89,7 @@ def of_environment(environment: Environment | None) -> dict[str, str]:
 
 def _of_given(made: Callable[..., Any], given: dict[str, Any]) -> str:
     """Of a tool's or an environment's arguments, and of the files that it is defined in, as of a reward."""
-    digest = xxhash.xxh3_128(json.dumps(given, sort_keys=True, default=_plain).encode())
+    digest = xxhash.xxh3_128(json.dumps(given, sort_keys=True, default=plain).encode())
     digest.update(_source_of(made))
     return digest.hexdigest()
 
@@ -129,6 +129,6 @@ def _imported(node: ast.AST) -> list[str]:
     return [*own, *(alias.name for alias in node.names)]
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """What JSON does not know, without the addresses of objects."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

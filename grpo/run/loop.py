@@ -182,7 +182,13 @@ class Loop:
 
     def _restore(self, found: Path) -> None:
         self.state, self.step = checkpoint.restore(
-            found, policy=self.policy, processes=self.processes, given=self.checkpoints.given
+            found,
+            policy=self.policy,
+            processes=self.processes,
+            given=self.checkpoints.given,
+            max_completion_tokens=self.config.rollout.max_completion_tokens
+            if isinstance(self.config, Config)
+            else None,
         )
         self._take_up()
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from grpo.algorithm.batch import pack
 from grpo.scoring.answers import training_rows
 from grpo.system import progress
-from grpo.system.distributed import Processes
+from grpo.system.distributed import Processes, TrainingProcesses
 from grpo.system.jsonl import append_jsonl, iterate_backwards
 from grpo.system.terminal import say
 from grpo.training.state import Rollout
@@ -50,7 +50,10 @@ def write(run_dir: Path, step: int, text: str, rollout: Rollout, processes: Proc
     directory = processes.on_main(lambda: _attempt(lambda: _write_shared(run_dir, step, text, rows)))
     if directory is None:
         return None
-    _attempt(lambda: _write_tensors(directory, rollout, processes.rank))
+    has_passes = (
+        not isinstance(processes, TrainingProcesses) or processes.speaks
+    )  # of those that ran them together, one
+    _attempt(lambda: _write_tensors(directory, rollout, processes.rank, with_passes=has_passes))
     processes.barrier()
     return directory
 
@@ -91,9 +94,10 @@ def _claim(parent: Path, name: str) -> Path:
     raise AssertionError("count(1) does not end")
 
 
-def _write_tensors(directory: Path, rollout: Rollout, rank: int) -> None:
+def _write_tensors(directory: Path, rollout: Rollout, rank: int, *, with_passes: bool) -> None:
     save_file(_sampled(rollout), directory / f"rollout-rank-{rank}.safetensors")
-    save_file(_update(rollout.passes), directory / f"update-rank-{rank}.safetensors")
+    if with_passes:
+        save_file(_update(rollout.passes), directory / f"update-rank-{rank}.safetensors")
 
 
 def _sampled(rollout: Rollout) -> dict[str, Tensor]:

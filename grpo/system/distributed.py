@@ -186,8 +186,9 @@ class TrainingProcesses(Processes):
 
     def gather_within(self, value: Any) -> list[Any]:
         """What every process of this part passed."""
-        first = self.part * self.sequence_parallel
-        return self.gather(value)[first : first + self.sequence_parallel]
+        members = range(self.part * self.sequence_parallel, (self.part + 1) * self.sequence_parallel)
+        found = self.exchange([value if rank in members else None for rank in range(self.world_size)])
+        return [found[rank] for rank in members]
 
 
 def start(config: Config, *, dtype: torch.dtype) -> TrainingProcesses:
@@ -230,7 +231,11 @@ def start(config: Config, *, dtype: torch.dtype) -> TrainingProcesses:
 
 
 def _sequence_group(rank: int, world_size: int, size: int) -> SequenceGroup | None:
-    """Neighbours, which one host has. Raises ValueError if processes would be left over."""
+    """Neighbours, which one host has where its number of GPUs is a multiple of `size`.
+
+    Raises:
+        ValueError: processes would be left over.
+    """
     if world_size % size:
         raise ValueError(
             f"distributed.sequence_parallel is {size}; {world_size} process{'es were' if world_size > 1 else ' was'} launched, "
@@ -239,7 +244,8 @@ def _sequence_group(rank: int, world_size: int, size: int) -> SequenceGroup | No
         )
     if size == 1:
         return None
-    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world_size, size)]
+    starts = range(0, world_size, size)
+    groups = [dist.new_group(list(range(first, first + size)), timeout=COLLECTIVE_TIMEOUT) for first in starts]
     return SequenceGroup(groups[rank // size], rank % size, size)
 
 

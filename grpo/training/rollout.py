@@ -162,10 +162,11 @@ class RolloutMaker:
         hopeless = [None if any_right is None else not any_right for any_right in is_solved(verdicts, at_least=FLAT)]
         parts = self.learner.processes.gather(([*zip(rows, solved, hopeless, strict=True)], outside[:1]))
         if found := [value for _, values in parts for value in values]:
-            name = "solved_share" if self.prompts.solved_share < 1 else "hopeless_share"
+            shares = {"solved_share": self.prompts.solved_share, "hopeless_share": self.prompts.hopeless_share}
+            names = " and ".join(f"rollout.{name}" for name, share in shares.items() if share < 1)
             raise ValueError(
-                f"rollout.{name} is below 1; the reward {self.signal_from} has given a completion {found[0]:g}, and 1 "
-                f"means right, 0 wrong. Name a reward of values from 0 to 1 in rollout.signal_from, or set rollout.{name} to 1."
+                f"{names} below 1; the reward {self.signal_from} has given a completion {found[0]:g}, and 1 means right, 0 "
+                f"wrong. Name a reward of values from 0 to 1 in rollout.signal_from, or set {names} to 1."
             )
         asked = [each for part, _ in parts for each in part]
         state.solved = _after(state.solved, [(row, is_so) for row, is_so, _ in asked])

@@ -104,10 +104,16 @@ class StepClock:
                 step.meter.max(f"memory/{each}", torch.tensor(peak))
 
 
-def redistribute(parts: list[StepState], *, rank: int, num_processes: int) -> StepState:
+def redistribute(
+    parts: list[StepState], *, rank: int, num_processes: int, together_before: int = 1, together: int = 1
+) -> StepState:
     """The part of one of `num_processes` in a step whose parts were those of as many processes as there are `parts`.
 
     Every sequence is trained on once, and every completion logged once.
+
+    Args:
+        together_before, together: how many processes ran passes together, and do so now (distributed.sequence_parallel): these
+            have the same passes, each its own completions.
     """
     mine = parts[rank::num_processes]
     meter = Meter()
@@ -117,16 +123,20 @@ def redistribute(parts: list[StepState], *, rank: int, num_processes: int) -> St
         rollout=_joined([part.rollout for part in mine if part.rollout is not None], like=parts[0].sampled),
         first_update=parts[0].first_update,
         minibatches=[
-            _share([micro for passes in minibatch for micro in passes if not micro.is_spare], rank, num_processes)
-            for minibatch in zip(*(part.minibatches for part in parts), strict=True)
+            _share(
+                [micro for passes in minibatch for micro in passes if not micro.is_spare],
+                rank // together,
+                num_processes // together,
+            )
+            for minibatch in zip(*(part.minibatches for part in parts[::together_before]), strict=True)
         ],
         meter=meter,
         seconds=parts[0].seconds,
     )
 
 
-def _share(passes: list[MicroBatch], rank: int, num_processes: int) -> list[MicroBatch]:
-    mine, most = passes[rank::num_processes], -(-len(passes) // num_processes)
+def _share(passes: list[MicroBatch], part: int, num_parts: int) -> list[MicroBatch]:
+    mine, most = passes[part::num_parts], -(-len(passes) // num_parts)
     return [*mine, *(empty_micro_batch() for _ in range(most - len(mine)))]
 
 

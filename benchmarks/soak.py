@@ -1,0 +1,123 @@
+"""Does `grpo serve` lose anything? Thousands of requests, of which a share leave in the middle; then slots, pages, descriptors.
+
+    python benchmarks/soak.py --model DIR --requests 2000 --clients 64
+    python benchmarks/soak.py --size tiny --requests 200 --clients 8 --new-tokens 16
+
+Of four requests one leaves after its first text, one before any has come, and two stay; prompts and completions have any length
+up to the limits. In the end no sequence may run or wait, all pages must be free, and the server may hold no more descriptors;
+how much its memory has grown is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import sys
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from serve import WORDS, arguments, server
+
+SETTLED_SECONDS = 60
+"""In which those who have left must be noticed: a chunk of steps, or a prompt that is being read."""
+
+
+def main() -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("--requests", type=int, default=2000, help="in all")
+    args = parser.parse_args()
+    args.clients, args.beside_words = [max(args.clients)], None
+    with server(args) as (url, name):
+        (pid,) = (int(each) for each in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+        asyncio.run(soak(url, name, range(-8, 0), args.clients[0], args))  # compiles, opens what stays open
+        before = descriptors(pid), resident_mib(pid)
+        start = time.perf_counter()
+        ends = asyncio.run(soak(url, name, range(args.requests), args.clients[0], args))
+        seconds = time.perf_counter() - start
+        left = settled(url)
+        after = descriptors(pid), resident_mib(pid)
+    print(f"{args.requests} requests of {args.clients[0]} clients in {seconds:.0f} s: {dict(sorted(ends.items()))}")
+    print(f"left: {left}; descriptors {before[0]} -> {after[0]}; memory {before[1]} -> {after[1]} MiB")
+    lost = left["running"] or left["waiting"] or left["pages"] != left["pages_free"] or after[0] > before[0]
+    print("something was lost" if lost else "nothing was lost")
+    return int(bool(lost))
+
+
+async def soak(url: str, name: str, numbers: range, clients: int, args: argparse.Namespace) -> Counter[str]:
+    """How the requests ended."""
+    waiting, ends = iter(numbers), Counter[str]()
+
+    async def client() -> None:
+        for number in waiting:
+            ends[await ask(url, name, random.Random(number), args)] += 1
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return ends
+
+
+async def ask(url: str, name: str, rng: random.Random, args: argparse.Namespace) -> str:
+    leaves = rng.choice(["at once", "after some text", "never", "never"])
+    body = {
+        "model": name,
+        "prompt": " ".join(rng.choices(WORDS, k=rng.randint(1, args.prompt_words))),
+        "max_tokens": rng.randint(1, args.new_tokens),
+        "n": rng.choice([1, 1, 3]),
+        "stream": rng.random() < 0.7 or leaves == "after some text",
+    }
+    data, where = json.dumps(body).encode(), urlsplit(url)
+    head = f"POST {where.path}/completions HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n"
+    reader, writer = await asyncio.open_connection(where.hostname, where.port, limit=2**20)
+    writer.write(f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data)
+    try:
+        if leaves == "at once":
+            await asyncio.sleep(rng.random() * 0.05)
+            return "left at once"
+        status = (await reader.readline()).decode().strip()
+        if " 200 " not in status:
+            return status
+        if leaves == "after some text":
+            await reader.readuntil(b"data: {")
+            return "left after some text"
+        answer = await reader.read()
+        return "answered" if (b"[DONE]" in answer) == body["stream"] else "cut off"
+    finally:
+        writer.close()
+
+
+def settled(url: str) -> dict[str, int]:
+    """Of the server's metrics those that must go back, once they have, or after some time."""
+    for _ in range(SETTLED_SECONDS):
+        with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as answer:
+            text = answer.read().decode()
+        names = {
+            "running": "sequences_running",
+            "waiting": "sequences_waiting",
+            "pages_free": "pages_free",
+            "pages": "pages",
+        }
+        found = {
+            key: int(re.search(rf"^grpo_{each}{{.*}} (\d+)", text, re.MULTILINE)[1]) for key, each in names.items()
+        }
+        if not found["running"] + found["waiting"] and found["pages"] == found["pages_free"]:
+            break
+        time.sleep(1)
+    return found
+
+
+def descriptors(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def resident_mib(pid: int) -> int:
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) // 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())
