@@ -156,7 +156,7 @@ def test_a_template_changes_the_prompt_and_not_the_question():
     taken = settings(templates=["chat_boxed"], num_samples=1, num_questions=2)
     rows = [{"question": "How many?", "answer": "3", "level": 2}]
     own = benchmark.OwnModel(taken, ONE)
-    with benchmark._scorers(taken, ONE) as scorers:
+    with benchmark._scorers(taken, ONE, None) as scorers:
         processes = benchmark.distributed.join()
         scorer = scorers["anywhere"]
         paper = benchmark._task(taken, "mine", "chat_boxed", rows, own, scorer, processes)
@@ -374,7 +374,8 @@ def test_samples_of_different_questions_or_weights_under_one_name_are_never_mixe
     before = (out / "samples.jsonl").read_text()
     data.write_text("".join(lines[2:4]))
     with pytest.raises(
-        ValueError, match=r"^--out is .*; the questions of --benchmarks or --data have changed since .* Cho"
+        ValueError,
+        match=r"^--out is .*; the questions of --benchmarks, --data or --environment have changed since .* Cho",
     ):
         benchmark.evaluate(asked, out, ONE)
     data.write_text("".join(lines[:2]))

@@ -38,6 +38,7 @@ ELSEWHERE = {
     r"^grpo compare": "trains six runs; tests/test_compare.py does so with smaller ones",
     r"scripts/check_gpu\.py": "needs GPUs; tests/test_check_gpu.py rehearses it",
     r"--group 8|,probes|--require accuracy=1|max_oversampling=3": "as a shorter one beside it; tests of that option run it",
+    r"runs/game": "a run of one's own; tests/test_benchmark.py has an environment answer a model",
     r"^grpo report runs/a runs/b": "tests/test_report.py compares runs",
 }
 """Why a command is not run here: what it looks like, and the reason."""
