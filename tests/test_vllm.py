@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fake_vllm import LLM, VLLMServer, installed
-from helpers import TINY, VARIETY, launch, shallow, tiny_config
+from helpers import TINY, launch, tiny_config
 from torch import Tensor
 
 from grpo.config import Config, Section, VLLMConfig
@@ -646,17 +646,12 @@ def test_a_run_samples_with_the_weights_it_trains_and_a_resumed_one_with_those_i
     mode: str, zero_stage: int, tmp_path: Path, server: VLLMServer, llm: type[LLM]
 ):
     """Large steps, evaluations between them: stale weights would pass the sampling gap's limit, lowered to rounding."""
-    model = shallow(1)
-    server.model = model
-    server.restart()
     config = vllm_config(
         tmp_path,
         mode,
         server.url,
-        model={"name": model},
         data={"eval_name": str(TINY / "test.jsonl")},
-        rewards=VARIETY,
-        rollout={"temperature": 0.8, "group_size": 2, "max_completion_tokens": 10},
+        rollout={"temperature": 0.8, "group_size": 2},
         optimizer={"learning_rate": 1e-2},
         algorithm={"kl_coef": 0.0, "num_minibatches": 1, "max_sampling_gap": 1e-3},
         evaluation={"num_questions": 2, "every_steps": 1},
@@ -665,7 +660,7 @@ def test_a_run_samples_with_the_weights_it_trains_and_a_resumed_one_with_those_i
     )
     assert Trainer(config).train().name == "step-00000003"
     config.run.steps = 4
-    with VLLMServer(model) as restarted:  # with the weights of the start
+    with VLLMServer(MODEL) as restarted:  # with the weights of the start
         config.vllm.url = restarted.url if mode == "server" else None
         assert Trainer(config).train().name == "step-00000004"
 
