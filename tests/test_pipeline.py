@@ -173,7 +173,7 @@ def test_a_stage_may_set_the_options_of_its_command_and_no_others(kind: str, com
     has = {action.dest for action in command._parser()._actions} - {"help"}
     assert set(OPTIONS[kind]) <= has - set(OWN_OPTIONS)
     of_endpoints = {"endpoint", "api_key_env", "concurrency", "request", "price_in", "price_out"}
-    others = {"tools", "base"} if kind == "reject" else {"tools", *of_endpoints}
+    others = {"tools", "base"} if kind == "reject" else {"tools", "environment", *of_endpoints}
     assert has - set(OWN_OPTIONS) - set(OPTIONS[kind]) == others
 
 

@@ -77,6 +77,7 @@ OPTIONS = {
         "benchmarks",
         "data",
         "templates",
+        "question_template",
         "system_prompt",
         "samples",
         "temperature",
