@@ -60,7 +60,7 @@ WORDS = [
 def main() -> None:
     args = parse_args()
     print(shlex.join(sys.argv), flush=True)
-    with server(args) as (url, name):
+    with server(args) as (url, name, _):
         asyncio.run(warm_up(url, name, args))
         records = [asyncio.run(measure(url, name, clients, args)) for clients in args.clients]
     print(table(records))
@@ -110,10 +110,10 @@ def parse_args() -> argparse.Namespace:
 
 
 @contextmanager
-def server(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """The address and the model's name of the server that is asked; ours is started, and ended again."""
+def server(args: argparse.Namespace) -> Iterator[tuple[str, str, int | None]]:
+    """The address and the model's name of the server that is asked, and the process of ours, which is started and ended again."""
     if args.url is not None:
-        yield args.url, args.name
+        yield args.url, args.name, None
         return
     model = args.model or str(saved_model(args.size, args.cache))
     words = max(args.prompt_words, args.beside_words or 0)
@@ -135,7 +135,7 @@ def server(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         for line in process.stdout:
             said.append(line)
             if line.startswith("serving at "):
-                yield line.split()[2] + "/v1", "own"
+                yield line.split()[2] + "/v1", "own", process.pid
                 break
         else:
             raise SystemExit("the server has not started:\n" + "".join(said[-20:]))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import re
 import sys
@@ -34,8 +33,12 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=2000, help="in all")
     args = parser.parse_args()
     args.clients, args.beside_words = [max(args.clients)], None
-    with server(args) as (url, name):
-        (pid,) = (int(each) for each in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+    if args.url is not None:
+        parser.error(
+            "--url names a server that is not ours; whether it loses descriptors cannot be seen. Name --model."
+        )
+    with server(args) as (url, name, pid):
+        assert pid is not None, "it was started here"
         asyncio.run(soak(url, name, range(-8, 0), args.clients[0], args))  # compiles, opens what stays open
         before = descriptors(pid), resident_mib(pid)
         start = time.perf_counter()
@@ -102,9 +105,7 @@ def settled(url: str) -> dict[str, int]:
             "pages_free": "pages_free",
             "pages": "pages",
         }
-        found = {
-            key: int(re.search(rf"^grpo_{each}{{.*}} (\d+)", text, re.MULTILINE)[1]) for key, each in names.items()
-        }
+        found = {key: _number(rf"^grpo_{each}{{.*}} (\d+)", text) for key, each in names.items()}
         if not found["running"] + found["waiting"] and found["pages"] == found["pages_free"]:
             break
         time.sleep(1)
@@ -116,7 +117,13 @@ def descriptors(pid: int) -> int:
 
 
 def resident_mib(pid: int) -> int:
-    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) // 1024
+    return _number(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()) // 1024
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text, re.MULTILINE)
+    assert found is not None, f"{pattern} is not in {text[:200]}"
+    return int(found[1])
 
 
 if __name__ == "__main__":

@@ -334,6 +334,24 @@ def test_a_server_is_measured_with_exactly_the_tokens_it_was_asked_for(
         run("serve.py", "--url http://127.0.0.1:1/v1 --name x --clients 1")
 
 
+def test_a_server_that_clients_leave_loses_nothing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("uvicorn")
+    import soak
+
+    started = SimpleNamespace(Popen=in_warm, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(importlib.import_module("serve"), "subprocess", started)
+    shape = "soak.py --size tiny --requests 60 --clients 6 --new-tokens 8 --prompt-words 9 --cache"
+    monkeypatch.setattr(sys, "argv", [*shlex.split(shape), str(cache)])
+    assert soak.main() == 0
+    printed = capsys.readouterr().out
+    ends = re.findall(r"'(answered|left after some text|left at once)': (\d+)", printed)
+    assert len(ends) == 3
+    assert sum(int(number) for _, number in ends) == 60, printed
+    assert "nothing was lost" in printed
+
+
 def test_grading_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     import grading
 
