@@ -364,6 +364,19 @@ def test_a_place_where_nothing_can_be_written_is_refused_before_the_work(
     assert not (run / "report.html").exists()
 
 
+def test_a_page_that_cannot_be_written_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """In a directory that takes no files, whoever asks."""
+    monkeypatch.setattr(sys, "argv", ["report.py", str(a_run(tmp_path / "run")), "--out", "/proc/page.html"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "scripts/report.py"), run_name="__main__")
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        r"error: --out is '/proc/page\.html'; no page can be written there \(.*\)\. Name a file .*\n", said
+    )
+
+
 # ---- numbers ----------------------------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,14 @@ def main() -> None:
         check_places(arguments.out, arguments.png, arguments.pdf)
         limit = MAX_COMPLETIONS if arguments.max_completions is None else arguments.max_completions
         out = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "report.html"
-        size = write_page(arguments.runs, out, max_completions=limit)
+        try:
+            size = write_page(arguments.runs, out, max_completions=limit)
+        except OSError as error:
+            if not str(error.filename).startswith(str(out)):
+                raise
+            raise ValueError(
+                f"--out is {str(out)!r}; no page can be written there ({error.strerror}). Name a file in another directory."
+            ) from error
         print(f"{out}  {size / 1e6:.1f} MB")
         for name, told in predictions(arguments.runs):
             print(f"{name}: {told}")
