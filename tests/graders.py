@@ -71,7 +71,8 @@ class Worker:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.wait(0)
         if self.returncode is None:
-            os.kill(self.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # ended, and its status is under way
+                os.kill(self.pid, signal.SIGTERM)
 
 
 class Forker:
