@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from grpo import report
 from grpo.config import AnyConfig, Config
 from grpo.observe.rundir import RunLog
-from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoints
 from grpo.run.ending import say_how_to_go_on, say_where_all_lies
 from grpo.run.guard import Guard
 from grpo.run.hub import PushToHub
+from grpo.run.restore import restore
 from grpo.system import progress
 from grpo.system.distributed import TrainingProcesses
 from grpo.system.out_of_memory import or_ask_for_less
@@ -181,7 +181,7 @@ class Loop:
         return saved
 
     def _restore(self, found: Path) -> None:
-        self.state, self.step = checkpoint.restore(
+        self.state, self.step = restore(
             found,
             policy=self.policy,
             processes=self.processes,
