@@ -603,16 +603,21 @@ def test_a_wandb_that_cannot_be_reached_costs_seconds_and_not_the_run(
 # ---- a step under way, on other processes ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("together", [1, 2])
 def test_a_stop_that_one_process_hears_of_stops_all_and_the_rest_of_the_rollout_goes_on_elsewhere(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    together: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    output = launch("worker_stop.py", str(tmp_path / "run"), processes=2, timeout=120)
+    """Also of two processes that ran their passes together, and hold the same ones."""
+    output = launch("worker_stop.py", str(tmp_path / "run"), str(together), processes=2, timeout=120)
     assert all(f"rank {rank} stopped: SIGTERM" in output for rank in (0, 1))
     assert names(tmp_path / "run") == ["step-00000001-0003"]
     settings = {**UPDATES, "distributed": {"zero_stage": 2}}
     trainer = Trainer(tiny_config(tmp_path / "run", **settings, run={"steps": 2, "resume": "auto"}))
     assert "resumed on 1 process what 2 saved" in capsys.readouterr().out
-    assert len(trainer.step.minibatches) == 1
+    (passes,) = trainer.step.minibatches
+    parts = [micro.sampling_logprobs.split(micro.completion_lens.tolist()) for micro in passes if not micro.is_spare]
+    drawn = [tuple(logprobs.tolist()) for part in parts for logprobs in part]
+    assert len({*drawn}) == len(drawn) > 1, "a sequence is there twice"
     trainer.train()
     rows = [row for row in read_jsonl(tmp_path / "run/completions.jsonl") if row["step"] == 2]
     assert len(rows) == 16

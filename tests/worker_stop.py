@@ -10,7 +10,7 @@ from grpo import Trainer
 from grpo.system import distributed
 from grpo.system.stopping import Stopped
 
-settings = {**UPDATES, "distributed": {"zero_stage": 2}}
+settings = {**UPDATES, "distributed": {"zero_stage": 2, "sequence_parallel": int(sys.argv[2])}}
 trainer = Trainer(tiny_config(Path(sys.argv[1]), **settings, run={"steps": 4, "resume": "auto"}))
 if trainer.processes.is_main:
     stop_at_call(trainer, "_optimizer_step", 7)
