@@ -20,7 +20,7 @@ from grpo.data.prompts import build_prompts, check_kinds, use_chat_template
 from grpo.data.rows import load_rows, missing, prepare_rows
 from grpo.observe import rundir
 from grpo.observe.bar import check_rows
-from grpo.observe.metrics import check_reward_names
+from grpo.observe.metric_names import check_reward_names
 from grpo.observe.rundir import RunLog
 from grpo.observe.sinks import check_sinks
 from grpo.policy.families import check_family

@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto import wandb_internal_pb2 as wandb_records
 
 from grpo import Trainer
-from grpo.observe.metrics import METRICS, Meter, measure_texts
+from grpo.observe.metric_names import METRICS
+from grpo.observe.metrics import Meter, measure_texts
 from grpo.observe.sinks import TensorBoardSink, _thinned
 from grpo.scoring.answers import is_right
 from grpo.system.jsonl import append_jsonl, read_jsonl

@@ -30,9 +30,10 @@ from grpo.policy.model_source import complete_checkpoints
 from grpo.run import checkpoint, inputs
 from grpo.run.checkpoint import CheckpointError, changed_setting, name_of, numbers_of
 from grpo.scoring import reward as scoring
+from grpo.system.files import checksum
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import EXIT_STOPPED, Stopped
-from grpo.system.writer import Writer, checksum, copied, problem_with, save_tensors
+from grpo.system.writer import Writer, copied, problem_with, save_tensors
 from grpo.training.state import Rollout, StepState, redistribute
 from grpo.types import Completion, Group, MicroBatch, Prompt, Scores
 

@@ -115,6 +115,16 @@ def test_every_setting_is_told_with_its_meaning_type_and_default():
     assert call("settings", "no such thing").returncode == 2
 
 
+def test_a_word_that_is_no_setting_is_answered_with_the_nearest_and_another_librarys_with_ours():
+    assert (
+        "has 'rolout' in its name or meaning. Did you mean rollout? `grpo settings" in call("settings", "rolout").stderr
+    )
+    said = call("settings", "num_generations").stdout.splitlines()
+    assert said[0] == "That is a name of TRL or verl; here it is rollout.group_size."
+    assert said[1].startswith("rollout.group_size  (whole number; default: ")
+    assert call("settings", "beta").stdout.splitlines()[1].startswith("algorithm.kl_coef  (")
+
+
 def test_names_of_other_libraries_are_answered_with_ours():
     ours = setting_names()
     for theirs, answer in ELSEWHERE.items():

@@ -12,7 +12,7 @@ from grpo.rewards import language as reward
 from helpers import QUESTIONS, tiny_config
 
 from grpo import Trainer
-from grpo.observe.metrics import METRICS
+from grpo.observe.metric_names import METRICS
 from grpo.report.panels import formula, sections
 from grpo.system.jsonl import read_jsonl, read_metrics
 from grpo.text.language import consistency, evaluation_metrics, tally

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from grpo.algorithm.batch import empty_micro_batch, micro_batch, pack
-from grpo.observe.metrics import Meter, check_reward_names, measure_passes, measure_rollout, step_metrics
+from grpo.observe.metric_names import check_reward_names
+from grpo.observe.metrics import Meter, measure_passes, measure_rollout, step_metrics
 from grpo.observe.sinks import JsonlSink
 from grpo.policy.attention import packed_inputs
 from grpo.system.jsonl import read_metrics

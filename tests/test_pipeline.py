@@ -27,8 +27,8 @@ from grpo.pipeline import outcome
 from grpo.pipeline.lineage import of_path
 from grpo.pipeline.run import Ended, line, process, run
 from grpo.pipeline.stages import OPTIONS, OWN_OPTIONS, Plan, read_plan
+from grpo.system.files import checksum
 from grpo.system.jsonl import read_jsonl, read_metrics
-from grpo.system.writer import checksum
 
 R1 = ROOT / "configs" / "r1-tiny"
 SMALL = {"evaluation.num_questions": 12, "evaluation.num_samples": 2}

@@ -19,7 +19,7 @@ from helpers import ROOT, tiny_config
 from matplotlib.figure import Figure
 
 from grpo import report
-from grpo.observe.metrics import METRICS
+from grpo.observe.metric_names import METRICS
 from grpo.report import save_figures, write_page
 from grpo.report.figures import _draw, plot_curves, smooth
 from grpo.report.panels import Panel, formula, sections

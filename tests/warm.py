@@ -455,12 +455,12 @@ def fill_our_caches() -> None:
     """What this repository finds out once in a process."""
     from transformers import AutoConfig
 
-    from grpo.observe import metrics, rundir
+    from grpo.observe import metric_names, rundir
     from grpo.policy import families
     from grpo.system import build
     from grpo.text import aha
 
-    rundir._versions(), build.own_version(), build.commit(), aha._built_in(), metrics._own_names()
+    rundir._versions(), build.own_version(), build.commit(), aha._built_in(), metric_names._own_names()
     for num_layers in (1, 2, 3):
         config = AutoConfig.from_pretrained(ROOT / "configs" / "quickstart" / "model")
         config.num_hidden_layers, config.layer_types = num_layers, config.layer_types[:num_layers]

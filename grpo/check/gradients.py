@@ -41,7 +41,7 @@ from grpo.policy.language_model import PackedLM, checkpoint_activations, fuse_ke
 from grpo.policy.policy import Policy
 from grpo.system import distributed
 from grpo.system.distributed import deterministic
-from grpo.system.writer import to_json
+from grpo.system.files import to_json
 from grpo.trainer import Trainer
 from grpo.types import Batch, Group, MicroBatch
 

@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--pdf", type=Path, metavar="DIR", help="the same as PDF")
     arguments = parser.parse_args()
     with errors_for_users():
-        from grpo.report import check_places, predictions, save_figures, write_page
+        from grpo.report import check_places, remarks, save_figures, write_page
         from grpo.report.page import MAX_COMPLETIONS
 
         check_places(arguments.out, arguments.png, arguments.pdf)
@@ -37,8 +37,8 @@ def main() -> None:
                 f"--out is {str(out)!r}; no page can be written there ({error.strerror}). Name a file in another directory."
             ) from error
         print(f"{out}  {size / 1e6:.1f} MB")
-        for name, told in predictions(arguments.runs):
-            print(f"{name}: {told}")
+        for line in remarks(arguments.runs):
+            print(line)
         for directory, suffix in ((arguments.png, "png"), (arguments.pdf, "pdf")):
             if directory is not None:
                 figures = save_figures(arguments.runs, directory, suffix=suffix)

@@ -3,6 +3,7 @@
 grpo settings                 all of them
 grpo settings rollout         of one section
 grpo settings temperature     those whose name or meaning has the word
+grpo settings num_generations what TRL or verl call so
 grpo settings sft             of supervised training, what is not as above
 grpo settings --markdown      as a page of documentation: docs/settings.md
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import inspect
 import itertools
 import re
@@ -25,6 +27,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from grpo.config.elsewhere import ELSEWHERE
 from grpo.system.parser import Parser
 
 if TYPE_CHECKING:
@@ -50,10 +53,20 @@ def main() -> None:
     parser.add_argument("word", nargs="?", help="a section, a setting, or a word of its meaning")
     parser.add_argument("--markdown", action="store_true", help="as a page of documentation")
     arguments = parser.parse_args()
-    found = chosen(list(settings()), arguments.word)
+    every = list(settings())
+    found = chosen(every, arguments.word)
+    if arguments.word in ELSEWHERE:
+        print(ELSEWHERE[arguments.word])
+        found = [each for each in every if re.search(rf"\b{re.escape(each.name)}\b", ELSEWHERE[arguments.word])]
     if not found:
-        parser.error(f"no setting has {arguments.word!r} in its name or meaning. `grpo settings` lists all.")
+        parser.error(f"no setting has {arguments.word!r} in its name or meaning.{_nearest(every, arguments.word)}")
     print(PAGE_HEAD + as_markdown(found) if arguments.markdown else "\n".join(map(as_text, found)))
+
+
+def _nearest(every: list[Setting], word: str) -> str:
+    parts = {part for each in every for part in (each.name, *each.name.split("."))}
+    near = difflib.get_close_matches(word, sorted(parts | ELSEWHERE.keys()), n=1, cutoff=0.7)
+    return "".join(f" Did you mean {each}?" for each in near) or " `grpo settings` lists all."
 
 
 def settings() -> Iterator[Setting]:

@@ -38,9 +38,9 @@ from grpo.report.read import MAX_RUNS
 from grpo.run.checkpoint import MAY_CHANGE, changed_setting, name_of
 from grpo.scoring.answers import by_question, columns_of, is_right, verdict_name
 from grpo.scoring.statistics import Estimate, Values, estimate, mean_of_few
+from grpo.system.files import replace_text, to_json
 from grpo.system.jsonl import read_jsonl, read_metrics
 from grpo.system.stopping import EXIT_STOPPED, SIGNALS
-from grpo.system.writer import replace_text, to_json
 
 Row = dict[str, Any]
 Accuracy = dict[tuple[int, str], float]

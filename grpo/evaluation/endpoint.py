@@ -29,8 +29,8 @@ from grpo.config import DataConfig
 from grpo.data.prompts import TEMPLATES, conversation, prefill_of
 from grpo.evaluation.asked import Settings
 from grpo.rollout.sampling import sequence_seeds
+from grpo.system.files import replace_text
 from grpo.system.terminal import say
-from grpo.system.writer import replace_text
 from grpo.turns.environment import Environment
 from grpo.types import Completion, FinishReason, Generator, Group, OnGroup, Prompt, Sampling
 

@@ -12,9 +12,9 @@ from typing import Any
 from grpo.evaluation.asked import PROMPT_FORMATS, SOURCES, Settings, Task
 from grpo.scoring.answers import OF_THE_QUESTION, by_question, columns_of, is_right
 from grpo.scoring.statistics import estimate
+from grpo.system.files import replace_text, to_json
 from grpo.system.jsonl import iterate_jsonl
 from grpo.system.terminal import say
-from grpo.system.writer import replace_text, to_json
 
 QUESTION_KEYS = ("benchmark", "template", "row")
 SAMPLE_KEYS = (*QUESTION_KEYS, "sample")

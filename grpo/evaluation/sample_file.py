@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo.observe.bar import Bar
+from grpo.system.files import replace_text
 from grpo.system.jsonl import append_jsonl, iterate_jsonl, replacing_jsonl
-from grpo.system.writer import replace_text
 
 SAMPLES, SETTINGS = "samples.jsonl", "settings.json"
 

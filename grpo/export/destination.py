@@ -11,7 +11,7 @@ from pathlib import Path
 
 from grpo.run.checkpoint import free_bytes
 from grpo.system.distributed import GIB
-from grpo.system.writer import flush
+from grpo.system.files import flush
 
 
 def check_destination(out: Path) -> None:

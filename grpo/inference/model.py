@@ -30,8 +30,8 @@ from grpo.rollout import make_generator
 from grpo.rollout.paged import PagedCache, num_pages_for
 from grpo.system import distributed, progress
 from grpo.system.distributed import Processes
+from grpo.system.files import checksum
 from grpo.system.out_of_memory import free_bytes
-from grpo.system.writer import checksum
 from grpo.types import Generator
 
 

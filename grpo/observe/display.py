@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from grpo.observe.console import ESTIMATE_OVER, console, number, show_evaluation
-from grpo.observe.metrics import LOSS
+from grpo.observe.metric_names import LOSS
 from grpo.scoring.answers import is_right
 from grpo.system.terminal import Region, printable
 from grpo.text.thinking import Kind, parts

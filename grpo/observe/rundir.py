@@ -24,9 +24,9 @@ from grpo.observe.sinks import InBackground, JsonlSink, Sink, TensorBoardSink, W
 from grpo.scoring.answers import is_right, summarize, training_rows, verdict_name
 from grpo.system.build import commit, own_version, processor
 from grpo.system.distributed import Processes
+from grpo.system.files import replace_text, to_json
 from grpo.system.jsonl import append_jsonl, iterate_backwards, iterate_jsonl, read_jsonl, read_metrics, rewind_jsonl
 from grpo.system.terminal import say
-from grpo.system.writer import replace_text, to_json
 from grpo.text import aha, language
 from grpo.types import Group, Scores
 

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 from grpo.config import AnyConfig
 from grpo.scoring.answers import is_right
+from grpo.system.files import replace_text, to_json
 from grpo.system.jsonl import append_jsonl
 from grpo.system.terminal import say
-from grpo.system.writer import replace_text, to_json
 from grpo.text import aha
 
 Row = Mapping[str, Any]

@@ -21,7 +21,7 @@ import xxhash
 
 from grpo.pipeline.stages import Input, Plan, Stage
 from grpo.policy.model_source import model_directory
-from grpo.system.writer import checksum, replace_text, to_json
+from grpo.system.files import checksum, replace_text, to_json
 
 FILE = "lineage.json"
 FINISHED = "finished"

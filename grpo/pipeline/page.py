@@ -17,7 +17,7 @@ from grpo.pipeline.lineage import Lineage
 from grpo.pipeline.stages import TRAINED, Plan
 from grpo.scoring.answers import is_right
 from grpo.scoring.statistics import Estimate
-from grpo.system.writer import replace_text
+from grpo.system.files import replace_text
 
 HTML, MARKDOWN = "r1.html", "r1.md"
 

@@ -36,8 +36,8 @@ from grpo.run.inputs import digests
 from grpo.scoring.answers import verdict_name
 from grpo.scoring.scorer import Scorer
 from grpo.system import distributed
+from grpo.system.files import replace_text, to_json
 from grpo.system.jsonl import replacing_jsonl
-from grpo.system.writer import replace_text, to_json
 from grpo.types import VOTE, Prompt, Sampling
 
 

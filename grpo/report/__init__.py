@@ -10,7 +10,7 @@ from grpo.report.fit import prediction, said
 from grpo.report.page import write_page
 from grpo.report.read import read_runs
 
-__all__ = ["at_the_end", "check_places", "plot_arms", "plot_curves", "predictions", "save_figures", "write_page"]
+__all__ = ["at_the_end", "check_places", "plot_arms", "plot_curves", "remarks", "save_figures", "write_page"]
 
 COMPLETIONS_AT_THE_END = 4_000
 """Of each kind, so that a run does not wait for its page; `grpo report` writes one with more."""
@@ -34,10 +34,14 @@ def check_places(file: Path | None, *directories: Path | None) -> None:
             )
 
 
-def predictions(directories: list[Path]) -> list[tuple[str, str]]:
-    """The name of each run, and a line of where its rewards lead."""
-    told = [(run.name, prediction(run)) for run in read_runs(directories, max_completions=0)]
-    return [(name, said(each)) for name, each in told if each is not None]
+def remarks(directories: list[Path]) -> list[str]:
+    """Of each run, what could not be read of it, and where its rewards lead."""
+    lines = []
+    for run in read_runs(directories, max_completions=0):
+        lines += [f"{run.name}: {note}" for note in run.notes]
+        if (leads_to := prediction(run)) is not None:
+            lines.append(f"{run.name}: {said(leads_to)}")
+    return lines
 
 
 def at_the_end(run_dir: Path) -> list[str]:

@@ -27,7 +27,7 @@ from typing import Any
 
 from grpo.report import fit, panels, summary
 from grpo.report.read import Row, Run, Source, read_runs
-from grpo.system.writer import replace_text
+from grpo.system.files import replace_text
 from grpo.text.aha import PAPER_WORDS, pattern_source
 
 SCRIPTS = ("data.js", "charts.js", "completions.js", "page.js")

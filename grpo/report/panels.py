@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from grpo.observe.metrics import LOSS, METRICS
+from grpo.observe.metric_names import LOSS, METRICS
 from grpo.scoring.answers import verdict_name
 from grpo.text.answer_forms import FORMS
 

@@ -13,7 +13,7 @@ from grpo.config import Config
 from grpo.report.read import Row, Run, Source
 from grpo.scoring.answers import is_right
 from grpo.scoring.statistics import wilson
-from grpo.system.writer import to_json
+from grpo.system.files import to_json
 from grpo.types import VOTE
 
 Interval = tuple[float, float, float]

@@ -37,9 +37,10 @@ from grpo.policy.policy import Policy
 from grpo.run import inputs
 from grpo.system import progress
 from grpo.system.distributed import GIB, Processes
+from grpo.system.files import flush
 from grpo.system.stopping import RunError
 from grpo.system.terminal import say
-from grpo.system.writer import Writer, flush, problem_with, save_tensors
+from grpo.system.writer import Writer, problem_with, save_tensors
 from grpo.training import carry_over
 from grpo.training.state import RunState, StepState
 from grpo.types import Drafts

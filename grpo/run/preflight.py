@@ -29,7 +29,7 @@ from grpo.data.order import PromptOrder
 from grpo.data.prompts import TEMPLATES, build_prompts
 from grpo.system import progress
 from grpo.system.distributed import Processes
-from grpo.system.writer import to_json
+from grpo.system.files import to_json
 from grpo.training.collector import Collector
 from grpo.turns.generator import TurnGenerator
 from grpo.types import Completion, Group, Prompt, Scores

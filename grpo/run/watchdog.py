@@ -38,7 +38,7 @@ from typing import Any
 
 from grpo.algorithm.advantage import FLAT
 from grpo.config import Config
-from grpo.observe.metrics import LOSS
+from grpo.observe.metric_names import LOSS
 from grpo.system.stopping import RunError
 from grpo.text.answer_forms import FORMS
 

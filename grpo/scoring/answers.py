@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
-from grpo.scoring.scorer import Scorer
 from grpo.scoring.statistics import Values, estimate, majority, pass_at_k, powers_of_two
 from grpo.types import VOTE, Completion, Generator, Group, Prompt, Sampling, Scores
+
+if TYPE_CHECKING:  # a report reads verdicts, and need not wait for torch
+    from torch import Tensor
+
+    from grpo.scoring.scorer import Scorer
 
 OnRows = Callable[[list[dict[str, Any]]], None]
 """Called with the rows of a question, when all of its samples are scored."""

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from grpo.system import progress
+from grpo.system.files import to_json
 from grpo.system.terminal import UNSAFE, say
-from grpo.system.writer import to_json
 
 Row = dict[str, Any]
 

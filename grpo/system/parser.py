@@ -15,7 +15,7 @@ class Parser(argparse.ArgumentParser):
         """Raises SystemExit: 2."""
         said = re.sub(r"invalid int value: (.*)", r"\1 is no whole number", message)
         said = re.sub(r"invalid \w+ value: (.*)", r"\1 is no number", said)  # the name is that of a function of ours
-        said = said if said.endswith(".") else f"{said}."
+        said = said if said.endswith((".", "?")) else f"{said}."
         found = re.match(r"unrecognized arguments: ((\S+?)(=\S*)?)( |\Z)", message)
         if found is not None and (proposed := self._proposed(*found.group(1, 2))):
             said += f" {proposed}"

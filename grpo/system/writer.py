@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import datetime
 import decimal
-import json
-import math
-import os
 import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,30 +17,17 @@ from threading import Thread
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from grpo.system import progress
+from grpo.system.files import checksum, flush
 
 Files = dict[str, tuple[int, str]]
 """Path of each file within its directory, its size in bytes, and its checksum."""
 
 Write = Callable[[Path, Any, Callable[[Any, Path], Any]], None]
 """`write(path, data, save)` lets `save(data, path)` make a file or a directory of files, now or later, but of `data` as it is."""
-
-
-def to_json(value: Any, **options: Any) -> str:
-    """As JSON proper: of numbers, NaN and the infinities become null, for which JSON has no other word."""
-    return json.dumps(_finite(value), allow_nan=False, **options)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def write_now(path: Path, data: Any, save: Callable[[Any, Path], Any]) -> None:
@@ -136,16 +120,6 @@ def _copy(source: Tensor, threads: ThreadPoolExecutor) -> Tensor:
     return target
 
 
-def checksum(path: Path) -> str:
-    """XXH3 of a file's content, 128 bits: as fast as the file is read, and blind to intent, not to chance."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-            progress.tick()
-    return digest.hexdigest()
-
-
 def problem_with(directory: Path, files: Files) -> str | None:
     """What is wrong with the first of these files that is not as it was written; None if all are."""
     for name, (size, expected) in files.items():
@@ -157,23 +131,6 @@ def problem_with(directory: Path, files: Files) -> str | None:
         if checksum(path) != expected:
             return f"{name} is not what was written: its checksum differs"
     return None
-
-
-def flush(path: Path) -> None:
-    """Push a file, or a directory's list of names, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file that is there whole, or as before, whatever ends the process meanwhile."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    flush(new)
-    os.replace(new, path)
 
 
 def load_tensors(path: Path, *, classes: Sequence[type | tuple[type, str]] = (), mmap: bool = False) -> Any:
