@@ -21,9 +21,10 @@ from grpo.algorithm.objective import AdvantageRule
 from grpo.cli.model_options import add_options
 from grpo.config import DataConfig, RewardConfig, ScoringConfig
 from grpo.data.prompts import build_prompts
+from grpo.data.rows import asked_rows
 from grpo.inference import model as inference
 from grpo.inference.chat import Conversation, show, write
-from grpo.inference.inspect import columns_of, make_scorer, own_rows, sample_groups, show_group, without
+from grpo.inference.inspect import columns_of, make_scorer, sample_groups, show_group, without
 from grpo.inference.model import Sampler
 from grpo.inference.resolve_model import choose, num_positions, trusted_rewards
 from grpo.policy.tokenizer import load_tokenizer
@@ -125,13 +126,13 @@ def test_only_a_chat_template_takes_a_system_message(run: Path):
 
 
 def test_questions_of_ones_own_have_a_gold_answer_each_or_none():
-    assert own_rows(["a", "b"], ["1", "2"]) == [{"question": "a", "answer": "1"}, {"question": "b", "answer": "2"}]
-    assert columns_of(own_rows(["a"], ["1"])) == ["question", "answer"]
-    assert columns_of(own_rows(["a"], [])) == ["question"]
+    assert asked_rows(["a", "b"], ["1", "2"]) == [{"question": "a", "answer": "1"}, {"question": "b", "answer": "2"}]
+    assert columns_of(asked_rows(["a"], ["1"])) == ["question", "answer"]
+    assert columns_of(asked_rows(["a"], [])) == ["question"]
     with pytest.raises(ValueError, match=r"^--answer is given 1 times with 2 of --question; each .* Give one for each"):
-        own_rows(["a", "b"], ["1"])
+        asked_rows(["a", "b"], ["1"])
     with pytest.raises(ValueError, match=r"^--question is empty; there is nothing to ask. Write a question."):
-        own_rows([" "], [])
+        asked_rows([" "], [])
 
 
 def test_rewards_that_nobody_can_fill_are_named_with_what_they_need():
@@ -159,7 +160,7 @@ class SaidGenerator:
 
 
 def asked(answers: list[str]) -> list[dict[str, Any]]:
-    rows = own_rows([QUESTION], answers)
+    rows = asked_rows([QUESTION], answers)
     rewards = resolve_rewards([RewardConfig(function="accuracy"), RewardConfig(function="format", weight=0.5)])
     lacking = without(rewards, columns_of(rows))
     scorer = make_scorer(

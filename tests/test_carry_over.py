@@ -22,8 +22,9 @@ from grpo.algorithm.batch import join, micro_batch, pack, split
 from grpo.check.invariance import _one_plain_step
 from grpo.data.order import PromptOrder
 from grpo.observe.metrics import Meter, measure_carry_over
+from grpo.policy.model_source import name_of
 from grpo.rollout.slots import Prefix, Sequence, Slots
-from grpo.run.checkpoint import _completed, changed_setting, name_of
+from grpo.run.checkpoint import _completed, changed_setting
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import Stopped
 from grpo.training.carry_over import CarryOver, from_tensors, redistribute, to_tensors

@@ -26,9 +26,9 @@ from grpo import Trainer
 from grpo.algorithm.batch import empty_micro_batch, micro_batch, pack, take
 from grpo.config import Config, RewardConfig, as_override
 from grpo.observe.metrics import Meter
-from grpo.policy.model_source import complete_checkpoints
+from grpo.policy.model_source import complete_checkpoints, name_of, numbers_of
 from grpo.run import checkpoint, inputs
-from grpo.run.checkpoint import CheckpointError, changed_setting, name_of, numbers_of
+from grpo.run.checkpoint import CheckpointError, changed_setting
 from grpo.scoring import reward as scoring
 from grpo.system.files import checksum
 from grpo.system.jsonl import read_jsonl

@@ -26,7 +26,7 @@ from safetensors.torch import load, load_file
 from grpo import Callback, Trainer
 from grpo.cli.export import parser, run
 from grpo.config import Config, SupervisedConfig
-from grpo.run.checkpoint import name_of
+from grpo.policy.model_source import name_of
 from grpo.run.hub import NotPushed, PushToHub, _unstage_all, push_model
 from grpo.system import progress
 from grpo.system.stopping import Stopped

@@ -228,6 +228,25 @@ MISTAKES: list[tuple[list[str], str]] = [
     ),
 ]
 
+ASKED: list[tuple[list[str], str]] = [
+    (["chat", "--model", MODEL, "--temperature", "-1"], r"--temperature is -1\.0; it is at least 0\. Set 0 for"),
+    (["chat", "--model", MODEL, "--step", "3"], r"--step is 3; .* belongs to no run .* Leave --step out"),
+    (["sample", "--model", MODEL, "--question", "1+1", "--answer", "2", "--answer", "3"], r"--answer is given 2 times"),
+    (["sample", "--model", MODEL, "--question", "1+1", "--config", "a.yaml"], r"--config is 'a\.yaml'.*no such file"),
+    (
+        ["serve", "--model", MODEL, "--steps", "5"],
+        r"--steps is 5; .* belongs to no run .* Leave it out, or name a run's",
+    ),
+    (["serve", "--model", MODEL, "--max-tokens", "0"], r"--max-tokens is 0; an answer has at least 1 token\. Raise it"),
+    (
+        ["export", MODEL, "--to", "folder", "--out", "x", "--step", "7"],
+        r"--step is 7; .* Leave --step out, or name a run",
+    ),
+    (["reject", "--model", MODEL, "--out", "a.jsonl", "--top-p", "2"], r"--top-p is 2\.0; it is above 0 and at most 1"),
+    (["chat", "--model", "broken_run"], r"broken_run/config\.yaml is not valid YAML, line 1, column 5: .* Correct it"),
+]
+"""What options say of a model that is asked."""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -257,7 +276,7 @@ def _make_models(place: Path) -> None:
     (place / "no_json" / "config.json").write_text("{broken")
 
 
-ALL = [*MISTAKES, *AFTER_TORCH]
+ALL = [*MISTAKES, *ASKED, *AFTER_TORCH]
 
 
 @pytest.mark.parametrize(("arguments", "answer"), ALL, ids=[" ".join(given)[-60:] for given, _ in ALL])
@@ -278,8 +297,10 @@ def test_a_mistake_is_answered_in_three_lines_at_most(
 EARLY = [
     given
     for given, _ in MISTAKES
-    if given[:3] == QUICKSTART[:3] or given[0] == "export" or ("mine=sums.jsonl" in given and "chatml" not in given)
-]
+    if given[:3] == QUICKSTART[:3]
+    or given[0] in ("export", "report")
+    or ("mine=sums.jsonl" in given and "chatml" not in given)
+] + [given for given, _ in ASKED]
 
 
 def test_what_is_wrong_with_a_configuration_is_told_before_torch_is_imported(folder: Path):

@@ -13,8 +13,7 @@ import pytest
 from helpers import ROOT, clean_environment, tiny_config
 
 from grpo import Trainer
-from grpo.policy.model_source import complete_checkpoints
-from grpo.run.checkpoint import name_of
+from grpo.policy.model_source import complete_checkpoints, name_of
 from grpo.system.stopping import EXIT_STOPPED, SIGNALS, Stopped, StopRequest
 from grpo.types import MicroBatch
 

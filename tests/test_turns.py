@@ -34,9 +34,8 @@ from grpo.evaluation.benchmark import OwnModel, Runtime, Settings, _claimed
 from grpo.inference.chat import Conversation, Interlude, show
 from grpo.inference.model import load, sampling_config
 from grpo.inference.resolve_model import trusted_tools
-from grpo.policy.model_source import complete_checkpoints
+from grpo.policy.model_source import complete_checkpoints, name_of
 from grpo.rollout.grouping import Grouping
-from grpo.run.checkpoint import name_of
 from grpo.scoring.reward import Reward, loaded_files
 from grpo.scoring.scorer import Scorer
 from grpo.system.jsonl import read_jsonl

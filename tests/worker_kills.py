@@ -34,8 +34,7 @@ from helpers import QUESTIONS, VARIETY, free_port, shallow, shard_even_small_wei
 from safetensors.torch import load_file
 
 from grpo import Trainer
-from grpo.policy.model_source import complete_checkpoints
-from grpo.run.checkpoint import numbers_of
+from grpo.policy.model_source import complete_checkpoints, numbers_of
 from grpo.system.heartbeat import PEER_LOST
 from grpo.system.jsonl import iterate_backwards, read_jsonl
 from grpo.system.stopping import EXIT_STOPPED

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from grpo.cli.model_options import add_options
 from grpo.data.hub_names import check_model
 from grpo.inference.commands import HELP
+from grpo.inference.options import check_options
 from grpo.observe.console import console, errors_for_users
 from grpo.system.parser import Parser
 from grpo.system.terminal import say
@@ -28,6 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     with errors_for_users():
         check_model(options.model)
+        check_options(options)
     import torch
 
     from grpo.inference.chat import Conversation

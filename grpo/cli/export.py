@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from grpo.data.hub_names import check_model
+from grpo.inference.options import check_options
 from grpo.observe.console import errors_for_users
 from grpo.system.parser import Parser
 from grpo.system.terminal import say
@@ -29,6 +30,7 @@ def main() -> None:
     try:
         with errors_for_users():
             check_model(options.model, "RUN_OR_DIR")
+            check_options(options)
             say("\n".join(f"written to {place}" for place in run(options)))
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -39,7 +41,8 @@ def run(options: argparse.Namespace) -> list[str]:
     kind, *repo = options.to
     check(options, kind, repo)
     from grpo.export.export import Asked, export, push
-    from grpo.inference.resolve_model import choose, run_directory
+    from grpo.inference.options import run_directory
+    from grpo.inference.resolve_model import choose
 
     asked = Asked(
         choose(options),

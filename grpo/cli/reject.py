@@ -19,6 +19,7 @@ from typing import Any
 
 from grpo.cli.model_options import add_options
 from grpo.data.hub_names import check_model
+from grpo.inference.options import check_options
 from grpo.observe.console import errors_for_users, positive
 from grpo.system.parser import Parser
 from grpo.system.terminal import say
@@ -35,6 +36,7 @@ def main() -> None:
                 )
     with errors_for_users():
         check_model(options.model)
+        check_options(options)
         if options.rewrite_with:
             check_model(options.rewrite_with, "--rewrite-with")
         from grpo.rejection.reject import table_of

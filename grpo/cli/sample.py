@@ -13,6 +13,8 @@ from typing import Any
 
 from grpo.cli.model_options import add_options
 from grpo.data.hub_names import check_model
+from grpo.data.rows import asked_rows
+from grpo.inference.options import check_options
 from grpo.observe.console import console, errors_for_users
 from grpo.system.parser import Parser
 from grpo.system.terminal import is_text
@@ -41,7 +43,9 @@ def main() -> None:
     chatter = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
     with errors_for_users(), chatter:
         check_model(options.model)
-        rows = sample(options)
+        check_options(options)
+        asked = asked_rows(options.question, options.answer)
+        rows = sample(options, asked)
     from grpo.inference.inspect import show_group
     from grpo.system.distributed import stop
     from grpo.system.jsonl import json_line
@@ -73,9 +77,9 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         parser.error(f"--group is {options.group}; there must be at least 1 completion.")
 
 
-def sample(options: argparse.Namespace) -> list[dict[str, Any]]:
+def sample(options: argparse.Namespace, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from grpo.data.prompts import build_prompts
-    from grpo.inference.inspect import chosen_rows, columns_of, make_scorer, own_rows, sample_groups, without
+    from grpo.inference.inspect import chosen_rows, columns_of, make_scorer, sample_groups, without
     from grpo.inference.resolve_model import choose, said, trusted_environment, trusted_rewards, trusted_tools
     from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
     from grpo.scoring.reward import resolve_rewards
@@ -91,7 +95,6 @@ def sample(options: argparse.Namespace) -> list[dict[str, Any]]:
     data = data if tools is None else tools.told(data)
     if options.data:
         data = data.model_copy(update={"name": options.data})
-    asked = own_rows(options.question, options.answer)
     rows = asked or chosen_rows(data, options.row, held_out=options.held_out, environment=environment)
     rows = rows if tools is None else tools.toolbox.observed(rows, data)
     numbers = options.row or range(len(rows))

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 
 from grpo.cli.model_options import add_options
 from grpo.data.hub_names import check_model
+from grpo.inference.options import check_options, each_step
 from grpo.observe.console import errors_for_users, positive
 from grpo.system.parser import Parser
 
@@ -27,6 +28,8 @@ def main() -> None:
     with errors_for_users():
         _check_installed()
         check_model(options.model)
+        for _, _, asked in each_step(options):
+            check_options(asked)
         from grpo.serving import run
 
         with ExitStack() as stack:

@@ -472,3 +472,20 @@ def _turns(cell: Sequence[Mapping[str, Any]], fields: Fields, where: str) -> lis
             f"{column}.0.content."
         )
     return turns
+
+
+def asked_rows(questions: Sequence[str], answers: Sequence[str]) -> list[dict[str, Any]]:
+    """Data rows of questions that a person asks, with gold answers to all of them or to none (None).
+
+    Raises:
+        ValueError: a question is empty, or there are answers to some only.
+    """
+    if answers and len(answers) != len(questions):
+        raise ValueError(
+            f"--answer is given {len(answers)} times with {len(questions)} of --question; each answer belongs to the question in "
+            "its place. Give one for each question, or none."
+        )
+    if any(not question.strip() for question in questions):
+        raise ValueError("--question is empty; there is nothing to ask. Write a question.")
+    gold: Sequence[str | None] = answers or [None] * len(questions)
+    return [{"question": question, "answer": answer} for question, answer in zip(questions, gold, strict=True)]

@@ -32,7 +32,8 @@ from grpo.evaluation.asked import PROMPT_FORMATS, Runtime, Settings, Task
 from grpo.evaluation.results import QUESTION_KEYS, as_json, conclude, earlier_results, seconds_of
 from grpo.evaluation.sample_file import Book, claimed, finished
 from grpo.inference import model as inference
-from grpo.inference.resolve_model import num_positions, run_directory
+from grpo.inference.options import run_directory
+from grpo.inference.resolve_model import num_positions
 from grpo.observe.bar import Bar, check_rows
 from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
 from grpo.run.inputs import of_environment, of_tools, plain

@@ -33,9 +33,10 @@ import numpy as np
 import torch
 
 from grpo.config import Config, as_override, read_yaml
+from grpo.policy.model_source import name_of
 from grpo.report import plot_arms, write_page
 from grpo.report.read import MAX_RUNS
-from grpo.run.checkpoint import MAY_CHANGE, changed_setting, name_of
+from grpo.run.checkpoint import MAY_CHANGE, changed_setting
 from grpo.scoring.answers import by_question, columns_of, is_right, verdict_name
 from grpo.scoring.statistics import Estimate, Values, estimate, mean_of_few
 from grpo.system.files import replace_text, to_json

@@ -21,12 +21,11 @@ from grpo.export.think_tokens import MEANING, How, add_think_tokens, give_rows
 from grpo.export.vocabulary import Vocabulary, vocabulary_of
 from grpo.inference.resolve_model import Chosen
 from grpo.observe.bar import Bar
-from grpo.policy.model_source import CHECKPOINT_NAME, check_not_quantised, model_config, source_of
+from grpo.policy.model_source import CHECKPOINT_NAME, check_not_quantised, model_config, numbers_of, source_of
 from grpo.policy.tokenizer import end_token_ids, load_tokenizer, vocabulary_size
 from grpo.report.card import FIGURE, card, licence_of, read_run
 from grpo.report.figures import plot_curves
 from grpo.run import hub
-from grpo.run.checkpoint import numbers_of
 from grpo.system import progress
 from grpo.system.terminal import say
 

@@ -17,7 +17,8 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from grpo.config import DataConfig
 from grpo.data.prompts import chat_text, conversation, fill, prefill_of, time_limit, tokenize
 from grpo.inference.commands import HELP
-from grpo.inference.resolve_model import check_number, said
+from grpo.inference.options import check_number
+from grpo.inference.resolve_model import said
 from grpo.observe.display import STYLES
 from grpo.policy.policy import SampledModel
 from grpo.rollout.hf import drawing_options, without_defaults

@@ -25,23 +25,6 @@ from grpo.turns.environment import own_rows as rows_of_environment
 from grpo.types import Generator, Prompt, Sampling
 
 
-def own_rows(questions: Sequence[str], answers: Sequence[str]) -> list[dict[str, Any]]:
-    """Data rows of questions that a person asks, with gold answers to all of them or to none (None).
-
-    Raises:
-        ValueError: a question is empty, or there are answers to some only.
-    """
-    if answers and len(answers) != len(questions):
-        raise ValueError(
-            f"--answer is given {len(answers)} times with {len(questions)} of --question; each answer belongs to the question in "
-            "its place. Give one for each question, or none."
-        )
-    if any(not question.strip() for question in questions):
-        raise ValueError("--question is empty; there is nothing to ask. Write a question.")
-    gold: Sequence[str | None] = answers or [None] * len(questions)
-    return [{"question": question, "answer": answer} for question, answer in zip(questions, gold, strict=True)]
-
-
 def chosen_rows(
     data: DataConfig, numbers: Sequence[int], *, held_out: bool, environment: Environment | None = None
 ) -> list[dict[str, Any]]:

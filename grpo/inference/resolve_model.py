@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,16 +16,13 @@ from grpo.config import (
     EnvironmentConfig,
     ModelConfig,
     RewardConfig,
-    SupervisedConfig,
     ToolsConfig,
-    read_text,
 )
-from grpo.config.load import read_settings
 from grpo.data.prompts import use_chat_template
 from grpo.inference.model import Sampler, load, sampling_config
+from grpo.inference.options import RULES, check_options, checkpoint_of, run_directory, settings_of
 from grpo.policy.families import attribute
-from grpo.policy.model_source import complete_checkpoints, model_config, model_directory
-from grpo.run.checkpoint import numbers_of
+from grpo.policy.model_source import model_config, model_directory
 from grpo.system.terminal import say
 from grpo.turns.use import named
 from grpo.types import Sampling
@@ -158,34 +153,19 @@ def choose(options: Namespace) -> Chosen:
     Raises:
         ValueError: there is no such model, run or step, or a number is out of range.
     """
+    check_options(options)
     directory = run_directory(options.model)
-    if directory is None:
-        for option, given in (("--step", options.step), ("--base", options.base or None)):
-            if given is not None:
-                raise ValueError(
-                    f"{option} is {given}; {options.model!r} belongs to no run (there is no config.yaml), so it has neither "
-                    f"steps nor a starting model. Leave {option} out, or name a run's directory."
-                )
-    if options.base and options.step is not None:
-        raise ValueError(f"--step is {options.step} with --base; that is step 0 of the run. Leave one of the two out.")
     path = options.config or (None if directory is None else directory / "config.yaml")
     if options.base and directory is not None:
         model = settings_of(directory / "config.yaml").model
     else:
-        name = model_directory(options.model) if options.step is None else _of_step(directory, options.step)
+        name = model_directory(options.model if options.step is None else str(checkpoint_of(directory, options.step)))
         model = ModelConfig(name=name)
     model.trust_remote_code = options.trust_remote_code  # not as the run has it, which may be another person's
     settings = usual_settings(model) if path is None else settings_of(Path(path))
     if not options.config and not options.base:  # a checkpoint's tokenizer has its chat template
         settings = settings.model_copy(update={"data": settings.data.model_copy(update={"chat_template": None})})
     return Chosen(model, settings, path is not None, sampling_of(options, settings.sampling))
-
-
-def settings_of(path: Path) -> Config:
-    """What a YAML says; of supervised training, how its held-out questions are asked."""
-    if path.is_file() and "training" in read_settings(read_text(path, f"{path} is a configuration"), str(path)):
-        return SupervisedConfig.load(path).parts
-    return Config.load(path)
 
 
 def usual_settings(model: ModelConfig) -> Config:
@@ -204,51 +184,9 @@ def num_positions(model: ModelConfig) -> int | None:
     return attribute(config.get_text_config(), "max_position_embeddings")
 
 
-def run_directory(model: str) -> Path | None:
-    """The run that a directory is, or that a checkpoint or its `hf` lies in; None if there is none."""
-    path = Path(model).absolute()
-    for directory, inside in ((path, ""), *((parent, "checkpoints") for parent in path.parents[1:3])):
-        if (directory / "config.yaml").is_file() and path.is_relative_to(directory / inside):
-            return directory
-    return None
-
-
 def sampling_of(options: Namespace, default: Sampling) -> Sampling:
     """`default` with what the options say otherwise."""
-    given = {name: value for name in RULES if (value := getattr(options, name)) is not None}
-    for name, value in given.items():
-        check_number(name, value)
-    return replace(default, **given)
-
-
-RULES: dict[str, tuple[Callable[[float], bool], str, str]] = {
-    "temperature": (
-        lambda value: 0 <= value < math.inf,
-        "it is at least 0",
-        "Set 0 for the likeliest token, 1 as is usual",
-    ),
-    "top_p": (lambda value: 0 < value <= 1, "it is above 0 and at most 1", "Set 1 to draw from all tokens"),
-    "max_tokens": (lambda value: value >= 1, "an answer has at least 1 token", "Raise it"),
-}
-"""Of numbers that a person may set: whether one is allowed, the rule, the remedy."""
-
-
-def check_number(name: str, value: float, prefix: str = "--") -> None:
-    """Raises ValueError if it is not allowed."""
-    holds, rule, remedy = RULES[name]
-    if not holds(value):
-        raise ValueError(f"{prefix}{name.replace('_', '-')} is {value}; {rule}. {remedy}.")
-
-
-def _of_step(run: Path | None, step: int) -> str:
-    assert run is not None, "a step of no run was refused"
-    steps = {numbers_of(checkpoint): checkpoint for checkpoint in complete_checkpoints(run / "checkpoints")}
-    if (step, None) not in steps:
-        known = ", ".join(str(number) for number, updates in steps if updates is None) or "none"
-        raise ValueError(
-            f"--step is {step}; the run in {run} has checkpoints of these steps: {known}. Choose one of them."
-        )
-    return model_directory(str(steps[step, None]))
+    return replace(default, **{name: value for name in RULES if (value := getattr(options, name)) is not None})
 
 
 def said(sampling: Sampling) -> str:

@@ -64,12 +64,26 @@ def model_directory(name: str, *, setting: str = "--model") -> str:
 
 
 CHECKPOINT_NAME = re.compile(r"step-[0-9]{8,}(-[0-9]{4,})?")
-"""What `checkpoint.name_of` gives, and a person who makes a copy does not."""
+"""What `name_of` gives, and a person who makes a copy does not."""
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Oldest first."""
     return sorted(path for path in directory.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir())
+
+
+def name_of(step: int, updates: int | None = None) -> str:
+    """The directory of a checkpoint after so many steps, or with the next one under way and so many updates of it done.
+
+    Names sort by time.
+    """
+    return f"step-{step:08d}" + ("" if updates is None else f"-{updates:04d}")
+
+
+def numbers_of(checkpoint: Path) -> tuple[int, int | None]:
+    """The step and the updates that `name_of` was given."""
+    _, step, *updates = checkpoint.name.split("-")
+    return int(step), int(updates[0]) if updates else None
 
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -32,7 +32,7 @@ import xxhash
 from pydantic import BaseModel
 
 from grpo.config import AnyConfig, Config
-from grpo.policy.model_source import complete_checkpoints
+from grpo.policy.model_source import complete_checkpoints, name_of, numbers_of
 from grpo.policy.policy import Policy
 from grpo.run import inputs
 from grpo.system import progress
@@ -265,20 +265,6 @@ def _write_all(
         writer.write(directory / "under_way" / f"rank-{rank}.pt", under_way, save_tensors)
     if drafts is not None:
         writer.write(directory / "drafts" / f"rank-{rank}.pt", carry_over.to_tensors(drafts), save_tensors)
-
-
-def name_of(step: int, updates: int | None = None) -> str:
-    """The directory of a checkpoint after so many steps, or with the next one under way and so many updates of it done.
-
-    Names sort by time.
-    """
-    return f"step-{step:08d}" + ("" if updates is None else f"-{updates:04d}")
-
-
-def numbers_of(checkpoint: Path) -> tuple[int, int | None]:
-    """The step and the updates that `name_of` was given."""
-    _, step, *updates = checkpoint.name.split("-")
-    return int(step), int(updates[0]) if updates else None
 
 
 def _partial(final: Path) -> Path:

@@ -9,9 +9,10 @@ from typing import Any
 
 from grpo.config import Config
 from grpo.observe.rundir import RunLog
+from grpo.policy.model_source import numbers_of
 from grpo.policy.policy import Policy
 from grpo.run import post_mortem, tripwire
-from grpo.run.checkpoint import Checkpoints, numbers_of
+from grpo.run.checkpoint import Checkpoints
 from grpo.run.watchdog import Alarm, RollBacks, Watchdog, WatchdogError
 from grpo.scoring.answers import completion_rows, is_right
 from grpo.system.distributed import Processes

@@ -22,9 +22,9 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from grpo.config import AnyConfig
+from grpo.policy.model_source import numbers_of
 from grpo.report.card import FIGURE, card, licence_of, read_run
 from grpo.report.figures import plot_curves
-from grpo.run.checkpoint import numbers_of
 from grpo.system import progress
 from grpo.system.distributed import Processes
 from grpo.system.terminal import say

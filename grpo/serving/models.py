@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from grpo.config import Config, DataConfig, ModelConfig
 from grpo.data.prompts import TEMPLATES, chat_text, fill, prefill_of, time_limit, tokenize
 from grpo.inference.model import load_model
-from grpo.inference.resolve_model import Chosen, choose, num_positions, run_directory
+from grpo.inference.options import each_step
+from grpo.inference.resolve_model import Chosen, choose, num_positions
 from grpo.policy.language_model import resolve_dtype
 from grpo.policy.model_source import source_of
 from grpo.policy.policy import SampledModel
@@ -39,7 +40,6 @@ from grpo.system.terminal import say
 from grpo.turns.form import NoTools, form_of
 from grpo.types import Sampling
 
-LATEST, BASE = "latest", "base"
 LONGEST_CONTEXT = 32768
 """Tokens of a sequence by default, where the model knows more: a table of pages is kept for each slot."""
 
@@ -327,23 +327,8 @@ def host(options: Namespace, stack: ExitStack) -> list[Hosted]:
 
 def _chosen(options: Namespace) -> Iterator[tuple[str, str | None, Chosen]]:
     """The name, the step and the model of each."""
-    steps = options.steps or [LATEST]
-    if len(set(steps)) < len(steps):
-        raise ValueError(f"--steps is {' '.join(steps)}; each step is served once. Remove the others.")
-    run = run_directory(options.model)
-    if options.steps and run is None:
-        raise ValueError(
-            f"--steps is {' '.join(steps)}; {options.model!r} belongs to no run (there is no config.yaml). Leave it out, or name "
-            "a run's directory."
-        )
-    usual = run.resolve().name if run is not None else Path(options.model).resolve().name
-    name = options.name or (usual if Path(options.model).exists() else options.model)
-    for step in steps:
-        if not (step in (LATEST, BASE) or step.isdecimal()):
-            raise ValueError(f"--steps has {step!r}; a step is a number, {LATEST} or {BASE}. Correct it.")
-        number = int(step) if step.isdecimal() else None
-        chosen = choose(Namespace(**{**vars(options), "step": number, "base": step == BASE}))
-        yield (name if len(steps) == 1 else f"{name}:{step}"), (step if run is not None else None), chosen
+    for name, step, asked in each_step(options):
+        yield name, step, choose(asked)
 
 
 def _config(model: ModelConfig) -> Config:

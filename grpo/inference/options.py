@@ -1,0 +1,113 @@
+"""What the options of `grpo sample`, `chat`, `export` and `serve` say of a model: checked before torch is imported."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from grpo.config import Config, SupervisedConfig, read_text
+from grpo.config.load import read_settings
+from grpo.policy.model_source import complete_checkpoints, numbers_of
+
+
+def check_options(options: Namespace) -> None:
+    """See that they can be meant: the run, its step, numbers, and what YAML they lead to.
+
+    Raises:
+        ValueError: there is no such run or step, a number is out of range, or the configuration cannot be read.
+    """
+    directory = run_directory(options.model)
+    if directory is None:
+        for option, given in (("--step", options.step), ("--base", options.base or None)):
+            if given is not None:
+                raise ValueError(
+                    f"{option} is {given}; {options.model!r} belongs to no run (there is no config.yaml), so it has neither "
+                    f"steps nor a starting model. Leave {option} out, or name a run's directory."
+                )
+    if options.base and options.step is not None:
+        raise ValueError(f"--step is {options.step} with --base; that is step 0 of the run. Leave one of the two out.")
+    if options.step is not None:
+        checkpoint_of(directory, options.step)
+    for name in RULES:
+        if (value := getattr(options, name)) is not None:
+            check_number(name, value)
+    if (path := options.config or (directory and directory / "config.yaml")) is not None:
+        settings_of(Path(path))
+
+
+LATEST, BASE = "latest", "base"
+"""What stands for a step among --steps."""
+
+
+def each_step(options: Namespace) -> Iterator[tuple[str, str | None, Namespace]]:
+    """Of what `grpo serve` hosts, the name, the step if it is a run's, and the options of a command that asks one model.
+
+    Raises:
+        ValueError: a step is none, or is named twice, or there is no run that has steps.
+    """
+    steps = options.steps or [LATEST]
+    if len(set(steps)) < len(steps):
+        raise ValueError(f"--steps is {' '.join(steps)}; each step is served once. Remove the others.")
+    run = run_directory(options.model)
+    if options.steps and run is None:
+        raise ValueError(
+            f"--steps is {' '.join(steps)}; {options.model!r} belongs to no run (there is no config.yaml). Leave it out, or name "
+            "a run's directory."
+        )
+    usual = run.resolve().name if run is not None else Path(options.model).resolve().name
+    name = options.name or (usual if Path(options.model).exists() else options.model)
+    for step in steps:
+        if not (step in (LATEST, BASE) or step.isdecimal()):
+            raise ValueError(f"--steps has {step!r}; a step is a number, {LATEST} or {BASE}. Correct it.")
+        number = int(step) if step.isdecimal() else None
+        asked = Namespace(**{**vars(options), "step": number, "base": step == BASE})
+        yield (name if len(steps) == 1 else f"{name}:{step}"), (step if run is not None else None), asked
+
+
+def run_directory(model: str) -> Path | None:
+    """The run that a directory is, or that a checkpoint or its `hf` lies in; None if there is none."""
+    path = Path(model).absolute()
+    for directory, inside in ((path, ""), *((parent, "checkpoints") for parent in path.parents[1:3])):
+        if (directory / "config.yaml").is_file() and path.is_relative_to(directory / inside):
+            return directory
+    return None
+
+
+def checkpoint_of(run: Path | None, step: int) -> Path:
+    """Raises ValueError if the run has none of this step."""
+    assert run is not None, "a step of no run was refused"
+    steps = {numbers_of(checkpoint): checkpoint for checkpoint in complete_checkpoints(run / "checkpoints")}
+    if (step, None) not in steps:
+        known = ", ".join(str(number) for number, updates in steps if updates is None) or "none"
+        raise ValueError(
+            f"--step is {step}; the run in {run} has checkpoints of these steps: {known}. Choose one of them."
+        )
+    return steps[step, None]
+
+
+def settings_of(path: Path) -> Config:
+    """What a YAML says; of supervised training, how its held-out questions are asked."""
+    if path.is_file() and "training" in read_settings(read_text(path, f"{path} is a configuration"), str(path)):
+        return SupervisedConfig.load(path).parts
+    return Config.load(path)
+
+
+RULES: dict[str, tuple[Callable[[float], bool], str, str]] = {
+    "temperature": (
+        lambda value: 0 <= value < math.inf,
+        "it is at least 0",
+        "Set 0 for the likeliest token, 1 as is usual",
+    ),
+    "top_p": (lambda value: 0 < value <= 1, "it is above 0 and at most 1", "Set 1 to draw from all tokens"),
+    "max_tokens": (lambda value: value >= 1, "an answer has at least 1 token", "Raise it"),
+}
+"""Of numbers that a person may set: whether one is allowed, the rule, the remedy."""
+
+
+def check_number(name: str, value: float, prefix: str = "--") -> None:
+    """Raises ValueError if it is not allowed."""
+    holds, rule, remedy = RULES[name]
+    if not holds(value):
+        raise ValueError(f"{prefix}{name.replace('_', '-')} is {value}; {rule}. {remedy}.")
