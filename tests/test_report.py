@@ -575,3 +575,30 @@ def test_a_printed_page_is_dark_on_white_and_has_all_charts_and_completions(tmp_
         cut = "return [...document.querySelectorAll('.cards, .text')].filter(e => e.scrollWidth > e.clientWidth + 1 || "
         assert shown.run(cut + "(e.scrollHeight > e.clientHeight + 1 && e.className === 'text')).length") == 0
         assert shown.errors() == []
+
+
+@pytest.mark.skipif(chromium() is None, reason="chromium and chromedriver are not installed")
+def test_on_a_phone_the_first_question_is_open_and_the_others_open_with_their_charts_drawn(tmp_path: Path):
+    page = tmp_path / "page.html"
+    page.write_text(html_of(a_run(tmp_path / "a")))
+    is_open = "return [...document.querySelectorAll('#curves details.section')].map(s => s.open)"
+    with browser() as shown:
+        shown.open(page.as_uri())
+        shown.wait("return document.querySelectorAll('.panel').length > 0")
+        assert all(shown.run(is_open)[:-1])
+        shown.resize(390, 844)
+        shown.open(page.as_uri())
+        shown.wait("return document.querySelectorAll('.panel').length > 0")
+        first, *others = shown.run(is_open)
+        assert first
+        assert others
+        assert not any(others)
+        shown.click("#curves details.section:nth-of-type(2) summary")
+        drawn = "return [...document.querySelectorAll('#curves details.section:nth-of-type(2) .panel')]"
+        shown.wait(f"{drawn}.every(p => p.querySelector('svg *'))")
+        shown.print_preview()
+        assert all(shown.run(is_open))
+        assert shown.run("return [...document.querySelectorAll('.panel')].every(p => p.querySelector('svg *'))")
+        shown.run("window.dispatchEvent(new Event('afterprint'))")
+        assert shown.run(is_open) == [True, True, *others[1:]]
+        assert shown.errors() == []

@@ -328,6 +328,8 @@ function buildCurves() {
     return;
   }
   place.append(controls());
+  const isNarrow = window.matchMedia("(max-width: 560px)").matches; // where all charts would be a page of many screens
+  const charted = (number) => ` ${number} ${number === 1 ? "chart" : "charts"}`;
   for (const section of page.sections) {
     const made = section.panels.flatMap((panel) =>
       panel.stacked
@@ -346,12 +348,9 @@ function buildCurves() {
       made.filter((chart) => !flat.includes(chart)).map((chart) => chart.card),
     );
     const same = flat.length ? el("p", { class: "same" }, "Always the same: ", flat.map(unchanged)) : null;
-    const last = section.title === "Everything else";
-    place.append(
-      last
-        ? el("details", {}, el("summary", {}, el("h3", {}, `${section.title} (${made.length})`)), grid, same)
-        : el("div", {}, el("h3", {}, section.title), grid, same),
-    );
+    const isAsked = section !== page.sections[0] && (isNarrow || section.title === "Everything else");
+    const heading = el("summary", {}, el("h3", {}, section.title), el("span", {}, charted(made.length)));
+    place.append(el("details", { class: "section", open: !isAsked }, heading, grid, same));
   }
   const observer = new IntersectionObserver(
     (entries) => {
@@ -365,6 +364,10 @@ function buildCurves() {
   );
   charts.forEach((chart) => observer.observe(chart.card));
   window.addEventListener("beforeprint", () => {
+    for (const closed of place.querySelectorAll("details.section:not([open])")) {
+      closed.open = true;
+      window.addEventListener("afterprint", () => (closed.open = false), { once: true });
+    }
     for (const chart of charts) {
       chart.inView = true; // also what was never scrolled to
       chart.draw();
