@@ -81,13 +81,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """For each core that this process may use, in a container too, if there are 3 GiB of memory for each."""
+    """One more than the cores that this process may use, in a container too, if there are 3 GiB of memory for each: several tests
+    wait for limits to pass, and no core idles meanwhile."""
     cores = float(len(os.sched_getaffinity(0)))
     with contextlib.suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, int(quota) / int(period))
     gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return int(max(1, min(round(cores), gib // 3, 8)))
+    return int(max(1, min(round(cores) + 1, gib // 3, 8)))
 
 
 @pytest.hookimpl(wrapper=True)  # before xdist, which reads the groups in the same hook, and before `-m`

@@ -351,12 +351,25 @@ def test_a_fault_of_the_display_ends_no_print(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_samples_at_the_end_of_a_run_do_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]):
-    asked = {"question": "q\x1b[2J", "answer": "1\x9b31m", "sample": 0, "rewards": {"accuracy": 0.0}}
+    asked = {"row": 0, "question": "q\x1b[2J", "answer": "1\x9b31m", "sample": 0, "rewards": {"accuracy": 0.0}}
     row = {**asked, "completion": "a\x1b]0;owned\x07"}
     show_samples([row], [row], 2)
     shown = capsys.readouterr().out
     assert "owned" in shown
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", shown)
+
+
+def test_samples_of_games_that_are_asked_alike_are_paired_by_their_row_and_shown_with_what_was_said(
+    capsys: pytest.CaptureFixture[str],
+):
+    def game(row: int, guess: str) -> dict[str, Any]:
+        turns = [{"role": "assistant", "content": guess}, {"role": "user", "content": "Lower."}]
+        asked = {"row": row, "question": "Guess.", "answer": str(row), "sample": 0, "rewards": {"environment": 0.0}}
+        return {**asked, "completion": guess, "turns": [*turns, {"role": "assistant", "content": "1\n"}]}
+
+    show_samples([game(1, " 20"), game(2, " 30")], [game(1, " 21"), game(2, " 31")], 2)
+    shown = capsys.readouterr().out.split("Question: ")
+    assert [re.findall(r"\): (\d+)\nuser: Lower\.\n1\n", each) for each in shown[1:]] == [["20", "21"], ["30", "31"]]
 
 
 def test_text_of_a_model_does_not_steer_the_terminal():

@@ -139,13 +139,30 @@ def number(value: float | None) -> str:
 def show_samples(before: list[dict[str, Any]], after: list[dict[str, Any]], num_samples: int) -> None:
     """The same held-out questions answered before and after training, the first ones of the set."""
     terminal = console(markup=False)
-    answered = {row["question"]: row for row in before if row["sample"] == 0}
-    pairs = [(answered[row["question"]], row) for row in after if row["sample"] == 0 and row["question"] in answered]
+    answered = {_asked(row): row for row in before if row["sample"] == 0}
+    pairs = [(answered[_asked(row)], row) for row in after if row["sample"] == 0 and _asked(row) in answered]
     for old, new in pairs[:num_samples]:
         show(terminal, printable(f"\nQuestion: {old['question']}\nGold answer: {old['answer']}"))
         for label, row in (("before", old), ("after", new)):
             verdicts = ", ".join(f"{name} {value}" for name, value in row["rewards"].items())
-            show(terminal, printable(f"  {label} ({verdicts}): {row['completion'].strip()}"))
+            show(terminal, printable(f"  {label} ({verdicts}): {_transcript(row)}"))
+
+
+def _asked(row: Mapping[str, Any]) -> tuple[int, str]:
+    """Of which held-out question an answer is; the questions of a game can all be the same words."""
+    return row["row"], row["question"]
+
+
+def _transcript(row: Mapping[str, Any]) -> str:
+    """What the model wrote, and on lines of their own what tools and the environment said in between."""
+    turns = row.get("turns") or [{"role": "assistant", "content": row["completion"]}]
+    said = [
+        each["content"].strip()
+        if each["role"] == "assistant"
+        else f"{each.get('name') or each['role']}: {each['content']}"
+        for each in turns
+    ]
+    return "\n".join(said)
 
 
 def positive(text: str) -> int:
