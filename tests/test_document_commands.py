@@ -29,7 +29,7 @@ SHORTER = {
 
 ELSEWHERE = {
     r"^grpo serve|^curl|--endpoint": "a server and who asks it; tests/test_serve.py does both",
-    r"^python benchmarks/serve\.py": "of a GPU's size; tests/test_benchmarks.py runs it at the tiny one",
+    r"^python benchmarks/(serve|soak)\.py": "takes minutes or a GPU; tests/test_benchmarks.py runs it with less",
     r"^make |^source ": "sets up or runs all tests",
     r"configs/qwen1\.5b|--config qwen1\.5b|gsm8k|Qwen/|r1/20_cold_start|r1/80_distil": "needs the hub, and mostly a GPU",
     r"^pip install": "needs the package index",
