@@ -3,11 +3,15 @@
     python scripts/make_game_base.py [--out configs/quickstart-game]
 
 The game is that of tools/environments/guess_number.py, with numbers from 1 to 50 and at most six guesses. The model is the
-quickstart's (scripts/make_tiny_base.py) with random weights, pretrained here on played games and on nothing else. Half of them are
-records of good games, in a form of their own: before each guess stands what the number lies between, as `>12 <25: 18`. The other
-half are games as the model will be asked to play, and `PLAYERS` says how: most forget what they have been told and guess anywhere,
-go on by a few, or heed the last word alone; one in five takes notes. Nothing tells the model who wins, and it has never seen a
-reward.
+quickstart's (scripts/make_tiny_base.py) with random weights, pretrained here on played games and on nothing else. Half of them
+are records of good games, in a form of their own: before each guess stands what the number lies between, as `>12 <25: 18`. The
+other half are games as the model will be asked to play, and `PLAYERS` says how: most forget what they have been told and guess
+anywhere, go on by a few, or heed the last word alone; one in five takes notes. Nothing tells the model who wins, and it has never
+seen a reward.
+
+Measured with the default seed: 1,500 steps, 3.5 M tokens, 4 minutes of one core. Of 128 games at temperature 1 it wins 23 %, and
+takes notes in 14 %. `grpo train --config quickstart-game`, 60 steps: docs/environments.md. A first base, whose corpus
+had the dialogues alone, copied its notes wrongly too often for them to pay, and came to play without any.
 """
 
 import argparse
@@ -17,8 +21,7 @@ from pathlib import Path
 
 import make_tiny_base as base
 import torch
-
-from tools.environments.guess_number import ASK, guess_number
+from grpo.tools.environments.guess_number import ASK, guess_number
 
 LOW, HIGH, TURNS = 1, 50, 6
 PRETRAIN_STEPS = 1500

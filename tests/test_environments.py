@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import random
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from grpo.tools.environments.guess_number import ASK
+from grpo.tools.environments.guess_number import ASK, guess_number
 from helpers import ROOT, TINY, steps_of, tiny_config
 from transformers import AddedToken, AutoTokenizer
 
@@ -707,3 +708,29 @@ def test_without_the_package_of_verifiers_its_environments_are_refused(monkeypat
     monkeypatch.delitem(sys.modules, "grpo.tools.environments.verifiers_env", raising=False)
     with pytest.raises(ValueError, match=r"verifiers cannot be imported.*pip install 'grpo-zero\[verifiers\]'"):
         Environment.of(EnvironmentConfig(function="of_verifiers"))
+
+
+def test_the_games_that_the_base_of_quickstart_game_has_read_are_played_by_the_rules_and_its_notes_are_true(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import make_game_base
+
+    games = list(itertools.islice(make_game_base.documents(3), 300))
+    with_notes = [text for text in games if ">" in text]
+    assert 0.5 < len(with_notes) / len(games) < 0.7, "half are records, and one in five of the others has notes"
+    for text in with_notes:
+        above, below = 0, 51
+        for note, reply in itertools.zip_longest(
+            re.findall(r">(\d+) <(\d+): (\d+)", text), re.findall(r"(Higher|Lower)\.", text)
+        ):
+            noted_above, noted_below, guess = map(int, note)
+            assert (noted_above, noted_below) == (above, below)
+            assert above < guess < below
+            above, below = (guess, below) if reply == "Higher" else (above, guess)
+    config = Config.load("quickstart-game")
+    text = next(text for text in games if text.startswith("I think"))
+    question = guess_number.rows(1, 0, high=config.environment.rows["high"])[0]["question"]
+    assert text.startswith((config.data.question_template or "").format(question=question))
+    assert (config.environment.reply_template or "").format(text="Lower.") in "".join(games)
+    assert max(text.count("Player:") for text in games) == config.environment.max_turns

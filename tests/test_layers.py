@@ -1,6 +1,7 @@
 """The folders of grpo/ are layers: each imports those below it and none above, and no modules import each other in a circle."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -62,6 +63,14 @@ GRAPH = {name: imports(path) for name, path in FILES.items()}
 
 def layer(module: str) -> int:
     return LAYERS.index(module.split(".")[1])
+
+
+def test_the_guide_for_contributors_says_what_each_layer_is_for():
+    guide = (ROOT / "CONTRIBUTING.md").read_text().split("## Where a change goes")[1].split("## Add")[0]
+    rows = [row.split("|")[1] for row in guide.splitlines() if row.startswith("| `")]
+    assert [name for row in rows for name in re.findall(r"`(\w+)`", row)] == [
+        each for each in LAYERS if each != "__main__"
+    ]
 
 
 def test_every_folder_is_a_layer():

@@ -827,7 +827,9 @@ def test_an_evaluation_whose_tool_was_edited_is_another(tmp_path: Path):
     (tmp_path / "out/samples.jsonl").write_text("{}\n")
     claim()
     file.write_text(text.format("two"))
-    with pytest.raises(ValueError, match=r"the source of a tool of --tools or .* has changed since .*must not be mixed"):
+    with pytest.raises(
+        ValueError, match=r"the source of a tool of --tools or .* has changed since .*must not be mixed"
+    ):
         claim()
 
 

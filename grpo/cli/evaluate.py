@@ -3,7 +3,7 @@
 grpo evaluate --model runs/gsm8k --benchmarks gsm8k --samples 16
 grpo evaluate --model Qwen/Qwen2.5-0.5B --benchmarks gsm8k,math500 --templates r1_zero,chat_boxed
 grpo evaluate --model runs/quickstart --benchmarks mine --data mine=configs/quickstart/test.jsonl --templates chat
-grpo evaluate --model runs/game --environment runs/game/config.yaml
+grpo evaluate --model runs/quickstart-game --environment runs/quickstart-game/config.yaml
 grpo evaluate --endpoint http://127.0.0.1:8000/v1 --model gsm8k --benchmarks gsm8k --templates chat
 
 The model is a run (its newest checkpoint), a checkpoint, a directory in Hugging Face format or an id of the hub; with --endpoint
@@ -46,13 +46,14 @@ def main() -> None:
         from grpo.evaluation import benchmark, results
         from grpo.policy.model_source import model_directory
         from grpo.system import distributed
-        from grpo.turns.use import named_environment
+        from grpo.turns.use import as_its_run_asks, named_environment
 
         environment = None if arguments.environment is None else named_environment(arguments.environment)
+        usual = as_its_run_asks(arguments.environment)
         settings = asked.Settings(
             model=arguments.model if arguments.endpoint else model_directory(arguments.model),
             benchmarks=names,
-            templates=arguments.templates.split(","),
+            templates=(arguments.templates or usual.template).split(","),
             data=data,
             revision=arguments.revision,
             num_samples=arguments.samples,
@@ -61,10 +62,10 @@ def main() -> None:
             if arguments.top_p is not None
             else (asked.Settings.top_p if arguments.temperature > 0 else 1.0),
             max_completion_tokens=arguments.max_tokens,
-            stop=arguments.stop,
+            stop=usual.stop if arguments.stop is None else arguments.stop,
             tools=arguments.tools,
             environment=None if environment is None else environment.model_dump(mode="json"),
-            question_template=arguments.question_template,
+            question_template=arguments.question_template or usual.question_template,
             num_questions=arguments.questions,
             system_prompt=arguments.system_prompt,
             dtype=arguments.dtype,
@@ -141,18 +142,19 @@ def _parser() -> argparse.ArgumentParser:
         "--environment",
         metavar="NAME",
         help="that answers the model's turns, on held-out questions of its own or on those of --benchmarks: guess_number, "
-        'my_game.py:Game, \'{"function": ..., "args": {...}, "max_turns": 6}\', or a run\'s config.yaml',
+        'my_game.py:Game, \'{"function": ..., "args": {...}, "max_turns": 6}\', or the YAML of a run, which also says how it '
+        "is asked",
     )
     parser.add_argument(
         "--question-template",
         metavar="TEXT",
-        help="around each question, {question} in it; default: it stands by itself",
+        help="around each question, {question} in it; default: that of --environment's YAML, else it stands by itself",
     )
     parser.add_argument(
         "--templates",
-        default="r1_zero",
         metavar="A,B,...",
-        help="r1_zero, r1_zero_think, chat, chat_boxed (which asks for \\boxed{}), none, none_boxed; default: %(default)s",
+        help="r1_zero, r1_zero_think, chat, chat_boxed (which asks for \\boxed{}), none, none_boxed; default: that of "
+        "--environment's YAML, else r1_zero",
     )
     parser.add_argument("--system-prompt", metavar="TEXT", help="of the chat templates; default: the tokenizer's own")
     parser.add_argument(
@@ -172,7 +174,10 @@ def _parser() -> argparse.ArgumentParser:
         help="of a completion; the paper: 32768; default: the run's, else 4096, or what the model has positions for",
     )
     parser.add_argument(
-        "--stop", nargs="+", default=[], metavar="TEXT", help="ends a completion, such as </answer>; see rollout.stop"
+        "--stop",
+        nargs="+",
+        metavar="TEXT",
+        help="ends a completion, such as </answer>; see rollout.stop; default: as --environment's YAML, else none",
     )
     parser.add_argument(
         "--tools",

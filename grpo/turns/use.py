@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -93,6 +93,22 @@ def named_environment(text: str) -> EnvironmentConfig:
     if config.function is None:
         raise ValueError(f'--environment is {text!r}; it names no environment. Add "function".')
     return config
+
+
+@dataclass(frozen=True)
+class HowToAsk:
+    template: str = "r1_zero"
+    question_template: str | None = None
+    stop: list[str] = field(default_factory=list)
+
+
+def as_its_run_asks(environment: str | None) -> HowToAsk:
+    """As the configuration (.yaml) that `named_environment` reads; where that is none, as DeepSeek-R1-Zero is asked."""
+    if environment is None or not environment.endswith(".yaml"):
+        return HowToAsk()
+    config = Config.load(Path(environment))
+    template = config.data.question_template or ""  # one of other columns has no place for a benchmark's question
+    return HowToAsk(config.data.template, template if "{question}" in template else None, config.rollout.stop)
 
 
 def named(names: Sequence[str], limits: ToolsConfig | None = None) -> ToolsConfig:
