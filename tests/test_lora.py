@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from grpo import Trainer
 from grpo.algorithm.batch import micro_batch, pack
-from grpo.config import Config
+from grpo.config import Config, combinations
 from grpo.data.prompts import build_prompts
 from grpo.data.rows import load_rows
 from grpo.policy import lora
+from grpo.policy.language_model import PackedLM, in_float32
 from grpo.policy.policy import Policy
 from grpo.policy.tokenizer import load_tokenizer
 from grpo.run import checkpoint
@@ -244,3 +246,108 @@ def test_a_run_with_adapters_resumes_where_it_stopped_without_the_frozen_weights
     size = sum(path.stat().st_size for path in (newest / "training").rglob("*.pt"))
     assert size < 1.5 * 16 * trained  # weights, masters and two moments of four bytes, and names
     assert {"hf", "adapter", checkpoint.REFERENCE} < {path.name for path in newest.iterdir()}
+
+
+# ---- weights in 4 bits ---------------------------------------------------------------------------------------------------
+
+in_four_bits = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+FOUR_BITS = {**LORA, "quantization": "nf4"}
+
+
+def nf4(weight: torch.Tensor) -> torch.Tensor:
+    """What a weight becomes, by loops: of each block of 64 the nearest of NF4's 16 values (QLoRA, appendix E) times the largest
+    magnitude, which is kept exactly here."""
+    below = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911)
+    values = torch.tensor([*below, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0])
+    made = []
+    for block in weight.flatten().split(64):
+        largest = block.abs().max()
+        made += [values[(values - value / largest).abs().argmin()] * largest for value in block]
+    return torch.stack(made).view_as(weight)
+
+
+@in_four_bits
+@pytest.mark.parametrize("zero", [0, 2])
+def test_sampling_reads_what_the_weights_in_4_bits_stand_for(tmp_path: Path, zero: int):
+    policy = make_policy(tmp_path / "run", lora=FOUR_BITS, distributed={"zero_stage": zero})
+    for name, layer in policy.adapters.items():
+        stored = layer.get_base_layer().weight
+        assert stored.dtype == torch.uint8
+        assert stored.numel() == BASE[f"{name}.weight"].numel() / 2
+        assert not stored.requires_grad
+        sampled = policy.whole_lm.get_submodule(name).weight
+        assert 0.05 < (sampled - BASE[f"{name}.weight"]).abs().mean() / BASE[f"{name}.weight"].abs().mean() < 0.12
+    name = "model.layers.0.self_attn.k_proj"
+    expected, found = nf4(BASE[f"{name}.weight"]), policy.whole_lm.get_submodule(name).weight
+    # the largest magnitudes are in 8 bits, off by up to a percent; what lies between two values may go to either
+    assert torch.isclose(found, expected, rtol=0.02, atol=1e-3).float().mean() > 0.999
+    batch = fixed_batch(policy)
+    for moved in (False, True):
+        if moved:
+            move(policy, batch)
+        policy._settle()
+        with torch.no_grad():
+            of_replica = PackedLM(policy.whole_lm, temperature=1.0, chunk_tokens=64)
+            policy.whole_lm.set_attn_implementation("packed")
+            torch.testing.assert_close(of_replica(batch)[0], policy.old_logprobs(batch), rtol=0, atol=2e-5)
+    assert (policy.old_logprobs(batch) - policy.ref_logprobs(batch)).abs().max() > 0.1, "the reference stays"
+
+
+@in_four_bits
+def test_adapters_over_4_bits_have_the_gradient_of_those_over_the_weights_that_these_stand_for(tmp_path: Path):
+    four = make_policy(tmp_path / "four", lora=FOUR_BITS, memory={"activation_checkpointing": 1})
+    plain = make_policy(tmp_path / "plain", distributed={"zero_stage": 0})
+    with torch.no_grad():
+        for name, layer in plain.adapters.items():
+            layer.get_base_layer().weight.copy_(lora.dense_weight(four.adapters[name].get_base_layer()))
+    batch = fixed_batch(four)
+    gradients = []
+    for policy in (four, plain):
+        (policy.engine.module(batch)[0] * torch.linspace(-1, 1, len(batch.targets))).sum().backward()
+        gradients.append({name: value.grad for name, value in policy.lm.named_parameters() if value.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any(gradient.abs().max() > 0.01 for gradient in gradients[1].values() if gradient is not None)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-5)
+
+
+@in_four_bits
+def test_a_run_over_4_bits_learns_resumes_and_leaves_a_whole_model(tmp_path: Path):
+    def config(name: str, steps: int) -> Config:
+        return lora_config(tmp_path / name, lora=FOUR_BITS, run={"steps": steps, "resume": "auto"})
+
+    Trainer(config("whole", 3)).train()
+    Trainer(config("halves", 2)).train()
+    checkpoint_ = Trainer(config("halves", 3)).train()
+    rows = [read_jsonl(tmp_path / name / "completions.jsonl") for name in ("whole", "halves")]
+    assert [row["completion"] for row in rows[0]] == [row["completion"] for row in rows[1]]
+    stored = sum(path.stat().st_size for path in (checkpoint_ / "training").iterdir())
+    assert stored < sum(weight.nbytes for weight in BASE.values()), "what is frozen is not stored"
+    exported = AutoModelForCausalLM.from_pretrained(checkpoint_ / "hf", dtype=torch.float32)
+    assert {value.dtype for value in exported.state_dict().values()} == {torch.float32}
+    assert not hasattr(exported.config, "quantization_config")
+
+
+@in_four_bits
+def test_a_model_in_4_bits_can_be_looked_at_in_float32(tmp_path: Path):
+    policy = make_policy(tmp_path / "run", lora=FOUR_BITS)
+    before = {name: value.clone() for name, value in policy.lm.named_parameters()}
+    batch = fixed_batch(policy)
+    own = policy.old_logprobs(batch)
+    with in_float32(policy.lm):
+        torch.testing.assert_close(policy.old_logprobs(batch), own, rtol=0, atol=1e-5)
+    for name, value in policy.lm.named_parameters():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
+
+
+def test_4_bits_are_refused_without_adapters_with_sharded_weights_and_without_their_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with pytest.raises(ValueError, match=r"lora\.quantization is 'nf4'; it has no effect while lora\.rank is 0"):
+        lora_config(tmp_path, lora={"quantization": "nf4"})
+    with pytest.raises(ValueError, match=r"lora\.quantization is nf4 with distributed\.zero_stage 3; .* to 2 or less"):
+        lora_config(tmp_path, lora=FOUR_BITS, distributed={"zero_stage": 3})
+    monkeypatch.setattr(combinations, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"bitsandbytes is not installed\. Run pip install bitsandbytes, or remove it"):
+        lora_config(tmp_path, lora=FOUR_BITS)

@@ -6,6 +6,7 @@ Every check raises a `ValueError` with the setting as spelled, the value, the ru
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -138,7 +139,7 @@ def check_combinations(config: Config) -> None:
         raise ValueError(
             "model.float32_head is true; with model.dtype float32 the logits are in float32 anyway. Remove one of the two."
         )
-    _check_lora(config.lora)
+    _check_lora(config)
     check_watchdog(config)
     _check_rate(config.optimizer)
     _check_teacher(config)
@@ -470,7 +471,8 @@ def _check_offload(distributed: DistributedConfig) -> None:
             )
 
 
-def _check_lora(lora: LoRAConfig) -> None:
+def _check_lora(config: Config) -> None:
+    lora = config.lora
     for name, field in LoRAConfig.model_fields.items():
         if lora.rank == 0 and getattr(lora, name) != field.default:
             raise ValueError(
@@ -478,6 +480,18 @@ def _check_lora(lora: LoRAConfig) -> None:
             )
     if not lora.target_modules:
         raise ValueError("lora.target_modules is []; nothing would be trained. Name layers, or set it to all-linear.")
+    if lora.quantization is None:
+        return
+    if config.distributed.zero_stage == 3:
+        raise ValueError(
+            f"lora.quantization is {lora.quantization} with distributed.zero_stage 3; weights in 4 bits are whole on every "
+            "process. Set distributed.zero_stage to 2 or less, or remove lora.quantization."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"lora.quantization is {lora.quantization}; bitsandbytes is not installed. Run pip install bitsandbytes, or "
+            "remove it."
+        )
 
 
 def check_watchdog(config: Config) -> None:

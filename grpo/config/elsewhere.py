@@ -55,6 +55,7 @@ ELSEWHERE = {
         ("val_files",): "data.eval_name",
         ("use_peft", "lora_r", "lora_rank"): "lora.rank",
         ("lora_alpha",): "lora.alpha",
+        ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"): "lora.quantization (nf4, beside lora.rank)",
         ("lora_target_modules",): "lora.target_modules",
     }.items()
     for name in names

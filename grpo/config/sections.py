@@ -383,6 +383,9 @@ class LoRAConfig(Section):
     """What adapters add is multiplied by alpha / rank. Raising it acts like a higher learning rate."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Names of the linear layers that get adapters, such as [q_proj, v_proj]. all-linear: all but the output layer."""
+    quantization: Literal["nf4"] | None = None
+    """nf4: the update reads the weights of adapted layers in 4 bits (QLoRA), which takes a quarter of their memory; sampling
+    reads what they stand for, with the adapters, in the model's precision. Needs bitsandbytes (`pip install bitsandbytes`)."""
 
 
 class OptimizerConfig(Section):

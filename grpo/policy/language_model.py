@@ -51,12 +51,13 @@ def in_float32(lm: nn.Module) -> Iterator[None]:
 
     def widen(module: nn.Module, *_: Any) -> None:
         for parameter in module.parameters(recurse=False):
-            narrow[parameter] = parameter.data
-            parameter.data = parameter.data.float()
+            if parameter.is_floating_point():  # and not weights in 4 bits, which take the precision of their input
+                narrow[parameter] = parameter.data
+                parameter.data = parameter.data.float()
 
     def restore(module: nn.Module, *_: Any) -> None:
         for parameter in module.parameters(recurse=False):
-            parameter.data = narrow.pop(parameter)
+            parameter.data = narrow.pop(parameter, parameter.data)
 
     hooks = [
         hook

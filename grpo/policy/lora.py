@@ -17,6 +17,7 @@ layers' output, and made the gap larger; so it is to the nearest.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,15 +49,25 @@ Adapters: TypeAlias = "dict[str, LoraLayer]"
 """The adapted layers of a model by their names."""
 
 
-def add_adapters(lm: PreTrainedModel, config: Config) -> Adapters:
+def add_adapters(lm: PreTrainedModel, config: Config, device: torch.device) -> Adapters:
     """Adapt the target layers of a model in place and freeze all else; the same random A on every process.
+
+    Args:
+        device: of weights in 4 bits (lora.quantization), which it makes; the others stay where they are.
 
     Raises:
         ValueError: a name in lora.target_modules is that of no linear layer.
     """
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # peft imports it; of kernels for CPUs that could be downloaded
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
+    if config.lora.quantization is not None:
+        from grpo.policy.four_bit import quantise  # an optional package
+
+        quantise(lm, _targets(lm, config), device)
     for name in (POLICY, REFERENCE):
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # the second adapter is meant
@@ -163,13 +174,19 @@ def share_unadapted(plain: nn.Module, lm: nn.Module) -> None:
             parameter.data = own[name].data
 
 
+def dense_weight(layer: nn.Module) -> Tensor:
+    """(out, in); of a layer in 4 bits, what they stand for."""
+    made = getattr(layer, "dense_weight", None)
+    return cast("nn.Linear", layer).weight if made is None else made()
+
+
 @torch.no_grad()
 def merge_into(plain: nn.Module, adapters: Adapters) -> None:
     """Write W + s B A of every adapted layer into a model without adapters. Every process calls it."""
     for name, layer in adapters.items():
-        base, (a, b) = cast("nn.Linear", layer.get_base_layer()).weight, _matrices(layer, POLICY)
-        with whole(base, a, b):
-            merged = base.float() + layer.scaling[POLICY] * (b.float() @ a.float())
+        base, (a, b) = layer.get_base_layer(), _matrices(layer, POLICY)
+        with whole(*base.parameters(), a, b):
+            merged = dense_weight(base).float() + layer.scaling[POLICY] * (b.float() @ a.float())
             cast("nn.Linear", plain.get_submodule(name)).weight.copy_(merged)
 
 

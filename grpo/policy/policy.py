@@ -145,7 +145,7 @@ class Policy(SampledModel):
         self._config = config
         self.temperature = config.rollout.temperature
         checkpoint_activations(self.lm, config.memory.activation_checkpointing)
-        self.adapters = lora.add_adapters(self.lm, config) if config.lora.rank else {}
+        self.adapters = lora.add_adapters(self.lm, config, processes.device) if config.lora.rank else {}
         self._replica: PreTrainedModel | None = None
         if not self._sharded:
             lay_out(self.lm, processes.device)
