@@ -4,8 +4,8 @@
     python benchmarks/soak.py --size tiny --requests 200 --clients 8 --new-tokens 16
 
 Of four requests one leaves after its first text, one before any has come, and two stay; prompts and completions have any length
-up to the limits. In the end no sequence may run or wait, all pages must be free, and the server may hold no more descriptors;
-how much its memory has grown is printed.
+up to the limits. In the end no sequence may run or wait, all pages must be free, and the server may hold no more descriptors.
+Its memory is printed after each quarter: what is lost grows on, what is kept for later comes to rest.
 """
 
 from __future__ import annotations
@@ -40,15 +40,17 @@ def main() -> int:
     with server(args) as (url, name, pid):
         assert pid is not None, "it was started here"
         asyncio.run(soak(url, name, range(-8, 0), args.clients[0], args))  # compiles, opens what stays open
-        before = descriptors(pid), resident_mib(pid)
+        before, memory, ends = descriptors(pid), [resident_mib(pid)], Counter[str]()
         start = time.perf_counter()
-        ends = asyncio.run(soak(url, name, range(args.requests), args.clients[0], args))
+        for quarter in range(4):
+            numbers = range(args.requests * quarter // 4, args.requests * (quarter + 1) // 4)
+            ends += asyncio.run(soak(url, name, numbers, args.clients[0], args))
+            memory.append(resident_mib(pid))
         seconds = time.perf_counter() - start
-        left = settled(url)
-        after = descriptors(pid), resident_mib(pid)
+        left, after = settled(url), descriptors(pid)
     print(f"{args.requests} requests of {args.clients[0]} clients in {seconds:.0f} s: {dict(sorted(ends.items()))}")
-    print(f"left: {left}; descriptors {before[0]} -> {after[0]}; memory {before[1]} -> {after[1]} MiB")
-    lost = left["running"] or left["waiting"] or left["pages"] != left["pages_free"] or after[0] > before[0]
+    print(f"left: {left}; descriptors {before} -> {after}; memory {' -> '.join(map(str, memory))} MiB")
+    lost = left["running"] or left["waiting"] or left["pages"] != left["pages_free"] or after > before
     print("something was lost" if lost else "nothing was lost")
     return int(bool(lost))
 

@@ -328,6 +328,7 @@ class VLLMServer(ThreadingHTTPServer):
         self.released = threading.Event()  # what a hanging request waits for
         self.hang_on: str | None = None
         self.dev_mode = True
+        self.keeps_tags = True  # vLLM 0.26 does not
         self.ignores_reload = self.keeps_prefix_cache = self.is_busy = False
         self.finish_reason: str | None = None
         self.requests: list[dict[str, Any]] = []
@@ -439,7 +440,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.hang_on == path:
             self.server.released.wait(60)
         endpoint = getattr(self.server, f"{verb}_{name}", None)
-        if endpoint is None or (name in DEV_ENDPOINTS and not self.server.dev_mode):
+        lacks_tags = name in ("weight_info", "update_weight_version") and not self.server.keeps_tags
+        if endpoint is None or lacks_tags or (name in DEV_ENDPOINTS and not self.server.dev_mode):
             return self._send(404, {"detail": "Not Found"})
         try:
             with self.server.lock:

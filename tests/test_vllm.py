@@ -446,6 +446,21 @@ def test_a_restarted_server_is_noticed(served: VLLMGenerator, prompts: list[Prom
         served.sample(prompts, Sampling(max_tokens=4), num_completions=1, seed=1)
 
 
+def test_a_server_without_tags_is_told_by_what_it_says_of_plain_text(
+    policy: Policy, prompts: list[Prompt], server: VLLMServer, tmp_path: Path
+):
+    """vLLM 0.26."""
+    server.keeps_tags = False
+    served = VLLMGenerator(policy, vllm_config(tmp_path, "server", server.url))
+    update(policy)
+    served.sync()
+    assert gap(policy, served.sample(prompts, Sampling(max_tokens=8), num_completions=1, seed=1)) < ROUNDING
+    server.restart()
+    with pytest.raises(ServerError, match=r"other weights than it was given, .* restarted, or another run uses it"):
+        served.sample(prompts, Sampling(max_tokens=4), num_completions=1, seed=1)
+    assert "/update_weight_version" not in {each["path"] for each in server.requests}
+
+
 def test_a_server_with_other_weights_takes_the_policys_at_the_start(
     policy: Policy, prompts: list[Prompt], server: VLLMServer, tmp_path: Path
 ):

@@ -4,7 +4,7 @@ New weights go through a directory that both sides see: the main process writes 
 the server reads them from there (`reload_weights` with `weights_path`) or fails; it cannot read older ones. vLLM answers
 without proof, so its log-probabilities of some plain text must then be near the policy's, and must have moved if those
 have. The server also keeps a tag of its weights: it tells, before each sampling, one that was restarted or that another
-run has taken.
+run has taken. One that keeps none (vLLM 0.26) is asked for the plain text again.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ class ServerError(RuntimeError):
     """The server did not do what it was asked; the message says what and why."""
 
 
+class NoSuchPathError(ServerError):
+    """This version of the server does not have what it was asked for."""
+
+
 class Server:
     """The few calls of a vLLM server that we make. A server that is silent for `timeout` seconds is taken for dead."""
 
@@ -66,6 +70,8 @@ class Server:
                 return json.loads(answer.read() or b"null")
         except HTTPError as error:
             reason = f"answered {error.code} to {path}: {error.read().decode(errors='replace')[:1000]}"
+            if error.code == 404:
+                raise NoSuchPathError(f"vllm.url is {self.url!r}; the server there {reason}") from error
         except (OSError, HTTPException, ValueError) as error:
             reason = f"gave no answer to {path} within vllm.timeout_seconds ({self.timeout:g}): {error!r}"
         raise ServerError(f"vllm.url is {self.url!r}; the server there {reason}")
@@ -83,6 +89,8 @@ class ServedEngine:
         self.plain_tokens = tokens[: config.max_sequence_tokens - 1]
         self.directories = (Path(config.vllm.sync_dir or "") / f"weights-{uuid.uuid4().hex}-{n}" for n in count())
         self.seen: tuple[Tensor, Tensor] | None = None  # what policy and server said of the text when it last moved
+        self.told: Tensor | None = None  # what the server said of it last, on the main process
+        self.keeps_tags = _keeps_tags(self.server)
         self.take_weights()
 
     def generate(self, requests: list[Request], on_answer: OnAnswer) -> None:
@@ -132,7 +140,8 @@ class ServedEngine:
                 f"vllm.url is {self.server.url!r}; the server there did not reset its prefix cache, as it does while it works "
                 "on other requests. This run needs a server of its own."
             )
-        self.server.post("/update_weight_version", {"new_version": directory.name})
+        if self.keeps_tags:
+            self.server.post("/update_weight_version", {"new_version": directory.name})
 
     def _check_loaded(self) -> None:
         ours, theirs = self._policy_logprobs(), self._server_logprobs()
@@ -153,6 +162,7 @@ class ServedEngine:
             )
         if self.seen is None or moved > MOVED:
             self.seen = ours, theirs
+        self.told = theirs
 
     def _check_current(self) -> None:
         """The weights that the server took last are still those of the policy, and still the server's."""
@@ -162,12 +172,25 @@ class ServedEngine:
                 f"the policy's log-probabilities of plain text have moved by {moved:.3g} nats on average since the server took "
                 "its weights; sync() belongs after every update and after a checkpoint is restored."
             )
-        version = self.server.get("/weight_info")["weight_version"]
-        if version != self.version:
+        if self.keeps_tags:
+            tag = self.server.get("/weight_info")["weight_version"]
+            other = None if tag == self.version else f"weights {tag!r} and not {self.version!r}, which it was given"
+        else:
+            other = self.policy.processes.on_main(self._other_weights)
+        if other is not None:
             raise ServerError(
-                f"vllm.url is {self.server.url!r}; the server has weights {version!r} and not {self.version!r}, which it was "
-                "given: it was restarted, or another run uses it. Go on with run.resume=auto and a server of its own."
+                f"vllm.url is {self.server.url!r}; the server has {other}: it was restarted, or another run uses it. Go on with "
+                "run.resume=auto and a server of its own."
             )
+
+    def _other_weights(self) -> str | None:
+        """How the server's weights differ from those that it was given."""
+        assert self.told is not None, "it is asked after the weights were handed over"
+        try:
+            moved = _distance(self._server_logprobs(), self.told)
+        except ServerError as error:  # to be raised on every process
+            return f"not answered ({error})"
+        return None if moved <= MOVED else f"other weights than it was given, {moved:.3g} nats off on average"
 
     @torch.no_grad()
     def _policy_logprobs(self) -> Tensor:
@@ -187,6 +210,14 @@ class ServedEngine:
 
 def _distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().mean())
+
+
+def _keeps_tags(server: Server) -> bool:
+    try:
+        server.get("/weight_info")
+    except NoSuchPathError:
+        return False
+    return True
 
 
 def _server(config: Config) -> Server:

@@ -81,10 +81,12 @@ SMALL = ("rollout.num_prompts=4", "rollout.group_size=4", "rollout.max_completio
 """In a rehearsal."""
 
 
-def training(machine: Machine, name: str, *settings: str, processes: int = 1, **options: Any) -> Job:
-    """A few steps of the quickstart, cut into shards even where they are small."""
+def training(
+    machine: Machine, name: str, *settings: str, config: str = "quickstart", processes: int = 1, **options: Any
+) -> Job:
+    """A few steps of the quickstart, or of another small configuration, cut into shards even where they are small."""
     small = SMALL if machine.on_cpu else ()
-    script = ("tests/gpu/train.py", "--config", "configs/quickstart.yaml", "--set", *SHORT, *small, *settings)
+    script = ("tests/gpu/train.py", "--config", f"configs/{config}.yaml", "--set", *SHORT, *small, *settings)
     return Job(name, launched(machine, processes, *script), processes=processes, **options)
 
 
@@ -197,6 +199,7 @@ def zero_judge(results: Results) -> list[Figure]:
 LEARNS = {
     "full": (),
     "LoRA": lora(),
+    "QLoRA": (*lora(), "lora.quantization=nf4"),
     "offload": ("distributed.zero_stage=2", "distributed.offload_optimizer=true"),
 }
 VARIANTS = {
@@ -216,7 +219,11 @@ VARIANTS = {
 
 def learns_jobs(machine: Machine) -> list[Job]:
     steps = "run.steps=2" if machine.on_cpu else "run.steps=40"
-    learning = [training(machine, f"learns/{name}", *own, steps) for name, own in LEARNS.items()]
+    missing = "" if find_spec("bitsandbytes") else "bitsandbytes is not installed"
+    learning = [
+        training(machine, f"learns/{name}", *own, steps, skip=missing * (name == "QLoRA"))
+        for name, own in LEARNS.items()
+    ]
     few = "run.steps=2" if machine.on_cpu else "run.steps=6"
     return learning + [training(machine, f"learns/{name}", *own, few) for name, own in VARIANTS.items()]
 
@@ -224,12 +231,44 @@ def learns_jobs(machine: Machine) -> list[Job]:
 def learns_judge(results: Results) -> list[Figure]:
     figures = all_sound(results)
     for name in LEARNS:
+        if f"learns/{name}" not in results:
+            continue  # skipped
         rows = sound(results[f"learns/{name}"])
         if len(rows) < 40:
             continue  # a rehearsal
         first, last = (sum(row["reward/accuracy"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
         require(first < 0.5 and last > 0.8, f"learns/{name}: accuracy {first:.3f} at first, {last:.3f} at the end")
         figures.append(Figure(f"quickstart learns, {name}", last, "accuracy"))
+    return figures
+
+
+CARRIED = ("rollout.carry_over=true", "algorithm.importance=truncate", "algorithm.importance_high=2")
+TURNS = {
+    "tools": ("quickstart-tools", (), "tools/used", (0.5, 0.8)),
+    "tools, as they are answered": ("quickstart-tools", ("run.deterministic=false",), "tools/used", (0.5, 0.8)),
+    "game": ("quickstart-game", (), "reward/environment", (0.35, 0.5)),
+    "game, carried over": ("quickstart-game", CARRIED, "reward/environment", (0.35, 0.45)),
+}
+"""Of each a configuration, settings, and what a metric is below at first and above at the end."""
+
+
+def turns_jobs(machine: Machine) -> list[Job]:
+    steps = "run.steps=2" if machine.on_cpu else "run.steps=40"
+    return [
+        training(machine, f"turns/{name}", *own, "rollout.max_completion_tokens=160", steps, config=config, seconds=300)
+        for name, (config, own, *_) in TURNS.items()
+    ]
+
+
+def turns_judge(results: Results) -> list[Figure]:
+    figures = all_sound(results)
+    for name, (_, _, metric, (below, above)) in TURNS.items():
+        rows = sound(results[f"turns/{name}"])
+        if len(rows) < 40:
+            continue  # a rehearsal
+        first, last = (sum(row[metric] for row in part) / 5 for part in (rows[:5], rows[-5:]))
+        require(first < below and last > above, f"turns/{name}: {metric} {first:.3f} at first, {last:.3f} at the end")
+        figures += [Figure(f"{name}: {metric}", last, "share"), Figure(f"{name}: step", rows[-1]["time/step"], "s")]
     return figures
 
 
@@ -602,6 +641,7 @@ CHECKS = [
     Check("engines", "each rollout engine trains two steps", engine_jobs, all_sound),
     Check("zero", "steps under ZeRO 0, 2 and 3, with LoRA and offloading, agree", zero_jobs, zero_judge),
     Check("learns", "the quickstart learns; variants of the algorithm stay finite", learns_jobs, learns_judge),
+    Check("turns", "tiny models learn to call a tool and to win a game", turns_jobs, turns_judge),
     Check("invariance", "one update, however it is split", invariance_jobs, invariance_judge),
     Check("gradients", "gradients against a slow reference", gradients_jobs),
     Check("resume", "kill -9 and resume, bit for bit", resume_jobs, resume_judge),
