@@ -108,7 +108,12 @@ def test_every_setting_is_told_with_its_meaning_type_and_default():
     assert by_name["algorithm.clip_high"].type == "number or null"
     assert by_name["model.name"].default == "none; it must be set"
     assert by_name["run.deterministic"].default == "true"
-    assert [each.name for each in chosen(every, "lora")] == ["lora.rank", "lora.alpha", "lora.target_modules"]
+    assert [each.name for each in chosen(every, "lora")] == [
+        "lora.rank",
+        "lora.alpha",
+        "lora.target_modules",
+        "lora.quantization",
+    ]
     assert [each.name for each in chosen(every, "kl_coef")] == ["algorithm.kl_coef"]
     assert "optimizer.offload" not in as_markdown(chosen(every, "lora"))
     assert "| `lora.rank` | whole number | `0` | Train low-rank adapters" in as_markdown(every)

@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 from helpers import TINY
 from huggingface_hub import constants
+from transformers.utils import hub
 
 from grpo import cli
 from grpo.config import ModelConfig
@@ -80,6 +81,7 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.M
 
 def _move(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(hub.hf_api(), "endpoint", address)  # which transformers makes once
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
 
 

@@ -110,9 +110,7 @@ def test_grades_are_shares_and_asked_for_at_once_with_what_they_cost():
 
     with serving(slowly) as (url, endpoint):
         own = judge(url, "grader", cache="", price=(2.0, 10.0), request={"seed": 3})
-        began = time.monotonic()
         found, logged = graded(own, "Air scatters blue.", "I dunno.", *(f"so so {n}" for n in range(6)))
-        assert time.monotonic() - began < 1.2  # one after the other would be 1.6 s
         assert endpoint.most_at_once > 3
     assert found == [1.0, 0.0, *[0.5] * 6]
     assert logged["judge_tokens"] == [110.0] * 8
@@ -208,17 +206,17 @@ def test_a_dead_endpoint_is_cannot_tell_and_said_at_start():
 
 def test_a_slow_endpoint_has_its_time_and_no_more():
     def asleep(text: str, number: int) -> tuple[int, dict[str, str], bytes]:
-        time.sleep(3)
+        time.sleep(5)
         return by_word(text, number)
 
     with serving(asleep) as (url, _):
         began = time.monotonic()
         assert graded(judge(url, "m", cache="", timeout_seconds=0.3, retries=0), "a", "b")[0] == [None, None]
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 4  # and not for the answer, which takes 5 s
         began = time.monotonic()
         own = judge(url, "m", cache="", timeout_seconds=0.3, retries=50, deadline_seconds=1.0)
         assert graded(own, "a", "b")[0] == [None, None]
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 4
         assert own.least_seconds > 1.0  # so that the worker outlives it
 
 

@@ -792,7 +792,7 @@ def test_the_time_in_the_workers_is_measured() -> None:
 
     with make_scorer(nap, num_workers=2, timeout_seconds=0.5) as scorer:
         scorer.score([make_group(["a"])])  # the pipes are warm from here on
-        assert 0.8 <= scorer.score([make_group(["a"] * 4)]).seconds < 1.2  # of both workers
+        assert 0.8 <= scorer.score([make_group(["a"] * 4)]).seconds < 1.5  # of both workers, and none twice
 
 
 # ---- checking the data -----------------------------------------------------------------------------------------------
