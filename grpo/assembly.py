@@ -26,6 +26,7 @@ from grpo.observe.sinks import check_sinks
 from grpo.policy.families import check_family
 from grpo.policy.given_model import GivenModel
 from grpo.policy.language_model import resolve_dtype
+from grpo.policy.lora import check_quantization
 from grpo.policy.model_source import with_resolved_name
 from grpo.policy.policy import MakeOptimizer, Policy
 from grpo.policy.teacher import check_teacher
@@ -119,6 +120,7 @@ def assemble(
     check_teacher(config, tokenizer)
     check_engine(config)
     check_sinks(config)
+    check_quantization(config)
     if advantage is None and config.algorithm.normalize_by_mean:
         _check_not_negative(config, functions)
     signal_from = _signal_from(config, functions)

@@ -25,7 +25,7 @@ from grpo.rollout import sampling
 from grpo.system import progress
 from grpo.system.jsonl import append_jsonl, read_jsonl
 from grpo.turns.environment import Environment
-from grpo.turns.use import HowToAsk, as_its_run_asks, named_environment
+from grpo.turns.use import PromptDefaults, named_environment, prompt_defaults
 
 MODEL = str(TINY / "model")
 TOOLS = ROOT / "configs/quickstart-tools"
@@ -340,11 +340,18 @@ def test_an_environment_is_named_as_it_is_or_with_all_its_section_has_or_by_a_co
     )
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert named_environment(str(tmp_path / "config.yaml")).args == {"early": 0.5}
-    assert as_its_run_asks(str(tmp_path / "config.yaml")) == HowToAsk(config.data.template, None, [])
-    assert as_its_run_asks("guess_number") == HowToAsk("r1_zero", None, [])
-    assert as_its_run_asks(str(ROOT / "configs/quickstart-game.yaml")) == HowToAsk(
-        "none", "{question}\nPlayer:", ["\n"]
-    )
+    assert prompt_defaults(str(tmp_path / "config.yaml")) == PromptDefaults(config.data.template)
+    assert prompt_defaults("guess_number") == PromptDefaults("r1_zero")
+    game = ROOT / "configs/quickstart-game.yaml"
+    assert prompt_defaults(str(game)) == PromptDefaults("none", "{question}\nPlayer:", None, ["\n"])
+    other = game.read_text().replace("{question}\\nPlayer:", "{hint} {question}")
+    (tmp_path / "other.yaml").write_text(other)
+    with pytest.raises(
+        ValueError,
+        match=r"data\.question_template is '\{hint\} \{question\}'; the questions here have no column but \{question\}",
+    ):
+        prompt_defaults(str(tmp_path / "other.yaml"))
+    assert prompt_defaults(str(tmp_path / "other.yaml"), "Q: {question}").question_template == "Q: {question}"
     for text, message in (
         ('{"function": ', "is no JSON"),
         ("{}", 'names no environment. Add "function"'),

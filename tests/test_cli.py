@@ -128,6 +128,9 @@ def test_a_word_that_is_no_setting_is_answered_with_the_nearest_and_another_libr
     assert said[0] == "That is a name of TRL or verl; here it is rollout.group_size."
     assert said[1].startswith("rollout.group_size  (whole number; default: ")
     assert call("settings", "beta").stdout.splitlines()[1].startswith("algorithm.kl_coef  (")
+    assert call("settings", "max_steps").stdout.splitlines()[2].startswith("run.steps  (")
+    for word in ("reward_funcs", "packing"):  # which no single setting answers
+        assert (call("settings", word).returncode, call("settings", word).stderr) == (0, "")
 
 
 def test_names_of_other_libraries_are_answered_with_ours():

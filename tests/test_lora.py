@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,18 @@ from transformers import AutoModelForCausalLM
 
 from grpo import Trainer
 from grpo.algorithm.batch import micro_batch, pack
-from grpo.config import Config, combinations
+from grpo.config import Config
+from grpo.config.sections import LoRAConfig
 from grpo.data.prompts import build_prompts
 from grpo.data.rows import load_rows
+from grpo.inference.model import merged
 from grpo.policy import lora
-from grpo.policy.language_model import PackedLM, in_float32
+from grpo.policy.language_model import PackedLM, load_lm
+from grpo.policy.model_source import base_quantization
 from grpo.policy.policy import Policy
 from grpo.policy.tokenizer import load_tokenizer
 from grpo.run import checkpoint
+from grpo.run.checkpoint import num_bytes
 from grpo.system import distributed
 from grpo.system.jsonl import read_jsonl
 from grpo.types import MicroBatch
@@ -322,23 +327,33 @@ def test_a_run_over_4_bits_learns_resumes_and_leaves_a_whole_model(tmp_path: Pat
     rows = [read_jsonl(tmp_path / name / "completions.jsonl") for name in ("whole", "halves")]
     assert [row["completion"] for row in rows[0]] == [row["completion"] for row in rows[1]]
     stored = sum(path.stat().st_size for path in (checkpoint_ / "training").iterdir())
-    assert stored < sum(weight.nbytes for weight in BASE.values()), "what is frozen is not stored"
+    trained = sum(value.numel() for value in load_file(checkpoint_ / "adapter/adapter_model.safetensors").values())
+    assert stored < 1.5 * 16 * trained, "what is frozen is not stored"
     exported = AutoModelForCausalLM.from_pretrained(checkpoint_ / "hf", dtype=torch.float32)
     assert {value.dtype for value in exported.state_dict().values()} == {torch.float32}
     assert not hasattr(exported.config, "quantization_config")
 
 
 @in_four_bits
-def test_a_model_in_4_bits_can_be_looked_at_in_float32(tmp_path: Path):
-    policy = make_policy(tmp_path / "run", lora=FOUR_BITS)
-    before = {name: value.clone() for name, value in policy.lm.named_parameters()}
-    batch = fixed_batch(policy)
-    own = policy.old_logprobs(batch)
-    with in_float32(policy.lm):
-        torch.testing.assert_close(policy.old_logprobs(batch), own, rtol=0, atol=1e-5)
-    for name, value in policy.lm.named_parameters():
-        assert value.dtype == before[name].dtype
-        assert torch.equal(value, before[name])
+def test_an_adapter_over_4_bits_says_so_and_is_taken_for_no_other(tmp_path: Path):
+    checkpoint_ = Trainer(lora_config(tmp_path / "run", lora=FOUR_BITS, run={"steps": 1})).train()
+    adapter = checkpoint_ / "adapter"
+    assert base_quantization(adapter) == "nf4"
+    further = lora_config(tmp_path / "further", model={"name": str(adapter), "dtype": "float32"})
+    with pytest.raises(
+        ValueError, match=r"trained over weights in 4 bits\. Set lora\.quantization=nf4, or name the folder hf"
+    ):
+        Trainer(further)
+    with pytest.raises(
+        ValueError, match=r"--model is '.*adapter', an adapter that was trained over weights in 4 bits; .* hf"
+    ):
+        merged(load_lm(further.model, dtype=torch.float32), further.model)
+    config = further.model_copy(update={"lora": LoRAConfig(**FOUR_BITS)})
+    policy = Policy(config, load_tokenizer(config.model), distributed.start(config, dtype=torch.float32))
+    stored = AutoModelForCausalLM.from_pretrained(checkpoint_ / "hf", dtype=torch.float32)
+    for name, value in stored.named_parameters():
+        torch.testing.assert_close(policy.whole_lm.get_parameter(name), value, rtol=0, atol=1e-6)
+    assert num_bytes(policy) > (checkpoint_ / "hf/model.safetensors").stat().st_size, "a checkpoint has a dense model"
 
 
 def test_4_bits_are_refused_without_adapters_with_sharded_weights_and_without_their_package(
@@ -348,6 +363,16 @@ def test_4_bits_are_refused_without_adapters_with_sharded_weights_and_without_th
         lora_config(tmp_path, lora={"quantization": "nf4"})
     with pytest.raises(ValueError, match=r"lora\.quantization is nf4 with distributed\.zero_stage 3; .* to 2 or less"):
         lora_config(tmp_path, lora=FOUR_BITS, distributed={"zero_stage": 3})
-    monkeypatch.setattr(combinations, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"bitsandbytes is not installed\. Run pip install bitsandbytes, or remove it"):
-        lora_config(tmp_path, lora=FOUR_BITS)
+    config = lora_config(tmp_path, lora=FOUR_BITS)  # which can be read where the package is missing
+    for version, said in ((None, "it is not installed"), ("0.49.2", "0.49.2 is installed")):
+
+        def installed(_: str, version: str | None = version) -> str:
+            if version is None:
+                raise metadata.PackageNotFoundError
+            return version
+
+        monkeypatch.setattr(metadata, "version", installed)
+        with pytest.raises(
+            ValueError, match=rf"needs bitsandbytes 0\.50 or newer, and {re.escape(said)}\. Run `pip install"
+        ):
+            lora.check_quantization(config)

@@ -32,7 +32,7 @@ def supervised_advice(phase: str, config: SupervisedConfig, *, world_size: int) 
     if phase == "loading":
         return advice(phase, config.parts, world_size=world_size)
     now, longest, parts = config.memory.micro_batch_tokens, config.data.max_tokens, config.parts
-    rungs = (_chunk, _checkpointing, _sequence_parallel, _offload, _zero_stage)
+    rungs = (_chunk, _checkpointing, _sequence_parallel, _offload, _four_bits, _zero_stage)
     own = _share(longest, config.distributed.sequence_parallel)  # of the longest row, what a process has
     found = [_smaller_passes(now, now, own), *(rung(parts, world_size=world_size) for rung in rungs)]
     if longest > 1:
@@ -44,7 +44,8 @@ Rung = Callable[..., str | None]
 
 
 def _change(setting: str, now: Any, then: Any, why: str) -> str:
-    shown = [str(value).lower() if isinstance(value, bool) else str(value) for value in (now, then)]
+    words = {None: "null", True: "true", False: "false"}
+    shown = [words[value] if value is None or isinstance(value, bool) else str(value) for value in (now, then)]
     return f"set {setting} from {shown[0]} to {shown[1]} ({why})"
 
 
@@ -108,8 +109,16 @@ def _offload(config: Config, **_: Any) -> str | None:
     return _change("distributed.offload_optimizer", False, then, "the optimizer's states wait in the machine's memory")
 
 
+def _four_bits(config: Config, **_: Any) -> str | None:
+    if config.lora.rank == 0 or config.lora.quantization is not None or config.distributed.zero_stage == 3:
+        return None
+    return _change("lora.quantization", None, "nf4", "the frozen weights take a quarter; what is trained differs")
+
+
 def _zero_stage(config: Config, *, world_size: int, **_: Any) -> str | None:
     now = config.distributed.zero_stage
+    if config.lora.quantization is not None:
+        return None  # weights in 4 bits are whole on every process
     if world_size == 1:
         change = "" if now == 3 else f" with distributed.zero_stage 3 instead of {now}"
         return f"launch on 2 GPUs or more (accelerate launch --num_processes 2){change}, so that each holds a share"
@@ -153,9 +162,18 @@ def _checkpointing(config: Config, **_: Any) -> str | None:
 
 
 LADDERS: dict[str, list[Rung]] = {
-    "loading": [_offload, _zero_stage, _smaller_model],
-    "rollout": [_kv_cache, _max_sequences, _offload, _zero_stage, _completion_length],
-    "logprobs": [_micro_batch, _chunk, _sequence_parallel, _offload, _zero_stage, _completion_length],
-    "update": [_micro_batch, _chunk, _checkpointing, _sequence_parallel, _offload, _zero_stage, _completion_length],
+    "loading": [_offload, _four_bits, _zero_stage, _smaller_model],
+    "rollout": [_kv_cache, _max_sequences, _offload, _four_bits, _zero_stage, _completion_length],
+    "logprobs": [_micro_batch, _chunk, _sequence_parallel, _offload, _four_bits, _zero_stage, _completion_length],
+    "update": [
+        _micro_batch,
+        _chunk,
+        _checkpointing,
+        _sequence_parallel,
+        _offload,
+        _four_bits,
+        _zero_stage,
+        _completion_length,
+    ],
 }
 """By phase, what may help there, cheapest first. The rest of a step (taking over the weights) counts as the update."""

@@ -46,14 +46,14 @@ def main() -> None:
         from grpo.evaluation import benchmark, results
         from grpo.policy.model_source import model_directory
         from grpo.system import distributed
-        from grpo.turns.use import as_its_run_asks, named_environment
+        from grpo.turns.use import named_environment, prompt_defaults
 
         environment = None if arguments.environment is None else named_environment(arguments.environment)
-        usual = as_its_run_asks(arguments.environment)
+        defaults = prompt_defaults(None if arguments.endpoint else arguments.environment, arguments.question_template)
         settings = asked.Settings(
             model=arguments.model if arguments.endpoint else model_directory(arguments.model),
             benchmarks=names,
-            templates=(arguments.templates or usual.template).split(","),
+            templates=(defaults.template if arguments.templates is None else arguments.templates).split(","),
             data=data,
             revision=arguments.revision,
             num_samples=arguments.samples,
@@ -62,12 +62,12 @@ def main() -> None:
             if arguments.top_p is not None
             else (asked.Settings.top_p if arguments.temperature > 0 else 1.0),
             max_completion_tokens=arguments.max_tokens,
-            stop=usual.stop if arguments.stop is None else arguments.stop,
+            stop=defaults.stop if arguments.stop is None else arguments.stop,
             tools=arguments.tools,
             environment=None if environment is None else environment.model_dump(mode="json"),
-            question_template=arguments.question_template or usual.question_template,
+            question_template=defaults.question_template,
             num_questions=arguments.questions,
-            system_prompt=arguments.system_prompt,
+            system_prompt=arguments.system_prompt or (defaults.system_prompt if arguments.templates is None else None),
             dtype=arguments.dtype,
             seed=arguments.seed,
             endpoint=arguments.endpoint,

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 
 from grpo.cli.model_options import add_options
 from grpo.data.hub_names import check_model
-from grpo.inference.options import check_options, each_step
+from grpo.inference.options import check_options, served_models
 from grpo.observe.console import errors_for_users, positive
 from grpo.system.parser import Parser
 
@@ -28,7 +28,7 @@ def main() -> None:
     with errors_for_users():
         _check_installed()
         check_model(options.model)
-        for _, _, asked in each_step(options):
+        for _, _, asked in served_models(options):
             check_options(asked)
         from grpo.serving import run
 

@@ -27,7 +27,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from grpo.config.elsewhere import ELSEWHERE
+from grpo.config.elsewhere import ELSEWHERE, SUPERVISED
 from grpo.system.parser import Parser
 
 if TYPE_CHECKING:
@@ -55,17 +55,19 @@ def main() -> None:
     arguments = parser.parse_args()
     every = list(settings())
     found = chosen(every, arguments.word)
-    if arguments.word in ELSEWHERE:
-        print(ELSEWHERE[arguments.word])
-        found = [each for each in every if re.search(rf"\b{re.escape(each.name)}\b", ELSEWHERE[arguments.word])]
-    if not found:
+    foreign = [table[arguments.word] for table in (ELSEWHERE, SUPERVISED) if arguments.word in table]
+    for answer in foreign:
+        print(answer)
+    if foreign:
+        found = [each for each in every if re.search(rf"\b{re.escape(each.name)}\b", " ".join(foreign))]
+    elif not found:
         parser.error(f"no setting has {arguments.word!r} in its name or meaning.{_nearest(every, arguments.word)}")
     print(PAGE_HEAD + as_markdown(found) if arguments.markdown else "\n".join(map(as_text, found)))
 
 
 def _nearest(every: list[Setting], word: str) -> str:
     parts = {part for each in every for part in (each.name, *each.name.split("."))}
-    near = difflib.get_close_matches(word, sorted(parts | ELSEWHERE.keys()), n=1, cutoff=0.7)
+    near = difflib.get_close_matches(word, sorted(parts | ELSEWHERE.keys() | SUPERVISED.keys()), n=1, cutoff=0.7)
     return "".join(f" Did you mean {each}?" for each in near) or " `grpo settings` lists all."
 
 

@@ -6,7 +6,6 @@ Every check raises a `ValueError` with the setting as spelled, the value, the ru
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -480,17 +479,10 @@ def _check_lora(config: Config) -> None:
             )
     if not lora.target_modules:
         raise ValueError("lora.target_modules is []; nothing would be trained. Name layers, or set it to all-linear.")
-    if lora.quantization is None:
-        return
-    if config.distributed.zero_stage == 3:
+    if lora.quantization is not None and config.distributed.zero_stage == 3:
         raise ValueError(
             f"lora.quantization is {lora.quantization} with distributed.zero_stage 3; weights in 4 bits are whole on every "
             "process. Set distributed.zero_stage to 2 or less, or remove lora.quantization."
-        )
-    if find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"lora.quantization is {lora.quantization}; bitsandbytes is not installed. Run pip install bitsandbytes, or "
-            "remove it."
         )
 
 

@@ -384,8 +384,8 @@ class LoRAConfig(Section):
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Names of the linear layers that get adapters, such as [q_proj, v_proj]. all-linear: all but the output layer."""
     quantization: Literal["nf4"] | None = None
-    """nf4: the update reads the weights of adapted layers in 4 bits (QLoRA), which takes a quarter of their memory; sampling
-    reads what they stand for, with the adapters, in the model's precision. Needs bitsandbytes (`pip install bitsandbytes`)."""
+    """nf4: the update and the reference read the weights of adapted layers in 4 bits (QLoRA), a quarter of what they took.
+    Sampling keeps its copy in the model's precision, of what these stand for. Needs `pip install 'grpo-zero[qlora]'`."""
 
 
 class OptimizerConfig(Section):

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from grpo.config import Config, ModelConfig
 from grpo.policy.families import attribute
 from grpo.policy.language_model import lay_out, load_lm, resolve_dtype
-from grpo.policy.model_source import source_of
+from grpo.policy.model_source import base_quantization, source_of
 from grpo.policy.policy import SampledModel
 from grpo.policy.tokenizer import check_context
 from grpo.rollout import make_generator
@@ -183,9 +183,18 @@ def _timed_step(lm: PreTrainedModel) -> float:
 
 
 def merged(lm: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
-    """With the adapter, if `model.name` is one, in its weights."""
+    """With the adapter, if `model.name` is one, in its weights.
+
+    Raises:
+        ValueError: it was trained over weights in 4 bits, and these are not.
+    """
     adapter = source_of(config).adapter
     if adapter is not None:
+        if base_quantization(adapter) is not None:
+            raise ValueError(
+                f"--model is {config.name!r}, an adapter that was trained over weights in 4 bits; over those of its model it "
+                "says something else. Name the folder hf beside it, which is the merged model."
+            )
         from peft import PeftModel
 
         PeftModel.from_pretrained(lm, str(adapter)).merge_and_unload()

@@ -1,4 +1,4 @@
-"""What the options of `grpo sample`, `chat`, `export` and `serve` say of a model: checked before torch is imported."""
+"""What the options of `grpo sample`, `chat`, `export`, `reject` and `serve` say of a model: checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LATEST, BASE = "latest", "base"
 """What stands for a step among --steps."""
 
 
-def each_step(options: Namespace) -> Iterator[tuple[str, str | None, Namespace]]:
+def served_models(options: Namespace) -> Iterator[tuple[str, str | None, Namespace]]:
     """Of what `grpo serve` hosts, the name, the step if it is a run's, and the options of a command that asks one model.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which model a person means, and the settings of the run that it comes from: for `grpo sample` and `grpo chat`."""
+"""Which model a person means, and the settings of the run that it comes from: for commands that ask one."""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
+from grpo.system import progress
+
 
 class FourBitLinear(nn.Linear):
     """x W^T + b of a weight that is stored in 4 bits and never trained.
@@ -34,14 +36,8 @@ class FourBitLinear(nn.Linear):
         """(out, in), in the precision that it had."""
         return bnb.functional.dequantize_4bit(self.weight.data, self.state)
 
-    def _save_to_state_dict(self, *_: object) -> None:
-        """A checkpoint has what is trained; these come from the model's files again."""
 
-    def _load_from_state_dict(self, *_: object) -> None:
-        """See `_save_to_state_dict`."""
-
-
-def quantise(lm: nn.Module, kinds: list[str], device: torch.device) -> None:
+def put_into_four_bits(lm: nn.Module, kinds: list[str], device: torch.device) -> None:
     """Put every linear layer whose name ends with one of `kinds` into 4 bits, on the device, one after the other."""
     chosen = [
         (name, layer)
@@ -51,3 +47,4 @@ def quantise(lm: nn.Module, kinds: list[str], device: torch.device) -> None:
     for name, layer in chosen:
         path, _, last = name.rpartition(".")
         setattr(lm.get_submodule(path), last, FourBitLinear(layer, device))
+        progress.tick()

@@ -51,13 +51,12 @@ def in_float32(lm: nn.Module) -> Iterator[None]:
 
     def widen(module: nn.Module, *_: Any) -> None:
         for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point():  # and not weights in 4 bits, which take the precision of their input
-                narrow[parameter] = parameter.data
-                parameter.data = parameter.data.float()
+            narrow[parameter] = parameter.data
+            parameter.data = parameter.data.float()
 
     def restore(module: nn.Module, *_: Any) -> None:
         for parameter in module.parameters(recurse=False):
-            parameter.data = narrow.pop(parameter, parameter.data)
+            parameter.data = narrow.pop(parameter)
 
     hooks = [
         hook

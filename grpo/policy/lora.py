@@ -1,9 +1,9 @@
 """Low-rank adapters instead of all weights (LoRA, arXiv 2106.09685), as layers of peft.
 
-An adapted layer computes W x + s B A x with s = alpha / rank. W stays as it was loaded, A starts random and B at zero, so the
-policy starts as the base model to the last bit. Each layer has two adapters: the policy's, which is trained, and the
-reference's, which is not: with its B at zero it is the starting model, and a refresh copies the policy's into it. So the
-reference costs no second model.
+An adapted layer computes W x + s B A x with s = alpha / rank. W stays as it was loaded, or was put into 4 bits (four_bit.py).
+A starts random and B at zero, so the policy starts as the base model to the last bit. Each layer has two adapters: the policy's,
+which is trained, and the reference's, which is not: with its B at zero it is the starting model, and a refresh copies the
+policy's into it. So the reference costs no second model.
 
 Adapters have the model's dtype, because DeepSpeed casts every parameter to it and keeps float32 masters of those it trains.
 There is no dropout: with it, the ratio of an unchanged policy would not be 1.
@@ -17,20 +17,23 @@ layers' output, and made the gap larger; so it is to the nearest.
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grpo.config import Config
-from grpo.policy.model_source import source_of
+from grpo.config import AnyConfig, Config
+from grpo.policy.model_source import QUANTIZATION, source_of
 from grpo.system.distributed import whole
 
 if TYPE_CHECKING:  # it takes most of a second to import, for runs without adapters too
@@ -58,16 +61,15 @@ def add_adapters(lm: PreTrainedModel, config: Config, device: torch.device) -> A
     Raises:
         ValueError: a name in lora.target_modules is that of no linear layer.
     """
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # peft imports it; of kernels for CPUs that could be downloaded
+    # peft imports bitsandbytes wherever it is installed, which on some CPUs warns that it has not downloaded kernels
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
     if config.lora.quantization is not None:
-        from grpo.policy.four_bit import quantise  # an optional package
+        from grpo.policy.four_bit import put_into_four_bits  # an optional package
 
-        quantise(lm, _targets(lm, config), device)
+        put_into_four_bits(lm, _targets(lm, config), device)
     for name in (POLICY, REFERENCE):
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # the second adapter is meant
@@ -80,6 +82,26 @@ def add_adapters(lm: PreTrainedModel, config: Config, device: torch.device) -> A
     if stored is not None:
         _go_on_with(stored, adapters, config)
     return adapters
+
+
+def check_quantization(config: AnyConfig) -> None:
+    """Raises ValueError if what `lora.quantization` needs is not installed."""
+    if config.lora.quantization is None:
+        return
+    try:
+        installed = metadata.version("bitsandbytes")
+    except metadata.PackageNotFoundError:
+        installed = None
+    if installed is None or Version(installed) < Version(BITSANDBYTES):
+        found = "it is not installed" if installed is None else f"{installed} is installed"
+        raise ValueError(
+            f"lora.quantization is {config.lora.quantization}; it needs bitsandbytes {BITSANDBYTES} or newer, and {found}. Run "
+            "`pip install 'grpo-zero[qlora]'`, or remove it."
+        )
+
+
+BITSANDBYTES = "0.50"
+"""Before it, `matmul_4bit` takes the weight transposed."""
 
 
 @torch.no_grad()
@@ -200,7 +222,11 @@ def adapter_weights(adapters: Adapters, *, is_main: bool) -> dict[str, Tensor]:
     return weights
 
 
-def save_adapter(weights: dict[str, Tensor], directory: Path, *, config: LoraConfig) -> None:
-    """Write `adapter_weights` in peft's format, for `PeftModel.from_pretrained`."""
+def save_adapter(
+    weights: dict[str, Tensor], directory: Path, *, config: LoraConfig, quantization: str | None = None
+) -> None:
+    """Write `adapter_weights` in peft's format, for `PeftModel.from_pretrained`; and how the weights beneath are quantised."""
     config.save_pretrained(str(directory))
+    if quantization is not None:
+        (directory / QUANTIZATION).write_text(json.dumps({"base": quantization}))
     save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -187,6 +187,16 @@ def source_of(config: ModelConfig) -> Source:
     return Source(below.base, below.revision, Path(name))
 
 
+QUANTIZATION = "quantization.json"
+"""In an adapter's folder: what the weights are beneath it, where they are not those of its model."""
+
+
+def base_quantization(directory: Path) -> str | None:
+    """Of an adapter that was trained over weights in 4 bits."""
+    path = directory / QUANTIZATION
+    return json.loads(path.read_text())["base"] if path.is_file() else None
+
+
 def read_adapter(directory: Path) -> dict[str, Any]:
     return json.loads((directory / ADAPTER).read_text())
 
@@ -199,6 +209,12 @@ def _check_adapter(directory: Path, config: Config) -> None:
         raise ValueError(
             f"model.name is {config.model.name!r}, an adapter with {', '.join(unlike) or stored.get('peft_type')}; only plain "
             "LoRA can be trained further. Merge it into its model (`PeftModel.merge_and_unload`) and name that."
+        )
+    below = base_quantization(directory)
+    if below is not None and config.lora.quantization != below:
+        raise ValueError(
+            f"model.name is {config.model.name!r}, an adapter that was trained over weights in 4 bits. Set "
+            f"lora.quantization={below}, or name the folder hf beside it, which is the merged model."
         )
     wanted = {"lora.rank": (config.lora.rank, stored["r"]), "lora.alpha": (config.lora.alpha, stored["lora_alpha"])}
     for setting, (ours, theirs) in wanted.items():

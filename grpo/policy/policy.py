@@ -469,7 +469,8 @@ class Policy(SampledModel):
             stored = lora.peft_config(self.lm, self._config)
             weights = lora.adapter_weights(self.adapters, is_main=self.processes.is_main)
             if self.processes.is_main:
-                write(directory, weights, partial(lora.save_adapter, config=stored))
+                quantization = self._config.lora.quantization
+                write(directory, weights, partial(lora.save_adapter, config=stored, quantization=quantization))
 
     def save_training_state(self, directory: Path, write: Write = write_now) -> None:
         """Write DeepSpeed's state to directory/training, without what is not trained. Every process calls it."""

@@ -348,9 +348,9 @@ function buildCurves() {
       made.filter((chart) => !flat.includes(chart)).map((chart) => chart.card),
     );
     const same = flat.length ? el("p", { class: "same" }, "Always the same: ", flat.map(unchanged)) : null;
-    const isAsked = section !== page.sections[0] && (isNarrow || section.title === "Everything else");
+    const isFolded = section !== page.sections[0] && (isNarrow || section.title === "Everything else");
     const heading = el("summary", {}, el("h3", {}, section.title), el("span", {}, charted(made.length)));
-    place.append(el("details", { class: "section", open: !isAsked }, heading, grid, same));
+    place.append(el("details", { class: "section", open: !isFolded }, heading, grid, same));
   }
   const observer = new IntersectionObserver(
     (entries) => {

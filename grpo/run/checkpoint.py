@@ -227,11 +227,9 @@ TRAINING_BYTES = 12
 
 def num_bytes(policy: Policy) -> int:
     """About what a checkpoint takes: the model as it is exported, and the training state of what is trained."""
-    total = 0
-    for weight in policy.lm.parameters():
-        number = getattr(weight, "ds_numel", weight.numel())  # under ZeRO-3 this process holds a share
-        total += number * (weight.element_size() + TRAINING_BYTES * weight.requires_grad)
-    return total
+    trained = (weight for weight in policy.lm.parameters() if weight.requires_grad)
+    state = sum(getattr(weight, "ds_numel", weight.numel()) for weight in trained)  # ZeRO-3: this process holds a share
+    return sum(weight.nbytes for weight in policy.whole_lm.parameters()) + TRAINING_BYTES * state
 
 
 def free_bytes(directory: Path) -> int:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo.config import Config, DataConfig, ModelConfig
 from grpo.data.prompts import TEMPLATES, chat_text, fill, prefill_of, time_limit, tokenize
 from grpo.inference.model import load_model
-from grpo.inference.options import each_step
+from grpo.inference.options import served_models
 from grpo.inference.resolve_model import Chosen, choose, num_positions
 from grpo.policy.language_model import resolve_dtype
 from grpo.policy.model_source import source_of
@@ -327,7 +327,7 @@ def host(options: Namespace, stack: ExitStack) -> list[Hosted]:
 
 def _chosen(options: Namespace) -> Iterator[tuple[str, str | None, Chosen]]:
     """The name, the step and the model of each."""
-    for name, step, asked in each_step(options):
+    for name, step, asked in served_models(options):
         yield name, step, choose(asked)
 
 

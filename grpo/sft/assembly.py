@@ -20,6 +20,7 @@ from grpo.observe.sinks import check_sinks
 from grpo.policy.families import check_family
 from grpo.policy.given_model import GivenModel
 from grpo.policy.language_model import resolve_dtype
+from grpo.policy.lora import check_quantization
 from grpo.policy.model_source import with_resolved_name
 from grpo.policy.policy import Policy
 from grpo.policy.tokenizer import check_context, check_positions, check_vocabulary, load_tokenizer
@@ -100,6 +101,7 @@ def assemble(
         check_context(shared)
     check_family(config.model)
     check_sinks(config)
+    check_quantization(config)
     learned, aside = _rows(config, tokenizer, processes, train_dataset)
     prompts: list[Prompt] = []
     scorer: Scorer | None = None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config import Config, DataConfig, EnvironmentConfig, ToolsConfig
+from grpo.config import COLUMN_IN_BRACES, Config, DataConfig, EnvironmentConfig, ToolsConfig
 from grpo.config.sections import ScoringConfig
 from grpo.turns.environment import Environment
 from grpo.turns.form import Form, ReplyForm, form_of, reply_form
@@ -96,19 +96,34 @@ def named_environment(text: str) -> EnvironmentConfig:
 
 
 @dataclass(frozen=True)
-class HowToAsk:
+class PromptDefaults:
+    """How a model is asked, where options do not say so."""
+
     template: str = "r1_zero"
     question_template: str | None = None
+    system_prompt: str | None = None
     stop: list[str] = field(default_factory=list)
 
 
-def as_its_run_asks(environment: str | None) -> HowToAsk:
-    """As the configuration (.yaml) that `named_environment` reads; where that is none, as DeepSeek-R1-Zero is asked."""
+def prompt_defaults(environment: str | None, question_template: str | None = None) -> PromptDefaults:
+    """Those of the configuration (.yaml) that `named_environment` reads; where that is none, DeepSeek-R1-Zero's.
+
+    Args:
+        question_template: what an option says of it.
+
+    Raises:
+        ValueError: that asks with words of other columns, which the questions here do not have.
+    """
     if environment is None or not environment.endswith(".yaml"):
-        return HowToAsk()
+        return PromptDefaults(question_template=question_template)
     config = Config.load(Path(environment))
-    template = config.data.question_template or ""  # one of other columns has no place for a benchmark's question
-    return HowToAsk(config.data.template, template if "{question}" in template else None, config.rollout.stop)
+    template = config.data.question_template if question_template is None else question_template
+    if question_template is None and template is not None and COLUMN_IN_BRACES.findall(template) != ["question"]:
+        raise ValueError(
+            f"--environment is {environment!r}, whose data.question_template is {template!r}; the questions here have no "
+            "column but {question}. Say it with --question-template."
+        )
+    return PromptDefaults(config.data.template, template, config.data.system_prompt, config.rollout.stop)
 
 
 def named(names: Sequence[str], limits: ToolsConfig | None = None) -> ToolsConfig:
