@@ -3,15 +3,18 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+from gpu import jobs
 from gpu.checks import CHECKS, QUICKSTART, Check, Failed, Machine, learns_judge, zero_judge
 from gpu.figures import Figure, at_equal_yardstick, documented, gain, table
 from gpu.jobs import Job, Result, in_order, run
@@ -181,6 +184,35 @@ def test_a_signal_that_comes_twice_leaves_nothing_behind(tmp_path: Path):
     assert process.wait(60) == 143
     _, alive = psutil.wait_procs(family, timeout=10)  # what was killed takes a moment to be gone
     assert alive == []
+
+
+def test_a_signal_while_a_job_is_started_is_heard_when_it_can_be_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    started: list[int] = []
+
+    def popen(*words: Any, **options: Any) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(*words, **options)
+        started.append(process.pid)
+        os.kill(os.getpid(), signal.SIGTERM)  # before anybody has been told of it
+        return process
+
+    monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(Popen=popen, STDOUT=subprocess.STDOUT))
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        with pytest.raises(SystemExit):
+            list(
+                run(
+                    [Job("a", (sys.executable, "-c", "import time; time.sleep(60)"))],
+                    devices=[""],
+                    places=1,
+                    out=tmp_path,
+                )
+            )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (pid,) = started
+    assert not psutil.pid_exists(pid)
 
 
 def test_nothing_begins_after_the_deadline_and_it_is_said(tmp_path: Path):

@@ -132,7 +132,8 @@ def run(
                         yield Result(job, out / job.name, problem="not begun: the time was over")
                     elif gpus := pool.take(job):
                         waiting.remove(job)
-                        running.append(start(job, gpus, devices, out / job.name, threads))
+                        with signals_later():  # between the two nobody would know of it
+                            running.append(start(job, gpus, devices, out / job.name, threads))
                 for each in list(running):
                     result = ended(each)
                     if result is not None:
@@ -216,6 +217,23 @@ def _if_it_is_there(act: Callable[[], None]) -> None:
         act()
     except (ProcessLookupError, psutil.NoSuchProcess):
         return
+
+
+@contextmanager
+def signals_later() -> Iterator[None]:
+    """Within it no handler of SIGTERM or SIGINT interrupts; the first of these signals is sent again behind it."""
+    caught: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: caught.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if caught:
+            os.kill(os.getpid(), caught[0])
 
 
 @contextmanager
