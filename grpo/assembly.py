@@ -270,6 +270,8 @@ def _without_effect(config: Config, **given: Callable[..., Any] | None) -> Itera
             value = getattr(values, name)
             if given[argument] is not None and value != type(values).model_fields[name].default:
                 yield f"{section}.{name} is {value}, without effect: {argument} was given to Trainer"
+    if config.data.eval_name is not None and config.evaluation.num_questions == 0:
+        yield f"data.eval_name is {config.data.eval_name!r}, without effect: evaluation.num_questions is 0"
     if given["loss"] is not None and config.rollout.carry_over:
         yield "rollout.carry_over is true, and loss was given to Trainer: it must weigh old tokens itself, by sampling_logprobs"
     if given["order"] is not None and config.data.order_by is not None:

@@ -18,7 +18,7 @@ from helpers import ROOT, TINY, launch, read_json, tiny_config
 from grpo.config import EnvironmentConfig, ModelConfig
 from grpo.evaluation import benchmark, results
 from grpo.evaluation.asked import Runtime, Settings
-from grpo.evaluation.sample_file import finished
+from grpo.evaluation.sample_file import claimed, finished
 from grpo.inference.resolve_model import num_positions
 from grpo.observe.bar import Bar, check_rows
 from grpo.rollout import sampling
@@ -360,6 +360,18 @@ def test_an_environment_is_named_as_it_is_or_with_all_its_section_has_or_by_a_co
     ):
         with pytest.raises(ValueError, match=message):
             named_environment(text)
+
+
+def test_a_directory_without_a_sample_is_bound_to_no_settings(tmp_path: Path):
+    for value in (1, 2):
+        with claimed(tmp_path, {"a": value}, option="--out", difference=lambda *_: "", results=["results.json"]):
+            (tmp_path / "samples.jsonl").touch()
+    (tmp_path / "samples.jsonl").write_text("{}\n")
+    with (
+        pytest.raises(ValueError, match=r"their samples must not be mixed"),
+        claimed(tmp_path, {"a": 3}, option="--out", difference=lambda *_: "", results=["results.json"]),
+    ):
+        pass
 
 
 def test_samples_of_different_settings_are_never_mixed(whole: Path, tmp_path: Path):

@@ -431,3 +431,12 @@ def test_numbers_of_a_yaml_are_what_one_means_by_them(tmp_path: Path, written: s
     if isinstance(meant, (int, float)):
         path.write_text(yaml.safe_dump(settings))
         assert Config.load(path, [f"rewards.0.args.x={written}"]).rewards[0].args["x"] == meant
+
+
+def test_null_on_the_command_line_takes_back_what_a_file_says_of_a_setting_that_cannot_be_null():
+    config = SupervisedConfig.load("sft-quickstart", ["training.epochs=null", "run.steps=10"])
+    assert (config.run.steps, "epochs" in config.training.model_fields_set) == (10, False)
+    assert Config.load("quickstart-game", ["environment.rows=null"]).environment.rows == {}
+    assert Config.load("quickstart", ["algorithm.clip_high=null"]).algorithm.clip_high is None, "which can be null"
+    with pytest.raises(ValueError, match=r"training\.epochs=null takes back what the file says"):
+        SupervisedConfig.load("sft-quickstart", ["run.steps=10"])

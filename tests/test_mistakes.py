@@ -63,6 +63,12 @@ AFTER_TORCH: list[tuple[list[str], str]] = [
 
 MISTAKES: list[tuple[list[str], str]] = [
     (["tran"], r"grpo has no command 'tran'\. Did you mean train\?"),
+    (["train", "--confg", "quickstart"], r"unrecognized arguments: --confg\. Did you mean --config\?"),
+    ([*QUICKSTART, "tools.functions=[calculatr]"], r"tools\.functions is 'calculatr'; .*did you mean calculator\?"),
+    (
+        [*QUICKSTART, "environment.function=gues_number"],
+        r"environment\.function is 'gues_number'; .*did you mean guess_number\?",
+    ),
     (["train"], r"required: --config\. `grpo train --help` lists the options"),
     (["evaluate", "--model", "x"], r"required: --benchmarks, or an --environment"),
     (["chat"], r"required: --model"),
@@ -230,6 +236,10 @@ MISTAKES: list[tuple[list[str], str]] = [
 
 ASKED: list[tuple[list[str], str]] = [
     (["chat", "--model", MODEL, "--temperature", "-1"], r"--temperature is -1\.0; it is at least 0\. Set 0 for"),
+    (
+        ["chat", "--model", MODEL, "--tools", "calculater"],
+        r"--tools is 'calculater'; .* did you mean calculator\? Name one",
+    ),
     (["chat", "--model", MODEL, "--step", "3"], r"--step is 3; .* belongs to no run .* Leave --step out"),
     (["sample", "--model", MODEL, "--question", "1+1", "--answer", "2", "--answer", "3"], r"--answer is given 2 times"),
     (["sample", "--model", MODEL, "--question", "1+1", "--config", "a.yaml"], r"--config is 'a\.yaml'.*no such file"),

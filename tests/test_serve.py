@@ -1241,6 +1241,25 @@ def reply_with(handler: BaseHTTPRequestHandler, status: int, text: str, **header
 GOOD = json.dumps({"choices": [{"text": " 12"}], "usage": {"prompt_tokens": 3, "completion_tokens": 1}})
 
 
+def test_completions_of_a_hosted_model_are_by_default_as_long_as_its_server_allows(
+    served: tuple[Server, int], models: list[Hosted]
+):
+    url = f"http://127.0.0.1:{served[1]}/v1"
+    settings = evaluation("model", url, max_completion_tokens=None)
+    found = HostedModel(Endpoint(url), "model").prepared(settings, [])
+    assert found.max_completion_tokens == models[0].sampling.max_tokens
+    for listed, expected in (
+        ([{"id": "model", "max_model_len": 1024}], 512),
+        ([{"id": "model", "max_model_len": 131072}], 4096),
+        ([{"id": "model"}], 4096),
+        ([], 4096),
+    ):
+        answer = json.dumps({"data": listed})
+        with scripted(lambda handler, _, answer=answer: reply_with(handler, 200, answer)) as other:  # type: ignore[misc]
+            found = HostedModel(Endpoint(other), "model").prepared(settings, [])
+        assert found.max_completion_tokens == expected
+
+
 def sampled(model: HostedModel, num: int = 1) -> list[str]:
     prompts = [Prompt(n, [], "What is 5+7?", "", {}) for n in range(num)]
     groups = model.sample(prompts, Sampling(4), num_completions=1, seed=0)

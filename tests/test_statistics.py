@@ -117,3 +117,8 @@ def test_where_all_questions_agree_the_interval_of_a_share_is_wilsons_and_not_of
     assert found["format"].low == 0.0
     assert found["format"].high == pytest.approx(1.96**2 / (11 + 1.96**2), abs=1e-3)
     assert found["length"] == Estimate(1.0, 1.0, 1.0)
+
+
+def test_a_difference_of_0_on_every_question_is_no_share_of_0():
+    (found,) = estimate({"difference": np.zeros(16)}).values()
+    assert (found.value, found.low, found.high) == (0, 0, 0)

@@ -28,6 +28,10 @@ def check_config(config: AnyConfig) -> None:
     if isinstance(config, Config):
         for reward in config.rewards:
             check_spec(reward.function)
+        for tool in config.tools.functions:
+            check_spec(tool.function, "tools.functions", "grpo.tools")
+        if config.environment.function is not None:
+            check_spec(config.environment.function, "environment.function", "grpo.tools.environments")
     _check_data(config)
 
 

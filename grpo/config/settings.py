@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from grpo.config import sections, shipped
@@ -96,6 +96,7 @@ class Settings(Section):
         settings = read_file(path)
         for override in overrides:
             apply_override(settings, override)
+            _take_back(settings, override, cls)
         return cls(**settings)
 
     @classmethod
@@ -425,6 +426,20 @@ def _unknown_key(spelled: str, key: str, section: type[BaseModel], root: type[Se
         return f"{spelled} is not a setting here. {elsewhere[key]}"
     hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(section.model_fields)}."
     return f"{spelled} is not a setting. {hint}"
+
+
+def _take_back(settings: dict[str, Any], override: str, root: type[Settings]) -> None:
+    """`section.setting=null`, where a setting cannot be null, undoes what the file says of it."""
+    name, _, value = override.partition("=")
+    section, _, key = name.strip().partition(".")
+    field = root.model_fields.get(section)
+    inner = None if field is None else getattr(field.annotation, "model_fields", {}).get(key)
+    if inner is None or value.strip() not in ("null", "~"):
+        return
+    try:
+        TypeAdapter(inner.annotation).validate_python(None)
+    except ValidationError:
+        del settings[section][key]
 
 
 def read_file(path: str | Path) -> dict[str, Any]:

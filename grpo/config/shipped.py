@@ -39,10 +39,9 @@ def find(given: str | Path) -> Path:
     if str(given) in names():
         return shipped(str(given))
     near = difflib.get_close_matches(Path(given).stem, names(), n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    hint = f"Did you mean {near[0]}?" if near else f"Name a YAML file, or one of {', '.join(names())}."
     raise ValueError(
-        f"--config is {str(given)!r}; there is no such file, and no configuration of that name comes with the library.{hint} "
-        f"Name a YAML file, or one of {', '.join(names())}."
+        f"--config is {str(given)!r}; there is no such file, and no configuration of that name comes with the library. {hint}"
     )
 
 

@@ -150,7 +150,7 @@ class SupervisedConfig(Settings):
         if self.run.steps is not None and "epochs" in training.model_fields_set:
             raise ValueError(
                 f"run.steps is {self.run.steps} and training.epochs {training.epochs:g}; each says how long to train. Remove one "
-                "of the two."
+                "of the two: training.epochs=null takes back what the file says."
             )
         if self.run.steps is not None and self.optimizer.warmup_steps > self.run.steps:
             raise ValueError(

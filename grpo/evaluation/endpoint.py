@@ -42,7 +42,7 @@ RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before another attempt; doubled each time
 MOST_TOKENS = 4096
-"""Of a completion, by default."""
+"""Of a completion, where the server does not say what it allows."""
 
 LARGEST_REPLY = 64 * 2**20  # bytes
 WRITE_EVERY = 2.0  # seconds
@@ -110,6 +110,15 @@ class Usage:
         )
 
 
+def _most_tokens(listed: list[dict[str, Any]], model: str) -> int:
+    """Of a completion: as the server samples by itself (`grpo serve`), or half of the positions that it names."""
+    told = next((each for each in listed if str(each.get("id")) == model), {})
+    sampling, positions = told.get("sampling"), told.get("max_model_len")
+    if isinstance(sampling, dict) and isinstance(sampling.get("max_tokens"), int):
+        return int(sampling["max_tokens"])
+    return min(MOST_TOKENS, positions // 2) if isinstance(positions, int) and positions > 1 else MOST_TOKENS
+
+
 class HostedModel:
     """Asks a hosted model; see `benchmark.Asks` and `types.Generator`.
 
@@ -142,7 +151,13 @@ class HostedModel:
         return prompts
 
     def prepared(self, settings: Settings, prompts: list[Prompt]) -> Settings:
-        return replace(settings, max_completion_tokens=settings.max_completion_tokens or MOST_TOKENS)
+        """
+        Raises:
+            ValueError: see `_listed`.
+        """
+        if settings.max_completion_tokens is None:
+            settings = replace(settings, max_completion_tokens=_most_tokens(self._listed(), self.model))
+        return settings
 
     def files(self) -> str:
         return json.dumps([self.endpoint.url, self.endpoint.request], sort_keys=True)
@@ -158,11 +173,21 @@ class HostedModel:
     def start(self, out: Path) -> HostedModel:
         """
         Raises:
-            ValueError: the server does not answer, refuses the key, or does not know the model.
+            ValueError: see `_listed`.
         """
         self._path = out / "usage.json"
         if self._path.exists():
             self.usage = Usage(**json.loads(self._path.read_text())["usage"])
+        listed = self._listed()
+        self._own_fields = OWN_FIELDS if any(each.get("owned_by") == OWN_SERVER for each in listed) else {}
+        return self
+
+    def _listed(self) -> list[dict[str, Any]]:
+        """What /models says of each; nothing of a server that lists none.
+
+        Raises:
+            ValueError: the server does not answer, refuses the key, or does not know the model.
+        """
         try:
             found = self._send("models", None)
         except Refused as error:
@@ -173,20 +198,19 @@ class HostedModel:
                 ) from None
             if 300 <= error.status < 400:
                 raise ValueError(f"--endpoint is {self.endpoint.url!r}; {error}. Name that address.") from None
-            return self  # a server that lists no models may answer
+            return []  # a server that lists no models may answer
         except Unanswered as error:
             raise ValueError(
                 f"--endpoint is {self.endpoint.url!r}; it does not answer ({error}). Start the server, or correct the address."
             ) from None
         data = found.get("data") if isinstance(found, dict) else None
         listed = [each for each in data if isinstance(each, dict)] if isinstance(data, list) else []
-        self._own_fields = OWN_FIELDS if any(each.get("owned_by") == OWN_SERVER for each in listed) else {}
         names = [str(each.get("id")) for each in listed]
         if names and self.model not in names:
             raise ValueError(
                 f"--model is {self.model!r}; at --endpoint there is {', '.join(names[:20])}. Name one of them."
             )
-        return self
+        return listed
 
     # ---- as Generator
 

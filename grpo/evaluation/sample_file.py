@@ -87,7 +87,7 @@ def claimed(
                 f"{option} is {str(out)!r}; another process is at work there, and both would answer the same questions. Wait "
                 f"until it has ended, or choose another {option}."
             ) from None
-        if any((out / name).exists() for name in (SAMPLES, *results)):
+        if any((out / name).exists() and (out / name).stat().st_size for name in (SAMPLES, *results)):
             before = json.loads((out / SETTINGS).read_text())
             for name, value in wanted.items():
                 if before.get(name) != value:

@@ -10,6 +10,7 @@ from pathlib import Path
 from grpo.config import Config, SupervisedConfig, read_text
 from grpo.config.load import read_settings
 from grpo.policy.model_source import complete_checkpoints, numbers_of
+from grpo.scoring.reward import check_spec
 
 
 def check_options(options: Namespace) -> None:
@@ -33,6 +34,9 @@ def check_options(options: Namespace) -> None:
     for name in RULES:
         if (value := getattr(options, name)) is not None:
             check_number(name, value)
+    for name in getattr(options, "tools", None) or []:
+        if not name.startswith("{"):
+            check_spec(name, "--tools", "grpo.tools")
     if (path := options.config or (directory and directory / "config.yaml")) is not None:
         settings_of(Path(path))
 

@@ -134,7 +134,7 @@ def bind(reward: Reward, columns: list[str], elsewhere: Mapping[str, str]) -> Bo
         if name not in parameters and not _takes_everything(reward.function):
             raise ValueError(
                 f"rewards.*.args of {reward.name} sets {name!r}; the function has no such parameter: "
-                f"{nearest(name, list(parameters))}. Remove it or correct the name."
+                f"{nearest(name, list(parameters))} Remove it or correct the name."
             )
     return _bound(reward, reward.function, [*built_in, *columns], reward.args, form, elsewhere)
 
@@ -187,7 +187,7 @@ def _bound(
             )
         if name not in available and name not in args and not optional:
             raise ValueError(
-                f"reward {reward.name} asks for {name!r}; {nearest(name, available)}. "
+                f"reward {reward.name} asks for {name!r}; {nearest(name, available)} "
                 f"Rename the parameter, add the column, or set rewards.*.args.{name}."
             )
     takes_everything = _takes_everything(function)

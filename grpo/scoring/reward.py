@@ -253,7 +253,7 @@ def _built_in(spec: str, setting: str, built_in: str) -> ModuleType:
     module = importlib.import_module(built_in)  # a user's own `rewards` is another module
     if spec not in module.__all__:
         raise ValueError(
-            f"{setting} is {spec!r}; {nearest(spec, module.__all__)}. Name one of these, "
+            f"{setting} is {spec!r}; {nearest(spec, module.__all__)} Name one of these, "
             "module:function, or path/to/file.py:function."
         )
     return module
@@ -262,7 +262,7 @@ def _built_in(spec: str, setting: str, built_in: str) -> ModuleType:
 def _no_function(spec: str, setting: str, defined: Iterable[str]) -> str:
     place, _, name = spec.rpartition(":")
     return (
-        f"{setting} is {spec!r}; {place} has no function {name!r}: {nearest(name, defined)}. Name one of its functions."
+        f"{setting} is {spec!r}; {place} has no function {name!r}: {nearest(name, defined)} Name one of its functions."
     )
 
 
@@ -389,7 +389,7 @@ def _imports(text: str) -> set[str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ "there is a, b, c; did you mean b?" """
+    """ "there is a, b, c; did you mean b?", with its full stop where there is no such question."""
     known = sorted(set(known))
     close = difflib.get_close_matches(name, known, n=1)
-    return f"there is {', '.join(known) or 'nothing'}" + (f"; did you mean {close[0]}?" if close else "")
+    return f"there is {', '.join(known) or 'nothing'}" + (f"; did you mean {close[0]}?" if close else ".")

@@ -469,7 +469,7 @@ def _check_only(reward: Reward, columns: Sequence[str]) -> None:
     for name in reward.only:
         if name not in columns:
             raise ValueError(
-                f"rewards.*.only of {reward.name} goes by the column {name!r}; {nearest(name, columns)}. Correct the name, or "
+                f"rewards.*.only of {reward.name} goes by the column {name!r}; {nearest(name, columns)} Correct the name, or "
                 "add the column to the data."
             )
 

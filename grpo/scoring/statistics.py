@@ -139,8 +139,8 @@ def estimate(columns: Mapping[str, Values], *, seed: int = 0) -> dict[str, Estim
     return found
 
 
-NO_SHARES = ("length", "reward", "turns")
-"""Of what is told of a benchmark (answers.columns_of), the columns that are no share of answers."""
+NO_SHARES = ("length", "reward", "turns", "difference")
+"""Of what is told of a benchmark (answers.columns_of), and of two arms, the columns that are no share of answers."""
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
