@@ -20,3 +20,4 @@ fi
 "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet "${torch[@]}" --editable ".[dev${EXTRAS:+,$EXTRAS}]"
 touch .venv/installed
+echo "installed in .venv; next: source .venv/bin/activate, then grpo train --config quickstart"

@@ -25,7 +25,7 @@ from grpo.rollout import sampling
 from grpo.system import progress
 from grpo.system.jsonl import append_jsonl, read_jsonl
 from grpo.turns.environment import Environment
-from grpo.turns.use import PromptDefaults, named_environment, prompt_defaults
+from grpo.turns.named import PromptDefaults, named_environment, prompt_defaults
 
 MODEL = str(TINY / "model")
 TOOLS = ROOT / "configs/quickstart-tools"

@@ -39,8 +39,8 @@ from grpo.data.prompts import R1_ZERO, build_prompts, chat_text
 from grpo.data.rows import load_rows
 from grpo.export.export import step_of, write_folder
 from grpo.export.families import family_of, permuted, rope_factors
-from grpo.export.gguf_file import QUANTIZATIONS
 from grpo.export.modelfile import go_template, plainly_quoted, quoted
+from grpo.export.quantizations import QUANTIZATIONS
 from grpo.export.sentencepiece import NO_SCORE, SAMPLES, Pieces
 from grpo.export.vocabulary import pre_tokenizer_of
 

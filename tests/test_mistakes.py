@@ -307,9 +307,7 @@ def test_a_mistake_is_answered_in_three_lines_at_most(
 EARLY = [
     given
     for given, _ in MISTAKES
-    if given[:3] == QUICKSTART[:3]
-    or given[0] in ("export", "report")
-    or ("mine=sums.jsonl" in given and "chatml" not in given)
+    if given[:3] == QUICKSTART[:3] or given[0] in ("export", "report") or "mine=sums.jsonl" in given
 ] + [given for given, _ in ASKED]
 
 

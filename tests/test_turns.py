@@ -42,8 +42,9 @@ from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import RunError, Stopped
 from grpo.turns.form import TAGGED, Appended, form_of
 from grpo.turns.generator import Call, TurnGenerator
+from grpo.turns.named import named
 from grpo.turns.toolbox import Toolbox
-from grpo.turns.use import Tools, named
+from grpo.turns.use import Tools
 from grpo.types import Completion, Generator, Group, OnGroup, Prompt, Sampling
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY / "model")

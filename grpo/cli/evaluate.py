@@ -25,8 +25,10 @@ from grpo.data import registry as benchmarks
 from grpo.data.hub_names import check_model
 from grpo.evaluation import asked
 from grpo.observe.console import errors_for_users, positive
+from grpo.policy.model_source import model_directory
 from grpo.system.parser import Parser
 from grpo.system.terminal import say
+from grpo.turns.named import named_environment, prompt_defaults
 
 if TYPE_CHECKING:
     from grpo.evaluation.endpoint import HostedModel
@@ -43,11 +45,6 @@ def main() -> None:
         for name, path in data.items():
             if is_read_fast(path):
                 benchmarks.load(name, path)
-        from grpo.evaluation import benchmark, results
-        from grpo.policy.model_source import model_directory
-        from grpo.system import distributed
-        from grpo.turns.use import named_environment, prompt_defaults
-
         environment = None if arguments.environment is None else named_environment(arguments.environment)
         defaults = prompt_defaults(None if arguments.endpoint else arguments.environment, arguments.question_template)
         settings = asked.Settings(
@@ -72,6 +69,9 @@ def main() -> None:
             seed=arguments.seed,
             endpoint=arguments.endpoint,
         )
+        from grpo.evaluation import benchmark, results
+        from grpo.system import distributed
+
         hosted = _hosted(arguments) if arguments.endpoint else None
         runtime = asked.Runtime(
             engine=arguments.engine,

@@ -16,7 +16,9 @@ import sys
 from pathlib import Path
 
 from grpo.data.hub_names import check_model
-from grpo.inference.options import check_options
+from grpo.export.destination import check_destination
+from grpo.export.quantizations import check_quantization
+from grpo.inference.options import check_options, run_directory, short_name
 from grpo.observe.console import errors_for_users
 from grpo.system.parser import Parser
 from grpo.system.terminal import say
@@ -41,7 +43,6 @@ def run(options: argparse.Namespace) -> list[str]:
     kind, *repo = options.to
     check(options, kind, repo)
     from grpo.export.export import Asked, export, push
-    from grpo.inference.options import run_directory
     from grpo.inference.resolve_model import choose
 
     asked = Asked(
@@ -70,6 +71,12 @@ def check(options: argparse.Namespace, kind: str, repo: list[str]) -> None:
     ):
         if given is not None and kind not in kinds:
             raise ValueError(f"--{name} is {given} with --to {kind}, where it has no effect. Leave it out.")
+    if options.quantization is not None:
+        check_quantization(
+            options.quantization, file=f"{short_name(options.model, run_directory(options.model))}-BF16.gguf"
+        )
+    if options.out is not None:
+        check_destination(Path(options.out))
 
 
 KINDS = ("gguf", "folder", "hub")

@@ -47,9 +47,9 @@ from grpo.system.terminal import say
 from grpo.turns.environment import Environment, own_rows
 from grpo.turns.form import form_of, reply_form
 from grpo.turns.generator import TurnGenerator
+from grpo.turns.named import named
 from grpo.turns.runner import OBSERVATION
 from grpo.turns.toolbox import Toolbox
-from grpo.turns.use import named
 from grpo.types import VOTE, Generator, Prompt
 
 

@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from grpo.run.checkpoint import free_bytes
-from grpo.system.distributed import GIB
-from grpo.system.files import flush
+from grpo.system.files import GIB, flush, free_bytes
 
 
 def check_destination(out: Path) -> None:

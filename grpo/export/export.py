@@ -14,11 +14,13 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from grpo.config import DataConfig
 from grpo.export.destination import appearing, check_destination, check_room
 from grpo.export.families import Family, context_of, family_of
-from grpo.export.gguf_file import check_quantization, plan, unknown_ends, write_gguf
-from grpo.export.model import Whole, load_whole, short_name
+from grpo.export.gguf_file import plan, unknown_ends, write_gguf
+from grpo.export.model import Whole, load_whole
 from grpo.export.modelfile import modelfile
+from grpo.export.quantizations import check_quantization
 from grpo.export.think_tokens import MEANING, How, add_think_tokens, give_rows
 from grpo.export.vocabulary import Vocabulary, vocabulary_of
+from grpo.inference.options import short_name
 from grpo.inference.resolve_model import Chosen
 from grpo.observe.bar import Bar
 from grpo.policy.model_source import CHECKPOINT_NAME, check_not_quantised, model_config, numbers_of, source_of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -42,9 +41,3 @@ def load_whole(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Whole
     except (OSError, ValueError) as error:
         raise ValueError(not_loaded(config, error)) from error
     return Whole(lm.requires_grad_(False).eval(), tokenizer)
-
-
-def short_name(model: str, run: Path | None) -> str:
-    """What a person would call it: the run's directory, or the last part of a path or hub id."""
-    path = run or Path(model)
-    return path.absolute().name if path.exists() else path.name

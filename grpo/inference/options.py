@@ -79,6 +79,12 @@ def run_directory(model: str) -> Path | None:
     return None
 
 
+def short_name(model: str, run: Path | None) -> str:
+    """What a person would call it: the run's directory, or the last part of a path or hub id."""
+    path = run or Path(model)
+    return path.absolute().name if path.exists() else path.name
+
+
 def checkpoint_of(run: Path | None, step: int) -> Path:
     """Raises ValueError if the run has none of this step."""
     assert run is not None, "a step of no run was refused"

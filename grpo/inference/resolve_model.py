@@ -24,7 +24,7 @@ from grpo.inference.options import RULES, check_options, checkpoint_of, run_dire
 from grpo.policy.families import attribute
 from grpo.policy.model_source import model_config, model_directory
 from grpo.system.terminal import say
-from grpo.turns.use import named
+from grpo.turns.named import named
 from grpo.types import Sampling
 
 LONG = 10**9

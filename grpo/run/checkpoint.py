@@ -37,7 +37,7 @@ from grpo.policy.policy import Policy
 from grpo.run import inputs
 from grpo.system import progress
 from grpo.system.distributed import GIB, Processes
-from grpo.system.files import flush
+from grpo.system.files import flush, free_bytes
 from grpo.system.stopping import RunError
 from grpo.system.terminal import say
 from grpo.system.writer import Writer, problem_with, save_tensors
@@ -230,12 +230,6 @@ def num_bytes(policy: Policy) -> int:
     trained = (weight for weight in policy.lm.parameters() if weight.requires_grad)
     state = sum(getattr(weight, "ds_numel", weight.numel()) for weight in trained)  # ZeRO-3: this process holds a share
     return sum(weight.nbytes for weight in policy.whole_lm.parameters()) + TRAINING_BYTES * state
-
-
-def free_bytes(directory: Path) -> int:
-    """Of the disk that it lies on, or will."""
-    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
 
 
 def _prepare(partial: Path) -> str | None:

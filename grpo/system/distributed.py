@@ -37,10 +37,8 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from grpo.config import Config
 from grpo.system import heartbeat, hub_access
+from grpo.system.files import GIB
 from grpo.system.terminal import say
-
-GIB = 2**30
-
 
 COLLECTIVE_TIMEOUT = timedelta(hours=12)
 """Processes wait for the longest rollout among them, and for rank 0's files: hours, where the default of NCCL ends the run after

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from grpo.system import progress
+
+GIB = 2**30
 
 
 def to_json(value: Any, **options: Any) -> str:
@@ -51,3 +54,9 @@ def checksum(path: Path) -> str:
             digest.update(block)
             progress.tick()
     return digest.hexdigest()
+
+
+def free_bytes(directory: Path) -> int:
+    """Of the disk that it lies on, or will."""
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
