@@ -924,7 +924,7 @@ def test_checkpoints_of_a_run_are_served_side_by_side_in_its_template(run: Path)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"steps": ["7"]}, "--step is 7; the run in .* has checkpoints of these steps: 1, 2"),
+        ({"steps": ["7"]}, "--steps is 7; the run in .* has checkpoints of these steps: 1, 2"),
         ({"steps": ["one"]}, "--steps has 'one'; a step is a number, latest or base"),
         ({"steps": ["1", "1"]}, "each step is served once"),
         ({"max_context": 5000}, "--max-context is 5000; .*knows 1024 positions"),

@@ -30,7 +30,7 @@ def check_options(options: Namespace) -> None:
     if options.base and options.step is not None:
         raise ValueError(f"--step is {options.step} with --base; that is step 0 of the run. Leave one of the two out.")
     if options.step is not None:
-        checkpoint_of(directory, options.step)
+        checkpoint_of(directory, options.step, "--steps" if getattr(options, "steps", None) else "--step")
     for name in RULES:
         if (value := getattr(options, name)) is not None:
             check_number(name, value)
@@ -85,14 +85,14 @@ def short_name(model: str, run: Path | None) -> str:
     return path.absolute().name if path.exists() else path.name
 
 
-def checkpoint_of(run: Path | None, step: int) -> Path:
-    """Raises ValueError if the run has none of this step."""
+def checkpoint_of(run: Path | None, step: int, option: str = "--step") -> Path:
+    """Raises ValueError if the run has none of this step, which `option` named."""
     assert run is not None, "a step of no run was refused"
     steps = {numbers_of(checkpoint): checkpoint for checkpoint in complete_checkpoints(run / "checkpoints")}
     if (step, None) not in steps:
         known = ", ".join(str(number) for number, updates in steps if updates is None) or "none"
         raise ValueError(
-            f"--step is {step}; the run in {run} has checkpoints of these steps: {known}. Choose one of them."
+            f"{option} is {step}; the run in {run} has checkpoints of these steps: {known}. Choose one of them."
         )
     return steps[step, None]
 

@@ -351,13 +351,19 @@ class Chart {
   }
 
   axes() {
-    const { left, right, bottom } = MARGIN;
+    const { left, right, top, bottom } = MARGIN;
     const clip = `clip-${charts.indexOf(this)}`;
     const parts = [
       svg(
         "clipPath",
         { id: clip },
-        svg("rect", { x: left, y: 0, width: Math.max(0, this.width - left - right), height: this.height }),
+        // with room for half a point, and none for a line that goes on beyond the top
+        svg("rect", {
+          x: left,
+          y: top - 4,
+          width: Math.max(0, this.width - left - right),
+          height: this.height - top - bottom + 8,
+        }),
       ),
     ];
     this.clip = `url(#${clip})`;
