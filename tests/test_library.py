@@ -95,7 +95,8 @@ def test_a_model_rows_and_a_function_are_enough(tmp_path: Path, monkeypatch: pyt
     assert notes.ended == [last]
     table = trainer.metrics()
     assert table["reward/mean"].dropna().tolist() == [row["reward/mean"] for row in rows]
-    assert len(table) == 5  # two steps and three evaluations
+    assert table["step"].tolist() == [0, 1, 2]
+    assert table["eval/length_mean"].notna().all(), "each step stands beside its evaluation"
 
 
 def test_a_callback_stops_a_run_that_can_be_resumed(tmp_path: Path):

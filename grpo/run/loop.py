@@ -111,6 +111,8 @@ class Loop:
                 if self.state == RunState() and self.step.rollout is None:  # not on resume
                     self._before_first_step()
                 self._evaluate_if_due()
+                if self._is_last():
+                    self.processes.say(f"all {self.state.step:,} steps are done; raise run.steps to go on")
                 while not self._is_last():
                     self.train_step()
                     if self._is_last() or _due(self.state.step, self.config.checkpoint.every_steps):
@@ -225,10 +227,11 @@ class Loop:
         return say_how_to_go_on(interrupted, self.directory, saved, self.stop.request, self.processes)
 
     def metrics(self) -> DataFrame:
-        """What has been logged so far, a row for each step and each evaluation; empty on other processes than the main one."""
+        """What has been logged so far, a row for each step with its evaluation; empty on other processes than the main one."""
         import pandas
 
-        return pandas.DataFrame(self.log.metrics() if self.processes.is_main else [])
+        rows = pandas.DataFrame(self.log.metrics() if self.processes.is_main else [])
+        return rows if rows.empty else rows.groupby("step", as_index=False).first()  # of each metric what there is
 
     def _time(self, phase: str) -> AbstractContextManager[None]:
         return self.clock.phase_of(self.step, phase)
