@@ -252,6 +252,11 @@ ASKED: list[tuple[list[str], str]] = [
         ["export", MODEL, "--to", "folder", "--out", "x", "--step", "7"],
         r"--step is 7; .* Leave --step out, or name a run",
     ),
+    (
+        ["reject", "--model", MODEL, "--out", "a.jsonl", "--questions", "no.jsonl"],
+        r"--questions is 'no\.jsonl'; there is no such",
+    ),
+    (["reject", "--model", MODEL, "--out", "a.txt"], r"--out is 'a\.txt'; the rows are JSON lines\. Let its name end"),
     (["reject", "--model", MODEL, "--out", "a.jsonl", "--top-p", "2"], r"--top-p is 2\.0; it is above 0 and at most 1"),
     (["chat", "--model", "broken_run"], r"broken_run/config\.yaml is not valid YAML, line 1, column 5: .* Correct it"),
 ]

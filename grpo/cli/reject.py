@@ -12,15 +12,18 @@ interrupted; other thresholds are applied to the samples that are there.
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from grpo.cli.model_options import add_options
+from grpo.data.files import FORMATS
 from grpo.data.hub_names import check_model
 from grpo.inference.options import check_options
 from grpo.observe.console import errors_for_users, positive
+from grpo.rejection.rules import Rules
 from grpo.system.parser import Parser
 from grpo.system.terminal import say
 
@@ -39,6 +42,7 @@ def main() -> None:
         check_options(options)
         if options.rewrite_with:
             check_model(options.rewrite_with, "--rewrite-with")
+        rules_of(options)  # before what takes seconds to import
         from grpo.rejection.reject import table_of
         from grpo.system import distributed
 
@@ -48,6 +52,19 @@ def main() -> None:
             say(f"\n{table_of(found)}\n\nrows       {out}\ndropped    {out.with_suffix('.dropped.jsonl')}")
             say(f"pass rates {out.with_suffix('.pass_rates.jsonl')}")
         distributed.stop()
+
+
+def rules_of(options: argparse.Namespace) -> Rules:
+    """What is kept. Raises ValueError also for a file of rows or questions that cannot be meant."""
+    if Path(options.out).suffix != ".jsonl":
+        raise ValueError(f"--out is {options.out!r}; the rows are JSON lines. Let its name end with .jsonl.")
+    asked = Path(options.questions or "")
+    if asked.suffix in (*FORMATS, ".yaml") and not asked.exists() and not glob.has_magic(str(asked)):
+        raise ValueError(f"--questions is {options.questions!r}; there is no such file. Correct the path.")
+    return Rules(
+        require=_required(options.require),
+        **{each.name: _value(each.name, options) for each in fields(Rules) if each.name != "require"},
+    )
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -60,19 +77,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from grpo.observe.bar import check_rows
     from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
     from grpo.rejection.reject import Asked, reject
-    from grpo.rejection.rules import Rules
     from grpo.scoring.binding import reads_answer
     from grpo.scoring.reward import resolve_rewards
     from grpo.system import distributed
 
-    out = Path(options.out)
-    if out.suffix != ".jsonl":
-        raise ValueError(f"--out is {options.out!r}; the rows are JSON lines. Let its name end with .jsonl.")
-    rules = Rules(
-        require=_required(options.require),
-        **{each.name: _value(each.name, options) for each in fields(Rules) if each.name != "require"},
-    )
-    chosen = choose(options)
+    rules, chosen = rules_of(options), choose(options)
     if options.tools or (options.tools is None and chosen.settings.tools.functions):
         where = "--tools" if options.tools else f"tools.functions of {options.config or options.model}"
         raise ValueError(
@@ -120,7 +129,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             kv_cache_gib=options.kv_cache_gib,
             trust_remote_code=options.trust_remote_code,
         )
-        return reject(asked, prompts, scorer, rules, out, runtime)
+        return reject(asked, prompts, scorer, rules, Path(options.out), runtime)
 
 
 def _with_questions(settings: Any, questions: str | None) -> Any:
