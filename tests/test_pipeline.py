@@ -10,9 +10,11 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +22,11 @@ import warm
 import yaml
 from helpers import ROOT, clean_environment, read_json
 
-from grpo.cli import evaluate, r1, reject
+from grpo.cli import evaluate, launch, r1, reject
 from grpo.config import Config
 from grpo.config.shipped import names
 from grpo.pipeline import outcome
+from grpo.pipeline import run as pipeline_run
 from grpo.pipeline.lineage import of_path
 from grpo.pipeline.run import Ended, line, process, run
 from grpo.pipeline.stages import OPTIONS, OWN_OPTIONS, Plan, read_plan
@@ -356,6 +359,25 @@ def test_rows_of_an_early_step_come_from_that_checkpoint(tmp_path: Path):
     assert plan.inputs(rejected)[0].path == f"{tmp_path}/rl1"
     with pytest.raises(ValueError, match=r"stage cold_rows: step is 'ten'; it is the number of a step"):
         read_plan("r1-tiny", tmp_path, ["cold_rows:step=ten"])
+
+
+@pytest.mark.parametrize("module", [pipeline_run, launch], ids=["a stage", "a launched run"])
+def test_a_signal_that_comes_while_a_process_is_started_reaches_it(tmp_path: Path, monkeypatch, module: Any):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nsleep 60\n")
+    script.chmod(0o755)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def popen(*words: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(*words, **options))
+        os.kill(os.getpid(), signal.SIGTERM)  # its caller does not know of it yet
+        return started[0]
+
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(Popen=popen))
+    code = process(["train"]).code if module is pipeline_run else launch.run("grpo", ["train"], num_processes=1)
+    assert code == 128 + signal.SIGTERM
+    assert started[0].returncode == -signal.SIGTERM
 
 
 def test_a_signal_is_handed_on_to_the_stage_and_two_do_not_share_a_directory(tmp_path: Path, monkeypatch):

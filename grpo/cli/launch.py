@@ -105,8 +105,10 @@ def run(module: str, arguments: Sequence[str], *, num_processes: int) -> int:
     }
     command = [sys.executable, "-m", module, *arguments]
     processes: list[subprocess.Popen[bytes]] = []
+    heard: list[int] = []
 
     def hand_on(number: int, _: FrameType | None = None) -> None:
+        heard.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -116,6 +118,8 @@ def run(module: str, arguments: Sequence[str], *, num_processes: int) -> int:
         for rank in range(num_processes):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(subprocess.Popen(command, env=environment | own))
+            for number in heard:  # before this process was known
+                processes[-1].send_signal(number)
         _wait(processes, hand_on)
         return exit_code([process.wait() for process in processes])
     finally:

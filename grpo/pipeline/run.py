@@ -98,24 +98,25 @@ def _run_stage(plan: Plan, stage: Stage, lineage: Lineage, where: str, launch: L
 
 def process(arguments: Sequence[str]) -> Ended:
     """`grpo` with these arguments, in a process of this Python, which gets the signals that this process gets."""
-    asked = False
+    heard: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
     def hand_on(number: int, _: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
+        heard.append(number)
         if child is not None and child.poll() is None:
             child.send_signal(number)
 
     before = {number: signal.signal(number, hand_on) for number in SIGNALS}
     try:
-        if not asked:
+        if not heard:
             child = subprocess.Popen([sys.executable, "-m", "grpo", *arguments], env={**os.environ, LAUNCHED: "1"})
+            for number in heard:  # while it was started
+                child.send_signal(number)
         code = EXIT_STOPPED if child is None else child.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return Ended(128 - code if code < 0 else code, asked)  # as a shell counts a signal
+    return Ended(128 - code if code < 0 else code, bool(heard))  # as a shell counts a signal
 
 
 @contextlib.contextmanager
