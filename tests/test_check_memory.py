@@ -60,6 +60,20 @@ def test_a_budget_above_what_a_process_has_is_halved_from_what_it_has(tmp_path: 
     assert f"from 1000000 to {(512 + 4 * 1024) // 2} " in advice("update", config, world_size=4)[0]
 
 
+def test_adapters_are_advised_to_lie_over_4_bits_and_these_are_never_advised_to_be_sharded(tmp_path: Path):
+    def advised(phase: str, **sections: Any) -> str:
+        config = long_config(tmp_path, lora={"rank": 8, **sections.pop("lora", {})}, **sections)
+        return "; ".join(text for count in (1, 2) for text in advice(phase, config, world_size=count))
+
+    for phase in LADDERS:
+        assert "lora.quantization from null to nf4" in advised(phase)
+        four_bits = advised(phase, lora={"quantization": "nf4"})
+        assert "quantization" not in four_bits
+        assert not re.search("zero_stage (from . to )?3", four_bits), "which is refused beside it"
+        assert "quantization" not in advised(phase, distributed={"zero_stage": 3})
+        assert "quantization" not in "; ".join(advice(phase, long_config(tmp_path), world_size=1))
+
+
 def test_processes_are_advised_to_share_passes_as_far_as_they_can_be_grouped(tmp_path: Path):
     def advised(config: Config, world_size: int) -> list[str]:
         return [text for text in advice("update", config, world_size=world_size) if "sequence_parallel" in text]

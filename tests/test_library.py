@@ -223,6 +223,22 @@ def test_an_optimizer_and_an_advantage_by_function_are_those_that_train(tmp_path
     again.close()
 
 
+def test_held_out_questions_that_nothing_asks_and_steps_that_are_all_done_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def train() -> None:
+        held_out = {"name": str(TINY / "train.jsonl"), "eval_name": str(TINY / "test.jsonl")}
+        config = tiny_config(tmp_path / "run", data=held_out, run={"steps": 1, "resume": "auto"})
+        Trainer(config, rewards=[brevity]).train()
+
+    train()
+    said = capsys.readouterr().out
+    assert "test.jsonl', without effect: evaluation.num_questions is 0" in said
+    assert "steps are done" not in said
+    train()
+    assert "all 1 steps are done; raise run.steps to go on" in capsys.readouterr().out
+
+
 def test_settings_that_a_function_stands_in_for_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     changed = {"algorithm.normalize_by_std": False, "optimizer.beta1": 0.8, "algorithm.clip_high": 0.28}
     own(tmp_path, advantage=lambda rewards: rewards, loss=of_the_paper, settings=changed).close()

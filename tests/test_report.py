@@ -328,12 +328,15 @@ def test_what_cannot_be_shown_says_what_to_do(tmp_path: Path, directories: list[
 
 def test_the_script_writes_the_page_beside_the_run_and_figures_where_asked(tmp_path: Path):
     run = a_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("no row\n")
     command = ["scripts/report.py", str(run), "--png", str(tmp_path / "figures")]
     done = warm.run(command, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     assert block((run / "report.html").read_text(), "head")["runs"][0]["name"] == "run"
     assert (tmp_path / "figures" / "reward-mean.png").exists()
     assert str(run / "report.html") in done.stdout
+    assert re.search(r"^run: line \d+ of metrics\.jsonl cannot be read and is left out$", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
