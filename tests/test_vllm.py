@@ -459,6 +459,15 @@ def test_a_server_without_tags_is_told_by_what_it_says_of_plain_text(
     with pytest.raises(ServerError, match=r"other weights than it was given, .* restarted, or another run uses it"):
         served.sample(prompts, Sampling(max_tokens=4), num_completions=1, seed=1)
     assert "/update_weight_version" not in {each["path"] for each in server.requests}
+    server.restart()
+    served.sync()
+
+    def collective(*_: object) -> None:
+        raise AssertionError("a process without a prompt would not join it")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(policy.processes), "broadcast", collective)
+        served.sample(prompts, Sampling(max_tokens=4), num_completions=1, seed=1)
 
 
 def test_a_server_with_other_weights_takes_the_policys_at_the_start(

@@ -175,8 +175,8 @@ class ServedEngine:
         if self.keeps_tags:
             tag = self.server.get("/weight_info")["weight_version"]
             other = None if tag == self.version else f"weights {tag!r} and not {self.version!r}, which it was given"
-        else:
-            other = self.policy.processes.on_main(self._other_weights)
+        else:  # no collective: a process that has nothing to sample does not come here
+            other = self._other_weights() if self.policy.processes.is_main else None
         if other is not None:
             raise ServerError(
                 f"vllm.url is {self.server.url!r}; the server has {other}: it was restarted, or another run uses it. Go on with "
@@ -186,10 +186,7 @@ class ServedEngine:
     def _other_weights(self) -> str | None:
         """How the server's weights differ from those that it was given."""
         assert self.told is not None, "it is asked after the weights were handed over"
-        try:
-            moved = _distance(self._server_logprobs(), self.told)
-        except ServerError as error:  # to be raised on every process
-            return f"not answered ({error})"
+        moved = _distance(self._server_logprobs(), self.told)
         return None if moved <= MOVED else f"other weights than it was given, {moved:.3g} nats off on average"
 
     @torch.no_grad()
