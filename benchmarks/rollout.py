@@ -1,8 +1,8 @@
-"""Rollout speed of the native engine beside transformers' `generate` and its continuous batching, in one command.
+"""Rollout speed of the native engine beside vLLM, transformers' `generate` and its continuous batching, in one command.
 
 The fixed workload: random weights in the shape of Qwen2.5, prompts of 90 to 199 random tokens, exactly --new-tokens each.
 
-    python benchmarks/rollout.py --size 0.5b --prompts 32 --completions 8 --peers generate continuous
+    python benchmarks/rollout.py --size 0.5b --prompts 32 --completions 8 --peers vllm generate continuous
 
 A real length distribution, where answers end by themselves:
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from typing import Any
 import torch
 from torch.profiler import profile
 from transformers import GenerationConfig
+from vllm_rollout import MARK
 from workload import SHAPES, costliest, device_activities, device_name, on_gpu, prompt_ids, saved_model, synchronize
 
 from grpo.config import DataConfig, ModelConfig
@@ -60,11 +62,11 @@ def main() -> None:
     records = [native(sampler, prompts, sampling, args) | {"start_seconds": seconds}]
     model = sampler.model
     del sampler  # the engine's keys and values are not to lie beside the peers' own
-    records += [peer(name, model, prompts, sampling, args) for name in args.peers]
+    records += [record for name in args.peers for record in peer(name, model, prompts, sampling, args)]
     distributed.stop()
     if args.out:
         with args.out.open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records if record is not None)
+            file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def parse_args() -> argparse.Namespace:
@@ -83,7 +85,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--plain-layers", action="store_true", help="the model's own layers instead of the fused ones")
     parser.add_argument("--repeats", type=positive, default=3, help="calls after the first")
     parser.add_argument("--profile", action="store_true", help="kernels of a decoding step")
-    parser.add_argument("--peers", nargs="*", default=[], choices=PEERS)
+    parser.add_argument("--peers", nargs="*", default=[], choices=[*PEERS, "vllm"])
     parser.add_argument("--peer-batch", type=positive, default=256, help="completions that `generate` runs at once")
     parser.add_argument("--out", type=Path, help="append the results to this file, a line of JSON each")
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks"), help="where the random models are kept")
@@ -175,9 +177,11 @@ def timed_call(sampler: Sampler, prompts: list[Prompt], sampling: Sampling, num_
 
 def peer(
     name: str, model: SampledModel, prompts: list[Prompt], sampling: Sampling, args: argparse.Namespace
-) -> dict[str, Any] | None:
+) -> list[dict[str, Any]]:
     """After a short warm-up. A peer that fails is reported and does not take the others' numbers with it."""
     try:
+        if name == "vllm":
+            return vllm(prompts, sampling, args)
         with torch.no_grad(), model.sampling_model("sdpa") as lm:
             ending = Ending(model.tokenizer, model.end_token_ids)
             PEERS[name](lm, ending, prompts, replace(sampling, max_tokens=min(8, sampling.max_tokens)), args)
@@ -185,10 +189,10 @@ def peer(
             start = time.perf_counter()
             num_tokens = PEERS[name](lm, ending, prompts, sampling, args)
             synchronize()
-            return report(name, num_tokens, time.perf_counter() - start)
+            return [report(name, num_tokens, time.perf_counter() - start)]
     except Exception as error:
         print(f"{name}: failed with {type(error).__name__}: {str(error)[:300]}", flush=True)
-        return None
+        return []
 
 
 def report(name: str, num_tokens: int, seconds: float) -> dict[str, Any]:
@@ -233,6 +237,25 @@ def continuous_batching(
 
 
 PEERS = {"generate": generate, "continuous": continuous_batching}
+"""Those that take the model as it is loaded here."""
+
+
+def vllm(prompts: list[Prompt], sampling: Sampling, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """In a process of its own, by the median of as many calls as ours."""
+    asked = {
+        "model": args.model or str(saved_model(args.size, args.cache)), "prompts": [prompt.token_ids for prompt in prompts],
+        "completions": args.completions, "new_tokens": sampling.max_tokens, "temperature": sampling.temperature,
+        "ends": args.questions is not None, "repeats": args.repeats,
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("vllm_rollout.py"))],
+        input=json.dumps(asked) + "\n", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    lines = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if not lines:
+        raise RuntimeError(done.stdout.strip()[-300:] or f"exit code {done.returncode}")
+    found = [json.loads(line) for line in lines]
+    return [report(each["name"], each["num_tokens"], each["seconds"]) for each in found]
 
 
 # ---- what is looked at inside the engine: its decoder, and there `begin` and `decode` ----------------------------------

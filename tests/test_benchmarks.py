@@ -266,6 +266,30 @@ def test_rollouts_of_a_real_model_end_by_themselves(run):
     assert "5 rows of" in done.printed
 
 
+def test_vllm_answers_in_a_process_of_its_own(run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its stand-in has what of vLLM's interface the benchmark uses; it writes as many tokens as it is asked for."""
+    (tmp_path / "vllm.py").write_text(
+        "from types import SimpleNamespace as Of\n"
+        "import torch\ntorch.cuda.mem_get_info = lambda: (1, 2)\n"
+        "class SamplingParams:\n"
+        "    def __init__(self, **named): vars(self).update(named)\n"
+        "class LLM:\n"
+        "    def __init__(self, model, **named): print('starting', named['max_num_seqs'])\n"
+        "    def reset_prefix_cache(self): pass\n"
+        "    def generate(self, prompts, sampling, use_tqdm):\n"
+        "        one = Of(token_ids=[0] * sampling.max_tokens)\n"
+        "        return [Of(outputs=[one] * sampling.n) for _ in prompts]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    shape = "--size tiny --prompts 3 --completions 2 --new-tokens 4 --repeats 1 --peers vllm"
+    done = run("rollout.py", shape, "--cache", cache)
+    assert [(each["name"], each["num_tokens"]) for each in done.records] == [
+        ("native", 24),
+        ("vllm", 24),
+        ("vllm with log-probabilities", 24),
+    ]
+
+
 def test_a_peer_of_rollouts_that_fails_is_reported_and_does_not_take_the_others_with_it(
     run, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -63,6 +63,13 @@ def test_a_question_can_be_made_of_columns_and_other_braces_are_text():
     assert (row["question"], row["answer"], row["nums"]) == (r"Make 7 of [3, 4], in \boxed{}.", "7", [3, 4])
 
 
+def test_a_template_may_show_a_call_in_json():
+    call = '<tool>{"name": "python", "arguments": {"code": "print(3)"}}</tool>'
+    config = DataConfig(question_template=f"Do as here: {call} {{question}}")
+    (row,) = prepare_rows([{"question": "1+1?", "answer": "2"}], config, answer_regex=None, setting="data.name")
+    assert row["question"] == f"Do as here: {call} 1+1?"
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -664,6 +664,8 @@ def test_python_keeps_what_was_defined_shows_errors_and_forgets_what_took_too_lo
     with pytest.raises(TimeoutError, match="more than 2 seconds"):
         session(code="x = 0\nwhile True: pass")
     assert session(code="x") == "21"
+    assert session(code=" y = 2\nx * y") == "42"  # a blank that models write before the first word
+    assert session(code="\n    if y:\n        y + 1\n    y") == "2"
 
 
 @pytest.mark.parametrize("ending", ["os._exit(0)", "os._exit(3)"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from typing import Any
 
 from grpo.rewards.sandbox import run_python, runs_as_root, unprotected
@@ -76,6 +77,7 @@ class python:
         Args:
             code: the program text.
         """
+        code = textwrap.dedent(code).strip()  # models write a blank before the first word
         program = f"{_SESSION}session({self.calls!r}, {code!r}, {WELL}, {BADLY})"
         run = run_python(program, seconds=self.seconds, memory_gib=self.memory_gib)
         written = run.output.decode("utf-8", "replace").rstrip("\n")

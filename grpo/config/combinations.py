@@ -220,8 +220,9 @@ TASK_PREFIX = "reasoning_gym:"
 
 OF_EVAL_NAME = ("eval_subset", "eval_question_template", "eval_answer_column", "eval_answer_regex")
 
-COLUMN_IN_BRACES = re.compile(r"\{([^{}]+)\}")
-"""A column's place in data.question_template; braces without anything between them, as in \\boxed{}, are text."""
+COLUMN_IN_BRACES = re.compile(r'\{([^{}"\n]+)\}')
+"""A column's place in data.question_template; braces with nothing between them, as in \\boxed{}, or with a quotation mark or a
+line break, as in JSON, are text."""
 
 
 def _check_sources(data: DataConfig) -> None:
