@@ -83,7 +83,7 @@ def save_family(directory: Path, config: PretrainedConfig) -> Path:
 
 def shallow(num_layers: int) -> str:
     """The tiny model's first layers, made once in a run of tests. Under ZeRO-3 each module takes milliseconds in each pass."""
-    directory = Path(os.environ["XDG_CACHE_HOME"]) / f"shallow-{num_layers}"
+    directory = Path(os.environ.get("XDG_CACHE_HOME", tempfile.gettempdir())) / f"shallow-{num_layers}"
     if not directory.exists():
         with tempfile.TemporaryDirectory(dir=directory.parent) as made:
             target = shutil.copytree(TINY / "model", Path(made) / "model")

@@ -20,7 +20,7 @@ from grpo.rollout.hf import HFGenerator
 from grpo.run import checkpoint, post_mortem
 from grpo.run.tripwire import Probe, SamplingGapError, gap_limit, measure_rounding
 from grpo.system.jsonl import read_jsonl
-from grpo.types import Completion, Group, Prompt, Sampling
+from grpo.types import Batch, Completion, Group, Prompt, Sampling
 
 
 class Wrong:
@@ -279,6 +279,25 @@ def test_what_rounding_explains_is_measured_on_the_model_and_not_on_an_engines_f
     after = {name: weight.data_ptr() for name, weight in trainer.policy.lm.named_parameters()}
     assert after == weights  # captured graphs and flat tensors still point at them
     assert {weight.dtype for weight in trainer.policy.lm.parameters()} == {torch.bfloat16}
+    trainer.close()
+
+
+def test_of_long_sequences_the_beginning_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In float32 attention holds a score for each pair of tokens: 7B's of 32,000 tokens would be 115 GB."""
+    trainer = Trainer(tiny_config(tmp_path / "run", model={"dtype": "bfloat16"}))
+    groups, _ = trainer.collector.sample(trainer.prompts.draw(4), trainer.config.sampling, num_completions=4, seed=0)
+    longest = max(len(group.prompt.token_ids) for group in groups) + 3
+    monkeypatch.setattr("grpo.run.tripwire.PROBED_TOKENS", longest)
+    seen: list[int] = []
+    whole = trainer.policy.unpacked_logprobs
+
+    def watched(batch: Batch, **named: Any) -> torch.Tensor:
+        seen.extend(batch.sequence_lens.tolist())
+        return whole(batch, **named)
+
+    monkeypatch.setattr(trainer.policy, "unpacked_logprobs", watched)
+    assert 0 < measure_rounding(trainer.policy, groups) < 0.01
+    assert max(seen) == longest
     trainer.close()
 
 

@@ -194,7 +194,7 @@ def test_whatever_goes_wrong_with_a_call_is_a_result_that_the_model_reads():
         [f"c3 {call('nothing', word='x')}", "e"],
         [f"c4 {call(word=3)}", "e"],
         [f"c5 {call(world='x')}", "e"],
-        ["c6 <tool>lookup(x)</tool>", "e"],
+        ["c6 <tool>{lookup: x}</tool>", "e"],
         ["c7 no call at all</tool>", "e"],
         [f"c8 {call(word='ok')}", "e"],
     ]
@@ -217,6 +217,26 @@ def test_whatever_goes_wrong_with_a_call_is_a_result_that_the_model_reads():
         assert status == [wanted], text
         assert text.startswith(words)
     assert all(each.finish_reason == "stop" and each.text.endswith("e") for each in completions)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("a word", "a word"),
+        ("\n```text\na\n  b\n```\n", "a\n  b"),
+        ("[1]", "[1]"),
+    ],
+)
+def test_the_text_of_the_only_tool_may_stand_alone_in_a_call(written: str, read: str):
+    lines = [[f"c <tool>{written}</tool>", "e"]]
+    _, (completion,), _ = converse(lines)
+    assert statuses(completion) == ["ok"]
+    assert results(completion) == [f"<result><{read}></result>"]
+
+
+def test_of_two_tools_a_call_names_one():
+    _, (completion,), _ = converse([["c <tool>a word</tool>", "e"]], [lookup, notes_and_dies])
+    assert statuses(completion) == ["unreadable"]
 
 
 def test_half_a_surrogate_pair_is_read_as_a_question_mark():

@@ -140,9 +140,22 @@ def _mean(policy: Policy, values: Tensor) -> float:
 
 
 def _probed(policy: Policy, groups: list[Group]) -> list[tuple[Prompt, Completion]]:
-    """A few sequences, equally many on all processes, of as many prompts as possible."""
+    """The beginnings of a few sequences, equally many on all processes, of as many prompts as possible."""
     pairs = sorted(_spread(groups), key=lambda pair: pair[1].ages is not None)  # those of the present weights first
-    return pairs[: min(PROBED, *policy.processes.gather(len(pairs)))]
+    few = pairs[: min(PROBED, *policy.processes.gather(len(pairs)))]
+    return [(prompt, _beginning(completion, PROBED_TOKENS - len(prompt.token_ids))) for prompt, completion in few]
+
+
+def _beginning(completion: Completion, most: int) -> Completion:
+    """Its first tokens, one at least."""
+    n = max(1, most)
+    return replace(
+        completion,
+        token_ids=completion.token_ids[:n],
+        logprobs=completion.logprobs[:n],
+        trained=None if completion.trained is None else completion.trained[:n],
+        ages=None if completion.ages is None else completion.ages[:n],
+    )
 
 
 def _batch(pairs: list[tuple[Prompt, Completion]]) -> Batch:
@@ -151,6 +164,8 @@ def _batch(pairs: list[tuple[Prompt, Completion]]) -> Batch:
 
 PROBED = 16
 """Sequences of a process that are looked at, at most."""
+PROBED_TOKENS = 4096
+"""Of each, with its prompt: in float32 attention holds a score for each pair of tokens, 115 GB of 28 heads at 32,000."""
 
 
 def diagnose(

@@ -236,6 +236,12 @@ def read_call(text: str) -> tuple[str, dict[str, Any]]:
     return name, arguments
 
 
+def without_fence(text: str) -> str:
+    """A program without the fence that models put around one: three backticks, with a language or without."""
+    found = re.fullmatch(r"\s*```[^\n`]*\n(.*?)\n?\s*```\s*", text, re.DOTALL)
+    return found[1] if found is not None else text
+
+
 def end_of_call(text: str, tag: str, start: int = 0) -> int | None:
     """Where an open call ends: at the first closing tag that stands in none of its strings; None: it is not there.
 

@@ -18,7 +18,7 @@ from grpo.system import progress
 from grpo.system.stopping import RunError
 from grpo.turns.environment import Environment
 from grpo.turns.episode import Action
-from grpo.turns.form import Unreadable, encodable, read_call
+from grpo.turns.form import Unreadable, encodable, read_call, without_fence
 from grpo.turns.runner import GAP, OBSERVATION, Runner
 from grpo.turns.schema import Schema, mismatch, schema_of
 from grpo.types import CallStatus, Reply, ToolCall
@@ -166,9 +166,14 @@ class Toolbox:
         return [text for text in texts if text is not None]
 
     def read(self, text: str) -> Request | Answer:
-        """A call as a model wrote it, a JSON object with `name` and `arguments`; or what is wrong with it."""
+        """A call as a model wrote it, or what is wrong with it.
+
+        It is a JSON object with `name` and `arguments`. Where there is one tool that needs one text and nothing else, such as
+        `python`, any text but an object is that.
+        """
         try:
-            name, arguments = read_call(text)
+            bare = None if text.lstrip().startswith("{") or not text.strip() else self._of_a_text()
+            name, arguments = read_call(text) if bare is None else (bare[0], {bare[1]: without_fence(text)})
         except Unreadable as error:
             if error.name and error.name not in self.tools:
                 return self._unknown(error.name)
@@ -177,6 +182,16 @@ class Toolbox:
             return self._unknown(name)
         wrong = mismatch(arguments, self.tools[name].schema)
         return Request(self.tools[name], arguments) if wrong is None else _no(name, "refused", wrong)
+
+    def _of_a_text(self) -> tuple[str, str] | None:
+        """The only tool and the only argument that it needs, which is a text."""
+        if len(self.tools) != 1:
+            return None
+        ((name, tool),) = self.tools.items()
+        parameters = tool.schema["function"]["parameters"]
+        needed = parameters.get("required", [])
+        is_text = len(needed) == 1 and parameters["properties"][needed[0]].get("type") == "string"
+        return (name, needed[0]) if is_text else None
 
     def _unknown(self, name: str) -> Answer:
         return _no(name, "refused", f"there is no tool {name!r}; there is {', '.join(self.tools)}")
