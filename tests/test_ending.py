@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -64,3 +65,30 @@ def test_a_prompts_own_limit_is_the_lower_one(ending: Ending):
     assert token_limit(PROMPT, Sampling(max_tokens=9)) == 9
     completion = ending.completion(prompt, Sampling(max_tokens=9), [20, 30, 7], [-1.0, -2.0, -3.0])
     assert (completion.token_ids, completion.finish_reason) == ([20, 30], "length")
+
+
+@pytest.mark.parametrize("stop", [("</answer>",), ("é",), ("\n\n", "😀!"), ("er",), ("Wait, ",)])
+def test_a_stop_text_is_found_where_reading_each_beginning_would_find_it(ending: Ending, stop: tuple[str, ...]):
+    rng = random.Random(0)
+    whole = [tokens_of(ending, text) for text in stop]
+    found = 0
+    for _ in range(60):
+        tokens = [rng.randrange(20, 400) for _ in range(rng.randrange(1, 12))]
+        if rng.random() < 0.6:
+            tokens += [*rng.choice(whole), *(rng.randrange(20, 400) for _ in range(rng.randrange(4)))]
+        first = next((n for n in range(1, len(tokens) + 1) if ending.has_stop(tokens[:n], stop)), None)
+        assert ending.find(tokens, stop) == ((len(tokens), "length") if first is None else (first, "stop"))
+        watch = ending.watch(stop)
+        seen = next((n for n in range(1, len(tokens) + 1) if watch.has_seen(tokens[:n], 1)), None)
+        assert seen == first
+        found += first is not None
+    assert found > 20
+
+
+def test_tokens_that_complete_no_stop_text_are_not_read_again(ending: Ending, monkeypatch: pytest.MonkeyPatch):
+    answer = tokens_of(ending, "she has 4 + 7 = 11 of them")
+    watch = ending.watch(("</answer>",))
+    assert not watch.has_seen(answer, len(answer))
+    monkeypatch.setattr(Ending, "text", lambda *_: pytest.fail("a text was made of tokens that are known"))
+    assert not watch.has_seen([*answer, *answer], 2 * len(answer))
+    assert ending.watch(("</answer>",)) is watch, "what was learned of tokens is kept for the next call"

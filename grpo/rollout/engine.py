@@ -246,6 +246,7 @@ class Call:
         self.seed, self.listener, self.step = seed, listener, step
         decoder.begin(sampling)
         self.end_tokens = frozenset(ending.end_token_ids)
+        self.stop_watch = ending.watch(sampling.stop)
         self.prompts = {start.place: start.prompt for start in starts}  # of the turn that each is in
         self.sequences = self._begun(starts)
         self.num_missing = sum(not start.later for start in starts)
@@ -398,14 +399,7 @@ class Call:
         """Whether its turn is, of which the newest `count` tokens have not been looked at."""
         if len(sequence.tokens) == sequence.limit or sequence.tokens[-1] in self.end_tokens:
             return True
-        return self._has_stop(sequence, count)
-
-    def _has_stop(self, sequence: Sequence, count: int) -> bool:
-        """Whether one of the newest `count` tokens completes a stop text, which has no more tokens than bytes."""
-        if not self.sampling.stop:
-            return False
-        reach = max(len(text.encode()) for text in self.sampling.stop)
-        return self.ending.has_stop(sequence.tokens[-(count + reach) :], self.sampling.stop)
+        return self.stop_watch.has_seen(sequence.tokens, count)
 
     def metrics(self) -> dict[str, float]:
         return {

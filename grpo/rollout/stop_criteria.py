@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +28,7 @@ class Ending:
 
     tokenizer: PreTrainedTokenizerBase
     end_token_ids: list[int]
+    _watches: dict[tuple[str, ...], StopWatch] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def completion(self, prompt: Prompt, sampling: Sampling, token_ids: list[int], logprobs: list[float]) -> Completion:
         """Cut sampled tokens, which may run on behind the end, to a completion."""
@@ -46,7 +47,9 @@ class Ending:
         length = next((place + 1 for place, token in enumerate(token_ids) if token in ends), None)
         before = token_ids if length is None else token_ids[: length - 1]
         if self.has_stop(before, stop):
-            length = bisect_left(range(len(before)), True, key=lambda n: self.has_stop(before[: n + 1], stop)) + 1
+            length = self.watch(stop).first(before)
+            if length is None or self.has_stop(before[: length - 1], stop):  # of a tokenizer that reads parts otherwise
+                length = bisect_left(range(len(before)), True, key=lambda n: self.has_stop(before[: n + 1], stop)) + 1
         return (len(token_ids), "length") if length is None else (length, "stop")
 
     def has_stop(self, token_ids: list[int], stop: tuple[str, ...]) -> bool:
@@ -56,5 +59,49 @@ class Ending:
         text = self.text(token_ids)
         return any(each in text for each in stop)
 
+    def watch(self, stop: tuple[str, ...]) -> StopWatch:
+        """What tells, as tokens are drawn, whether they have completed a stop text."""
+        return self._watches.setdefault(stop, StopWatch(self, stop))
+
     def text(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
+
+
+class StopWatch:
+    """Whether the newest tokens of a completion complete a stop text.
+
+    Nearly all tokens cannot: the last character of a stop text is in none of them, which is looked up once for each token. The
+    others are read as text with those before them.
+    """
+
+    def __init__(self, ending: Ending, stop: tuple[str, ...]) -> None:
+        self.ending, self.stop = ending, stop
+        self.reach = max((len(text.encode()) for text in stop), default=0)  # a stop text has no more tokens than bytes
+        self._last = {text[-1] for text in stop}
+        self._may_complete: dict[int, bool] = {}  # by token
+
+    def has_seen(self, token_ids: list[int], count: int) -> bool:
+        """Whether one of the newest `count` tokens completes one."""
+        if not self.stop or not any(map(self._may, token_ids[-count:])):
+            return False
+        return self.ending.has_stop(token_ids[-(count + self.reach) :], self.stop)
+
+    def first(self, token_ids: list[int]) -> int | None:
+        """Number of tokens up to the first that completes one, in what they read as together; None: it is not seen."""
+        for place, token in enumerate(token_ids, 1):
+            if (
+                self._may(token)
+                and self.has_seen(token_ids[:place], 1)
+                and self.ending.has_stop(token_ids[:place], self.stop)
+            ):
+                return place
+        return None
+
+    def _may(self, token: int) -> bool:
+        known = self._may_complete.get(token)
+        if known is None:
+            text = self.ending.text([token])
+            # alone, part of a character reads as U+FFFD, and a space in front may be missing
+            known = "\ufffd" in text or any(last in text or last.isspace() for last in self._last)
+            self._may_complete[token] = known
+        return known
