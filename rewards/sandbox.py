@@ -17,10 +17,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import marshal
 import os
 import select
 import shutil
 import signal
+import site
 import subprocess
 import sys
 import tempfile
@@ -44,6 +46,7 @@ _PREFIX = "grpo-code-"
 _SCRATCH = "/scratch"
 _GUARD = Path(__file__).with_name("sandbox_guard.py")
 _HARNESS = Path(__file__).with_name("sandbox_tests.py")
+_BEGINNING = "import marshal, os, sys; exec(marshal.loads(os.pread(0, int(sys.argv[1]), 0)))"
 _SYSTEM = ["/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache"]
 _DEVICES = ["/dev/null", "/dev/urandom"]
 
@@ -141,13 +144,12 @@ def _run(
         for name in ("stdin", "stdout", "stderr"):  # no pipes: nothing can block
             files.append(os.memfd_create(name))
         rest = stdin.encode("utf-8", "surrogatepass") if tests is None else json.dumps(tests).encode()
-        head = json.dumps(
-            _request(program, scratch, seconds, memory_gib, None if tests is None else len(rest))
-        ).encode()
-        _write_all(files[0], head + rest)
+        guard = _compiled(_GUARD.read_text(), _GUARD.name)
+        head = marshal.dumps(_request(program, scratch, seconds, memory_gib, None if tests is None else len(rest)))
+        _write_all(files[0], guard + head + rest)
         os.lseek(files[0], 0, os.SEEK_SET)
-        guard = [sys.executable, "-I", "-c", _GUARD.read_text(), str(len(head))]
-        command = [*_bwrap(), *guard] if in_bwrap else guard
+        command = [sys.executable, "-I", "-S", "-c", _BEGINNING, str(len(guard)), str(len(head))]
+        command = [*_bwrap(), *command] if in_bwrap else command
         code = _wait(command, scratch, files, seconds)
         return _read(files, code, in_bwrap)
     except SandboxError:
@@ -164,6 +166,16 @@ def _run(
             os.close(lock)
 
 
+@lru_cache(maxsize=8)
+def _compiled(text: str, name: str) -> bytes:
+    return marshal.dumps(compile(text, name, "exec"))
+
+
+def _packages() -> list[str]:
+    """Where installed packages lie: `site` takes three times as long to find them as the rest of a start."""
+    return [path for path in site.getsitepackages() if os.path.isdir(path)]
+
+
 def _request(
     program: str, scratch: str | None, seconds: float, memory_gib: float, num_test_bytes: int | None
 ) -> dict[str, Any]:
@@ -171,7 +183,8 @@ def _request(
     in_memory = {"path": _SCRATCH, "num_bytes": MAX_SCRATCH_BYTES, "num_files": MAX_SCRATCH_FILES}
     return {
         "program": program,
-        "harness": None if num_test_bytes is None else _HARNESS.read_text(),
+        "harness": None if num_test_bytes is None else _compiled(_HARNESS.read_text(), _HARNESS.name),
+        "packages": _packages(),
         "num_test_bytes": num_test_bytes,
         "seconds": seconds,
         "memory": int(memory_gib * 2**30),

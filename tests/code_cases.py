@@ -279,7 +279,7 @@ FREE: dict[str, tuple[str, list[str]]] = {  # program, tests; each earns 0
         [CHECK],
     ),
     "looks for the tests": (
-        "import gc, sys\nfound = [o for o in gc.get_objects() if 'candidate(2) ==' in str(o)[:10**6]]\ndef f(x): return {2: 4, 3: 9}[x] if found else 0",
+        "import gc, sys\nfound = [o for o in gc.get_objects() if 'candidate(2)' + chr(32) + '==' in str(o)[:10**6]]\ndef f(x): return {2: 4, 3: 9}[x] if found else 0",
         [CHECK],
     ),
     "closes everything": ("import os\nos.closerange(0, 64)\ndef f(x): return 4", [CHECK]),

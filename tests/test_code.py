@@ -306,10 +306,16 @@ def test_folders_that_are_closed_to_an_ordinary_user_are_noticed_and_removed() -
     assert not os.path.exists(top)
 
 
+def test_a_program_has_what_a_session_has_without_site() -> None:
+    assert code(answer("import numpy\nprint(int(numpy.ones(3).sum()))"), ADD[:1], seconds=10.0) == 1.0
+    for leave in ("exit()", "quit()", "exit(0)"):
+        assert code(answer(f"print(3)\n{leave}\nprint(4)"), ADD[:1]) == 1.0
+
+
 def test_a_slow_start_of_the_sandbox_is_not_the_programs_time(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = "import time; time.sleep(1.5)\n"
     guard = sandbox._GUARD.read_text().replace("def main() -> None:", slow + "def main() -> None:")
-    monkeypatch.setattr(sandbox, "_GUARD", SimpleNamespace(read_text=lambda: guard))
+    monkeypatch.setattr(sandbox, "_GUARD", SimpleNamespace(read_text=lambda: guard, name="guard"))
     assert code(answer("import time\ntime.sleep(100)"), ADD, seconds=0.5) == 0.0
     assert code(answer("import time\nprint(3)"), ADD[:1], seconds=1.0) == 1.0
 

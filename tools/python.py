@@ -9,18 +9,19 @@ from typing import Any
 from grpo.rewards.sandbox import run_python, runs_as_root, unprotected
 
 _SESSION = """
-import ast, contextlib, io, os, random, sys, traceback
+import _ast, os, sys
 
 def run(code, names):
-    tree = ast.parse(code, "<call>")
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    tree = compile(code, "<call>", "exec", _ast.PyCF_ONLY_AST)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], _ast.Expr) else None
     exec(compile(tree, "<call>", "exec"), names)
     if last is not None:
-        value = eval(compile(ast.Expression(last.value), "<call>", "eval"), names)
+        value = eval(compile(_ast.Expression(last.value), "<call>", "eval"), names)
         if value is not None:
             print(repr(value))
 
 def again(earlier, names):
+    import contextlib, io
     screen, nowhere = os.dup(1), os.open("/dev/null", os.O_WRONLY)
     os.dup2(nowhere, 1)
     for each in earlier:
@@ -30,21 +31,32 @@ def again(earlier, names):
     os.close(screen)
     os.close(nowhere)
 
+def in_words(error):
+    try:
+        import traceback
+        return "".join(traceback.format_exception_only(error)).rstrip()
+    except BaseException:  # there is no memory left for it
+        return f"{type(error).__name__}: {error}"
+
 def session(earlier, code, well, badly):
     names = {"__name__": "__main__"}
-    random.seed(0)
-    again(earlier, names)
+    if any("import" in each for each in (*earlier, code)):
+        import random
+        random.seed(0)
+    if earlier:
+        again(earlier, names)
     try:
         run(code, names)
     except BaseException as error:
-        said = "".join(traceback.format_exception_only(error)).rstrip()
+        said = in_words(error)
         print(said.encode("utf-8", "replace").decode())
         sys.stdout.flush()
         os._exit(badly)
     sys.exit(well)
 
 """
-"""What runs in the sandbox: the earlier calls again, silently, then the one at hand, whose last expression is shown."""
+"""What runs in the sandbox: the earlier calls again, silently, then the one at hand, whose last expression is shown. What most
+calls do not need is imported where it is needed: `ast`, `traceback` and `random` would double the time of a call."""
 
 
 WELL, BADLY = 93, 94
