@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -487,7 +487,7 @@ def record_of(result: Result) -> dict[str, Any]:
 
 def weights_jobs(machine: Machine) -> list[Job]:
     """The benchmarks make them at need; two at once would be in each other's way."""
-    sizes = ["tiny"] if machine.on_cpu else ["0.5b", "1.5b", *(["7b"] if machine.num_gpus > 1 else [])]
+    sizes = ["tiny"] if machine.on_cpu else ["0.5b", "1.5b", "7b"]
     make = "import pathlib, sys, workload; workload.saved_model(sys.argv[1], pathlib.Path(sys.argv[2]))"
     paths = {"PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT}"}
     return [Job(f"weights/{size}", python("-c", make, size, "runs/benchmarks"), environment=paths) for size in sizes]
@@ -628,6 +628,38 @@ def large_judge(results: Results) -> list[Figure]:
     return figures + ([Figure("step 7b, memory", record["peak_gib"], "GiB")] if record["peak_gib"] else [])
 
 
+def four_bit_jobs(machine: Machine) -> list[Job]:
+    shape = ("--prompts", "8", "--new-tokens", "256", "--steps", "2")
+    settings = ("lora.rank=32", "lora.quantization=nf4", "memory.micro_batch_tokens=8192", "memory.kv_cache_gib=3")
+    if machine.on_cpu:
+        settings = settings[:2]
+    missing = "" if find_spec("bitsandbytes") else "bitsandbytes is not installed"
+    return [benchmark(machine, "4-bit", *settings, *shape, size="7b", skip=missing)]
+
+
+def four_bit_judge(results: Results) -> list[Figure]:
+    record = record_of(results["4-bit"])
+    figures = [Figure("step 7b, 4 bits", record["step"], "s", "matrix rate")]
+    return figures + ([Figure("step 7b, 4 bits, memory", record["peak_gib"], "GiB")] if record["peak_gib"] else [])
+
+
+def long_jobs(machine: Machine) -> list[Job]:
+    """Two GPUs share each sequence: 32,000 tokens, or twice what a process reads in a rehearsal."""
+    few = "needs two GPUs" if machine.num_gpus < 2 else ""
+    lengths, passes = ("96", "64") if machine.on_cpu else ("32000", "33000")
+    shape = ("--prompts", "1", "--completions", "2", "--update-only", "--steps", "1")
+    settings = ("distributed.zero_stage=3", "distributed.sequence_parallel=2", f"memory.micro_batch_tokens={passes}")
+    job = benchmark(machine, "long", *settings, *shape, size="7b", processes=2, skip=few, seconds=240)
+    return [replace(job, command=(*job.command, "--new-tokens", lengths))]
+
+
+def long_judge(results: Results) -> list[Figure]:
+    record = record_of(results["long"])
+    name = "update 7b, 32,000 tokens on 2"
+    figures = [Figure(name, record["medians"]["throughput/update"], "tokens/s", "matrix rate")]
+    return figures + ([Figure(f"{name}, memory", record["peak_gib"], "GiB")] if record["peak_gib"] else [])
+
+
 def grading_jobs(machine: Machine) -> list[Job]:
     scale = "0.1" if machine.on_cpu else "0.5"
     return [Job("grading", python("benchmarks/grading.py", "--scale", scale), alone=True, seconds=120)]
@@ -661,7 +693,9 @@ CHECKS = [
     Check("update-cublas", "what run.deterministic costs, and which half of it", update_jobs, update_judge),
     Check("scaling", "a step on one GPU and on all", scaling_jobs, scaling_judge),
     Check("7b", "a step of 7B under ZeRO-3", large_jobs, large_judge),
+    Check("4-bit", "a step of 7B with weights in 4 bits", four_bit_jobs, four_bit_judge),
+    Check("long", "an update of 7B on 32,000 tokens over two GPUs", long_jobs, long_judge),
     Check("grading", "completions graded per second", grading_jobs, grading_judge),
 ]
-USES_WEIGHTS = {"rollout-speed", "step-speed", "update-cublas", "scaling", "7b"}
+USES_WEIGHTS = {"rollout-speed", "step-speed", "update-cublas", "scaling", "7b", "4-bit", "long"}
 """Checks before which `weights` must have run."""
