@@ -644,9 +644,9 @@ def four_bit_judge(results: Results) -> list[Figure]:
 
 
 def long_jobs(machine: Machine) -> list[Job]:
-    """Two GPUs share each sequence: 32,000 tokens, or twice what a process reads in a rehearsal."""
+    """Two GPUs share each sequence."""
     few = "needs two GPUs" if machine.num_gpus < 2 else ""
-    lengths, passes = ("96", "64") if machine.on_cpu else ("32000", "33000")
+    lengths, passes = ("200", "256") if machine.on_cpu else ("32000", "33000")
     shape = ("--prompts", "1", "--completions", "2", "--update-only", "--steps", "1")
     settings = ("distributed.zero_stage=3", "distributed.sequence_parallel=2", f"memory.micro_batch_tokens={passes}")
     job = benchmark(machine, "long", *settings, *shape, size="7b", processes=2, skip=few, seconds=240)
