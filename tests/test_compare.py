@@ -104,6 +104,12 @@ def test_variants_are_arms_beside_each_configuration_and_commas_within_values_st
         ([], ["run.seed=3"], [0], "run.seed=3 is set for base; a comparison sets run.dir, run.seed, run.resume itself"),
         ([], ["evaluation.num_questions=0"], [0], "evaluation.num_questions is 0 in base"),
         ([], [], [1, 1], "--seeds is [1, 1]"),
+        (
+            ["other:rewards=[{function: format}]"],
+            [],
+            [0],
+            "what is right is said by format in other and by accuracy in base",
+        ),
         (["..:run.steps=3"], [], [0], "--variant is '..:run.steps=3'; it reads NAME:"),
     ],
 )

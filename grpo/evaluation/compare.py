@@ -124,6 +124,7 @@ def plan(arms: Sequence[Arm], seeds: Sequence[int], out: Path) -> list[PlannedRu
     runs = [_planned(arm, seed, out / arm.name / f"seed-{seed}") for seed in seeds for arm in arms]
     for run in runs:
         _check_comparable(run)
+        _check_judged_alike(runs[0], run)
     return runs
 
 
@@ -158,6 +159,21 @@ def _check_comparable(run: PlannedRun) -> None:
                 f"--out has {run.directory}; the run there differs from the one asked for in {name}. Choose another --out, or "
                 "remove that directory."
             )
+
+
+def _check_judged_alike(first: PlannedRun, other: PlannedRun) -> None:
+    """What is right is what one reward says; of two arms by two rewards the table would compare nothing."""
+    ours, theirs = (_verdict_of(run.config) for run in (first, other))
+    if ours != theirs:
+        raise ValueError(
+            f"what is right is said by {theirs} in {other.arm.name} and by {ours} in {first.arm.name}; accuracies by two rewards do "
+            f"not compare. Let {other.arm.name} measure {ours} too, with weight 0, as the first of its rewards."
+        )
+
+
+def _verdict_of(config: Config) -> str:
+    names = [each.name or re.split(r"[:.]", each.function)[-1] for each in config.rewards]
+    return verdict_name(names or ["environment"])
 
 
 def is_finished(run: PlannedRun) -> bool:
