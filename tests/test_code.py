@@ -308,6 +308,7 @@ def test_folders_that_are_closed_to_an_ordinary_user_are_noticed_and_removed() -
 
 def test_a_program_has_what_a_session_has_without_site() -> None:
     assert code(answer("import numpy\nprint(int(numpy.ones(3).sum()))"), ADD[:1], seconds=10.0) == 1.0
+    assert code(answer("print(3 if callable(help) else 4)"), ADD[:1]) == 1.0
     for leave in ("exit()", "quit()", "exit(0)"):
         assert code(answer(f"print(3)\n{leave}\nprint(4)"), ADD[:1]) == 1.0
 

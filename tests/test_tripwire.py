@@ -18,7 +18,7 @@ from grpo.config import Config
 from grpo.data.prompts import TEMPLATES, build_prompts
 from grpo.rollout.hf import HFGenerator
 from grpo.run import checkpoint, post_mortem
-from grpo.run.tripwire import Probe, SamplingGapError, gap_limit, measure_rounding
+from grpo.run.tripwire import Probe, SamplingGapError, _probed, gap_limit, measure_rounding
 from grpo.system.jsonl import read_jsonl
 from grpo.types import Batch, Completion, Group, Prompt, Sampling
 
@@ -298,6 +298,8 @@ def test_of_long_sequences_the_beginning_is_looked_at(tmp_path: Path, monkeypatc
     monkeypatch.setattr(trainer.policy, "unpacked_logprobs", watched)
     assert 0 < measure_rounding(trainer.policy, groups) < 0.01
     assert max(seen) == longest
+    whole_sequences = [len(prompt.token_ids) + len(each.token_ids) for prompt, each in _probed(trainer.policy, groups)]
+    assert max(whole_sequences) > longest, "causes are sought in all of them"
     trainer.close()
 
 

@@ -225,6 +225,7 @@ def test_whatever_goes_wrong_with_a_call_is_a_result_that_the_model_reads():
         ("a word", "a word"),
         ("\n```text\na\n  b\n```\n", "a\n  b"),
         ("[1]", "[1]"),
+        ('```json\n{"name": "lookup", "arguments": {"word": "in JSON"}}\n```', "in JSON"),
     ],
 )
 def test_the_text_of_the_only_tool_may_stand_alone_in_a_call(written: str, read: str):
@@ -686,6 +687,7 @@ def test_python_keeps_what_was_defined_shows_errors_and_forgets_what_took_too_lo
     assert session(code="x") == "21"
     assert session(code=" y = 2\nx * y") == "42"  # a blank that models write before the first word
     assert session(code="\n    if y:\n        y + 1\n    y") == "2"
+    assert session(code="z = '''a\n   \nb'''\nz") == repr("a\n   \nb"), "what is not indented stays as it is"
 
 
 @pytest.mark.parametrize("ending", ["os._exit(0)", "os._exit(3)"])

@@ -36,7 +36,7 @@ def in_words(error):
         import traceback
         return "".join(traceback.format_exception_only(error)).rstrip()
     except BaseException:  # there is no memory left for it
-        return f"{type(error).__name__}: {error}"
+        return type(error).__name__
 
 def session(earlier, code, well, badly):
     names = {"__name__": "__main__"}
@@ -61,6 +61,17 @@ calls do not need is imported where it is needed: `ast`, `traceback` and `random
 
 WELL, BADLY = 93, 94
 """Exit codes of a session that came to its end, without and with an exception; with any other the code has ended its process."""
+
+
+def _from_the_margin(code: str) -> str:
+    """Code whose first line is indented, which none may be: models write a blank before the first word, or indent all of it."""
+    lines = code.splitlines()
+    first = next((line for line in lines if line.strip()), "")
+    indentation = first[: len(first) - len(first.lstrip())]
+    if not indentation:
+        return code
+    is_all = all(line.startswith(indentation) for line in lines if line.strip())
+    return textwrap.dedent(code) if is_all else code.lstrip()
 
 
 class CodeError(Exception):
@@ -89,7 +100,7 @@ class python:
         Args:
             code: the program text.
         """
-        code = textwrap.dedent(code).strip()  # models write a blank before the first word
+        code = _from_the_margin(code)
         program = f"{_SESSION}session({self.calls!r}, {code!r}, {WELL}, {BADLY})"
         run = run_python(program, seconds=self.seconds, memory_gib=self.memory_gib)
         written = run.output.decode("utf-8", "replace").rstrip("\n")

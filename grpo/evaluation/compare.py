@@ -166,8 +166,8 @@ def _check_judged_alike(first: PlannedRun, other: PlannedRun) -> None:
     ours, theirs = (_verdict_of(run.config) for run in (first, other))
     if ours != theirs:
         raise ValueError(
-            f"what is right is said by {theirs} in {other.arm.name} and by {ours} in {first.arm.name}; accuracies by two rewards do "
-            f"not compare. Let {other.arm.name} measure {ours} too, with weight 0, as the first of its rewards."
+            f"what is right is said by {theirs} in {other.arm.name} and by {ours} in {first.arm.name}; accuracies by two rewards "
+            f"do not compare. Let {other.arm.name} measure {ours} too, with weight 0, as the first of its rewards."
         )
 
 

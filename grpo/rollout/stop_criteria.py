@@ -47,9 +47,8 @@ class Ending:
         length = next((place + 1 for place, token in enumerate(token_ids) if token in ends), None)
         before = token_ids if length is None else token_ids[: length - 1]
         if self.has_stop(before, stop):
-            length = self.watch(stop).first(before)
-            if length is None or self.has_stop(before[: length - 1], stop):  # of a tokenizer that reads parts otherwise
-                length = bisect_left(range(len(before)), True, key=lambda n: self.has_stop(before[: n + 1], stop)) + 1
+            places = [*self.watch(stop).places(before), len(before)]
+            length = places[bisect_left(places, True, key=lambda n: self.has_stop(before[:n], stop))]
         return (len(token_ids), "length") if length is None else (length, "stop")
 
     def has_stop(self, token_ids: list[int], stop: tuple[str, ...]) -> bool:
@@ -70,8 +69,8 @@ class Ending:
 class StopWatch:
     """Whether the newest tokens of a completion complete a stop text.
 
-    Nearly all tokens cannot: the last character of a stop text is in none of them, which is looked up once for each token. The
-    others are read as text with those before them.
+    Most tokens cannot: the last character of a stop text is not in them, which is found out once for each token. The others are
+    read as text with those before them.
     """
 
     def __init__(self, ending: Ending, stop: tuple[str, ...]) -> None:
@@ -84,24 +83,19 @@ class StopWatch:
         """Whether one of the newest `count` tokens completes one."""
         if not self.stop or not any(map(self._may, token_ids[-count:])):
             return False
-        return self.ending.has_stop(token_ids[-(count + self.reach) :], self.stop)
+        newest = token_ids[-(count + self.reach) :]
+        # parts of a character before the newest may make other text of them
+        return self.ending.has_stop(newest, self.stop) and self.ending.has_stop(token_ids, self.stop)
 
-    def first(self, token_ids: list[int]) -> int | None:
-        """Number of tokens up to the first that completes one, in what they read as together; None: it is not seen."""
-        for place, token in enumerate(token_ids, 1):
-            if (
-                self._may(token)
-                and self.has_seen(token_ids[:place], 1)
-                and self.ending.has_stop(token_ids[:place], self.stop)
-            ):
-                return place
-        return None
+    def places(self, token_ids: list[int]) -> list[int]:
+        """Numbers of tokens up to each that may complete one."""
+        return [place for place, token in enumerate(token_ids, 1) if self._may(token)]
 
     def _may(self, token: int) -> bool:
         known = self._may_complete.get(token)
         if known is None:
             text = self.ending.text([token])
             # alone, part of a character reads as U+FFFD, and a space in front may be missing
-            known = "\ufffd" in text or any(last in text or last.isspace() for last in self._last)
+            known = "\ufffd" in text or any(last in text or last == " " for last in self._last)
             self._may_complete[token] = known
         return known

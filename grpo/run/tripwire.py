@@ -58,11 +58,15 @@ def measure_rounding(policy: Policy, groups: list[Group]) -> float:
     engine's faults, and is often larger, since two computations share some of their rounding. Faults of the trainer's forward
     pass are in neither.
 
-    Every process calls it with what it sampled; a few sequences of each are looked at.
+    Every process calls it with what it sampled; the beginnings of a few sequences of each are looked at. Where older weights have
+    drawn all of these, the second distance alone counts.
     """
     if policy.dtype == torch.float32:
         return FLOAT32_ROUNDING
-    batch = _batch(_probed(policy, groups))
+    pairs = _probed(policy, groups)
+    batch = _batch(
+        [(prompt, _beginning(completion, PROBED_TOKENS - len(prompt.token_ids))) for prompt, completion in pairs]
+    )
     own = policy.unpacked_logprobs(batch)
     exact = _mean(policy, (own - policy.unpacked_logprobs(batch, float32=True)).abs())
     fresh = _fresh(batch, own)
@@ -140,10 +144,9 @@ def _mean(policy: Policy, values: Tensor) -> float:
 
 
 def _probed(policy: Policy, groups: list[Group]) -> list[tuple[Prompt, Completion]]:
-    """The beginnings of a few sequences, equally many on all processes, of as many prompts as possible."""
+    """A few sequences, equally many on all processes, of as many prompts as possible."""
     pairs = sorted(_spread(groups), key=lambda pair: pair[1].ages is not None)  # those of the present weights first
-    few = pairs[: min(PROBED, *policy.processes.gather(len(pairs)))]
-    return [(prompt, _beginning(completion, PROBED_TOKENS - len(prompt.token_ids))) for prompt, completion in few]
+    return pairs[: min(PROBED, *policy.processes.gather(len(pairs)))]
 
 
 def _beginning(completion: Completion, most: int) -> Completion:
@@ -165,7 +168,8 @@ def _batch(pairs: list[tuple[Prompt, Completion]]) -> Batch:
 PROBED = 16
 """Sequences of a process that are looked at, at most."""
 PROBED_TOKENS = 4096
-"""Of each, with its prompt: in float32 attention holds a score for each pair of tokens, 115 GB of 28 heads at 32,000."""
+"""Of each, with its prompt, where rounding is measured: in float32 attention holds a score for each pair of tokens, 115 GB of 28
+heads at 32,000. A longer prompt is read whole."""
 
 
 def diagnose(

@@ -172,8 +172,9 @@ class Toolbox:
         `python`, any text but an object is that.
         """
         try:
+            text = without_fence(text)
             bare = None if text.lstrip().startswith("{") or not text.strip() else self._of_a_text()
-            name, arguments = read_call(text) if bare is None else (bare[0], {bare[1]: without_fence(text)})
+            name, arguments = read_call(text) if bare is None else (bare[0], {bare[1]: text})
         except Unreadable as error:
             if error.name and error.name not in self.tools:
                 return self._unknown(error.name)

@@ -624,8 +624,9 @@ def large_judge(results: Results) -> list[Figure]:
     record = record_of(results["7b"])
     medians = record["medians"]
     figures = [Figure(f"step 7b, ZeRO-3 on {record['processes']}", record["step"], "s", "matrix rate")]
-    figures.append(Figure("step 7b, sampling gap", medians["policy/sampling_gap"], "nats"))
-    return figures + ([Figure("step 7b, memory", record["peak_gib"], "GiB")] if record["peak_gib"] else [])
+    on = f"ZeRO-3 on {record['processes']}"
+    figures.append(Figure(f"step 7b, {on}, sampling gap", medians["policy/sampling_gap"], "nats"))
+    return figures + ([Figure(f"step 7b, {on}, memory", record["peak_gib"], "GiB")] if record["peak_gib"] else [])
 
 
 def four_bit_jobs(machine: Machine) -> list[Job]:
