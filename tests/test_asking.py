@@ -85,6 +85,23 @@ def test_options_win_over_the_run_and_a_model_without_one_is_sampled_as_r1_is_ev
     assert alone.data(tokenizer, None, None).template == "r1_zero"
 
 
+def test_a_persons_question_stands_in_the_words_that_the_runs_data_have_around_theirs(sampler: Sampler):
+    chosen = choose(options(MODEL, "--config", "quickstart-tools"))
+    data = chosen.data(load_tokenizer(chosen.model), None, None)
+    talk = Conversation(sampler.model, data, Sampling(8))
+    assert talk.prompt("2*3?") == "User: 2*3?\nAssistant:"
+    other = chosen.data(load_tokenizer(chosen.model), "r1_zero", None)
+    alone = Conversation(sampler.model, other, Sampling(8)).prompt("2*3?")
+    assert alone.endswith("User: 2*3? Assistant:"), "the words were written for the run's own template"
+    of_columns = DataConfig(template="none", question_template="Make {target} of {nums}.")
+    assert Conversation(sampler.model, of_columns, Sampling(8)).prompt("2*3?") == "2*3?"
+    chat = Conversation(
+        sampler.model, DataConfig(template="chat", question_template="{question} Be brief."), Sampling(8)
+    )
+    chat.remember("2*3?", "6")
+    assert chat.messages[0]["content"] == "2*3? Be brief."
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -403,6 +420,13 @@ def test_a_sample_as_json_is_a_line_per_completion_and_nothing_else(run: Path, s
     assert [row["question"] for row in rows[::2]] == [questions[3], questions[5]]
     for row in rows:
         assert row["reward"] == sum(row["weights"][name] * value for name, value in row["rewards"].items())
+
+
+def test_a_typed_question_is_sampled_as_the_run_asks(script: Callable[..., Any]):
+    words = ("--config", "quickstart-tools", "--question", "2*3?", "--group", "1", "--max-tokens", "4", "--json")
+    code, out, err = script("sample.py", "--model", str(MODEL), *words)
+    assert code == 0, err
+    assert json.loads(out)["question"] == "User: 2*3?\nAssistant:"
 
 
 @pytest.mark.parametrize(("answer", "runs"), [(None, False), ("", False), ("no\n", False), ("y\n", True)])

@@ -13,7 +13,7 @@ from typing import Any
 
 from grpo.cli.model_options import add_options
 from grpo.data.hub_names import check_model
-from grpo.data.rows import asked_rows
+from grpo.data.rows import as_asked, asked_rows
 from grpo.inference.options import check_options
 from grpo.observe.console import console, errors_for_users
 from grpo.system.parser import Parser
@@ -95,6 +95,7 @@ def sample(options: argparse.Namespace, asked: list[dict[str, Any]]) -> list[dic
     data = data if tools is None else tools.told(data)
     if options.data:
         data = data.model_copy(update={"name": options.data})
+    asked = [{**row, "question": as_asked(row["question"], data)} for row in asked]
     rows = asked or chosen_rows(data, options.row, held_out=options.held_out, environment=environment)
     rows = rows if tools is None else tools.toolbox.observed(rows, data)
     numbers = options.row or range(len(rows))

@@ -474,6 +474,18 @@ def _turns(cell: Sequence[Mapping[str, Any]], fields: Fields, where: str) -> lis
     return turns
 
 
+def stands_around_a_question(template: str | None) -> bool:
+    """Whether data.question_template is words around any question, and not made of other columns."""
+    return template is not None and set(COLUMN_IN_BRACES.findall(template)) == {"question"}
+
+
+def as_asked(question: str, data: DataConfig) -> str:
+    """A question that a person types, in the words that a run's data have around theirs."""
+    if data.question_template is None or not stands_around_a_question(data.question_template):
+        return question
+    return COLUMN_IN_BRACES.sub(lambda _: question, data.question_template)
+
+
 def asked_rows(questions: Sequence[str], answers: Sequence[str]) -> list[dict[str, Any]]:
     """Data rows of questions that a person asks, with gold answers to all of them or to none (None).
 

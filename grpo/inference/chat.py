@@ -16,6 +16,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from grpo.config import DataConfig
 from grpo.data.prompts import chat_text, conversation, fill, prefill_of, time_limit, tokenize
+from grpo.data.rows import as_asked
 from grpo.inference.commands import HELP
 from grpo.inference.options import check_number
 from grpo.inference.resolve_model import said
@@ -143,6 +144,7 @@ class Conversation:
         return self.data.template == "chat"
 
     def prompt(self, question: str) -> str:
+        question = as_asked(question, self.data)
         if not self.remembers:
             return fill([question], self.model.tokenizer, self.data)[0]
         first, *rest = conversation(question, self.data)
@@ -203,7 +205,7 @@ class Conversation:
         if not self.remembers:
             return
         opened = _opens_thought(self.prompt(question))
-        self.messages.append({"role": "user", "content": question})
+        self.messages.append({"role": "user", "content": as_asked(question, self.data)})
         for words, interlude in before:
             said_ = _without_thoughts(words.partition(CHAT_CALL[0])[0], opened)
             self.messages += [_calling(said_, interlude.calls), *_answering(interlude)]

@@ -19,6 +19,7 @@ from grpo.config import (
     ToolsConfig,
 )
 from grpo.data.prompts import use_chat_template
+from grpo.data.rows import stands_around_a_question
 from grpo.inference.model import Sampler, load, sampling_config
 from grpo.inference.options import RULES, check_options, checkpoint_of, run_directory, settings_of
 from grpo.policy.families import attribute
@@ -59,7 +60,10 @@ class Chosen:
             raise ValueError(
                 f"--template is chat; the tokenizer of {self.model.name} has no chat template. Set --template r1_zero."
             )
-        return data.model_copy(update={"template": template, "system_prompt": system, "max_prompt_tokens": LONG})
+        changed = {"template": template, "system_prompt": system, "max_prompt_tokens": LONG}
+        if template != data.template and stands_around_a_question(data.question_template):
+            changed["question_template"] = None  # it was written for the run's template
+        return data.model_copy(update=changed)
 
     def load(self, tokenizer: PreTrainedTokenizerBase, *, longest_prompt: int, engine: str = "auto") -> Sampler:
         """The model itself, for prompts up to so many tokens.
