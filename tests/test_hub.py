@@ -223,7 +223,10 @@ class Run:
 
     @property
     def staged(self) -> list[str]:
-        return sorted(path.name.rpartition("-")[0] for path in self.directory.glob("hub/*"))
+        try:
+            return sorted(name.rpartition("-")[0] for name in os.listdir(self.directory / "hub"))
+        except FileNotFoundError:  # removed with the last of them
+            return []
 
 
 @pytest.fixture
