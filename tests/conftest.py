@@ -99,7 +99,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Half a million objects of torch and transformers stay for good; to look at them again and again took a tenth of all time."""
+    """Half a million objects of torch and transformers stay for good; looking at them again took a tenth of the time."""
     gc.collect()
     gc.freeze()
 
