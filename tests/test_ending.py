@@ -7,6 +7,10 @@ from dataclasses import replace
 
 import pytest
 from helpers import TINY
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteFallback, Fuse, Sequence
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from grpo.config import ModelConfig
 from grpo.policy.tokenizer import load_tokenizer
@@ -92,3 +96,16 @@ def test_tokens_that_complete_no_stop_text_are_not_read_again(ending: Ending, mo
     monkeypatch.setattr(Ending, "text", lambda *_: pytest.fail("a text was made of tokens that are known"))
     assert not watch.has_seen([*answer, *answer], 2 * len(answer))
     assert ending.watch(("</answer>",)) is watch, "what was learned of tokens is kept for the next call"
+
+
+def test_bytes_that_a_broken_character_takes_in_complete_no_stop_text():
+    """As Llama 2's tokenizer reads them: the line breaks alone are a stop text, behind half a character they are parts of it."""
+    vocabulary = {"a": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}}
+    plain = Tokenizer(BPE(vocabulary, [], byte_fallback=True))
+    plain.decoder = Sequence([ByteFallback(), Fuse()])
+    ending = Ending(PreTrainedTokenizerFast(tokenizer_object=plain), [])
+    broken = [0, vocabulary["<0xE2>"], *[vocabulary["<0x0A>"]] * 4]
+    assert ending.has_stop(broken[-3:], ("\n\n",))
+    assert ending.find(broken, ("\n\n",)) == (len(broken), "length")
+    assert not ending.watch(("\n\n",)).has_seen(broken, 1)
+    assert ending.watch(("\n\n",)).has_seen([0, *broken[-2:]], 1)

@@ -219,6 +219,16 @@ def test_whatever_goes_wrong_with_a_call_is_a_result_that_the_model_reads():
     assert all(each.finish_reason == "stop" and each.text.endswith("e") for each in completions)
 
 
+def test_pythons_random_numbers_are_the_same_in_each_conversation():
+    from grpo.tools import python
+
+    def drawn() -> list[str]:
+        session = python(as_root=True)
+        return [session(code="import random"), session(code="random.random()"), session(code="random.random()")]
+
+    assert drawn() == drawn()
+
+
 @pytest.mark.parametrize(
     ("written", "read"),
     [
