@@ -12,7 +12,6 @@ stays with its module.
 
 import atexit
 import contextlib
-import gc
 import json
 import os
 import re
@@ -96,16 +95,6 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     group_and_order(config, items)
     yield
-
-
-def pytest_collection_finish() -> None:
-    """Half a million objects of torch and transformers stay for good; looking at them again took a tenth of the time."""
-    gc.collect()
-    gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:
