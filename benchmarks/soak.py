@@ -40,19 +40,19 @@ def main() -> int:
     with server(args) as (url, name, pid):
         assert pid is not None, "it was started here"
         asyncio.run(soak(url, name, range(-8, 0), args.clients[0], args))  # compiles, opens what stays open
-        before, memory, ends = descriptors(pid), [resident_mib(pid)], Counter[str]()
+        before, memory, ends = settled(url, pid)["descriptors"], [resident_mib(pid)], Counter[str]()
         start = time.perf_counter()
         for quarter in range(4):
             numbers = range(args.requests * quarter // 4, args.requests * (quarter + 1) // 4)
             ends += asyncio.run(soak(url, name, numbers, args.clients[0], args))
             memory.append(resident_mib(pid))
         seconds = time.perf_counter() - start
-        left, after = settled(url), descriptors(pid)
+        left = settled(url, pid, at_most=before)
     print(f"{args.requests} requests of {args.clients[0]} clients in {seconds:.0f} s: {dict(sorted(ends.items()))}")
-    print(f"left: {left}; descriptors {before} -> {after}; memory {' -> '.join(map(str, memory))} MiB")
-    lost = left["running"] or left["waiting"] or left["pages"] != left["pages_free"] or after > before
+    print(f"left: {left}; descriptors at first {before}; memory {' -> '.join(map(str, memory))} MiB")
+    lost = not is_idle(left) or left["descriptors"] > before
     print("something was lost" if lost else "nothing was lost")
-    return int(bool(lost))
+    return int(lost)
 
 
 async def soak(url: str, name: str, numbers: range, clients: int, args: argparse.Namespace) -> Counter[str]:
@@ -96,9 +96,13 @@ async def ask(url: str, name: str, rng: random.Random, args: argparse.Namespace)
         writer.close()
 
 
-def settled(url: str) -> dict[str, int]:
-    """Of the server's metrics those that must go back, once they have, or after some time."""
-    for _ in range(SETTLED_SECONDS):
+def settled(url: str, pid: int, at_most: int | None = None) -> dict[str, int]:
+    """What must go back to nothing, once it has, or after SETTLED_SECONDS; sockets are closed a moment after their clients'.
+
+    Args:
+        at_most: the number of descriptors to wait for.
+    """
+    for _ in range(10 * SETTLED_SECONDS):
         with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as answer:
             text = answer.read().decode()
         names = {
@@ -108,10 +112,15 @@ def settled(url: str) -> dict[str, int]:
             "pages": "pages",
         }
         found = {key: _number(rf"^grpo_{each}{{.*}} (\d+)", text) for key, each in names.items()}
-        if not found["running"] + found["waiting"] and found["pages"] == found["pages_free"]:
+        time.sleep(0.1)  # in which the connection of this question is closed, too
+        found["descriptors"] = descriptors(pid)
+        if is_idle(found) and (at_most is None or found["descriptors"] <= at_most):
             break
-        time.sleep(1)
     return found
+
+
+def is_idle(found: dict[str, int]) -> bool:
+    return found["running"] + found["waiting"] == 0 and found["pages"] == found["pages_free"]
 
 
 def descriptors(pid: int) -> int:

@@ -192,6 +192,31 @@ def test_a_frozen_wandb_holds_up_neither_training_nor_the_end_of_the_process(tmp
     assert done.stdout.endswith("trained\n")
 
 
+def test_wandb_that_fails_offline_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    class Broken(FakeWandb):
+        def init(self, mode: str, **options: Any) -> Any:
+            asked.append(mode)
+            if len(asked) == 1:
+                raise ConnectionResetError("Connection lost")
+            return super().init(mode=mode, **options)
+
+        def login(self, prompt: bool) -> bool:
+            return True
+
+    def make(mode: str) -> None:
+        asked.clear()
+        WandbSink(mode, project="p", directory=tmp_path, config={}, verdict="f", words=aha.with_own({}), history=[])
+
+    monkeypatch.setitem(sys.modules, "wandb", Broken())
+    make("online")
+    assert asked == ["online", "offline"]
+    with pytest.raises(ConnectionResetError):
+        make("offline")
+    assert asked == ["offline"], "after its service was ended, another would be started and waited for"
+
+
 @pytest.mark.parametrize("harm", ["wandb.py", "wandb"])
 def test_a_file_named_wandb_costs_the_curves_there_and_not_the_run(tmp_path: Path, harm: str):
     code = FROZEN.partition("while not list")[0] + "sink.log(1, {'a': 1.0})\nsink.close()\nprint('trained')"

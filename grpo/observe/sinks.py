@@ -271,6 +271,8 @@ class WandbSink:
         try:
             self._run = wandb.init(mode=mode, **options)  # type: ignore[arg-type]
         except Exception as error:
+            if mode == "offline":
+                raise
             say(f"wandb: {error}; this run is logged offline.")
             self._run = wandb.init(mode="offline", **options)
         self._overview = {
