@@ -16,6 +16,11 @@ The update alone, on completions that are made up, in seconds:
 
     python benchmarks/step.py --size 0.5b --update-only --steps 5 --profile --set memory.micro_batch_tokens=32768
 
+The same of a model of which each GPU has its share alone, as beside a vLLM server:
+
+    accelerate launch --num_processes 2 --multi_gpu benchmarks/step.py --size 7b --update-only --sampled-elsewhere \
+--set distributed.zero_stage=3
+
 On-policy distillation, in which a teacher stands where the reference does:
 
     python benchmarks/step.py --size 0.5b --teacher 1.5b --set memory.micro_batch_tokens=32768
@@ -83,6 +88,7 @@ from workload import (
 
 from grpo import Config, Trainer
 from grpo.config import write_yaml
+from grpo.policy.policy import Policy
 from grpo.rollout.grouping import all_at_once
 from grpo.system import distributed
 from grpo.types import Completion, Group, MicroBatch, OnGroup, Prompt, Sampling
@@ -121,6 +127,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--teacher", choices=SHAPES, help="distil from a model of this shape, on-policy")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.SETTING=VALUE")
     parser.add_argument("--update-only", action="store_true", help="make completions up instead of sampling them")
+    parser.add_argument("--sampled-elsewhere", action="store_true", help="with it: no copy of the model to sample from")
     parser.add_argument("--profile", action="store_true", help="parts and kernels of an update, in two more steps")
     parser.add_argument("--peers", nargs="*", default=[], choices=PEERS, help="after our own run; on one GPU")
     parser.add_argument("--peer-micro-batch", type=int, default=32, help="a peer's completions per forward pass")
@@ -130,6 +137,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.mean_tokens and (args.peers or args.update_only):
         parser.error("--mean-tokens goes with our own whole steps")
+    if args.sampled_elsewhere and not args.update_only:
+        parser.error("--sampled-elsewhere goes with --update-only")
     if args.peers and (args.update_only or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         parser.error("--peers are measured in whole steps and on one GPU")
     return args
@@ -211,11 +220,25 @@ def make_trainer(args: argparse.Namespace, config: Config) -> Trainer:
     ids = prompt_ids(config.rollout.num_prompts, args.size)
     tokenizer = AutoTokenizer.from_pretrained(config.model.name)
     rows = [{"question": tokenizer.decode(each), "answer": ""} for each in ids]
-    trainer = Trainer(config, rewards=[random_reward], train_dataset=rows)
+    kind = ElsewhereTrainer if args.sampled_elsewhere else Trainer
+    trainer = kind(config, rewards=[random_reward], train_dataset=rows)
     assert [prompt.token_ids for prompt in trainer.prompts.prompts] == ids, "a prompt is not read as its tokens"
     if args.update_only:
         trainer.collector.generator = MadeUp(len(tokenizer) - 1)
     return trainer
+
+
+class ElsewherePolicy(Policy):
+    """As beside a server that samples."""
+
+    def __init__(self, *parts: Any, **options: Any) -> None:
+        super().__init__(*parts, **{**options, "samples": False})
+
+
+class ElsewhereTrainer(Trainer):
+    """Trains an ElsewherePolicy."""
+
+    _policy_class = ElsewherePolicy
 
 
 class MadeUp:
@@ -328,6 +351,7 @@ def make_record(args: argparse.Namespace, trainer: Trainer, steps: list[dict[str
         "work": f"{args.prompts} prompts x {args.completions} completions x {_lengths(args)} tokens per process",
         "measured": f"{'mean' if args.mean_tokens else 'median'} of {args.steps} steps after {args.warmup}",
         "update_only": args.update_only,
+        "sampled_elsewhere": args.sampled_elsewhere,
         "step": middle["time/step"],
         "generation": None if args.update_only else middle["time/rollout"],
         "rest": middle["time/step"] - middle["time/rollout"],

@@ -28,6 +28,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
         "num_key_value_heads": 4, "tie_word_embeddings": False, "vocab_size": 152064,
     },
+    "14b": {
+        "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48, "num_attention_heads": 40,
+        "num_key_value_heads": 8, "tie_word_embeddings": False, "vocab_size": 152064,
+    },
+    "32b": {
+        "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
+        "num_key_value_heads": 8, "tie_word_embeddings": False, "vocab_size": 152064,
+    },
 }  # fmt: skip
 """Qwen2.5's, where they differ from `model_config`; tiny, the quickstart's with a larger vocabulary, is for a CPU."""
 

@@ -142,7 +142,7 @@ def assemble(
     found = checkpoint.find(checkpoints.directory, config, processes, given=given)
     processes.say(config.summary(num_rows=len(prompts.prompts), world_size=processes.world_size))
 
-    policy = policy_class(config, tokenizer, processes, optimizer=optimizer)
+    policy = policy_class(config, tokenizer, processes, optimizer=optimizer, samples=not config.samples_on_a_server)
     learner = learner_class(
         policy,
         config.algorithm,

@@ -184,6 +184,17 @@ def test_an_update_alone_is_measured_beside_an_earlier_run(run, cache: Path, tmp
     assert "aten::mm" in done.printed
 
 
+@pytest.mark.slow
+def test_an_update_is_measured_of_a_model_that_is_sampled_elsewhere(run, cache: Path):
+    shape = "--size tiny --prompts 2 --completions 2 --new-tokens 8 --steps 1 --warmup 0 --update-only"
+    zero3 = ("--set", "distributed.zero_stage=3")
+    (record,) = run("step.py", shape, "--sampled-elsewhere", "--cache", cache, *zero3).records
+    assert record["sampled_elsewhere"]
+    assert record["step"] > 0
+    with pytest.raises(SystemExit, match="2"):
+        run("step.py", "--size tiny --sampled-elsewhere", "--cache", cache)
+
+
 @pytest.mark.parametrize("tokens_missing", [0, 1])
 def test_trls_steps_are_timed_if_they_have_the_tokens_they_should(
     tokens_missing: int, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -24,7 +24,7 @@ from grpo.data.order import PromptOrder
 from grpo.observe.metrics import Meter, measure_carry_over
 from grpo.policy.model_source import name_of
 from grpo.rollout.slots import Prefix, Sequence, Slots
-from grpo.run.checkpoint import _completed, changed_setting
+from grpo.run.resumable import changed_setting, completed
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import Stopped
 from grpo.training.carry_over import CarryOver, from_tensors, redistribute, to_tensors
@@ -275,9 +275,9 @@ def test_a_checkpoint_that_is_older_than_a_setting_has_its_default():
     config = carrying(Path("run"))
     before = config.model_dump(mode="json")
     del before["rollout"]["fused_layers"], before["tools"]
-    assert changed_setting(_completed(before, config), config.model_dump(mode="json"), may_change=set()) is None
+    assert changed_setting(completed(before, config), config.model_dump(mode="json"), may_change=set()) is None
     del before["rollout"]["carry_over"]
-    changed = changed_setting(_completed(before, config), config.model_dump(mode="json"), may_change=set())
+    changed = changed_setting(completed(before, config), config.model_dump(mode="json"), may_change=set())
     assert changed == "rollout.carry_over"
 
 

@@ -28,12 +28,13 @@ from grpo.config import Config, RewardConfig, as_override
 from grpo.observe.metrics import Meter
 from grpo.policy.model_source import complete_checkpoints, name_of, numbers_of
 from grpo.run import checkpoint, inputs
-from grpo.run.checkpoint import CheckpointError, changed_setting
+from grpo.run.checkpoint import CheckpointError
+from grpo.run.resumable import changed_setting, read_state
 from grpo.scoring import reward as scoring
 from grpo.system.files import checksum
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import EXIT_STOPPED, Stopped
-from grpo.system.writer import Writer, copied, problem_with, save_tensors
+from grpo.system.writer import Own, Writer, copied, problem_with, save_tensors
 from grpo.training.state import Rollout, StepState, redistribute
 from grpo.types import Completion, Group, MicroBatch, Prompt, Scores
 
@@ -92,6 +93,8 @@ def test_a_writer_writes_copies_in_the_background_and_knows_each_files_size_and_
 
 def test_a_copy_of_tied_tensors_is_one_tensor(tmp_path: Path):
     tied = torch.arange(6.0)
+    own = Own(head=tied)
+    assert copied(own)["head"] is tied
     copy = copied({"head": tied, "embedding": [tied], "view": tied[2:]})
     assert copy["head"] is copy["embedding"][0]
     assert copy["head"].data_ptr() != tied.data_ptr()
@@ -132,10 +135,7 @@ def test_saving_in_the_background_gives_the_same_files_as_saving_at_once(tmp_pat
     for name, background in (("at-once", False), ("background", True)):
         config = tiny_config(tmp_path / name, checkpoint={"background": background}, run={"steps": 1})
         Trainer(config).train()
-    files = [
-        checkpoint.read_state(tmp_path / name / "checkpoints" / name_of(1))["files"]
-        for name in ("at-once", "background")
-    ]
+    files = [read_state(tmp_path / name / "checkpoints" / name_of(1))["files"] for name in ("at-once", "background")]
     assert files[0].keys() == files[1].keys()
     weights = "hf/model.safetensors"
     assert files[0][weights] == files[1][weights]
@@ -962,7 +962,7 @@ def test_a_checkpoint_that_does_not_say_what_it_was_given_resumes_with_a_note(
     tmp_path: Path, saved_run: Path, capsys: pytest.CaptureFixture[str]
 ):
     run = shutil.copytree(saved_run, tmp_path / "run")
-    record = checkpoint.read_state(run / "checkpoints" / name_of(2))
+    record = read_state(run / "checkpoints" / name_of(2))
     del record["given"]
     checkpoint._write_state(run / "checkpoints" / name_of(2), record)
     Trainer(tiny_config(run, checkpoint=EVERY_STEP, run={"steps": 2, "resume": "auto"})).close()
@@ -988,7 +988,7 @@ def test_a_checkpoint_that_brings_code_along_is_refused_and_its_code_is_not_run(
     path = run / "checkpoints" / name_of(2) / file
     path.parent.mkdir(exist_ok=True)
     save_tensors({"evil": Evil(tmp_path / "was-run")}, path)
-    record = checkpoint.read_state(path.parents[1])
+    record = read_state(path.parents[1])
     record["files"][file] = [path.stat().st_size, checksum(path)]
     checkpoint._write_state(path.parents[1], record)
     with pytest.raises(ValueError, match=r"is not loaded, because what it holds may run code \(posix.mkdir\)"):

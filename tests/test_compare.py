@@ -18,17 +18,14 @@ import pytest
 from helpers import ROOT, TINY, read_json, tiny_config
 
 from grpo import Trainer
+from grpo.evaluation.arms import Arm, PlannedRun, arms_of, plan
 from grpo.evaluation.compare import (
-    Arm,
-    PlannedRun,
-    arms_of,
     as_markdown,
     as_text,
     carry_out,
     compare,
     is_finished,
     places,
-    plan,
     write,
 )
 from grpo.observe.console import positive

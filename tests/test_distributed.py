@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUESTIONS, TINY, launch, launch_script, read_json, tiny_config
+from helpers import QUESTIONS, TINY, launch, launch_script, read_json, steps_of, tiny_config
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -337,3 +337,27 @@ def test_groups_that_do_not_come_out_even_are_refused():
 def test_key_heads_are_repeated_until_they_can_be_shared_out(num_kv_heads: int, size: int, times: int):
     """Both divide the number of query heads, and so does what comes out."""
     assert repeats(num_kv_heads, size) == times
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sharded_model_that_no_process_holds_whole_is_the_same(tmp_path: Path, dtype: str):
+    """Its own, unpacked pass in the model's precision and in float32, two updates, the reference, exported files."""
+    launch("worker_scattered.py", str(tmp_path), dtype, processes=2)
+    for rank in (0, 1):
+        whole, scattered = read_json(tmp_path / f"numbers-{rank}.json").values()
+        assert scattered.pop("held") < 0.51 * TINY_PARAMETERS < TINY_PARAMETERS < whole.pop("held")
+        assert whole.pop("rounding") == pytest.approx(scattered.pop("rounding"), rel=1e-3)
+        assert whole == scattered
+        whole, scattered = torch.load(tmp_path / f"said-{rank}.pt").values()
+        assert whole.keys() == scattered.keys()
+        assert len(whole) > 4 or rank == 1, "the main process has the weights"
+        for name, value in whole.items():
+            # a matrix product of other strides sums in another order
+            tolerance = 0.0 if name.startswith("weight") else 1e-5 if dtype == "float32" or "float32" in name else 0.02
+            torch.testing.assert_close(scattered[name], value, rtol=0, atol=tolerance, msg=name)
+    assert steps_of(tmp_path / "Trainer") == steps_of(tmp_path / "ScatteredTrainer")
+    one, other = (sorted((tmp_path / kind).rglob("hf/*")) for kind in ("Trainer", "ScatteredTrainer"))
+    assert [path.name for path in one] == [path.name for path in other]
+    assert "model.safetensors" in [path.name for path in one]
+    for path, twin in zip(one, other, strict=True):
+        assert path.read_bytes() == twin.read_bytes(), path.name

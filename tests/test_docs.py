@@ -27,7 +27,7 @@ from grpo.cli import scale
 from grpo.cli.settings import chosen, settings
 from grpo.config import AnyConfig, Config, RewardConfig, SupervisedConfig
 from grpo.config.elsewhere import ELSEWHERE
-from grpo.evaluation.compare import arms_of
+from grpo.evaluation.arms import arms_of
 from grpo.observe.metric_names import METRICS
 from grpo.pipeline.stages import TRAINED, read_plan
 from grpo.scoring.reward import resolve_function

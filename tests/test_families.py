@@ -30,10 +30,11 @@ from transformers import (
     StableLmConfig,
 )
 
+from grpo.check.families import FAMILIES
 from grpo.config import ModelConfig
 from grpo.inference.model import load, sampling_config
 from grpo.policy.families import LogitTransform, attention_calls, check_family, logit_transform
-from grpo.policy.language_model import output_head
+from grpo.policy.language_model import load_lm, output_head, with_computed_buffers
 from grpo.policy.model_source import model_config, source_of, with_resolved_name
 from grpo.policy.policy import Policy
 from grpo.policy.tokenizer import load_tokenizer
@@ -380,3 +381,35 @@ def test_the_base_of_an_adapter_is_what_its_configuration_says(tmp_path: Path):
     (adapter / "adapter_config.json").write_text(json.dumps(stored | {"base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="does not say which model it belongs to"):
         source_of(ModelConfig(name=str(adapter)))
+
+
+# --- a model that no process loads whole ----------------------------------------------------------------------------------
+
+MANY_BUFFERS = ("qwen2", "llama", "gemma3_text", "gemma3n_text", "minicpm3", "gptj")
+
+
+@pytest.mark.parametrize("model_type", MANY_BUFFERS)
+def test_computed_buffers_are_those_of_a_model_that_is_loaded_whole(model_type: str, tmp_path: Path):
+    """In bfloat16, in which they would come out otherwise where they are not computed in float32."""
+    (family,) = (each for each in FAMILIES if each.model_type == model_type)
+    config = ModelConfig(name=str(save_family(tmp_path / "model", family.config())))
+    expected = dict(load_lm(config, dtype=torch.bfloat16).named_buffers())
+    shell = with_computed_buffers(config, dtype=torch.bfloat16)
+    found = dict(shell.named_buffers())
+    assert found.keys() == expected.keys()
+    assert found, "there is something to compare"
+    for name, buffer in found.items():
+        torch.testing.assert_close(buffer, expected[name], rtol=0, atol=0)
+    assert {parameter.device.type for parameter in shell.parameters()} == {"meta"}
+
+
+def test_a_model_whose_files_hold_buffers_is_refused_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (family,) = (each for each in FAMILIES if each.model_type == "glm4_moe")
+    model = save_family(tmp_path / "model", family.config())
+    monkeypatch.setattr("grpo.policy.policy.load_lm", lambda *_, **__: pytest.fail("it was loaded"))
+    config = tiny_config(tmp_path / "run", model={"name": str(model)}, distributed={"zero_stage": 3})
+    processes = distributed.start(config, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"e_score_correction_bias', which ZeRO-3 does not load exactly"):
+        Policy(config, load_tokenizer(config.model), processes, samples=False)

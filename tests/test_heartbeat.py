@@ -14,7 +14,7 @@ import warm
 from helpers import ROOT, clean_environment, launch_group, read_json
 
 from grpo.policy.model_source import complete_checkpoints
-from grpo.run.checkpoint import read_state
+from grpo.run.resumable import read_state
 from grpo.system import progress
 from grpo.system.heartbeat import PEER_LOST
 from grpo.system.writer import problem_with

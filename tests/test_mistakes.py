@@ -6,14 +6,17 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import TINY
+from helpers import ROOT, TINY
 
 from grpo import cli
+from grpo.config import Config
 from grpo.policy.model_source import check_files
+from grpo.run.resumable import checksum_of
 
 MODEL = str(TINY / "model")
 QUICKSTART = ["train", "--config", "quickstart", "--set", "preflight.num_questions=0"]
@@ -220,6 +223,19 @@ MISTAKES: list[tuple[list[str], str]] = [
     ([*EVALUATE, "--data", "mine=sums.jsonl", "--top-p", "2"], r"--top-p: '2' is no number above 0 and at most 1"),
     ([*EVALUATE, "--data", "mine=sums.jsonl", "--samples", "x"], r"--samples: 'x' is not a whole number of at least 1"),
     (["sample", "--model", MODEL, "--row", "one"], r"--row: 'one' is no whole number"),
+    (["compare", "nope.yaml", "--out", "compared"], r"'nope\.yaml'; there is no such file.* Name a YAML file"),
+    (
+        ["compare", "quickstart", "--out", "compared", "--variant", "a:algorithm.kl_coff=1"],
+        r"algorithm\.kl_coff is not a setting\. Did you mean algorithm\.kl_coef\?",
+    ),
+    (
+        ["compare", "quickstart", "--out", "compared", "--set", "data.name=no.jsonl"],
+        r"data\.name is '.*no\.jsonl'; there is no such file",
+    ),
+    (
+        [*QUICKSTART, "run.dir=old_run", "run.resume=auto", "optimizer.learning_rate=0.5"],
+        r"optimizer\.learning_rate is 0\.5; old_run/checkpoints/step-00000002 was written with 0\.0\d+, .* Restore the value",
+    ),
     (["scale", "--model", MODEL, "--gpus", "1", "--hours", "x", "--out", "new.yaml"], r"--hours: 'x' is no number"),
     (["aha", "broken_run"], r"broken_run/config\.yaml is not valid YAML, line 1, column 5: .* Correct it"),
     (
@@ -272,6 +288,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (place / "broken_run").mkdir()
     (place / "broken_run" / "config.yaml").write_text("a: [")
     _make_models(place)
+    checkpoint = place / "old_run" / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    record = {"config": Config.load("quickstart").model_dump(mode="json")}
+    (checkpoint / "state.json").write_text(json.dumps({"checksum": checksum_of(record), **record}))
     before = Path.cwd()
     os.chdir(place)
     yield place
@@ -312,7 +332,7 @@ def test_a_mistake_is_answered_in_three_lines_at_most(
 EARLY = [
     given
     for given, _ in MISTAKES
-    if given[:3] == QUICKSTART[:3] or given[0] in ("export", "report") or "mine=sums.jsonl" in given
+    if given[:3] == QUICKSTART[:3] or given[0] in ("compare", "export", "report") or "mine=sums.jsonl" in given
 ] + [given for given, _ in ASKED]
 
 
@@ -342,3 +362,17 @@ def test_what_lies_beside_weights_in_one_file_is_not_read(tmp_path: Path):
     )
     (tmp_path / "model/consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     check_files(tmp_path / "model", "model.name is 'model'")
+
+
+def test_what_a_message_asks_to_install_is_what_the_package_declares():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    known = {requirement for extra in declared.values() for requirement in extra}
+    asked = [
+        quoted or plain.rstrip(".,")
+        for folder in ("grpo", "tools", "rewards")
+        for path in (ROOT / folder).rglob("*.py")
+        for told in re.findall(r"pip install ((?:'[^']+' ?)+|[\w.=-]+)", path.read_text())
+        for quoted, plain in re.findall(r"'([^']+)'|([\w.=-]+)", told)
+    ]
+    assert len(asked) >= 9
+    assert not set(asked) - known

@@ -574,7 +574,7 @@ def test_a_missing_package_is_refused_with_the_command_that_installs_it(tmp_path
         ValueError, match=re.escape("rollout.engine is vllm; the package vllm is not installed")
     ) as caught:
         check_available(vllm_config(tmp_path, "colocated", None))
-    assert "pip install 'grpo-zero[vllm]'" in str(caught.value)
+    assert "pip install 'vllm>=0.26,<0.29'" in str(caught.value)
 
 
 REFUSED_SETTINGS = [

@@ -38,9 +38,8 @@ metrics = [trainer.train_step() for _ in range(2)]
 metrics.append(trainer.held_out_loss())
 trainer.save()
 trainer.policy.sync()
+weights = {name: weight.float() for name, weight in trainer.policy.whole_weights().items()}
 if trainer.processes.is_main:
-    with trainer.policy.sampling_model() as lm:
-        weights = {k: v.float().contiguous().clone() for k, v in lm.named_parameters()}
     save_file(weights, arguments.out / "weights.safetensors")
     (arguments.out / "metrics.json").write_text(json.dumps(metrics))
 trainer.close()

@@ -54,6 +54,7 @@ config = tiny_config(
 )
 with installed():
     trainer = Trainer(config, rewards=[length])
+    assert trainer.policy.holds_whole == (mode == "colocated")
     for _ in range(3):
         trainer.train_step()
     if server:

@@ -13,6 +13,7 @@ from grpo.config import TASK_PREFIX, AnyConfig, Config, SupervisedConfig
 from grpo.data import hub_names
 from grpo.data.files import FORMATS
 from grpo.data.rows import load_rows, written_rows
+from grpo.run.resumable import check_newest
 from grpo.scoring.reward import check_spec
 
 MOST_BYTES = 20_000_000
@@ -24,6 +25,7 @@ def check_config(config: AnyConfig) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     config.run.check_dir()
+    check_newest(config)
     hub_names.check_config(config)
     if isinstance(config, Config):
         for reward in config.rewards:

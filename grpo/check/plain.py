@@ -42,7 +42,7 @@ class PlainLM(PackedLM):
         super().__init__(lm, **options)
         self.alone = alone
 
-    def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def _packed(self, micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         """See PackedLM."""
         inputs = {"input_ids": micro.tokens[None], "use_cache": False} if self.alone else packed_inputs(micro)
         hidden = self.lm.base_model(**inputs).last_hidden_state.squeeze(0)[micro.source_index]

@@ -91,10 +91,10 @@ def run(config: Config, directory: Path) -> dict[str, Any] | None:
     gc.collect()  # the sampling engine's memory is free from here on
     for group in policy.optimizer.param_groups:
         group["eps"] = EPSILON
-    before = _weights(policy)
+    before = policy.whole_weights()
     metrics = trainer.train_step()
     policy.sync()
-    after = _weights(policy)
+    after = policy.whole_weights()
     if not processes.is_main:
         return None
     if not reference.exists():
@@ -158,14 +158,6 @@ class Replay:
 
 def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
     return json.loads(path.read_text())
-
-
-def _weights(policy: Policy) -> dict[str, Tensor]:
-    """The whole weights in the machine's memory, on the main process."""
-    if not policy.processes.is_main:
-        return {}
-    with policy.sampling_model() as lm:
-        return {name: weight.detach().cpu().clone() for name, weight in lm.named_parameters()}
 
 
 def compare(before: dict[str, Tensor], after: dict[str, Tensor], reference: Path) -> dict[str, Any]:

@@ -13,6 +13,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from grpo.check.at_once import check_config
+from grpo.evaluation.arms import arms_of, plan
 from grpo.observe.console import errors_for_users, positive
 from grpo.system.parser import Parser
 
@@ -50,10 +52,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     with errors_for_users():
+        runs = plan(arms_of(arguments.configs, arguments.variant, arguments.set), arguments.seeds, arguments.out)
+        for config in {run.arm.name: run.config for run in runs}.values():
+            check_config(config)
         from grpo.evaluation import compare
 
-        arms = compare.arms_of(arguments.configs, arguments.variant, arguments.set)
-        runs = compare.plan(arms, arguments.seeds, arguments.out)
         at = compare.places(arguments.at_once)
     options = ["--main_process_port", "0", *arguments.launch]  # 0: one that is free
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m"]

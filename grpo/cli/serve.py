@@ -111,5 +111,5 @@ def _check_installed() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"grpo serve needs the package {error.name}. Install it: pip install 'grpo-zero[serve]'."
+            f"grpo serve needs the package {error.name}. Install it: pip install 'starlette>=1.0,<2' 'uvicorn>=0.40'."
         ) from None

@@ -385,7 +385,7 @@ class LoRAConfig(Section):
     """Names of the linear layers that get adapters, such as [q_proj, v_proj]. all-linear: all but the output layer."""
     quantization: Literal["nf4"] | None = None
     """nf4: the update and the reference read the weights of adapted layers in 4 bits (QLoRA), a quarter of what they took.
-    Sampling keeps its copy in the model's precision, of what these stand for. Needs `pip install 'grpo-zero[qlora]'`."""
+    Sampling keeps its copy in the model's precision, of what these stand for. Needs `pip install 'bitsandbytes>=0.50'`."""
 
 
 class OptimizerConfig(Section):
@@ -522,7 +522,7 @@ class LoggingConfig(Section):
     """Held-out questions whose answers before and after training are printed at the end."""
     tensorboard: bool = False
     """Also write curves, charts and some texts to `tensorboard/` in the run's directory; it needs
-    `pip install 'grpo-zero[tensorboard]'`."""
+    `pip install 'tensorboard>=2.20'`."""
     reflection_words: dict[str, list[str]] = Field(default_factory=dict)
     """Further lists of words to count in completions, as aha/<list> and so on: {planning: [the plan, my plan*]}. One named like a
     list of grpo/text/aha.py takes its place. What a word matches is said there."""

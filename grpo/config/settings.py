@@ -276,6 +276,11 @@ class Config(Settings):
         return "raw_logprobs" if any(each.truncated for each in self.samplings.values()) else "processed_logprobs"
 
     @property
+    def samples_on_a_server(self) -> bool:
+        """And not in the processes that train."""
+        return self.rollout.engine == "vllm" and self.vllm.mode == "server"
+
+    @property
     def completions_per_step(self) -> int:
         return self.rollout.num_prompts * self.rollout.group_size
 

@@ -44,7 +44,7 @@ def make_rows(name: str, args: dict[str, Any], *, held_out: bool = False) -> lis
     if find_spec("reasoning_gym") is None:
         raise ValueError(
             f"data.name is {name!r}; reasoning-gym is not installed, and it makes the questions and checks the answers. "
-            "pip install 'grpo-zero[reasoning-gym]', or name other data."
+            "pip install reasoning-gym==0.1.25, or name other data."
         )
     import reasoning_gym
 

@@ -201,7 +201,7 @@ def check_installed() -> None:
         import gguf  # noqa: F401
     except ImportError:
         raise ValueError(
-            "--to is gguf; the package gguf is not installed. Install it: pip install 'grpo-zero[export]'."
+            "--to is gguf; the package gguf is not installed. Install it: pip install 'gguf>=0.19'."
         ) from None
 
 

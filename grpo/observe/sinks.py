@@ -464,5 +464,5 @@ def check_sinks(config: AnyConfig) -> None:
     if config.logging.tensorboard and find_spec("tensorboard") is None:
         raise ValueError(
             "logging.tensorboard is true; it needs the package tensorboard, which is not installed. Run "
-            "`pip install 'grpo-zero[tensorboard]'`, or remove it."
+            "`pip install 'tensorboard>=2.20'`, or remove it."
         )

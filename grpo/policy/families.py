@@ -108,7 +108,7 @@ def without_weights(settings: PretrainedConfig, *, trust_remote_code: bool) -> t
     """A model of this configuration on the meta device; None, and why it cannot be made."""
     settings = copy.deepcopy(settings)
     try:
-        with torch.device("meta"), _unsharded():
+        with torch.device("meta"), unsharded():
             # in bfloat16, without which torch's grouped product of experts does not run
             options = {"trust_remote_code": trust_remote_code, "dtype": torch.bfloat16}
             return AutoModelForCausalLM.from_config(settings, **options), ""
@@ -117,7 +117,7 @@ def without_weights(settings: PretrainedConfig, *, trust_remote_code: bool) -> t
 
 
 @contextmanager
-def _unsharded() -> Iterator[None]:
+def unsharded() -> Iterator[None]:
     """A model made within it is whole, though DeepSpeed may be set up to shard what this process loads."""
     shards = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
@@ -12,6 +13,7 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +27,7 @@ from grpo.policy.families import (
     attribute,
     logit_transform,
     switch_off_dropout,
+    unsharded,
 )
 from grpo.policy.logprobs import float32_linear, token_logprobs
 from grpo.policy.model_source import check_weights, from_source, model_config
@@ -63,7 +66,7 @@ def in_float32(lm: nn.Module) -> Iterator[None]:
         for module in lm.modules()
         for hook in (
             module.register_forward_pre_hook(widen),
-            module.register_forward_hook(restore, always_call=True),
+            module.register_forward_hook(restore, always_call=True, prepend=True),  # before ZeRO-3 lets go of them
         )
     ]
     try:
@@ -83,9 +86,20 @@ class PackedLM(nn.Module):
         self.sequence_group: SequenceGroup | None = None  # of processes that run each pass together
         self.logprobs_of = LogprobHead(lm, chunk_tokens=chunk_tokens)
 
-    def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, micro: MicroBatch | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability and entropy (nats) of each completion token at the sampling temperature, and whether it is the
-        likeliest; each (T,)."""
+        likeliest; each (T,).
+
+        Of token ids (N,), one sequence that is not packed and goes through the attention that the model is set to: the same of
+        each token but the first; (N - 1,).
+        """
+        return self._unpacked(micro) if isinstance(micro, Tensor) else self._packed(micro)
+
+    def _unpacked(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = self.lm.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
+        return self.logprobs_of(hidden[:-1], tokens[1:], self.temperature)
+
+    def _packed(self, micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         if self.sequence_group is not None:
             return self._together(micro, Share(self.sequence_group, len(micro.tokens)))
         hidden = self.lm.base_model(**packed_inputs(micro)).last_hidden_state.squeeze(0)
@@ -258,15 +272,40 @@ def lay_out(lm: PreTrainedModel, device: torch.device) -> None:
             part.data = view
 
 
-def copy_buffers(source: nn.Module, target: nn.Module) -> None:
-    """Give `target` the buffers of `source`, to the bit, under the same names.
+def copy_buffers(source: nn.Module, target: nn.Module, device: torch.device) -> None:
+    """Give `target` the buffers of `source`, to the bit, under the same names, on the device.
 
     Under ZeRO-3, transformers 5.17 computes what is not in a checkpoint in the model's precision. Rotary frequencies in bfloat16
     are off by up to 0.4 %, a radian after 250 positions: the model trained would not be the one that is sampled from.
     """
     for path, buffer in source.named_buffers():
         module, _, name = path.rpartition(".")
-        target.get_submodule(module)._buffers[name] = buffer.clone()
+        target.get_submodule(module)._buffers[name] = buffer.to(device, copy=True)
+
+
+def with_computed_buffers(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
+    """A model without weights that has the buffers which one has that is loaded whole, for copy_buffers.
+
+    Raises:
+        ValueError: some buffers are read from the model's files.
+    """
+    settings, code = model_config(config), config.trust_remote_code
+
+    def make(dtype: torch.dtype) -> PreTrainedModel:
+        with init_empty_weights(include_buffers=False), unsharded():
+            return AutoModelForCausalLM.from_config(copy.deepcopy(settings), dtype=dtype, trust_remote_code=code)
+
+    # who loads a model keeps its buffers in the precision that it chooses, and computes them in float32
+    shell, exact = make(dtype), make(torch.float32)
+    for buffer, computed in zip(shell.buffers(), exact.buffers(), strict=True):
+        buffer.copy_(computed)
+    stored = sorted({name for name, _ in shell.named_buffers()} & set(shell.state_dict()))
+    if stored:
+        raise ValueError(
+            f"model.name is {config.name!r}; its files hold {stored[0]!r}, which ZeRO-3 does not load exactly, and no process "
+            "loads this model whole to copy it from. Set distributed.zero_stage to 2, or take another rollout.engine."
+        )
+    return shell
 
 
 def trained_parameters(lm: nn.Module) -> list[nn.Parameter]:

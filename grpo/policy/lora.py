@@ -96,7 +96,7 @@ def check_quantization(config: AnyConfig) -> None:
         found = "it is not installed" if installed is None else f"{installed} is installed"
         raise ValueError(
             f"lora.quantization is {config.lora.quantization}; it needs bitsandbytes {BITSANDBYTES} or newer, and {found}. Run "
-            "`pip install 'grpo-zero[qlora]'`, or remove it."
+            "`pip install 'bitsandbytes>=0.50'`, or remove it."
         )
 
 

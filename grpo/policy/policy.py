@@ -42,6 +42,7 @@ from grpo.policy.language_model import (
     output_head,
     resolve_dtype,
     trained_parameters,
+    with_computed_buffers,
 )
 from grpo.policy.logprobs import token_logprobs
 from grpo.policy.model_source import model_config, processor_files
@@ -50,7 +51,7 @@ from grpo.policy.tokenizer import end_token_ids
 from grpo.system import distributed, progress
 from grpo.system.distributed import SMALL_PARAMETERS, Processes, TrainingProcesses, deterministic, limit_threads, whole
 from grpo.system.terminal import say
-from grpo.system.writer import Write, load_tensors, save_tensors, write_now
+from grpo.system.writer import Own, Write, load_tensors, save_tensors, write_now
 from grpo.types import Batch, MicroBatch
 
 PLAIN_SENTENCES = (
@@ -101,7 +102,6 @@ class SampledModel:
             finally:
                 lm.set_attn_implementation(own)
 
-    @torch.no_grad()
     def plain_logprobs(self, length: int | None = None) -> tuple[Tensor, Tensor]:
         """Two plain sentences and the model's own log-probabilities of them; (2, N) and (2, N - 1).
 
@@ -111,9 +111,15 @@ class SampledModel:
         both = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in PLAIN_SENTENCES]
         length = length or min(map(len, both))
         tokens = torch.tensor([(ids * length)[:length] for ids in both], device=self.processes.device)
+        return tokens, self.sentence_logprobs(tokens)
+
+    @torch.no_grad()
+    def sentence_logprobs(self, tokens: Tensor, *, temperature: float | None = None) -> Tensor:
+        """The model's own log-probabilities of all but the first of token ids (B, N), at its temperature or another;
+        (B, N - 1)."""
         with self.sampling_model() as lm:
-            logits = lm(input_ids=tokens, use_cache=False).logits[:, :-1].float() / self.temperature
-        return tokens, logits.log_softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
+            logits = lm(input_ids=tokens, use_cache=False).logits[:, :-1].float() / (temperature or self.temperature)
+        return logits.log_softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
 
 
 class Policy(SampledModel):
@@ -122,6 +128,7 @@ class Policy(SampledModel):
     Args:
         processes: where to put it; every process must construct it, since loading is a collective under ZeRO-3.
         optimizer: makes one of the trained parameters, instead of AdamW as `config.optimizer` has it.
+        samples: whether these processes sample. Where they do not and the model is sharded (ZeRO-3), none ever holds it whole.
     """
 
     processes: TrainingProcesses
@@ -133,15 +140,19 @@ class Policy(SampledModel):
         processes: TrainingProcesses,
         *,
         optimizer: MakeOptimizer | None = None,
+        samples: bool = True,
     ) -> None:
         for model in (config.model, config.teacher_model):
             if model is not None:
                 check_heads(model_config(model), processes.sequence_parallel)
-        lm = load_lm(config.model, dtype=resolve_dtype(config.model.dtype))
+        dtype, sharded = resolve_dtype(config.model.dtype), config.distributed.zero_stage == 3
+        buffers = None if samples or not sharded else with_computed_buffers(config.model, dtype=dtype)
+        lm = load_lm(config.model, dtype=dtype)
         if processes.device.type == "cpu" and lm.num_parameters() < SMALL_PARAMETERS:
             limit_threads(1)
         super().__init__(lm, config.model, tokenizer, processes)
-        self._sharded = config.distributed.zero_stage == 3
+        self._sharded = sharded
+        self.holds_whole = samples or not sharded or config.lora.rank > 0
         self._config = config
         self.temperature = config.rollout.temperature
         checkpoint_activations(self.lm, config.memory.activation_checkpointing)
@@ -164,11 +175,12 @@ class Policy(SampledModel):
         own_reference = self.reference
         if config.teacher_model is not None:
             self.reference = self._load_teacher(config.teacher_model)
-        self._replica = self._load_replica() if self._sharded or self.adapters else None
-        if self._replica is not None:
-            copy_buffers(self._replica, self.lm)
+        if self.adapters or (self._sharded and self.holds_whole):
+            buffers = self._replica = self._load_replica()
+        if buffers is not None:
+            copy_buffers(buffers, self.lm, processes.device)
             if own_reference is not None:
-                copy_buffers(self._replica, own_reference.lm)
+                copy_buffers(buffers, own_reference.lm, processes.device)
         if self.adapters:
             self.sync()  # they may not start at nothing
         self._check_forward(*(own or self.plain_logprobs()))
@@ -234,25 +246,49 @@ class Policy(SampledModel):
     def unpacked_logprobs(self, batch: Batch, *, float32: bool = False) -> Tensor:
         """What `old_logprobs` says, from the model that is sampled from and its own forward pass of each sequence alone; (T,).
 
+        Where no process holds that model it is the trained one, and every process calls this with equally many sequences.
+
         Args:
             float32: compute with the same weights in float32.
         """
         found = []
-        with self.sampling_model() as lm, in_float32(lm) if float32 else nullcontext():
+        whole_lm = self.whole_lm if self.holds_whole else None
+        context = self._sharded_alone() if whole_lm is None else self.sampling_model()
+        with context, in_float32(whole_lm or self.engine.module) if float32 else nullcontext():
             for ids, prompt_len, own in zip(
                 batch.tokens.split(batch.sequence_lens.tolist()), batch.prompt_lens, batch.own_tokens(), strict=True
             ):
                 there = ids.to(self.processes.device)
-                hidden = lm.base_model(input_ids=there[None], use_cache=False).last_hidden_state[0]
+                if whole_lm is None:
+                    found.append(self.engine(there)[0][prompt_len - 1 :][own])
+                    continue
+                hidden = whole_lm.base_model(input_ids=there[None], use_cache=False).last_hidden_state[0]
                 logprobs, *_ = token_logprobs(
                     hidden[prompt_len - 1 : -1][own],
                     there[prompt_len:][own],
-                    output_head(lm),
+                    output_head(whole_lm),
                     temperature=self.temperature,
                     chunk_tokens=self._config.memory.logprob_chunk_tokens,
                 )
                 found.append(logprobs)
         return torch.cat(found)
+
+    @torch.no_grad()
+    def sentence_logprobs(self, tokens: Tensor, *, temperature: float | None = None) -> Tensor:
+        """See SampledModel. Where no process holds the whole model, every one calls it with equally many sentences."""
+        if self.holds_whole:
+            return super().sentence_logprobs(tokens, temperature=temperature)
+        with self._sharded_alone(), self.at_temperature(temperature or self.temperature):
+            return torch.stack([self.engine(sentence)[0] for sentence in tokens])
+
+    @contextmanager
+    def _sharded_alone(self) -> Iterator[None]:
+        """Within it, the trained model reads sequences of token ids, each alone, with its family's own attention."""
+        self.lm.set_attn_implementation(self.own_attention)
+        try:
+            yield
+        finally:
+            self.lm.set_attn_implementation("packed")
 
     def _load_reference(self) -> Any:
         """A frozen copy of the starting point, sharded like the policy under ZeRO-3; with adapters the policy's own model."""
@@ -375,7 +411,7 @@ class Policy(SampledModel):
 
     def save_reference(self, path: Path, write: Write = write_now) -> None:
         """Write the reference's weights to one file. Every process calls it."""
-        weights = {}
+        weights = Own()
         for name, _, target in self._reference_pairs():
             with whole(target):
                 if self.processes.is_main:
@@ -428,8 +464,37 @@ class Policy(SampledModel):
 
     @property
     def whole_lm(self) -> PreTrainedModel:
-        """See SampledModel: the replica, if there is one."""
+        """See SampledModel: the replica, if there is one.
+
+        Raises:
+            RuntimeError: no process has it.
+        """
+        if not self.holds_whole:
+            raise RuntimeError(
+                "no process of this run holds the whole model: it is sharded (distributed.zero_stage 3) and sampled elsewhere. "
+                "Read its weights with `whole_weights`, or a checkpoint's hf/."
+            )
         return self.lm if self._replica is None else self._replica
+
+    def whole_weights(self) -> Own:
+        """The weights that are sampled from, copied to the machine's memory, on the main process; {} on others. Every process
+        calls it."""
+        if self.holds_whole:
+            named = self.whole_lm.named_parameters() if self.processes.is_main else ()
+            return Own({name: weight.detach().cpu().clone() for name, weight in named})
+        self._settle()
+        found = Own()
+        for name, weight in self.lm.named_parameters():
+            progress.tick()
+            with whole(weight):
+                if self.processes.is_main:
+                    found[name] = weight.detach().cpu().clone()
+        return found
+
+    def num_whole_bytes(self) -> int:
+        """Of the weights that are sampled from."""
+        lm = self.whole_lm if self.holds_whole else self.lm
+        return sum(num_elements(weight) * weight.element_size() for weight in lm.parameters())
 
     def sync(self) -> None:
         """Bring the sampling weights up to date after an update; a collective. Without a replica there is nothing to do."""
@@ -445,8 +510,11 @@ class Policy(SampledModel):
                     target.copy_(source)
 
     def export(self, directory: Path, write: Write = write_now) -> None:
-        """Write weights, config and tokenizer in Hugging Face format. To be called by the main process alone."""
-        with self.sampling_model() as lm:
+        """Write weights, config and tokenizer in Hugging Face format. Every process calls it, and the main one writes."""
+        gathered = None if self.holds_whole else self.whole_weights()
+        if not self.processes.is_main:
+            return
+        with nullcontext(self.lm) if gathered is not None else self.sampling_model() as lm:
             shell = _shell(lm)
             shell.generation_config = GenerationConfig(
                 eos_token_id=self.end_token_ids,
@@ -460,7 +528,7 @@ class Policy(SampledModel):
                 for name, content in self.processor_files.items():
                     (path / name).write_bytes(content)
 
-            write(directory, lm.state_dict(), save)
+            write(directory, lm.state_dict() if gathered is None else _as_state_dict(lm, gathered), save)
 
     def export_adapter(self, directory: Path, write: Write = write_now) -> None:
         """Write what was trained in peft's format, if that is adapters. Every process calls it."""
@@ -501,6 +569,17 @@ def _shell(lm: PreTrainedModel) -> PreTrainedModel:
     restore_dropout(settings, lm.stored_dropouts)  # type: ignore[arg-type]
     with torch.device("meta"):
         return type(lm)(settings)
+
+
+def _as_state_dict(lm: PreTrainedModel, weights: Own) -> Own:
+    """Weights under all the names that the model saves them by; tied ones are one tensor."""
+    names = {id(weight): name for name, weight in lm.named_parameters()}
+    return Own({name: weights[names[id(weight)]] for name, weight in lm.state_dict(keep_vars=True).items()})
+
+
+def num_elements(weight: Tensor) -> int:
+    """Of the whole weight, of which a process holds a share under ZeRO-3."""
+    return getattr(weight, "ds_numel", weight.numel())
 
 
 @contextmanager

@@ -118,6 +118,6 @@ def check_available(config: Config) -> None:
         check_server(config)
     elif find_spec("vllm") is None:
         raise ValueError(
-            "rollout.engine is vllm; the package vllm is not installed here. Install it with pip install 'grpo-zero[vllm]', or "
+            "rollout.engine is vllm; the package vllm is not installed here. Install it with pip install 'vllm>=0.26,<0.29', or "
             "set rollout.engine to auto."
         )

@@ -112,25 +112,24 @@ class ServedEngine:
 
     def take_weights(self) -> None:
         """The main process hands them over; its failure is raised on every process, so that none waits for it."""
-        self.version, problem = self.policy.processes.on_main(self._hand_over)
+        self.taken = self._policy_logprobs()
+        self.version, problem = self.policy.processes.broadcast(self._hand_over())
         if problem is not None:
             raise ServerError(problem)
-        self.taken = self._policy_logprobs()
 
     def _hand_over(self) -> tuple[str, str | None]:
-        directory = next(self.directories).resolve()
+        """Every process takes part, since each may hold a share of the weights; what the main one says counts."""
+        directory, problem = next(self.directories).resolve(), None
         try:
             self.policy.export(directory)
-            self._load(directory)
-            self._check_loaded()
+            if self.policy.processes.is_main:
+                self._load(directory)
+                self._check_loaded()
         except (ServerError, OSError) as error:
-            return (
-                directory.name,
-                f"{error}\nSo the server may not have the policy's weights, which lay in {directory}.",
-            )
+            problem = f"{error}\nSo the server may not have the policy's weights, which lay in {directory}."
         finally:
             shutil.rmtree(directory, ignore_errors=True)
-        return directory.name, None
+        return directory.name, problem
 
     def _load(self, directory: Path) -> None:
         arguments = {"weights_path": str(directory)}
@@ -144,7 +143,7 @@ class ServedEngine:
             self.server.post("/update_weight_version", {"new_version": directory.name})
 
     def _check_loaded(self) -> None:
-        ours, theirs = self._policy_logprobs(), self._server_logprobs()
+        ours, theirs = self.taken, self._server_logprobs()
         # single unlikely tokens of plain text differ more than sampled ones on average
         own, dtype = self.config.algorithm.max_sampling_gap, self.policy.dtype
         gap, limit = _distance(ours, theirs), FORWARD_TOLERANCE[dtype] if own is None else own
@@ -166,7 +165,7 @@ class ServedEngine:
 
     def _check_current(self) -> None:
         """The weights that the server took last are still those of the policy, and still the server's."""
-        moved = _distance(self._policy_logprobs(), self.taken)
+        moved = _distance(self._policy_logprobs(), self.taken) if self.policy.holds_whole else 0.0  # else a collective
         if moved > MOVED:
             raise RuntimeError(
                 f"the policy's log-probabilities of plain text have moved by {moved:.3g} nats on average since the server took "
@@ -189,13 +188,10 @@ class ServedEngine:
         moved = _distance(self._server_logprobs(), self.told)
         return None if moved <= MOVED else f"other weights than it was given, {moved:.3g} nats off on average"
 
-    @torch.no_grad()
     def _policy_logprobs(self) -> Tensor:
         """Of each token of the plain text but the first, at temperature 1; on the CPU."""
         ids = torch.tensor([self.plain_tokens], device=self.policy.processes.device)
-        with self.policy.sampling_model() as lm:
-            logprobs = lm(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        return logprobs.gather(1, ids[0, 1:].unsqueeze(1)).squeeze(1).cpu()
+        return self.policy.sentence_logprobs(ids, temperature=1.0)[0].cpu()
 
     def _server_logprobs(self) -> Tensor:
         """The same from the server. vLLM computes them anew, past its prefix cache, and before any temperature."""

@@ -28,13 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
-from pydantic import BaseModel
 
 from grpo.config import AnyConfig, Config
 from grpo.policy.model_source import complete_checkpoints, name_of, numbers_of
-from grpo.policy.policy import Policy
+from grpo.policy.policy import Policy, num_elements
 from grpo.run import inputs
+from grpo.run.resumable import check_resumable, checksum_of, longer, read_state
 from grpo.system import progress
 from grpo.system.distributed import GIB, Processes
 from grpo.system.files import flush, free_bytes
@@ -228,8 +227,7 @@ TRAINING_BYTES = 12
 def num_bytes(policy: Policy) -> int:
     """About what a checkpoint takes: the model as it is exported, and the training state of what is trained."""
     trained = (weight for weight in policy.lm.parameters() if weight.requires_grad)
-    state = sum(getattr(weight, "ds_numel", weight.numel()) for weight in trained)  # ZeRO-3: this process holds a share
-    return sum(weight.nbytes for weight in policy.whole_lm.parameters()) + TRAINING_BYTES * state
+    return policy.num_whole_bytes() + TRAINING_BYTES * sum(map(num_elements, trained))
 
 
 def _prepare(partial: Path) -> str | None:
@@ -246,8 +244,7 @@ def _write_all(
     writer: Writer, policy: Policy, *, rank: int, under_way: StepState | None, drafts: Drafts | None
 ) -> None:
     directory = writer.directory
-    if rank == 0:
-        policy.export(directory / "hf", writer.write)
+    policy.export(directory / "hf", writer.write)
     policy.export_adapter(directory / "adapter", writer.write)
     policy.save_training_state(directory, writer.write)
     if policy.reference_moved:
@@ -277,28 +274,8 @@ def _remove(checkpoint: Path) -> str | None:
 
 def _write_state(directory: Path, record: dict[str, Any]) -> None:
     path = directory / "state.json"
-    path.write_text(json.dumps({"checksum": _checksum_of(record), **record}, indent=1))
+    path.write_text(json.dumps({"checksum": checksum_of(record), **record}, indent=1))
     flush(path)
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What state.json holds.
-
-    Raises:
-        ValueError: it is not as it was written.
-    """
-    try:
-        record = json.loads((checkpoint / "state.json").read_text())
-        expected = record.pop("checksum")
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"state.json cannot be read: {error}") from None
-    if _checksum_of(record) != expected:
-        raise ValueError("state.json is not what was written: its checksum differs")
-    return record
-
-
-def _checksum_of(record: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
 
 
 def find(directory: Path, config: AnyConfig, processes: Processes, *, given: dict[str, str]) -> Path | None:
@@ -319,8 +296,8 @@ def find(directory: Path, config: AnyConfig, processes: Processes, *, given: dic
     for checkpoint in reversed(there):
         problem = _problem(checkpoint, processes)
         if problem is None:
-            _check_resumable(checkpoint, config)
-            notes = [_longer(checkpoint, config), *_compare_given(checkpoint, given, accept=accept)]
+            check_resumable(checkpoint, config)
+            notes = [longer(checkpoint, config), *_compare_given(checkpoint, given, accept=accept)]
             for note in filter(None, notes if processes.is_main else []):
                 say(note)
             progress.last_checkpoint = checkpoint
@@ -375,53 +352,6 @@ def _problem(checkpoint: Path, processes: Processes) -> str | None:
     return next((problem for problem in processes.gather(own) if problem is not None), None)
 
 
-MAY_CHANGE = {
-    "run.steps",
-    "run.resume",
-    "run.dir",
-    "run.max_hours",
-    "run.accept_changes",
-    "run.push_to_hub",
-    "run.push_at",
-    "run.hub_private",
-    "checkpoint",
-    "logging",
-    "evaluation",
-    "scoring",
-    "memory",
-    "vllm",
-    "preflight",
-    "watchdog",
-    "algorithm.max_sampling_gap",
-    "distributed",
-    "rollout.max_completion_tokens",  # R1-Zero doubled it on the way; nothing that a checkpoint holds depends on it
-}
-"""What may differ between a run and its resumption without making it another experiment."""
-
-
-def _check_resumable(checkpoint: Path, config: AnyConfig) -> None:
-    before, now = _completed(read_state(checkpoint)["config"], config), config.model_dump(mode="json")
-    name = changed_setting(before, now, may_change=MAY_CHANGE)
-    if name is not None:
-        raise ValueError(
-            f"{name} is {_flat(now).get(name)!r}; {checkpoint} was written with {_flat(before).get(name)!r}, and a run resumes "
-            "with the settings it began with. Restore the value, or choose another run.dir."
-        )
-
-
-def _completed(before: dict[str, Any], config: AnyConfig) -> dict[str, Any]:
-    """Settings that a checkpoint was written with, and the defaults of those that are newer than it."""
-    whole = dict(before)
-    for section, settings in config:
-        if isinstance(settings, BaseModel):
-            known = type(settings).model_fields.items()
-            defaults = {
-                name: field.get_default(call_default_factory=True) for name, field in known if not field.is_required()
-            }
-            whole[section] = defaults | before.get(section, {})
-    return whole
-
-
 def _compare_given(checkpoint: Path, now: dict[str, str], *, accept: bool) -> list[str]:
     """What there is to say of questions and rewards that are not those of the checkpoint.
 
@@ -443,37 +373,6 @@ def _compare_given(checkpoint: Path, now: dict[str, str], *, accept: bool) -> li
     return (
         [f"warning: from here on {names} are others than up to {checkpoint.name} (run.accept_changes)"] if names else []
     )
-
-
-def changed_setting(before: dict[str, Any], now: dict[str, Any], *, may_change: set[str]) -> str | None:
-    """The first setting in which two configurations differ, but for settings and sections that may; None if there is none."""
-    flat_before, flat_now = _flat(before), _flat(now)
-    for name in sorted(flat_before.keys() | flat_now.keys()):
-        may = name in may_change or name.split(".")[0] in may_change
-        if not may and flat_before.get(name) != flat_now.get(name):
-            return name
-    return None
-
-
-def _longer(checkpoint: Path, config: AnyConfig) -> str:
-    """What is said where completions may be longer than before: of all that may change, this alone changes what is learned."""
-    if not isinstance(config, Config):
-        return ""
-    before = read_state(checkpoint)["config"]["rollout"]["max_completion_tokens"]
-    now = config.rollout.max_completion_tokens
-    return (
-        ""
-        if before == now
-        else f"rollout.max_completion_tokens is {now} from here on; it was {before} up to {checkpoint.name}"
-    )
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        f"{section}.{name}": value
-        for section, settings in config.items()
-        for name, value in (settings.items() if isinstance(settings, dict) else [("", settings)])
-    }
 
 
 def _random_states() -> dict[str, Any]:

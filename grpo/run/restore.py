@@ -12,8 +12,9 @@ import torch
 from grpo.observe.metrics import Meter
 from grpo.policy.policy import Policy
 from grpo.run import inputs, reshard
-from grpo.run.checkpoint import REFERENCE, read_state
+from grpo.run.checkpoint import REFERENCE
 from grpo.run.reshard import Layout
+from grpo.run.resumable import read_state
 from grpo.system import progress
 from grpo.system.distributed import Processes, TrainingProcesses
 from grpo.system.terminal import say

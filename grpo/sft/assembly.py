@@ -125,7 +125,7 @@ def assemble(
     found = checkpoint.find(checkpoints.directory, config, processes, given=given)
     processes.say(summary(config, order, aside, world_size=processes.world_size))
 
-    policy = policy_class(shared, tokenizer, processes)
+    policy = policy_class(shared, tokenizer, processes, samples=scorer is not None)
     learner = learner_class(
         policy,
         cross_entropy(config.training.aggregation),

@@ -89,8 +89,17 @@ class Writer:
                 self.error = f"{type(error).__name__}: {error}"
 
 
+class Own(dict[str, Tensor]):
+    """Tensors in the machine's memory that nobody else has: they may be written later without a copy."""
+
+
 def copied(data: Any) -> Any:
-    """Nested dictionaries, lists and tuples with copies of their tensors in the machine's memory; one copy of tied ones."""
+    """Nested dictionaries, lists and tuples with copies of their tensors in the machine's memory; one copy of tied ones.
+
+    Of `Own` there is no need for any.
+    """
+    if isinstance(data, Own):
+        return data
     copies: dict[tuple[Any, ...], Tensor] = {}
 
     def copy(value: Any) -> Any:

@@ -19,6 +19,6 @@ def __getattr__(name: str) -> Any:
     except ImportError as error:
         raise ValueError(
             f"environment.function is 'of_verifiers'; the package verifiers cannot be imported as it is in 0.3: {error}. "
-            "pip install 'grpo-zero[verifiers]', or name another environment."
+            "pip install 'verifiers>=0.3,<0.4', or name another environment."
         ) from error
     return of_verifiers

@@ -1,0 +1,94 @@
+"""Started by test_distributed as two processes: a sharded model of which one process has a whole copy to sample from, and one of
+which none has. Both must say and learn the same, to the bit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import FixedGenerator, number_in_text, shard_even_small_weights, tiny_config
+from torch import Tensor
+
+from grpo import Trainer
+from grpo.algorithm.batch import pack
+from grpo.policy.policy import Policy
+from grpo.run import tripwire
+from grpo.system import distributed
+from grpo.types import Batch, Group
+
+out, dtype = Path(sys.argv[1]), sys.argv[2]
+
+
+class ScatteredPolicy(Policy):
+    """As if sampled elsewhere."""
+
+    def __init__(self, *parts: Any, **options: Any) -> None:
+        super().__init__(*parts, **{**options, "samples": False})
+
+
+class ScatteredTrainer(Trainer):
+    """Trains a ScatteredPolicy."""
+
+    _policy_class = ScatteredPolicy
+
+
+def sequences(trainer: Trainer) -> Batch:
+    """Two of this process."""
+    groups = FixedGenerator().sample(
+        trainer.prompts.prompts[trainer.processes.rank :: 2][:2], trainer.config.sampling, num_completions=1, seed=0
+    )
+    return pack([Group(group.prompt, group.completions) for group in groups], torch.zeros(2, 1))
+
+
+def run(kind: type[Trainer]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is to be the same: numbers, and what was written; and what the policy holds."""
+    config = tiny_config(
+        out / kind.__name__,
+        model={"dtype": dtype},
+        rollout={"num_prompts": 4, "group_size": 3, "engine": "hf"},  # nothing is sampled
+        algorithm={"kl_coef": 0.1, "max_sampling_gap": 100, "reference_refresh_steps": 1},
+        optimizer={"learning_rate": 1e-3},
+        distributed={"zero_stage": 3},
+        checkpoint={"every_steps": 2},
+        logging={"completions_every": 0},
+    )
+    trainer = kind(config, rewards=[number_in_text])
+    policy = trainer.policy
+    trainer.collector.generator = FixedGenerator()
+    for _ in range(2):
+        trainer.train_step()
+    policy.sync()
+    batch = sequences(trainer)
+    said = {
+        "plain": policy.plain_logprobs()[1],
+        "at 0.5": policy.sentence_logprobs(policy.plain_logprobs()[0], temperature=0.5),
+        "alone": policy.unpacked_logprobs(batch),
+        "alone, float32": policy.unpacked_logprobs(batch, float32=True),
+    }
+    said |= {f"weight {name}": weight for name, weight in policy.whole_weights().items()}
+    groups = FixedGenerator().sample(trainer.prompts.prompts[:2], config.sampling, num_completions=2, seed=0)
+    numbers = {
+        "rounding": tripwire.measure_rounding(policy, groups),
+        "bytes": policy.num_whole_bytes(),
+    }
+    policy._settle()
+    numbers["held"] = sum(weight.numel() + weight.ds_tensor.numel() for weight in policy.lm.parameters()) + (
+        sum(weight.numel() for weight in policy.whole_lm.parameters()) if policy.holds_whole else 0
+    )
+    trainer.save(wait=True)
+    trainer.close()
+    return numbers, said
+
+
+numbers, said = {}, {}
+shard_even_small_weights(fetch_ahead=True)
+for kind in (Trainer, ScatteredTrainer):
+    numbers[kind.__name__], said[kind.__name__] = run(kind)
+rank = distributed.join().rank
+torch.save(said, out / f"said-{rank}.pt")
+(out / f"numbers-{rank}.json").write_text(json.dumps(numbers))
+torch.distributed.barrier()
+distributed.stop()
