@@ -14,6 +14,7 @@ from argparse import ArgumentParser, Namespace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import warm
@@ -122,8 +123,9 @@ def load_settings(program: str, options: Namespace) -> list[AnyConfig]:
     if program == "benchmarks/step.py":
         import step
 
-        with tempfile.TemporaryDirectory() as scratch:
-            return [step.make_config(options, Path("model"), Path(scratch))]
+        model = Path("model")
+        with tempfile.TemporaryDirectory() as scratch, patch.object(step, "saved_model", lambda *_, **__: model):
+            return [step.make_config(options, model, Path(scratch))]
     if program == "grpo settings" and not chosen(list(settings()), options.word):
         raise ValueError(f"no setting has {options.word!r} in its name or meaning")
     overrides = list(getattr(options, "set", []))
