@@ -43,7 +43,7 @@ from grpo.data.prompts import TEMPLATES, build_prompts
 from grpo.data.rows import load_rows
 from grpo.inference.model import Sampler, load, sampling_config
 from grpo.observe.console import positive
-from grpo.policy.policy import SampledModel
+from grpo.policy.sampled_model import SampledModel
 from grpo.policy.tokenizer import load_tokenizer
 from grpo.rollout.decoder import Decoder
 from grpo.rollout.paged import PAGE, num_pages_for

@@ -71,6 +71,8 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 SECONDS = Path(__file__).with_name("seconds.json")
 SLOW = 0.3
 """Seconds from which on a test is slow; also the least that is written down."""
+SLOW_FIXTURES = 2.0
+"""Seconds from which on what a module's fixtures take makes all tests slow that have them."""
 ALONE = 4.0
 """Seconds from which on a test without fixtures of its module may run away from its module."""
 
@@ -107,17 +109,23 @@ def group_and_order(config: pytest.Config, items: list[pytest.Item]) -> None:
     groups: dict[str, list[pytest.Item]] = defaultdict(list)
     for number, item in enumerate(items):
         name, module = name_of(item.nodeid), item.location[0]
-        if seconds.get(name, 0) >= SLOW:
+        if seconds.get(name, 0) >= SLOW or seconds.get(fixtures_name(item) or "", 0) >= SLOW_FIXTURES:
             item.add_marker(pytest.mark.slow)
-        alone = seconds.get(name, 0) >= ALONE and not has_fixture_of_its_module(item)
+        alone = seconds.get(name, 0) >= ALONE and not fixtures_of_its_module(item)
         groups[f"{module}-{number}" if alone else module].append(item)
     if not getattr(config.option, "loadgroup", False):
         return
     for group, members in groups.items():
         for item in members:
             item.add_marker(pytest.mark.xdist_group(group))
-    took = {group: sum(seconds.get(name_of(item.nodeid), 0.01) for item in groups[group]) for group in groups}
+    took = {group: expected_of(groups[group], seconds) for group in groups}
     items[:] = [item for group in sorted(groups, key=lambda group: -took[group]) for item in groups[group]]
+
+
+def expected_of(items: list[pytest.Item], seconds: dict[str, float]) -> float:
+    """Of the tests and, once, of what those of a module share."""
+    shared = {name for item in items if (name := fixtures_name(item)) is not None}
+    return sum(seconds.get(name_of(item.nodeid), 0.01) for item in items) + sum(seconds.get(name, 0) for name in shared)
 
 
 def expected_seconds(names: set[str]) -> dict[str, float]:
@@ -140,9 +148,15 @@ def name_of(nodeid: str) -> str:
     return re.sub(r"@[^\]]*$", "", nodeid).removeprefix("tests/")
 
 
-def has_fixture_of_its_module(item: pytest.Item) -> bool:
-    definitions = item._fixtureinfo.name2fixturedefs.values()
-    return any(each[-1].scope in ("module", "class", "package") for each in definitions)
+def fixtures_of_its_module(item: pytest.Item) -> list[str]:
+    found = item._fixtureinfo.name2fixturedefs.items()
+    return sorted(name for name, each in found if each[-1].scope in ("module", "class", "package"))
+
+
+def fixtures_name(item: pytest.Item) -> str | None:
+    """Under which what they take is written down: whichever test comes first has to wait for them."""
+    fixtures = fixtures_of_its_module(item)
+    return f"{item.location[0].removeprefix('tests/')}: {', '.join(fixtures)}" if fixtures else None
 
 
 _took: dict[str, float] = defaultdict(float)
@@ -150,11 +164,12 @@ _used = [0.0]
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Iterator[pytest.TestReport]:
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[pytest.TestReport]:
     """Processor seconds since the report before, in the process that tests: a worker's report is sent with them."""
     report = yield
     before, _used[0] = _used[0], processor_seconds()
     report.processor_seconds = _used[0] - before
+    report.shared = fixtures_name(item) if report.when == "setup" else None
     return report  # type: ignore[return-value]
 
 
@@ -169,8 +184,9 @@ def processor_seconds() -> float:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """With what its fixtures took, which is counted for the first that has them."""
-    _took[name_of(report.nodeid)] += getattr(report, "processor_seconds", 0.0)  # none of a worker that died
+    """With what its own fixtures took; what those of its module took is counted for these."""
+    name = getattr(report, "shared", None) or name_of(report.nodeid)
+    _took[name] += getattr(report, "processor_seconds", 0.0)  # none of a worker that died
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -706,7 +706,7 @@ def test_an_environment_of_verifiers_is_played(tmp_path: Path, monkeypatch: pyte
 def test_without_the_package_of_verifiers_its_environments_are_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "verifiers", None)
     monkeypatch.delitem(sys.modules, "grpo.tools.environments.verifiers_env", raising=False)
-    with pytest.raises(ValueError, match=r"verifiers cannot be imported.*pip install 'grpo-zero\[verifiers\]'"):
+    with pytest.raises(ValueError, match=r"verifiers cannot be imported.*pip install 'verifiers>=0\.3,<0\.4'"):
         Environment.of(EnvironmentConfig(function="of_verifiers"))
 
 

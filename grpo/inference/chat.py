@@ -21,7 +21,7 @@ from grpo.inference.commands import HELP
 from grpo.inference.options import check_number
 from grpo.inference.resolve_model import said
 from grpo.observe.display import STYLES
-from grpo.policy.policy import SampledModel
+from grpo.policy.sampled_model import SampledModel
 from grpo.rollout.hf import drawing_options, without_defaults
 from grpo.system.terminal import is_text, printable
 from grpo.text.thinking import Kind, Reader

@@ -24,7 +24,7 @@ from grpo.config import Config, ModelConfig
 from grpo.policy.families import attribute
 from grpo.policy.language_model import lay_out, load_lm, resolve_dtype
 from grpo.policy.model_source import base_quantization, source_of
-from grpo.policy.policy import SampledModel
+from grpo.policy.sampled_model import SampledModel
 from grpo.policy.tokenizer import check_context
 from grpo.rollout import make_generator
 from grpo.rollout.paged import PagedCache, num_pages_for

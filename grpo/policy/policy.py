@@ -1,4 +1,4 @@
-"""The policy being trained and the frozen reference; or a model that is only sampled."""
+"""The policy being trained, and the frozen reference."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from grpo.config import Config, ModelConfig, OptimizerConfig
 from grpo.policy import lora
 from grpo.policy.families import (
     LeakTest,
-    attribute,
     refusal,
     restore_dropout,
 )
@@ -45,81 +44,14 @@ from grpo.policy.language_model import (
     with_computed_buffers,
 )
 from grpo.policy.logprobs import token_logprobs
-from grpo.policy.model_source import model_config, processor_files
+from grpo.policy.model_source import model_config
+from grpo.policy.sampled_model import FORWARD_TOLERANCE, SampledModel
 from grpo.policy.sequence_parallel import check_heads
-from grpo.policy.tokenizer import end_token_ids
 from grpo.system import distributed, progress
-from grpo.system.distributed import SMALL_PARAMETERS, Processes, TrainingProcesses, deterministic, limit_threads, whole
+from grpo.system.distributed import SMALL_PARAMETERS, TrainingProcesses, deterministic, limit_threads, whole
 from grpo.system.terminal import say
 from grpo.system.writer import Own, Write, load_tensors, save_tensors, write_now
 from grpo.types import Batch, MicroBatch
-
-PLAIN_SENTENCES = (
-    "The sum of two and three is five, because three more than two makes five.",
-    "A train leaves the station at noon and arrives in the next town one hour later.",
-)
-FORWARD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
-"""Mean gap in nats between two ways to compute the log-probabilities of these that rounding can explain. Ordinary text in
-bfloat16 differs by some hundredths; a family whose sequences leak into each other differs by one and more."""
-
-
-class SampledModel:
-    """A language model as a Generator sees it: what it is sampled with. Alone, a model that is only sampled.
-
-    Its log-probabilities are those at `temperature`.
-    """
-
-    def __init__(
-        self, lm: PreTrainedModel, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, processes: Processes
-    ) -> None:
-        self.lm = lm
-        capped = attribute(lm.config.get_text_config(), "attn_logit_softcapping")
-        self.own_attention = "eager" if capped else lm.config._attn_implementation  # sdpa would leave the cap out
-        self.tokenizer = tokenizer
-        self.processor_files = processor_files(config)
-        self.end_token_ids = end_token_ids(config, tokenizer)
-        self.processes = processes
-        self.dtype = resolve_dtype(config.dtype)
-        self.temperature = 1.0
-
-    @property
-    def whole_lm(self) -> PreTrainedModel:
-        """The model whose weights are whole on this process."""
-        return self.lm
-
-    def sync(self) -> None:
-        """Bring the sampling weights up to date after an update; a collective. There is nothing to do."""
-
-    @contextmanager
-    def sampling_model(self, attention: str | None = None) -> Iterator[PreTrainedModel]:
-        """The model with whole weights, in eval mode, with the attention of that name; None: transformers' for its family."""
-        lm = self.whole_lm
-        own = lm.config._attn_implementation
-        lm.set_attn_implementation(attention or self.own_attention)
-        with _eval_mode(lm):
-            try:
-                yield lm
-            finally:
-                lm.set_attn_implementation(own)
-
-    def plain_logprobs(self, length: int | None = None) -> tuple[Tensor, Tensor]:
-        """Two plain sentences and the model's own log-probabilities of them; (2, N) and (2, N - 1).
-
-        Args:
-            length: N, the sentences said again and again if it takes that; None: the shorter one's.
-        """
-        both = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in PLAIN_SENTENCES]
-        length = length or min(map(len, both))
-        tokens = torch.tensor([(ids * length)[:length] for ids in both], device=self.processes.device)
-        return tokens, self.sentence_logprobs(tokens)
-
-    @torch.no_grad()
-    def sentence_logprobs(self, tokens: Tensor, *, temperature: float | None = None) -> Tensor:
-        """The model's own log-probabilities of all but the first of token ids (B, N), at its temperature or another;
-        (B, N - 1)."""
-        with self.sampling_model() as lm:
-            logits = lm(input_ids=tokens, use_cache=False).logits[:, :-1].float() / (temperature or self.temperature)
-        return logits.log_softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
 
 
 class Policy(SampledModel):
@@ -580,16 +512,6 @@ def _as_state_dict(lm: PreTrainedModel, weights: Own) -> Own:
 def num_elements(weight: Tensor) -> int:
     """Of the whole weight, of which a process holds a share under ZeRO-3."""
     return getattr(weight, "ds_numel", weight.numel())
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
 
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

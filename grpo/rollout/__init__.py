@@ -10,7 +10,7 @@ from grpo.types import Generator
 
 if TYPE_CHECKING:
     from grpo.config import Config
-    from grpo.policy.policy import SampledModel
+    from grpo.policy.sampled_model import SampledModel
 
 
 def check_engine(config: Config) -> None:

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from grpo.config import Config
 from grpo.policy.families import attention_calls, attribute
-from grpo.policy.policy import FORWARD_TOLERANCE, SampledModel
+from grpo.policy.sampled_model import FORWARD_TOLERANCE, SampledModel
 from grpo.policy.tokenizer import CHANGING_ROPE, rope_types
 from grpo.rollout.decoder import LENGTH, TOKEN, Chunk, Decoder
 from grpo.rollout.grouping import Grouping

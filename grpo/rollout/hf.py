@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from grpo.policy.policy import SampledModel
+from grpo.policy.sampled_model import SampledModel
 from grpo.rollout.grouping import Grouping
 from grpo.rollout.sampling import completion_seeds, draw, knobs_of
 from grpo.rollout.stop_criteria import Ending, token_limit

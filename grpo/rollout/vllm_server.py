@@ -26,7 +26,8 @@ from torch import Tensor
 
 from grpo.policy.language_model import resolve_dtype
 from grpo.policy.model_source import source_of
-from grpo.policy.policy import FORWARD_TOLERANCE, PLAIN_SENTENCES, Policy
+from grpo.policy.policy import Policy
+from grpo.policy.sampled_model import FORWARD_TOLERANCE, PLAIN_SENTENCES
 from grpo.rollout.vllm_engine import OnAnswer, Request, Sampled
 from grpo.system import progress
 

@@ -24,7 +24,7 @@ from grpo.inference.options import served_models
 from grpo.inference.resolve_model import Chosen, choose, num_positions
 from grpo.policy.language_model import resolve_dtype
 from grpo.policy.model_source import source_of
-from grpo.policy.policy import SampledModel
+from grpo.policy.sampled_model import SampledModel
 from grpo.policy.tokenizer import check_positions, load_tokenizer
 from grpo.rollout.engine import cache_shape, make_decoder, unsupported
 from grpo.rollout.layers import can_fuse

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from grpo.data.order import PromptOrder
-from grpo.policy.policy import SampledModel
+from grpo.policy.sampled_model import SampledModel
 from grpo.rollout.engine import unsupported
 from grpo.types import Ahead, Dialogue, Draft, Drafts, Generator, Prompt, Reply, ToolCall, Turn
 
