@@ -100,8 +100,9 @@ def settled(url: str, pid: int, at_most: int | None = None) -> dict[str, int]:
     """What must go back to nothing, once it has, or after SETTLED_SECONDS; sockets are closed a moment after their clients'.
 
     Args:
-        at_most: the number of descriptors to wait for.
+        at_most: the number of descriptors to wait for; None: one that stays the same for a second.
     """
+    numbers: list[int] = []
     for _ in range(10 * SETTLED_SECONDS):
         with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as answer:
             text = answer.read().decode()
@@ -114,7 +115,9 @@ def settled(url: str, pid: int, at_most: int | None = None) -> dict[str, int]:
         found = {key: _number(rf"^grpo_{each}{{.*}} (\d+)", text) for key, each in names.items()}
         time.sleep(0.1)  # in which the connection of this question is closed, too
         found["descriptors"] = descriptors(pid)
-        if is_idle(found) and (at_most is None or found["descriptors"] <= at_most):
+        numbers.append(found["descriptors"])
+        rests = len(numbers) >= 10 and len({*numbers[-10:]}) == 1
+        if is_idle(found) and (rests if at_most is None else numbers[-1] <= at_most):
             break
     return found
 

@@ -212,7 +212,12 @@ def make_config(args: argparse.Namespace, model: Path, scratch: Path) -> Config:
             raise SystemExit("rollout.carry_over is set; --update-only samples nothing. Remove one of the two.")
     file = scratch / "settings.yaml"
     file.write_text(write_yaml(settings))
-    return Config.load(file, args.set)
+    config = Config.load(file, args.set)
+    if args.sampled_elsewhere and (config.distributed.zero_stage < 3 or config.lora.rank):
+        raise SystemExit(
+            "--sampled-elsewhere is for distributed.zero_stage=3 without adapters; else it changes nothing"
+        )
+    return config
 
 
 def make_trainer(args: argparse.Namespace, config: Config) -> Trainer:

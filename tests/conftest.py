@@ -106,10 +106,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def group_and_order(config: pytest.Config, items: list[pytest.Item]) -> None:
     seconds = expected_seconds({name_of(item.nodeid) for item in items})
+    shared = {name: took for name, took in seconds.items() if "::" not in name}
     groups: dict[str, list[pytest.Item]] = defaultdict(list)
     for number, item in enumerate(items):
         name, module = name_of(item.nodeid), item.location[0]
-        if seconds.get(name, 0) >= SLOW or seconds.get(fixtures_name(item) or "", 0) >= SLOW_FIXTURES:
+        waits = max((shared[each] for each in names_of_fixtures(item, shared)), default=0.0)
+        if seconds.get(name, 0) >= SLOW or waits >= SLOW_FIXTURES:
             item.add_marker(pytest.mark.slow)
         alone = seconds.get(name, 0) >= ALONE and not fixtures_of_its_module(item)
         groups[f"{module}-{number}" if alone else module].append(item)
@@ -118,14 +120,14 @@ def group_and_order(config: pytest.Config, items: list[pytest.Item]) -> None:
     for group, members in groups.items():
         for item in members:
             item.add_marker(pytest.mark.xdist_group(group))
-    took = {group: expected_of(groups[group], seconds) for group in groups}
+    took = {group: expected_of(groups[group], seconds, shared) for group in groups}
     items[:] = [item for group in sorted(groups, key=lambda group: -took[group]) for item in groups[group]]
 
 
-def expected_of(items: list[pytest.Item], seconds: dict[str, float]) -> float:
+def expected_of(items: list[pytest.Item], seconds: dict[str, float], shared: dict[str, float]) -> float:
     """Of the tests and, once, of what those of a module share."""
-    shared = {name for item in items if (name := fixtures_name(item)) is not None}
-    return sum(seconds.get(name_of(item.nodeid), 0.01) for item in items) + sum(seconds.get(name, 0) for name in shared)
+    waited_for = {name for item in items for name in names_of_fixtures(item, shared)}
+    return sum(seconds.get(name_of(item.nodeid), 0.01) for item in items) + sum(shared[name] for name in waited_for)
 
 
 def expected_seconds(names: set[str]) -> dict[str, float]:
@@ -153,10 +155,22 @@ def fixtures_of_its_module(item: pytest.Item) -> list[str]:
     return sorted(name for name, each in found if each[-1].scope in ("module", "class", "package"))
 
 
-def fixtures_name(item: pytest.Item) -> str | None:
-    """Under which what they take is written down: whichever test comes first has to wait for them."""
-    fixtures = fixtures_of_its_module(item)
-    return f"{item.location[0].removeprefix('tests/')}: {', '.join(fixtures)}" if fixtures else None
+_made: dict[str, set[str]] = defaultdict(set)
+
+
+def name_of_new_fixtures(item: pytest.Item) -> str | None:
+    """Under which what they take is written down, for whichever test comes first has to wait for them; None: all are made."""
+    module = item.location[0].removeprefix("tests/")
+    new = [name for name in fixtures_of_its_module(item) if name not in _made[module]]
+    _made[module].update(new)
+    return f"{module}: {', '.join(new)}" if new else None
+
+
+def names_of_fixtures(item: pytest.Item, seconds: dict[str, float]) -> set[str]:
+    """Under which what its module's fixtures took is written down."""
+    own = set(fixtures_of_its_module(item))
+    head = f"{item.location[0].removeprefix('tests/')}: "
+    return {name for name in seconds if name.startswith(head) and own & set(name.removeprefix(head).split(", "))}
 
 
 _took: dict[str, float] = defaultdict(float)
@@ -169,7 +183,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[pytest.TestReport]:
     report = yield
     before, _used[0] = _used[0], processor_seconds()
     report.processor_seconds = _used[0] - before
-    report.shared = fixtures_name(item) if report.when == "setup" else None
+    report.shared = name_of_new_fixtures(item) if report.when == "setup" else None
     return report  # type: ignore[return-value]
 
 
@@ -184,7 +198,7 @@ def processor_seconds() -> float:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """With what its own fixtures took; what those of its module took is counted for these."""
+    """With what its own fixtures took; what the first test of those of its module took to set up is counted for these."""
     name = getattr(report, "shared", None) or name_of(report.nodeid)
     _took[name] += getattr(report, "processor_seconds", 0.0)  # none of a worker that died
 

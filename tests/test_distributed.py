@@ -339,14 +339,17 @@ def test_key_heads_are_repeated_until_they_can_be_shared_out(num_kv_heads: int, 
     assert repeats(num_kv_heads, size) == times
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_sharded_model_that_no_process_holds_whole_is_the_same(tmp_path: Path, dtype: str):
-    """Its own, unpacked pass in the model's precision and in float32, two updates, the reference, exported files."""
-    launch("worker_scattered.py", str(tmp_path), dtype, processes=2)
+@pytest.mark.parametrize("options", [["float32"], ["bfloat16"], ["float32", "teacher", "together"]], ids=" ".join)
+def test_a_sharded_model_that_no_process_holds_whole_is_the_same(tmp_path: Path, options: list[str]):
+    """Its own, unpacked pass in the model's precision and in float32, two updates, the reference or a teacher, what the tripwire
+    finds, exported files; also where two processes run each pass together."""
+    dtype = options[0]
+    launch("worker_scattered.py", str(tmp_path), *options, processes=2)
     for rank in (0, 1):
         whole, scattered = read_json(tmp_path / f"numbers-{rank}.json").values()
         assert scattered.pop("held") < 0.51 * TINY_PARAMETERS < TINY_PARAMETERS < whole.pop("held")
         assert whole.pop("rounding") == pytest.approx(scattered.pop("rounding"), rel=1e-3)
+        assert whole.pop("causes") == pytest.approx(scattered.pop("causes"), abs=0.02)
         assert whole == scattered
         whole, scattered = torch.load(tmp_path / f"said-{rank}.pt").values()
         assert whole.keys() == scattered.keys()

@@ -395,6 +395,7 @@ def test_computed_buffers_are_those_of_a_model_that_is_loaded_whole(model_type: 
     config = ModelConfig(name=str(save_family(tmp_path / "model", family.config())))
     expected = dict(load_lm(config, dtype=torch.bfloat16).named_buffers())
     shell = with_computed_buffers(config, dtype=torch.bfloat16)
+    assert shell is not None
     found = dict(shell.named_buffers())
     assert found.keys() == expected.keys()
     assert found, "there is something to compare"
@@ -403,13 +404,13 @@ def test_computed_buffers_are_those_of_a_model_that_is_loaded_whole(model_type: 
     assert {parameter.device.type for parameter in shell.parameters()} == {"meta"}
 
 
-def test_a_model_whose_files_hold_buffers_is_refused_before_it_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_model_whose_files_hold_buffers_is_kept_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (family,) = (each for each in FAMILIES if each.model_type == "glm4_moe")
     model = save_family(tmp_path / "model", family.config())
-    monkeypatch.setattr("grpo.policy.policy.load_lm", lambda *_, **__: pytest.fail("it was loaded"))
+    assert with_computed_buffers(ModelConfig(name=str(model)), dtype=torch.float32) is None
     config = tiny_config(tmp_path / "run", model={"name": str(model)}, distributed={"zero_stage": 3})
     processes = distributed.start(config, dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"e_score_correction_bias', which ZeRO-3 does not load exactly"):
-        Policy(config, load_tokenizer(config.model), processes, samples=False)
+    policy = Policy(config, load_tokenizer(config.model), processes, samples=False)
+    assert policy.holds_whole
+    assert "its files hold buffers beside its weights" in capsys.readouterr().out
+    assert any("e_score_correction_bias" in name for name, _ in policy.whole_lm.named_buffers())

@@ -14,9 +14,10 @@ import pytest
 from helpers import ROOT, TINY
 
 from grpo import cli
+from grpo.check.at_once import check_config
 from grpo.config import Config
 from grpo.policy.model_source import check_files
-from grpo.run.resumable import checksum_of
+from grpo.run.resumable import check_newest, checksum_of
 
 MODEL = str(TINY / "model")
 QUICKSTART = ["train", "--config", "quickstart", "--set", "preflight.num_questions=0"]
@@ -376,3 +377,26 @@ def test_what_a_message_asks_to_install_is_what_the_package_declares():
     ]
     assert len(asked) >= 9
     assert not set(asked) - known
+
+
+def test_what_is_only_tried_or_is_left_to_the_run_is_not_refused_for_a_checkpoint(folder: Path):
+    """A dry run beside checkpoints, and what a run makes of its models and its data before it writes them down."""
+
+    def config(*changes: str) -> Config:
+        return Config.load("quickstart", ["run.dir=old_run", "run.resume=auto", *changes])
+
+    check_config(config("rollout.group_size=4"))
+    with pytest.raises(
+        ValueError, match=r"rollout\.group_size is 4; old_run/checkpoints/step-00000002 was written with"
+    ):
+        check_config(config("rollout.group_size=4"), resumes=True)
+    check_config(config("run.steps=99", "memory.max_sequences=7"), resumes=True)
+    rewritten = (
+        "data.max_prompt_tokens=70",
+        f"model.name={MODEL}",
+        "teacher.name=old_run",
+        "algorithm.kl_estimator=k3",
+    )
+    check_newest(config(*rewritten))
+    (folder / "old_run/checkpoints/step-00000003").mkdir()  # without a state: the run sets it aside and takes the other
+    check_newest(config("rollout.group_size=4"))

@@ -568,3 +568,36 @@ def test_a_rotary_embedding_that_changes_with_its_neighbours_is_refused_where_it
 def test_a_model_that_is_not_there_is_refused_by_its_setting():
     with pytest.raises(ValueError, match=re.escape("model.name is '/nowhere/model'; there is no such directory")):
         load_tokenizer(ModelConfig(name="/nowhere/model"))
+
+
+def sharded(tmp_path: Path, **sections: Any) -> Policy:
+    """Of a process that does not sample."""
+    config = tiny_config(tmp_path / "run", distributed={"zero_stage": 3}, **sections)
+    processes = distributed.start(config, dtype=torch.float32)
+    return Policy(config, load_tokenizer(config.model), processes, samples=False)
+
+
+def test_a_model_that_nobody_holds_whole_is_compared_with_itself_as_it_was_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Before kernels and DeepSpeed are there: a run does not begin with a forward pass that is another."""
+    policy = sharded(tmp_path)
+    assert not policy.holds_whole
+    with pytest.raises(RuntimeError, match="no process of this run holds the whole model"), policy.sampling_model():
+        pass
+    packed = Policy._packed
+
+    def with_other_frequencies(policy: Policy, lm: PreTrainedModel) -> Any:
+        lm.base_model.rotary_emb.inv_freq.mul_(0.6)
+        return packed(policy, lm)
+
+    monkeypatch.setattr(Policy, "_packed", with_other_frequencies)
+    with pytest.raises(ValueError, match="the log-probabilities of packed sequences differ by"):
+        sharded(tmp_path)
+
+
+def test_adapters_keep_a_whole_copy_though_nobody_samples(tmp_path: Path):
+    policy = sharded(tmp_path, lora={"rank": 4}, optimizer={"learning_rate": 1e-3})
+    assert policy.holds_whole
+    with policy.sampling_model() as lm:
+        assert lm is not policy.lm

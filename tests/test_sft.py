@@ -685,6 +685,18 @@ def test_a_dry_run_learns_the_longest_update_and_leaves_nothing_behind(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("num_questions", [0, 2])
+def test_a_dry_run_holds_a_whole_copy_of_a_sharded_model_where_the_run_does(tmp_path: Path, num_questions: int):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": " b"}))
+    config = sft_config(
+        tmp_path / "run",
+        data={"name": str(tmp_path / "rows.jsonl")},
+        evaluation={"num_rows": 0, "num_questions": num_questions},
+        distributed={"zero_stage": 3},
+    )
+    assert supervised.rehearse(config).policy.holds_whole == bool(num_questions)
+
+
 def test_a_dry_run_fills_a_pass_of_each_process_as_far_as_rows_can(tokenizer):
     """Of the update with the most tokens the passes are two of 120, of another one 155."""
     rows = [{"prompt_ids": [n], "completion_ids": [5] * (size - 1)} for n, size in enumerate((60, 60, 60, 60, 80, 75))]

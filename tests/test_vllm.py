@@ -16,6 +16,7 @@ from fake_vllm import LLM, VLLMServer, installed
 from helpers import TINY, launch, tiny_config
 from torch import Tensor
 
+from grpo.algorithm.batch import micro_batch, pack
 from grpo.config import Config, Section, VLLMConfig
 from grpo.data.prompts import build_prompts
 from grpo.data.rows import load_rows
@@ -399,6 +400,21 @@ def test_a_forgotten_sync_with_a_server_is_refused(
     update(policy)
     with pytest.raises(RuntimeError, match=re.escape("sync() belongs after every update")):
         generator.sample(prompts, Sampling(max_tokens=4), num_completions=1, seed=1)
+
+
+def test_an_update_without_a_sync_is_refused_however_small_it_was(
+    policy: Policy, prompts: list[Prompt], server: VLLMServer, tmp_path: Path
+):
+    """Also where no process can ask the policy by itself."""
+    generator = VLLMGenerator(policy, vllm_config(tmp_path, "server", server.url))
+    groups = generator.sample(prompts[:1], Sampling(max_tokens=4), num_completions=1, seed=1)
+    micro = micro_batch(pack(groups, torch.zeros(1, 1)), torch.zeros(len(groups[0].completions[0].token_ids)))
+    policy.backward(policy.logprobs(micro)[0].sum(), last=True)
+    policy.optimizer_step(0.0)
+    with pytest.raises(RuntimeError, match=r"\(1 times; .* sync\(\) belongs after every update"):
+        generator.sample(prompts, Sampling(max_tokens=4), num_completions=1, seed=1)
+    generator.sync()
+    generator.sample(prompts[:1], Sampling(max_tokens=4), num_completions=1, seed=1)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import FixedGenerator, number_in_text, shard_even_small_weights, tiny_config
+from helpers import TINY, FixedGenerator, number_in_text, shard_even_small_weights, tiny_config
 from torch import Tensor
 
 from grpo import Trainer
@@ -20,6 +20,10 @@ from grpo.system import distributed
 from grpo.types import Batch, Group
 
 out, dtype = Path(sys.argv[1]), sys.argv[2]
+has_teacher, together = "teacher" in sys.argv, "together" in sys.argv
+
+
+DISTILS = {"kl_coef": 1.0, "kl_estimator": "k2"}
 
 
 class ScatteredPolicy(Policy):
@@ -49,9 +53,13 @@ def run(kind: type[Trainer]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         out / kind.__name__,
         model={"dtype": dtype},
         rollout={"num_prompts": 4, "group_size": 3, "engine": "hf"},  # nothing is sampled
-        algorithm={"kl_coef": 0.1, "max_sampling_gap": 100, "reference_refresh_steps": 1},
+        algorithm={
+            "max_sampling_gap": 100,
+            **(DISTILS if has_teacher else {"kl_coef": 0.1, "reference_refresh_steps": 1}),
+        },
+        teacher={"name": str(TINY / "model")} if has_teacher else {},
         optimizer={"learning_rate": 1e-3},
-        distributed={"zero_stage": 3},
+        distributed={"zero_stage": 3, "sequence_parallel": 1 + together},
         checkpoint={"every_steps": 2},
         logging={"completions_every": 0},
     )
@@ -73,6 +81,10 @@ def run(kind: type[Trainer]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     numbers = {
         "rounding": tripwire.measure_rounding(policy, groups),
         "bytes": policy.num_whole_bytes(),
+        "causes": [
+            cause.explains
+            for cause in tripwire.diagnose(policy, FixedGenerator(), groups, config, earlier_gap=None, rounding=0.01)
+        ],
     }
     policy._settle()
     numbers["held"] = sum(weight.numel() + weight.ds_tensor.numel() for weight in policy.lm.parameters()) + (

@@ -20,12 +20,17 @@ MOST_BYTES = 20_000_000
 """Of a file that is read here; what is larger takes longer, and waits for the run itself."""
 
 
-def check_config(config: AnyConfig) -> None:
-    """Raises ValueError as the run would. Of several processes the first is enough."""
+def check_config(config: AnyConfig, *, resumes: bool = False) -> None:
+    """Raises ValueError as the run would. Of several processes the first is enough.
+
+    Args:
+        resumes: what is checked is to be run, and not to be tried beside checkpoints that may be there.
+    """
     if os.environ.get("RANK", "0") != "0":
         return
+    if resumes:
+        check_newest(config)
     config.run.check_dir()
-    check_newest(config)
     hub_names.check_config(config)
     if isinstance(config, Config):
         for reward in config.rewards:

@@ -5,7 +5,7 @@ per update, the length of a completion, the number of rollouts, and how memory i
 
 Memory of one of N GPUs, in bytes per weight:
 
-    policy       2            2 / N under ZeRO-3, and 2 for the whole copy that samples
+    policy       2            2 / N under ZeRO-3, and 2 for the whole copy that samples, if there is one
     reference    2            2 / N under ZeRO-3; 0 without a KL penalty
     optimizer    12 / N       float32 weights and two moments; 0 if offloaded
     gradients    6 / N        with DeepSpeed's buffers
@@ -146,13 +146,20 @@ def shape_of(name: str) -> Shape:
 
 
 def memory_gib(
-    shape: Shape, layout: Layout, *, gpus: int, reference: bool, sequence_tokens: int, chunk_tokens: int
+    shape: Shape,
+    layout: Layout,
+    *,
+    gpus: int,
+    reference: bool,
+    samples: bool,
+    sequence_tokens: int,
+    chunk_tokens: int,
 ) -> dict[str, float]:
     """What takes how much of one GPU while the policy is updated; see above."""
     shares = gpus if layout.zero_stage == 3 else 1
     model, kept = shape.weights, shape.hidden * (2 * shape.layers + 34)
     parts = {
-        "policy": model * (2 / shares + 2 * (layout.zero_stage == 3)),
+        "policy": model * (2 / shares + 2 * (layout.zero_stage == 3 and samples)),
         "reference": model * 2 / shares * reference,
         "optimizer": 0 if layout.offload else model * 12 / gpus,
         "gradients": model * 6 / gpus,
@@ -353,6 +360,7 @@ def memory_of(recipe: Config, shape: Shape, layout: Layout, *, gpus: int, max_to
         layout,
         gpus=gpus,
         reference=recipe.algorithm.kl_coef > 0,
+        samples=True,
         sequence_tokens=recipe.data.max_prompt_tokens + max_tokens,
         chunk_tokens=recipe.memory.logprob_chunk_tokens,
     )

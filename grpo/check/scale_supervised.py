@@ -68,6 +68,7 @@ def memory_of(recipe: SupervisedConfig, shape: Shape, layout: Layout, hardware: 
         layout,
         gpus=hardware.gpus,
         reference=False,
+        samples=recipe.evaluation.num_questions > 0,
         sequence_tokens=0,
         chunk_tokens=recipe.memory.logprob_chunk_tokens,
     )

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from grpo.check import memory
 from grpo.check.advice import supervised_advice
 from grpo.config import SupervisedConfig
+from grpo.policy.policy import Policy
 from grpo.sft.order import RowOrder
 from grpo.sft.trainer import SupervisedTrainer
 from grpo.types import Group
@@ -46,7 +48,8 @@ def rehearse(config: SupervisedConfig) -> SupervisedTrainer:
     with TemporaryDirectory(prefix="grpo-check-") as directory:
         own = {name: value for name, value in settings["run"].items() if name in ("steps", "seed", "deterministic")}
         settings["run"] = own | {"dir": str(Path(directory) / "run"), "resume": "never"}
-        trainer = SupervisedTrainer(SupervisedConfig(**settings))
+        kind = SamplingTrainer if config.evaluation.num_questions else SupervisedTrainer
+        trainer = kind(SupervisedConfig(**settings))
         trainer.close()
     longest = Longest(trainer.order)
     trainer.order = longest
@@ -55,6 +58,19 @@ def rehearse(config: SupervisedConfig) -> SupervisedTrainer:
         f"{longest.most:,} tokens. The longest row has {longest.longest_row:,}."
     )
     return trainer
+
+
+class SamplingPolicy(Policy):
+    """Holds what the run's does, which answers questions though the rehearsal asks none."""
+
+    def __init__(self, *parts: Any, **options: Any) -> None:
+        super().__init__(*parts, **{**options, "samples": True})
+
+
+class SamplingTrainer(SupervisedTrainer):
+    """Trains a SamplingPolicy."""
+
+    _policy_class = SamplingPolicy
 
 
 def report(trainer: SupervisedTrainer) -> str:

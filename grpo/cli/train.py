@@ -47,7 +47,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with errors_for_users():
         config = Config.load(arguments.config, arguments.set)
-        check_config(config)
+        check_config(config, resumes=not arguments.dry_run)
         launch.start_processes(MODULE, arguments.processes)
     raise SystemExit(dry_run(config) if arguments.dry_run else launch.train(lambda: make_trainer(config), MODULE))
 

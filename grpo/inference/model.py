@@ -21,7 +21,7 @@ import xxhash
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config import Config, ModelConfig
-from grpo.policy.families import attribute
+from grpo.policy.families import attribute, unsharded
 from grpo.policy.language_model import lay_out, load_lm, resolve_dtype
 from grpo.policy.model_source import base_quantization, source_of
 from grpo.policy.sampled_model import SampledModel
@@ -121,7 +121,8 @@ def load_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> SampledMod
         ValueError: the model is not there.
     """
     processes = distributed.join()
-    lm = merged(load_lm(config.model, dtype=resolve_dtype(config.model.dtype)), config.model)
+    with unsharded():  # whatever a trainer of this process has set up
+        lm = merged(load_lm(config.model, dtype=resolve_dtype(config.model.dtype)), config.model)
     lm.requires_grad_(False).eval()
     lay_out(lm, processes.device)
     if processes.device.type == "cpu":

@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
 from typing import Any
 
@@ -34,7 +34,7 @@ from grpo.policy.model_source import check_weights, from_source, model_config
 from grpo.policy.sequence_parallel import Share
 from grpo.policy.tokenizer import load_tokenizer, vocabulary_size
 from grpo.system import progress
-from grpo.system.distributed import SequenceGroup
+from grpo.system.distributed import SequenceGroup, whole
 from grpo.types import MicroBatch
 
 
@@ -283,12 +283,9 @@ def copy_buffers(source: nn.Module, target: nn.Module, device: torch.device) -> 
         target.get_submodule(module)._buffers[name] = buffer.to(device, copy=True)
 
 
-def with_computed_buffers(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
-    """A model without weights that has the buffers which one has that is loaded whole, for copy_buffers.
-
-    Raises:
-        ValueError: some buffers are read from the model's files.
-    """
+def with_computed_buffers(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel | None:
+    """A model without weights that has the buffers which one has that is loaded whole, for copy_buffers; None: its files hold
+    some."""
     settings, code = model_config(config), config.trust_remote_code
 
     def make(dtype: torch.dtype) -> PreTrainedModel:
@@ -299,13 +296,38 @@ def with_computed_buffers(config: ModelConfig, *, dtype: torch.dtype) -> PreTrai
     shell, exact = make(dtype), make(torch.float32)
     for buffer, computed in zip(shell.buffers(), exact.buffers(), strict=True):
         buffer.copy_(computed)
-    stored = sorted({name for name, _ in shell.named_buffers()} & set(shell.state_dict()))
-    if stored:
-        raise ValueError(
-            f"model.name is {config.name!r}; its files hold {stored[0]!r}, which ZeRO-3 does not load exactly, and no process "
-            "loads this model whole to copy it from. Set distributed.zero_stage to 2, or take another rollout.engine."
+    return None if {name for name, _ in shell.named_buffers()} & set(shell.state_dict()) else shell
+
+
+@contextmanager
+def gathered_by_layer(lm: PreTrainedModel) -> Iterator[None]:
+    """Within it, a sharded model that no DeepSpeed engine runs yet has the weights of a layer whole while that runs. Every
+    process enters it, and runs the model equally often."""
+    layers = decoder_layers(lm)
+    within = {module for layer in layers for module in layer.modules()}
+    outside = [module for module in lm.modules() if module not in within and module._parameters]
+    held: dict[nn.Module, AbstractContextManager[None]] = {}
+
+    def gather(module: nn.Module, *_: Any) -> None:
+        held[module] = whole(*module.parameters(recurse=module in within))
+        held[module].__enter__()
+
+    def let_go(module: nn.Module, *_: Any) -> None:
+        held.pop(module).__exit__(None, None, None)
+
+    hooks = [
+        hook
+        for module in (*layers, *outside)
+        for hook in (
+            module.register_forward_pre_hook(gather),
+            module.register_forward_hook(let_go, always_call=True),
         )
-    return shell
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def trained_parameters(lm: nn.Module) -> list[nn.Parameter]:

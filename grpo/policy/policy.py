@@ -35,6 +35,7 @@ from grpo.policy.language_model import (
     copy_buffers,
     fuse_kernels,
     gather_by_layer,
+    gathered_by_layer,
     in_float32,
     lay_out,
     load_lm,
@@ -45,7 +46,7 @@ from grpo.policy.language_model import (
 )
 from grpo.policy.logprobs import token_logprobs
 from grpo.policy.model_source import model_config
-from grpo.policy.sampled_model import FORWARD_TOLERANCE, SampledModel
+from grpo.policy.sampled_model import FORWARD_TOLERANCE, SampledModel, eval_mode, own_logprobs
 from grpo.policy.sequence_parallel import check_heads
 from grpo.system import distributed, progress
 from grpo.system.distributed import SMALL_PARAMETERS, TrainingProcesses, deterministic, limit_threads, whole
@@ -60,7 +61,8 @@ class Policy(SampledModel):
     Args:
         processes: where to put it; every process must construct it, since loading is a collective under ZeRO-3.
         optimizer: makes one of the trained parameters, instead of AdamW as `config.optimizer` has it.
-        samples: whether these processes sample. Where they do not and the model is sharded (ZeRO-3), none ever holds it whole.
+        samples: whether these processes sample. Where they do not and the model is sharded (ZeRO-3), none holds it whole, unless
+            it has adapters, or its files hold buffers, which only a whole copy has for certain.
     """
 
     processes: TrainingProcesses
@@ -78,13 +80,18 @@ class Policy(SampledModel):
             if model is not None:
                 check_heads(model_config(model), processes.sequence_parallel)
         dtype, sharded = resolve_dtype(config.model.dtype), config.distributed.zero_stage == 3
-        buffers = None if samples or not sharded else with_computed_buffers(config.model, dtype=dtype)
+        scattered = sharded and not samples and config.lora.rank == 0
+        buffers = with_computed_buffers(config.model, dtype=dtype) if scattered else None
+        self.holds_whole = buffers is None
+        if scattered and self.holds_whole:
+            processes.say(
+                f"each process keeps a whole copy of {config.model.name}: its files hold buffers beside its weights"
+            )
         lm = load_lm(config.model, dtype=dtype)
         if processes.device.type == "cpu" and lm.num_parameters() < SMALL_PARAMETERS:
             limit_threads(1)
         super().__init__(lm, config.model, tokenizer, processes)
         self._sharded = sharded
-        self.holds_whole = samples or not sharded or config.lora.rank > 0
         self._config = config
         self.temperature = config.rollout.temperature
         checkpoint_activations(self.lm, config.memory.activation_checkpointing)
@@ -92,7 +99,9 @@ class Policy(SampledModel):
         self._replica: PreTrainedModel | None = None
         if not self._sharded:
             lay_out(self.lm, processes.device)
-        own = None if self._sharded else self.plain_logprobs()  # before its kernels are others
+        if buffers is not None:
+            copy_buffers(buffers, self.lm, processes.device)
+        own = None if self._sharded and self.holds_whole else self._first_logprobs()  # before its kernels are others
         with progress.busy("setting up DeepSpeed"):  # which may compile
             self.engine, self.optimizer = processes.accelerator.prepare(
                 self._packed(self.lm), _optimizer(self.lm, config.optimizer, processes.device, optimizer)
@@ -103,19 +112,32 @@ class Policy(SampledModel):
         wants_reference = config.algorithm.kl_coef > 0 and config.teacher_model is None
         self.reference = self._load_reference() if wants_reference else None
         self.reference_moved = False  # it is no longer the starting model
-        unset_hf_deepspeed_config()  # from here on, loading a model must not shard it
+        self.weights_version = 0
+        """Counts their changes."""
         own_reference = self.reference
-        if config.teacher_model is not None:
+        if config.teacher_model is not None and not self.holds_whole:
+            self.reference = self._load_sharded_teacher(config.teacher_model)
+        unset_hf_deepspeed_config()  # from here on, loading a model must not shard it
+        if config.teacher_model is not None and self.reference is None:
             self.reference = self._load_teacher(config.teacher_model)
         if self.adapters or (self._sharded and self.holds_whole):
             buffers = self._replica = self._load_replica()
-        if buffers is not None:
             copy_buffers(buffers, self.lm, processes.device)
-            if own_reference is not None:
-                copy_buffers(buffers, own_reference.lm, processes.device)
+        if buffers is not None and own_reference is not None:
+            copy_buffers(buffers, own_reference.lm, processes.device)
         if self.adapters:
             self.sync()  # they may not start at nothing
         self._check_forward(*(own or self.plain_logprobs()))
+
+    @torch.no_grad()
+    def _first_logprobs(self) -> tuple[Tensor, Tensor]:
+        """`plain_logprobs` of the model as it was loaded, which DeepSpeed does not run yet."""
+        if self.holds_whole:
+            return self.plain_logprobs()
+        self.lm.set_attn_implementation(self.own_attention)
+        tokens = self.plain_tokens()
+        with gathered_by_layer(self.lm), eval_mode(self.lm):
+            return tokens, own_logprobs(self.lm, tokens, temperature=self.temperature)
 
     def _packed(self, lm: PreTrainedModel) -> PackedLM:
         fused = self.processes.device.type != "cuda" or fuse_kernels(lm)
@@ -227,6 +249,16 @@ class Policy(SampledModel):
         if self.adapters:
             return self.engine
         return self._frozen(load_lm(self._config.model, dtype=self.dtype))
+
+    def _load_sharded_teacher(self, model: ModelConfig) -> Any:
+        """Another model in the reference's place, which no process ever holds whole; None if its files hold buffers."""
+        buffers = with_computed_buffers(model, dtype=self.dtype)
+        if buffers is None:
+            return None
+        lm = load_lm(model, dtype=self.dtype)
+        teacher = self._frozen(lm)
+        copy_buffers(buffers, lm, self.processes.device)
+        return teacher
 
     def _load_teacher(self, model: ModelConfig) -> Any:
         """Another model in the reference's place, sharded like the policy under ZeRO-3. It is loaded whole: its buffers are exact
@@ -386,6 +418,7 @@ class Policy(SampledModel):
             self.engine.zero_grad()
             return math.inf
         self.engine.step()
+        self.weights_version += 1
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
 
     def _dense_grad_norm(self) -> Tensor | None:
@@ -493,6 +526,7 @@ class Policy(SampledModel):
                 str(directory), tag="training", load_module_strict=not self.adapters
             )
         assert loaded is not None, f"DeepSpeed found no training state in {directory}"
+        self.weights_version += 1
 
 
 def _shell(lm: PreTrainedModel) -> PreTrainedModel:

@@ -58,7 +58,7 @@ class SampledModel:
         lm = self.whole_lm
         own = lm.config._attn_implementation
         lm.set_attn_implementation(attention or self.own_attention)
-        with _eval_mode(lm):
+        with eval_mode(lm):
             try:
                 yield lm
             finally:
@@ -70,22 +70,31 @@ class SampledModel:
         Args:
             length: N, the sentences said again and again if it takes that; None: the shorter one's.
         """
+        tokens = self.plain_tokens(length)
+        return tokens, self.sentence_logprobs(tokens)
+
+    def plain_tokens(self, length: int | None = None) -> Tensor:
+        """See plain_logprobs; (2, N)."""
         both = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in PLAIN_SENTENCES]
         length = length or min(map(len, both))
-        tokens = torch.tensor([(ids * length)[:length] for ids in both], device=self.processes.device)
-        return tokens, self.sentence_logprobs(tokens)
+        return torch.tensor([(ids * length)[:length] for ids in both], device=self.processes.device)
 
     @torch.no_grad()
     def sentence_logprobs(self, tokens: Tensor, *, temperature: float | None = None) -> Tensor:
         """The model's own log-probabilities of all but the first of token ids (B, N), at its temperature or another;
         (B, N - 1)."""
         with self.sampling_model() as lm:
-            logits = lm(input_ids=tokens, use_cache=False).logits[:, :-1].float() / (temperature or self.temperature)
-        return logits.log_softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
+            return own_logprobs(lm, tokens, temperature=temperature or self.temperature)
+
+
+def own_logprobs(lm: PreTrainedModel, tokens: Tensor, *, temperature: float) -> Tensor:
+    """What a model's own forward pass says of all but the first of token ids (B, N); (B, N - 1)."""
+    logits = lm(input_ids=tokens, use_cache=False).logits[:, :-1].float() / temperature
+    return logits.log_softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
 
 
 @contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     training = module.training
     module.eval()
     try:

@@ -113,7 +113,7 @@ class ServedEngine:
 
     def take_weights(self) -> None:
         """The main process hands them over; its failure is raised on every process, so that none waits for it."""
-        self.taken = self._policy_logprobs()
+        self.taken, self.taken_version = self._policy_logprobs(), self.policy.weights_version
         self.version, problem = self.policy.processes.broadcast(self._hand_over())
         if problem is not None:
             raise ServerError(problem)
@@ -166,11 +166,13 @@ class ServedEngine:
 
     def _check_current(self) -> None:
         """The weights that the server took last are still those of the policy, and still the server's."""
-        moved = _distance(self._policy_logprobs(), self.taken) if self.policy.holds_whole else 0.0  # else a collective
-        if moved > MOVED:
+        changes = self.policy.weights_version - self.taken_version
+        # else to ask the policy is a collective, and a process that has nothing to sample does not come here
+        moved = _distance(self._policy_logprobs(), self.taken) if self.policy.holds_whole else 0.0
+        if changes or moved > MOVED:
             raise RuntimeError(
-                f"the policy's log-probabilities of plain text have moved by {moved:.3g} nats on average since the server took "
-                "its weights; sync() belongs after every update and after a checkpoint is restored."
+                f"the policy's weights have changed since the server took them ({changes} times; its log-probabilities of plain "
+                f"text have moved by {moved:.3g} nats); sync() belongs after every update and after a checkpoint is restored."
             )
         if self.keeps_tags:
             tag = self.server.get("/weight_info")["weight_version"]

@@ -211,6 +211,7 @@ def _copy_common(span: Span, target: Flat, other: Span, source: Flat) -> int:
 
 def _refresh_weights(policy: Policy) -> None:
     """Make the weights what the masters say, as DeepSpeed does after an optimizer step."""
+    policy.weights_version += 1
     optimizer, stage = policy.engine.optimizer, layout_of(policy).zero_stage
     if stage == 3:
         optimizer.checkpoint_event_prologue()

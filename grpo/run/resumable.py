@@ -57,15 +57,15 @@ def checksum_of(record: dict[str, Any]) -> str:
 
 
 def check_newest(config: AnyConfig) -> None:
-    """Raises ValueError as `check_resumable` will, of the newest checkpoint. A run writes down more of its model and its data
-    than it was told, such as the words of its tools; those are left to it."""
+    """Raises ValueError as `check_resumable` will, of the newest checkpoint. What a run writes down of its models and its data is
+    more than it was told, such as where a run's newest checkpoint lies and the words of its tools: those are left to it."""
     there = [] if config.run.resume == "never" else complete_checkpoints(Path(config.run.dir) / "checkpoints")
     if there:
         try:
             read_state(there[-1])
         except ValueError:  # the run looks for an older one
             return
-        check_resumable(there[-1], config, may_change=MAY_CHANGE | {"model", "data"})
+        check_resumable(there[-1], config, may_change=MAY_CHANGE | {"model", "teacher", "data"})
 
 
 def check_resumable(checkpoint: Path, config: AnyConfig, *, may_change: set[str] = MAY_CHANGE) -> None:

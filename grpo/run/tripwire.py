@@ -270,7 +270,8 @@ def _weights(probe: Probe, generator: Generator, config: Config, earlier_gap: fl
     """Old weights in what samples, or a forward pass of the trainer that is not the model's.
 
     The model that is sampled from computes the log-probabilities in its own, unpacked way, before its weights are brought up to
-    date and after; and the engine samples again after it was handed the weights.
+    date and after; and the engine samples again after it was handed the weights. Where no process holds that model, the trained
+    one does so: packing is told apart, and nothing else of the forward pass.
     """
     policy = probe.policy
     before = probe.gap_of(policy.unpacked_logprobs(probe.batch))
@@ -281,10 +282,18 @@ def _weights(probe: Probe, generator: Generator, config: Config, earlier_gap: fl
     again = _sampled_again(probe, generator, config)
     stale = probe.explained_by(before) * probe.explained_by(apart)
     shares = [stale, probe.explained_by(again)]
-    text = (
-        f"sampled with old weights: the model to sample from is {before:.3g} nats from the recorded log-probabilities as it was, "
-        f"and {apart:.3g} from the policy's after it was given the weights once more; the engine then samples with {again:.3g}"
+    text = f"sampled with old weights: after the engine was given the weights once more it samples with {again:.3g}"
+    form = (
+        "another forward pass in training (packing, kernels, buffers such as rotary frequencies): the model's own is "
+        f"{probe.gap_of(unpacked):.3g} nats from the recorded log-probabilities with the policy's weights"
     )
+    if policy.holds_whole:
+        text += (
+            f"; the model to sample from was {before:.3g} nats from the recorded log-probabilities as it was, and {apart:.3g} "
+            "from the policy's after it was given them"
+        )
+    else:
+        form += "; kernels, output layer and buffers are the same in both here, and what they do cannot be told"
     forward = probe.explained_by(probe.gap_of(unpacked)) * min(apart / max(probe.gap, 1e-9), 1.0)
     if earlier_gap is not None:
         text += f"; the gap of the steps before was {earlier_gap:.3g}"
@@ -292,11 +301,7 @@ def _weights(probe: Probe, generator: Generator, config: Config, earlier_gap: fl
         forward = min(forward, 1 - probe.explained_by(earlier_gap))  # this one shows in every step
     return [
         Cause(max(shares), text),
-        Cause(
-            forward,
-            "another forward pass in training (packing, kernels, buffers such as rotary frequencies): the model's own is "
-            f"{probe.gap_of(unpacked):.3g} nats from the recorded log-probabilities with the policy's weights",
-        ),
+        Cause(forward, form),
     ]
 
 
