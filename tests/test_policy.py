@@ -480,8 +480,9 @@ def test_the_first_update_is_adamws_first_step_in_every_stage(tmp_path: Path, dt
     assert float(moved.median()) == pytest.approx(0.5, rel=0.01)  # 0.37 if a step of zeros were counted before
 
 
+@pytest.mark.parametrize("samples", [True, False])
 def test_a_sharded_model_has_the_buffers_of_the_one_that_is_sampled_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: bool
 ):
     """As transformers 5.17 loads a model under ZeRO-3: its rotary frequencies rounded to bfloat16."""
     original = grpo.policy.policy.load_lm
@@ -498,9 +499,12 @@ def test_a_sharded_model_has_the_buffers_of_the_one_that_is_sampled_from(
     config = tiny_config(
         tmp_path, model=model, distributed={"zero_stage": 3}, algorithm={"kl_coef": 0.1, "reference_refresh_steps": 1}
     )
-    policy = Policy(config, load_tokenizer(config.model), distributed.start(config, dtype=torch.bfloat16))
-    with policy.sampling_model() as lm:
-        expected = lm.base_model.rotary_emb.inv_freq
+    expected = original(config.model, dtype=torch.bfloat16).base_model.rotary_emb.inv_freq
+    processes = distributed.start(config, dtype=torch.bfloat16)
+    policy = Policy(config, load_tokenizer(config.model), processes, samples=samples)
+    if samples:
+        with policy.sampling_model() as lm:
+            assert torch.equal(lm.base_model.rotary_emb.inv_freq, expected)
     assert expected.dtype == torch.float32
     assert not torch.equal(expected, expected.bfloat16().float())
     assert policy.reference is not None

@@ -47,6 +47,13 @@ def sequences(trainer: Trainer) -> Batch:
     return pack([Group(group.prompt, group.completions) for group in groups], torch.zeros(2, 1))
 
 
+def held(policy: Policy) -> int:
+    """Elements of weights that this process has between passes."""
+    policy._settle()
+    copy = sum(weight.numel() for weight in policy.whole_lm.parameters()) if policy.holds_whole else 0
+    return copy + sum(weight.numel() + weight.ds_tensor.numel() for weight in policy.lm.parameters())
+
+
 def run(kind: type[Trainer]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What is to be the same: numbers, and what was written; and what the policy holds."""
     config = tiny_config(
@@ -76,9 +83,10 @@ def run(kind: type[Trainer]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "alone": policy.unpacked_logprobs(batch),
         "alone, float32": policy.unpacked_logprobs(batch, float32=True),
     }
+    numbers: dict[str, Any] = {"held": held(policy)}
     said |= {f"weight {name}": weight for name, weight in policy.whole_weights().items()}
     groups = FixedGenerator().sample(trainer.prompts.prompts[:2], config.sampling, num_completions=2, seed=0)
-    numbers = {
+    numbers |= {
         "rounding": tripwire.measure_rounding(policy, groups),
         "bytes": policy.num_whole_bytes(),
         "causes": [
@@ -86,10 +94,6 @@ def run(kind: type[Trainer]) -> tuple[dict[str, Any], dict[str, Tensor]]:
             for cause in tripwire.diagnose(policy, FixedGenerator(), groups, config, earlier_gap=None, rounding=0.01)
         ],
     }
-    policy._settle()
-    numbers["held"] = sum(weight.numel() + weight.ds_tensor.numel() for weight in policy.lm.parameters()) + (
-        sum(weight.numel() for weight in policy.whole_lm.parameters()) if policy.holds_whole else 0
-    )
     trainer.save(wait=True)
     trainer.close()
     return numbers, said
