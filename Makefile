@@ -1,4 +1,4 @@
-.PHONY: setup quickstart r1 lint check test tests gpu
+.PHONY: setup quickstart r1 lint check fast test tests gpu
 
 setup: .venv/installed
 
@@ -16,8 +16,11 @@ r1: setup
 # A worker per core; docs/testing.md says which tests run where.
 PYTEST = .venv/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 
-# Format, lint, types and the fast tests.
-check: lint
+# Format, lint, types and the fast tests, side by side.
+check:
+	$(MAKE) --jobs=2 lint fast
+
+fast: setup
 	$(PYTEST) -m "not slow"
 
 # Format, lint, types and all tests that need neither a GPU nor a network.

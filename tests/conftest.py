@@ -71,7 +71,7 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 SECONDS = Path(__file__).with_name("seconds.json")
 SLOW = 0.3
 """Seconds from which on a test is slow; also the least that is written down."""
-SLOW_FIXTURES = 2.0
+SLOW_FIXTURES = 1.5
 """Seconds from which on what a module's fixtures take makes all tests slow that have them."""
 ALONE = 4.0
 """Seconds from which on a test without fixtures of its module may run away from its module."""
