@@ -18,7 +18,7 @@ PYTEST = .venv/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reor
 
 # Format, lint, types and the fast tests, side by side.
 check:
-	$(MAKE) --jobs=2 lint fast
+	$(MAKE) --no-print-directory --jobs=2 lint fast
 
 fast: setup
 	$(PYTEST) -m "not slow"
