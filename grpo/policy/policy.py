@@ -108,26 +108,33 @@ class Policy(SampledModel):
             )
         _count_from_zero(self.engine.basic_optimizer)
         self.lm.set_attn_implementation("packed")
-        # a PackedLM, or DeepSpeed's engine around one
-        wants_reference = config.algorithm.kl_coef > 0 and config.teacher_model is None
-        self.reference = self._load_reference() if wants_reference else None
         self.reference_moved = False  # it is no longer the starting model
         self.weights_version = 0
         """Counts their changes."""
-        own_reference = self.reference
-        if config.teacher_model is not None and not self.holds_whole:
-            self.reference = self._load_sharded_teacher(config.teacher_model)
-        unset_hf_deepspeed_config()  # from here on, loading a model must not shard it
-        if config.teacher_model is not None and self.reference is None:
-            self.reference = self._load_teacher(config.teacher_model)
-        if self.adapters or (self._sharded and self.holds_whole):
-            buffers = self._replica = self._load_replica()
-            copy_buffers(buffers, self.lm, processes.device)
-        if buffers is not None and own_reference is not None:
-            copy_buffers(buffers, own_reference.lm, processes.device)
+        self._load_beside(config, buffers)
         if self.adapters:
             self.sync()  # they may not start at nothing
         self._check_forward(*(own or self.plain_logprobs()))
+
+    def _load_beside(self, config: Config, buffers: PreTrainedModel | None) -> None:
+        """The reference, or the teacher in its place, and the copy that is sampled from.
+
+        Args:
+            buffers: a model that has those of the policy, if there will be no copy.
+        """
+        teacher, device = config.teacher_model, self.processes.device
+        # a PackedLM, or DeepSpeed's engine around one
+        self.reference = own = self._load_reference() if config.algorithm.kl_coef > 0 and teacher is None else None
+        if teacher is not None and not self.holds_whole:
+            self.reference = self._load_sharded_teacher(teacher)
+        unset_hf_deepspeed_config()  # from here on, loading a model must not shard it
+        if teacher is not None and self.reference is None:
+            self.reference = self._load_teacher(teacher)
+        if self.adapters or (self._sharded and self.holds_whole):
+            buffers = self._replica = self._load_replica()
+            copy_buffers(buffers, self.lm, device)
+        if buffers is not None and own is not None:
+            copy_buffers(buffers, own.lm, device)
 
     @torch.no_grad()
     def _first_logprobs(self) -> tuple[Tensor, Tensor]:
