@@ -339,17 +339,31 @@ def test_key_heads_are_repeated_until_they_can_be_shared_out(num_kv_heads: int, 
     assert repeats(num_kv_heads, size) == times
 
 
-@pytest.mark.parametrize("options", [["float32"], ["bfloat16"], ["float32", "teacher", "together"]], ids=" ".join)
+TWO_GPUS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two processes over NCCL need two GPUs"),
+]
+ON_GPUS = ["bfloat16", "on GPUs"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["float32"], ["bfloat16"], ["float32", "teacher", "together"], pytest.param(ON_GPUS, marks=TWO_GPUS)],
+    ids=" ".join,
+)
 def test_a_sharded_model_that_no_process_holds_whole_is_the_same(tmp_path: Path, options: list[str]):
     """Its own, unpacked pass in the model's precision and in float32, two updates, the reference or a teacher, what the tripwire
-    finds, exported files; also where two processes run each pass together."""
-    dtype = options[0]
+    finds, exported files; also where two processes run each pass together.
+
+    On GPUs the copy has transformers' own kernels, and the model that is trained has fused ones.
+    """
+    dtype, has_other_kernels = options[0], options == ON_GPUS
     launch("worker_scattered.py", str(tmp_path), *options, processes=2)
     for rank in (0, 1):
         whole, scattered = read_json(tmp_path / f"numbers-{rank}.json").values()
         assert scattered.pop("held") < 0.51 * TINY_PARAMETERS < TINY_PARAMETERS < whole.pop("held")
-        assert whole.pop("rounding") == pytest.approx(scattered.pop("rounding"), rel=1e-3)
-        assert whole.pop("causes") == pytest.approx(scattered.pop("causes"), abs=0.02)
+        assert whole.pop("rounding") == pytest.approx(scattered.pop("rounding"), rel=2 if has_other_kernels else 1e-3)
+        assert whole.pop("causes") == pytest.approx(scattered.pop("causes"), abs=1 if has_other_kernels else 0.02)
         assert whole == scattered
         whole, scattered = torch.load(tmp_path / f"said-{rank}.pt").values()
         assert whole.keys() == scattered.keys()
@@ -357,6 +371,7 @@ def test_a_sharded_model_that_no_process_holds_whole_is_the_same(tmp_path: Path,
         for name, value in whole.items():
             # a matrix product of other strides sums in another order
             tolerance = 0.0 if name.startswith("weight") else 1e-5 if dtype == "float32" or "float32" in name else 0.02
+            tolerance *= 10 if has_other_kernels else 1
             torch.testing.assert_close(scattered[name], value, rtol=0, atol=tolerance, msg=name)
     assert steps_of(tmp_path / "Trainer") == steps_of(tmp_path / "ScatteredTrainer")
     one, other = (sorted((tmp_path / kind).rglob("hf/*")) for kind in ("Trainer", "ScatteredTrainer"))
