@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.algorithm.objective import AdvantageRule, Objective
 from grpo.algorithm.own_loss import Loss
-from grpo.config import Config, SupervisedConfig
+from grpo.config import Config, RewardConfig, SupervisedConfig
 from grpo.config.combinations import check_carried_turns
 from grpo.config.settings import Settings
 from grpo.data.order import Order, PromptOrder, ranks
@@ -82,7 +82,7 @@ class Parts(RunParts):
 def assemble(
     config: Config,
     *,
-    rewards: Sequence[Callable[..., Any] | Reward] | None,
+    rewards: Sequence[Callable[..., Any] | Reward | str] | None,
     tools: Sequence[Given] | None = None,
     environment: Make | None = None,
     train_dataset: Rows | None,
@@ -134,6 +134,8 @@ def assemble(
 
     directory = Path(processes.on_main(lambda: str(rundir.claim(config.run))))
     scorer.log_to(directory / "rewards.log")
+    if in_use is not None:
+        in_use.toolbox.log_to(directory / "tools.log")
     called = [] if in_use is None else in_use.toolbox.runners
     given = processes.on_main(
         lambda: inputs.digests(prompts.prompts, held_out, functions, tools=called, environment=surroundings)
@@ -400,7 +402,7 @@ def _gradable(
 
 def reward_functions(
     config: Config,
-    rewards: Sequence[Callable[..., Any] | Reward] | None,
+    rewards: Sequence[Callable[..., Any] | Reward | str] | None,
     of_environment: Sequence[Reward] = (),
 ) -> list[Reward]:
     """Those of the configuration, or those that are given instead; and then what the environment gives."""
@@ -412,13 +414,30 @@ def reward_functions(
                 f"schedules holds {setting!r}; the rewards of this run are those given to Trainer, not those of `rewards`. List "
                 "them there, or remove the schedule."
             )
-    given = [reward if isinstance(reward, Reward) else Reward(reward) for reward in rewards] + list(of_environment)
+    given = [*_given_rewards(rewards), *of_environment]
     if not given or not (any(reward.weight for reward in given) or config.teacher.name):
         raise ValueError(
             f"rewards is {[reward.name for reward in given]} without any weight; at least one reward must count for something. "
             "Give one of them a weight other than 0."
         )
     return given
+
+
+def _given_rewards(rewards: Sequence[Callable[..., Any] | Reward | str]) -> list[Reward]:
+    """Names, as a configuration has them, are those of the library's rewards and of files."""
+    if isinstance(rewards, (str, Reward)) or callable(rewards):
+        raise ValueError(f"rewards is {rewards!r}; it is a list of functions. Put it into brackets.")
+    made = []
+    for reward in rewards:
+        if isinstance(reward, str):
+            made += resolve_rewards([RewardConfig(function=reward)])
+        elif isinstance(reward, Reward) or callable(reward):
+            made.append(reward if isinstance(reward, Reward) else Reward(reward))
+        else:
+            raise ValueError(
+                f"rewards holds {reward!r}; each is a function, its name such as 'accuracy', or a Reward. Correct it."
+            )
+    return made
 
 
 def _check_not_negative(config: Config, rewards: list[Reward]) -> None:

@@ -81,7 +81,7 @@ class Trainer(Loop):
         self,
         config: Config | str | Path | PreTrainedModel,
         *,
-        rewards: Sequence[Callable[..., Any] | Reward] | None = None,
+        rewards: Sequence[Callable[..., Any] | Reward | str] | None = None,
         tools: Sequence[Given] | None = None,
         environment: Make | None = None,
         train_dataset: Rows | None = None,
@@ -121,7 +121,9 @@ class Trainer(Loop):
 
         Raises:
             Interrupted: on all processes; only within `train`, which handles what asks for it.
+            RuntimeError: the trainer has ended.
         """
+        self._check_open()
         self._follow_schedules()
         step = self.step
         if step.rollout is None:

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,11 @@ def test_only_a_chat_template_takes_a_system_message(run: Path):
     assert chosen.data(tokenizer, None, "Be brief.").system_prompt == "Be brief."
     with pytest.raises(ValueError, match=r"^--system is 'Be brief.' with the template r1_zero; only .* Leave it out"):
         chosen.data(tokenizer, "r1_zero", "Be brief.")
+    brief = chosen.settings.data.model_copy(update={"system_prompt": "Be brief."})
+    of_run = replace(chosen, settings=chosen.settings.model_copy(update={"data": brief}))
+    assert of_run.data(tokenizer, "chat", None).system_prompt == "Be brief."
+    assert of_run.data(tokenizer, "chat", "").system_prompt == ""
+    assert of_run.data(tokenizer, "r1_zero", None).system_prompt is None, "nobody asked for the run's there"
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match=r"^--template is chat; .* has no chat template. Set --template r1_zero"):
         chosen.data(tokenizer, "chat", None)

@@ -519,6 +519,7 @@ class Pays:
         return rows[seed : seed + size]
 
     def reset(self, question: str) -> None:
+        print("asked", question)
         self.question = question.removeprefix("User: ").removesuffix("\nAssistant:")
         self.num = 0
 
@@ -570,6 +571,7 @@ def test_a_tiny_model_learns_what_its_second_turn_is_paid_for(tmp_path: Path):
     assert [turn["role"] for turn in row["turns"]] == ["assistant", "user", "assistant"]
     assert row["turns"][0]["content"] + row["turns"][2]["content"] == row["completion"]
     assert row["rewards"]["asks_again"] == 1
+    assert "asked User: " in (tmp_path / "run/tools.log").read_text()
 
 
 def asks_again(turns: list[dict[str, str]], environment_reward: float | None) -> float:

@@ -99,12 +99,15 @@ def test_a_model_rows_and_a_function_are_enough(tmp_path: Path, monkeypatch: pyt
     assert table["eval/length_mean"].notna().all(), "each step stands beside its evaluation"
 
 
-def test_a_callback_stops_a_run_that_can_be_resumed(tmp_path: Path):
+@pytest.mark.parametrize("way", ["a signal", "KeyboardInterrupt"])
+def test_a_callback_stops_a_run_that_can_be_resumed(tmp_path: Path, way: str):
     class Enough(Notes):
         def on_step(self, step: int, metrics: Mapping[str, float], rollout: Rollout) -> None:
             super().on_step(step, metrics, rollout)
-            if step == 1:
+            if step == 1 and way == "a signal":
                 os.kill(os.getpid(), signal.SIGTERM)
+            elif step == 1:
+                raise KeyboardInterrupt
 
     settings = tiny_settings(tmp_path / "run", run={"steps": 3, "resume": "auto"})
     notes = Enough()
@@ -115,6 +118,79 @@ def test_a_callback_stops_a_run_that_can_be_resumed(tmp_path: Path):
     again = Notes()
     Trainer(Config(**settings), rewards=[brevity], callbacks=[again]).train()
     assert [step for step, *_ in again.steps] == [2, 3]
+
+
+class Failed(Exception):
+    """Raised by a callback."""
+
+
+class SavesAfterTheFirst(Notes):
+    """And then fails."""
+
+    trainer: Any
+
+    def on_step(self, step: int, metrics: Mapping[str, float], rollout: Rollout) -> None:
+        super().on_step(step, metrics, rollout)
+        if step == 1:
+            self.saved_at = self.trainer.save(wait=True)
+            raise Failed
+
+
+def test_what_a_callback_saves_resumes_as_if_nothing_had_been(tmp_path: Path):
+    """Between two steps, and not in the middle of one that is over."""
+    once = {"run": {"steps": 3, "resume": "auto"}, "checkpoint": {"every_steps": 0}}
+    whole = Notes()
+    Trainer(tiny_config(tmp_path / "whole", **once), rewards=[brevity], callbacks=[whole]).train()
+    first = SavesAfterTheFirst()
+    first.trainer = Trainer(tiny_config(tmp_path / "run", **once), rewards=[brevity], callbacks=[first])
+    with pytest.raises(Failed):
+        first.trainer.train()
+    assert first.saved_at.name == "step-00000001"
+    first.trainer.close()
+    rest = Notes()
+    Trainer(tiny_config(tmp_path / "run", **once), rewards=[brevity], callbacks=[rest]).train()
+    assert [*first.steps, *rest.steps] == whole.steps
+
+
+def test_training_goes_on_in_the_same_trainer_after_a_callback_failed_and_is_logged(tmp_path: Path):
+    once = {"run": {"steps": 3}, "checkpoint": {"every_steps": 0}}
+    first = SavesAfterTheFirst()
+    first.trainer = Trainer(tiny_config(tmp_path / "run", **once), rewards=[brevity], callbacks=[first])
+    with pytest.raises(Failed):
+        first.trainer.train()
+    first.trainer.train()
+    rows = [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "reward/mean" in row]
+    assert rows == [1, 2, 3]
+    assert first.saved == [(1, "step-00000001"), (3, "step-00000003")], "the last one is told of once"
+    for use in (first.trainer.train, first.trainer.train_step):
+        with pytest.raises(RuntimeError, match=r"this trainer has ended: .* make a new one with run\.resume=auto"):
+            use()
+
+
+def test_a_run_is_not_split_over_two_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(tiny_config(Path("runs/relative")), rewards=[brevity])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(RuntimeError, match=r"run\.dir is 'runs/relative'; the working directory is now .*elsewhere"):
+        trainer.train()
+    monkeypatch.chdir(tmp_path)
+    assert trainer.train() == Path("runs/relative/checkpoints/step-00000002")
+
+
+def test_the_librarys_rewards_may_be_named(tmp_path: Path):
+    trainer = Trainer(tiny_config(tmp_path / "run"), rewards=["accuracy", brevity])
+    trainer.close()
+    assert [reward.name for reward in trainer.collector.scorer.rewards] == ["accuracy", "brevity"]
+    for given, said in (
+        ("accuracy", "it is a list of functions"),
+        (brevity, "it is a list"),
+        ([3], "rewards holds 3;"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Trainer(tiny_config(tmp_path / "other"), rewards=given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="did you mean accuracy"):
+        Trainer(tiny_config(tmp_path / "other"), rewards=["acuracy"])
 
 
 def test_settings_by_name_go_over_a_configuration_a_file_and_a_shipped_one(tmp_path: Path):
@@ -338,6 +414,23 @@ def test_what_is_no_loss_is_refused(returned: Any, message: str):
         use_loss(returned)(
             logprobs, torch.ones(3), torch.ones(3), Objective(), completion_lens=torch.tensor([3]), entropy=logprobs
         )
+
+
+def test_a_loss_may_work_in_place():
+    logprobs = torch.full((3,), -1.0, requires_grad=True)
+    given = {"advantages": torch.ones(3), "old_logprobs": torch.full((3,), -1.0), "entropy": torch.zeros(3)}
+
+    def loss(tokens: LossInputs) -> torch.Tensor:
+        tokens.old_logprobs.mul_(7)
+        return tokens.logprobs.mul_(tokens.advantages.mul_(5))
+
+    used = {name: value.clone() for name, value in given.items()}
+    result = use_loss(loss)(
+        logprobs * 1, used.pop("advantages"), torch.ones(3), Objective(), completion_lens=torch.tensor([3]), **used
+    )
+    assert result.loss == -15
+    assert torch.equal(used["old_logprobs"], given["old_logprobs"])
+    assert result.ratio.tolist() == [1, 1, 1]
 
 
 def test_tokens_without_weight_cannot_make_a_loss_infinite():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import math
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from grpo.rewards import accuracy, format, overlong
 
 from grpo.config import RewardConfig
 from grpo.scoring import verdict_cache
+from grpo.scoring.binding import pickled
 from grpo.scoring.reward import Reward, RewardError, resolve_function, resolve_rewards
 from grpo.scoring.scorer import Scorer, weighted_sum
 from grpo.scoring.worker import Call, Outcome
@@ -1038,3 +1041,34 @@ def test_the_prompts_of_a_conversational_function_are_its_turns() -> None:
     group = Group(prompt, [Completion([1], [0.0], "2", "stop")])
     with make_scorer(listed, columns=list(columns)) as scorer:
         assert scorer.score([group]).rewards.tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("kind", ["read from a file", "made by hand", "of a process of multiprocessing"])
+def test_a_function_of_a_module_that_a_worker_cannot_import_is_sent_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    text = "BASE = 3\ndef longer(completion): return float(len(completion) + BASE)\n"
+    name = "__mp_main__" if kind == "of a process of multiprocessing" else "not_on_the_path"
+    (tmp_path / "elsewhere.py").write_text(text)
+    if kind == "made by hand":
+        module = types.ModuleType(name)
+        exec(text, module.__dict__)
+    else:
+        spec = importlib.util.spec_from_file_location(name, tmp_path / "elsewhere.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, name, module)
+    sent = pickled(module.longer, "reward longer", own=module.longer)
+    done = subprocess.run(
+        [sys.executable, "-c", "import pickle, sys; print(pickle.load(sys.stdin.buffer)('ab'))"],
+        input=sent,
+        capture_output=True,
+    )
+    assert done.stdout == b"5.0\n", done.stderr.decode()
+
+
+def test_a_function_of_a_module_is_sent_by_its_name():
+    assert len(pickled(textwrap.dedent, "reward", own=textwrap.dedent)) < 100
+    assert len(pickled(accuracy, "reward", own=accuracy)) < 100

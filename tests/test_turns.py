@@ -14,11 +14,13 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import grpo.tools
+import numpy as np
 import pytest
 import yaml
 from helpers import QWEN, ROOT, TINY, steps_of, tiny_config
@@ -40,6 +42,7 @@ from grpo.scoring.reward import Reward, loaded_files
 from grpo.scoring.scorer import Scorer
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import RunError, Stopped
+from grpo.turns import runner
 from grpo.turns.form import TAGGED, Appended, form_of
 from grpo.turns.generator import Call, TurnGenerator
 from grpo.turns.named import named
@@ -919,3 +922,23 @@ def test_what_does_not_go_with_tools_is_refused():
             algorithm={"importance": "truncate", "importance_high": 2.0},
             schedules={"rollout.max_completion_tokens": {"points": {0: 20, 4: 40}}},
         )
+
+
+def test_results_that_are_no_text_are_json_or_an_error():
+    class Mute:
+        """Its text tells nothing but where it lies."""
+
+    for value, text in (
+        (np.int64(3), "3"),
+        (np.float32(2.5), "2.5"),
+        (np.arange(3), "[0, 1, 2]"),
+        (Decimal("1.5"), '"1.5"'),
+    ):
+        assert runner._answered(lambda value=value: value, {}) == (True, text)
+    assert runner._answered(lambda: {"a": np.int64(3), "b": None}, {}) == (True, '{"a": 3, "b": null}')
+    for value in (Mute(), (n for n in range(3)), [Mute()]):
+        went_well, said = runner._answered(lambda value=value: value, {})
+        assert not went_well
+        assert "of which a model can read nothing" in said
+        assert "0x" not in said
+    assert runner.observation("half \ud800 a pair") == "half ? a pair"

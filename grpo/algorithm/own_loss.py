@@ -68,14 +68,14 @@ def use_loss(function: Loss) -> Callable[..., TokenLoss]:
             for given in (fixed if old_logprobs is None else old_logprobs, sampling_logprobs, ref_logprobs)
         )
         assert old is not None
-        inputs = LossInputs(
-            logprobs=logprobs,
-            entropy=entropy,
-            advantages=advantages,
-            completion_lens=completion_lens,
-            old_logprobs=old,
-            sampling_logprobs=old if sampled is None else sampled,
-            ref_logprobs=reference,
+        inputs = LossInputs(  # of which those that others read are copies: a function may work in place
+            logprobs=logprobs.clone(),
+            entropy=entropy.clone(),
+            advantages=advantages.clone(),
+            completion_lens=completion_lens.clone(),
+            old_logprobs=old.clone(),
+            sampling_logprobs=(old if sampled is None else sampled).clone(),
+            ref_logprobs=None if reference is None else reference.clone(),
             kl_coef=objective.kl_coef,
         )
         per_token = _checked(function(inputs), logprobs)

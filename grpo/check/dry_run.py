@@ -30,7 +30,8 @@ def rehearse(config: Config, trainer_class: type[AnyTrainer], **changes: dict[st
     with TemporaryDirectory(prefix="grpo-check-") as directory:
         run = {"resume": "never", **changes.pop("run", {}), "dir": str(Path(directory) / "run")}
         trainer = trainer_class(changed(config, **quiet, **changes, run=run))
-        trainer.close()
+        trainer.log.close()  # before its directory goes
+    trainer.collector.scorer.close()
     trainer.collector.scorer, trainer.rollouts.signal_from = RandomRewards(), "random"
     trainer.collector.retries = False  # a shortage of memory is what a check is to find
     return trainer

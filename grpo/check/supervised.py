@@ -50,7 +50,7 @@ def rehearse(config: SupervisedConfig) -> SupervisedTrainer:
         settings["run"] = own | {"dir": str(Path(directory) / "run"), "resume": "never"}
         kind = SamplingTrainer if config.evaluation.num_questions else SupervisedTrainer
         trainer = kind(SupervisedConfig(**settings))
-        trainer.close()
+        trainer.log.close()  # before its directory goes
     longest = Longest(trainer.order)
     trainer.order = longest
     trainer.processes.say(

@@ -230,11 +230,9 @@ def _shared_out(prompts: list[Prompt], weights: Mapping[str, float]) -> list[tup
     for label, weight in weights.items():
         if not members[label] or not places[label]:
             what = (
-                "not one question of it is left"
+                "not one question of it is left, for the reasons that a line before this one gives. Mend those"
                 if not members[label]
-                else f"that is not one of {len(prompts):,} questions"
+                else f"that is not one of {len(prompts):,} questions. Raise the weight"
             )
-            raise ValueError(
-                f"data.name has the weight {weight:g} for {label}; {what}. Raise the weight, or remove the source."
-            )
+            raise ValueError(f"data.name has the weight {weight:g} for {label}; {what}, or remove the source.")
     return [(members[label], places[label]) for label in weights]

@@ -50,7 +50,9 @@ class Chosen:
         data = self.settings.data
         use_chat_template(tokenizer, data)
         usual = data.template if self.is_known or not tokenizer.chat_template else "chat"
-        template, system = template or usual, system or data.system_prompt
+        template = template or usual
+        if system is None and template == "chat":
+            system = data.system_prompt
         if system is not None and template != "chat":
             raise ValueError(
                 f"--system is {system!r} with the template {template}; only the chat template has a system message. "

@@ -269,6 +269,11 @@ class RunLog:
         rows = takewhile(lambda row: row["step"] >= step, iterate_backwards(self.directory / "metrics.jsonl"))
         return any(row["step"] == step and "eval/length_mean" in row for row in rows)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether nobody would hear what is logged, on the main process."""
+        return self.processes.is_main and not self.sinks
+
     def close(self) -> None:
         """Close every sink.
 

@@ -97,7 +97,7 @@ def _of_given(made: Callable[..., Any], given: dict[str, Any]) -> str:
 def _source_of(function: Callable[..., Any]) -> bytes:
     module = sys.modules.get(getattr(function, "__module__", None) or "")
     place = getattr(module, "__file__", None) or ""
-    if module is None or module.__name__ == "__main__" or not place.endswith(".py"):
+    if module is None or module.__name__ in ("__main__", "__mp_main__") or not place.endswith(".py"):
         try:  # a script holds the run's settings too, and a notebook has no file
             return inspect.getsource(function).encode()
         except (OSError, TypeError):

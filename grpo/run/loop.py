@@ -57,6 +57,8 @@ class Loop:
         self.directory = parts.log.directory  # of the run
         self.clock = StepClock(parts.processes)
         self.state, self.step = RunState(), StepState()
+        self._has_ended = False
+        self._told_of: Path | None = None  # the checkpoint
 
     def _begin(self, found: Path | None, config: Config, collector: Collector | None) -> None:
         """Take up the checkpoint that was found, and open the log; the guard reads what the run has written so far."""
@@ -86,7 +88,15 @@ class Loop:
 
     def close(self) -> None:
         """End the reward workers and the logs; for a trainer that is stepped by hand."""
+        self._has_ended = True
         self.log.close()
+
+    def _check_open(self) -> None:
+        if self._has_ended:
+            raise RuntimeError(
+                f"this trainer has ended: its workers and logs are closed. To go on from {self.directory}, make a new one with "
+                "run.resume=auto."
+            )
 
     # ---- the course --------------------------------------------------------------------------------------------------
 
@@ -101,7 +111,12 @@ class Loop:
                 where the run stands is saved. After a shortage, `settings` are what to go on with.
             StoppedInNotebook: the same in a notebook.
             PreflightRefused: there is nothing to learn from.
+            RuntimeError: the trainer has ended before.
         """
+        self._check_open()
+        self._check_place()
+        if self.log.is_closed:  # a callback or a reward ended an earlier call
+            self.log.open(resumed_step=self.state.step)
         if self.config.run.push_to_hub is not None and not any(isinstance(each, PushToHub) for each in self.callbacks):
             push = PushToHub(self.config, self.directory, self.processes, stop_reason=lambda: self.stop.request.reason)
             self.callbacks = [*self.callbacks, push]
@@ -119,8 +134,7 @@ class Loop:
                         self.checkpoints.try_to(self.save)
                     self._evaluate_if_due()
                 last = self.save(wait=True)
-                for callback in self.callbacks:
-                    callback.on_end(last)
+                self._call_back(lambda callback: callback.on_end(last))
             except Interrupted as interrupted:
                 raise self._leave(interrupted) from interrupted
             finally:
@@ -145,8 +159,7 @@ class Loop:
         step = self.state.step
         due = step == 0 or self._is_last() or _due(step, self.config.evaluation.every_steps)
         if due and (rows := self._evaluate()) is not None:
-            for callback in self.callbacks:
-                callback.on_evaluation(step, rows)
+            self._call_back(lambda callback: callback.on_evaluation(step, rows))
 
     @property
     def _flags(self) -> tuple[bool, bool]:
@@ -167,9 +180,8 @@ class Loop:
         metrics["watchdog/alarms"] = len(alarms)
         self.log.log(self.state.step, metrics)
         good = self.guard.act_on(alarms, self.step, number=self.state.step)
-        for callback in self.callbacks:
-            callback.on_step(self.state.step, metrics, rollout)
-        self.step = StepState(drafts=self.step.drafts)
+        self.step = StepState(drafts=self.step.drafts)  # before a callback saves, which is between two steps
+        self._call_back(lambda callback: callback.on_step(self.state.step, metrics, rollout))
         if good is not None:
             self._roll_back(good)
         return metrics
@@ -178,9 +190,32 @@ class Loop:
     def save(self, *, wait: bool = False) -> Path:
         """Write a checkpoint of the current state; every process calls it. See Checkpoints.save."""
         saved = self.checkpoints.save(self.state, self.step, policy=self.policy, wait=wait)
-        for callback in self.callbacks:
-            callback.on_save(self.state.step, saved)
+        if saved != self._told_of:  # the last one is asked for twice
+            self._told_of = saved
+            self._call_back(lambda callback: callback.on_save(self.state.step, saved))
         return saved
+
+    def _call_back(self, what: Callable[[Callback], None]) -> None:
+        """Call a method of each callback; a KeyboardInterrupt asks to stop before the next update, as Ctrl-C does."""
+        for callback in self.callbacks:
+            try:
+                what(callback)
+            except KeyboardInterrupt:
+                if not self.stop.request.is_handled:  # stepped by hand
+                    raise
+                self.stop.request.ask(f"{type(callback).__name__} raised KeyboardInterrupt")
+
+    def _check_place(self) -> None:
+        """Raises RuntimeError: what is written from here on would be elsewhere than what is there."""
+        if (
+            not (self.directory / "config.yaml").exists()
+            and self.processes.is_main
+            and not self.directory.is_absolute()
+        ):
+            raise RuntimeError(
+                f"run.dir is {str(self.directory)!r}; the working directory is now {Path.cwd()}, where it is not. Go back to "
+                "where the trainer was made, or make it with an absolute run.dir."
+            )
 
     def _restore(self, found: Path) -> None:
         self.state, self.step = restore(

@@ -12,12 +12,13 @@ import sys
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import CodeType
+from pathlib import Path
+from types import CodeType, ModuleType
 from typing import Any, ClassVar
 
 import cloudpickle
 
-from grpo.scoring.reward import FORMS, LARGEST, Form, Reward, RewardError, nearest
+from grpo.scoring.reward import FORMS, LARGEST, Form, Reward, RewardError, loaded_files, nearest
 from grpo.scoring.worker import Call, Outcome
 from grpo.system.terminal import printable
 
@@ -81,7 +82,8 @@ def pickled(sent: Callable[..., Any], what: str, *, own: Callable[..., Any]) -> 
     """
     module = sys.modules.get(getattr(own, "__module__", None) or "")
     # pytest's own loader marks a test module, which imports torch and much else besides
-    by_value = type(getattr(module, "__loader__", None)).__module__.startswith("_pytest")
+    of_pytest = type(getattr(module, "__loader__", None)).__module__.startswith("_pytest")
+    by_value = module is not None and module.__name__ != "__main__" and (of_pytest or not _can_be_imported(module))
     try:
         if by_value:
             cloudpickle.register_pickle_by_value(module)
@@ -96,6 +98,23 @@ def pickled(sent: Callable[..., Any], what: str, *, own: Callable[..., Any]) -> 
     finally:
         if by_value:
             cloudpickle.unregister_pickle_by_value(module)
+
+
+def _can_be_imported(module: ModuleType) -> bool:
+    """Whether a process that has not done so yet finds the same module by its name: not that of a script in a process which
+    `multiprocessing` has started, nor one that was read from a file or made by hand."""
+    name, place = module.__name__, getattr(module, "__file__", None)
+    if name in loaded_files:  # workers load these first
+        return True
+    if name == "__mp_main__":
+        return False
+    package, _, _ = name.rpartition(".")
+    path = getattr(sys.modules.get(package), "__path__", None) if package else None
+    for finder in sys.meta_path:
+        spec = finder.find_spec(name, path)
+        if spec is not None:
+            return place is None or spec.origin is None or Path(spec.origin).resolve() == Path(place).resolve()
+    return False
 
 
 def _code_of_a_file(code: CodeType) -> tuple[Any, ...]:

@@ -134,7 +134,7 @@ def changed_variables(function: Callable[..., Any]) -> list[str]:
     """
     function = _unwrapped(function)
     code = getattr(function, "__code__", None)
-    if code is None or not (code.co_freevars or getattr(function, "__module__", None) == "__main__"):
+    if code is None or not (code.co_freevars or getattr(function, "__module__", None) in ("__main__", "__mp_main__")):
         return []
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))

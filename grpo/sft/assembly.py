@@ -67,7 +67,7 @@ class Parts(RunParts):
 def assemble(
     config: SupervisedConfig,
     *,
-    rewards: Sequence[Callable[..., Any] | Reward] | None,
+    rewards: Sequence[Callable[..., Any] | Reward | str] | None,
     train_dataset: Rows | None,
     eval_dataset: Rows | None,
     policy_class: type[Policy],

@@ -65,7 +65,7 @@ class SupervisedTrainer(Loop):
         *,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
-        rewards: Sequence[Callable[..., Any] | Reward] | None = None,
+        rewards: Sequence[Callable[..., Any] | Reward | str] | None = None,
         settings: Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -96,7 +96,9 @@ class SupervisedTrainer(Loop):
 
         Raises:
             Interrupted: on all processes; only within `train`, which handles what asks for it.
+            RuntimeError: the trainer has ended.
         """
+        self._check_open()
         if self.stop.reason:
             raise Interrupted(self.stop.reason)
         step = self.step

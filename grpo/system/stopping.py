@@ -124,6 +124,10 @@ class StopRequest:
             self._reason = f"run.max_hours ({self._max_hours:g}) are over"
         return self._reason
 
+    def ask(self, reason: str) -> None:
+        """Ask for a stop from within the run."""
+        self._reason = self.reason or reason
+
     @property
     def settings(self) -> tuple[str, ...]:
         """For a process that goes on in place of this one: the hours that are left."""

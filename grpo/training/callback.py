@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 class Callback:
     """Called between the parts of a run, on every process. Override what you need; what it raises ends the run.
 
-    To stop a run from here, raise `KeyboardInterrupt` or send the process a SIGTERM: it is saved and exits with 75.
+    To stop a run from here, raise `KeyboardInterrupt` or send the process a SIGTERM: before the next update it is saved, and
+    exits with 75. `trainer.save()` may be called from here.
     """
 
     def on_step(self, step: int, metrics: Mapping[str, float], rollout: Rollout) -> None:

@@ -177,7 +177,7 @@ def texts_of(said: Any) -> tuple[str, ...]:
 
 def observation(said: Any) -> str:
     """What a `reset` said, as one text; empty: nothing."""
-    return "\n".join(texts_of(said))
+    return "\n".join(texts_of(said)).encode(errors="replace").decode()
 
 
 def check_told(held: Any, said: Any, columns: Mapping[str, Any]) -> None:
@@ -215,4 +215,14 @@ def _awaited(value: Any) -> Any:
 def _as_text(value: Any) -> str:
     if isinstance(value, str):
         return value[:MAX_CHARS]
-    return "" if value is None else json.dumps(value, default=str, ensure_ascii=False)[:MAX_CHARS]
+    return "" if value is None else json.dumps(value, default=_plain, ensure_ascii=False)[:MAX_CHARS]
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold of an object: an array's or a scalar's numbers, else its text, if that tells more than where it lies."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    is_mute = type(value).__str__ is object.__str__ and type(value).__repr__ is object.__repr__
+    if is_mute or inspect.isgenerator(value):
+        raise TypeError(f"it returned an object of the type {type(value).__name__}, of which a model can read nothing")
+    return str(value)

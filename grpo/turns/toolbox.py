@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from grpo.config import DataConfig, ToolsConfig
@@ -347,6 +348,10 @@ class Toolbox:
     def close(self) -> None:
         """Kill the workers."""
         self._pool.close()
+
+    def log_to(self, path: Path) -> None:
+        """Append what tools and environments print to this file; until then it is dropped."""
+        self._pool.output = path.resolve()
 
     def __enter__(self) -> Toolbox:
         return self
