@@ -315,11 +315,11 @@ def test_a_program_has_what_a_session_has_without_site() -> None:
 
 
 def test_a_slow_start_of_the_sandbox_is_not_the_programs_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = "import time; time.sleep(0.6)\n"
+    slow = "import time; time.sleep(1.5)\n"
     guard = sandbox._GUARD.read_text().replace("def main() -> None:", slow + "def main() -> None:")
     monkeypatch.setattr(sandbox, "_GUARD", SimpleNamespace(read_text=lambda: guard, name="guard"))
     assert code(answer("import time\ntime.sleep(100)"), ADD, seconds=0.5) == 0.0
-    assert code(answer("import time\nprint(3)"), ADD[:1], seconds=0.5) == 1.0
+    assert code(answer("import time\nprint(3)"), ADD[:1], seconds=1.0) == 1.0
 
 
 def test_a_full_disk_or_text_that_is_no_unicode_is_cannot_tell(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
