@@ -88,7 +88,7 @@ from workload import (
 
 from grpo import Config, Trainer
 from grpo.config import write_yaml
-from grpo.policy.policy import Policy
+from grpo.policy.policy import policy_that
 from grpo.rollout.grouping import all_at_once
 from grpo.system import distributed
 from grpo.types import Completion, Group, MicroBatch, OnGroup, Prompt, Sampling
@@ -233,17 +233,10 @@ def make_trainer(args: argparse.Namespace, config: Config) -> Trainer:
     return trainer
 
 
-class ElsewherePolicy(Policy):
+class ElsewhereTrainer(Trainer):
     """As beside a server that samples."""
 
-    def __init__(self, *parts: Any, **options: Any) -> None:
-        super().__init__(*parts, **{**options, "samples": False})
-
-
-class ElsewhereTrainer(Trainer):
-    """Trains an ElsewherePolicy."""
-
-    _policy_class = ElsewherePolicy
+    _policy_class = policy_that(samples=False)
 
 
 class MadeUp:

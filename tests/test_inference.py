@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import TINY, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations import unset_hf_deepspeed_config
 
 from grpo import Trainer
 from grpo.inference import model as inference
@@ -16,6 +17,7 @@ from grpo.policy.model_source import model_directory
 from grpo.policy.tokenizer import load_tokenizer
 from grpo.rollout.engine import NativeGenerator
 from grpo.rollout.hf import HFGenerator
+from grpo.system import distributed
 from grpo.types import Prompt, Sampling
 
 
@@ -60,6 +62,15 @@ def test_a_runs_directory_is_sampled_as_the_policy_that_it_was_saved_from(run: T
     base = load(str(TINY / "model"), engine=engine)
     assert tokens(sampler, prompts, temperature=0) != tokens(base, prompts, temperature=0)  # training has changed it
     assert tokens(sampler, prompts, seed=1) == tokens(sampler, prompts, seed=1) != tokens(sampler, prompts, seed=2)
+
+
+def test_a_trainer_that_was_refused_under_zero_3_leaves_models_to_sample_whole(tmp_path: Path):
+    distributed.start(tiny_config(tmp_path / "run", distributed={"zero_stage": 3}), dtype=torch.float32)
+    try:
+        sampler = load(str(TINY / "model"), engine="hf")
+        assert all(weight.numel() for weight in sampler.model.lm.parameters())
+    finally:
+        unset_hf_deepspeed_config()
 
 
 @pytest.mark.parametrize("engine", ["hf", "native"])

@@ -167,6 +167,19 @@ def test_training_goes_on_in_the_same_trainer_after_a_callback_failed_and_is_log
             use()
 
 
+def test_a_checkpoint_that_is_made_anew_after_a_roll_back_is_told_of_again(tmp_path: Path):
+    notes = Notes()
+    trainer = Trainer(tiny_config(tmp_path / "run"), rewards=[brevity], callbacks=[notes])
+    trainer.train_step()
+    good = trainer.save(wait=True)
+    trainer.save()
+    assert notes.saved == [(1, "step-00000001")]
+    trainer._roll_back(good)
+    trainer.save()
+    assert notes.saved == [(1, "step-00000001")] * 2
+    trainer.close()
+
+
 def test_a_run_is_not_split_over_two_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     trainer = Trainer(tiny_config(Path("runs/relative")), rewards=[brevity])

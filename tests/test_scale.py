@@ -298,6 +298,11 @@ def test_a_supervised_recipe_keeps_its_rows_and_takes_what_fits(tmp_path: Path):
     small = scale_supervised.layout_for(recipe, ONE_AND_A_HALF, one, max_tokens=8192)
     assert small.offload  # 20 bytes a weight are 29 GiB
     assert sum(scale_supervised.memory_of(recipe, ONE_AND_A_HALF, small, one).values()) < 0.92 * 24
+    shards = replace(large, zero_stage=3)
+    asks = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"num_questions": 8})})
+    silent = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"num_questions": 0})})
+    whole, share = (scale_supervised.memory_of(each, HALF, shards, two)["policy"] for each in (asks, silent))
+    assert whole == pytest.approx(3 * share), "a copy beside a half, for who answers questions"
     text = scale_supervised.as_yaml(
         recipe, SFT, ONE_AND_A_HALF, one, max_tokens=4096, run_dir="runs/my", out=tmp_path / "my.yaml"
     )

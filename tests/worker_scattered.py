@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grpo import Trainer
 from grpo.algorithm.batch import pack
-from grpo.policy.policy import Policy
+from grpo.policy.policy import Policy, policy_that
 from grpo.run import tripwire
 from grpo.system import distributed
 from grpo.types import Batch, Group
@@ -26,17 +26,10 @@ has_teacher, together = "teacher" in sys.argv, "together" in sys.argv
 DISTILS = {"kl_coef": 1.0, "kl_estimator": "k2"}
 
 
-class ScatteredPolicy(Policy):
+class ScatteredTrainer(Trainer):
     """As if sampled elsewhere."""
 
-    def __init__(self, *parts: Any, **options: Any) -> None:
-        super().__init__(*parts, **{**options, "samples": False})
-
-
-class ScatteredTrainer(Trainer):
-    """Trains a ScatteredPolicy."""
-
-    _policy_class = ScatteredPolicy
+    _policy_class = policy_that(samples=False)
 
 
 def sequences(trainer: Trainer) -> Batch:

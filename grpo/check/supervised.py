@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from grpo.check import memory
 from grpo.check.advice import supervised_advice
 from grpo.config import SupervisedConfig
-from grpo.policy.policy import Policy
+from grpo.policy.policy import policy_that
 from grpo.sft.order import RowOrder
 from grpo.sft.trainer import SupervisedTrainer
 from grpo.types import Group
@@ -60,17 +59,10 @@ def rehearse(config: SupervisedConfig) -> SupervisedTrainer:
     return trainer
 
 
-class SamplingPolicy(Policy):
-    """Holds what the run's does, which answers questions though the rehearsal asks none."""
-
-    def __init__(self, *parts: Any, **options: Any) -> None:
-        super().__init__(*parts, **{**options, "samples": True})
-
-
 class SamplingTrainer(SupervisedTrainer):
-    """Trains a SamplingPolicy."""
+    """Holds what a run's does that answers questions, though the rehearsal asks none."""
 
-    _policy_class = SamplingPolicy
+    _policy_class = policy_that(samples=True)
 
 
 def report(trainer: SupervisedTrainer) -> str:

@@ -536,6 +536,16 @@ class Policy(SampledModel):
         self.weights_version += 1
 
 
+def policy_that(*, samples: bool) -> type[Policy]:
+    """A Policy as in processes that sample, or that do not, whatever else is said of them: to check and to measure."""
+
+    class Fixed(Policy):
+        def __init__(self, *parts: Any, **options: Any) -> None:
+            super().__init__(*parts, **{**options, "samples": samples})
+
+    return Fixed
+
+
 def _shell(lm: PreTrainedModel) -> PreTrainedModel:
     """A model of the same class and configuration without weights, to save some with while `lm` is in use."""
     settings = copy.deepcopy(lm.config)

@@ -58,6 +58,7 @@ class Loop:
         self.clock = StepClock(parts.processes)
         self.state, self.step = RunState(), StepState()
         self._has_ended = False
+        self._place = self.directory.resolve()
         self._told_of: Path | None = None  # the checkpoint
 
     def _begin(self, found: Path | None, config: Config, collector: Collector | None) -> None:
@@ -207,14 +208,10 @@ class Loop:
 
     def _check_place(self) -> None:
         """Raises RuntimeError: what is written from here on would be elsewhere than what is there."""
-        if (
-            not (self.directory / "config.yaml").exists()
-            and self.processes.is_main
-            and not self.directory.is_absolute()
-        ):
+        if self.directory.resolve() != self._place:
             raise RuntimeError(
-                f"run.dir is {str(self.directory)!r}; the working directory is now {Path.cwd()}, where it is not. Go back to "
-                "where the trainer was made, or make it with an absolute run.dir."
+                f"run.dir is {str(self.directory)!r}; the working directory is now {Path.cwd()}, and the run is in "
+                f"{self._place}. Go back to where the trainer was made, or make it with an absolute run.dir."
             )
 
     def _restore(self, found: Path) -> None:
@@ -232,6 +229,7 @@ class Loop:
     def _roll_back(self, good: Path) -> None:
         self._restore(good)
         self.step.drafts = {}  # with the random numbers from before, what went wrong would partly come again
+        self._told_of = None  # what is made anew has the names of what was rolled back
         self.log.close()
         self.log.open(resumed_step=self.state.step)
         self.guard.rewind(self.state.step)
