@@ -87,8 +87,8 @@ from workload import (
 )
 
 from grpo import Config, Trainer
+from grpo.check.dry_run import policy_that
 from grpo.config import write_yaml
-from grpo.policy.policy import policy_that
 from grpo.rollout.grouping import all_at_once
 from grpo.system import distributed
 from grpo.types import Completion, Group, MicroBatch, OnGroup, Prompt, Sampling

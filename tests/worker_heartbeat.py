@@ -60,7 +60,7 @@ def store_fails_in_finally(rank: int) -> None:
 
 def one_is_slow(rank: int) -> None:
     if rank == 1:
-        ctypes.CDLL(None).sleep(int(2 * LIMIT))
+        ctypes.CDLL(None).sleep(int(3 * LIMIT))
     wait_for_all(rank)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from grpo import Trainer
 from grpo.algorithm.batch import pack
-from grpo.policy.policy import Policy, policy_that
+from grpo.check.dry_run import policy_that
+from grpo.policy.policy import Policy
 from grpo.run import tripwire
 from grpo.system import distributed
 from grpo.types import Batch, Group

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from grpo.config import Config
+from grpo.policy.policy import Policy
 from grpo.scoring.scorer import Scorer, Scoring
 from grpo.trainer import Trainer
 from grpo.types import Group, Scores
@@ -35,6 +36,16 @@ def rehearse(config: Config, trainer_class: type[AnyTrainer], **changes: dict[st
     trainer.collector.scorer, trainer.rollouts.signal_from = RandomRewards(), "random"
     trainer.collector.retries = False  # a shortage of memory is what a check is to find
     return trainer
+
+
+def policy_that(*, samples: bool) -> type[Policy]:
+    """A Policy as in processes that sample, or that do not, whatever else is said of them: to check and to measure."""
+
+    class Fixed(Policy):
+        def __init__(self, *parts: Any, **options: Any) -> None:
+            super().__init__(*parts, **{**options, "samples": samples})
+
+    return Fixed
 
 
 def changed(config: Config, **changes: dict[str, Any]) -> Config:

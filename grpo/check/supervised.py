@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 
 from grpo.check import memory
 from grpo.check.advice import supervised_advice
+from grpo.check.dry_run import policy_that
 from grpo.config import SupervisedConfig
-from grpo.policy.policy import policy_that
 from grpo.sft.order import RowOrder
 from grpo.sft.trainer import SupervisedTrainer
 from grpo.types import Group

@@ -49,7 +49,14 @@ from grpo.policy.model_source import model_config
 from grpo.policy.sampled_model import FORWARD_TOLERANCE, SampledModel, eval_mode, own_logprobs
 from grpo.policy.sequence_parallel import check_heads
 from grpo.system import distributed, progress
-from grpo.system.distributed import SMALL_PARAMETERS, TrainingProcesses, deterministic, limit_threads, whole
+from grpo.system.distributed import (
+    SMALL_PARAMETERS,
+    TrainingProcesses,
+    deterministic,
+    limit_threads,
+    num_elements,
+    whole,
+)
 from grpo.system.terminal import say
 from grpo.system.writer import Own, Write, load_tensors, save_tensors, write_now
 from grpo.types import Batch, MicroBatch
@@ -536,16 +543,6 @@ class Policy(SampledModel):
         self.weights_version += 1
 
 
-def policy_that(*, samples: bool) -> type[Policy]:
-    """A Policy as in processes that sample, or that do not, whatever else is said of them: to check and to measure."""
-
-    class Fixed(Policy):
-        def __init__(self, *parts: Any, **options: Any) -> None:
-            super().__init__(*parts, **{**options, "samples": samples})
-
-    return Fixed
-
-
 def _shell(lm: PreTrainedModel) -> PreTrainedModel:
     """A model of the same class and configuration without weights, to save some with while `lm` is in use."""
     settings = copy.deepcopy(lm.config)
@@ -558,11 +555,6 @@ def _as_state_dict(lm: PreTrainedModel, weights: Own) -> Own:
     """Weights under all the names that the model saves them by; tied ones are one tensor."""
     names = {id(weight): name for name, weight in lm.named_parameters()}
     return Own({name: weights[names[id(weight)]] for name, weight in lm.state_dict(keep_vars=True).items()})
-
-
-def num_elements(weight: Tensor) -> int:
-    """Of the whole weight, of which a process holds a share under ZeRO-3."""
-    return getattr(weight, "ds_numel", weight.numel())
 
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

@@ -31,11 +31,11 @@ import torch
 
 from grpo.config import AnyConfig, Config
 from grpo.policy.model_source import complete_checkpoints, name_of, numbers_of
-from grpo.policy.policy import Policy, num_elements
+from grpo.policy.policy import Policy
 from grpo.run import inputs
 from grpo.run.resumable import check_resumable, checksum_of, longer, read_state
 from grpo.system import progress
-from grpo.system.distributed import GIB, Processes
+from grpo.system.distributed import GIB, Processes, num_elements
 from grpo.system.files import flush, free_bytes
 from grpo.system.stopping import RunError
 from grpo.system.terminal import say

@@ -447,6 +447,11 @@ def whole(*parameters: Tensor, written: bool = False) -> AbstractContextManager[
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if written else None)
 
 
+def num_elements(weight: Tensor) -> int:
+    """Of the whole weight, of which a process holds a share under ZeRO-3."""
+    return getattr(weight, "ds_numel", weight.numel())
+
+
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
     """Within it, torch sums in a fixed order where it otherwise would not: in flash attention's backward pass, on CUDA.
