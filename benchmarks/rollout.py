@@ -59,7 +59,9 @@ def main() -> None:
     sampling = Sampling(max_tokens=args.new_tokens, temperature=args.temperature)
     print(f"{device_name()}, torch {torch.__version__}; {shlex.join(sys.argv)}", flush=True)
     sampler, seconds = make_sampler(model, prompts, args)
-    records = [native(sampler, prompts, sampling, args) | {"start_seconds": seconds}]
+    records = [native("native", sampler, prompts, sampling, args) | {"start_seconds": seconds}]
+    if args.fp8:
+        records.append(native("native, 8 bits", sampler, prompts, replace(sampling, weights="fp8"), args))
     model = sampler.model
     del sampler  # the engine's keys and values are not to lie beside the peers' own
     records += [record for name in args.peers for record in peer(name, model, prompts, sampling, args)]
@@ -83,6 +85,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=0, help="completions at once; 0: all")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--plain-layers", action="store_true", help="the model's own layers instead of the fused ones")
+    parser.add_argument("--fp8", action="store_true", help="once more with weights in 8 bits (rollout.weights)")
     parser.add_argument("--repeats", type=positive, default=3, help="calls after the first")
     parser.add_argument("--profile", action="store_true", help="kernels of a decoding step")
     parser.add_argument("--peers", nargs="*", default=[], choices=[*PEERS, "vllm"])
@@ -134,7 +137,9 @@ class Call:
         return sum(len(completion.token_ids) for completion in self.completions)
 
 
-def native(sampler: Sampler, prompts: list[Prompt], sampling: Sampling, args: argparse.Namespace) -> dict[str, Any]:
+def native(
+    name: str, sampler: Sampler, prompts: list[Prompt], sampling: Sampling, args: argparse.Namespace
+) -> dict[str, Any]:
     """What the median of the calls after the first has measured, which is printed as well."""
     calls = [timed_call(sampler, prompts, sampling, args.completions, seed) for seed in range(args.repeats + 1)]
     middle = sorted(calls[1:], key=lambda call: call.seconds)[(args.repeats - 1) // 2]
@@ -142,9 +147,9 @@ def native(sampler: Sampler, prompts: list[Prompt], sampling: Sampling, args: ar
     before, after = middle.launches[0][0], middle.seconds - middle.launches[-1][0]
     num_sizes = len({size for _, size in calls[0].launches})
     print(
-        f"native: the first call took {calls[0].seconds:.1f} s, with compiling and capturing steps of {num_sizes} sizes"
+        f"{name}: the first call took {calls[0].seconds:.1f} s, with compiling and capturing steps of {num_sizes} sizes"
     )
-    record = report("native", middle.num_tokens, middle.seconds)
+    record = report(name, middle.num_tokens, middle.seconds)
     print(
         f"  first step launched after {before * 1e3:.0f} ms, the last {after * 1e3:.0f} ms before the end; "
         f"mean length {mean_length:.0f}\n  {middle.metrics}"

@@ -54,6 +54,7 @@ class Sampling:
     top_p: float = 1.0  # only the fewest likeliest tokens that have this probability together
     min_p: float = 0.0  # only tokens at least this share as likely as the likeliest
     stop: tuple[str, ...] = ()  # a completion ends with the token that completes one of these texts
+    weights: Literal["policy", "fp8"] = "policy"  # as they are, or a copy in 8 bits, which the native engine can make
 
     @property
     def truncated(self) -> bool:

@@ -131,6 +131,7 @@ def check_combinations(config: Config) -> None:
             "less, such as 0.1, or remove it."
         )
     _check_carry_over(config)
+    _check_fp8(config)
     _check_updates(config)
     check_objective(config.algorithm)
     _check_offload(config.distributed)
@@ -382,6 +383,27 @@ def _check_carry_over(config: Config) -> None:
         raise ValueError(
             f"rollout.carry_over is true; the divergence from the teacher ({config.teacher.name}) has a gradient only on tokens "
             "of the present weights. Remove rollout.carry_over."
+        )
+
+
+def _check_fp8(config: Config) -> None:
+    rollout = config.rollout
+    if rollout.weights != "fp8":
+        return
+    if rollout.engine in ("hf", "vllm"):
+        raise ValueError(
+            f"rollout.weights is fp8; the native engine makes them, and rollout.engine is {rollout.engine}. Set rollout.engine "
+            "to native, or remove rollout.weights."
+        )
+    if not rollout.fused_layers:
+        raise ValueError(
+            "rollout.weights is fp8 and rollout.fused_layers false; the model's own layers multiply in the model's precision. "
+            "Remove one of the two."
+        )
+    if config.algorithm.importance == "none" and config.algorithm.clip != "divergence":
+        raise ValueError(
+            "rollout.weights is fp8; tokens are then drawn by weights that are rounded, and algorithm.importance none would "
+            "train on them as if they were not. Set algorithm.importance=truncate and algorithm.importance_high=2."
         )
 
 

@@ -247,6 +247,10 @@ class RolloutConfig(Section):
     optional extra. auto: native if it supports the model, else hf."""
     fused_layers: bool = True
     """Let the native engine run its fused kernels for the families it has them for. false: the model's own layers."""
+    weights: Literal["policy", "fp8"] = "policy"
+    """What training rollouts are sampled with. policy: its weights as they are. fp8: a copy of the layers' weights in 8 bits,
+    made anew for every rollout, which algorithm.importance weighs. Faster for models of some billion weights, on GPUs from Ada
+    and Hopper on; see rollout/fp8.py. Evaluation samples with the policy's own."""
 
     @property
     def passes_over(self) -> bool:

@@ -247,6 +247,7 @@ class Config(Settings):
             top_p=rollout.top_p,
             min_p=rollout.min_p,
             stop=tuple(rollout.stop),
+            weights=rollout.weights,
         )
 
     @property

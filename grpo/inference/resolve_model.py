@@ -191,8 +191,9 @@ def num_positions(model: ModelConfig) -> int | None:
 
 
 def sampling_of(options: Namespace, default: Sampling) -> Sampling:
-    """`default` with what the options say otherwise."""
-    return replace(default, **{name: value for name in RULES if (value := getattr(options, name)) is not None})
+    """`default` with what the options say otherwise, from the weights as they are."""
+    given = {name: value for name in RULES if (value := getattr(options, name)) is not None}
+    return replace(default, weights="policy", **given)
 
 
 def said(sampling: Sampling) -> str:

@@ -108,7 +108,7 @@ def reject(
             "questions": given.pop("the training questions"),
         }
     )
-    wanted = {**source, **given, "--samples": asked.num_samples, "--seed": asked.seed, **asdict(asked.sampling)}
+    wanted = {**source, **given, "--samples": asked.num_samples, "--seed": asked.seed, **_told(asked.sampling)}
     config = _config(asked.model, asked.sampling, prompts, runtime)
     tokenizer = load_tokenizer(config.model)
     with _on_main(processes, lambda: _check_free(out, samples)), _on_main(processes, lambda: claim(samples, wanted)):
@@ -155,6 +155,13 @@ def _check_free(out: Path, samples: Path) -> Any:
     if not out.parent.is_dir():
         out.parent.mkdir(parents=True)
     yield
+
+
+def _told(sampling: Sampling) -> dict[str, Any]:
+    """What a file of samples says of it; its weights are those of the model that stands there."""
+    told = asdict(sampling)
+    del told["weights"]
+    return told
 
 
 def _config(model: ModelConfig, sampling: Sampling, prompts: Sequence[Prompt], runtime: Runtime) -> Config:
@@ -319,7 +326,7 @@ def _rewrite(
         "--rewrite-template": how.template,
         "--rewrite-samples": how.num_samples,
         "--seed": asked.seed,
-        **asdict(how.sampling),
+        **_told(how.sampling),
     }
     with _on_main(processes, lambda: claim(directory, wanted)):
         sample(
@@ -396,7 +403,7 @@ def _concluded(
         "source": source,
         "samples": asked.num_samples,
         "seed": asked.seed,
-        "sampling": asdict(asked.sampling),
+        "sampling": _told(asked.sampling),
         "rules": {**asdict(rules), "require": dict(required), "pass_rate": list(rules.pass_rate)},
         "rewritten_by": None if asked.rewriting is None else asked.rewriting.model.name,
         **{name: dict(value) if isinstance(value, Counter) else value for name, value in vars(table).items()},

@@ -48,9 +48,12 @@ def make_generator(config: Config, policy: SampledModel) -> Generator:
         from grpo.rollout.engine import NativeGenerator, unsupported
 
         with progress.busy("compiling the kernels of the native engine"):
-            reason = unsupported(policy, fused=config.rollout.fused_layers)
+            in_8_bits = config.rollout.weights == "fp8"
+            reason = unsupported(policy, fused=config.rollout.fused_layers, in_8_bits=in_8_bits)
         if reason is None:
             return NativeGenerator(policy, config)
+        if in_8_bits:
+            raise ValueError(f"rollout.weights is fp8; {reason}. Set rollout.weights to policy.")
         if engine == "native":
             raise ValueError(f"rollout.engine is native; {reason}. Set rollout.engine to hf.")
         if policy.processes.is_main:

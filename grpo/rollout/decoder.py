@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.policy.language_model import output_head
+from grpo.rollout.fp8 import Fp8Layers
 from grpo.rollout.layers import FusedLayers, model_layers
 from grpo.rollout.paged import PAGE, Kept, PagedCache, Places
 from grpo.rollout.sampling import KNOBS, draw, knobs_of
@@ -91,12 +92,13 @@ class Decoder:
         self.step_number = self._zeros(1, dtype=torch.int64)
         self.tokens = self._zeros(self.chunk, num_slots)
         self.logprobs = self._zeros(self.chunk, num_slots, dtype=torch.float32)
-        self.truncated = False
+        self.truncated = self.in_8_bits = False
         self._columns: dict[Sequence, int] = {}  # where each row of the last launch is
         self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
         self._addresses: list[int] = []
-        self._layers: Callable[..., Tensor] = model_layers
+        self._own_layers: Callable[..., Tensor] = model_layers
+        self._fp8_layers: Fp8Layers | None = None
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -107,11 +109,24 @@ class Decoder:
         if addresses != self._addresses:
             self._addresses = addresses
             self._graphs.clear()
-            self._layers = FusedLayers(self.lm) if self.fused else model_layers
+            self._own_layers = FusedLayers(self.lm) if self.fused else model_layers
+            self._fp8_layers = None
+
+    @property
+    def _layers(self) -> Callable[..., Tensor]:
+        if not self.in_8_bits:
+            return self._own_layers
+        assert self._fp8_layers is not None, "begin has made them"
+        return self._fp8_layers
 
     def begin(self, sampling: Sampling) -> None:
-        """Before the first launch of a call."""
+        """Before the first launch of a call: the weights may have been updated since the one before."""
+        self.check_weights()
         self._columns = {}
+        self.in_8_bits = sampling.weights == "fp8"
+        if self.in_8_bits:
+            self._fp8_layers = self._fp8_layers or Fp8Layers(self.lm)
+            self._fp8_layers.round_weights()
         self.knobs.copy_(knobs_of(sampling))
         self.truncated = sampling.truncated
 
@@ -245,7 +260,7 @@ class Decoder:
 
     def _variant(self) -> tuple[bool, ...]:
         """What a captured step depends on, besides its size."""
-        return (self.truncated,)
+        return self.truncated, self.in_8_bits
 
     def _graph(self, size: int) -> torch.cuda.CUDAGraph:
         """A captured step. The step before the capture, which compiles and sets up, has no sequences: it writes to page 0."""

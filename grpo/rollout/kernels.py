@@ -167,41 +167,171 @@ def _join_splits(parts_ptr, stats_ptr, out_ptr, HEAD_DIM: tl.constexpr, BLOCK_D:
 # --- the layers' small parts ------------------------------------------------------------------------------------------------
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """residual + x, and its RMS norm times `weight`; all (B, H). Counterpart: transformers' RMSNorm modules."""
-    summed, normed = torch.empty_like(x), torch.empty_like(x)
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """residual + x, and its RMS norm times `weight`; all (B, H). Counterpart: transformers' RMSNorm modules.
+
+    Args:
+        scales: (B,) what the rows of x are to be multiplied by first.
+    """
+    normed = torch.empty_like(x)
+    return _norm(x, scales, residual, weight, eps, normed, None), normed
+
+
+def add_rms_norm_fp8(
+    x: Tensor, scales: Tensor | None, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`plain_kernels.add_rms_norm_fp8`."""
+    values, own = _rounded_like(x, x.shape[1])
+    return _norm(x, scales, residual, weight, eps, values, own), values, own
+
+
+def _norm(
+    x: Tensor,
+    scales: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    own: Tensor | None,
+) -> Tensor:
+    summed = torch.empty_like(x)
     size = x.shape[1]
     block = triton.next_power_of_2(size)
     _add_rms_norm[(len(x),)](
         x,
         x if residual is None else residual,
+        x if scales is None else scales,
         weight,
         summed,
-        normed,
+        out,
+        out if own is None else own,
         eps,
         SIZE=size,
         BLOCK=block,
         ADD=residual is not None,
+        SCALED=scales is not None,
+        ROUND=own is not None,
         num_warps=min(max(block // 256, 1), 16),
     )
-    return summed, normed
+    return summed
 
 
 @triton.jit
 def _add_rms_norm(
-    x_ptr, residual_ptr, weight_ptr, sum_ptr, out_ptr, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr
+    x_ptr,
+    residual_ptr,
+    scales_ptr,
+    weight_ptr,
+    sum_ptr,
+    out_ptr,
+    out_scales_ptr,
+    eps,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+    SCALED: tl.constexpr,
+    ROUND: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     ok = columns < SIZE
     x = tl.load(x_ptr + row * SIZE + columns, mask=ok, other=0.0)
+    if SCALED:
+        x = (x.to(tl.float32) * tl.load(scales_ptr + row)).to(x.dtype)
     if ADD:
         x = (x.to(tl.float32) + tl.load(residual_ptr + row * SIZE + columns, mask=ok, other=0.0)).to(x.dtype)
     tl.store(sum_ptr + row * SIZE + columns, x, mask=ok)
     wide = x.to(tl.float32)
     normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)).to(x.dtype)
-    weight = tl.load(weight_ptr + columns, mask=ok, other=0.0)
-    tl.store(out_ptr + row * SIZE + columns, normed * weight, mask=ok)
+    normed *= tl.load(weight_ptr + columns, mask=ok, other=0.0)
+    if ROUND:
+        _store_rounded(normed.to(tl.float32), out_ptr, out_scales_ptr, row, columns, ok, SIZE)
+    else:
+        tl.store(out_ptr + row * SIZE + columns, normed, mask=ok)
+
+
+# --- rows in 8 bits ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _store_rounded(x, out_ptr, scales_ptr, row, columns, ok, SIZE: tl.constexpr):
+    """A row of float32 as float8 whose largest number is the largest there is, and its scale."""
+    scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / 448.0
+    tl.store(scales_ptr + row, scale)
+    tl.store(out_ptr + row * SIZE + columns, (x / scale).to(tl.float8e4nv), mask=ok)
+
+
+def _rounded_like(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Room for the rows of x in 8 bits, and for their scales."""
+    return (
+        torch.empty((len(x), size), dtype=torch.float8_e4m3fn, device=x.device),
+        torch.empty(len(x), dtype=torch.float32, device=x.device),
+    )
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`plain_kernels.round_rows`."""
+    values, scales = _rounded_like(x, x.shape[1])
+    block = triton.next_power_of_2(x.shape[1])
+    _round_rows[(len(x),)](
+        x, values, scales, x.stride(0), SIZE=x.shape[1], BLOCK=block, num_warps=min(max(block // 256, 1), 16)
+    )
+    return values, scales
+
+
+@triton.jit
+def _round_rows(x_ptr, out_ptr, scales_ptr, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    ok = columns < SIZE
+    x = tl.load(x_ptr + row * stride + columns, mask=ok, other=0.0).to(tl.float32)
+    _store_rounded(x, out_ptr, scales_ptr, row, columns, ok, SIZE)
+
+
+def silu_mul_fp8(gate: Tensor, up: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """`plain_kernels.silu_mul_fp8`; the arguments may be columns of one wider tensor."""
+    size = gate.shape[1]
+    values, own = _rounded_like(gate, size)
+    block = triton.next_power_of_2(size)
+    _silu_mul_fp8[(len(gate),)](
+        gate,
+        up,
+        scales,
+        values,
+        own,
+        gate.stride(0),
+        up.stride(0),
+        SIZE=size,
+        BLOCK=block,
+        num_warps=min(max(block // 512, 1), 32),
+    )
+    return values, own
+
+
+@triton.jit
+def _silu_mul_fp8(
+    gate_ptr,
+    up_ptr,
+    scales_ptr,
+    out_ptr,
+    out_scales_ptr,
+    gate_stride,
+    up_stride,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    ok = columns < SIZE
+    scale = tl.load(scales_ptr + row)
+    gate = tl.load(gate_ptr + row * gate_stride + columns, mask=ok, other=0.0).to(tl.float32) * scale
+    up = tl.load(up_ptr + row * up_stride + columns, mask=ok, other=0.0).to(tl.float32) * scale
+    _store_rounded(gate * tl.sigmoid(gate) * up, out_ptr, out_scales_ptr, row, columns, ok, SIZE)
+
+
+# --- keys and values --------------------------------------------------------------------------------------------------------
 
 
 def rotate_and_store(
@@ -217,6 +347,8 @@ def rotate_and_store(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
+    scales: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Norm the heads (Qwen3), rotate them by their positions, and keep keys and values in the pages.
 
@@ -224,6 +356,8 @@ def rotate_and_store(
         q: (N, heads, D); k, v: (N, kv_heads, D); cos, sin: (N, D).
         q_norm, k_norm: (D,) weights of an RMS norm over each head, or None.
         keys, values: (pages, kv_heads, PAGE, D), written at `places` (N,): page * PAGE + position in the page.
+        scales: (N,) float32, what the rows of q, k and v are to be multiplied by before all this; then v is changed in place.
+        bias: of q, k and v end to end, added behind `scales`; not without these.
 
     Returns:
         Rotated queries (N, heads, D) and keys (N, kv_heads, D). Counterpart: transformers' apply_rotary_pos_emb and
@@ -246,6 +380,8 @@ def rotate_and_store(
         keys,
         values,
         places,
+        q if scales is None else scales,
+        q if bias is None else bias,
         eps,
         q.stride(0),
         k.stride(0),
@@ -259,6 +395,8 @@ def rotate_and_store(
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
         PAGE=keys.shape[2],
         NORM=q_norm is not None,
+        SCALED=scales is not None,
+        BIASED=bias is not None,
         num_warps=2 if num_heads * head_dim <= 2048 else 4,
     )
     return q_out, k_out
@@ -278,6 +416,8 @@ def _rotate_and_store(
     key_ptr,
     value_ptr,
     place_ptr,
+    scales_ptr,
+    bias_ptr,
     eps,
     q_stride,
     k_stride,
@@ -291,16 +431,18 @@ def _rotate_and_store(
     BLOCK_HALF: tl.constexpr,
     PAGE: tl.constexpr,
     NORM: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIASED: tl.constexpr,
 ):
     """One program: all heads of one row."""
     row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(scales_ptr + row) if SCALED else 1.0
     half = tl.arange(0, BLOCK_HALF)
     heads = tl.arange(0, BLOCK_HEADS)
     tile = heads[:, None] * HEAD_DIM + half[None, :]
     ok = (heads < HEADS)[:, None] & (half < HEAD_DIM // 2)[None, :]
-    low, high = _rotated(
-        q_ptr + row * q_stride + tile, ok, q_norm_ptr, cos_ptr, sin_ptr, row * cos_stride, eps, half, HEAD_DIM, NORM
-    )
+    low, high = _halves(q_ptr + row * q_stride + tile, bias_ptr + tile, scale, ok, HEAD_DIM, SCALED, BIASED)
+    low, high = _rotated(low, high, q_norm_ptr, cos_ptr, sin_ptr, row * cos_stride, eps, half, HEAD_DIM, NORM)
     out = q_out_ptr + row * HEADS * HEAD_DIM + tile
     tl.store(out, low, mask=ok)
     tl.store(out + HEAD_DIM // 2, high, mask=ok)
@@ -310,24 +452,42 @@ def _rotate_and_store(
     ok = (kv_heads < KV_HEADS)[:, None] & (half < HEAD_DIM // 2)[None, :]
     place = tl.load(place_ptr + row)
     kept = ((place // PAGE * KV_HEADS + kv_heads) * PAGE + place % PAGE)[:, None] * HEAD_DIM + half[None, :]
-    low, high = _rotated(
-        k_ptr + row * k_stride + tile, ok, k_norm_ptr, cos_ptr, sin_ptr, row * cos_stride, eps, half, HEAD_DIM, NORM
-    )
+    bias_ptr += HEADS * HEAD_DIM
+    low, high = _halves(k_ptr + row * k_stride + tile, bias_ptr + tile, scale, ok, HEAD_DIM, SCALED, BIASED)
+    low, high = _rotated(low, high, k_norm_ptr, cos_ptr, sin_ptr, row * cos_stride, eps, half, HEAD_DIM, NORM)
     out = k_out_ptr + row * KV_HEADS * HEAD_DIM + tile
     tl.store(out, low, mask=ok)
     tl.store(out + HEAD_DIM // 2, high, mask=ok)
     tl.store(key_ptr + kept, low, mask=ok)
     tl.store(key_ptr + kept + HEAD_DIM // 2, high, mask=ok)
     value = v_ptr + row * v_stride + tile
-    tl.store(value_ptr + kept, tl.load(value, mask=ok), mask=ok)
-    tl.store(value_ptr + kept + HEAD_DIM // 2, tl.load(value + HEAD_DIM // 2, mask=ok), mask=ok)
+    bias_ptr += KV_HEADS * HEAD_DIM
+    low, high = _halves(value, bias_ptr + tile, scale, ok, HEAD_DIM, SCALED, BIASED)
+    tl.store(value_ptr + kept, low, mask=ok)
+    tl.store(value_ptr + kept + HEAD_DIM // 2, high, mask=ok)
+    if SCALED:
+        tl.store(value, low, mask=ok)
+        tl.store(value + HEAD_DIM // 2, high, mask=ok)
 
 
 @triton.jit
-def _rotated(x_ptr, ok, norm_ptr, cos_ptr, sin_ptr, angle, eps, half, HEAD_DIM: tl.constexpr, NORM: tl.constexpr):
-    """Both halves of some heads, normed and rotated."""
+def _halves(x_ptr, bias_ptr, scale, ok, HEAD_DIM: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr):
+    """Both halves of some heads, times their row's scale and with their bias."""
     low = tl.load(x_ptr, mask=ok, other=0.0)
     high = tl.load(x_ptr + HEAD_DIM // 2, mask=ok, other=0.0)
+    if SCALED:
+        dtype = low.dtype
+        a, b = low.to(tl.float32) * scale, high.to(tl.float32) * scale
+        if BIASED:
+            a += tl.load(bias_ptr, mask=ok, other=0.0)
+            b += tl.load(bias_ptr + HEAD_DIM // 2, mask=ok, other=0.0)
+        low, high = a.to(dtype), b.to(dtype)
+    return low, high
+
+
+@triton.jit
+def _rotated(low, high, norm_ptr, cos_ptr, sin_ptr, angle, eps, half, HEAD_DIM: tl.constexpr, NORM: tl.constexpr):
+    """Both halves of some heads, normed and rotated."""
     dtype = low.dtype
     inside = half < HEAD_DIM // 2
     a, b = low.to(tl.float32), high.to(tl.float32)

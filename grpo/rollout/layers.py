@@ -51,7 +51,10 @@ class FusedLayers:
         self.base: Any = lm.base_model  # its modules are the ones of Llama
         self.kernels = kernels or kernels_for(next(lm.parameters()))
         layers: Any = self.base.layers
-        self.layers = [_Layer(layer, self.kernels) for layer in layers]
+        self.layers = [self._make_layer(layer) for layer in layers]
+
+    def _make_layer(self, layer: Any) -> Layer:
+        return Layer(layer, self.kernels)
 
     def __call__(self, lm: PreTrainedModel, tokens: Tensor, positions: Tensor, places: Places) -> Tensor:
         add_rms_norm = self.kernels.add_rms_norm
@@ -66,7 +69,9 @@ class FusedLayers:
         return add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)[1]
 
 
-class _Layer:
+class Layer:
+    """One decoder layer's weights, read where they are."""
+
     def __init__(self, layer: Any, kernels: Any) -> None:
         self.kernels = kernels
         attention, mlp = layer.self_attn, layer.mlp

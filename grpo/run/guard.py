@@ -87,7 +87,8 @@ class Guard:
     def gap_limit(self, rollout: Rollout, now: Config, *, anew: bool = False) -> float:
         """The largest sampling gap; what it follows from is measured on the first rollout of a process, and anew if wanted."""
         if self.rounding is None or anew:
-            self.rounding = tripwire.measure_rounding(self.policy, rollout.groups)
+            in_8_bits = now.rollout.weights == "fp8"
+            self.rounding = tripwire.measure_rounding(self.policy, rollout.groups, in_8_bits=in_8_bits)
         return tripwire.gap_limit(now, self.policy.dtype, self.rounding)
 
     def observe(self, step: int, metrics: dict[str, Any], rollout: Rollout) -> list[Alarm]:

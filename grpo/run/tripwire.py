@@ -23,6 +23,7 @@ from grpo.algorithm.batch import micro_batch, pack
 from grpo.config import Config
 from grpo.data.prompts import TEMPLATES, build_prompts
 from grpo.policy.policy import Policy
+from grpo.rollout.fp8 import rounded_products
 from grpo.system.stopping import RunError
 from grpo.types import Batch, Completion, Generator, Group, Prompt
 
@@ -49,7 +50,7 @@ def gap_limit(config: Config, dtype: torch.dtype, rounding: float) -> float:
     return max(GAP_LIMITS[dtype], GAP_FACTOR * rounding) / min(config.rollout.temperature, 1) if own is None else own
 
 
-def measure_rounding(policy: Policy, groups: list[Group]) -> float:
+def measure_rounding(policy: Policy, groups: list[Group], *, in_8_bits: bool = False) -> float:
     """The gap in nats, at temperature 1, that the model's precision alone can explain.
 
     It is the smaller of two distances from the log-probabilities that the model which is sampled from gives to the tokens in its
@@ -60,14 +61,21 @@ def measure_rounding(policy: Policy, groups: list[Group]) -> float:
 
     Every process calls it with what it sampled; the beginnings of a few sequences of each are looked at. Where older weights have
     drawn all of these, the second distance alone counts.
+
+    Args:
+        in_8_bits: whether rollout.weights is fp8. Then it is the distance to what the model's own forward pass says with products
+            in 8 bits, which the engine has no part in, either.
     """
-    if policy.dtype == torch.float32:
+    if policy.dtype == torch.float32 and not in_8_bits:
         return FLOAT32_ROUNDING
     pairs = _probed(policy, groups)
     batch = _batch(
         [(prompt, _beginning(completion, PROBED_TOKENS - len(prompt.token_ids))) for prompt, completion in pairs]
     )
     own = policy.unpacked_logprobs(batch)
+    if in_8_bits:
+        with rounded_products(policy.whole_lm):
+            return policy.temperature * _mean(policy, (own - policy.unpacked_logprobs(batch)).abs())
     exact = _mean(policy, (own - policy.unpacked_logprobs(batch, float32=True)).abs())
     fresh = _fresh(batch, own)
     sampled = _mean(policy, (own - batch.sampling_logprobs.to(own.device)).abs()[fresh])
