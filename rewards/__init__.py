@@ -4,6 +4,7 @@ from .accuracy import accuracy
 from .classifier import RewardModel as reward_model
 from .code import code
 from .countdown import countdown
+from .countdown_search import countdown_search, countdown_trials
 from .endpoint import Judge as judge
 from .exact_match import exact_match
 from .format import format
@@ -17,6 +18,8 @@ __all__ = [
     "accuracy",
     "code",
     "countdown",
+    "countdown_search",
+    "countdown_trials",
     "exact_match",
     "format",
     "judge",

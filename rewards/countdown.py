@@ -13,8 +13,8 @@ from .verifier.extraction import last_answer_tag, last_box, last_math, without_e
 
 MAX_CHARS = 200  # of an expression; six numbers with every bracket take fewer
 
-_SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "[": "(", "]": ")"})
-_LATEX = {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\left": "", r"\right": ""}
+SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "[": "(", "]": ")"})
+LATEX = {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\left": "", r"\right": ""}
 _EXPRESSION = re.compile(r"[-+*/()\d\s]+")
 _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -51,8 +51,8 @@ def _wrong(completion: str, nums: Sequence[int | str], target: int | str) -> str
     try:
         tree = ast.parse(expression, mode="eval").body
         used = Counter(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-        value = _value(tree)
-    except (SyntaxError, _NotArithmeticError):
+        value = value_of(tree)
+    except (SyntaxError, NotArithmeticError):
         return f"{expression} is no arithmetic expression."
     except ZeroDivisionError:
         return f"{expression} divides by 0."
@@ -66,7 +66,7 @@ def _times(number: int) -> str:
     return {0: "not at all", 1: "once", 2: "twice"}.get(number, f"{number} times")
 
 
-class _NotArithmeticError(Exception):
+class NotArithmeticError(Exception):
     """More than the four operations."""
 
 
@@ -74,20 +74,24 @@ def _expression(content: str, target: int) -> str | None:
     math = last_math(content)
     text = last_box(content) or (math[0] if math else content)
     text = " ".join(without_emphasis(text).strip(" \n`*").removesuffix(".").strip("`* ").split())
-    for latex, sign in _LATEX.items():
+    for latex, sign in LATEX.items():
         text = text.replace(latex, sign)
-    left, equals, right = text.translate(_SIGNS).partition("=")
+    left, equals, right = text.translate(SIGNS).partition("=")
     if len(text) > MAX_CHARS or (equals and right.strip() != str(target)):
         return None
     return left.strip() if _EXPRESSION.fullmatch(left) and left.isascii() else None
 
 
-def _value(node: ast.expr) -> Fraction:
-    """Walks the tree; nothing that a model wrote is ever run."""
+def value_of(node: ast.expr) -> Fraction:
+    """What an expression of whole numbers makes. Walks the tree; nothing that a model wrote is ever run.
+
+    Raises:
+        NotArithmeticError, ZeroDivisionError
+    """
     if isinstance(node, ast.Constant):
         return Fraction(node.value)  # type: ignore[arg-type]  # digits only, see _EXPRESSION
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_value(node.operand)
+        return -value_of(node.operand)
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
-        return _OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
-    raise _NotArithmeticError(ast.dump(node))
+        return _OPERATIONS[type(node.op)](value_of(node.left), value_of(node.right))
+    raise NotArithmeticError(ast.dump(node))

@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from grpo.rewards import countdown
+from grpo.rewards import countdown, countdown_search, countdown_trials
 
 DATA = Path(__file__).parents[1] / "configs" / "countdown"
 
@@ -87,3 +89,79 @@ def rows(path: Path) -> list[dict[str, Any]]:
     content = path.read_bytes()
     text = gzip.decompress(content) if path.suffix == ".gz" else content
     return [json.loads(line) for line in text.splitlines()]
+
+
+# --- what it tries ----------------------------------------------------------------------------------------------------------
+
+NUMS, TARGET = [65, 45, 76], 34
+
+
+@pytest.mark.parametrize(
+    ("thought", "trials", "searches"),
+    [
+        ("basic arithmetic process here", 0, 0),
+        ("I add the first two and take off the third.", 0, 0),
+        ("Wait, let me check. However, I made a mistake. Let me verify.", 0, 0),  # words alone
+        ("65 + 45 - 76 = 34", 1, 0),
+        ("65 + 45 - 76 = 34. Check: 45 + 65 - 76 = 34.", 1, 0),  # the same in another order
+        ("65 + 45 = 110, and 110 - 76 = 34", 1, 0),  # in two steps
+        ("76 - 65 = 11, then 11 + 45 = 56. That is too much. 65 + 45 = 110. 110 - 76 = 34.", 2, 1),
+        ("76 - 65 + 45 = 56, too much.\n76 - (65 - 45) = 56.\n65 - 76 + 45 = 34, yes.", 3, 1),
+        ("1) 76 - 65 + 45 = 56\n2) 65 + 45 - 76 = 34", 2, 1),
+        ("- 76 + 65 - 45\n- 65 + 45 - 76", 2, 1),
+        ("(76 - 65) \\times 45 = 495 is far off; $65 + 45 - 76$", 2, 1),
+        ("65 + 45 - 76 = 34, or else 65 - 76 + 45", 2, 0),  # the first was right
+        ("76 - 65 + 45 = 34. Or 65 + 45 - 76 = 34.", 2, 0),  # it says so, though wrongly
+        ("65 + 45 = 110, 65 - 45 = 20, 76 - 20 = 56", 1, 0),  # parts of it are no trials
+        ("65 + 45 + 45 - 76", 0, 0),  # a number twice
+        ("65 + 45 - 75", 0, 0),  # a number that was not given
+        ("65 / (45 - 45) + 76", 0, 0),
+        ("65 / 45 = 1.4 and 76 / 1.4", 0, 0),
+        ("(" * 300 + "65 + 45 - 76" + ")" * 300, 0, 0),
+    ],
+)
+def test_trials_are_read_from_arithmetic(thought: str, trials: int, searches: int) -> None:
+    assert countdown_trials(thought, NUMS) == trials
+    assert countdown_search(thought, NUMS, TARGET) == searches
+
+
+def test_the_answer_is_a_trial_and_halves_are_exact() -> None:
+    wrong = answered("76 - 65 + 45")
+    assert countdown_trials(wrong, NUMS) == 1
+    assert countdown_search(wrong, NUMS, TARGET) == 0  # nothing follows it
+    tried = "<think> 76 - 65 + 45 is 56. </think> <answer> 65 + 45 - 76 </answer>"
+    assert countdown_search(tried, [str(number) for number in NUMS], str(TARGET)) == 1
+    assert countdown_trials("7 / 2 = 3.5. 3.5 * 4 = 14", [7, 2, 4]) == 1
+    assert countdown_trials("7 / 2 = 3.5. 3 * 4 = 12", [7, 2, 4]) == 0
+
+
+def test_whatever_a_model_writes_is_read_without_an_error_and_soon() -> None:
+    rng = random.Random(0)
+    pieces = [
+        "65",
+        "45",
+        "76",
+        "+",
+        "-",
+        "*",
+        "/",
+        "(",
+        ")",
+        "=",
+        " ",
+        "\n",
+        ".",
+        ",",
+        "007",
+        "1e9",
+        "\\div",
+        "x",
+        "34",
+        "99999",
+    ]
+    start = time.perf_counter()
+    for _ in range(300):
+        text = "".join(rng.choices(pieces, k=400))
+        assert countdown_search(text, NUMS, TARGET) in (0.0, 1.0)
+    assert countdown_trials("65 + 45 - 76 = 34\n" * 20_000, NUMS) == 1
+    assert time.perf_counter() - start < 20
