@@ -70,7 +70,7 @@ from card import matrix_rate
 from random_reward import random_reward
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoTokenizer, Qwen2Config
+from transformers import AutoTokenizer, Qwen2Config, Qwen3MoeConfig
 from trl_step import measure_trl
 from workload import (
     LONGEST_PROMPT,
@@ -288,7 +288,7 @@ def timed_step(trainer: Trainer, watch: Watch) -> dict[str, float]:
 class Watch:
     """What the trainer does not publish of a step: the operations of its update, and the memory reserved from the device."""
 
-    def __init__(self, trainer: Trainer, model: Qwen2Config) -> None:
+    def __init__(self, trainer: Trainer, model: Qwen2Config | Qwen3MoeConfig) -> None:
         self.processes, self.model = trainer.processes, model
         self.passes: list[MicroBatch] = []
         self.reserved = 0
@@ -368,7 +368,7 @@ def _lengths(args: argparse.Namespace) -> str:
     return f"{args.mean_tokens} (at most {args.new_tokens})" if args.mean_tokens else str(args.new_tokens)
 
 
-def update_flops(config: Qwen2Config, passes: list[MicroBatch]) -> float:
+def update_flops(config: Qwen2Config | Qwen3MoeConfig, passes: list[MicroBatch]) -> float:
     """Floating-point operations that these passes need, forward and backward; recomputing is not counted.
 
         6 W        per place: the W weights of the layers' matrix products, 2 operations forward and 4 backward, as all learn
@@ -377,11 +377,15 @@ def update_flops(config: Qwen2Config, passes: list[MicroBatch]) -> float:
 
     A prompt's places are there once for all its completions in a pass, and see the prompt up to themselves. Those of a completion
     see all of the prompt, and the completion up to themselves: q (k - q) + q (q + 1) / 2 pairs for q queries that end k keys.
-    Norms, rotation, softmax, the embedding's look-up and the optimizer are not counted either, nor are passes without work.
+    Of a mixture the experts that a place goes through are counted. Norms, rotation, softmax, routing, the embedding's look-up and
+    the optimizer are not counted either, nor are passes without work.
     """
     hidden, num_layers = config.hidden_size, config.num_hidden_layers
     key_value = hidden * config.num_key_value_heads // config.num_attention_heads
-    weights = num_layers * hidden * (2 * hidden + 2 * key_value + 3 * config.intermediate_size)
+    inner = config.intermediate_size
+    if isinstance(config, Qwen3MoeConfig):
+        inner = config.num_experts_per_tok * config.moe_intermediate_size
+    weights = num_layers * hidden * (2 * hidden + 2 * key_value + 3 * inner)
     flops = 0.0
     for micro in passes:
         if not micro.is_spare:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2Tokenizer, Qwen3MoeConfig
 
 LONGEST_PROMPT = 199
 SHAPES: dict[str, dict[str, Any]] = {
@@ -36,8 +36,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
         "num_key_value_heads": 8, "tie_word_embeddings": False, "vocab_size": 152064,
     },
+    "moe": {
+        "hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16, "head_dim": 64, "num_experts": 32,
+        "num_experts_per_tok": 4, "moe_intermediate_size": 768, "vocab_size": 151936,
+    },
+    "tiny-moe": {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "vocab_size": 2048,
+    },
 }  # fmt: skip
-"""Qwen2.5's, where they differ from `model_config`; tiny, the quickstart's with a larger vocabulary, is for a CPU."""
+"""Qwen2.5's, where they differ from `model_config`; tiny, the quickstart's with a larger vocabulary, is for a CPU. moe is a
+Qwen3-MoE of 1.4 billion weights, 0.3 of which a token goes through."""
 
 
 def on_gpu() -> bool:
@@ -58,9 +67,10 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def model_config(size: str) -> Qwen2Config:
+def model_config(size: str) -> Qwen2Config | Qwen3MoeConfig:
     smaller = {"vocab_size": 151936, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    return Qwen2Config(max_position_embeddings=32768, **{**smaller, **SHAPES[size]})
+    kind = Qwen3MoeConfig if "num_experts" in SHAPES[size] else Qwen2Config
+    return kind(max_position_embeddings=32768, **{**smaller, **SHAPES[size]})
 
 
 def random_lm(size: str) -> PreTrainedModel:
