@@ -115,6 +115,7 @@ def make_sampler(model: str, prompts: list[Prompt], args: argparse.Namespace) ->
         max_sequences=args.slots or len(prompts) * args.completions,
     )
     config.rollout.fused_layers = not args.plain_layers
+    config.rollout.weights = "fp8" if args.fp8 else "policy"
     sampler = load(config, load_tokenizer(config.model))
     synchronize()
     return sampler, time.perf_counter() - start

@@ -276,6 +276,8 @@ def _without_effect(config: Config, **given: Callable[..., Any] | None) -> Itera
         yield f"data.eval_name is {config.data.eval_name!r}, without effect: evaluation.num_questions is 0"
     if given["loss"] is not None and config.rollout.carry_over:
         yield "rollout.carry_over is true, and loss was given to Trainer: it must weigh old tokens itself, by sampling_logprobs"
+    if given["loss"] is not None and config.rollout.weights == "fp8":
+        yield "rollout.weights is fp8, and loss was given to Trainer: it must weigh all tokens itself, by sampling_logprobs"
     if given["order"] is not None and config.data.order_by is not None:
         yield f"data.order_by is {config.data.order_by!r}, without effect: order was given to Trainer"
     if given["order"] is not None and config.data.weights is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 from dataclasses import replace
@@ -27,11 +28,24 @@ from torch.nn.functional import linear
 from transformers import LlamaConfig
 
 from grpo import Trainer
+from grpo.check.advice import advice
 from grpo.config import Config
-from grpo.rollout import fp8, make_generator, plain_kernels
-from grpo.rollout.engine import NativeGenerator, _teacher_forced, make_decoder, unsupported
+from grpo.inference.resolve_model import RULES, sampling_of
+from grpo.rejection.reject import _told
+from grpo.rollout import check_engine, fp8, make_generator, plain_kernels
+from grpo.rollout.engine import (
+    FP8_TOLERANCE,
+    NativeGenerator,
+    _teacher_forced,
+    make_decoder,
+    unsupported,
+    unsupported_in_8_bits,
+)
 from grpo.rollout.fp8 import FP8, Fp8Layers, Product, rounded_products
+from grpo.rollout.hf import HFGenerator
+from grpo.rollout.layers import FusedLayers
 from grpo.rollout.paged import PAGE, num_pages_for
+from grpo.run.tripwire import gap_limit, measure_rounding
 from grpo.types import Sampling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -217,9 +231,16 @@ def test_each_call_reads_the_weights_of_its_time_and_a_call_for_all_bits_has_all
 
     check()
     plain = tokens_of(engine.sample(prompts, GREEDY, num_completions=1, seed=0))
+    decoder = engine._decoder
+    assert decoder is not None
+    assert type(decoder._layers) is FusedLayers
+    exact = decoder._variant()
+    decoder.begin(rounded)
+    assert type(decoder._layers) is Fp8Layers
+    assert decoder._variant() != exact  # captured steps of the two are not taken for each other
     with torch.no_grad():
         for weight in policy.lm.parameters():
-            weight.mul_(1 + 0.2 * torch.randn_like(weight))
+            weight.data = weight * (1 + 0.2 * torch.randn_like(weight))  # where it lies changes, too
     check()
     assert tokens_of(engine.sample(prompts, GREEDY, num_completions=1, seed=0)) != plain
 
@@ -298,6 +319,14 @@ def test_tokens_of_another_temperature_stop_a_run_in_8_bits_too(tmp_path: Path, 
             "and rollout.engine is hf. Set rollout.engine to native",
         ),
         (
+            {**IN_8_BITS, "rollout": {"weights": "fp8", "engine": "vllm"}},
+            "and rollout.engine is vllm. Set rollout.engine to native",
+        ),
+        (
+            {**IN_8_BITS, "teacher": {"name": "somebody/large"}},
+            r"rollout.weights is fp8; the divergence from the teacher \(somebody/large\) has a gradient only on tokens",
+        ),
+        (
             {**IN_8_BITS, "rollout": {"weights": "fp8", "fused_layers": False}},
             "rollout.weights is fp8 and rollout.fused_layers false; .* Remove one of the two",
         ),
@@ -323,19 +352,19 @@ def test_a_family_without_such_layers_is_refused_by_name_and_not_sampled_otherwi
     policy = make_policy(tmp_path, save_family(tmp_path / "model", FAMILIES["gemma"]), **IN_8_BITS)
     with pytest.raises(
         ValueError,
-        match=r"rollout.weights is fp8; the layers of GemmaForCausalLM have no product in 8 bits; those of llama, .* have. "
-        "Set rollout.weights to policy",
+        match=r"rollout.weights is fp8; there are no layers in 8 bits for this model \(gemma\), only for llama, .* of the usual "
+        "build. Set rollout.weights to policy",
     ):
         make_generator(policy._config, policy)
+    with pytest.raises(ValueError, match=r"no layers in 8 bits for this model \(gemma\)"):
+        check_engine(policy._config)
 
 
 def test_sizes_that_do_not_divide_are_refused(tmp_path: Path):
     config = type(FAMILIES["qwen3"])(**{**FAMILIES["qwen3"].to_dict(), "intermediate_size": 100})
     policy = make_policy(tmp_path, save_family(tmp_path / "model", config))
-    assert unsupported(policy, fused=True, in_8_bits=False) is None
-    assert unsupported(policy, fused=True, in_8_bits=True) == (
-        "products in 8 bits need weights whose sizes divide by 16; 100 does not"
-    )
+    assert unsupported(policy, fused=True) is None
+    assert unsupported_in_8_bits(policy) == ("products in 8 bits need weights whose sizes divide by 16; 100 does not")
     assert all(each.finish_reason for each in all_completions(make_generator(policy._config, policy).sample(
         some_prompts(2), GREEDY, num_completions=1, seed=0
     )))  # fmt: skip
@@ -343,6 +372,116 @@ def test_sizes_that_do_not_divide_are_refused(tmp_path: Path):
 
 def test_a_bias_that_no_kernel_adds_is_refused(tmp_path: Path):
     policy = make_policy(tmp_path, save_family(tmp_path / "model", FAMILIES["llama without grouped heads"]))
-    assert unsupported(policy, fused=True, in_8_bits=True) == (
+    assert unsupported_in_8_bits(policy) == (
         "products in 8 bits have no bias but those of queries, keys and values; model.layers.0.self_attn.o_proj has one"
+    )
+
+
+def test_an_engine_samples_in_8_bits_only_if_it_was_made_to(tmp_path: Path):
+    policy, prompts = make_policy(tmp_path), some_prompts(1)
+    for engine in (NativeGenerator(policy, policy._config), HFGenerator(policy, max_sequences=2)):
+        with pytest.raises(
+            ValueError, match=r"sampling.weights is fp8; this engine|sampling.weights is fp8, which the native"
+        ):
+            engine.sample(prompts, Sampling(4, weights="fp8"), num_completions=1, seed=0)
+
+
+def test_products_that_are_wrong_are_seen_before_anything_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    policy = make_policy(tmp_path, **IN_8_BITS)
+    assert unsupported_in_8_bits(policy) is None
+    own = Product.__call__
+    monkeypatch.setattr(Product, "__call__", lambda self, x: 3 * own(self, x))
+    with pytest.raises(
+        ValueError, match=r"rollout.weights is fp8; with weights in 8 bits the log-probabilities of .* differ"
+    ):
+        make_generator(policy._config, policy)
+
+
+def test_an_older_gpu_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    for capability, expected in (
+        ((8, 0), "NVIDIA A100 does not multiply numbers of 8 bits; Ada and Hopper GPUs do"),
+        ((8, 9), None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert fp8.unsupported_here(FAMILIES["qwen3"], torch.device("cuda")) == expected
+
+
+def test_the_cache_leaves_room_for_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("grpo.rollout.engine.free_bytes", lambda device: 8 * 2**20)
+    policy = make_policy(tmp_path, **IN_8_BITS)
+    copy = fp8.num_bytes(policy.lm)
+    assert copy == sum(each.numel() for name, each in policy.lm.named_parameters() if "proj.weight" in name)
+    without = policy._config.model_copy(deep=True)
+    without.rollout.weights = "policy"
+    sizes = []
+    for config in (policy._config, without):
+        config.memory.max_sequences = 4096
+        decoder = NativeGenerator(policy, config)._decoder
+        assert decoder is not None
+        sizes.append(decoder.cache.num_bytes)
+    page = sizes[0] / decoder.cache.keys.shape[1]
+    assert abs(sizes[1] - sizes[0] - copy / 2) < 3 * page  # half of what is free
+
+
+# --- the limit of the gap -----------------------------------------------------------------------------------------------------
+
+
+def test_the_limit_is_that_of_temperature_1_and_has_a_ceiling(tmp_path: Path):
+    config = tiny_config(tmp_path, **IN_8_BITS)
+    assert gap_limit(config, torch.float32, 0.02) == pytest.approx(0.06)
+    assert gap_limit(config, torch.float32, 5.0) == FP8_TOLERANCE  # whatever is rounded, that is another model
+    policy = make_policy(tmp_path / "run", **IN_8_BITS)
+    groups = make_generator(policy._config, policy).sample(some_prompts(6), Sampling(30), num_completions=2, seed=0)
+    found = []
+    for temperature in (1.0, 0.5):
+        with policy.at_temperature(temperature):
+            found.append(measure_rounding(policy, groups, in_8_bits=True))
+    assert found[0] > 1e-3
+    assert found[1] == pytest.approx(found[0], rel=0.5)
+
+
+def test_a_limit_that_is_measured_anew_is_that_of_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def measured(*_: Any, in_8_bits: bool) -> float:
+        asked.append(in_8_bits)
+        return 0.0
+
+    monkeypatch.setattr("grpo.run.tripwire.measure_rounding", measured)
+    trainer = run_in_8_bits(tmp_path / "run")
+    try:
+        with pytest.raises(RuntimeError, match=r"of this model in 8 bits \(rollout.weights\)"):
+            trainer.train_step()
+    finally:
+        trainer.close()
+    assert asked == [True, True]
+
+
+# --- what else knows of it ------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_asked_with_all_its_bits_whatever_its_run_sampled_with():
+    options = argparse.Namespace(**dict.fromkeys(RULES))
+    assert sampling_of(options, Sampling(8, temperature=0.7, weights="fp8")) == Sampling(8, temperature=0.7)
+
+
+def test_samples_that_are_there_stay_those_of_the_same_sampling():
+    assert "weights" not in _told(Sampling(8))
+    assert _told(Sampling(8))["max_tokens"] == 8
+
+
+def test_advice_and_plans_know_of_the_copy(tmp_path: Path):
+    config, without = tiny_config(tmp_path, **IN_8_BITS), tiny_config(tmp_path)
+    rung = "set rollout.weights from fp8 to policy (no copy of the layers in 8 bits; sampling takes longer)"
+    assert advice("rollout", config, world_size=1)[0] == rung
+    assert rung not in advice("rollout", without, world_size=1)
+
+
+def test_a_loss_of_ones_own_is_told_to_weigh_the_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    trainer = Trainer(tiny_config(tmp_path, **IN_8_BITS), loss=lambda logprobs, *_: -logprobs.mean())
+    trainer.close()
+    said = capsys.readouterr()
+    assert (
+        "rollout.weights is fp8, and loss was given to Trainer: it must weigh all tokens itself" in said.out + said.err
     )

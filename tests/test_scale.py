@@ -108,7 +108,11 @@ def test_ratios_are_kept_and_it_fits_and_ends_in_time(shape: Shape, gpus: int, m
     (changes,) = [each.points for each in config.schedules.values()]
     assert list(changes.values()) == [1024, 2048]  # 32,768 : 65,536
     assert max(changes) / config.optimizer_steps == pytest.approx(8200 / 10_400, abs=1e-3)
-    assert sum(memory_of(paper, shape, scaled.layout, gpus=gpus, max_tokens=2048).values()) <= 0.92 * memory
+    needed = sum(memory_of(paper, shape, scaled.layout, gpus=gpus, max_tokens=2048).values())
+    assert needed <= 0.92 * memory
+    paper.rollout.weights = "fp8"
+    in_8_bits = sum(memory_of(paper, shape, scaled.layout, gpus=gpus, max_tokens=2048).values())
+    assert in_8_bits - needed == pytest.approx(shape.weights / 2**30)
     (hours,) = re.findall(r"^# Time    ([\d.]+) hours", out.read_text(), re.MULTILINE)
     assert float(hours) <= 24
 

@@ -115,6 +115,12 @@ def _four_bits(config: Config, **_: Any) -> str | None:
     return _change("lora.quantization", None, "nf4", "the frozen weights take a quarter; what is trained differs")
 
 
+def _16_bits(config: Config, **_: Any) -> str | None:
+    if config.rollout.weights == "policy":
+        return None
+    return _change("rollout.weights", "fp8", "policy", "no copy of the layers in 8 bits; sampling takes longer")
+
+
 def _zero_stage(config: Config, *, world_size: int, **_: Any) -> str | None:
     now = config.distributed.zero_stage
     if config.lora.quantization is not None:
@@ -163,7 +169,7 @@ def _checkpointing(config: Config, **_: Any) -> str | None:
 
 LADDERS: dict[str, list[Rung]] = {
     "loading": [_offload, _four_bits, _zero_stage, _smaller_model],
-    "rollout": [_kv_cache, _max_sequences, _offload, _four_bits, _zero_stage, _completion_length],
+    "rollout": [_16_bits, _kv_cache, _max_sequences, _offload, _four_bits, _zero_stage, _completion_length],
     "logprobs": [_micro_batch, _chunk, _sequence_parallel, _offload, _four_bits, _zero_stage, _completion_length],
     "update": [
         _micro_batch,

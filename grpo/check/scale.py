@@ -355,7 +355,7 @@ def last_that(fits: Callable[[Layout], bool], *, first: Layout, others: Iterable
 
 def memory_of(recipe: Config, shape: Shape, layout: Layout, *, gpus: int, max_tokens: int) -> dict[str, float]:
     """`memory_gib` of this recipe."""
-    return memory_gib(
+    found = memory_gib(
         shape,
         layout,
         gpus=gpus,
@@ -364,6 +364,9 @@ def memory_of(recipe: Config, shape: Shape, layout: Layout, *, gpus: int, max_to
         sequence_tokens=recipe.data.max_prompt_tokens + max_tokens,
         chunk_tokens=recipe.memory.logprob_chunk_tokens,
     )
+    if recipe.rollout.weights == "fp8":
+        found["weights in 8 bits"] = shape.weights / GIB
+    return found
 
 
 def changes(scaled: Scaled, run_dir: str) -> dict[str, tuple[Any, str]]:

@@ -95,8 +95,8 @@ class AlgorithmConfig(Section):
     max_sampling_gap: PositiveFloat | None = None
     """Stop when sampled tokens' log-probabilities and the trainer's own of the same tokens differ by more than this, in nats on
     average: one of them is wrong. null: 0.001 in float32, and in bfloat16 0.04, or three times what rounding makes of this model
-    if that is more, measured on the first rollout; divided by a temperature below 1. Raise it for an engine whose rounding is
-    known to be coarser."""
+    if that is more, measured on the first rollout; with rollout.weights fp8 three times what 8 bits make of it, at most 0.6;
+    divided by a temperature below 1. Raise it for an engine whose rounding is known to be coarser."""
     num_minibatches: PositiveInt = 1
     """Parts of a rollout that have an optimizer step each (the paper: 16). With 1 of them and of num_epochs every update is
     strictly on-policy."""

@@ -374,16 +374,7 @@ def _check_carry_over(config: Config) -> None:
         )
     if config.tools.functions or config.environment.function is not None:
         check_carried_turns(config)
-    if config.algorithm.importance == "none" and config.algorithm.clip != "divergence":
-        raise ValueError(
-            "rollout.carry_over is true; part of the tokens are then drawn by older weights, and algorithm.importance none would "
-            "train on them as if they were not. Set algorithm.importance=truncate and algorithm.importance_high=2."
-        )
-    if config.teacher.name is not None:
-        raise ValueError(
-            f"rollout.carry_over is true; the divergence from the teacher ({config.teacher.name}) has a gradient only on tokens "
-            "of the present weights. Remove rollout.carry_over."
-        )
+    _check_weighed(config, "rollout.carry_over is true", "part of the tokens are then drawn by older weights")
 
 
 def _check_fp8(config: Config) -> None:
@@ -400,10 +391,20 @@ def _check_fp8(config: Config) -> None:
             "rollout.weights is fp8 and rollout.fused_layers false; the model's own layers multiply in the model's precision. "
             "Remove one of the two."
         )
+    _check_weighed(config, "rollout.weights is fp8", "tokens are then drawn by weights that are rounded")
+
+
+def _check_weighed(config: Config, setting: str, effect: str) -> None:
+    """What a setting asks for by which tokens are not drawn by the policy's own weights."""
     if config.algorithm.importance == "none" and config.algorithm.clip != "divergence":
         raise ValueError(
-            "rollout.weights is fp8; tokens are then drawn by weights that are rounded, and algorithm.importance none would "
-            "train on them as if they were not. Set algorithm.importance=truncate and algorithm.importance_high=2."
+            f"{setting}; {effect}, and algorithm.importance none would train on them as if they were not. Set "
+            "algorithm.importance=truncate and algorithm.importance_high=2."
+        )
+    if config.teacher.name is not None:
+        raise ValueError(
+            f"{setting}; the divergence from the teacher ({config.teacher.name}) has a gradient only on tokens that the "
+            f"policy's present weights drew. Remove {setting.split()[0]}."
         )
 
 

@@ -17,12 +17,22 @@ def check_engine(config: Config) -> None:
     """Whether `rollout.engine` can run here, as far as that can be told before a model is loaded.
 
     Raises:
-        ValueError: its package or its server is not there.
+        ValueError: its package or its server is not there, or it has no rollout.weights fp8 of this model on this machine.
     """
     if config.rollout.engine == "vllm":
         from grpo.rollout.vllm import check_available
 
         check_available(config)
+    if config.rollout.weights == "fp8":
+        import torch
+
+        from grpo.policy.model_source import model_config
+        from grpo.rollout.fp8 import unsupported_here
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        reason = unsupported_here(model_config(config.model), device)
+        if reason is not None:
+            raise ValueError(f"rollout.weights is fp8; {reason}. Set rollout.weights to policy.")
 
 
 ENGINES = {"NativeGenerator": "native engine", "HFGenerator": "transformers' generate", "VLLMGenerator": "vLLM"}
@@ -45,15 +55,21 @@ def make_generator(config: Config, policy: SampledModel) -> Generator:
         assert isinstance(policy, Policy), "vLLM takes its weights from a policy that is trained"
         return VLLMGenerator(policy, config)
     if engine in ("native", "auto"):
-        from grpo.rollout.engine import NativeGenerator, unsupported
+        from grpo.rollout.engine import NativeGenerator, unsupported, unsupported_in_8_bits
 
+        in_8_bits = config.rollout.weights == "fp8"
         with progress.busy("compiling the kernels of the native engine"):
-            in_8_bits = config.rollout.weights == "fp8"
-            reason = unsupported(policy, fused=config.rollout.fused_layers, in_8_bits=in_8_bits)
+            reason = unsupported(policy, fused=config.rollout.fused_layers)
+            not_in_8_bits = unsupported_in_8_bits(policy) if in_8_bits and reason is None else None
+        if not_in_8_bits is not None:
+            raise ValueError(f"rollout.weights is fp8; {not_in_8_bits}. Set rollout.weights to policy.")
         if reason is None:
             return NativeGenerator(policy, config)
         if in_8_bits:
-            raise ValueError(f"rollout.weights is fp8; {reason}. Set rollout.weights to policy.")
+            raise ValueError(
+                f"rollout.weights is fp8, which the native engine makes; {reason}. Set rollout.weights to policy and "
+                "rollout.engine to hf."
+            )
         if engine == "native":
             raise ValueError(f"rollout.engine is native; {reason}. Set rollout.engine to hf.")
         if policy.processes.is_main:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from grpo.rollout import plain_kernels
 from grpo.rollout.layers import FUSED_FAMILIES, FusedLayers, Layer, can_fuse
@@ -81,9 +81,8 @@ class Fp8Layers(FusedLayers):
 class _Fp8Layer(Layer):
     def __init__(self, layer: Any, kernels: Any) -> None:
         super().__init__(layer, kernels)
-        self.qkv8, self.gate_up8 = Product(self.qkv.parts), Product(self.gate_up.parts)
-        self.o8, self.down8 = Product([self.o_proj]), Product([self.down_proj])
-        self.products = [self.qkv8, self.o8, self.gate_up8, self.down8]
+        self.products = [Product(parts) for parts in same_input(layer)]
+        self.qkv8, self.o8, self.gate_up8, self.down8 = self.products
 
     def attend_rounded(self, x: Rounded, cos: Tensor, sin: Tensor, number: int, places: Places) -> Unscaled:
         q, k, v = (
@@ -101,6 +100,23 @@ class _Fp8Layer(Layer):
         gate, up = self.gate_up8(x.values).split(self.gate_up8.sizes, dim=-1)
         rounded = Rounded(*self.kernels.silu_mul_fp8(gate, up, x.scales))
         return Unscaled(self.down8(rounded.values), rounded.scales)
+
+
+def same_input(layer: Any) -> list[list[nn.Linear]]:
+    """The linear layers of a decoder layer, those that read the same input together."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        [attention.o_proj],
+        [mlp.gate_proj, mlp.up_proj],
+        [mlp.down_proj],
+    ]
+
+
+def inverse_scale(parts: Sequence[nn.Linear]) -> Tensor:
+    """What their weights are multiplied by so that the largest becomes LARGEST; (), in the model's precision."""
+    largest = torch.stack([part.weight.detach().abs().amax() for part in parts]).amax()
+    return LARGEST / largest.clamp(min=1e-12)  # they may all be 0
 
 
 class Product:
@@ -121,12 +137,10 @@ class Product:
     @torch.no_grad()
     def round_weight(self) -> None:
         """In place, since captured steps read it where it lies."""
-        weights = [part.weight for part in self.parts]
-        largest = torch.stack([weight.abs().amax() for weight in weights]).amax().clamp(min=1e-12)  # they may all be 0
-        inverse = LARGEST / largest  # in the model's precision, so that scale is what the weight is really divided by
+        inverse = inverse_scale(self.parts)
         self.scale.copy_(1 / inverse.float())
-        for weight, rounded in zip(weights, self.weight.split(self.sizes), strict=True):
-            rounded.copy_(weight * inverse)
+        for part, rounded in zip(self.parts, self.weight.split(self.sizes), strict=True):
+            rounded.copy_(part.weight * inverse)
         if self.bias is not None:
             torch.cat(self.biases, out=self.bias)
 
@@ -144,13 +158,23 @@ def num_bytes(lm: PreTrainedModel) -> int:
     return sum(each.weight.numel() for each in _linears(lm))
 
 
-def unsupported(lm: PreTrainedModel) -> str | None:
-    """Why these weights cannot be in 8 bits here, or None if they can."""
-    device = next(lm.parameters()).device
-    if not can_fuse(lm):
-        return f"the layers of {type(lm).__name__} have no product in 8 bits; those of {', '.join(FUSED_FAMILIES)} have"
+def unsupported_here(config: PretrainedConfig, device: torch.device) -> str | None:
+    """Why the weights of such a model cannot be in 8 bits on this device, or None; as far as its configuration tells."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} does not multiply numbers of 8 bits; Ada and Hopper GPUs do"
+    if not can_fuse(config):
+        known = ", ".join(FUSED_FAMILIES)
+        return (
+            f"there are no layers in 8 bits for this model ({config.model_type}), only for {known} of the usual build"
+        )
+    return None
+
+
+def unsupported(lm: PreTrainedModel) -> str | None:
+    """The same of a model that is loaded."""
+    reason = unsupported_here(lm.config, next(lm.parameters()).device)
+    if reason is not None:
+        return reason
     biased = [name for name, each in lm.named_modules() if name.endswith(UNBIASED) and each.bias is not None]
     if biased:
         return f"products in 8 bits have no bias but those of queries, keys and values; {biased[0]} has one"
@@ -167,22 +191,26 @@ def _linears(lm: PreTrainedModel) -> list[nn.Linear]:
 
 @contextmanager
 def rounded_products(lm: PreTrainedModel) -> Iterator[None]:
-    """Within it, the model's own forward pass multiplies in 8 bits: the plain counterpart of Fp8Layers."""
+    """Within it, the model's own forward pass multiplies in 8 bits: the plain counterpart of Fp8Layers.
+
+    A weight is rounded for each product anew, so that no copy of the model lies beside the engine's.
+    """
     layers: Any = lm.base_model.layers
-    products = [product for layer in layers for product in _Fp8Layer(layer, plain_kernels).products]
-    for product in products:
-        product.round_weight()
-        for part, weight in zip(product.parts, product.weight.split(product.sizes), strict=True):
-            part.forward = partial(_rounded_linear, weight, product.scale, part.bias)  # type: ignore[method-assign]
+    groups = [group for layer in layers for group in same_input(layer)]
+    for group in groups:
+        inverse = inverse_scale(group)
+        for part in group:
+            part.forward = partial(_rounded_linear, part, inverse)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for product in products:
-            for part in product.parts:
+        for group in groups:
+            for part in group:
                 del part.forward  # the method of its class again
 
 
-def _rounded_linear(weight: Tensor, scale: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def _rounded_linear(part: nn.Linear, inverse: Tensor, x: Tensor) -> Tensor:
     values, scales = plain_kernels.round_rows(x.flatten(0, -2))
-    product = linear(values.float(), weight.float()) * scale * scales.unsqueeze(1)
-    return (product if bias is None else product + bias).to(x.dtype).view(*x.shape[:-1], -1)
+    weight = (part.weight * inverse).to(FP8)
+    product = linear(values.float(), weight.float()) / inverse.float() * scales.unsqueeze(1)
+    return (product if part.bias is None else product + part.bias).to(x.dtype).view(*x.shape[:-1], -1)

@@ -57,6 +57,8 @@ class HFGenerator:
         grouping = Grouping(prompts, num_completions=num_completions, on_group=on_group)
         wanted = grouping.prompts
         device = self.policy.processes.device
+        if sampling.weights == "fp8":
+            raise ValueError("sampling.weights is fp8, which the native engine makes. Set rollout.engine to native.")
         seeds = None
         if sampling.temperature > 0 and any(prompt.seed is not None for prompt in prompts):
             seeds = completion_seeds(prompts, seed=seed, num_completions=num_completions)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from grpo.rollout.paged import Places, attend, kernels_for
 
@@ -34,11 +34,11 @@ def model_layers(lm: PreTrainedModel, tokens: Tensor, positions: Tensor, places:
     return output.last_hidden_state.squeeze(0)
 
 
-def can_fuse(lm: PreTrainedModel) -> bool:
-    config = lm.config
+def can_fuse(config: PretrainedConfig) -> bool:
+    """Whether FusedLayers knows the layers of such a model."""
     return (
         config.model_type in FUSED_FAMILIES
-        and config.hidden_act == "silu"
+        and config.hidden_act == "silu"  # type: ignore[attr-defined]
         and getattr(config, "partial_rotary_factor", 1.0) in (None, 1.0)
     )
 

@@ -23,6 +23,7 @@ from grpo.algorithm.batch import micro_batch, pack
 from grpo.config import Config
 from grpo.data.prompts import TEMPLATES, build_prompts
 from grpo.policy.policy import Policy
+from grpo.rollout.engine import FP8_TOLERANCE
 from grpo.rollout.fp8 import rounded_products
 from grpo.system.stopping import RunError
 from grpo.types import Batch, Completion, Generator, Group, Prompt
@@ -46,8 +47,10 @@ def gap_limit(config: Config, dtype: torch.dtype, rounding: float) -> float:
     Args:
         rounding: at temperature 1, see `measure_rounding`.
     """
-    own = config.algorithm.max_sampling_gap
-    return max(GAP_LIMITS[dtype], GAP_FACTOR * rounding) / min(config.rollout.temperature, 1) if own is None else own
+    own, limit = config.algorithm.max_sampling_gap, max(GAP_LIMITS[dtype], GAP_FACTOR * rounding)
+    if config.rollout.weights == "fp8":
+        limit = min(limit, FP8_TOLERANCE)
+    return limit / min(config.rollout.temperature, 1) if own is None else own
 
 
 def measure_rounding(policy: Policy, groups: list[Group], *, in_8_bits: bool = False) -> float:
@@ -204,7 +207,8 @@ def diagnose(
         _left_out(probe, rounding),
         Cause(
             min(rounding / max(probe.gap, 1e-9), 1.0),
-            f"rounding, which makes {rounding:.3g} nats of this model in this precision",
+            f"rounding, which makes {rounding:.3g} nats of this model in "
+            + ("8 bits (rollout.weights)" if config.rollout.weights == "fp8" else "this precision"),
         ),
     ]
 

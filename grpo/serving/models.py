@@ -375,7 +375,7 @@ def _hosted(
             num_slots=num_slots,
             pages_each=num_pages_for(context),
             gib=gib,
-            fused=can_fuse(lm),
+            fused=can_fuse(lm.config),
             kind=ServingDecoder,
         )
     except ValueError as error:
