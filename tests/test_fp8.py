@@ -421,7 +421,8 @@ def test_the_cache_leaves_room_for_the_copy(tmp_path: Path, monkeypatch: pytest.
         assert decoder is not None
         sizes.append(decoder.cache.num_bytes)
     page = sizes[0] / decoder.cache.keys.shape[1]
-    assert abs(sizes[1] - sizes[0] - copy / 2) < 3 * page  # half of what is free
+    assert sizes[0] < sizes[1]
+    assert abs(sizes[1] - sizes[0] - copy / 2) <= page  # half of what is free
 
 
 # --- the limit of the gap -----------------------------------------------------------------------------------------------------
@@ -435,10 +436,10 @@ def test_the_limit_is_that_of_temperature_1_and_has_a_ceiling(tmp_path: Path):
     groups = make_generator(policy._config, policy).sample(some_prompts(6), Sampling(30), num_completions=2, seed=0)
     found = []
     for temperature in (1.0, 0.5):
-        with policy.at_temperature(temperature):
-            found.append(measure_rounding(policy, groups, in_8_bits=True))
+        policy.use_temperature(temperature)
+        found.append(measure_rounding(policy, groups, in_8_bits=True))
     assert found[0] > 1e-3
-    assert found[1] == pytest.approx(found[0], rel=0.5)
+    assert found[1] == pytest.approx(found[0], rel=0.2)
 
 
 def test_a_limit_that_is_measured_anew_is_that_of_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
