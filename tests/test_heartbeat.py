@@ -5,6 +5,7 @@ Each scenario has three processes.
 
 import os
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from helpers import ROOT, clean_environment, launch_group, read_json
 
 from grpo.policy.model_source import complete_checkpoints
 from grpo.run.resumable import read_state
-from grpo.system import progress
+from grpo.system import distributed, progress
 from grpo.system.heartbeat import PEER_LOST
 from grpo.system.writer import problem_with
 
@@ -176,3 +177,14 @@ def test_a_frame_between_two_lines_has_no_line_number_and_is_described_all_the_s
     code = SimpleNamespace(co_filename=f"{progress.PACKAGE}trainer.py", co_name="train_step")
     monkeypatch.setattr(progress, "_frames", lambda: iter([SimpleNamespace(f_code=code, f_lineno=None)]))
     assert "(train_step), waiting in: train_step" in progress.describe()
+
+
+def test_what_torch_says_of_the_devices_of_a_barrier_is_no_part_of_a_runs_output():
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        distributed._quiet()
+        warnings.warn(
+            "barrier(): using the device under current context. You can specify `device_id` in ...", stacklevel=1
+        )
+        warnings.warn("something else", stacklevel=1)
+    assert [str(each.message) for each in said] == ["something else"]

@@ -29,7 +29,15 @@ def test_linear_and_cosine_fall_from_the_peak_towards_zero():
     assert rates(4, schedule="cosine") == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_wsd_stays_at_its_peak_and_falls_in_a_line_at_the_end():
+    assert rates(10, schedule="wsd") == pytest.approx([1.0] * 9 + [0.5])
+    assert rates(6, schedule="wsd", decay_share=0.5, warmup_steps=2) == pytest.approx([0.5, 1, 1, 1, 1, 0.5])
+    assert rates(4, schedule="wsd", decay_share=1.0) == rates(4, schedule="linear")
+    ending = rates(8, schedule="wsd", decay_share=0.5, final_rate_share=0.5)
+    assert ending == pytest.approx([1, 1, 1, 1, 1, 0.875, 0.75, 0.625])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
 def test_the_rate_never_falls_below_zero_nor_rises_again(schedule: str):
     config = OptimizerConfig(learning_rate=1.0, schedule=schedule)
     assert learning_rate(config, step=9, num_steps=4) == pytest.approx(0.0)

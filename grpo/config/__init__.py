@@ -12,13 +12,13 @@ from grpo.config.load import (
     read_yaml,
     write_yaml,
 )
+from grpo.config.optimizer import OptimizerConfig
 from grpo.config.sections import (
     DataConfig,
     DistributedConfig,
     EnvironmentConfig,
     EvaluationConfig,
     ModelConfig,
-    OptimizerConfig,
     PlaceConfig,
     PreflightConfig,
     RewardConfig,

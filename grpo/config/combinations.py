@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from grpo.config.algorithm import check_objective
+from grpo.config.optimizer import check_rate
 from grpo.config.sections import (
     VLLM_SETTINGS,
     DataConfig,
     DistributedConfig,
     LoRAConfig,
-    OptimizerConfig,
     PlaceConfig,
     Section,
     SourceConfig,
@@ -141,7 +141,7 @@ def check_combinations(config: Config) -> None:
         )
     _check_lora(config)
     check_watchdog(config)
-    _check_rate(config.optimizer)
+    check_rate(config.optimizer)
     _check_teacher(config)
     if config.watchdog.loss != "warn":
         raise ValueError(
@@ -474,14 +474,6 @@ def _check_teacher(config: Config) -> None:
         raise ValueError(
             f"{said} and no reward has a weight; the preflight asks whether rewards tell answers apart. Set "
             "preflight.num_questions to 0."
-        )
-
-
-def _check_rate(optimizer: OptimizerConfig) -> None:
-    if optimizer.schedule == "constant" and optimizer.final_rate_share:
-        raise ValueError(
-            f"optimizer.final_rate_share is {optimizer.final_rate_share:g}; it has no effect while optimizer.schedule is "
-            "constant. Set that to linear or cosine, or remove it."
         )
 
 

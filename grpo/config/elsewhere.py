@@ -57,7 +57,6 @@ ELSEWHERE = {
         ("lora_alpha",): "lora.alpha",
         ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"): "lora.quantization (nf4, beside lora.rank)",
         ("lora_target_modules",): "lora.target_modules",
-        ("quantization",): "rollout.weights (fp8), or lora.quantization (nf4)",
     }.items()
     for name in names
 }

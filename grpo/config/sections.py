@@ -392,25 +392,6 @@ class LoRAConfig(Section):
     Sampling keeps its copy in the model's precision, of what these stand for. Needs `pip install 'bitsandbytes>=0.50'`."""
 
 
-class OptimizerConfig(Section):
-    learning_rate: PositiveFloat = 1e-6
-    """Peak learning rate of AdamW."""
-    beta1: Fraction = 0.9
-    """AdamW's decay of the first moment."""
-    beta2: Fraction = 0.95
-    """AdamW's decay of the second moment."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay."""
-    warmup_steps: NonNegativeInt = 0
-    """Optimizer steps over which the learning rate rises linearly from 0."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What the learning rate does after warm-up; linear and cosine end at final_rate_share with the last step."""
-    final_rate_share: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the peak rate at which linear and cosine end."""
-    max_grad_norm: PositiveFloat = 1.0
-    """The gradient is scaled down to this global L2 norm."""
-
-
 class MemoryConfig(Section):
     micro_batch_tokens: PositiveInt = 16384
     """Tokens per forward and backward pass of one process, a prompt counted once for all its completions; processes that run it

@@ -20,6 +20,7 @@ from grpo.config.algorithm import AlgorithmConfig
 from grpo.config.combinations import check_combinations, check_rewards, check_schedules, check_vllm_sampling, scheduled
 from grpo.config.elsewhere import ELSEWHERE
 from grpo.config.load import apply_override, put, read_settings, read_text, write_yaml
+from grpo.config.optimizer import OptimizerConfig
 from grpo.config.sections import (
     SHAPES_OF_SOURCES,
     CheckpointConfig,
@@ -31,7 +32,6 @@ from grpo.config.sections import (
     LoRAConfig,
     MemoryConfig,
     ModelConfig,
-    OptimizerConfig,
     PreflightConfig,
     RewardConfig,
     RolloutConfig,

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from grpo.config.combinations import TASK_PREFIX, check_hub, check_watchdog
 from grpo.config.elsewhere import ELSEWHERE, SUPERVISED
+from grpo.config.optimizer import OptimizerConfig
 from grpo.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -18,7 +19,6 @@ from grpo.config.sections import (
     LoRAConfig,
     MemoryConfig,
     ModelConfig,
-    OptimizerConfig,
     PlaceConfig,
     RewardConfig,
     ScoringConfig,
@@ -73,10 +73,11 @@ class TrainingConfig(Section):
 class SupervisedOptimizerConfig(OptimizerConfig):
     learning_rate: PositiveFloat = 1e-5
     """Peak learning rate of AdamW. DeepSeek-R1: 5e-5; its distillation 1e-4 (1.5B) to 2e-5 (70B)."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """What the learning rate does after warm-up; linear and cosine end at final_rate_share with the last step."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """What the learning rate does after warm-up. All but constant end at final_rate_share with the last step; wsd (warm up, stay,
+    decay; MiniCPM, arXiv 2404.06395) stays at its peak and falls in a line at the end, over decay_share."""
     final_rate_share: float = Field(default=0.1, ge=0, le=1)
-    """Share of the peak rate at which linear and cosine end (DeepSeek-R1: a tenth)."""
+    """Share of the peak rate at which linear, cosine and wsd end (DeepSeek-R1: a tenth)."""
 
 
 class SupervisedEvaluationConfig(EvaluationConfig):

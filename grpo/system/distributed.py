@@ -426,6 +426,7 @@ def _quiet() -> None:
         huggingface_hub.utils.enable_progress_bars()  # which the line above takes away too: a download may take minutes
     for module in ("torch.distributed", "transformers"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")  # DeepSpeed's, at a checkpoint on a GPU
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
