@@ -19,7 +19,7 @@ from grpo.run.loop import Loop
 from grpo.run.preflight import PreflightRefused
 from grpo.scoring.reward import Reward
 from grpo.system.stopping import Interrupted
-from grpo.training.callback import Callback
+from grpo.training.callback import Callback, check_callbacks
 from grpo.training.learner import Learner
 from grpo.training.rollout import Advantage
 from grpo.training.state import Rollout
@@ -94,6 +94,7 @@ class Trainer(Loop):
         order: Order | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        check_callbacks(callbacks)
         resolved, given_model = settle(Config, config, tokenizer, settings or {})
         parts = assemble(
             resolved,

@@ -80,6 +80,10 @@ def test_options_win_over_the_run_and_a_model_without_one_is_sampled_as_r1_is_ev
     assert alone.sampling == Sampling(max_tokens=half, temperature=0.6, top_p=0.95)
     with pytest.raises(ValueError, match=rf"^--max-tokens is {half}; .* Set --max-tokens <= {half - 1}\."):
         alone.load(load_tokenizer(alone.model), longest_prompt=half + 1)
+    with pytest.raises(
+        ValueError, match=rf"^a prompt has {2 * half} tokens; .* knows {2 * half} positions, which leaves none"
+    ):
+        alone.load(load_tokenizer(alone.model), longest_prompt=2 * half)
     tokenizer = load_tokenizer(alone.model)
     assert alone.data(tokenizer, None, None).template == "chat"
     tokenizer.chat_template = None

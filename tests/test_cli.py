@@ -260,3 +260,37 @@ def test_a_disk_error_keeps_its_traceback_where_it_can_be_written(tmp_path: Path
     assert "raise full" in kept.read_text()
     with pytest.raises(FileNotFoundError), errors_for_users(tmp_path):
         (tmp_path / "missing").read_text()
+
+
+def test_a_folder_of_the_librarys_name_hides_it_from_no_process_of_a_run(tmp_path: Path):
+    """As beside a clone; for python -m the working directory comes first otherwise, and before an editable installation."""
+    (tmp_path / "grpo").mkdir()
+    (tmp_path / "grpo/__init__.py").write_text("raise SystemExit('the wrong one')")
+    environment = {**clean_environment(), "PYTHONPATH": str(ROOT)}
+    code = "from grpo.cli import launch; raise SystemExit(launch.run('grpo.cli.train', ['--help'], num_processes=2))"
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: train.py" in done.stdout
+    assert "the wrong one" not in done.stderr
+
+
+def test_ctrl_c_while_modules_are_imported_ends_the_process_with_its_exit_code():
+    """As some of them do, this one takes the KeyboardInterrupt for a fault of its own."""
+    code = """
+import os, signal
+from grpo.cli import launch
+with launch.ending_at_once():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000): pass
+    except KeyboardInterrupt:
+        raise ImportError("cannot load module more than once per process")
+"""
+    environment = {**clean_environment(), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (130, b"")
+    before = signal.getsignal(signal.SIGINT)
+    with launch.ending_at_once():
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before

@@ -408,7 +408,7 @@ def test_a_resumed_run_shows_the_curves_from_their_start():
 def test_without_a_terminal_there_are_plain_lines_and_nothing_else(capsys: pytest.CaptureFixture[str]):
     sink = console_sink(title="run", num_steps=2, first_step=0, reward_names=NAMES, rows=[])
     more = {"group/with_signal": 1.0, "completion/truncated": 0.0, "policy/kl": 5e-4}
-    of_answers = {"eval/pass@1": 0.25, "eval/length_mean": 20.5, "eval/truncated": 0.0}
+    of_answers = {"eval/pass@1": 0.25 + 2**-54, "eval/length_mean": 20.5, "eval/truncated": 0.0}
     sink.log(0, {"eval/accuracy": 0.25, "eval/accuracy_stderr": 0.125, **of_answers})
     sink.log_completions(1, [row(0, right=True)])
     sink.log(1, step(1, **more))

@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -221,6 +223,45 @@ def test_settings_by_name_go_over_a_configuration_a_file_and_a_shipped_one(tmp_p
         Config.of("Qwen/Qwen2.5-0.5B", {"run.step": 3})
     with pytest.raises(ValueError, match=r"--config is 'missing.yaml'; there is no such file"):
         Config.of("missing.yaml", {})
+
+
+def test_a_whole_section_keeps_what_is_not_named_of_it():
+    for own in ({"warmup_steps": 1}, {"warmup_steps": 1, "learning_rate": 3e-4}):
+        given = [
+            {"optimizer": own, "optimizer.learning_rate": 3e-4},
+            {"optimizer.learning_rate": 3e-4, "optimizer": own},
+        ]
+        for settings in given:
+            optimizer = Config.of("quickstart", settings).optimizer
+            assert (optimizer.learning_rate, optimizer.warmup_steps) == (3e-4, 1)
+    usual, named = Config.load("quickstart"), Config.load("quickstart", ["optimizer={warmup_steps: 1}"])
+    assert named.optimizer == usual.optimizer.model_copy(update={"warmup_steps": 1})
+    schedules = "schedules={rollout.temperature: {points: {0: 1.2, 4: 1.0}}}"
+    assert [*Config.load("quickstart", [schedules]).schedules] == ["rollout.temperature"]
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        (Callback(), r"callbacks is <.*Callback object at .*>; it is a list of callbacks"),
+        (
+            [lambda *_: None],
+            r"callbacks\[0\] is <function .*>, which has no on_step. Make it an object of a class that extends",
+        ),
+        ([Callback(), Callback], r"callbacks\[1\] is the class Callback. Hand over an object: Callback\(\)"),
+        ([type("Own", (), {"on_step": print})()], r"which has no on_evaluation"),
+    ],
+)
+def test_what_is_no_callback_is_refused_before_a_model_is_loaded(callbacks: Any, message: str):
+    for trainer in (Trainer, SupervisedTrainer):
+        with pytest.raises(ValueError, match=message):
+            trainer("nowhere/no-model", callbacks=callbacks)
+
+
+def test_a_level_that_was_set_before_the_library_is_imported_stays():
+    code = "import logging; logging.getLogger('grpo').setLevel(40); from grpo.system.terminal import logger; print(logger.level)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "40\n"
 
 
 STEP = {"time/step": 0.5, "reward/mean": 0.25}

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from grpo import assembly
 from grpo.cli import reject as command
-from grpo.config import DataConfig
+from grpo.config import Config, DataConfig
 from grpo.data.pass_rates import within_pass_rates
 from grpo.rejection.reject import table_of
 from grpo.rejection.rewriting import Kept, Rewriter, check_template, prompts_of, rewritten
@@ -297,6 +297,27 @@ def test_questions_may_be_a_file_or_a_configurations(tmp_path: Path):
         ValueError, match=r"--questions: not one of 3 questions can be asked: 3: answer cannot be graded"
     ):
         run(tmp_path / "c.jsonl", str(own), asked=few)
+
+
+def test_questions_that_the_run_has_left_out_are_not_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [json.loads(line) for line in (TINY / "train.jsonl").read_text().splitlines()[:4]]
+    rows[2]["question"] = "x y " * 300
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = Config.load("quickstart", [f"data.name={tmp_path / 'own.jsonl'}"])
+    (tmp_path / "own.yaml").write_text(config.to_yaml())
+    own = [
+        "--model",
+        str(TINY / "model"),
+        "--config",
+        str(tmp_path / "own.yaml"),
+        "--samples",
+        "2",
+        "--max-tokens",
+        "48",
+    ]
+    found = run(tmp_path / "rows.jsonl", "--require", "format=0", "--workers", "1", asked=own)
+    assert found["num_questions"] == 3
+    assert "without 1 of the questions: " in capsys.readouterr().out
 
 
 # ---- pass rates as a filter ------------------------------------------------------------------------------------------

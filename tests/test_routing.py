@@ -187,3 +187,18 @@ def test_a_run_pays_each_kind_with_its_own_reward(tmp_path: Path):
         own, other = ("accuracy", "format") if row["kind"] == "maths" else ("format", "accuracy")
         assert row["reward"] == row["rewards"][own]
         assert row["rewards"][other] is None
+
+
+def test_a_reward_of_a_program_takes_only_as_a_file_says_it():
+    asked = Reward(length, only={"kind": "maths", "level": 1})
+    assert asked.is_asked({"kind": "maths", "level": "1"})
+    assert not any(asked.is_asked({"kind": kind, "level": "1"}) for kind in ("math", "a", "th", ""))
+    assert Reward(length, only={"level": [1, "2"]}).is_asked({"level": "2"})
+    (of_file,) = resolve_rewards([RewardConfig(function="format", only={"level": [1, "2"]})])
+    assert of_file.only == Reward(length, only={"level": [1, "2"]}).only
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, "0.5", None, True])
+def test_a_weight_that_is_no_number_is_refused(weight: Any):
+    with pytest.raises(ValueError, match=r"reward length has the weight .*; it is a finite number"):
+        Reward(length, weight=weight)

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from grpo import SupervisedConfig, SupervisedTrainer
 from grpo.algorithm.batch import share_prompts
 from grpo.algorithm.loss import grpo_loss, token_weights
 from grpo.check import supervised
-from grpo.config import Config
+from grpo.config import Config, ModelConfig
 from grpo.config.supervised import RowsConfig, TrainingConfig
 from grpo.data.prompts import build_prompts
 from grpo.data.rows import load_rows
+from grpo.evaluation.benchmark import default_max_tokens
 from grpo.run import watchdog
 from grpo.sft.assembly import cross_entropy
 from grpo.sft.order import RowOrder, set_aside
@@ -64,6 +66,27 @@ def sft_settings(run_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:
 
 def sft_config(run_dir: Path, **sections: Any) -> SupervisedConfig:
     return SupervisedConfig(**sft_settings(run_dir, **sections))
+
+
+def test_the_settings_of_a_run_of_so_many_steps_can_be_read_again(tmp_path: Path):
+    config = sft_config(tmp_path, run={"dir": str(tmp_path), "steps": 3})
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    again = SupervisedConfig.load(tmp_path / "config.yaml")
+    assert again.run.steps == 3
+    assert "  epochs:" not in config.to_yaml()
+    assert SupervisedConfig.load(tmp_path / "config.yaml", ["run.resume=auto"]).to_yaml() != config.to_yaml()
+    assert "  epochs: 2.0" in sft_config(tmp_path).to_yaml()
+
+
+def test_answers_of_a_supervised_run_have_the_limit_of_its_own_evaluation(tmp_path: Path):
+    config = sft_config(
+        tmp_path, run={"dir": str(tmp_path)}, evaluation={"max_completion_tokens": 17, "num_questions": 2}
+    )
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    (tmp_path / "metrics.jsonl").touch()
+    checkpoint = tmp_path / "checkpoints/step-00000001"
+    shutil.copytree(TINY / "model", checkpoint / "hf")
+    assert default_max_tokens(ModelConfig(name=str(checkpoint / "hf")), 20) == 17
 
 
 @pytest.fixture(scope="module")

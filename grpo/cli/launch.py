@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,23 @@ LOOK_SECONDS = 0.1
 
 PROCESSES_PER_CORE = 4
 """Most that are started where there is no GPU: more is a slip of the finger, and stops the machine."""
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Within it Ctrl-C ends the process: modules that are imported may take a KeyboardInterrupt for a fault of theirs."""
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+EXIT_INTERRUPTED = 130
+
+SAFE_PATH = ["-P"]
+"""The working directory is no place to import from, as it is none for the command `grpo`: a folder `grpo` there, such as that of
+a clone, would hide the library."""
 
 
 def start_processes(module: str, wanted: int | None) -> None:
@@ -55,7 +73,7 @@ def train(make: Callable[[], Loop], module: str) -> int:
         if stopped.settings:  # out of memory: go on in a fresh process, in place of this one
             distributed.leave_environment()
             given = [*sys.argv[1:], "--processes", "1", "--set", *stopped.settings]
-            os.execv(sys.executable, [sys.executable, "-m", module, *given])
+            os.execv(sys.executable, [sys.executable, *SAFE_PATH, "-m", module, *given])
         exit_code = EXIT_STOPPED
     except PreflightRefused:  # on all processes; what is wrong has been printed
         exit_code = 1
@@ -103,7 +121,7 @@ def run(module: str, arguments: Sequence[str], *, num_processes: int) -> int:
         "LOCAL_WORLD_SIZE": str(num_processes),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
-    command = [sys.executable, "-m", module, *arguments]
+    command = [sys.executable, *SAFE_PATH, "-m", module, *arguments]
     processes: list[subprocess.Popen[bytes]] = []
     heard: list[int] = []
 

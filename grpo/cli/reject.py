@@ -96,6 +96,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     chosen = replace(chosen, settings=_with_questions(chosen.settings, options.questions))
     tokenizer = load_tokenizer(chosen.model)
     data = chosen.data(tokenizer, options.template, options.system)
+    if options.questions is None and options.template is None and options.system is None:  # as the run asked them
+        data.max_prompt_tokens = chosen.settings.data.max_prompt_tokens
     if data.name is None:
         raise ValueError(
             "--questions is missing; the model belongs to no run that has some. Name a file, or a YAML with data."

@@ -55,7 +55,8 @@ def dry_run(config: SupervisedConfig) -> int:
 
 
 def make_trainer(config: SupervisedConfig) -> SupervisedTrainer:
-    from grpo import SupervisedTrainer
+    with launch.ending_at_once():
+        from grpo import SupervisedTrainer
 
     return SupervisedTrainer(config)
 

@@ -64,7 +64,8 @@ def dry_run(config: Config) -> int:
 
 
 def make_trainer(config: Config) -> Trainer:
-    from grpo import Trainer
+    with launch.ending_at_once():
+        from grpo import Trainer
 
     return Trainer(config)
 

@@ -116,13 +116,15 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
 
 
 def put(settings: dict[str, Any], path: str, value: Any) -> None:
-    """Set what `path`, such as `run.steps` or `rewards.0.weight`, names.
+    """Set what `path`, such as `run.steps` or `rewards.0.weight`, names. A whole section keeps what is not named of it.
 
     Raises:
         ValueError: it leads through something that is no section.
     """
     node: Any = settings
     *parents, last = path.split(".")
+    if not parents and last != "schedules" and isinstance(value, dict) and isinstance(settings.get(last), dict):
+        value = settings[last] | value
     for name in parents:
         if isinstance(node, dict) and node.get(name) is None:
             node[name] = {}

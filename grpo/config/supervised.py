@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from grpo.config.combinations import TASK_PREFIX, check_hub, check_watchdog
 from grpo.config.elsewhere import ELSEWHERE, SUPERVISED
+from grpo.config.load import write_yaml
 from grpo.config.optimizer import OptimizerConfig
 from grpo.config.sections import (
     CheckpointConfig,
@@ -184,6 +185,13 @@ class SupervisedConfig(Settings):
                     f"evaluation.{name} is {value!r}; it has no effect while evaluation.num_questions is 0. Remove it, or set "
                     "evaluation.num_questions."
                 )
+
+    def to_yaml(self) -> str:
+        """Without training.epochs where run.steps is set: the file would say twice how long to train, and be refused."""
+        values = self.model_dump()
+        if self.run.steps is not None:
+            del values["training"]["epochs"]
+        return write_yaml(values)
 
     @property
     def max_sequence_tokens(self) -> int:

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import xxhash
 
-from grpo.config import Config, DataConfig, EnvironmentConfig, ModelConfig
+from grpo.config import DataConfig, EnvironmentConfig, ModelConfig
 from grpo.config.sections import ScoringConfig
 from grpo.data import registry as benchmarks
 from grpo.data.prompts import build_prompts
@@ -32,7 +32,7 @@ from grpo.evaluation.asked import PROMPT_FORMATS, Runtime, Settings, Task
 from grpo.evaluation.results import QUESTION_KEYS, as_json, conclude, earlier_results, seconds_of
 from grpo.evaluation.sample_file import Book, claimed, finished
 from grpo.inference import model as inference
-from grpo.inference.options import run_directory
+from grpo.inference.options import run_directory, settings_of
 from grpo.inference.resolve_model import num_positions
 from grpo.observe.bar import Bar, check_rows
 from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
@@ -260,7 +260,7 @@ def default_max_tokens(model: ModelConfig, longest_prompt: int) -> int:
         ValueError: the longest prompt leaves no room for a completion.
     """
     run = run_directory(model.name)
-    usual = MOST_TOKENS if run is None else Config.load(run / "config.yaml").sampling.max_tokens
+    usual = MOST_TOKENS if run is None else settings_of(run / "config.yaml").sampling.max_tokens
     positions = num_positions(model)
     if positions is None:
         return usual

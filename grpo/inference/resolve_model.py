@@ -74,6 +74,11 @@ class Chosen:
             ValueError: prompt and answer may have more positions than the model knows.
         """
         limit = num_positions(self.model)
+        if limit is not None and longest_prompt >= limit:
+            raise ValueError(
+                f"a prompt has {longest_prompt} tokens; {self.model.name} knows {limit} positions, which leaves none for an "
+                "answer. Shorten the question."
+            )
         if limit is not None and longest_prompt + self.sampling.max_tokens > limit:
             raise ValueError(
                 f"--max-tokens is {self.sampling.max_tokens}; with a prompt of {longest_prompt} tokens that is more than the "

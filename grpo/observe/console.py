@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import sys
 import tempfile
@@ -11,6 +12,7 @@ import traceback
 from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +115,9 @@ def show_evaluation(console: Console, step: int, metrics: Mapping[str, float]) -
 
 def _evaluation_words(values: Mapping[str, float]) -> Iterator[str]:
     """Each number once, with its standard error where it has one."""
-    told = {value for name, value in values.items() if f"{name}_stderr" in values}
+    told = [value for name, value in values.items() if f"{name}_stderr" in values]
     for name, value in values.items():
-        if name.endswith("_stderr") or (name == "pass@1" and value in told):
+        if name.endswith("_stderr") or (name == "pass@1" and any(map(partial(math.isclose, value), told))):
             continue
         error = values.get(f"{name}_stderr")
         yield f"{EVALUATION_WORDS.get(name, name)} {value:.3f}" + (f" ± {error:.3f}" if error is not None else "")

@@ -109,7 +109,9 @@ def process(arguments: Sequence[str]) -> Ended:
     before = {number: signal.signal(number, hand_on) for number in SIGNALS}
     try:
         if not heard:
-            child = subprocess.Popen([sys.executable, "-m", "grpo", *arguments], env={**os.environ, LAUNCHED: "1"})
+            child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "grpo", *arguments], env={**os.environ, LAUNCHED: "1"}
+            )
             for number in heard:  # while it was started
                 child.send_signal(number)
         code = EXIT_STOPPED if child is None else child.wait()

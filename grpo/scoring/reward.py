@@ -7,6 +7,7 @@ import difflib
 import functools
 import importlib.util
 import inspect
+import math
 import sys
 import textwrap
 import traceback
@@ -72,11 +73,12 @@ class Reward:
         name: in the metrics, reward/<name>; empty: the function's own.
         args: further keyword arguments.
         form: completion, texts or messages: how it is called; None: as its parameters say.
-        only: which questions it is asked about, by columns of the data, as in {"kind": ["maths"]}; empty: all.
+        only: which questions it is asked about, by columns of the data, as in {"kind": ["maths", "logic"]} or {"level": 1};
+            empty: all.
         made_with: what `function` was made with, where it is an object; a run that resumes compares it, as `args`.
 
     Raises:
-        ValueError: the function is a class, or there is no such form.
+        ValueError: the function is a class, the weight is not a finite number, or there is no such form.
     """
 
     function: Callable[..., Any]
@@ -84,7 +86,7 @@ class Reward:
     name: str = ""
     args: dict[str, Any] = field(default_factory=dict)
     form: Form | None = None
-    only: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    only: Mapping[str, Any] = field(default_factory=dict)
     made_with: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def is_asked(self, columns: Mapping[str, Any]) -> bool:
@@ -92,7 +94,7 @@ class Reward:
         return all(as_text(columns.get(name)) in values for name, values in self.only.items())
 
     def __post_init__(self) -> None:
-        """Raises ValueError if the function is a class, or there is no such form."""
+        """Raises ValueError: see the class."""
         if inspect.isclass(self.function):
             raise ValueError(
                 f"reward {self.function.__name__} is a class; a reward is a function, or an object that can be called. Hand over "
@@ -101,6 +103,15 @@ class Reward:
         if not self.name:
             function = _unwrapped(self.function)
             object.__setattr__(self, "name", getattr(function, "__name__", type(function).__name__))
+        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not math.isfinite(self.weight):
+            raise ValueError(f"reward {self.name} has the weight {self.weight!r}; it is a finite number. Correct it.")
+        several = {
+            name: [of] if isinstance(of, str) or not isinstance(of, Iterable) else list(of)
+            for name, of in self.only.items()
+        }
+        object.__setattr__(
+            self, "only", {name: [as_text(value) for value in values] for name, values in several.items()}
+        )
         if self.form is not None and self.form not in FORMS:
             raise ValueError(
                 f"reward {self.name} has the form {self.form!r}; it is {', '.join(FORMS)} or None. Correct it."

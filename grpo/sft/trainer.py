@@ -26,7 +26,7 @@ from grpo.run.loop import Loop
 from grpo.scoring.reward import Reward
 from grpo.sft.assembly import assemble
 from grpo.system.stopping import Interrupted
-from grpo.training.callback import Callback
+from grpo.training.callback import Callback, check_callbacks
 from grpo.training.learner import Learner
 from grpo.training.state import Rollout
 from grpo.types import Batch, Group, MicroBatch, Scores
@@ -70,6 +70,7 @@ class SupervisedTrainer(Loop):
         callbacks: Sequence[Callback] = (),
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        check_callbacks(callbacks)
         resolved, given_model = settle(SupervisedConfig, config, tokenizer, settings or {})
         parts = assemble(
             resolved,

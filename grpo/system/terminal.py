@@ -84,7 +84,8 @@ class ConsoleHandler(logging.Handler):
 
 
 if not logger.handlers:
-    logger.setLevel(logging.INFO)
+    if logger.level == logging.NOTSET:  # else somebody has said what they want to read
+        logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.addHandler(ConsoleHandler())
 

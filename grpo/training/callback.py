@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grpo.training.state import Rollout
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """
+    Raises:
+        ValueError: they are no list of callbacks.
+    """
+    if isinstance(callbacks, Callback) or not isinstance(callbacks, Sequence):
+        raise ValueError(f"callbacks is {callbacks!r}; it is a list of callbacks. Put it into one: callbacks=[...].")
+    for number, each in enumerate(callbacks):
+        if isinstance(each, type):
+            raise ValueError(
+                f"callbacks[{number}] is the class {each.__name__}. Hand over an object: {each.__name__}()."
+            )
+        lacks = [name for name in vars(Callback) if name.startswith("on_") and not callable(getattr(each, name, None))]
+        if lacks:
+            raise ValueError(
+                f"callbacks[{number}] is {each!r}, which has no {lacks[0]}. Make it an object of a class that extends "
+                "grpo.Callback, which has the methods that you leave out."
+            )
 
 
 class Callback:
