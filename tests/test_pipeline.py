@@ -388,7 +388,7 @@ def test_a_signal_is_handed_on_to_the_stage_and_two_do_not_share_a_directory(tmp
     monkeypatch.setattr(sys, "executable", str(script))
     assert process(["train"]) == Ended(75, was_asked=True)
     assert signal.getsignal(signal.SIGTERM) == before
-    script.write_text("#!/bin/sh\n[ $GRPO_LAUNCHED = 1 ] && [ \"$*\" = '-m grpo a b' ] && kill -KILL $$\n")
+    script.write_text("#!/bin/sh\n[ $GRPO_LAUNCHED = 1 ] && [ \"$*\" = '-P -m grpo a b' ] && kill -KILL $$\n")
     assert process(["a", "b"]) == Ended(137)
     plan = read_plan(folder_of(tmp_path / "small"), tmp_path / "out")
 

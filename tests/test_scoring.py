@@ -486,7 +486,7 @@ def test_workers_see_no_secrets_of_the_environment(monkeypatch: pytest.MonkeyPat
     [
         (
             "acuracy",
-            "there is accuracy, code, countdown, exact_match, format, judge, language, overlong, .*; did you mean accuracy?",
+            "there is accuracy, code, countdown, countdown_search, countdown_trials, exact_match, .*; did you mean accuracy?",
         ),
         ("check_answer", "there is accuracy"),
         ("no_such_module:f", "the module 'no_such_module' cannot be imported"),

@@ -9,7 +9,6 @@ stopped; 130 or 143: after Ctrl-C or SIGTERM.
 """
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -61,7 +60,6 @@ def main() -> None:
         at = compare.places(arguments.at_once)
     options = ["--main_process_port", "0", *arguments.launch]  # 0: one that is free
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m"]
-    os.environ["PYTHONSAFEPATH"] = "1"  # of the processes: see launch.SAFE_PATH
     exit_code = compare.carry_out(runs, [*launcher, "grpo.cli.train"], at=at)
     rows = compare.compare(runs)
     print(f"\n{compare.as_text(rows)}\n")

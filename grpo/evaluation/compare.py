@@ -70,6 +70,10 @@ def places(at_once: int) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each :][:each])} if gpus else {} for i in range(at_once)]
 
 
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""For the processes of runs: a folder `grpo` in the working directory would hide the library from `python -m`."""
+
+
 def carry_out(
     runs: Sequence[PlannedRun],
     command: Sequence[str],
@@ -159,7 +163,11 @@ class _Processes:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
             process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | place, start_new_session=True
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | SAFE_PATH | place,
+                start_new_session=True,
             )
         self._groups.add(process.pid)
         if self.asked is not None:  # since
