@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 import pytest
 from gpu import jobs
-from gpu.checks import CHECKS, QUICKSTART, Check, Failed, Machine, learns_judge, zero_judge
+from gpu.checks import CHECKS, QUICKSTART, Check, Failed, Machine, eight_bit_judge, learns_judge, sound, zero_judge
 from gpu.figures import Figure, at_equal_yardstick, documented, gain, table
-from gpu.jobs import Job, Result, in_order, run
+from gpu.jobs import Job, Result, in_order, log_of, run
 from helpers import ROOT, clean_environment
 
 from grpo.config import Config
@@ -259,6 +259,36 @@ def ran(directory: Path, name: str, rows: list[dict[str, Any]]) -> Result:
     (directory / name / "run").mkdir(parents=True)
     (directory / name / "run/metrics.jsonl").write_text("".join(json.dumps(STEP | row) + "\n" for row in rows))
     return Result(Job(name, ()), directory / name)
+
+
+def test_a_step_without_a_gap_is_sound_only_where_all_its_tokens_are_old(tmp_path: Path):
+    row = {"step": 1, "optimizer/loss": 0.0, "optimizer/skipped": 0}
+    (tmp_path / "run").mkdir()
+    result = Result(Job("turns/a", ()), tmp_path)
+    for extra, is_sound in (
+        ({}, False),
+        ({"rollout/staleness": 0.5}, False),
+        ({"rollout/staleness": 1.0}, True),
+        ({"policy/sampling_gap": 0.01}, True),
+    ):
+        (tmp_path / "run/metrics.jsonl").write_text(json.dumps(row | extra) + "\n")
+        if is_sound:
+            assert len(sound(result)) == 1
+        else:
+            with pytest.raises(Failed, match=r"turns/a: step 1: policy/sampling_gap inf, limit 0.04"):
+                sound(result)
+
+
+def test_8_bits_that_are_no_faster_fail_on_a_gpu_alone(tmp_path: Path):
+    lines = "native: 9 tokens in 1.00 s = 28,000 tokens/s\nnative, 8 bits: 9 tokens in 1.00 s = {:,} tokens/s\n"
+    for device, rate, passes in (("NVIDIA H200", 39_000, True), ("NVIDIA H200", 30_000, False), ("CPU", 20_000, True)):
+        log_of(tmp_path).write_text(f"{device}, torch\n" + lines.format(rate))
+        results = {"8-bit": Result(Job("8-bit", ()), tmp_path)}
+        if passes:
+            assert [each.value for each in eight_bit_judge(results)] == [28_000, rate]
+        else:
+            with pytest.raises(Failed, match=r"8-bit: not 1.2 times as fast"):
+                eight_bit_judge(results)
 
 
 @pytest.mark.parametrize(
