@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from grpo.observe.console import errors_for_users
 from grpo.system.heartbeat import PEER_LOST
-from grpo.system.stopping import EXIT_STOPPED, LAUNCHED, SIGNALS, Stopped
+from grpo.system.stopping import EXIT_INTERRUPTED, EXIT_STOPPED, LAUNCHED, SAFE_PATH, SIGNALS, Stopped
 
 if TYPE_CHECKING:
     from grpo.run.loop import Loop
@@ -38,13 +38,6 @@ def ending_at_once() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-EXIT_INTERRUPTED = 130
-
-SAFE_PATH = ["-P"]
-"""The working directory is no place to import from, as it is none for the command `grpo`: a folder `grpo` there, such as that of
-a clone, would hide the library."""
 
 
 def start_processes(module: str, wanted: int | None) -> None:
@@ -73,7 +66,7 @@ def train(make: Callable[[], Loop], module: str) -> int:
         if stopped.settings:  # out of memory: go on in a fresh process, in place of this one
             distributed.leave_environment()
             given = [*sys.argv[1:], "--processes", "1", "--set", *stopped.settings]
-            os.execv(sys.executable, [sys.executable, *SAFE_PATH, "-m", module, *given])
+            os.execv(sys.executable, [sys.executable, SAFE_PATH, "-m", module, *given])
         exit_code = EXIT_STOPPED
     except PreflightRefused:  # on all processes; what is wrong has been printed
         exit_code = 1
@@ -121,7 +114,7 @@ def run(module: str, arguments: Sequence[str], *, num_processes: int) -> int:
         "LOCAL_WORLD_SIZE": str(num_processes),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
-    command = [sys.executable, *SAFE_PATH, "-m", module, *arguments]
+    command = [sys.executable, SAFE_PATH, "-m", module, *arguments]
     processes: list[subprocess.Popen[bytes]] = []
     heard: list[int] = []
 

@@ -38,7 +38,7 @@ from grpo.scoring.answers import by_question, columns_of, is_right, verdict_name
 from grpo.scoring.statistics import Estimate, Values, estimate, mean_of_few
 from grpo.system.files import replace_text, to_json
 from grpo.system.jsonl import read_jsonl, read_metrics
-from grpo.system.stopping import EXIT_STOPPED, SIGNALS
+from grpo.system.stopping import EXIT_STOPPED, SAFE_PATH_VARIABLE, SIGNALS
 
 Row = dict[str, Any]
 Accuracy = dict[tuple[int, str], float]
@@ -68,10 +68,6 @@ def places(at_once: int) -> list[dict[str, str]]:
         )
     each = len(gpus) // at_once
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each :][:each])} if gpus else {} for i in range(at_once)]
-
-
-SAFE_PATH = {"PYTHONSAFEPATH": "1"}
-"""For the processes of runs: a folder `grpo` in the working directory would hide the library from `python -m`."""
 
 
 def carry_out(
@@ -166,7 +162,7 @@ class _Processes:
                 command,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=os.environ | SAFE_PATH | place,
+                env=os.environ | SAFE_PATH_VARIABLE | place,
                 start_new_session=True,
             )
         self._groups.add(process.pid)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from grpo.system import heartbeat
-from grpo.system.stopping import RunError
+from grpo.system.stopping import EXIT_INTERRUPTED, RunError
 from grpo.system.terminal import SilencedConsole, printable, say, show
 
 WIDE = 9
@@ -185,7 +185,7 @@ def errors_for_users(directory: Path | None = None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise SystemExit(130) from None  # as a shell counts SIGINT
+        raise SystemExit(EXIT_INTERRUPTED) from None
     except ValueError as error:
         if not _is_ours(Path(traceback.extract_tb(error.__traceback__)[-1].filename)):
             raise

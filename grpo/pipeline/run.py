@@ -17,7 +17,7 @@ from types import FrameType
 from grpo.pipeline import outcome, page
 from grpo.pipeline.lineage import FINISHED, Lineage
 from grpo.pipeline.stages import Plan, Stage
-from grpo.system.stopping import EXIT_STOPPED, LAUNCHED, SIGNALS
+from grpo.system.stopping import EXIT_STOPPED, LAUNCHED, SAFE_PATH, SIGNALS
 from grpo.system.terminal import say
 
 
@@ -110,7 +110,7 @@ def process(arguments: Sequence[str]) -> Ended:
     try:
         if not heard:
             child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "grpo", *arguments], env={**os.environ, LAUNCHED: "1"}
+                [sys.executable, SAFE_PATH, "-m", "grpo", *arguments], env={**os.environ, LAUNCHED: "1"}
             )
             for number in heard:  # while it was started
                 child.send_signal(number)

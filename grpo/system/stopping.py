@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # this module is imported before torch
 
 EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: start it again to go on."""
+EXIT_INTERRUPTED = 130
+"""After Ctrl-C before there was anything to save, as a shell counts SIGINT."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """From a user, a launcher, a closed terminal, and a scheduler that announces the end of a job's time."""
@@ -43,6 +45,12 @@ WATCH_SECONDS = 1.0
 
 LAUNCHED = "GRPO_LAUNCHED"
 """Set in the processes that a command here starts, so that a run saves and stops when that one is gone."""
+
+SAFE_PATH = "-P"
+"""Option of Python for these processes: the working directory is no place to import from, as it is none for the command `grpo`. A
+folder `grpo` there, such as that of a clone, would hide the library."""
+SAFE_PATH_VARIABLE = {"PYTHONSAFEPATH": "1"}
+"""The same for processes that another launcher starts."""
 
 LAUNCHERS = {
     "TORCHELASTIC_RUN_ID": "torchrun or accelerate",
