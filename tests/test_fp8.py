@@ -34,7 +34,6 @@ from grpo.inference.resolve_model import RULES, sampling_of
 from grpo.rejection.reject import _told
 from grpo.rollout import check_engine, fp8, make_generator, plain_kernels
 from grpo.rollout.engine import (
-    FP8_TOLERANCE,
     NativeGenerator,
     _teacher_forced,
     make_decoder,
@@ -431,7 +430,7 @@ def test_the_cache_leaves_room_for_the_copy(tmp_path: Path, monkeypatch: pytest.
 def test_the_limit_is_that_of_temperature_1_and_has_a_ceiling(tmp_path: Path):
     config = tiny_config(tmp_path, **IN_8_BITS)
     assert gap_limit(config, torch.float32, 0.02) == pytest.approx(0.06)
-    assert gap_limit(config, torch.float32, 5.0) == FP8_TOLERANCE  # whatever is rounded, that is another model
+    assert gap_limit(config, torch.float32, 5.0) == fp8.TOLERANCE  # whatever is rounded, that is another model
     policy = make_policy(tmp_path / "run", **IN_8_BITS)
     groups = make_generator(policy._config, policy).sample(some_prompts(6), Sampling(30), num_completions=2, seed=0)
     found = []

@@ -31,6 +31,9 @@ FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
 DIVISOR = 16
 """Of the sizes of a weight, by the rule of the GPU's products."""
+TOLERANCE = 0.6
+"""Mean gap in nats to the log-probabilities of all bits that 8 can explain: twice FORWARD_TOLERANCE of bfloat16. Ordinary text
+was 0.14 off with a model of 0.5B."""
 CAPABILITY = 8, 9
 """The first GPUs that multiply float8: Ada and Hopper."""
 

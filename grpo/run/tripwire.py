@@ -23,8 +23,7 @@ from grpo.algorithm.batch import micro_batch, pack
 from grpo.config import Config
 from grpo.data.prompts import TEMPLATES, build_prompts
 from grpo.policy.policy import Policy
-from grpo.rollout.engine import FP8_TOLERANCE
-from grpo.rollout.fp8 import rounded_products
+from grpo.rollout.fp8 import TOLERANCE, rounded_products
 from grpo.system.stopping import RunError
 from grpo.types import Batch, Completion, Generator, Group, Prompt
 
@@ -49,7 +48,7 @@ def gap_limit(config: Config, dtype: torch.dtype, rounding: float) -> float:
     """
     own, limit = config.algorithm.max_sampling_gap, max(GAP_LIMITS[dtype], GAP_FACTOR * rounding)
     if config.rollout.weights == "fp8":
-        limit = min(limit, FP8_TOLERANCE)
+        limit = min(limit, TOLERANCE)
     return limit / min(config.rollout.temperature, 1) if own is None else own
 
 
