@@ -164,6 +164,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     ([*EVALUATE, "--data", "mine=nope.jsonl"], r"--data mine is 'nope\.jsonl'; there is no such file"),
     ([*EVALUATE, "--data", "nope.jsonl"], r"--data has 'nope\.jsonl'; it reads NAME=FILE"),
     (
+        [*EVALUATE, "--data", "mine=sums.jsonl", "--out", "sums.jsonl"],
+        r"--out is 'sums\.jsonl', a file; an evaluation is a directory\. Name another",
+    ),
+    (
         [*EVALUATE, "--data", "mine=sums.jsonl", "--templates", "chatml"],
         r"--templates has 'chatml'; it is one of r1_zero",
     ),

@@ -69,6 +69,8 @@ def main() -> None:
             seed=arguments.seed,
             endpoint=arguments.endpoint,
         )
+        if arguments.out and Path(arguments.out).is_file():
+            raise ValueError(f"--out is {arguments.out!r}, a file; an evaluation is a directory. Name another.")
         from grpo.evaluation import benchmark, results
         from grpo.system import distributed
 
@@ -81,8 +83,6 @@ def main() -> None:
             trust_remote_code=arguments.trust_remote_code,
         )
         out = Path(arguments.out) if arguments.out else benchmark.default_out(settings.model)
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out is {str(out)!r}, a file; an evaluation is a directory. Name another.")
         found = benchmark.evaluate(settings, out, runtime, hosted)
     if os.environ.get("RANK", "0") == "0":
         say(
