@@ -160,7 +160,9 @@ def test_what_is_wrong_is_said_with_the_stages_name_before_anything_runs(tmp_pat
 
 
 def test_a_wrong_folder_override_or_comparison_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"'r1-tinny' is no folder of stages: .* comes with the library: r1, r1-tiny"):
+    with pytest.raises(
+        ValueError, match=r"'r1-tinny' is no folder of stages: .* comes with the library: gsm8k-warm, r1, r1-tiny"
+    ):
         read_plan("r1-tinny", None)
     with pytest.raises(ValueError, match=r"--set 'zro:run.steps=1': there is no stage 'zro', .* Did you mean zero\?"):
         read_plan("r1-tiny", None, ["zro:run.steps=1"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +19,14 @@ from grpo.cli import reject as command
 from grpo.config import Config, DataConfig
 from grpo.data.pass_rates import within_pass_rates
 from grpo.rejection.reject import table_of
-from grpo.rejection.rewriting import Kept, Rewriter, check_template, prompts_of, rewritten
+from grpo.rejection.rewriting import Kept, Rewriter, check_template, in_tags, prompts_of, rewritten
 from grpo.rejection.rules import Rules, falls_of_row, judge, pass_rate
 from grpo.rollout.grouping import all_at_once
 from grpo.system import distributed
 from grpo.system.jsonl import read_jsonl
 from grpo.types import Completion, Group, OnGroup, Prompt, Sampling
+from rewards import accuracy
+from rewards import format as well_formed
 
 ENGLISH = "How many coins are left?"
 GOOD = "<think>First add the nine to the five, which gives fourteen.</think> <answer>14</answer>"
@@ -413,6 +416,54 @@ def test_the_rewriting_model_sees_question_and_solution_and_no_gold_answer():
     assert prompt.seed != prompts_of([own], "Q {question} S {completion}", tokenizer, seed=1)[0].seed
     with pytest.raises(ValueError, match=r"^--rewrite-template has no \{completion\}; .* Add it\.$"):
         check_template("{question}", "--rewrite-template")
+
+
+@pytest.mark.parametrize(
+    ("sampled", "tagged"),
+    [
+        (r"So \(9 + 5 = \boxed{14}\).", r" <think> So \(9 + 5 = \boxed{14}\). </think> <answer> 14 </answer>"),
+        (
+            r"\boxed{3} and $\boxed{\frac{1}{2}}$",
+            r" <think> \boxed{3} and $\boxed{\frac{1}{2}}$ </think> <answer> \frac{1}{2} </answer>",
+        ),
+        ("It is 14.", None),  # what it commits to is not known
+        (r"<think>a</think> \boxed{14}", None),  # a form of its own
+        (r"The <answer> is \boxed{14}", None),
+    ],
+)
+def test_a_boxed_solution_becomes_one_in_tags(sampled: str, tagged: str | None):
+    own = row(sampled)
+    found = in_tags(own, kept().prompt)
+    assert found == (own if tagged is None else {**own, "completion": tagged, "original": sampled})
+
+
+def test_rows_are_kept_and_judged_as_they_are_in_tags(whole: Path, tmp_path: Path):
+    out = tmp_path / "rows.jsonl"
+    shutil.copytree(whole.with_suffix(".samples"), out.with_suffix(".samples"))
+    path = out.with_suffix(".samples") / "samples.jsonl"
+    rows = read_jsonl(path)
+    for number, each in enumerate(rows):  # as a model writes that knows boxes
+        code = "\n```python\nprint(9)\n```\n" if number % 2 else ""
+        text = re.sub(r"</?think>", code, each["completion"])
+        each["completion"] = re.sub(r"<answer>(.*?)</answer>", r"\\boxed{\1}", text)
+    path.write_text("".join(f"{json.dumps(each)}\n" for each in rows))
+    texts = {(each["row"], each["sample"]): each["completion"] for each in rows}
+    found = run(out, "--tags")
+    assert found["tags"] is True
+    assert found["any"]["code_in_thought"] > 0  # which only a thought can have
+    assert len(read_jsonl(out)) > 4
+    for each in read_jsonl(out):
+        assert accuracy(each["completion"], each["answer"]) == well_formed(each["completion"]) == 1
+        assert "prompt_ids" not in each
+        assert "completion_ids" not in each
+        assert each["original"] == texts[each["row"], each["sample"]]
+
+
+def test_tags_are_not_for_rows_that_a_model_rewrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = [*ASKED, "--out", str(tmp_path / "rows.jsonl"), "--tags", "--rewrite-with", str(TINY / "model")]
+    monkeypatch.setattr("sys.argv", ["grpo reject", *words])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
 
 
 class Replies:

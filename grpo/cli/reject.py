@@ -37,6 +37,8 @@ def main() -> None:
                 parser.error(
                     f"--{name.replace('_', '-')} has no effect without --rewrite-with. Leave it out, or name a model."
                 )
+    elif options.tags:
+        parser.error("--tags has no effect with --rewrite-with. Leave it out: --rewrite-template can ask for tags.")
     with errors_for_users():
         check_model(options.model)
         check_options(options)
@@ -106,7 +108,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     processes = distributed.join()
     rows = load_rows(data, reads_answer=reads_answer(rewards))[: options.num_questions]
     rates, left_out = within_pass_rates(rows, data)
-    asked = Asked(chosen.model, chosen.sampling, options.samples, options.seed, _rewriting(options, chosen.sampling))
+    asked = Asked(
+        chosen.model, chosen.sampling, options.samples, options.seed, _rewriting(options, chosen.sampling), options.tags
+    )
     scoring = chosen.settings.scoring.model_copy(update={"num_workers": options.workers})
     with make_scorer(rewards, columns=columns_of(rows), sampling=chosen.sampling, scoring=scoring) as scorer:
         reasons = processes.on_main(lambda: check_rows(scorer, rows))
@@ -243,6 +247,11 @@ def _parser() -> argparse.ArgumentParser:
         help="which rows of a question, where more pass; default: %(default)s, in the order of sampling",
     )
     rewriting = parser.add_argument_group("rewriting")
+    rewriting.add_argument(
+        "--tags",
+        action="store_true",
+        help="write each answer in the paper's form: the text between think tags, its last \\boxed{} between answer tags",
+    )
     rewriting.add_argument("--rewrite-with", metavar="M", help="a model that rewrites the kept rows; as --model")
     rewriting.add_argument("--rewrite-template", metavar="FILE", help="text with {question} and {completion}")
     rewriting.add_argument("--rewrite-temperature", type=float, metavar="T", help="default: 0.6, with top-p 0.95")

@@ -61,6 +61,7 @@ OPTIONS = {
         "max_loop",
         "pass_rate",
         "choose",
+        "tags",
         "rewrite_with",
         "rewrite_template",
         "rewrite_temperature",

@@ -29,7 +29,7 @@ from grpo.evaluation.asked import Runtime
 from grpo.evaluation.sample_file import SAMPLES
 from grpo.inference import model as inference
 from grpo.policy.tokenizer import load_tokenizer
-from grpo.rejection.rewriting import Kept, Rewriter, check_template, fall_of, prompts_of
+from grpo.rejection.rewriting import Kept, Rewriter, check_template, fall_of, in_tags, prompts_of
 from grpo.rejection.rules import OPTIONS, Fall, Rules, falls_of_row, judge, pass_rate
 from grpo.rejection.sampling import Row, by_question, claim, sample, seed_of
 from grpo.run.inputs import digests
@@ -60,6 +60,7 @@ class Asked:
     num_samples: int
     seed: int = 0
     rewriting: Rewriting | None = None
+    tags: bool = False  # kept rows are written in the paper's form: see rewriting.in_tags
 
     def __post_init__(self) -> None:
         """Raises ValueError: settings that contradict each other."""
@@ -125,7 +126,9 @@ def reject(
         )
         table = Table()
         special = special_tokens(tokenizer)
-        kept = processes.on_main(lambda: _choose(prompts, samples, rules, required, special, table, out, source))
+        kept = processes.on_main(
+            lambda: _choose(prompts, samples, rules, required, special, table, out, source, tags=asked.tags)
+        )
         if asked.rewriting is not None:
             _rewrite(asked, kept, scorer, rules, required, rewrites, runtime, table, out, source)
         found = processes.on_main(lambda: _concluded(asked, rules, required, table, source, out))
@@ -200,6 +203,8 @@ def _choose(
     table: Table,
     out: Path,
     source: Row,
+    *,
+    tags: bool,
 ) -> list[Kept]:
     """Write the rows that are kept, those that are dropped, and the pass rates; returns the kept ones."""
     by_row = {prompt.row: prompt for prompt in prompts}
@@ -211,6 +216,7 @@ def _choose(
     ):
         for number, rows in by_question(samples / SAMPLES):
             prompt = by_row[number]
+            rows = [in_tags(row, prompt) for row in rows] if tags else rows
             rate = pass_rate(rows, required)
             rate_row(_rate_row(prompt, rows, rate))
             table.num_questions += 1
@@ -281,6 +287,9 @@ def output_row(prompt: Prompt, row: Row, rate: float | None, source: Row) -> Row
         "pass_rate": rate,
         "source": source,
     }
+    if "original" in row:  # what was sampled is another text
+        del own["prompt_ids"], own["completion_ids"]
+        own["original"] = row["original"].removeprefix(prompt.prefill)
     columns = {f"data_{name}" if name in own else name: _plain(value) for name, value in prompt.columns.items()}
     return columns | own
 
@@ -386,11 +395,8 @@ def _replace(
 
 def _rewritten_row(own: Kept, attempt: Row, source: Row) -> Row:
     """Without ids: its tokens are another model's."""
-    row = output_row(
-        own.prompt, {**own.row, **attempt, "row": own.prompt.row, "sample": own.row["sample"]}, own.pass_rate, source
-    )
-    del row["prompt_ids"], row["completion_ids"]
-    return {**row, "original": own.row["completion"].removeprefix(own.prompt.prefill)}
+    names = {"row": own.prompt.row, "sample": own.row["sample"], "original": own.row["completion"]}
+    return output_row(own.prompt, {**own.row, **attempt, **names}, own.pass_rate, source)
 
 
 # ---- what it came to -------------------------------------------------------------------------------------------------
@@ -405,6 +411,7 @@ def _concluded(
         "seed": asked.seed,
         "sampling": _told(asked.sampling),
         "rules": {**asdict(rules), "require": dict(required), "pass_rate": list(rules.pass_rate)},
+        "tags": asked.tags,
         "rewritten_by": None if asked.rewriting is None else asked.rewriting.model.name,
         **{name: dict(value) if isinstance(value, Counter) else value for name, value in vars(table).items()},
         "rows": _checksum(out),

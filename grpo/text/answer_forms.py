@@ -69,11 +69,16 @@ def committed_answer(completion: str) -> str:
     start = completion.rfind("<answer>", 0, max(end, 0))
     if start >= 0:
         return completion[start + len("<answer>") : end].strip()
-    boxes = list(_BOX.finditer(completion))
-    if boxes:
-        return _until_closed(completion[boxes[-1].end() :])
+    if (boxed := boxed_answer(completion)) is not None:
+        return boxed
     lines = [line.strip() for line in completion.splitlines() if line.strip()]
     return lines[-1] if lines else ""
+
+
+def boxed_answer(completion: str) -> str | None:
+    r"""The content of the last `\boxed{}`; None if there is none."""
+    boxes = list(_BOX.finditer(completion))
+    return _until_closed(completion[boxes[-1].end() :]) if boxes else None
 
 
 def _until_closed(text: str) -> str:
