@@ -124,7 +124,8 @@ class MappedMemory:
                 break
             except torch.OutOfMemoryError:
                 if last:
-                    raise
+                    gib = self._size / 2**30
+                    raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to map {gib:.2f} GiB.") from None
             torch.cuda.empty_cache()  # torch keeps what it has freed
         return handle.value
 
