@@ -25,6 +25,10 @@ On-policy distillation, in which a teacher stands where the reference does:
 
     python benchmarks/step.py --size 0.5b --teacher 1.5b --set memory.micro_batch_tokens=32768
 
+Keys and values that are given back before the update; the peaks of the phases, and what giving back and taking again takes:
+
+    python benchmarks/step.py --size 0.5b --set memory.micro_batch_tokens=32768 memory.release_kv_cache=true
+
 Lengths as a model has them that ends by itself, of --mean-tokens on average and a tail up to --new-tokens, where
 rollout.carry_over counts; two runs side by side, by the mean of their steps:
 
@@ -89,8 +93,10 @@ from workload import (
 from grpo import Config, Trainer
 from grpo.check.dry_run import policy_that
 from grpo.config import write_yaml
+from grpo.rollout.engine import NativeGenerator
 from grpo.rollout.grouping import all_at_once
-from grpo.system import distributed
+from grpo.system import distributed, mapped_memory
+from grpo.system.mapped_memory import MappedMemory
 from grpo.types import Completion, Group, MicroBatch, OnGroup, Prompt, Sampling
 
 GIB = 2**30
@@ -266,6 +272,9 @@ class MadeUp:
     def sync(self) -> None:
         """The completions do not depend on the weights."""
 
+    def release_memory(self) -> None:
+        """They take none."""
+
     def metrics(self) -> dict[str, float]:
         return {}
 
@@ -292,11 +301,16 @@ class Watch:
         self.processes, self.model = trainer.processes, model
         self.passes: list[MicroBatch] = []
         self.reserved = 0
+        self.kv_seconds: dict[str, float] = {}  # of a step, by what was done with the memory of keys and values
+        if (memory := released_memory(trainer)) is not None:
+            for method in ("take", "release"):
+                around(memory, method, partial(timed, self.kv_seconds, method))
         before(trainer.policy, "logprobs", self.passes.append)
         before(torch.cuda, "reset_peak_memory_stats", self._keep_reserved)  # the trainer's phases each begin with it
 
     def _keep_reserved(self, *_: Any) -> None:
-        self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())  # 0 without a GPU
+        now = torch.cuda.max_memory_reserved() + mapped_memory.taken_bytes()  # 0 without a GPU
+        self.reserved = max(self.reserved, now)
 
     def end_step(self) -> dict[str, float]:
         """Since the last call: TFLOP of the update, the mean over processes, and GiB reserved, on the process that has most."""
@@ -305,7 +319,16 @@ class Watch:
         flops, reserved = zip(*self.processes.gather(mine), strict=True)
         self.passes.clear()
         self.reserved = 0
-        return {"update/tflop": sum(flops) / len(flops) / 1e12, "memory/reserved": max(reserved) / GIB}
+        kv_seconds = {f"kv/{method}": seconds for method, seconds in self.kv_seconds.items()}
+        self.kv_seconds.clear()
+        return {"update/tflop": sum(flops) / len(flops) / 1e12, "memory/reserved": max(reserved) / GIB} | kv_seconds
+
+
+def released_memory(trainer: Trainer) -> MappedMemory | None:
+    """What memory.release_kv_cache gives back."""
+    generator = trainer.collector.generator
+    decoder = generator._decoder if isinstance(generator, NativeGenerator) else None
+    return None if decoder is None else decoder.cache.memory
 
 
 def before(owner: Any, method: str, act: Callable[..., Any]) -> None:
@@ -413,6 +436,10 @@ def describe(record: dict[str, Any]) -> str:
         peak = record["peak_gib"] if phase == "step" else peaks.get(phase)
         lines.append(f"{phase:10}{seconds:10.3f}{seconds / record['step']:8.0%}{_or_dash(peak, 10)}")
     lines.append(f"reserved from the device at most: {record['reserved_gib']:.2f} GiB\n")
+    if "kv/take" in middle:
+        took = {method: f"{1000 * middle[f'kv/{method}']:.1f} ms" for method in ("take", "release")}
+        held = f"{middle['rollout/kv_gib']:.2f} GiB"
+        lines.append(f"keys and values, {held}: taken in {took['take']}, released in {took['release']} of a step\n")
     for phase in ("rollout", "update")[record["update_only"] :]:
         rate = middle[f"throughput/{phase}"]
         read = f", {rate / processes * (1 - middle['batch/shared']):,.0f} of them read" if phase == "update" else ""

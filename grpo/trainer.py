@@ -129,6 +129,8 @@ class Trainer(Loop):
         step = self.step
         if step.rollout is None:
             self._sample()
+        else:  # resumed within the step, maybe with an evaluation before it
+            self.collector.generator.release_memory()
         self.processes.check_same("numbers of passes", [len(passes) for passes in step.minibatches])
         with self._time("step"):
             with self._time("update"):

@@ -285,6 +285,10 @@ class Generator(Protocol):
         """Out of memory, sample half as many completions at once from now on; what changed, in words. None: it cannot be less."""
         ...
 
+    def release_memory(self) -> None:
+        """Give back the GPU memory that sampling alone needs, where the settings say so; the next `sample` takes it again."""
+        ...
+
     def metrics(self) -> dict[str, float]:
         """The rollout/ metrics of the last call of `sample`; see grpo/observe/metrics.py."""
         ...

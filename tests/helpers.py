@@ -156,6 +156,9 @@ class FixedGenerator:
     def sync(self) -> None:
         """The completions do not depend on the weights."""
 
+    def release_memory(self) -> None:
+        """They take none."""
+
     def metrics(self) -> dict[str, float]:
         return {}
 

@@ -35,6 +35,9 @@ class Wrong:
     def sync(self) -> None:
         self.engine.sync()
 
+    def release_memory(self) -> None:
+        self.engine.release_memory()
+
     def metrics(self) -> dict[str, float]:
         return {}
 

@@ -129,6 +129,9 @@ class Scripted:
     def sync(self) -> None:
         """Nothing depends on weights."""
 
+    def release_memory(self) -> None:
+        """It has none."""
+
     def metrics(self) -> dict[str, float]:
         return {}
 

@@ -15,15 +15,18 @@ WORTHWHILE = 0.75
 """Passes that stay larger than this share of what they were are not worth a try."""
 
 
-def advice(phase: str, config: Config, *, world_size: int, kv_gib: tuple[float, float] | None = None) -> list[str]:
+def advice(
+    phase: str, config: Config, *, world_size: int, kv_gib: tuple[float, float] | None = None, on_gpu: bool = False
+) -> list[str]:
     """Changes that lower the peak of `phase`, each with its numbers, the cheapest first.
 
     Args:
         phase: loading, or a phase of the step; see `LADDERS`.
         kv_gib: what the native engine holds for keys and values on a process, and the fewest it works with.
+        on_gpu: whether the memory is a GPU's.
     """
     rungs = LADDERS.get(phase, LADDERS["update"])
-    found = [rung(config, world_size=world_size, kv_gib=kv_gib) for rung in rungs]
+    found = [rung(config, world_size=world_size, kv_gib=kv_gib, on_gpu=on_gpu) for rung in rungs]
     return [text for text in found if text is not None]
 
 
@@ -59,6 +62,13 @@ def _kv_cache(config: Config, *, kv_gib: tuple[float, float] | None, **_: Any) -
     setting = config.memory.kv_cache_gib
     now = f"null ({held:.3g} GiB)" if setting is None else f"{setting:g}"
     return _change("memory.kv_cache_gib", now, f"{then:.3g}", "fewer completions run at once")
+
+
+def _release_kv_cache(config: Config, *, kv_gib: tuple[float, float] | None, on_gpu: bool, **_: Any) -> str | None:
+    if kv_gib is None or not on_gpu or config.memory.release_kv_cache:
+        return None
+    why = f"the {kv_gib[0]:.3g} GiB of keys and values are free from the end of sampling on"
+    return _change("memory.release_kv_cache", False, True, why)
 
 
 def _max_sequences(config: Config, *, world_size: int, **_: Any) -> str | None:
@@ -170,8 +180,18 @@ def _checkpointing(config: Config, **_: Any) -> str | None:
 LADDERS: dict[str, list[Rung]] = {
     "loading": [_offload, _four_bits, _zero_stage, _smaller_model],
     "rollout": [_16_bits, _kv_cache, _max_sequences, _offload, _four_bits, _zero_stage, _completion_length],
-    "logprobs": [_micro_batch, _chunk, _sequence_parallel, _offload, _four_bits, _zero_stage, _completion_length],
+    "logprobs": [
+        _release_kv_cache,
+        _micro_batch,
+        _chunk,
+        _sequence_parallel,
+        _offload,
+        _four_bits,
+        _zero_stage,
+        _completion_length,
+    ],
     "update": [
+        _release_kv_cache,
         _micro_batch,
         _chunk,
         _checkpointing,

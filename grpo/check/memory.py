@@ -30,6 +30,7 @@ from grpo.observe.console import print_of_rank
 from grpo.policy.policy import Policy
 from grpo.rollout.engine import NativeGenerator
 from grpo.run.loop import Loop
+from grpo.system import mapped_memory
 from grpo.system.distributed import GIB, Processes, TrainingProcesses
 from grpo.system.out_of_memory import is_out_of_memory
 from grpo.trainer import Trainer
@@ -181,15 +182,19 @@ class GpuMemory:
     total: float | None
     resident: float  # largest resident memory that a process ever had on the host
     processes: int
+    released: float = 0.0  # GiB for keys and values that are not taken now, and will be (memory.release_kv_cache)
 
     @classmethod
     def now(cls, processes: Processes) -> GpuMemory:
         on_gpu = processes.device.type == "cuda"
         mine = torch.cuda.mem_get_info(processes.device) if on_gpu else None
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-        everyone = processes.gather((mine, resident))
-        free, total = min(each for each, _ in everyone) if on_gpu else (None, None)
-        return cls(free and free / GIB, total and total / GIB, max(each for _, each in everyone), processes.world_size)
+        everyone = processes.gather((mine, resident, mapped_memory.released_bytes() / GIB))
+        free, total = min(each for each, *_ in everyone) if on_gpu else (None, None)
+        _, residents, released = zip(*everyone, strict=True)
+        return cls(
+            free and free / GIB, total and total / GIB, max(residents), processes.world_size, released=max(released)
+        )
 
 
 def measured(trainer: Loop) -> GpuMemory:
@@ -218,9 +223,15 @@ def fits(memory: GpuMemory) -> list[str]:
         return [
             f"It fits. The largest process took {memory.resident:.2f} GiB of this machine's memory; there is no GPU."
         ]
+    released = (
+        f" Keys and values of {memory.released:.1f} GiB are released until the next rollout (memory.release_kv_cache), which "
+        "takes them from what is free and, where it has to, from what PyTorch keeps. Peaks while sampling and scoring count them."
+        if memory.released
+        else ""
+    )
     return [
         f"It fits. Of the fullest GPU's {memory.total:.1f} GiB {memory.free:.1f} are free, with all that PyTorch keeps for the "
-        "next step. Peaks are what tensors took at once."
+        "next step. Peaks are what tensors took at once." + released
     ]
 
 
@@ -269,7 +280,8 @@ def _advise(config: Config, phase: str, trainer: Loop | None, world_size: int) -
     generator = trainer.collector.generator if isinstance(trainer, Trainer) else None
     generator = generator.inner if isinstance(generator, TurnGenerator) else generator
     kv_gib = generator.kv_gib if isinstance(generator, NativeGenerator) else None
-    return advice(phase, config, world_size=world_size, kv_gib=kv_gib)
+    on_gpu = trainer is not None and trainer.processes.device.type == "cuda"
+    return advice(phase, config, world_size=world_size, kv_gib=kv_gib, on_gpu=on_gpu)
 
 
 WHERE = {

@@ -151,6 +151,9 @@ class Replay:
         """It takes no memory."""
         return None
 
+    def release_memory(self) -> None:
+        """It has none."""
+
     def metrics(self) -> dict[str, float]:
         """Nothing was sampled."""
         return {}

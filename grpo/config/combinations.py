@@ -545,9 +545,11 @@ def _check_engine_settings(config: Config) -> None:
             f"vllm.url is {vllm.url!r}; it is not an address like http://127.0.0.1:8000. Set it to where the server listens."
         )
     engine = config.rollout.engine
-    native = {"memory.kv_cache_gib": config.memory.kv_cache_gib, "rollout.fused_layers": config.rollout.fused_layers}
-    for setting, value in native.items():
-        if engine in ("hf", "vllm") and value is not None and value is not True:
+    native = (config.memory, "kv_cache_gib"), (config.memory, "release_kv_cache"), (config.rollout, "fused_layers")
+    for section, name in native if engine in ("hf", "vllm") else ():
+        value = getattr(section, name)
+        if value != type(section).model_fields[name].default:
+            setting = f"{'memory' if section is config.memory else 'rollout'}.{name}"
             raise ValueError(
                 f"{setting} is {value}; only the native engine reads it, and rollout.engine is {engine}. Remove it."
             )

@@ -37,6 +37,10 @@ ELSEWHERE = {
         ("warmup_ratio", "lr_warmup_steps"): "optimizer.warmup_steps",
         ("max_grad_norm", "grad_clip"): "optimizer.max_grad_norm",
         ("use_vllm", "vllm_mode"): "rollout.engine: vllm, and vllm.mode; the native engine needs neither",
+        (
+            "free_cache_engine",
+            "vllm_enable_sleep_mode",
+        ): "memory.release_kv_cache, of the native engine; vLLM in the training processes always sleeps between rollouts",
         ("vllm_gpu_memory_utilization", "gpu_memory_utilization"): "vllm.gpu_memory_utilization",
         (
             "gradient_checkpointing",

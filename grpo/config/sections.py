@@ -405,8 +405,13 @@ class MemoryConfig(Section):
     max_sequences: PositiveInt = 256
     """Completions that one process samples at once. Raising it uses the GPU better, and takes memory for keys and values."""
     kv_cache_gib: PositiveFloat | None = None
-    """Memory of one process for the native engine's keys and values, kept through the run. With less than max_sequences
-    completions need, fewer run at once. null: what they need, or half of what is free once the policy is loaded."""
+    """Memory of one process for the native engine's keys and values, kept through the run if release_kv_cache is false. With less
+    than max_sequences completions need, fewer run at once. null: what they need, or half of what is free once the policy is
+    loaded."""
+    release_kv_cache: bool = False
+    """true: that memory goes back to the GPU after each rollout and is taken again for the next, so that the reference and the
+    update have it. The peak is then the largest phase, and not the largest with keys and values besides: kv_cache_gib may be
+    larger than by default, or the passes may. Takes some time in each step. Samples do not depend on it. Needs a GPU."""
 
 
 class DistributedConfig(Section):

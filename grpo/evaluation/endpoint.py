@@ -268,6 +268,9 @@ class HostedModel:
     def halve(self) -> str | None:
         return None
 
+    def release_memory(self) -> None:
+        """It has none here."""
+
     def metrics(self) -> dict[str, float]:
         return {}
 

@@ -106,7 +106,8 @@ METRICS = {
     "time/scoring": "seconds of it that scoring took beyond sampling, alongside which it runs",
     "time/logprobs": "seconds of it spent on dealing sequences to processes, and on old and reference log-probabilities",
     "time/update": "seconds of it spent in forward and backward passes and optimizer steps",
-    "memory/step": "most GPU memory in GiB that tensors took at once in the step, on the fullest process; CUDA only",
+    "memory/step": "most GPU memory in GiB that tensors took at once in the step, on the fullest process; CUDA only. "
+    "Keys and values count until memory.release_kv_cache gives them back",
     "memory/rollout": "the same while sampling; what vLLM takes beside PyTorch's allocator is not in it",
     "memory/scoring": "the same while waiting for scores",
     "memory/logprobs": "the same while computing old and reference log-probabilities",

@@ -150,6 +150,10 @@ class Rewriter:
         """See Generator."""
         return self.generator.halve()
 
+    def release_memory(self) -> None:
+        """See Generator."""
+        self.generator.release_memory()
+
     def metrics(self) -> dict[str, float]:
         return self.generator.metrics()
 

@@ -17,15 +17,21 @@ def check_engine(config: Config) -> None:
     """Whether `rollout.engine` can run here, as far as that can be told before a model is loaded.
 
     Raises:
-        ValueError: its package or its server is not there, or it has no rollout.weights fp8 of this model on this machine.
+        ValueError: its package or its server is not there, or it has no rollout.weights fp8 of this model on this machine; or
+            memory.release_kv_cache is set and there is no GPU.
     """
     if config.rollout.engine == "vllm":
         from grpo.rollout.vllm import check_available
 
         check_available(config)
-    if config.rollout.weights == "fp8":
-        import torch
+    import torch
 
+    if config.memory.release_kv_cache and not torch.cuda.is_available():
+        raise ValueError(
+            "memory.release_kv_cache is true; it gives GPU memory back to the reference and the update, and torch sees no GPU "
+            "here. Remove it."
+        )
+    if config.rollout.weights == "fp8":
         from grpo.policy.model_source import model_config
         from grpo.rollout.fp8 import unsupported_here
 

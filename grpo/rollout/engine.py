@@ -61,6 +61,7 @@ class NativeGenerator:
         self.kv_cache_gib = config.memory.kv_cache_gib
         self.fused = config.rollout.fused_layers
         self.in_8_bits = config.rollout.weights == "fp8"
+        self.can_release = config.memory.release_kv_cache
         self.ending = Ending(policy.tokenizer, policy.end_token_ids)
         self._metrics: dict[str, float] = {}
         self._wanted_kv_gib = 0.0, 0.0  # and the fewest
@@ -74,6 +75,7 @@ class NativeGenerator:
         for each in policy.processes.gather(problem):  # one process alone would leave the others waiting
             if each is not None:
                 raise ValueError(each)
+        self.release_memory()
 
     def sync(self) -> None:
         self.policy.sync()
@@ -100,6 +102,11 @@ class NativeGenerator:
             f"going on with {self.max_sequences} completions at once and {gib:.3g} GiB for keys and values; "
             f"memory.max_sequences={self.max_sequences} memory.kv_cache_gib={gib:.3g} starts so"
         )
+
+    def release_memory(self) -> None:
+        """See Generator: with memory.release_kv_cache, that of keys and values."""
+        if self._decoder is not None:
+            self._decoder.cache.release()
 
     def metrics(self) -> dict[str, float]:
         """See Generator."""
@@ -154,6 +161,7 @@ class NativeGenerator:
         with self.policy.sampling_model("paged") as lm:
             longest = max(len(start.prompt.token_ids) + token_limit(start.prompt, sampling) for start in starts)
             decoder = self._decoder_for(lm, longest)
+            decoder.cache.take()
             call = Call(decoder, self.ending, starts, sampling, seed=seed, listener=listener, step=step)
             call.run()
         self._metrics = call.metrics()
@@ -176,6 +184,7 @@ class NativeGenerator:
             gib=self.kv_cache_gib,
             fused=self.fused and can_fuse(lm.config),
             reserved=fp8.num_bytes(lm) if self.in_8_bits else 0,
+            can_release=self.can_release,
         )
 
 
@@ -428,6 +437,7 @@ def make_decoder(
     gib: float | None,
     fused: bool,
     reserved: int = 0,
+    can_release: bool = False,
     kind: type[D] = Decoder,  # type: ignore[assignment]
 ) -> D:
     """A decoder whose cache holds `num_slots` sequences of full length, or as much as there is memory for.
@@ -435,6 +445,7 @@ def make_decoder(
     Args:
         gib: GiB for the cache; None: as much as is needed, but at most half of what is free.
         reserved: bytes of what is free that are spoken for.
+        can_release: see PagedCache.
 
     Raises:
         ValueError: there is not enough memory for the fewest sequences that always come to an end.
@@ -458,7 +469,7 @@ def make_decoder(
             f"and values of {FEWEST_SEQUENCES} sequences of {pages_each * PAGE} tokens take {needed / GIB:.3g}. {remedy}, lower "
             "data.max_prompt_tokens or rollout.max_completion_tokens, or raise distributed.zero_stage on more GPUs."
         )
-    cache = PagedCache(**shape, num_pages=num_pages, dtype=weight.dtype, device=weight.device)
+    cache = PagedCache(**shape, num_pages=num_pages, dtype=weight.dtype, device=weight.device, can_release=can_release)
     return kind(lm, cache, num_slots=num_slots, pages_each=pages_each, end_token_ids=end_token_ids, fused=fused)
 
 

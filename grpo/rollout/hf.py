@@ -43,6 +43,9 @@ class HFGenerator:
         self.max_sequences //= 2
         return f"going on with {self.max_sequences} completions at once; memory.max_sequences={self.max_sequences} starts so"
 
+    def release_memory(self) -> None:
+        """See Generator; keys and values are gone at the end of each call."""
+
     @torch.no_grad()
     def sample(
         self,

@@ -25,6 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from grpo.policy.attention import check_arguments, varlen_attention
 from grpo.rollout import plain_kernels
+from grpo.system.mapped_memory import MappedMemory
 
 PAGE = 64
 """Positions in a page. On average half a page per completion stays empty; smaller pages cost more lookups."""
@@ -38,7 +39,11 @@ def num_pages_for(num_tokens: int) -> int:
 
 
 class PagedCache:
-    """Keys and values of `num_pages` pages; each `(layers, pages, kv_heads, PAGE, head_dim)`."""
+    """Keys and values of `num_pages` pages; each `(layers, pages, kv_heads, PAGE, head_dim)`.
+
+    Args:
+        can_release: let `release` give their memory back; on a GPU.
+    """
 
     def __init__(
         self,
@@ -49,9 +54,16 @@ class PagedCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        can_release: bool = False,
     ) -> None:
-        shape = (num_layers, num_pages, num_kv_heads, PAGE, head_dim)
-        self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
+        shape = (2, num_layers, num_pages, num_kv_heads, PAGE, head_dim)
+        self.memory: MappedMemory | None = None
+        if can_release:
+            self.memory = MappedMemory(math.prod(shape) * dtype.itemsize, device)
+            both = self.memory.tensor().view(dtype).view(shape)
+            self.keys, self.values = both[0], both[1]
+        else:
+            self.keys, self.values = (_zeros(shape[1:], dtype, device) for _ in range(2))
 
     @staticmethod
     def bytes_per_page(*, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -60,6 +72,20 @@ class PagedCache:
     @property
     def num_bytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
+
+    def release(self) -> None:
+        """Give the memory back, if it can be. Until `take` nobody may read or write a page."""
+        if self.memory is not None:
+            self.memory.release()
+
+    def take(self) -> None:
+        """Have memory for all pages, at the addresses that they have had; where it had been released, they are zeros.
+
+        Raises:
+            torch.OutOfMemoryError: others have it.
+        """
+        if self.memory is not None:
+            self.memory.take()
 
     def copy(self, sources: Tensor, targets: Tensor) -> None:
         """Copy pages in every layer; both (N,) page numbers. Some at a time: what is read exists twice while it is written."""

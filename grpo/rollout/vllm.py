@@ -37,6 +37,9 @@ class VLLMGenerator:
         """See Generator; its memory is vLLM's own to manage."""
         return None
 
+    def release_memory(self) -> None:
+        """See Generator; an engine on the GPU that trains gives its memory back at the end of each call."""
+
     def sample(
         self,
         prompts: list[Prompt],

@@ -24,7 +24,7 @@ from grpo.policy.lora import check_quantization
 from grpo.policy.model_source import with_resolved_name
 from grpo.policy.policy import Policy
 from grpo.policy.tokenizer import check_context, check_positions, check_vocabulary, load_tokenizer
-from grpo.rollout import make_generator
+from grpo.rollout import check_engine, make_generator
 from grpo.run import checkpoint, inputs
 from grpo.run.checkpoint import Checkpoints
 from grpo.run.held_out import HeldOut
@@ -99,6 +99,7 @@ def assemble(
     )
     if asks:
         check_context(shared)
+        check_engine(shared)
     check_family(config.model)
     check_sinks(config)
     check_quantization(config)

@@ -102,6 +102,8 @@ class SupervisedTrainer(Loop):
         self._check_open()
         if self.stop.reason:
             raise Interrupted(self.stop.reason)
+        if self.collector is not None:  # which an evaluation has sampled with
+            self.collector.generator.release_memory()
         step = self.step
         with self._time("step"), self._time("update"):
             rows = self.order.draw()

@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers.integrations import unset_hf_deepspeed_config
 
 from grpo.config import Config
-from grpo.system import heartbeat, hub_access
+from grpo.system import heartbeat, hub_access, mapped_memory
 from grpo.system.files import GIB
 from grpo.system.terminal import say
 
@@ -139,11 +139,11 @@ class Processes:
     def reset_peak_memory(self) -> None:
         """Let `peak_memory_gib` start from what is allocated now."""
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+            mapped_memory.reset_peak(self.device)
 
     def peak_memory_gib(self) -> float | None:
         """Most GPU memory that this process's tensors took at once since the reset; None without a GPU."""
-        return torch.cuda.max_memory_allocated(self.device) / GIB if self.device.type == "cuda" else None
+        return mapped_memory.peak_bytes(self.device) / GIB if self.device.type == "cuda" else None
 
     def synchronize(self) -> None:
         """Wait until the GPU has done what was asked of it, so that a clock tells its time."""

@@ -132,6 +132,8 @@ class Collector:
     ) -> tuple[list[Group], Scores]:
         """Draw questions, sample and score, until the batch is full or no more may be drawn. Every process calls it.
 
+        Then the generator releases its memory: the reference and the update come next.
+
         Args:
             draw: this process's share of the next so many questions, with what may be sampled beside them.
             signal: (P,) which groups are worth a place in the batch.
@@ -158,6 +160,7 @@ class Collector:
             scores.append(collected[1])
             for name, value in self.generator.metrics().items():
                 meter.mean(name, torch.tensor(value))
+        self.generator.release_memory()
         every = join_scores(scores)
         measure_rollout(meter, groups, every)
         if sampler.limit > sampler.num_prompts:

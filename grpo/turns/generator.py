@@ -276,6 +276,10 @@ class TurnGenerator:
         """See Generator."""
         return self.inner.halve()
 
+    def release_memory(self) -> None:
+        """See Generator."""
+        self.inner.release_memory()
+
     def metrics(self) -> dict[str, float]:
         """See Generator."""
         return self._metrics

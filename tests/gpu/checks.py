@@ -160,10 +160,14 @@ def engine_jobs(machine: Machine) -> list[Job]:
     engines = {
         "native": ("rollout.engine=native",),
         "native unfused": ("rollout.engine=native", "rollout.fused_layers=false"),
+        "native released": ("rollout.engine=native", "memory.release_kv_cache=true"),
         "hf": ("rollout.engine=hf",),
         "vllm": ("rollout.engine=vllm",),
     }
-    skip = {"vllm": "" if find_spec("vllm") else "vllm is not installed"}
+    skip = {
+        "vllm": "" if find_spec("vllm") else "vllm is not installed",
+        "native released": "needs a GPU" if machine.on_cpu else "",
+    }
     return [
         training(machine, f"engines/{name}", *settings, "run.steps=2", skip=skip.get(name, ""))
         for name, settings in engines.items()
