@@ -138,7 +138,12 @@ def assemble(
         in_use.toolbox.log_to(directory / "tools.log")
     called = [] if in_use is None else in_use.toolbox.runners
     given = processes.on_main(
-        lambda: inputs.digests(prompts.prompts, held_out, functions, tools=called, environment=surroundings)
+        lambda: inputs.digests(
+            *(prompts.prompts, held_out, functions),
+            tools=called,
+            environment=surroundings,
+            own={"advantage": advantage, "loss": loss, "order": order},
+        )
     )
     checkpoints = Checkpoints(directory / "checkpoints", config, processes, given=given)
     found = checkpoint.find(checkpoints.directory, config, processes, given=given)

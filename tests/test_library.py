@@ -5,12 +5,14 @@ import logging
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from grpo.observe.console import LineSink
 from grpo.observe.screen import console_sink
 from grpo.policy.given_model import GivenModel
 from grpo.report.figures import plot_curves
+from grpo.run import inputs
 from grpo.system.jsonl import read_jsonl, read_metrics
 from grpo.system.stopping import Stopped
 from grpo.system.terminal import logger, say
@@ -351,6 +354,78 @@ def test_an_optimizer_and_an_advantage_by_function_are_those_that_train(tmp_path
     )
     assert torch.equal(weights_of(again), weights_of(trainer))
     again.close()
+
+
+def plain(rewards: torch.Tensor) -> torch.Tensor:
+    return rewards - rewards.nanmean(1, keepdim=True)
+
+
+def doubled(rewards: torch.Tensor) -> torch.Tensor:
+    return 2 * plain(rewards)
+
+
+def backwards(epoch: int, rows: list[dict[str, Any]]) -> list[int]:
+    return [*range(len(rows))][::-1]
+
+
+def negative(tokens: LossInputs) -> torch.Tensor:
+    return -tokens.logprobs * tokens.advantages
+
+
+@pytest.mark.parametrize(
+    ("argument", "given", "then", "said"),
+    [
+        ("advantage", plain, None, "the advantage (was plain, is the library's)"),
+        ("advantage", plain, doubled, "the advantage (was plain, is doubled)"),
+        ("loss", negative, None, "the loss (was negative, is the library's)"),
+        ("loss", None, negative, "the loss (was the library's, is negative)"),
+        ("order", backwards, None, "the order (was backwards, is the library's)"),
+    ],
+)
+def test_a_resume_with_another_function_than_the_run_began_with_is_refused_unless_it_is_accepted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], argument: str, given: Any, then: Any, said: str
+):
+    auto = {"run.resume": "auto", "rollout.max_completion_tokens": 4}
+    own(tmp_path, settings=auto, **{argument: given}).train()
+    own(tmp_path, settings=auto, **{argument: given}).close()
+    with pytest.raises(ValueError, match=rf"{re.escape(said)} changed since .* run.accept_changes=true to go on"):
+        own(tmp_path, settings=auto, **{argument: then})
+    accepted = auto | {"run.accept_changes": True, "run.steps": 2}
+    own(tmp_path, settings=accepted, **{argument: then}).train()
+    assert f"warning: from here on {said} are others than up to step-00000001" in capsys.readouterr().out
+    own(tmp_path, settings=auto | {"run.steps": 2}, **{argument: then}).close()
+
+
+def test_two_functions_of_one_name_are_told_apart_by_what_they_do_and_were_made_with():
+    def power(exponent: float) -> Any:
+        return lambda rewards: rewards**exponent
+
+    def counted() -> Any:
+        calls = 0
+
+        def count(rewards: torch.Tensor) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            return rewards
+
+        return count
+
+    def changed(before: Any, now: Any) -> list[str]:
+        first, second = (inputs.digests([], [], [], own={"advantage": each}) for each in (before, now))
+        return inputs.changed(first, second)
+
+    assert changed(power(2.0), power(2.0)) == []
+    assert changed(power(2.0), power(3.0)) == ["the advantage"]
+    assert changed(partial(plain), partial(plain)) == []
+    assert changed(partial(pow, 2), partial(pow, 3)) == ["the advantage"]
+    assert changed(lambda rewards: rewards + 1, lambda rewards: rewards + 2) == ["the advantage"]
+    assert changed(lambda rewards: rewards + 1, lambda rewards: rewards + 1) == []
+    used = counted()
+    used(torch.ones(1))
+    assert changed(counted(), used) == []  # a counter is no setting
+    assert changed(plain, None) == ["the advantage"]
+    older = inputs.digests([], [], [])  # which says nothing of functions
+    assert inputs.changed(older, inputs.digests([], [], [], own={"advantage": plain})) == []
 
 
 def test_held_out_questions_that_nothing_asks_and_steps_that_are_all_done_are_said(

@@ -50,13 +50,15 @@ def restore(
     if processes.rank < written.num_processes:  # one more keeps the states it started with; sampling seeds its own
         _restore_random_states(load_tensors(checkpoint / "random" / f"rank-{processes.rank}.pt"))
     where = RunState(**{field.name: saved[field.name] for field in fields(RunState) if field.name in saved})
-    others = inputs.QUESTIONS in inputs.changed(saved.get("given") or given, given)  # run.accept_changes: other rows
-    if others:
+    changed = inputs.changed(saved.get("given") or given, given)  # which run.accept_changes has let pass
+    if inputs.QUESTIONS in changed:
         where.solved, where.hopeless = [], []
+    asks_others = inputs.QUESTIONS in changed or inputs.OWN["order"] in changed  # at the places to come
+    if asks_others:
         where.ahead = []
     together = saved["config"]["distributed"].get("sequence_parallel", 1)
     step = _under_way(checkpoint / "under_way", written.num_processes, policy.processes, together_before=together)
-    step.drafts = {} if others else _drafts(checkpoint / "drafts", written.num_processes, where, processes)
+    step.drafts = {} if asks_others else _drafts(checkpoint / "drafts", written.num_processes, where, processes)
     if _limit(saved["config"]) != max_completion_tokens:
         step.drafts = {
             place: drafts for place, drafts in step.drafts.items() if not any(each.dialogue for each in drafts)
