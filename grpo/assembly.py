@@ -142,7 +142,7 @@ def assemble(
             *(prompts.prompts, held_out, functions),
             tools=called,
             environment=surroundings,
-            own={"advantage": advantage, "loss": loss, "order": order},
+            own={"advantage": advantage, "loss": loss, "optimizer": optimizer, "order": order},
         )
     )
     checkpoints = Checkpoints(directory / "checkpoints", config, processes, given=given)

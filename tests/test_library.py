@@ -29,6 +29,7 @@ from grpo.data.order import PromptOrder
 from grpo.observe.console import LineSink
 from grpo.observe.screen import console_sink
 from grpo.policy.given_model import GivenModel
+from grpo.policy.model_source import complete_checkpoints
 from grpo.report.figures import plot_curves
 from grpo.run import inputs
 from grpo.system.jsonl import read_jsonl, read_metrics
@@ -372,6 +373,18 @@ def negative(tokens: LossInputs) -> torch.Tensor:
     return -tokens.logprobs * tokens.advantages
 
 
+def gentle(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.99))
+
+
+def gentler(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.999))
+
+
+def descent(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, momentum=0.5)
+
+
 @pytest.mark.parametrize(
     ("argument", "given", "then", "said"),
     [
@@ -380,6 +393,8 @@ def negative(tokens: LossInputs) -> torch.Tensor:
         ("loss", negative, None, "the loss (was negative, is the library's)"),
         ("loss", None, negative, "the loss (was the library's, is negative)"),
         ("order", backwards, None, "the order (was backwards, is the library's)"),
+        ("optimizer", None, gentle, "the optimizer (was the library's, is gentle)"),
+        ("optimizer", gentle, gentler, "the optimizer (was gentle, is gentler)"),
     ],
 )
 def test_a_resume_with_another_function_than_the_run_began_with_is_refused_unless_it_is_accepted(
@@ -394,6 +409,25 @@ def test_a_resume_with_another_function_than_the_run_began_with_is_refused_unles
     own(tmp_path, settings=accepted, **{argument: then}).train()
     assert f"warning: from here on {said} are others than up to step-00000001" in capsys.readouterr().out
     own(tmp_path, settings=auto | {"run.steps": 2}, **{argument: then}).close()
+
+
+@pytest.mark.parametrize(
+    ("given", "then", "names"), [(descent, None, ("SGD", "AdamW")), (None, descent, ("AdamW", "SGD"))]
+)
+def test_an_optimizer_that_cannot_take_up_the_state_of_another_is_refused_before_a_model_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any, then: Any, names: tuple[str, str]
+):
+    auto = {"run.resume": "auto", "rollout.max_completion_tokens": 4}
+    saved = own(tmp_path, settings=auto, optimizer=given).train()
+    was, now = names
+    with pytest.raises(
+        ValueError, match=rf"^optimizer is {now}; .*/step-00000001 holds the state of {was}, which {now} ca"
+    ):
+        own(tmp_path, settings=auto | {"run.accept_changes": True}, optimizer=then)
+    monkeypatch.setattr(Trainer, "_policy_class", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=r"; the optimizer \(was .*\) changed since .* was written"):
+        own(tmp_path, settings=auto, optimizer=then)
+    assert complete_checkpoints(saved.parent)[-1] == saved
 
 
 def test_two_functions_of_one_name_are_told_apart_by_what_they_do_and_were_made_with():

@@ -101,6 +101,7 @@ class Checkpoints:
             "world_size": self.processes.world_size,
             "config": self.config.model_dump(mode="json"),
             "given": self.given,
+            "optimizer": type(policy.engine.basic_optimizer).__name__,
         }
         self._pending = _Pending(final, writer, record)
         writer.start()

@@ -28,7 +28,7 @@ from grpo.turns.runner import Runner
 from grpo.types import Prompt
 
 QUESTIONS, HELD_OUT = "the training questions", "held-out questions"
-OWN = {name: f"the {name}" for name in ("advantage", "loss", "order")}
+OWN = {name: f"the {name}" for name in ("advantage", "loss", "optimizer", "order")}
 """Argument of Trainer that is a function -> what a person calls it."""
 LIBRARY = "the library's"
 
@@ -60,7 +60,7 @@ def digests(
 
 def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
     """What is not as it was; a set of held-out questions of another size is another set, and older checkpoints do not say whose
-    advantage, loss and order they were written with."""
+    of OWN they were written with."""
     return [
         name
         for name in sorted(before.keys() | now.keys())
