@@ -1,5 +1,6 @@
 """The library as people use it: from a model's name, with settings by name, callbacks, and metrics as a table."""
 
+import gc
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Mapping
 from copy import deepcopy
 from functools import partial
@@ -27,6 +29,7 @@ from grpo.algorithm.objective import Objective
 from grpo.algorithm.own_loss import use_loss
 from grpo.data.order import PromptOrder
 from grpo.observe.console import LineSink
+from grpo.observe.rundir import DirectoryLock
 from grpo.observe.screen import console_sink
 from grpo.policy.given_model import GivenModel
 from grpo.policy.model_source import complete_checkpoints
@@ -428,6 +431,114 @@ def test_an_optimizer_that_cannot_take_up_the_state_of_another_is_refused_before
     with pytest.raises(ValueError, match=r"; the optimizer \(was .*\) changed since .* was written"):
         own(tmp_path, settings=auto, optimizer=then)
     assert complete_checkpoints(saved.parent)[-1] == saved
+
+
+HERE = "another trainer of this process is at work there, and two would overwrite each other's files. Close it"
+
+
+def test_two_trainers_of_one_process_do_not_share_a_directory(tmp_path: Path):
+    auto = {"run.resume": "auto", "rollout.max_completion_tokens": 4}
+    first = own(tmp_path, settings=auto)
+    with pytest.raises(ValueError, match=rf"^run.dir is '.*/run'; {re.escape(HERE)}"):
+        own(tmp_path, settings=auto)
+    first.train_step()  # the other has taken nothing from it
+    with pytest.raises(ValueError, match=re.escape(HERE)):
+        own(tmp_path, settings=auto)
+    first.close()
+    second = own(tmp_path, settings=auto)
+    second.train()
+    own(tmp_path, settings=auto).close()  # a run that has ended is over
+
+
+def test_a_trainer_that_nobody_holds_on_to_is_in_nobodys_way(tmp_path: Path):
+    auto = {"run.resume": "auto", "rollout.max_completion_tokens": 4}
+    dropped = own(tmp_path, settings=auto)
+    dropped.train_step()
+    again = weakref.ref(dropped)
+    del dropped
+    own(tmp_path, settings=auto).close()
+    assert again() is None
+
+
+class Fails(Callback):
+    def on_step(self, step: int, metrics: Mapping[str, float], rollout: Rollout) -> None:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("method", ["train", "train_step"])
+def test_a_trainer_that_has_failed_lets_another_in_and_does_not_go_on_beside_it(tmp_path: Path, method: str):
+    auto = {"run.resume": "auto", "run.steps": 4, "rollout.max_completion_tokens": 4}
+    failed = own(tmp_path, settings=auto, callbacks=[Fails()])
+    for _ in range(2):  # it may be tried again while nobody else is there
+        with pytest.raises(ZeroDivisionError):
+            getattr(failed, method)()
+    other = own(tmp_path, settings=auto)
+    with pytest.raises(ValueError, match=re.escape(HERE)):
+        getattr(failed, method)()
+    other.train_step()
+    other.close()
+    with pytest.raises(RuntimeError, match=r"^this trainer has failed, and another has been at work in .*/run since"):
+        getattr(failed, method)()
+    failed.close()
+
+
+def test_a_trainer_that_could_not_be_made_lets_another_in(tmp_path: Path):
+    auto = {"run.resume": "auto"}
+    with pytest.raises(ValueError, match=r"^optimizer returned int") as kept:
+        own(tmp_path, settings=auto, optimizer=lambda parameters: 1)
+    own(tmp_path, settings=auto).close()
+    assert kept.tb is not None  # as a notebook keeps it
+
+
+class Stops(Callback):
+    """Asks to stop, and sees whether another could take the directory while where the run stands is saved."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.refused = 0
+
+    def on_step(self, step: int, metrics: Mapping[str, float], rollout: Rollout) -> None:
+        raise KeyboardInterrupt
+
+    def on_save(self, step: int, checkpoint: Path) -> None:
+        with pytest.raises(ValueError, match=re.escape(HERE)):
+            DirectoryLock().take(self.directory)
+        self.refused += 1
+
+
+def test_a_run_that_is_stopped_has_its_directory_until_it_is_saved(tmp_path: Path):
+    stops = Stops(tmp_path / "run")
+    auto = {"run.resume": "auto", "run.steps": 4, "rollout.max_completion_tokens": 4}
+    with pytest.raises(Stopped):
+        own(tmp_path, settings=auto, callbacks=[stops]).train()
+    assert stops.refused == 1
+    own(tmp_path, settings=auto).close()
+
+
+def test_what_refers_to_itself_alone_holds_no_directory(tmp_path: Path):
+    lock = DirectoryLock()
+    lock.take(tmp_path)
+    lock.itself = lock  # type: ignore[attr-defined] # as a trainer is part of what its model calls
+    gc.disable()
+    try:
+        del lock
+        DirectoryLock().take(tmp_path)
+    finally:
+        gc.enable()
+
+
+def test_a_forked_process_does_not_unlock_its_parents_directory(tmp_path: Path):
+    lock = DirectoryLock()
+    lock.take(tmp_path)
+    child = os.fork()
+    if child == 0:
+        lock.release()
+        os._exit(0)
+    os.waitpid(child, 0)
+    with pytest.raises(ValueError, match=re.escape(HERE)):
+        DirectoryLock().take(tmp_path)
+    lock.release()
+    DirectoryLock().take(tmp_path)
 
 
 def test_two_functions_of_one_name_are_told_apart_by_what_they_do_and_were_made_with():
