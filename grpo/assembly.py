@@ -21,7 +21,7 @@ from grpo.data.rows import load_rows, missing, prepare_rows
 from grpo.observe import rundir
 from grpo.observe.bar import check_rows
 from grpo.observe.metric_names import check_reward_names
-from grpo.observe.rundir import RunLog
+from grpo.observe.rundir import DirectoryLock, RunLog
 from grpo.observe.sinks import check_sinks
 from grpo.policy.families import check_family
 from grpo.policy.given_model import GivenModel
@@ -82,6 +82,7 @@ class Parts(RunParts):
 def assemble(
     config: Config,
     *,
+    lock: DirectoryLock,
     rewards: Sequence[Callable[..., Any] | Reward | str] | None,
     tools: Sequence[Given] | None = None,
     environment: Make | None = None,
@@ -96,6 +97,9 @@ def assemble(
     given_model: GivenModel | None = None,
 ) -> Parts:
     """The parts of a Trainer; see there.
+
+    Args:
+        lock: which is taken of the run's directory.
 
     Raises:
         ValueError: whatever is wrong with the settings, the data or the rewards; before the model is loaded.
@@ -132,13 +136,18 @@ def assemble(
     questions = _questions(config, processes, tokenizer, functions, train_dataset, eval_dataset, order, in_use)
     prompts, held_out, scorer = questions.order, questions.held_out, questions.scorer
 
-    directory = Path(processes.on_main(lambda: str(rundir.claim(config.run))))
+    directory = Path(processes.on_main(lambda: str(rundir.claim(config.run, lock))))
     scorer.log_to(directory / "rewards.log")
     if in_use is not None:
         in_use.toolbox.log_to(directory / "tools.log")
     called = [] if in_use is None else in_use.toolbox.runners
     given = processes.on_main(
-        lambda: inputs.digests(prompts.prompts, held_out, functions, tools=called, environment=surroundings)
+        lambda: inputs.digests(
+            *(prompts.prompts, held_out, functions),
+            tools=called,
+            environment=surroundings,
+            own={"advantage": advantage, "loss": loss, "optimizer": optimizer, "order": order},
+        )
     )
     checkpoints = Checkpoints(directory / "checkpoints", config, processes, given=given)
     found = checkpoint.find(checkpoints.directory, config, processes, given=given)

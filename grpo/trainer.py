@@ -14,8 +14,9 @@ from grpo.assembly import Rows, assemble, settle
 from grpo.config import Config
 from grpo.data.order import Order
 from grpo.observe.metrics import step_metrics
+from grpo.observe.rundir import DirectoryLock
 from grpo.policy.policy import MakeOptimizer, Policy
-from grpo.run.loop import Loop
+from grpo.run.loop import Loop, at_work
 from grpo.run.preflight import PreflightRefused
 from grpo.scoring.reward import Reward
 from grpo.system.stopping import Interrupted
@@ -69,7 +70,8 @@ class Trainer(Loop):
         tokenizer: that of a loaded model; None: the one that lies where the model was loaded from.
 
     Raises:
-        ValueError: whatever is wrong with the settings, the data or the rewards; before the model is loaded.
+        ValueError: something is wrong with the settings, the data or the rewards, or another trainer is at work in the run's
+            directory; before the model is loaded.
     """
 
     config: Config
@@ -96,35 +98,38 @@ class Trainer(Loop):
     ) -> None:
         check_callbacks(callbacks)
         resolved, given_model = settle(Config, config, tokenizer, settings or {})
-        parts = assemble(
-            resolved,
-            rewards=rewards,
-            tools=tools,
-            environment=environment,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            policy_class=self._policy_class,
-            learner_class=self._learner_class,
-            optimizer=optimizer,
-            advantage=advantage,
-            loss=loss,
-            order=order,
-            given_model=given_model,
-        )
-        super().__init__(parts, callbacks)
-        self.config = parts.config
-        self.prompts, self.rollouts, self.collector = parts.prompts, parts.rollouts, parts.collector
-        self.preflight, self.held_out, self.toolbox = parts.preflight, parts.held_out, parts.toolbox
-        self._begin(parts.found, self.config, self.collector)
+        self._lock = DirectoryLock()
+        with self._lock.released_on_error():
+            parts = assemble(
+                resolved,
+                lock=self._lock,
+                rewards=rewards,
+                tools=tools,
+                environment=environment,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                policy_class=self._policy_class,
+                learner_class=self._learner_class,
+                optimizer=optimizer,
+                advantage=advantage,
+                loss=loss,
+                order=order,
+                given_model=given_model,
+            )
+            super().__init__(parts, callbacks)
+            self.config = parts.config
+            self.prompts, self.rollouts, self.collector = parts.prompts, parts.rollouts, parts.collector
+            self.preflight, self.held_out, self.toolbox = parts.preflight, parts.held_out, parts.toolbox
+            self._begin(parts.found, self.config, self.collector)
 
+    @at_work
     def train_step(self) -> dict[str, float]:
         """Sample a rollout, score it, and update the policy on it; the step's metrics over all processes.
 
         Raises:
             Interrupted: on all processes; only within `train`, which handles what asks for it.
-            RuntimeError: the trainer has ended.
+            ValueError, RuntimeError: see `train`.
         """
-        self._check_open()
         self._follow_schedules()
         step = self.step
         if step.rollout is None:

@@ -466,15 +466,16 @@ def test_what_was_begun_of_other_questions_or_answered_under_another_limit_is_no
     trainer.close()
     limit = trainer.config.rollout.max_completion_tokens
     questions = read_jsonl(QUESTIONS)
-    for rows, tokens, kept in (
-        (questions, limit, [place, later]),
-        (questions, limit - 1, [place]),
-        (questions[50:], limit, []),
+    for rows, tokens, order, kept in (
+        (questions, limit, None, [place, later]),
+        (questions, limit - 1, None, [place]),
+        (questions[50:], limit, None, []),
+        (questions, limit, lambda epoch, rows: range(len(rows)), []),
     ):
         rollout = {**CARRIES["rollout"], "max_completion_tokens": tokens}
         run = {"steps": 3, "resume": "auto", "accept_changes": True}
         config = tiny_config(tmp_path / "run", **{**settings, "rollout": rollout, "run": run})
-        resumed = Trainer(config, train_dataset=rows)
+        resumed = Trainer(config, train_dataset=rows, order=order)
         resumed.close()
         assert resumed.state.step == 1
         assert sorted(resumed.step.drafts) == kept

@@ -557,8 +557,9 @@ def test_a_pass_that_cannot_be_smaller_is_an_error(tmp_path: Path):
 HOLDS_THE_LOCK = """
 import sys
 from grpo.config import RunConfig
-from grpo.observe.rundir import claim
-claim(RunConfig(dir=sys.argv[1], steps=1, resume="auto"))
+from grpo.observe.rundir import DirectoryLock, claim
+lock = DirectoryLock()
+claim(RunConfig(dir=sys.argv[1], steps=1, resume="auto"), lock)
 print("holds", flush=True)
 sys.stdin.read()
 """

@@ -1,16 +1,20 @@
 """The library as people use it: from a model's name, with settings by name, callbacks, and metrics as a table."""
 
+import gc
 import json
 import logging
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +29,12 @@ from grpo.algorithm.objective import Objective
 from grpo.algorithm.own_loss import use_loss
 from grpo.data.order import PromptOrder
 from grpo.observe.console import LineSink
+from grpo.observe.rundir import DirectoryLock
 from grpo.observe.screen import console_sink
 from grpo.policy.given_model import GivenModel
+from grpo.policy.model_source import complete_checkpoints
 from grpo.report.figures import plot_curves
+from grpo.run import inputs
 from grpo.system.jsonl import read_jsonl, read_metrics
 from grpo.system.stopping import Stopped
 from grpo.system.terminal import logger, say
@@ -351,6 +358,219 @@ def test_an_optimizer_and_an_advantage_by_function_are_those_that_train(tmp_path
     )
     assert torch.equal(weights_of(again), weights_of(trainer))
     again.close()
+
+
+def plain(rewards: torch.Tensor) -> torch.Tensor:
+    return rewards - rewards.nanmean(1, keepdim=True)
+
+
+def doubled(rewards: torch.Tensor) -> torch.Tensor:
+    return 2 * plain(rewards)
+
+
+def backwards(epoch: int, rows: list[dict[str, Any]]) -> list[int]:
+    return [*range(len(rows))][::-1]
+
+
+def negative(tokens: LossInputs) -> torch.Tensor:
+    return -tokens.logprobs * tokens.advantages
+
+
+def gentle(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.99))
+
+
+def gentler(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.999))
+
+
+def descent(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, momentum=0.5)
+
+
+@pytest.mark.parametrize(
+    ("argument", "given", "then", "said"),
+    [
+        ("advantage", plain, None, "the advantage (was plain, is the library's)"),
+        ("advantage", plain, doubled, "the advantage (was plain, is doubled)"),
+        ("loss", negative, None, "the loss (was negative, is the library's)"),
+        ("loss", None, negative, "the loss (was the library's, is negative)"),
+        ("order", backwards, None, "the order (was backwards, is the library's)"),
+        ("optimizer", None, gentle, "the optimizer (was the library's, is gentle)"),
+        ("optimizer", gentle, gentler, "the optimizer (was gentle, is gentler)"),
+    ],
+)
+def test_a_resume_with_another_function_than_the_run_began_with_is_refused_unless_it_is_accepted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], argument: str, given: Any, then: Any, said: str
+):
+    auto = {"run.resume": "auto", "rollout.max_completion_tokens": 4}
+    own(tmp_path, settings=auto, **{argument: given}).train()
+    own(tmp_path, settings=auto, **{argument: given}).close()
+    with pytest.raises(ValueError, match=rf"{re.escape(said)} changed since .* run.accept_changes=true to go on"):
+        own(tmp_path, settings=auto, **{argument: then})
+    accepted = auto | {"run.accept_changes": True, "run.steps": 2}
+    own(tmp_path, settings=accepted, **{argument: then}).train()
+    assert f"warning: from here on {said} are others than up to step-00000001" in capsys.readouterr().out
+    own(tmp_path, settings=auto | {"run.steps": 2}, **{argument: then}).close()
+
+
+@pytest.mark.parametrize(
+    ("given", "then", "names"), [(descent, None, ("SGD", "AdamW")), (None, descent, ("AdamW", "SGD"))]
+)
+def test_an_optimizer_that_cannot_take_up_the_state_of_another_is_refused_before_a_model_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any, then: Any, names: tuple[str, str]
+):
+    auto = {"run.resume": "auto", "rollout.max_completion_tokens": 4}
+    saved = own(tmp_path, settings=auto, optimizer=given).train()
+    was, now = names
+    with pytest.raises(
+        ValueError, match=rf"^optimizer is {now}; .*/step-00000001 holds the state of {was}, which {now} ca"
+    ):
+        own(tmp_path, settings=auto | {"run.accept_changes": True}, optimizer=then)
+    monkeypatch.setattr(Trainer, "_policy_class", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=r"; the optimizer \(was .*\) changed since .* was written"):
+        own(tmp_path, settings=auto, optimizer=then)
+    assert complete_checkpoints(saved.parent)[-1] == saved
+
+
+HERE = "another trainer of this process is at work there, and two would overwrite each other's files. Close it"
+
+
+def test_two_trainers_of_one_process_do_not_share_a_directory(tmp_path: Path):
+    auto = {"run.resume": "auto", "rollout.max_completion_tokens": 4}
+    first = own(tmp_path, settings=auto)
+    with pytest.raises(ValueError, match=rf"^run.dir is '.*/run'; {re.escape(HERE)}"):
+        own(tmp_path, settings=auto)
+    first.train_step()  # the other has taken nothing from it
+    with pytest.raises(ValueError, match=re.escape(HERE)):
+        own(tmp_path, settings=auto)
+    first.close()
+    second = own(tmp_path, settings=auto)
+    second.train()
+    own(tmp_path, settings=auto).close()  # a run that has ended is over
+
+
+def test_a_trainer_that_nobody_holds_on_to_is_in_nobodys_way(tmp_path: Path):
+    auto = {"run.resume": "auto", "rollout.max_completion_tokens": 4}
+    dropped = own(tmp_path, settings=auto)
+    dropped.train_step()
+    again = weakref.ref(dropped)
+    del dropped
+    own(tmp_path, settings=auto).close()
+    assert again() is None
+
+
+class Fails(Callback):
+    def on_step(self, step: int, metrics: Mapping[str, float], rollout: Rollout) -> None:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("method", ["train", "train_step"])
+def test_a_trainer_that_has_failed_lets_another_in_and_does_not_go_on_beside_it(tmp_path: Path, method: str):
+    auto = {"run.resume": "auto", "run.steps": 4, "rollout.max_completion_tokens": 4}
+    failed = own(tmp_path, settings=auto, callbacks=[Fails()])
+    for _ in range(2):  # it may be tried again while nobody else is there
+        with pytest.raises(ZeroDivisionError):
+            getattr(failed, method)()
+    other = own(tmp_path, settings=auto)
+    with pytest.raises(ValueError, match=re.escape(HERE)):
+        getattr(failed, method)()
+    other.train_step()
+    other.close()
+    with pytest.raises(RuntimeError, match=r"^this trainer has failed, and another has been at work in .*/run since"):
+        getattr(failed, method)()
+    failed.close()
+
+
+def test_a_trainer_that_could_not_be_made_lets_another_in(tmp_path: Path):
+    auto = {"run.resume": "auto"}
+    with pytest.raises(ValueError, match=r"^optimizer returned int") as kept:
+        own(tmp_path, settings=auto, optimizer=lambda parameters: 1)
+    own(tmp_path, settings=auto).close()
+    assert kept.tb is not None  # as a notebook keeps it
+
+
+class Stops(Callback):
+    """Asks to stop, and sees whether another could take the directory while where the run stands is saved."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.refused = 0
+
+    def on_step(self, step: int, metrics: Mapping[str, float], rollout: Rollout) -> None:
+        raise KeyboardInterrupt
+
+    def on_save(self, step: int, checkpoint: Path) -> None:
+        with pytest.raises(ValueError, match=re.escape(HERE)):
+            DirectoryLock().take(self.directory)
+        self.refused += 1
+
+
+def test_a_run_that_is_stopped_has_its_directory_until_it_is_saved(tmp_path: Path):
+    stops = Stops(tmp_path / "run")
+    auto = {"run.resume": "auto", "run.steps": 4, "rollout.max_completion_tokens": 4}
+    with pytest.raises(Stopped):
+        own(tmp_path, settings=auto, callbacks=[stops]).train()
+    assert stops.refused == 1
+    own(tmp_path, settings=auto).close()
+
+
+def test_what_refers_to_itself_alone_holds_no_directory(tmp_path: Path):
+    lock = DirectoryLock()
+    lock.take(tmp_path)
+    lock.itself = lock  # type: ignore[attr-defined] # as a trainer is part of what its model calls
+    gc.disable()
+    try:
+        del lock
+        DirectoryLock().take(tmp_path)
+    finally:
+        gc.enable()
+
+
+def test_a_forked_process_does_not_unlock_its_parents_directory(tmp_path: Path):
+    lock = DirectoryLock()
+    lock.take(tmp_path)
+    child = os.fork()
+    if child == 0:
+        lock.release()
+        os._exit(0)
+    os.waitpid(child, 0)
+    with pytest.raises(ValueError, match=re.escape(HERE)):
+        DirectoryLock().take(tmp_path)
+    lock.release()
+    DirectoryLock().take(tmp_path)
+
+
+def test_two_functions_of_one_name_are_told_apart_by_what_they_do_and_were_made_with():
+    def power(exponent: float) -> Any:
+        return lambda rewards: rewards**exponent
+
+    def counted() -> Any:
+        calls = 0
+
+        def count(rewards: torch.Tensor) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            return rewards
+
+        return count
+
+    def changed(before: Any, now: Any) -> list[str]:
+        first, second = (inputs.digests([], [], [], own={"advantage": each}) for each in (before, now))
+        return inputs.changed(first, second)
+
+    assert changed(power(2.0), power(2.0)) == []
+    assert changed(power(2.0), power(3.0)) == ["the advantage"]
+    assert changed(partial(plain), partial(plain)) == []
+    assert changed(partial(pow, 2), partial(pow, 3)) == ["the advantage"]
+    assert changed(lambda rewards: rewards + 1, lambda rewards: rewards + 2) == ["the advantage"]
+    assert changed(lambda rewards: rewards + 1, lambda rewards: rewards + 1) == []
+    used = counted()
+    used(torch.ones(1))
+    assert changed(counted(), used) == []  # a counter is no setting
+    assert changed(plain, None) == ["the advantage"]
+    older = inputs.digests([], [], [])  # which says nothing of functions
+    assert inputs.changed(older, inputs.digests([], [], [], own={"advantage": plain})) == []
 
 
 def test_held_out_questions_that_nothing_asks_and_steps_that_are_all_done_are_said(

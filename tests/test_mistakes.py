@@ -15,7 +15,7 @@ from helpers import ROOT, TINY
 
 from grpo import cli
 from grpo.check.at_once import check_config
-from grpo.config import Config
+from grpo.config import Config, SupervisedConfig
 from grpo.policy.model_source import check_files
 from grpo.run.resumable import check_newest, checksum_of
 
@@ -279,6 +279,18 @@ ASKED: list[tuple[list[str], str]] = [
     ),
     (["reject", "--model", MODEL, "--out", "a.txt"], r"--out is 'a\.txt'; the rows are JSON lines\. Let its name end"),
     (["reject", "--model", MODEL, "--out", "a.jsonl", "--top-p", "2"], r"--top-p is 2\.0; it is above 0 and at most 1"),
+    (
+        ["reject", "--model", "sft_run", "--out", "a.jsonl"],
+        r"--model is 'sft_run', of supervised training: .* no questions .* Name questions with --questions .*--config a YAML of",
+    ),
+    (
+        ["reject", "--model", MODEL, "--config", "sft_run/config.yaml", "--out", "a.jsonl"],
+        r"--config is 'sft_run/config.yaml', of supervised training: ",
+    ),
+    (
+        ["reject", "--model", "sft_run", "--out", "a.jsonl", "--questions", "no.jsonl"],
+        r"--questions is 'no\.jsonl'; there is no such",
+    ),
     (["chat", "--model", "broken_run"], r"broken_run/config\.yaml is not valid YAML, line 1, column 5: .* Correct it"),
 ]
 """What options say of a model that is asked."""
@@ -292,6 +304,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (place / name).write_text(text, errors="surrogateescape")
     (place / "broken_run").mkdir()
     (place / "broken_run" / "config.yaml").write_text("a: [")
+    (place / "sft_run" / "checkpoints").mkdir(parents=True)
+    (place / "sft_run" / "config.yaml").write_text(SupervisedConfig.load("sft-quickstart").to_yaml())
     _make_models(place)
     checkpoint = place / "old_run" / "checkpoints" / "step-00000002"
     checkpoint.mkdir(parents=True)

@@ -7,7 +7,7 @@ import torch
 from helpers import TINY, read_json, tiny_config
 
 from grpo.config import Config, DataConfig, RunConfig
-from grpo.observe.rundir import RunLog, claim, record
+from grpo.observe.rundir import DirectoryLock, RunLog, claim, record
 from grpo.system.build import own_version
 from grpo.system.distributed import Processes
 
@@ -19,7 +19,7 @@ def test_a_tilde_is_the_users_home_as_in_a_shell(tmp_path: Path, monkeypatch: py
         TINY.parent / "quickstart.yaml",
         ["run.dir=~/runs/x", "model.name=~/model", "data.name=~/train.jsonl", "data.eval_name=~/test.jsonl"],
     )
-    assert claim(config.run) == tmp_path / "runs/x"
+    assert claim(config.run, DirectoryLock()) == tmp_path / "runs/x"
     own = DataConfig(template="chat", chat_template="~/own.jinja")
     assert own.chat_template == str(tmp_path / "own.jinja")
     assert config.model.name == str(tmp_path / "model")
@@ -33,7 +33,7 @@ def test_a_directory_that_cannot_be_made_is_said_with_the_setting(tmp_path: Path
     in_a_file = f"'{tmp_path / 'file'}' is a file, .* Name another"
     for parent, said in {"/sys": "it cannot be written to: .*Make room", str(tmp_path / "file"): in_a_file}.items():
         with pytest.raises(ValueError, match=rf"^run.dir is '{parent}/run'; {said}"):
-            claim(RunConfig(dir=f"{parent}/run", steps=1, resume=resume))
+            claim(RunConfig(dir=f"{parent}/run", steps=1, resume=resume), DirectoryLock())
 
 
 def test_a_full_disk_at_the_start_is_said_with_the_setting_and_no_row_is_lost(tmp_path: Path):
@@ -50,10 +50,10 @@ def test_a_file_as_the_directory_is_refused_and_a_used_one_is_said(tmp_path: Pat
     (tmp_path / "file").write_text("")
     for resume in ("never", "auto"):
         with pytest.raises(ValueError, match=r"^run.dir is '.*/file'; it is a file, .* Name another\.$"):
-            claim(RunConfig(dir=str(tmp_path / "file"), steps=1, resume=resume))
-    assert claim(RunConfig(dir=str(tmp_path / "run"), steps=1)) == tmp_path / "run"
+            claim(RunConfig(dir=str(tmp_path / "file"), steps=1, resume=resume), DirectoryLock())
+    assert claim(RunConfig(dir=str(tmp_path / "run"), steps=1), DirectoryLock()) == tmp_path / "run"
     assert capsys.readouterr().out == ""
-    assert claim(RunConfig(dir=str(tmp_path / "run"), steps=1)) == tmp_path / "run-2"
+    assert claim(RunConfig(dir=str(tmp_path / "run"), steps=1), DirectoryLock()) == tmp_path / "run-2"
     assert (
         f"run.dir {tmp_path / 'run'} is used already; this run goes to {tmp_path / 'run-2'}" in capsys.readouterr().out
     )

@@ -13,7 +13,8 @@ import textwrap
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -670,11 +671,37 @@ def test_a_bug_stops_the_run_and_shows_the_sample() -> None:
         (lambda completions: 1.0, "returned 1.0 for 2 completions"),
         (lambda completions: [1.0, "x"], "returned 'x'"),
         (lambda completion: lambda: 1, "raised an exception"),  # cannot even be sent back
+        (lambda completion: (1.0 for _ in completion), "it returned a generator, .* Return a list: list"),
     ],
 )
 def test_what_is_not_a_reward_is_a_bug(function: Callable[..., Any], message: str) -> None:
     with pytest.raises(RewardError, match=message):
         score_one(function, ["a", "b"])
+
+
+def test_a_reward_that_yields_is_refused_before_anything_is_scored() -> None:
+    def one_by_one(completions: list[str]) -> Iterator[float]:
+        for completion in completions:
+            yield float(len(completion))
+
+    async def later(completions: list[str]) -> AsyncIterator[float]:
+        yield 1.0
+
+    class Yields:
+        def __call__(self, completions: list[str]) -> Iterator[float]:
+            yield 1.0
+
+    for function, name in (
+        (one_by_one, "one_by_one"),
+        (partial(one_by_one), "one_by_one"),
+        (later, "later"),
+        (Yields(), "Yields"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"^reward {name} uses `yield`, .* or a list with one for each completion\.$"
+        ):
+            make_scorer(function)
+    assert score_one(lambda completions: list(one_by_one(completions)), ["a", "bc"]) == [1.0, 2.0]
 
 
 # ---- while others are sampled ----------------------------------------------------------------------------------------

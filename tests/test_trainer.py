@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grpo import Reward, Trainer
 from grpo.observe.console import LineSink
-from grpo.observe.rundir import claim
+from grpo.observe.rundir import DirectoryLock, claim
 from grpo.run import checkpoint
 from grpo.scoring.reward import resolve_function
 from grpo.system.distributed import Processes
@@ -375,7 +375,7 @@ def test_starting_again_without_a_checkpoint_evaluates_the_base_model_again(tmp_
 
 def test_two_runs_started_together_do_not_share_a_directory(tmp_path: Path):
     config = tiny_config(tmp_path / "run").run
-    assert [claim(config).name for _ in range(3)] == ["run", "run-2", "run-3"]
+    assert [claim(config, DirectoryLock()).name for _ in range(3)] == ["run", "run-2", "run-3"]
 
 
 def test_line_ends_of_other_alphabets_do_not_tear_a_row(tmp_path: Path):

@@ -21,7 +21,7 @@ from typing import Any
 from grpo.cli.model_options import add_options
 from grpo.data.files import FORMATS
 from grpo.data.hub_names import check_model
-from grpo.inference.options import check_options
+from grpo.inference.options import check_options, is_supervised, run_directory
 from grpo.observe.console import errors_for_users, positive
 from grpo.rejection.rules import Rules
 from grpo.system.parser import Parser
@@ -44,6 +44,7 @@ def main() -> None:
         check_options(options)
         if options.rewrite_with:
             check_model(options.rewrite_with, "--rewrite-with")
+        check_questions(options)
         rules_of(options)  # before what takes seconds to import
         from grpo.rejection.reject import table_of
         from grpo.system import distributed
@@ -54,6 +55,19 @@ def main() -> None:
             say(f"\n{table_of(found)}\n\nrows       {out}\ndropped    {out.with_suffix('.dropped.jsonl')}")
             say(f"pass rates {out.with_suffix('.pass_rates.jsonl')}")
         distributed.stop()
+
+
+def check_questions(options: argparse.Namespace) -> None:
+    """Raises ValueError if what the options name has rows to learn from, and no questions."""
+    run = run_directory(options.model)
+    path = options.config or (run and run / "config.yaml")
+    if options.questions is None and path is not None and is_supervised(Path(path)):
+        named = f"--config is {path!r}" if options.config else f"--model is {options.model!r}"
+        raise ValueError(
+            f"{named}, of supervised training: its data are rows with their completions, and no questions to sample. Name "
+            "questions with --questions (a file, or a YAML with data), or with --config a YAML of `grpo train`, whose template, "
+            "rewards, sampling and questions are taken."
+        )
 
 
 def rules_of(options: argparse.Namespace) -> Rules:

@@ -534,7 +534,8 @@ class PlaceConfig(Section):
     """auto: go on from the newest complete checkpoint in `dir`, or start there. never: a used `dir` is left alone and
     the next free of dir-2, dir-3, ... is taken."""
     accept_changes: bool = False
-    """Resume although the questions or the source of the rewards are not those that the checkpoint was written with."""
+    """Resume although the questions, or the source of the rewards or of another function, are not those that the checkpoint was
+    written with."""
     push_to_hub: str | None = None
     """A model of the hub, such as `user/name`, to push the result to, with a card; its completions become the data set
     `user/name-completions`. Without a login or a network a line says so, and the run goes on."""

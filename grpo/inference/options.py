@@ -99,9 +99,12 @@ def checkpoint_of(run: Path | None, step: int, option: str = "--step") -> Path:
 
 def settings_of(path: Path) -> Config:
     """What a YAML says; of supervised training, how its held-out questions are asked."""
-    if path.is_file() and "training" in read_settings(read_text(path, f"{path} is a configuration"), str(path)):
-        return SupervisedConfig.load(path).parts
-    return Config.load(path)
+    return SupervisedConfig.load(path).parts if is_supervised(path) else Config.load(path)
+
+
+def is_supervised(path: Path) -> bool:
+    """Whether a YAML says how rows are learned."""
+    return path.is_file() and "training" in read_settings(read_text(path, f"{path} is a configuration"), str(path))
 
 
 RULES: dict[str, tuple[Callable[[float], bool], str, str]] = {

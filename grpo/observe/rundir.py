@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import math
+import os
 import platform
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
@@ -13,6 +16,7 @@ from importlib.metadata import version
 from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import IO, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -37,20 +41,20 @@ STEP = ("step",)
 RECORDED = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "mpmath")
 
 
-def claim(config: PlaceConfig) -> Path:
+def claim(config: PlaceConfig, lock: DirectoryLock) -> Path:
     """Create and return the run's directory: `run.dir` itself to resume or if it is new; else the first of dir-2, dir-3, ...
 
     Creating it is the claim, so two runs started together do not share one; nor do two that resume, for one of them has its lock.
 
     Raises:
-        ValueError: another process is at work in the directory to resume in, it cannot be written to, or is a file.
+        ValueError: another run is at work in the directory to resume in, it cannot be written to, or is a file.
     """
     config.check_dir()
     wanted = Path(config.dir)
     with _writing(wanted):
         directory = wanted if config.resume == "auto" else _new(wanted)
         directory.mkdir(parents=True, exist_ok=True)
-        _lock(directory)
+        lock.take(directory)
     if directory != wanted:
         say(f"run.dir {wanted} is used already; this run goes to {directory} (run.resume=auto goes on in the first)")
     return directory
@@ -78,23 +82,75 @@ def _writing(directory: Path) -> Iterator[None]:
         ) from error
 
 
-_locks: dict[Path, IO[str]] = {}
-"""Of the directories that this process has written to; the system lets go of them when it ends, however it ends."""
+class DirectoryLock:
+    """Keeps other runs out of a directory, those of this process too: until it is released, nobody holds on to it, or the process
+    ends, however it ends."""
+
+    def __init__(self) -> None:
+        self._let_go: Callable[[], object] | None = None  # None: it is not held
+        self._taken_at: int | None = None  # as the file has it, which everybody touches who takes it
+
+    def take(self, directory: Path) -> None:
+        """Does nothing if it is held.
+
+        Raises:
+            ValueError: another has it.
+            RuntimeError: it was released, and another has had it since.
+        """
+        if self._let_go is not None:
+            return
+        path = (directory / "lock").resolve()
+        if path in _held:
+            gc.collect()  # a trainer that nobody can use any more
+        file = path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            own = path in _held
+            raise ValueError(
+                f"run.dir is {str(directory)!r}; another {'trainer of this process' if own else 'process'} is at work there, and "
+                f"two would overwrite each other's files. {'Close it (trainer.close())' if own else 'Wait until it has ended'}, "
+                "or choose another run.dir."
+            ) from None
+        let_go = weakref.finalize(self, _unlock, file, os.getpid())
+        let_go.atexit = False
+        if self._taken_at not in (None, os.fstat(file.fileno()).st_mtime_ns):
+            let_go()
+            raise RuntimeError(
+                f"this trainer has failed, and another has been at work in {directory} since. To go on from there, make a "
+                "new one with run.resume=auto."
+            )
+        os.utime(file.fileno())
+        self._taken_at = os.fstat(file.fileno()).st_mtime_ns
+        self._let_go = let_go
+        _held[path] = self
+
+    def release(self) -> None:
+        """Let others in. Does nothing if it is not held."""
+        if self._let_go is not None:
+            self._let_go()
+            self._let_go = None
+
+    @contextmanager
+    def released_on_error(self) -> Iterator[None]:
+        """Of a trainer that could not be made, a traceback may hold on to the parts for as long as a notebook runs."""
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
 
 
-def _lock(directory: Path) -> None:
-    path = (directory / "lock").resolve()
-    if path in _locks:
-        return
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"run.dir is {str(directory)!r}; another process is at work there, and two would overwrite each other's files. "
-            "Wait until it has ended, or choose another run.dir."
-        ) from None
-    _locks[path] = file
+_held: WeakValueDictionary[Path, DirectoryLock] = WeakValueDictionary()
+"""By its file, the last lock that this process has taken."""
+
+
+def _unlock(file: IO[str], owner: int) -> None:
+    """A process that was forked has a copy of the file, and must not unlock it for its parent."""
+    if os.getpid() == owner:
+        fcntl.flock(file, fcntl.LOCK_UN)
+    file.close()
 
 
 def record(directory: Path, config: AnyConfig, processes: Processes) -> None:

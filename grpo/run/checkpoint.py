@@ -101,6 +101,7 @@ class Checkpoints:
             "world_size": self.processes.world_size,
             "config": self.config.model_dump(mode="json"),
             "given": self.given,
+            "optimizer": type(policy.engine.basic_optimizer).__name__,
         }
         self._pending = _Pending(final, writer, record)
         writer.start()
@@ -287,7 +288,7 @@ def find(directory: Path, config: AnyConfig, processes: Processes, *, given: dic
         given: digests of what the run is given; see grpo/run/inputs.py.
 
     Raises:
-        ValueError: it is of another experiment, or was given other questions or rewards, or there are only corrupt ones.
+        ValueError: it is of another experiment, or was given other questions or functions, or there are only corrupt ones.
     """
     if config.run.resume == "never":
         return None
@@ -353,7 +354,7 @@ def _problem(checkpoint: Path, processes: Processes) -> str | None:
 
 
 def _compare_given(checkpoint: Path, now: dict[str, str], *, accept: bool) -> list[str]:
-    """What there is to say of questions and rewards that are not those of the checkpoint.
+    """What there is to say of questions and functions that are not those of the checkpoint.
 
     Raises:
         ValueError: they changed, and the run does not accept it.
@@ -363,11 +364,11 @@ def _compare_given(checkpoint: Path, now: dict[str, str], *, accept: bool) -> li
         return [
             f"note: {checkpoint.name} does not say what questions and rewards it was written with; they are not compared."
         ]
-    names = " and ".join(inputs.changed(before, now))
+    names = " and ".join(inputs.described(name, before, now) for name in inputs.changed(before, now))
     if names and not accept:
         raise ValueError(
             f"run.resume is 'auto'; {names} changed since {checkpoint} was written: the questions with their columns and "
-            "prompts, or the source or the arguments of the reward. Restore what they were, choose another run.dir, or set "
+            "prompts, or the source or the arguments of a function. Restore what they were, choose another run.dir, or set "
             "run.accept_changes=true to go on with what is there now."
         )
     return (

@@ -1,4 +1,5 @@
-"""What a run was given besides its settings, as digests: its questions, and the source of its rewards, tools and environment.
+"""What a run was given besides its settings, as digests: its questions, and the source of its rewards, tools and environment, and
+of the functions that stand in for the library's own.
 
 Files may be edited between a run and its resumption under the same names. Checkpoints keep these digests, and a run that
 resumes from one compares them.
@@ -11,20 +12,25 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache, partial
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import xxhash
 
 from grpo.data.rows import canonical
-from grpo.scoring.reward import Reward
+from grpo.scoring.reward import Reward, changed_variables
 from grpo.turns.environment import Environment
 from grpo.turns.runner import Runner
 from grpo.types import Prompt
 
 QUESTIONS, HELD_OUT = "the training questions", "held-out questions"
+OWN = {name: f"the {name}" for name in ("advantage", "loss", "optimizer", "order")}
+"""Argument of Trainer that is a function -> what a person calls it."""
+LIBRARY = "the library's"
 
 
 def digests(
@@ -34,24 +40,41 @@ def digests(
     *,
     tools: Sequence[Runner] = (),
     environment: Environment | None = None,
+    own: Mapping[str, Callable[..., Any] | None] | None = None,
     what: str = QUESTIONS,
 ) -> dict[str, str]:
-    """By what a person calls it. Held-out questions have their number in the name, since another number of them may be asked."""
+    """By what a person calls it. Held-out questions have their number in the name, since another number of them may be asked.
+
+    Args:
+        own: of each argument in OWN the function that was given; None: the library's.
+        what: the questions are called.
+    """
     found = {what: _of_prompts(prompts)}
     if eval_prompts:
         found[f"the {len(eval_prompts)} {HELD_OUT}"] = _of_prompts(eval_prompts)
     found |= of_tools(tools)
     found |= of_environment(environment)
+    found |= {OWN[name]: LIBRARY if function is None else _of_own(function) for name, function in (own or {}).items()}
     return found | {f"the reward {reward.name}": _of_reward(reward) for reward in rewards}
 
 
 def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """What is not as it was; a set of held-out questions of another size is another set."""
+    """What is not as it was; a set of held-out questions of another size is another set, and older checkpoints do not say whose
+    of OWN they were written with."""
     return [
         name
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not (name.endswith(HELD_OUT) and not (name in before and name in now))
+        if before.get(name) != now.get(name)
+        and not ((name.endswith(HELD_OUT) or name in OWN.values()) and not (name in before and name in now))
     ]
+
+
+def described(name: str, before: dict[str, str], now: dict[str, str]) -> str:
+    """Something that changed; of a function that stands in for the library's, or did, also what it was and is."""
+    if name not in OWN.values():
+        return name
+    was, is_now = (text if (text := each[name]) == LIBRARY else text.rpartition(" ")[0] for each in (before, now))
+    return f"{name} (was {was}, is {is_now})" if was != is_now else f"{name} ({was})"
 
 
 def _of_prompts(prompts: Sequence[Prompt]) -> str:
@@ -94,14 +117,60 @@ def _of_given(made: Callable[..., Any], given: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _source_of(function: Callable[..., Any]) -> bytes:
+def _of_own(function: Callable[..., Any]) -> str:
+    """Its name, and a digest of its source and of the numbers and texts that it was made with."""
+    digest = xxhash.xxh3_128()
+    while isinstance(function, partial):
+        digest.update(json.dumps([function.args, function.keywords], sort_keys=True, default=plain).encode())
+        function = function.func
+    named = function if hasattr(function, "__qualname__") else type(function)  # of an object: its class
+    code = getattr(function, "__code__", None)
+    digest.update(named.__qualname__.encode())
+    if code is not None and named.__name__ == "<lambda>":  # its lines may hold the settings too, or another one
+        digest.update(_compiled(code).encode())
+    if named.__name__ != "<lambda>" or _is_in_a_file(named):
+        digest.update(_source_of(named))
+    digest.update(json.dumps(_enclosed(function), sort_keys=True).encode())
+    return f"{named.__name__} {digest.hexdigest()}"
+
+
+def _compiled(code: CodeType) -> str:
+    """A function's code, wherever it stands."""
+    constants = [
+        _compiled(each)
+        if isinstance(each, CodeType)
+        else repr(sorted(map(repr, each)) if isinstance(each, frozenset) else each)
+        for each in code.co_consts
+    ]
+    return repr([code.co_code, code.co_names, constants])
+
+
+def _enclosed(function: Callable[..., Any]) -> dict[str, Any]:
+    """The numbers and texts among the variables of the functions around one that it reads and does not change."""
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()
+    held = {}
+    for name, cell in zip(code.co_freevars if code is not None else (), cells, strict=True):
+        with suppress(ValueError):  # one that has no value yet
+            held[name] = cell.cell_contents
+    changes = changed_variables(function) if held else []
+    return {name: each for name, each in held.items() if isinstance(each, str | int | float) and name not in changes}
+
+
+def _is_in_a_file(function: Callable[..., Any]) -> bool:
+    """Of a module; a script holds the run's settings too, and a notebook has no file."""
     module = sys.modules.get(getattr(function, "__module__", None) or "")
     place = getattr(module, "__file__", None) or ""
-    if module is None or module.__name__ in ("__main__", "__mp_main__") or not place.endswith(".py"):
-        try:  # a script holds the run's settings too, and a notebook has no file
+    return module is not None and module.__name__ not in ("__main__", "__mp_main__") and place.endswith(".py")
+
+
+def _source_of(function: Callable[..., Any]) -> bytes:
+    if not _is_in_a_file(function):
+        try:
             return inspect.getsource(function).encode()
         except (OSError, TypeError):
             return b""
+    place = sys.modules[function.__module__].__file__
+    assert place is not None, "a module of a file has one"
     return b"\0".join(path.read_bytes() for path in _files(Path(place)))
 
 

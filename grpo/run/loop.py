@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from grpo import report
 from grpo.config import AnyConfig, Config
-from grpo.observe.rundir import RunLog
+from grpo.observe.rundir import DirectoryLock, RunLog
 from grpo.run.checkpoint import Checkpoints
 from grpo.run.ending import say_how_to_go_on, say_where_all_lies
 from grpo.run.guard import Guard
@@ -41,11 +42,39 @@ class RunParts:
     found: Path | None  # the checkpoint to resume
 
 
+Ran = TypeVar("Ran")
+AnyLoop = TypeVar("AnyLoop", bound="Loop")
+
+
+def at_work(method: Callable[[AnyLoop], Ran]) -> Callable[[AnyLoop], Ran]:
+    """A method of a trainer that has not ended, within which it has the run's directory to itself. One that fails lets others in,
+    since a notebook keeps it and its traceback. Called again, it takes the directory back, unless another has been there."""
+
+    @wraps(method)
+    def call(self: AnyLoop) -> Ran:
+        self._check_open()
+        if self.processes.is_main:
+            self._lock.take(self._place)
+        self._calls_at_work += 1
+        try:
+            return method(self)
+        except BaseException:
+            if self._calls_at_work == 1:  # the outermost: `train` saves after a step was interrupted
+                self._lock.release()
+            raise
+        finally:
+            self._calls_at_work -= 1
+
+    return call
+
+
 class Loop:
     """What a trainer does around its steps. Every process has one, and all call the same methods at the same time."""
 
     config: AnyConfig
     guard: Guard
+    _lock: DirectoryLock
+    _calls_at_work = 0
     _after_roll_back = ""
     """What else differs from the steps that were rolled back."""
 
@@ -88,9 +117,12 @@ class Loop:
         raise NotImplementedError
 
     def close(self) -> None:
-        """End the reward workers and the logs; for a trainer that is stepped by hand."""
+        """End the reward workers and the logs, and let others into the run's directory; for a trainer that is stepped by hand."""
         self._has_ended = True
-        self.log.close()
+        try:
+            self.log.close()
+        finally:
+            self._lock.release()
 
     def _check_open(self) -> None:
         if self._has_ended:
@@ -101,6 +133,7 @@ class Loop:
 
     # ---- the course --------------------------------------------------------------------------------------------------
 
+    @at_work
     def train(self) -> Path:
         """Run all steps that are left, with the evaluations and checkpoints that are due.
 
@@ -112,9 +145,9 @@ class Loop:
                 where the run stands is saved. After a shortage, `settings` are what to go on with.
             StoppedInNotebook: the same in a notebook.
             PreflightRefused: there is nothing to learn from.
-            RuntimeError: the trainer has ended before.
+            ValueError: the trainer failed before, and another is at work in its directory.
+            RuntimeError: the trainer has ended before; or it failed, and another has been at work in its directory since.
         """
-        self._check_open()
         self._check_place()
         if self.log.is_closed:  # a callback or a reward ended an earlier call
             self.log.open(resumed_step=self.state.step)

@@ -36,8 +36,12 @@ def restore(
 
     Returns:
         Where the run stands, and this process's part of the step under way.
+
+    Raises:
+        ValueError: the optimizer is another than the one whose state the checkpoint has.
     """
     saved = read_state(checkpoint)
+    _check_optimizer(checkpoint, saved.get("optimizer"), policy)  # older ones do not say
     written, now = Layout(saved["world_size"], saved["config"]["distributed"]["zero_stage"]), reshard.layout_of(policy)
     if written == now:
         policy.load_training_state(checkpoint)
@@ -50,13 +54,19 @@ def restore(
     if processes.rank < written.num_processes:  # one more keeps the states it started with; sampling seeds its own
         _restore_random_states(load_tensors(checkpoint / "random" / f"rank-{processes.rank}.pt"))
     where = RunState(**{field.name: saved[field.name] for field in fields(RunState) if field.name in saved})
-    others = inputs.QUESTIONS in inputs.changed(saved.get("given") or given, given)  # run.accept_changes: other rows
-    if others:
+    changed = inputs.changed(saved.get("given") or given, given)  # which run.accept_changes has let pass
+    if inputs.OWN["optimizer"] in changed:
+        processes.say(
+            f"of the optimizer all but the learning rate, such as a momentum, stays as {checkpoint.name} has it"
+        )
+    if inputs.QUESTIONS in changed:
         where.solved, where.hopeless = [], []
+    asks_others = inputs.QUESTIONS in changed or inputs.OWN["order"] in changed  # at the places to come
+    if asks_others:
         where.ahead = []
     together = saved["config"]["distributed"].get("sequence_parallel", 1)
     step = _under_way(checkpoint / "under_way", written.num_processes, policy.processes, together_before=together)
-    step.drafts = {} if others else _drafts(checkpoint / "drafts", written.num_processes, where, processes)
+    step.drafts = {} if asks_others else _drafts(checkpoint / "drafts", written.num_processes, where, processes)
     if _limit(saved["config"]) != max_completion_tokens:
         step.drafts = {
             place: drafts for place, drafts in step.drafts.items() if not any(each.dialogue for each in drafts)
@@ -64,6 +74,17 @@ def restore(
     done = where.optimizer_steps - step.first_update if step.rollout else 0
     processes.say(f"resumed after step {where.step}{f' and {done} updates of the next' * (done > 0)} from {checkpoint}")
     return where, step
+
+
+def _check_optimizer(checkpoint: Path, before: str | None, policy: Policy) -> None:
+    """Raises ValueError if it cannot take up the state of the one before."""
+    now = type(policy.engine.basic_optimizer).__name__
+    if before not in (None, now):
+        raise ValueError(
+            f"optimizer is {now}; {checkpoint} holds the state of {before}, which {now} cannot take up. Give Trainer the "
+            "optimizer that the run began with, or begin another run from its weights "
+            f"(model.name={checkpoint / 'hf'}, another run.dir)."
+        )
 
 
 def _limit(config: dict[str, Any]) -> int | None:

@@ -136,6 +136,11 @@ def bind(reward: Reward, columns: list[str], elsewhere: Mapping[str, str]) -> Bo
             f"reward {reward.name} has no parameters, so it would say the same of every completion. Name what it is to be given: "
             f"{', '.join(dict.fromkeys([*SINGLE, *columns]))}."
         )
+    if _yields(reward.function):
+        raise ValueError(
+            f"reward {reward.name} uses `yield`, so it returns a generator, whose values nobody has computed yet. Return a "
+            "number, or a list with one for each completion."
+        )
     form = reward.form or _form_by_parameters(parameters)
     built_in = SINGLE if form == "completion" else LISTED
     for name in parameters:
@@ -156,6 +161,12 @@ def bind(reward: Reward, columns: list[str], elsewhere: Mapping[str, str]) -> Bo
                 f"{nearest(name, list(parameters))} Remove it or correct the name."
             )
     return _bound(reward, reward.function, [*built_in, *columns], reward.args, form, elsewhere)
+
+
+def _yields(function: Callable[..., Any]) -> bool:
+    """Whether a function, a `functools.partial` of one, or an object's `__call__` is a generator's."""
+    called = (function, getattr(type(function), "__call__", None))  # noqa: B004 # the method itself
+    return any(inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each) for each in called)
 
 
 def _form_by_parameters(parameters: Mapping[str, inspect.Parameter]) -> Form | None:

@@ -351,6 +351,8 @@ def _answer(function: Callable[..., Any], arguments: dict[str, Any], logs: tuple
         value = function(**arguments, **{name: getattr(logged, name) for name in logs})
         if hasattr(value, "__await__"):
             value = _awaited(value)
+        if isinstance(value, types.GeneratorType | types.AsyncGeneratorType):
+            raise TypeError("it returned a generator, whose values nobody has computed yet. Return a list: list(...)")
         return "value", pickle.dumps((value, logged.metrics, logged.columns))
     except MemoryError:
         return "exhausted", None

@@ -15,7 +15,7 @@ from grpo.data.prompts import use_chat_template
 from grpo.observe import rundir
 from grpo.observe.console import OF_ROWS
 from grpo.observe.metrics import measure_rows
-from grpo.observe.rundir import RunLog
+from grpo.observe.rundir import DirectoryLock, RunLog
 from grpo.observe.sinks import check_sinks
 from grpo.policy.families import check_family
 from grpo.policy.given_model import GivenModel
@@ -67,6 +67,7 @@ class Parts(RunParts):
 def assemble(
     config: SupervisedConfig,
     *,
+    lock: DirectoryLock,
     rewards: Sequence[Callable[..., Any] | Reward | str] | None,
     train_dataset: Rows | None,
     eval_dataset: Rows | None,
@@ -75,6 +76,9 @@ def assemble(
     given_model: GivenModel | None = None,
 ) -> Parts:
     """The parts of a SupervisedTrainer; see there.
+
+    Args:
+        lock: which is taken of the run's directory.
 
     Raises:
         ValueError: whatever is wrong with the settings, the rows or the rewards; before the model is loaded.
@@ -117,7 +121,7 @@ def assemble(
         weights=config.data.weights if train_dataset is None else None,
     )
 
-    directory = Path(processes.on_main(lambda: str(rundir.claim(config.run))))
+    directory = Path(processes.on_main(lambda: str(rundir.claim(config.run, lock))))
     if scorer is not None:
         scorer.log_to(directory / "rewards.log")
     rows = [group.prompt for group in learned]

@@ -21,8 +21,9 @@ from grpo.observe.metrics import (
     measure_tokens,
     supervised_metrics,
 )
+from grpo.observe.rundir import DirectoryLock
 from grpo.policy.policy import Policy
-from grpo.run.loop import Loop
+from grpo.run.loop import Loop, at_work
 from grpo.scoring.reward import Reward
 from grpo.sft.assembly import assemble
 from grpo.system.stopping import Interrupted
@@ -52,7 +53,8 @@ class SupervisedTrainer(Loop):
         tokenizer: that of a loaded model; None: the one that lies where the model was loaded from.
 
     Raises:
-        ValueError: whatever is wrong with the settings, the rows or the rewards; before the model is loaded.
+        ValueError: something is wrong with the settings, the rows or the rewards, or another trainer is at work in the run's
+            directory; before the model is loaded.
     """
 
     config: SupervisedConfig
@@ -72,34 +74,37 @@ class SupervisedTrainer(Loop):
     ) -> None:
         check_callbacks(callbacks)
         resolved, given_model = settle(SupervisedConfig, config, tokenizer, settings or {})
-        parts = assemble(
-            resolved,
-            rewards=rewards,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            policy_class=self._policy_class,
-            learner_class=self._learner_class,
-            given_model=given_model,
-        )
-        super().__init__(parts, callbacks)
-        self.config = parts.config
-        self.order, self.aside = parts.order, parts.aside
-        self.collector, self.held_out = parts.collector, parts.held_out
-        self._begin(parts.found, parts.shared, self.collector)
+        self._lock = DirectoryLock()
+        with self._lock.released_on_error():
+            parts = assemble(
+                resolved,
+                lock=self._lock,
+                rewards=rewards,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                policy_class=self._policy_class,
+                learner_class=self._learner_class,
+                given_model=given_model,
+            )
+            super().__init__(parts, callbacks)
+            self.config = parts.config
+            self.order, self.aside = parts.order, parts.aside
+            self.collector, self.held_out = parts.collector, parts.held_out
+            self._begin(parts.found, parts.shared, self.collector)
 
     @property
     def num_steps(self) -> int:
         """See Loop."""
         return self.order.num_updates
 
+    @at_work
     def train_step(self) -> dict[str, float]:
         """One update on the next rows; the step's metrics over all processes.
 
         Raises:
             Interrupted: on all processes; only within `train`, which handles what asks for it.
-            RuntimeError: the trainer has ended.
+            ValueError, RuntimeError: see `train`.
         """
-        self._check_open()
         if self.stop.reason:
             raise Interrupted(self.stop.reason)
         if self.collector is not None:  # which an evaluation has sampled with
