@@ -225,7 +225,7 @@ def fuse_kernels(lm: PreTrainedModel) -> bool:
         lm,
         cross_entropy=False,
         fused_linear_cross_entropy=False,
-        swiglu=activation in ("silu", "swish"),  # it does not look which one the model has
+        swiglu=activation in ("silu", "swish") and not has_experts(config),  # it does not look which one the model has
         geglu=activation == "gelu_pytorch_tanh",
     )
     fused = family.get(ROTARY)
@@ -233,6 +233,12 @@ def fuse_kernels(lm: PreTrainedModel) -> bool:
     if fused is not None and fused is not before[ROTARY]:
         family[ROTARY] = _by_device(fused, inspect.unwrap(before[ROTARY]))  # an earlier call may have wrapped it
     return lm.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
+
+
+def has_experts(config: PretrainedConfig) -> bool:
+    """Whether tokens are routed to experts. Liger's kernel of them asks the GPU how many tokens each has, so that no step of
+    sampling can be captured with it; torch's grouped product does not."""
+    return any(attribute(config, name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 ROTARY = "apply_rotary_pos_emb"

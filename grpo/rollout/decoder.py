@@ -10,7 +10,8 @@ sequence that goes on therefore stays on the device, and only moves to its new c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,17 @@ class Chunk:
 def _places(pages: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Where in the cache these positions of a sequence with these pages are."""
     return pages[positions // PAGE] * PAGE + positions % PAGE
+
+
+@contextmanager
+def _generator_restored(device: torch.device) -> Iterator[None]:
+    """A capture that fails leaves torch's random numbers as if it still went on, and whoever draws next fails."""
+    try:
+        yield
+    except RuntimeError:
+        generator = torch.cuda.default_generators[device.index]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
 
 
 class Decoder:
@@ -276,7 +288,7 @@ class Decoder:
                 self._step(size)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with _generator_restored(self.device), torch.cuda.graph(graph, pool=self._pool):
                 self._step(size)
             self._pool = self._pool or graph.pool()
             self._graphs[key] = graph

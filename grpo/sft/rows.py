@@ -304,7 +304,7 @@ def _token_id(value: Any, where: str) -> int:
 
 
 def _id_of(token: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    return int(tokenizer.get_vocab()[token])
+    return int(tokenizer.convert_tokens_to_ids(token))  # get_vocab makes a dictionary of all tokens at each call
 
 
 def _message(turn: Mapping[str, Any], where: str) -> Message:
