@@ -70,8 +70,7 @@ class Trainer(Loop):
         tokenizer: that of a loaded model; None: the one that lies where the model was loaded from.
 
     Raises:
-        ValueError: something is wrong with the settings, the data or the rewards, or another trainer is at work in the run's
-            directory; before the model is loaded.
+        ValueError: whatever is wrong with settings, data or rewards, or another is at work in run.dir; before a model is loaded.
     """
 
     config: Config
@@ -98,8 +97,7 @@ class Trainer(Loop):
     ) -> None:
         check_callbacks(callbacks)
         resolved, given_model = settle(Config, config, tokenizer, settings or {})
-        self._lock = DirectoryLock()
-        with self._lock.released_on_error():
+        with DirectoryLock() as self._lock:
             parts = assemble(
                 resolved,
                 lock=self._lock,
@@ -134,8 +132,7 @@ class Trainer(Loop):
         step = self.step
         if step.rollout is None:
             self._sample()
-        else:  # resumed within the step, maybe with an evaluation before it
-            self.collector.generator.release_memory()
+        self.collector.generator.release_memory()  # a run resumes within a step, maybe with an evaluation before it
         self.processes.check_same("numbers of passes", [len(passes) for passes in step.minibatches])
         with self._time("step"):
             with self._time("update"):
@@ -174,10 +171,8 @@ class Trainer(Loop):
         """The weight of the entropy bonus in the step under way."""
         algorithm, state = self.config.algorithm, self.state
         control = algorithm.entropy_control
-        if control is None:
-            return algorithm.entropy_coef
         coef = algorithm.entropy_coef if state.entropy_coef is None else state.entropy_coef
-        return control.in_use(coef, state.entropy)
+        return algorithm.entropy_coef if control is None else control.in_use(coef, state.entropy)
 
     def _follow_entropy(self, metrics: dict[str, float]) -> None:
         """Change that weight for the next step, by the entropy of this one."""

@@ -828,6 +828,23 @@ def test_graphs_are_captured_again_when_a_weight_moves(policy: Policy):
 
 @pytest.mark.gpu
 @gpu
+def test_a_capture_that_fails_leaves_random_numbers_whole(policy: Policy, monkeypatch: pytest.MonkeyPatch):
+    """The engine that samples in its place draws with them."""
+    step = Decoder._step
+
+    def waits(self: Decoder, size: int) -> None:
+        step(self, size)
+        self.state.sum().item()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "_step", waits)
+        assert "cannot be run or captured" in str(unsupported(policy, fused=True))
+    assert len(torch.rand(8, device="cuda").unique()) > 1
+    assert unsupported(policy, fused=True) is None
+
+
+@pytest.mark.gpu
+@gpu
 def test_memory_does_not_grow_from_call_to_call(policy: Policy):
     engine, prompts = native(policy), some_prompts()
     sizes = []

@@ -34,7 +34,7 @@ from grpo.check.families import FAMILIES
 from grpo.config import ModelConfig
 from grpo.inference.model import load, sampling_config
 from grpo.policy.families import LogitTransform, attention_calls, check_family, logit_transform
-from grpo.policy.language_model import load_lm, output_head, with_computed_buffers
+from grpo.policy.language_model import fuse_kernels, load_lm, output_head, with_computed_buffers
 from grpo.policy.model_source import model_config, source_of, with_resolved_name
 from grpo.policy.policy import Policy
 from grpo.policy.tokenizer import load_tokenizer
@@ -119,6 +119,29 @@ def test_a_family_whose_sequences_leak_is_refused_in_any_precision(family: str, 
 def test_the_neighbours_of_a_mixture_of_experts_change_nothing(tmp_path: Path):
     config = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
     policy_of(save_family(tmp_path / "model", config), tmp_path, dtype="bfloat16")
+
+
+def with_experts() -> PretrainedConfig:
+    return Qwen3MoeConfig(**SIZES | {"hidden_size": 64}, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+
+
+def test_experts_keep_their_own_product(tmp_path: Path):
+    """Liger's kernel of experts waits for the GPU in each layer, and no step with it can be captured."""
+    lm = AutoModelForCausalLM.from_config(with_experts())
+    experts = lm.base_model.layers[0].mlp.experts
+    own = type(experts).forward
+    fuse_kernels(lm)
+    assert getattr(experts.forward, "__func__", experts.forward) is own
+    assert (
+        getattr(lm.base_model.norm.forward, "__func__", None) is not type(lm.base_model.norm).forward
+    )  # others are fused
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, whose graphs it captures")
+def test_a_step_of_experts_is_captured(tmp_path: Path):
+    policy = policy_of(save_family(tmp_path / "model", with_experts()), tmp_path, dtype="bfloat16")
+    assert unsupported(policy, fused=True) is None
 
 
 # --- before weights are loaded --------------------------------------------------------------------------------------------

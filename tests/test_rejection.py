@@ -18,6 +18,7 @@ from grpo import assembly
 from grpo.cli import reject as command
 from grpo.config import Config, DataConfig
 from grpo.data.pass_rates import within_pass_rates
+from grpo.observe.rundir import DirectoryLock
 from grpo.rejection.reject import table_of
 from grpo.rejection.rewriting import Kept, Rewriter, check_template, in_tags, prompts_of, rewritten
 from grpo.rejection.rules import Rules, falls_of_row, judge, pass_rate
@@ -340,6 +341,7 @@ def test_pass_rates_filter_the_training_questions(whole: Path, tmp_path: Path, c
     )
     parts = assembly.assemble(
         config,
+        lock=DirectoryLock(),
         rewards=None,
         train_dataset=None,
         eval_dataset=None,

@@ -130,6 +130,20 @@ def test_a_text_is_a_prompt_as_it_stands_and_ids_are_what_was_sampled(tokenizer)
     assert (ids.prompt.token_ids, ids.completions[0].token_ids) == ([5, 6, 7], [8, 9])
 
 
+def test_the_vocabulary_is_not_made_anew_for_each_row(tokenizer, monkeypatch: pytest.MonkeyPatch):
+    """150,000 tokens take 50 milliseconds: 5,000 rows took four minutes to read."""
+    calls = []
+    own = type(tokenizer).get_vocab
+    monkeypatch.setattr(type(tokenizer), "get_vocab", lambda self: calls.append(1) or own(self))
+    counts = []
+    for num in (4, 40):
+        calls.clear()
+        read(tokenizer, [{"prompt": f"a {n}", "completion": " b"} for n in range(num)])
+        read(tokenizer, [{"question": f"a {n}", "completion": " b"} for n in range(num)], form="question")
+        counts.append(len(calls))
+    assert counts[0] == counts[1]
+
+
 def test_the_end_is_learned_once_and_not_where_a_row_was_cut_off(tokenizer):
     rows = [
         {"prompt": "a", "completion": " b<|endoftext|>"},

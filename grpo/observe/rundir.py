@@ -132,14 +132,14 @@ class DirectoryLock:
             self._let_go()
             self._let_go = None
 
-    @contextmanager
-    def released_on_error(self) -> Iterator[None]:
-        """Of a trainer that could not be made, a traceback may hold on to the parts for as long as a notebook runs."""
-        try:
-            yield
-        except BaseException:
+    def __enter__(self) -> DirectoryLock:
+        """Around what makes a trainer, which keeps it."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Release it if that failed: the traceback may hold on to the parts for as long as a notebook runs."""
+        if kind is not None:
             self.release()
-            raise
 
 
 _held: WeakValueDictionary[Path, DirectoryLock] = WeakValueDictionary()

@@ -304,7 +304,9 @@ def _token_id(value: Any, where: str) -> int:
 
 
 def _id_of(token: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    return int(tokenizer.convert_tokens_to_ids(token))  # get_vocab makes a dictionary of all tokens at each call
+    number = tokenizer.convert_tokens_to_ids(token)  # get_vocab makes a dictionary of all tokens at each call
+    assert isinstance(number, int), "one token has one id"
+    return number
 
 
 def _message(turn: Mapping[str, Any], where: str) -> Message:

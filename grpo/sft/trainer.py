@@ -53,8 +53,7 @@ class SupervisedTrainer(Loop):
         tokenizer: that of a loaded model; None: the one that lies where the model was loaded from.
 
     Raises:
-        ValueError: something is wrong with the settings, the rows or the rewards, or another trainer is at work in the run's
-            directory; before the model is loaded.
+        ValueError: whatever is wrong with settings, rows or rewards, or another is at work in run.dir; before a model is loaded.
     """
 
     config: SupervisedConfig
@@ -74,8 +73,7 @@ class SupervisedTrainer(Loop):
     ) -> None:
         check_callbacks(callbacks)
         resolved, given_model = settle(SupervisedConfig, config, tokenizer, settings or {})
-        self._lock = DirectoryLock()
-        with self._lock.released_on_error():
+        with DirectoryLock() as self._lock:
             parts = assemble(
                 resolved,
                 lock=self._lock,
