@@ -145,6 +145,7 @@ REJECT = {"name": "r", "kind": "reject"}
         ([{**ZERO, "modle": "x"}], "stage zero has 'modle'; .* Did you mean model?"),
         ([{**ZERO, "options": {"samples": 2}}], "stage zero: options has no effect on kind train"),
         ([{**ZERO, "set": {"run.stepz": 2}}], "stage zero: run.stepz is not a setting. Did you mean run.steps?"),
+        ([ZERO, {**REJECT, "model": "zero", "set": {"data.name": "x"}}], "stage r: set has no effect .* without a config"),
         ([{**ZERO, "set": {"run.dir": "x"}}], "stage zero: set has run.dir, which the path itself sets"),
         ([{**ZERO, "model": "b"}, {**ZERO, "name": "b", "model": "zero"}], "in a circle: (zero <- b <- zero|b <- zero <- b)"),
         ([ZERO, {**ZERO, "name": "b", "rows": "zero"}], "stage b: rows is zero, a stage of kind train; it must be one of"),
@@ -157,6 +158,23 @@ REJECT = {"name": "r", "kind": "reject"}
 def test_what_is_wrong_is_said_with_the_stages_name_before_anything_runs(tmp_path: Path, stages: Any, said: str):
     with pytest.raises(ValueError, match=said):
         read_plan(folder_of(tmp_path / "small", {"stages": stages}), tmp_path / "out")
+
+
+def test_settings_of_the_configuration_that_questions_come_from_are_overridden(tmp_path: Path):
+    questions = str(ROOT / "configs/quickstart/test.jsonl")
+    stages = [ZERO, {**REJECT, "model": "zero", "config": "zero.yaml", "set": {"rollout.temperature": 0.5}}]
+    folder = folder_of(tmp_path / "small", {"stages": stages})
+    plan = read_plan(folder, tmp_path / "out", [f"r:data.name={questions}", "r:samples=3"])
+    stage = plan.stage("r")
+    assert stage is not None
+    assert plan.launch(stage)[3:-2] == [
+        *("--config", str(folder / "zero.yaml"), "--set", "rollout.temperature=0.5", f"data.name={questions}"),
+        *("--samples", "3"),
+    ]
+    assert plan.settings(stage)["data.name"] == questions
+    assert [each.path for each in plan.inputs(stage) if each.label == "data"] == [questions]
+    with pytest.raises(ValueError, match=r"stage r: data\.nam is not a setting"):
+        read_plan(folder, tmp_path / "out", ["r:data.nam=1"])
 
 
 def test_a_wrong_folder_override_or_comparison_is_refused(tmp_path: Path):
@@ -178,7 +196,7 @@ def test_a_stage_may_set_the_options_of_its_command_and_no_others(kind: str, com
     has = {action.dest for action in command._parser()._actions} - {"help"}
     assert set(OPTIONS[kind]) <= has - set(OWN_OPTIONS)
     of_endpoints = {"endpoint", "api_key_env", "concurrency", "request", "price_in", "price_out"}
-    others = {"tools", "base"} if kind == "reject" else {"tools", "environment", *of_endpoints}
+    others = {"tools", "base", "set"} if kind == "reject" else {"tools", "environment", *of_endpoints}
     assert has - set(OWN_OPTIONS) - set(OPTIONS[kind]) == others
 
 

@@ -303,6 +303,31 @@ def test_questions_may_be_a_file_or_a_configurations(tmp_path: Path):
         run(tmp_path / "c.jsonl", str(own), asked=few)
 
 
+def test_settings_are_overridden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "rows.jsonl"
+    asked = [
+        *SETTINGS,
+        "--num-questions",
+        "2",
+        "--samples",
+        "1",
+        "--workers",
+        "1",
+        "--set",
+        "rollout.max_completion_tokens=4",
+    ]
+    run(out, f"data.name={TINY / 'test.jsonl'}", asked=asked)
+    wanted = [json.loads(line)["question"] for line in (TINY / "test.jsonl").read_text().splitlines()[:2]]
+    rows = [*read_jsonl(out), *read_jsonl(out.with_suffix(".dropped.jsonl"))]
+    assert sorted(each["question"] for each in rows) == sorted(wanted)
+    assert max(each["num_tokens"] for each in rows) <= 4
+    monkeypatch.setattr(
+        "sys.argv", ["grpo reject", "--model", str(TINY / "model"), "--set", "a.b=1", "--out", str(out)]
+    )
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+
+
 def test_questions_that_the_run_has_left_out_are_not_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     rows = [json.loads(line) for line in (TINY / "train.jsonl").read_text().splitlines()[:4]]
     rows[2]["question"] = "x y " * 300

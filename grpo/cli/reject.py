@@ -39,6 +39,8 @@ def main() -> None:
                 )
     elif options.tags:
         parser.error("--tags has no effect with --rewrite-with. Leave it out: --rewrite-template can ask for tags.")
+    if options.set and not options.config and run_directory(options.model) is None:
+        parser.error("--set has no effect without --config, or a run as --model, whose settings it overrides.")
     with errors_for_users():
         check_model(options.model)
         check_options(options)
@@ -218,6 +220,14 @@ def _parser() -> argparse.ArgumentParser:
         "--questions",
         metavar="FILE_OR_YAML",
         help="a data set, with the columns of the run's; or a YAML, whose section data says it; default: the run's own",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SECTION.SETTING=VALUE",
+        help="override settings of --config or of the run, such as data.name",
     )
     parser.add_argument("--num-questions", type=positive, metavar="N", help="only the first N")
     parser.add_argument("--samples", type=positive, default=16, metavar="N", help="per question; default: %(default)s")

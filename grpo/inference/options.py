@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from grpo.config import Config, SupervisedConfig, read_text
@@ -38,7 +38,7 @@ def check_options(options: Namespace) -> None:
         if not name.startswith("{"):
             check_spec(name, "--tools", "grpo.tools")
     if (path := options.config or (directory and directory / "config.yaml")) is not None:
-        settings_of(Path(path))
+        settings_of(Path(path), getattr(options, "set", ()))
 
 
 LATEST, BASE = "latest", "base"
@@ -97,9 +97,9 @@ def checkpoint_of(run: Path | None, step: int, option: str = "--step") -> Path:
     return steps[step, None]
 
 
-def settings_of(path: Path) -> Config:
-    """What a YAML says; of supervised training, how its held-out questions are asked."""
-    return SupervisedConfig.load(path).parts if is_supervised(path) else Config.load(path)
+def settings_of(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """What a YAML says, and overrides as `Config.load` takes; of supervised training, how its held-out questions are asked."""
+    return SupervisedConfig.load(path, overrides).parts if is_supervised(path) else Config.load(path, overrides)
 
 
 def is_supervised(path: Path) -> bool:

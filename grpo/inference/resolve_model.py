@@ -173,7 +173,7 @@ def choose(options: Namespace) -> Chosen:
         name = model_directory(options.model if options.step is None else str(checkpoint_of(directory, options.step)))
         model = ModelConfig(name=name)
     model.trust_remote_code = options.trust_remote_code  # not as the run has it, which may be another person's
-    settings = usual_settings(model) if path is None else settings_of(Path(path))
+    settings = usual_settings(model) if path is None else settings_of(Path(path), getattr(options, "set", ()))
     if not options.config and not options.base:  # a checkpoint's tokenizer has its chat template
         settings = settings.model_copy(update={"data": settings.data.model_copy(update={"chat_template": None})})
     return Chosen(model, settings, path is not None, sampling_of(options, settings.sampling))

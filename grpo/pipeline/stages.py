@@ -7,7 +7,7 @@
         model: zero              # a stage, a directory, or an id of the hub; left out: the configuration's own
         teacher: zero            # of train
         rows: [a_stage, x.jsonl] # of train and sft: data.name
-        set: {run.steps: 10}     # of train and sft: settings
+        set: {run.steps: 10}     # settings; of train, sft, and of reject with a config
         options: {samples: 2}    # of reject and evaluate: their options, with _ for -
     compare:                     # what the page at the end puts side by side
       - {title: ..., stages: [a, b]}
@@ -160,6 +160,7 @@ class Plan:
         if stage.kind in TRAINED:
             return [stage.kind, "--config", str(stage.config), "--set", *self._overrides(stage)]
         given = ["--config", str(stage.config)] if stage.config else []
+        given += ["--set", *overrides] if (overrides := _as_overrides(stage.set)) else []
         assert stage.model is not None, "it is checked when the stages are read"
         out = self.output(stage) if stage.kind == "reject" else self.directory(stage)
         return [stage.kind, "--model", self.path(stage.model), *given, *_as_options(stage.options), "--out", str(out)]
@@ -174,7 +175,7 @@ class Plan:
             paths = [self.path(each) for each in stage.rows]
             settings["data.name"] = paths[0] if len(paths) == 1 else [{"name": each} for each in paths]
         settings |= {"run.dir": str(self.directory(stage)), "run.resume": "auto"}
-        return [f"{name}={_as_yaml(value)}" for name, value in settings.items()]
+        return _as_overrides(settings)
 
     def settings(self, stage: Stage) -> dict[str, Any]:
         """All that it is told, by `section.name` or option, without where OUT and the folder of stages lie.
@@ -188,7 +189,7 @@ class Plan:
         else:
             found |= {"model": self.path(stage.model or "")}
             if stage.config is not None:
-                found |= _flat(Config.load(stage.config).model_dump(mode="json"))
+                found |= _flat(Config.load(stage.config, _as_overrides(stage.set)).model_dump(mode="json"))
         text = json.dumps(found, default=str)
         for place, name in ((self.out, "OUT"), (self.folder, "STAGES")):
             text = text.replace(f"{json.dumps(str(place))[1:-1]}/", f"{name}/")
@@ -215,7 +216,7 @@ class Plan:
             own = [] if stage.rows else [config.data.name]
             found += [Input("data", path) for path in _files([*own, config.data.eval_name])]
         else:
-            given = Config.load(stage.config).data if stage.config else None
+            given = Config.load(stage.config, _as_overrides(stage.set)).data if stage.config else None
             named = stage.options.get("questions") or (given and given.name)
             found += [Input("data", path) for path in _files([named])]
         return found
@@ -248,6 +249,10 @@ def _as_yaml(value: Any) -> str:
     except Exception:  # of a text that is no YAML
         plain = False
     return value if plain else json.dumps(value, ensure_ascii=False)
+
+
+def _as_overrides(settings: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={_as_yaml(value)}" for name, value in settings.items()]
 
 
 def _as_options(options: Mapping[str, Any]) -> list[str]:
@@ -328,7 +333,12 @@ def _nearest(name: object, known: Iterable[str]) -> str:
 
 def _stage(each: Mapping[str, Any], place: Path, names: Sequence[str]) -> Stage:
     name, kind = str(each["name"]), str(each["kind"])
-    for key, of in (("teacher", ("train",)), ("rows", TRAINED), ("set", TRAINED), ("options", ("reject", "evaluate"))):
+    for key, of in (
+        ("teacher", ("train",)),
+        ("rows", TRAINED),
+        ("set", (*TRAINED, "reject")),
+        ("options", ("reject", "evaluate")),
+    ):
         if each.get(key) is not None and kind not in of:
             raise ValueError(f"stage {name}: {key} has no effect on kind {kind}; it is of {', '.join(of)}. Remove it.")
     if kind in TRAINED and not each.get("config"):
@@ -337,6 +347,8 @@ def _stage(each: Mapping[str, Any], place: Path, names: Sequence[str]) -> Stage:
         raise ValueError(f"stage {name}: model is missing; it is a stage before, a directory or a hub id. Name one.")
     if kind == "evaluate" and each.get("config"):
         raise ValueError(f"stage {name}: config has no effect on kind evaluate; its options say all. Remove it.")
+    if kind == "reject" and each.get("set") and not each.get("config"):
+        raise ValueError(f"stage {name}: set has no effect on kind reject without a config. Name one, or remove it.")
     config = None
     if each.get("config"):
         config = place / str(each["config"])
@@ -395,7 +407,7 @@ def _with_overrides(stages: list[Stage], overrides: Sequence[str]) -> list[Stage
             )
         stage = found[name]
         value = {key: text if text.lstrip().startswith("#") else read_yaml(text)}
-        if stage.kind in TRAINED:
+        if stage.kind in TRAINED or (stage.config is not None and "." in key):
             found[name] = replace(stage, set={**stage.set, **value})
         else:
             found[name] = replace(stage, options={**stage.options, **value})
