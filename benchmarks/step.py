@@ -399,7 +399,7 @@ def update_flops(config: Qwen2Config | Qwen3MoeConfig, passes: list[MicroBatch])
         12 H       per layer and pair of a place and a place it sees: the attention's scores and what it adds up by them
 
     A prompt's places are there once for all its completions in a pass, and see the prompt up to themselves. Those of a completion
-    see all of the prompt, and the completion up to themselves: q (k - q) + q (q + 1) / 2 pairs for q queries that end k keys.
+    see all of the prompt, and the completion up to themselves.
     Of a mixture the experts that a place goes through are counted. Norms, rotation, softmax, routing, the embedding's look-up and
     the optimizer are not counted either, nor are passes without work.
     """
@@ -412,10 +412,8 @@ def update_flops(config: Qwen2Config | Qwen3MoeConfig, passes: list[MicroBatch])
     flops = 0.0
     for micro in passes:
         if not micro.is_spare:
-            q, k = micro.packing.cu_queries.diff().double(), micro.packing.cu_keys.diff().double()
-            pairs = float((q * (k - q) + q * (q + 1) / 2).sum())
             head = config.vocab_size * hidden * len(micro.targets)
-            flops += 6 * (weights * len(micro.tokens) + head) + 12 * hidden * num_layers * pairs
+            flops += 6 * (weights * len(micro.tokens) + head) + 12 * hidden * num_layers * micro.num_pairs
     return flops
 
 

@@ -472,6 +472,12 @@ class MicroBatch:
     selected: Tensor | None = None  # (T,) bool, whose surrogate is trained on; None: all
     fresh: Tensor | None = None  # (T,) bool, drawn by the weights before this update; None: all
 
+    @property
+    def num_pairs(self) -> float:
+        """Of a token and one that it sees, itself among them: q (k - q) + q (q + 1) / 2 for q queries that end k keys."""
+        q, k = self.packing.cu_queries.diff().double(), self.packing.cu_keys.diff().double()
+        return float((q * (k - q) + q * (q + 1) / 2).sum())
+
     def to(self, device: torch.device) -> MicroBatch:
         return _moved(self, device)
 

@@ -1,3 +1,4 @@
+import math
 import random
 import time
 from dataclasses import replace
@@ -194,6 +195,41 @@ def test_long_sequences_are_dealt_evenly_too():
     batch = pack(groups, torch.ones(16, 8))
     loads = [sum(tokens_in(batch, sequences) for sequences in passes) for passes in plan]
     assert min(loads) > 0.97 * max(loads)
+
+
+def waiting(batch: Batch, plan: list[list[list[int]]], pair_cost: float) -> float:
+    """Share of their time that processes wait for the one whose pass takes longest."""
+
+    def seconds(sequences: list[int]) -> float:
+        micro = micro_batch(take(batch, sequences), torch.empty(0))
+        return len(micro.tokens) + pair_cost * micro.num_pairs
+
+    at_once = [[seconds(each) for each in passes] for passes in zip(*plan, strict=True)]
+    return 1 - sum(map(sum, at_once)) / sum(len(each) * max(each) for each in at_once)
+
+
+def test_passes_that_run_at_the_same_time_take_the_same_time():
+    """One of a long sequence takes longer than one of many short ones with as many tokens."""
+    rng, cost = random.Random(3), 1e-3
+    lens = [[min(2000, int(rng.lognormvariate(5, 1.2)) + 10) for _ in range(8)] for _ in range(32)]
+    groups = [Group(prompt([1] * 20), [completion([2] * n) for n in each]) for each in lens]
+    batch = pack(groups, torch.ones(32, 8))
+    by_tokens = plan_passes(batch, token_budget=2100, num_processes=4)
+    by_time = plan_passes(batch, token_budget=2100, num_processes=4, pair_cost=cost)
+    dealt = [sorted(tuple(each) for passes in plan for each in passes) for plan in (by_tokens, by_time)]
+    assert dealt[0] == dealt[1]  # as full as before
+    assert waiting(batch, by_time, cost) < 0.03 < 0.08 < waiting(batch, by_tokens, cost)
+
+
+def test_pairs_are_counted_where_a_prompt_is_shared():
+    groups = [
+        Group(prompt([1, 2]), [completion([3, 4]), completion([5])]),
+        Group(prompt([1, 2, 3]), [completion([4]), completion([6])]),
+    ]
+    batch = pack(groups, torch.tensor([[1.0, 1.0], [1.0, math.nan]]))
+    micro = micro_batch(batch, torch.empty(0))
+    seen = [(1, 2), (3, 4), (3,), (1, 2, 3), (4,)]  # by each place of: 1 2, 3 4, 5; 1 2 3, 4
+    assert micro.num_pairs == sum(map(sum, seen))
 
 
 def test_an_empty_batch_needs_no_pass():

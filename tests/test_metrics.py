@@ -41,10 +41,22 @@ def test_dealing_is_measured_over_passes_and_processes():
     metrics = step_metrics(mine, {"rollout": 1.0, "update": 2.0}, over_two_processes(mine, other))
     # together 120 places; passes in step wait for the fuller one: 2 * (60 + 20) = 160 could have been read
     assert metrics["batch/imbalance"] == pytest.approx(1 - 120 / 160)
+
     assert metrics["batch/padding"] == 1 / 4
     # sequences of 30, 40, 20 and 40 tokens, of which one prompt of 10 was read once instead of twice
     assert metrics["throughput/update"] == pytest.approx(130 / 2)
     assert metrics["batch/shared"] == pytest.approx(1 - 120 / 130)
+
+
+def test_attention_counts_in_what_processes_wait():
+    mine, other = Meter(), Meter()
+    measure_passes(mine, [one_group(2, 3)], pair_cost=0.5)  # 5 places, 1 + 2 + 3 + 4 + 5 pairs: 12.5
+    measure_passes(other, [one_group(1, 1)], pair_cost=0.5)  # 2 places, 1 + 2 pairs: 3.5
+    for meter in (mine, other):
+        meter.mean("reward/mean", torch.zeros(1))
+        meter.total("throughput/rollout", 0.0)
+    metrics = step_metrics(mine, {"rollout": 1.0, "update": 2.0}, over_two_processes(mine, other))
+    assert metrics["batch/imbalance"] == pytest.approx(1 - (12.5 + 3.5) / (2 * 12.5))
 
 
 def test_a_mean_is_over_all_values_and_a_maximum_shows_what_is_not_a_number():

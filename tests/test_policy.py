@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -33,7 +34,7 @@ from grpo.config import ModelConfig
 from grpo.data.prompts import build_prompts
 from grpo.data.rows import load_rows
 from grpo.policy.attention import packed_inputs
-from grpo.policy.language_model import checkpoint_activations, fuse_kernels, load_lm, output_head
+from grpo.policy.language_model import checkpoint_activations, fuse_kernels, load_lm, output_head, pair_cost
 from grpo.policy.logprobs import float32_linear, token_logprobs
 from grpo.policy.policy import Policy
 from grpo.policy.tokenizer import check_context, end_token_ids, load_tokenizer
@@ -171,6 +172,26 @@ def test_fused_kernels_are_this_models_alone(family: str):
         assert forwards != own
     assert torch.equal(random_model(family)(input_ids=ids).logits, expected)
     assert torch.equal(before(input_ids=ids).logits, expected)
+
+
+def test_what_attention_to_a_token_takes_is_counted_from_the_shapes():
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    dense = Qwen2Config(**sizes, intermediate_size=96)
+    of_a_layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 96  # query, key, value, output; gate, up, down
+    assert pair_cost(AutoModelForCausalLM.from_config(dense)) == pytest.approx(2 * 64 * 3 / (3 * of_a_layer))
+    mixture = Qwen3MoeConfig(**sizes, head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32)
+    of_a_layer = (
+        64 * (64 + 32 + 32 + 64) + 2 * 3 * 64 * 32
+    )  # two experts; the router, which is no linear layer, is small
+    assert pair_cost(AutoModelForCausalLM.from_config(mixture)) == pytest.approx(
+        2 * 64 * 3 / (3 * of_a_layer), rel=0.03
+    )
 
 
 @pytest.mark.gpu

@@ -136,12 +136,20 @@ class Outline:
         return Outline(*(values[sequences] for values in vars(self).values()))
 
 
-def plan_passes(batch: Batch | Outline, *, token_budget: int, num_processes: int) -> list[list[list[int]]]:
+def plan_passes(
+    batch: Batch | Outline, *, token_budget: int, num_processes: int, pair_cost: float = 0.0
+) -> list[list[list[int]]]:
     """For each process, the sequences of each of its passes: as few passes as fit the budget, all of about the same size.
 
     Every process has the same number of passes, because under ZeRO they run them in step; passes that run at the same time are
-    the most alike. A pass without sequences is empty. The tokens of a prompt count once in a pass, so completions of the same
-    prompt stay together except where a pass is full. A sequence longer than the budget gets a pass of its own.
+    the most alike in what they take: a pass of one long sequence takes longer than one of many short ones with as many tokens. A
+    pass without sequences is empty. The tokens of a prompt count once in a pass, so completions of the same prompt stay together
+    except where a pass is full. A sequence longer than the budget gets a pass of its own.
+
+    Args:
+        token_budget: tokens of a pass, which say how much memory it takes.
+        pair_cost: what a token and one that it sees take in attention, in the time that a token takes otherwise; see
+            `language_model.pair_cost`.
     """
     completion_lens = batch.completion_lens.tolist()
     prompt_lens, prompts = batch.prompt_lens.tolist(), batch.prompt_index.tolist()
@@ -166,8 +174,19 @@ def plan_passes(batch: Batch | Outline, *, token_budget: int, num_processes: int
         between = (too_few + enough) // 2
         fewer = deal(between)
         passes, enough, too_few = (passes, enough, between) if fewer is None else (fewer, between, too_few)
-    passes.sort(key=lambda each: -each.num_tokens)
+    passes.sort(
+        key=lambda each: (
+            -each.num_tokens - pair_cost * _num_pairs(each.sequences, prompts, prompt_lens, completion_lens)
+        )
+    )
     return [[each.sequences for each in passes[rank::num_processes]] for rank in range(num_processes)]
+
+
+def _num_pairs(sequences: list[int], prompts: list[int], prompt_lens: list[int], completion_lens: list[int]) -> float:
+    """Of a token and one that it sees, itself among them, in a pass; a prompt's own once."""
+    shared = {prompts[i]: prompt_lens[i] for i in sequences}
+    own = ((completion_lens[i], prompt_lens[i]) for i in sequences)
+    return sum(n * (n + 1) / 2 for n in shared.values()) + sum(n * before + n * (n + 1) / 2 for n, before in own)
 
 
 @dataclass

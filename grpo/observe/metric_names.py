@@ -98,7 +98,7 @@ METRICS = {
     "environment/seconds": "mean seconds that the steps of a completion took in worker processes",
     "batch/padding": "share of forward passes that a process ran without work, to keep in step with the others",
     "batch/shared": "share of the tokens of prompts and completions that need no pass, because completions share their prompt",
-    "batch/imbalance": "share of the update's passes that the processes would wait for the fullest, if time were tokens",
+    "batch/imbalance": "share of the update's passes that the processes would wait for the longest, by tokens and attention",
     "scoring/timeouts": "reward calls that were killed at scoring.timeout_seconds",
     "scoring/crashes": "reward calls whose worker died or ran out of memory",
     "time/step": "seconds of the whole step on the main process",

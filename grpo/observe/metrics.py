@@ -247,11 +247,11 @@ HASH_FACTOR = np.int64(6364136223846793005)
 """Of Knuth's linear congruential generator (MMIX); products wrap around."""
 
 
-def measure_passes(meter: Meter, passes: list[MicroBatch]) -> None:
-    """How the sequences of a minibatch were dealt to this process."""
+def measure_passes(meter: Meter, passes: list[MicroBatch], *, pair_cost: float = 0.0) -> None:
+    """How the sequences of a minibatch were dealt to this process; `pair_cost` as in `plan_passes`."""
     for micro in passes:
         meter.mean("batch/padding", torch.tensor(float(micro.is_spare)))
-        meter.lost("batch/imbalance", [0.0 if micro.is_spare else float(len(micro.tokens))])
+        meter.lost("batch/imbalance", [0.0 if micro.is_spare else len(micro.tokens) + pair_cost * micro.num_pairs])
         if not micro.is_spare:
             meter.total("throughput/update", float(micro.num_sequence_tokens))
             meter.total(TOKENS_READ, float(len(micro.tokens)))

@@ -239,10 +239,34 @@ def fuse_kernels(lm: PreTrainedModel) -> bool:
 def has_experts(config: PretrainedConfig) -> bool:
     """Whether tokens are routed to experts. Liger's kernel of them asks the GPU how many tokens each has, so that no step of
     sampling can be captured with it; torch's grouped product does not."""
-    return any(attribute(config, name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return any(attribute(config, name) for name in EXPERTS)
+
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""What families call the number of experts in a layer."""
 
 
 ROTARY = "apply_rotary_pos_emb"
+
+
+def pair_cost(lm: PreTrainedModel) -> float:
+    """What a token and one that it sees take in attention, in the time that a token takes in all layers otherwise, by operations.
+
+    A pair takes 4 for each number of the heads of a layer, forward, and a token 2 for each weight of the linear layers that it
+    goes through; backward takes twice as much of both. The output head, which reads completions alone, and sliding windows are not
+    counted. 0 where the configuration does not say how wide attention is.
+    """
+    config = lm.config.get_text_config()
+    heads, layers = attribute(config, "num_attention_heads"), attribute(config, "num_hidden_layers")
+    width = attribute(config, "head_dim") or (heads and config.hidden_size // heads)
+    head = lm.get_output_embeddings()
+    linear = sum(m.in_features * m.out_features for m in lm.modules() if isinstance(m, nn.Linear) and m is not head)
+    shapes = [getattr(weight, "ds_shape", weight.shape) for weight in lm.parameters()]
+    experts = sum(math.prod(shape) for shape in shapes if len(shape) == 3)  # of which a token goes through a few
+    if experts:
+        most = next(number for name in EXPERTS if (number := attribute(config, name)))
+        experts *= (attribute(config, "num_experts_per_tok") or most) / most
+    return 2 * layers * heads * width / (linear + experts) if layers and heads and linear + experts else 0.0
 
 
 def _by_device(on_gpu: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:

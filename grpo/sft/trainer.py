@@ -113,7 +113,7 @@ class SupervisedTrainer(Loop):
             rollout = self._as_rollout(rows)
             passes = self._deal(rows)
             if self.processes.speaks:
-                measure_passes(step.meter, passes)
+                measure_passes(step.meter, passes, pair_cost=self.learner.pair_cost)
                 measure_dealt_rows(step.meter, passes)
             self._update(passes, rollout)
         step.rollout, self.state.position = rollout, self.order.position

@@ -27,6 +27,7 @@ from grpo.algorithm.own_loss import Loss, use_loss
 from grpo.config import AlgorithmConfig, OptimizerConfig
 from grpo.config.schedule import learning_rate
 from grpo.observe.metrics import Measure, Meter, Predicted, measure_micro_batch, measure_passes
+from grpo.policy.language_model import pair_cost
 from grpo.policy.policy import Policy
 from grpo.training.state import RunState
 from grpo.types import Batch, MicroBatch
@@ -75,6 +76,7 @@ class Learner:
         self.optimizer = optimizer
         self.optimizer_steps = optimizer_steps
         self.token_budget = token_budget
+        self.pair_cost = pair_cost(policy.lm)
         self.max_completion_tokens = max_completion_tokens
 
     def follow(self, objective: Objective, *, temperature: float, max_completion_tokens: int) -> None:
@@ -93,7 +95,7 @@ class Learner:
         for passes in dealt:
             self._fix(passes)
         for passes in self.algorithm.num_epochs * dealt if self.processes.speaks else []:
-            measure_passes(meter, passes)
+            measure_passes(meter, passes, pair_cost=self.pair_cost)
         return self.algorithm.num_epochs * dealt
 
     def deal(self, mine: Batch) -> list[MicroBatch]:
@@ -127,7 +129,12 @@ class Learner:
         needed = list(range(whole.num_sequences))
         if not self.every_token_counts:
             needed = whole.advantages.nonzero().flatten().tolist() or needed
-        plan = plan_passes(whole.take(needed), token_budget=self.token_budget, num_processes=self.processes.num_parts)
+        plan = plan_passes(
+            whole.take(needed),
+            token_budget=self.token_budget,
+            num_processes=self.processes.num_parts,
+            pair_cost=self.pair_cost,
+        )
         return [[[needed[i] for i in part] for part in passes] for passes in plan]
 
     def _pass(self, batch: Batch, sequences: list[int], whole: Outline) -> MicroBatch:
