@@ -450,10 +450,15 @@ def test_the_rewriting_model_sees_question_and_solution_and_no_gold_answer():
     [
         (r"So \(9 + 5 = \boxed{14}\).", r" <think> So \(9 + 5 = \boxed{14}\). </think> <answer> 14 </answer>"),
         (
-            r"\boxed{3} and $\boxed{\frac{1}{2}}$",
-            r" <think> \boxed{3} and $\boxed{\frac{1}{2}}$ </think> <answer> \frac{1}{2} </answer>",
+            r"First \boxed{3}. Then $\boxed{ \frac{1}{2} }$",
+            r" <think> First \boxed{3}. Then $\boxed{ \frac{1}{2} }$ </think> <answer> \frac{1}{2} </answer>",
         ),
         ("It is 14.", None),  # what it commits to is not known
+        (r"so \boxed{1}, \boxed{2}", None),  # the verifier takes both for the answer
+        (r"\boxed{1} and \boxed{2}", None),
+        (r"\boxed{14}. Again \boxed{", None),  # and leaves out what is cut off
+        (r"\boxed{14}. Again \boxed{15", None),
+        (r"\boxed{}", None),
         (r"<think>a</think> \boxed{14}", None),  # a form of its own
         (r"The <answer> is \boxed{14}", None),
     ],
@@ -461,7 +466,16 @@ def test_the_rewriting_model_sees_question_and_solution_and_no_gold_answer():
 def test_a_boxed_solution_becomes_one_in_tags(sampled: str, tagged: str | None):
     own = row(sampled)
     found = in_tags(own, kept().prompt)
-    assert found == (own if tagged is None else {**own, "completion": tagged, "original": sampled})
+    if tagged is not None:
+        assert found == {**own, "completion": tagged, "original": sampled}
+        assert accuracy(tagged, gold := exact(tagged)) == accuracy(sampled, gold, source="boxed") == 1
+    else:
+        assert found["completion"] == sampled
+        assert broken_by(found) == ["untagged"]
+
+
+def exact(tagged: str) -> str:
+    return tagged.partition("<answer>")[2].partition("</answer>")[0].strip()
 
 
 def test_rows_are_kept_and_judged_as_they_are_in_tags(whole: Path, tmp_path: Path):

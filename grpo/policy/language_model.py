@@ -253,8 +253,8 @@ def pair_cost(lm: PreTrainedModel) -> float:
     """What a token and one that it sees take in attention, in the time that a token takes in all layers otherwise, by operations.
 
     A pair takes 4 for each number of the heads of a layer, forward, and a token 2 for each weight of the linear layers that it
-    goes through; backward takes twice as much of both. The output head, which reads completions alone, and sliding windows are not
-    counted. 0 where the configuration does not say how wide attention is.
+    goes through; backward takes twice as much of both. The output head, which reads completions alone, and sliding windows are
+    not counted. 0 where the configuration does not say how wide attention is.
     """
     config = lm.config.get_text_config()
     heads, layers = attribute(config, "num_attention_heads"), attribute(config, "num_hidden_layers")

@@ -17,7 +17,7 @@ from grpo.data.prompts import build_prompts
 from grpo.inference.resolve_model import LONG
 from grpo.rejection.rules import Fall
 from grpo.rejection.sampling import Row, seed_of
-from grpo.text.answer_forms import boxed_answer
+from grpo.text.answer_forms import sole_box
 from grpo.types import Generator, Group, OnGroup, Prompt, Sampling
 
 TEMPLATE = """Below are a question and a solution to it. Rewrite the solution so that it is easy to read: in the language of the \
@@ -102,12 +102,14 @@ def in_tags(row: Row, prompt: Prompt) -> Row:
     r"""A sampled row in the paper's form: the text is the thought, and the last `\boxed{}` the answer.
 
     So a model that answers right in the form it knows makes the rows of its own cold start in the form that it is to learn. A row
-    without a box, or with a tag of that form already, stays as it is. `original` is the text as it was sampled.
+    that cannot be written so has the reason as `untagged`, and falls. `original` is the text as it was sampled.
     """
     text = row["completion"].removeprefix(prompt.prefill).strip()
-    answer = boxed_answer(text)
-    if answer is None or re.search(r"</?(think|answer)>", row["completion"]):
-        return row
+    if re.search(r"</?(think|answer)>", row["completion"]):
+        return {**row, "untagged": "it has tags"}
+    answer = sole_box(text)
+    if answer is None:
+        return {**row, "untagged": "no box is its whole answer"}
     tagged = f" <think> {text} </think> <answer> {answer} </answer>"
     return {**row, "completion": tagged, "original": row["completion"]}
 

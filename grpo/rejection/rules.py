@@ -15,6 +15,7 @@ A row is dropped by the first rule in this order that it breaks:
     repetition        too much of it lies in a loop
     long_paragraph    a paragraph has too many words
     code_in_thought   the thought has code blocks
+    untagged          with --tags: its answer is not the content of one box, or it has tags already
     pass_rate         its question is answered right too rarely or too often
     duplicate         another row of the question has the same text
     surplus           the question has enough rows already
@@ -114,6 +115,7 @@ OPTIONS = {
     "repetition": "--max-loop",
     "long_paragraph": "--max-paragraph-words",
     "code_in_thought": "--max-thought-code",
+    "untagged": "--tags",
     "pass_rate": "--pass-rate",
     "duplicate": "",
     "surplus": "--per-question",
@@ -190,7 +192,8 @@ def falls_of_row(
         falls.append(Fall("wrong", _named(below)))
     if row["finish_reason"] != "stop":
         falls.append(Fall("unfinished", f"cut off after {row['num_tokens']} tokens"))
-    return falls + falls_of_text(row["completion"], question, rules, special_tokens)
+    falls += falls_of_text(row["completion"], question, rules, special_tokens)
+    return falls + ([Fall("untagged", row["untagged"])] if "untagged" in row else [])
 
 
 def judge(

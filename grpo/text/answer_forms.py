@@ -69,25 +69,35 @@ def committed_answer(completion: str) -> str:
     start = completion.rfind("<answer>", 0, max(end, 0))
     if start >= 0:
         return completion[start + len("<answer>") : end].strip()
-    if (boxed := boxed_answer(completion)) is not None:
-        return boxed
+    boxes = list(_BOX.finditer(completion))
+    if boxes:
+        return _until_closed(completion[boxes[-1].end() :])
     lines = [line.strip() for line in completion.splitlines() if line.strip()]
     return lines[-1] if lines else ""
 
 
-def boxed_answer(completion: str) -> str | None:
-    r"""The content of the last `\boxed{}`; None if there is none."""
+def sole_box(completion: str) -> str | None:
+    r"""The content of the last `\boxed{}`; None if there is none that is the whole answer: closed, filled, not one of several."""
     boxes = list(_BOX.finditer(completion))
-    return _until_closed(completion[boxes[-1].end() :]) if boxes else None
+    if not boxes or _BOXES.search(completion):
+        return None
+    rest = completion[boxes[-1].end() :]
+    end = _closing(rest)
+    return None if end is None else rest[:end].strip() or None
 
 
 def _until_closed(text: str) -> str:
+    return text[: _closing(text)].strip()
+
+
+def _closing(text: str) -> int | None:
+    """Where the brace closes that was opened before the text; None if it does not."""
     depth = 1
     for at, character in enumerate(text):
         depth += (character == "{") - (character == "}")
         if depth == 0:
-            return text[:at].strip()
-    return text.strip()
+            return at
+    return None
 
 
 def has_empty_thought(completion: str) -> bool:
