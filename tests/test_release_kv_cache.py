@@ -20,6 +20,7 @@ from grpo import SupervisedTrainer, Trainer
 from grpo.check import memory as check_memory
 from grpo.check.advice import advice
 from grpo.policy.policy import Policy
+from grpo.rollout import make_generator
 from grpo.rollout.engine import NativeGenerator
 from grpo.run.resumable import MAY_CHANGE, changed_setting
 from grpo.system import mapped_memory
@@ -224,9 +225,7 @@ def test_supervised_training_releases_what_an_evaluation_took(
 
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
 def test_another_engine_is_refused(tmp_path: Path, engine: str):
-    rule = (
-        rf"memory\.release_kv_cache is True; only the native engine reads it, and rollout\.engine is {engine}\. Remove"
-    )
+    rule = rf"memory\.release_kv_cache is True; only the native engine reads it, and the engine is {engine}\. Remove"
     with pytest.raises(ValueError, match=rule):
         tiny_config(tmp_path, rollout={"engine": engine}, memory={"release_kv_cache": True})
 
@@ -238,6 +237,26 @@ def test_a_machine_without_a_gpu_is_refused_before_a_model_is_loaded(tmp_path: P
     with pytest.raises(ValueError, match=r"memory\.release_kv_cache is true; .* no GPU here\. Remove it\."):
         Trainer(config, rewards=[vary])
     assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_have_an_effect_is_refused_or_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(
+        ValueError, match=r"memory\.release_kv_cache is true; it has no effect while evaluation\.num_questions is 0"
+    ):
+        sft_config(tmp_path, memory={"release_kv_cache": True})
+    policy = make_policy(tmp_path)
+    monkeypatch.setattr("grpo.rollout.engine.unsupported", lambda *given, **named: "it is odd")
+    make_generator(tiny_config(tmp_path, rollout={"engine": "auto"}, memory={"release_kv_cache": True}), policy)
+    assert "because it is odd; memory.release_kv_cache has no effect then" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert mapped_memory.missing() == "that takes CUDA, not ROCm"
+    monkeypatch.setattr(torch.version, "hip", None)
+    mapped_memory._driver.cache_clear()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(f"{name}: no such file")))
+    assert "driver library cannot be loaded (libcuda.so.1: no such file)" in str(mapped_memory.missing())
 
 
 def test_a_run_may_be_resumed_with_another_choice(tmp_path: Path):

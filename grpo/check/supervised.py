@@ -44,6 +44,7 @@ def rehearse(config: SupervisedConfig) -> SupervisedTrainer:
     settings["logging"] = {"wandb": "disabled", "completions_every": 0, "tensorboard": False}
     settings["evaluation"] = {"num_rows": config.evaluation.num_rows}  # rows that are not learned
     settings["checkpoint"] = {}
+    settings["memory"] = {**settings.get("memory", {}), "release_kv_cache": False}  # nothing is sampled
     with TemporaryDirectory(prefix="grpo-check-") as directory:
         own = {name: value for name, value in settings["run"].items() if name in ("steps", "seed", "deterministic")}
         settings["run"] = own | {"dir": str(Path(directory) / "run"), "resume": "never"}

@@ -545,13 +545,12 @@ def _check_engine_settings(config: Config) -> None:
             f"vllm.url is {vllm.url!r}; it is not an address like http://127.0.0.1:8000. Set it to where the server listens."
         )
     engine = config.rollout.engine
-    native = (config.memory, "kv_cache_gib"), (config.memory, "release_kv_cache"), (config.rollout, "fused_layers")
+    native = ("memory", "kv_cache_gib"), ("memory", "release_kv_cache"), ("rollout", "fused_layers")
     for section, name in native if engine in ("hf", "vllm") else ():
-        value = getattr(section, name)
-        if value != type(section).model_fields[name].default:
-            setting = f"{'memory' if section is config.memory else 'rollout'}.{name}"
+        of, value = getattr(config, section), getattr(getattr(config, section), name)
+        if value != type(of).model_fields[name].default:
             raise ValueError(
-                f"{setting} is {value}; only the native engine reads it, and rollout.engine is {engine}. Remove it."
+                f"{section}.{name} is {value}; only the native engine reads it, and the engine is {engine}. Remove it."
             )
 
 

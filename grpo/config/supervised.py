@@ -185,6 +185,11 @@ class SupervisedConfig(Settings):
                     f"evaluation.{name} is {value!r}; it has no effect while evaluation.num_questions is 0. Remove it, or set "
                     "evaluation.num_questions."
                 )
+        if self.memory.release_kv_cache:
+            raise ValueError(
+                "memory.release_kv_cache is true; it has no effect while evaluation.num_questions is 0, as nothing is sampled. "
+                "Remove it, or set evaluation.num_questions."
+            )
 
     def to_yaml(self) -> str:
         """Without training.epochs where run.steps is set: the file would say twice how long to train, and be refused."""

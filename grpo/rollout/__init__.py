@@ -18,7 +18,7 @@ def check_engine(config: Config) -> None:
 
     Raises:
         ValueError: its package or its server is not there, or it has no rollout.weights fp8 of this model on this machine; or
-            memory.release_kv_cache is set and there is no GPU.
+            memory.release_kv_cache is set and there is no CUDA GPU.
     """
     if config.rollout.engine == "vllm":
         from grpo.rollout.vllm import check_available
@@ -26,10 +26,11 @@ def check_engine(config: Config) -> None:
         check_available(config)
     import torch
 
-    if config.memory.release_kv_cache and not torch.cuda.is_available():
+    from grpo.system import mapped_memory
+
+    if config.memory.release_kv_cache and (reason := mapped_memory.missing()) is not None:
         raise ValueError(
-            "memory.release_kv_cache is true; it gives GPU memory back to the reference and the update, and torch sees no GPU "
-            "here. Remove it."
+            f"memory.release_kv_cache is true; it gives GPU memory back to the reference and the update, and {reason}. Remove it."
         )
     if config.rollout.weights == "fp8":
         from grpo.policy.model_source import model_config
@@ -79,5 +80,6 @@ def make_generator(config: Config, policy: SampledModel) -> Generator:
         if engine == "native":
             raise ValueError(f"rollout.engine is native; {reason}. Set rollout.engine to hf.")
         if policy.processes.is_main:
-            say(f"rollout.engine is auto: sampling with transformers' generate, because {reason}")
+            unused = "; memory.release_kv_cache has no effect then" if config.memory.release_kv_cache else ""
+            say(f"rollout.engine is auto: sampling with transformers' generate, because {reason}{unused}")
     return HFGenerator(policy, max_sequences=config.memory.max_sequences)

@@ -130,6 +130,19 @@ class MappedMemory:
         return handle.value
 
 
+def missing() -> str | None:
+    """Why there is no such memory on this machine, as far as that can be told without touching a GPU; None if there may be."""
+    if not torch.cuda.is_available():
+        return "torch sees no GPU here"
+    if torch.version.hip is not None:
+        return "that takes CUDA, not ROCm"
+    try:
+        _driver()
+    except OSError as error:
+        return f"CUDA's driver library cannot be loaded ({error})"
+    return None
+
+
 @cache
 def _driver() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
