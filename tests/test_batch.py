@@ -6,7 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo.algorithm.batch import empty_micro_batch, join, micro_batch, pack, plan_passes, split, take, unpack
+from grpo.algorithm.batch import (
+    _num_pairs,
+    empty_micro_batch,
+    join,
+    micro_batch,
+    pack,
+    plan_passes,
+    split,
+    take,
+    unpack,
+)
 from grpo.policy.attention import spread
 from grpo.types import Batch, Completion, Group, Prompt
 
@@ -227,9 +237,10 @@ def test_pairs_are_counted_where_a_prompt_is_shared():
         Group(prompt([1, 2, 3]), [completion([4]), completion([6])]),
     ]
     batch = pack(groups, torch.tensor([[1.0, 1.0], [1.0, math.nan]]))
+    lens = batch.prompt_index.tolist(), batch.prompt_lens.tolist(), batch.completion_lens.tolist()
     micro = micro_batch(batch, torch.empty(0))
     seen = [(1, 2), (3, 4), (3,), (1, 2, 3), (4,)]  # by each place of: 1 2, 3 4, 5; 1 2 3, 4
-    assert micro.num_pairs == sum(map(sum, seen))
+    assert micro.num_pairs == _num_pairs([0, 1, 2], *lens) == sum(map(sum, seen))
 
 
 def test_an_empty_batch_needs_no_pass():

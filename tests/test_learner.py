@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_batch import completion, prompt
 
-from grpo.algorithm.batch import join, pack
+from grpo.algorithm.batch import Outline, join, pack, plan_passes
 from grpo.config import AlgorithmConfig
 from grpo.training.learner import Learner
 from grpo.types import Batch, Group, MicroBatch, Packing
@@ -41,6 +41,7 @@ def learner(peer: Peer, *, every_token_counts: bool) -> Learner:
     made = Learner.__new__(Learner)
     made.processes, made.every_token_counts = peer, every_token_counts  # type: ignore[assignment]
     made.algorithm, made.token_budget, made.max_completion_tokens = AlgorithmConfig(), 60, 30
+    made.pair_cost = 0.5
     return made
 
 
@@ -74,6 +75,14 @@ def assert_equal(ours: Any, theirs: Any) -> None:
             assert torch.equal(one, other), field.name
         else:
             assert one == other, field.name
+
+
+def test_attention_counts_in_which_passes_run_at_the_same_time():
+    whole = Outline.of(join(parts_of_a_minibatch()))
+    peer = Peer(0, {}, Barrier(4), 1)
+    plan = learner(peer, every_token_counts=True)._plan(whole)
+    assert plan == plan_passes(whole, token_budget=60, num_processes=4, pair_cost=0.5)
+    assert plan != plan_passes(whole, token_budget=60, num_processes=4)
 
 
 @pytest.mark.parametrize("every_token_counts", [False, True])

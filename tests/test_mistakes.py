@@ -277,6 +277,10 @@ ASKED: list[tuple[list[str], str]] = [
         ["reject", "--model", MODEL, "--out", "a.jsonl", "--questions", "no.jsonl"],
         r"--questions is 'no\.jsonl'; there is no such",
     ),
+    (
+        ["reject", "--model", MODEL, "--config", "quickstart", "--out", "a.jsonl", "--set", "data.nam=b"],
+        r"data\.nam is not a setting\. Did you mean data\.name\?",
+    ),
     (["reject", "--model", MODEL, "--out", "a.txt"], r"--out is 'a\.txt'; the rows are JSON lines\. Let its name end"),
     (["reject", "--model", MODEL, "--out", "a.jsonl", "--top-p", "2"], r"--top-p is 2\.0; it is above 0 and at most 1"),
     (
