@@ -14,12 +14,15 @@ from test_batch import completion, prompt
 
 from grpo.algorithm.batch import Outline, join, pack, plan_passes
 from grpo.config import AlgorithmConfig
+from grpo.observe.metrics import Meter
 from grpo.training.learner import Learner
 from grpo.types import Batch, Group, MicroBatch, Packing
 
 
 class Peer:
     """A process of several, each a thread: what `Processes` is to a Learner."""
+
+    speaks = False
 
     def __init__(self, rank: int, table: dict[int, Any], barrier: Barrier, sequence_parallel: int) -> None:
         self.rank, self.table, self.barrier = rank, table, barrier
@@ -83,6 +86,17 @@ def test_attention_counts_in_which_passes_run_at_the_same_time():
     plan = learner(peer, every_token_counts=True)._plan(whole)
     assert plan == plan_passes(whole, token_budget=60, num_processes=4, pair_cost=0.5)
     assert plan != plan_passes(whole, token_budget=60, num_processes=4)
+
+
+def test_attention_counts_in_what_is_said_of_waiting(monkeypatch: pytest.MonkeyPatch):
+    alone = Peer(0, {}, Barrier(1), 1)
+    alone.speaks = True
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr("grpo.training.learner.measure_passes", lambda meter, passes, **how: said.append(how))
+    made = learner(alone, every_token_counts=True)
+    made._fix = lambda passes: None
+    made.prepare([join(parts_of_a_minibatch())], Meter())
+    assert said == [{"pair_cost": 0.5}]
 
 
 @pytest.mark.parametrize("every_token_counts", [False, True])
