@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from .verifier.extraction import last_answer_tag, last_box, last_math, without_emphasis
+from .verifier.extraction import MAX_TAG_CHARS, last_answer_tag, last_box, last_math, without_emphasis
 
 MAX_CHARS = 200  # of an expression; six numbers with every bracket take fewer
 
@@ -71,8 +71,12 @@ class NotArithmeticError(Exception):
 
 
 def _expression(content: str, target: int) -> str | None:
-    math = last_math(content)
-    text = last_box(content) or (math[0] if math else content)
+    text = last_box(content)
+    if not text:
+        if len(content) > MAX_TAG_CHARS:
+            return None
+        math = last_math(content)
+        text = math[0] if math else content
     text = " ".join(without_emphasis(text).strip(" \n`*").removesuffix(".").strip("`* ").split())
     for latex, sign in LATEX.items():
         text = text.replace(latex, sign)
