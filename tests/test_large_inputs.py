@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from grpo.rewards import countdown, countdown_search
-from helpers import TINY
+from helpers import TINY, tiny_config
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from grpo.cli import report as report_command
@@ -26,12 +27,17 @@ from grpo.data import prompts
 from grpo.data.contamination import overlaps
 from grpo.data.prompts import build_prompts
 from grpo.evaluation.compare import _answers
+from grpo.observe.rundir import RunLog
 from grpo.rejection.reject import Table, _choose, _replace
 from grpo.rejection.rewriting import Kept
 from grpo.rejection.rules import Rules
 from grpo.report import read
+from grpo.rollout.stop_criteria import Ending
 from grpo.scoring import statistics
+from grpo.serving.text import MOST_HELD, Detokenizer
 from grpo.sft.rows import read_rows
+from grpo.system import jsonl
+from grpo.system.distributed import Processes
 from grpo.text.thinking import parts
 from grpo.types import Prompt
 
@@ -178,6 +184,25 @@ def test_questions_in_the_same_words_are_compared_once_with_the_test_questions()
     assert [each.train for each in overlaps(train, test)] == [0] * 40
 
 
+def test_bytes_that_never_become_a_character_are_not_read_again_with_each_token(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+):
+    ending = Ending(tokenizer, [])
+    half = next(token for token in range(len(tokenizer)) if ending.text([token]) == "\ufffd")
+    sizes: list[int] = []
+    original = Ending.text
+
+    def text(self: Ending, token_ids: list[int]) -> str:
+        sizes.append(len(token_ids))
+        return original(self, token_ids)
+
+    monkeypatch.setattr(Ending, "text", text)
+    reader = Detokenizer(ending)
+    shown = "".join(reader.feed([half]) for _ in range(3000)) + reader.close()
+    assert shown == "\ufffd" * 3000
+    assert max(sizes[:-1]) <= 2 * MOST_HELD + 2  # the last is close
+
+
 # ---- evaluations, reports, rejection ---------------------------------------------------------------------------------
 
 
@@ -233,6 +258,17 @@ def test_a_report_reads_a_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     report_command.main()
     assert calls == [run]
     assert (run / "report.html").exists()
+
+
+def test_whether_a_step_has_a_metric_is_read_from_the_end_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    log = RunLog(tmp_path, tiny_config(tmp_path), Processes(0, 1, torch.device("cpu")), reward_names=[])
+    rows = [{"step": step, "supervised/held_out_loss": 1.0} for step in range(2000)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = counted(monkeypatch, jsonl, "row_of")
+    assert log.has_metric(1999, "supervised/held_out_loss")
+    assert not log.has_metric(1999, "eval/length_mean")
+    assert not log.has_metric(2000, "supervised/held_out_loss")
+    assert len(lines) < 20
 
 
 def test_the_answers_of_one_evaluation_are_read_without_the_others(tmp_path: Path):
