@@ -11,6 +11,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ from grpo.rejection.rewriting import Kept
 from grpo.rejection.rules import Rules
 from grpo.report import read
 from grpo.rollout.stop_criteria import Ending
-from grpo.scoring import statistics
+from grpo.scoring import answers, statistics
+from grpo.scoring.scorer import Scoring
 from grpo.serving.text import MOST_HELD, Detokenizer
 from grpo.sft.rows import read_rows
 from grpo.system import jsonl
@@ -275,6 +277,31 @@ def test_the_answers_of_one_evaluation_are_read_without_the_others(tmp_path: Pat
     run: Any = type("Run", (), {"directory": a_run(tmp_path / "run", 10)})
     assert peak_bytes(lambda: _answers(run, 0)) < 1_500_000
     assert [row["step"] for row in _answers(run, 9)] == [9] * 20
+
+
+def test_answers_that_are_written_down_are_sampled_in_parts(monkeypatch: pytest.MonkeyPatch):
+    sizes: list[int] = []
+    rows: list[Any] = []
+    monkeypatch.setattr(answers, "ANSWERED_AT_ONCE", 40)
+    monkeypatch.setattr(answers, "answer", lambda given, *, on_rows, **_: sizes.append(len(given)) or on_rows(given))
+    answers.answer_in_parts([PROMPT] * 25, num_samples=4, on_rows=rows.extend, generator=None)
+    assert sizes == [10, 10, 5]
+    assert rows == [PROMPT] * 25
+
+
+def test_a_group_is_handed_to_the_rewards_without_looking_at_those_before():
+    class Errand:
+        def add(self, calls: list[Any]) -> None:
+            pass
+
+    reward = SimpleNamespace(bound=SimpleNamespace(in_process=False), call=None)
+    scoring = Scoring(SimpleNamespace(tasks=lambda p, group: [reward] * 8), Errand(), 300)  # type: ignore[arg-type]
+    group: Any = SimpleNamespace(completions=[None] * 8)
+    scoring.add(0, group)
+    first = num_lines(lambda: scoring.add(1, group))
+    for p in range(2, 299):
+        scoring.add(p, group)
+    assert num_lines(lambda: scoring.add(299, group)) <= first + 2
 
 
 def sampled(number: int, text: str) -> dict[str, Any]:
