@@ -28,8 +28,8 @@ def countdown(completion: str, nums: Sequence[int | str], target: int | str) -> 
     """1 if the expression in the last `<answer>` makes `target` from `nums`, each used exactly once; else 0 (TinyZero's task).
 
     It may use + - * / and brackets, is computed in fractions, and may end in `= target`. A `\\boxed{}` or `$...$` around it is
-    taken off, and so are back-ticks, stars of emphasis and a full stop. Any expression
-    that is right counts, not only the one that a data set names.
+    taken off, and so are back-ticks, stars of emphasis and a full stop. Any expression that is right counts, not only the one
+    that a data set names. A tag of more than 2,000 characters without a box holds an essay, as for `accuracy`.
     """
     return float(_wrong(completion, nums, target) is None)
 
