@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from .verifier.extraction import last_answer_tag, last_box, last_math, without_emphasis
+from .verifier.extraction import MAX_TAG_CHARS, last_answer_tag, last_box, last_math, without_emphasis
 
 MAX_CHARS = 200  # of an expression; six numbers with every bracket take fewer
 
@@ -28,8 +28,8 @@ def countdown(completion: str, nums: Sequence[int | str], target: int | str) -> 
     """1 if the expression in the last `<answer>` makes `target` from `nums`, each used exactly once; else 0 (TinyZero's task).
 
     It may use + - * / and brackets, is computed in fractions, and may end in `= target`. A `\\boxed{}` or `$...$` around it is
-    taken off, and so are back-ticks, stars of emphasis and a full stop. Any expression
-    that is right counts, not only the one that a data set names.
+    taken off, and so are back-ticks, stars of emphasis and a full stop. Any expression that is right counts, not only the one
+    that a data set names. A tag of more than 2,000 characters without a box holds an essay, as for `accuracy`.
     """
     return float(_wrong(completion, nums, target) is None)
 
@@ -71,8 +71,12 @@ class NotArithmeticError(Exception):
 
 
 def _expression(content: str, target: int) -> str | None:
-    math = last_math(content)
-    text = last_box(content) or (math[0] if math else content)
+    text = last_box(content)
+    if not text:
+        if len(content) > MAX_TAG_CHARS:
+            return None
+        math = last_math(content)
+        text = math[0] if math else content
     text = " ".join(without_emphasis(text).strip(" \n`*").removesuffix(".").strip("`* ").split())
     for latex, sign in LATEX.items():
         text = text.replace(latex, sign)

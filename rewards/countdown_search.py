@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from .countdown import LATEX, MAX_CHARS, SIGNS, NotArithmeticError, value_of
 
-_FRAGMENT = re.compile(r"(?:\d+\.\d+|[-+*/()\d= \t])+")
+_FRAGMENT = re.compile(
+    r"(?:\d+(?:\.\d+)?|[-+*/()= \t])+"
+)  # a digit belongs to one part, or a long number is read at each
 MAX_FRAGMENTS = 2000  # of a completion; a thought of 10,000 tokens has a thousand
 
 

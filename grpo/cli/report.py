@@ -22,14 +22,15 @@ def main() -> None:
     parser.add_argument("--pdf", type=Path, metavar="DIR", help="the same as PDF")
     arguments = parser.parse_args()
     with errors_for_users():
-        from grpo.report import check_places, remarks, save_figures, write_page
+        from grpo.report import check_places, read_runs, remarks, save_figures, write_page_of
         from grpo.report.page import MAX_COMPLETIONS
 
         check_places(arguments.out, arguments.png, arguments.pdf)
         limit = MAX_COMPLETIONS if arguments.max_completions is None else arguments.max_completions
         out = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "report.html"
+        runs = read_runs(arguments.runs, max_completions=limit)
         try:
-            size = write_page(arguments.runs, out, max_completions=limit)
+            size = write_page_of(runs, out)
         except OSError as error:
             if not str(error.filename).startswith(str(out)):
                 raise
@@ -37,7 +38,7 @@ def main() -> None:
                 f"--out is {str(out)!r}; no page can be written there ({error.strerror}). Name a file in another directory."
             ) from error
         print(f"{out}  {size / 1e6:.1f} MB")
-        for line in remarks(arguments.runs):
+        for line in remarks(runs):
             print(line)
         for directory, suffix in ((arguments.png, "png"), (arguments.pdf, "pdf")):
             if directory is not None:

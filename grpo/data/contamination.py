@@ -40,10 +40,15 @@ def overlaps(train: Iterable[str], test: Sequence[str], *, num_words: int = NUM_
         for start, run in enumerate(runs):
             wanted.setdefault(run, []).append((place, start))
     best: dict[int, Overlap] = {}
+    seen: set[frozenset[str]] = set()
     for number, question in enumerate(train):
+        found = frozenset(run for run in _runs(question, num_words) if run in wanted)
+        if found in seen:  # of questions in the same words around other numbers the first counts, and pairs are many
+            continue
+        seen.add(found)
         shared: dict[int, set[int]] = {}  # of each test question, where the shared runs start
-        for run in _runs(question, num_words):
-            for place, start in wanted.get(run, ()):
+        for run in found:
+            for place, start in wanted[run]:
                 shared.setdefault(place, set()).add(start)
         for place, starts in shared.items():
             runs = runs_of_test[place]

@@ -311,6 +311,7 @@ def build_prompts(
     questions = [question_of(row, config) for row in rows]
     texts = fill(questions, tokenizer, config)
     ids = tokenize(texts, tokenizer, config)
+    ends = end_tokens(tokenizer)
     prompts, dropped = [], Counter[str]()
     too_long = f"prompt longer than data.max_prompt_tokens ({config.max_prompt_tokens})"
     for number, (row, text, token_ids) in enumerate(zip(rows, texts, ids, strict=True)):
@@ -319,7 +320,7 @@ def build_prompts(
                 f"data.template is {config.template!r}; {type(tokenizer).__name__} turns the prompt {text[:80]!r} into no tokens "
                 "at all. If the question is not empty, the tokenizer does not load as it was saved; check model.name."
             )
-        if _has_ended(text, token_ids, tokenizer):
+        if text.rstrip().endswith(ends) or token_ids[-1] == tokenizer.eos_token_id:  # a text or a turn
             dropped[ENDED] += 1
         elif len(token_ids) > config.max_prompt_tokens:
             dropped[too_long] += 1
@@ -394,9 +395,22 @@ def fill(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, conf
 def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[list[int]]:
     """Prompts as token ids, without what the tokenizer appends to a text: a prompt goes on."""
     own_tokens = TEMPLATES[config.template].is_chat
-    ids = tokenizer(texts, add_special_tokens=not own_tokens)["input_ids"]
     appended = [] if own_tokens else _appended(tokenizer)
-    return [list(each[: len(each) - len(appended)] if appended else each) for each in ids]
+    ids = token_ids(texts, tokenizer, add_special_tokens=not own_tokens)
+    return [each[: len(each) - len(appended)] if appended else each for each in ids]
+
+
+TOKENIZED_AT_ONCE = 1000
+"""Texts; what a tokenizer returns of each token (its text, its place, masks) takes some twenty times the room of its id."""
+
+
+def token_ids(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool
+) -> Iterator[list[int]]:
+    """The tokens of each text, in order; of any number of texts, no more than their ids are ever in memory."""
+    for start in range(0, len(texts), TOKENIZED_AT_ONCE):
+        part = list(texts[start : start + TOKENIZED_AT_ONCE])
+        yield from tokenizer(part, add_special_tokens=add_special_tokens, return_attention_mask=False)["input_ids"]
 
 
 def _appended(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -409,7 +423,8 @@ def _appended(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
-def _has_ended(text: str, token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a prompt ends a text or a turn, white space aside."""
-    known = {tokenizer.eos_token, *(token for token in END_TOKENS if token in tokenizer.all_special_tokens)}
-    return text.rstrip().endswith(tuple(filter(None, known))) or token_ids[-1] == tokenizer.eos_token_id
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The tokens that end a text or a turn. To be asked once for many texts: a tokenizer collects its special tokens anew each
+    time."""
+    special = set(tokenizer.all_special_tokens)
+    return tuple({str(token) for token in (tokenizer.eos_token, *special.intersection(END_TOKENS)) if token})

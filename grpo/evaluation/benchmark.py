@@ -37,7 +37,7 @@ from grpo.inference.resolve_model import num_positions
 from grpo.observe.bar import Bar, check_rows
 from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
 from grpo.run.inputs import of_environment, of_tools, plain
-from grpo.scoring.answers import answer
+from grpo.scoring.answers import answer_in_parts
 from grpo.scoring.reward import Reward, resolve_function
 from grpo.scoring.scorer import Scorer
 from grpo.system import distributed
@@ -390,7 +390,7 @@ def _answer(
     book = Book(out / "samples.jsonl", task.key, bar)
 
     def sample() -> None:
-        answer(
+        answer_in_parts(
             [prompt for prompt in mine if prompt.row not in book.written],
             generator=generator,
             scorer=scorer,

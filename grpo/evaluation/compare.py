@@ -37,7 +37,7 @@ from grpo.report.read import MAX_RUNS
 from grpo.scoring.answers import by_question, columns_of, is_right, verdict_name
 from grpo.scoring.statistics import Estimate, Values, estimate, mean_of_few
 from grpo.system.files import replace_text, to_json
-from grpo.system.jsonl import read_jsonl, read_metrics
+from grpo.system.jsonl import iterate_jsonl, read_metrics
 from grpo.system.stopping import EXIT_STOPPED, SAFE_PATH_VARIABLE, SIGNALS
 
 Row = dict[str, Any]
@@ -212,9 +212,12 @@ def compare(runs: Sequence[PlannedRun]) -> list[Row]:
 
 
 def _final(run: PlannedRun) -> list[Row]:
-    return [
-        row for row in read_jsonl(run.directory / "evaluations.jsonl", ["step"]) if row["step"] == run.config.run.steps
-    ]
+    return _answers(run, run.config.run.steps)
+
+
+def _answers(run: PlannedRun, step: int | None) -> list[Row]:
+    """Of one evaluation; the file may be larger than memory."""
+    return [row for row in iterate_jsonl(run.directory / "evaluations.jsonl", ["step"]) if row["step"] == step]
 
 
 def _accuracy_by_question(run: PlannedRun) -> Accuracy:
@@ -286,8 +289,7 @@ def _the_rest(runs: Sequence[PlannedRun]) -> Row:
 
 def _before(run: PlannedRun) -> list[float]:
     """A share for each question of known verdict."""
-    rows = [row for row in read_jsonl(run.directory / "evaluations.jsonl", ["step"]) if row["step"] == 0]
-    shares = columns_of(by_question(rows))["pass@1"]
+    shares = columns_of(by_question(_answers(run, 0)))["pass@1"]
     return [float(share) for share in shares if not np.isnan(share)]
 
 

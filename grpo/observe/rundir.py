@@ -322,8 +322,12 @@ class RunLog:
 
     def _is_evaluated(self, step: int) -> bool:
         """Whether an evaluation of it is complete: its metrics are written after its answers; a kill may have come between."""
+        return self.has_metric(step, "eval/length_mean")
+
+    def has_metric(self, step: int, name: str) -> bool:
+        """Whether a metric of one of the last steps is logged. For the main process."""
         rows = takewhile(lambda row: row["step"] >= step, iterate_backwards(self.directory / "metrics.jsonl"))
-        return any(row["step"] == step and "eval/length_mean" in row for row in rows)
+        return any(row["step"] == step and name in row for row in rows)
 
     @property
     def is_closed(self) -> bool:

@@ -37,7 +37,7 @@ from grpo.scoring.answers import verdict_name
 from grpo.scoring.scorer import Scorer
 from grpo.system import distributed
 from grpo.system.files import replace_text, to_json
-from grpo.system.jsonl import replacing_jsonl
+from grpo.system.jsonl import iterate_jsonl, replacing_jsonl
 from grpo.types import VOTE, Prompt, Sampling
 
 
@@ -127,7 +127,18 @@ def reject(
         table = Table()
         special = special_tokens(tokenizer)
         kept = processes.on_main(
-            lambda: _choose(prompts, samples, rules, required, special, table, out, source, tags=asked.tags)
+            lambda: _choose(
+                prompts,
+                samples,
+                rules,
+                required,
+                special,
+                table,
+                out,
+                source,
+                tags=asked.tags,
+                keeps=asked.rewriting is not None,
+            )
         )
         if asked.rewriting is not None:
             _rewrite(asked, kept, scorer, rules, required, rewrites, runtime, table, out, source)
@@ -205,8 +216,13 @@ def _choose(
     source: Row,
     *,
     tags: bool,
+    keeps: bool,
 ) -> list[Kept]:
-    """Write the rows that are kept, those that are dropped, and the pass rates; returns the kept ones."""
+    """Write the rows that are kept, those that are dropped, and the pass rates.
+
+    Args:
+        keeps: returns the kept ones, which are as large as the file; else none.
+    """
     by_row = {prompt.row: prompt for prompt in prompts}
     kept: list[Kept] = []
     with (
@@ -230,7 +246,8 @@ def _choose(
                     continue
                 table.num_kept += 1
                 table.num_tokens += row["num_tokens"]
-                kept.append(Kept(prompt, {name: row[name] for name in row if name != "completion_ids"}, rate))
+                if keeps:
+                    kept.append(Kept(prompt, {name: row[name] for name in row if name != "completion_ids"}, rate))
                 keep(output_row(prompt, row, rate, source))
             table.num_questions_kept += table.num_kept > before
     return kept
@@ -370,10 +387,8 @@ def _replace(
     dropped = out.with_suffix(".dropped.jsonl")
     table.num_kept = table.num_tokens = 0
     questions = set()
-    with dropped.open("rb") as file:
-        earlier = [json.loads(line) for line in file]
     with replacing_jsonl(out) as keep, replacing_jsonl(dropped) as drop:
-        for row in earlier:
+        for row in iterate_jsonl(dropped):
             drop(row)
         for number, attempts in by_question(directory / SAMPLES):
             own = kept[number]

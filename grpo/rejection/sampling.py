@@ -12,7 +12,7 @@ from typing import Any
 from grpo.evaluation.sample_file import SAMPLES, Book, claimed, finished
 from grpo.inference.model import Sampler
 from grpo.observe.bar import Bar
-from grpo.scoring.answers import answer, evaluation_rows
+from grpo.scoring.answers import answer_in_parts, evaluation_rows
 from grpo.scoring.scorer import Scorer
 from grpo.system import distributed
 from grpo.system.out_of_memory import retry_with_fewer_sequences
@@ -93,7 +93,7 @@ def sample(
     book = Book(path, {}, bar)
 
     def work() -> None:
-        answer(
+        answer_in_parts(
             [prompt for prompt in mine if prompt.row not in book.written],
             generator=wrap(sampler.generator),
             scorer=scorer,

@@ -7,10 +7,20 @@ from pathlib import Path
 
 from grpo.report.figures import plot_arms, plot_curves, save_figures
 from grpo.report.fit import prediction, said
-from grpo.report.page import write_page
-from grpo.report.read import read_runs
+from grpo.report.page import write_page, write_page_of
+from grpo.report.read import Run, read_runs
 
-__all__ = ["at_the_end", "check_places", "plot_arms", "plot_curves", "remarks", "save_figures", "write_page"]
+__all__ = [
+    "at_the_end",
+    "check_places",
+    "plot_arms",
+    "plot_curves",
+    "read_runs",
+    "remarks",
+    "save_figures",
+    "write_page",
+    "write_page_of",
+]
 
 COMPLETIONS_AT_THE_END = 4_000
 """Of each kind, so that a run does not wait for its page; `grpo report` writes one with more."""
@@ -34,10 +44,10 @@ def check_places(file: Path | None, *directories: Path | None) -> None:
             )
 
 
-def remarks(directories: list[Path]) -> list[str]:
+def remarks(runs: list[Run]) -> list[str]:
     """Of each run, what could not be read of it, and where its rewards lead."""
     lines = []
-    for run in read_runs(directories, max_completions=0):
+    for run in runs:
         lines += [f"{run.name}: {note}" for note in run.notes]
         if (leads_to := prediction(run)) is not None:
             lines.append(f"{run.name}: {said(leads_to)}")

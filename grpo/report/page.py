@@ -46,7 +46,12 @@ def write_page(directories: list[Path], path: Path, *, max_completions: int = MA
     Raises:
         ValueError: a directory is not that of a run; max_completions is below 0.
     """
-    text = page(read_runs(directories, max_completions=max_completions))
+    return write_page_of(read_runs(directories, max_completions=max_completions), path)
+
+
+def write_page_of(runs: list[Run], path: Path) -> int:
+    """The same of runs that have been read."""
+    text = page(runs)
     replace_text(path, text)
     return len(text)
 

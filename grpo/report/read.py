@@ -42,7 +42,7 @@ class Run:
     metrics: list[Row]  # a row per step, in order
     config: dict[str, Any]
     environment: dict[str, Any]
-    evaluations: list[Row]  # all answers to the held-out questions, with their step
+    evaluations: list[Row]  # all answers to the held-out questions, with their step and without texts
     results: list[Row]  # of `grpo evaluate`, each with the `name` of its folder
     roll_backs: list[Row]
     alarms: list[tuple[str, str]]  # of the post-mortems: folder and text
@@ -101,11 +101,11 @@ def _names(directories: list[Path]) -> list[str]:
 
 def _read(directory: Path, name: str, limit: int) -> Run:
     notes: list[str] = []
-    evaluations = _rows(directory / "evaluations.jsonl", notes, {"step", *ANSWER})
+    evaluations = _verdicts(directory / "evaluations.jsonl", notes)
     results, samples = _benchmarks(directory / "evaluation", limit, notes)
     metrics = _by_step(_rows(directory / "metrics.jsonl", notes, {"step"}))
     training = _source("training", directory / "completions.jsonl", "step", limit, notes)
-    held_out = _source_of("held-out", evaluations, "question", limit)
+    held_out = _source("held-out", directory / "evaluations.jsonl", "question", limit, [])  # unreadable lines are noted
     for path in sorted(directory.glob("*.superseded.jsonl")):
         notes.append(f"{path.name} holds {_num_lines(path):,} rows of steps that were taken back and done again")
     return Run(
@@ -172,6 +172,14 @@ def _rows(path: Path, notes: list[str], keys: AbstractSet[str]) -> list[Row]:
     return list(_parsed(path, notes, keys, lambda _: True))
 
 
+def _verdicts(path: Path, notes: list[str]) -> list[Row]:
+    """All rows of a file of answers without their texts, which may be larger than memory."""
+    if not path.is_file():
+        return []
+    rows = _parsed(path, notes, {"step", *ANSWER}, lambda _: True)
+    return [{name: row[name] for name in ("step", *VERDICT)} for row in rows]
+
+
 def _num_lines(path: Path) -> int:
     with path.open("rb") as file:
         return sum(1 for _ in file)
@@ -214,14 +222,8 @@ def _source(kind: str, path: Path, unit: str, limit: int, notes: list[str]) -> S
     return Source(kind, unit, rows, sum(sizes.values()), len(sizes), len(kept))
 
 
-def _source_of(kind: str, rows: list[Row], unit: str, limit: int) -> Source:
-    """The same of rows that have been read."""
-    sizes: Counter[Hashable] = Counter(row[UNITS[unit]] for row in rows)
-    kept = _evenly(sizes, limit)
-    return Source(kind, unit, [row for row in rows if row[UNITS[unit]] in kept], len(rows), len(sizes), len(kept))
-
-
-ANSWER = ("row", "question", "answer", "completion", "finish_reason", "num_tokens", "rewards")
+VERDICT = ("row", "finish_reason", "num_tokens", "rewards")
+ANSWER = (*VERDICT, "question", "answer", "completion")
 """What a row of a completion has in every file."""
 UNITS = {"step": "step", "question": "row"}
 """What rows are chosen by, and the name of it in a row."""

@@ -62,6 +62,21 @@ def answer(
     return [row for p in range(len(prompts)) for row in rows[p]]
 
 
+ANSWERED_AT_ONCE = 16_384
+"""Completions of one call of a generator. All of them are in memory until it ends, with their tokens and log-probabilities."""
+
+
+def answer_in_parts(prompts: list[Prompt], *, num_samples: int, on_rows: OnRows, **same: Any) -> None:
+    """As `answer`, of any number of prompts: rows go to `on_rows` alone, and no more than those of a part are in memory.
+
+    Args:
+        prompts: each with a `seed` of its own, so that it is answered alike in any part.
+    """
+    size = max(ANSWERED_AT_ONCE // num_samples, 1)
+    for start in range(0, len(prompts), size):
+        answer(prompts[start : start + size], num_samples=num_samples, on_rows=on_rows, **same)
+
+
 def in_order(parts: list[list[dict[str, Any]]], prompts: list[Prompt]) -> list[dict[str, Any]]:
     """The rows of all processes, in the order of the prompts that they shared."""
     place = {prompt.row: i for i, prompt in enumerate(prompts)}

@@ -178,7 +178,10 @@ class Scorer:
             for p, row in enumerate(rows)
             for checker in self._asked_about(row)
         ]
-        with _shown_with_its_sample(tasks), progress.busy("checking rows", math.inf):  # each has its time limit
+        with (
+            _shown_with_its_sample(tasks.__getitem__),
+            progress.busy("checking rows", math.inf),
+        ):  # each has its time limit
             outcomes = self._pool.run([task.call for task in tasks])
         first: list[str | None] = [None] * len(rows)
         for task, outcome in zip(tasks, outcomes, strict=True):
@@ -343,21 +346,20 @@ class Scoring:
         self._tasks += tasks
         self._call_of |= {place: len(self._handed) + call for call, place in enumerate(handed)}
         self._handed += handed
-        with _shown_with_its_sample(self._handed_tasks):
+        with _shown_with_its_sample(self._handed_task):
             self._errand.add([self._tasks[place].call for place in handed])
         for place in self._unreported[p]:
             if self._tasks[place].bound.in_process:
                 self._made[place] = _call_here(self._tasks[place])
 
-    @property
-    def _handed_tasks(self) -> list[Task]:
-        return [self._tasks[place] for place in self._handed]
+    def _handed_task(self, call: int) -> Task:
+        return self._tasks[self._handed[call]]
 
     def result(self) -> Scores:
         """Wait for what is not scored yet; see `Scorer.score`."""
         assert None not in self._sizes, "a group never came"
         with (
-            _shown_with_its_sample(self._handed_tasks),
+            _shown_with_its_sample(self._handed_task),
             progress.busy("calling rewards", math.inf),
         ):  # each has its time limit
             outcomes = self._errand.result()
@@ -435,12 +437,12 @@ class Scoring:
 
 
 @contextmanager
-def _shown_with_its_sample(tasks: list[Task]) -> Iterator[None]:
-    """A bug in a function is shown with what it was called with."""
+def _shown_with_its_sample(task_of: Callable[[int], Task]) -> Iterator[None]:
+    """A bug in a function is shown with what it was called with; args: the task of a call by its number."""
     try:
         yield
     except FunctionBug as bug:
-        task = tasks[bug.call]
+        task = task_of(bug.call)
         what = f"raised an exception: {_where_and_what(bug.worker_traceback)}"
         raise task.error(what, f"{task.how_called}\n{bug.worker_traceback}") from None
 

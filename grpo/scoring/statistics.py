@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 Values = NDArray[np.float64]
 
 RESAMPLES = 2000
+COUNTS_AT_ONCE = 2**22
+"""Of resamples times questions, as many as are in memory at a time: 64 MiB."""
 CONFIDENCE = 0.95
 
 
@@ -122,12 +124,15 @@ def estimate(columns: Mapping[str, Values], *, seed: int = 0) -> dict[str, Estim
     there = ~np.isnan(table)
     table = np.where(there, table, 0.0)
     num_questions = len(table)
-    draws = np.random.default_rng(seed).multinomial(
-        num_questions, np.full(num_questions, 1 / num_questions), size=RESAMPLES
-    )
-    counts = draws.astype(np.float64)  # (RESAMPLES, Q) how often each question is drawn; a product of floats is fast
-    with np.errstate(invalid="ignore"):  # a resample may hold no question that has a value
-        means = (counts @ table) / (counts @ there.astype(np.float64))
+    generator, shares = np.random.default_rng(seed), np.full(num_questions, 1 / num_questions)
+    at_once = max(COUNTS_AT_ONCE // num_questions, 1)
+    parts = []
+    for start in range(0, RESAMPLES, at_once):
+        draws = generator.multinomial(num_questions, shares, size=min(at_once, RESAMPLES - start))
+        counts = draws.astype(np.float64)  # (., Q) how often each question is drawn; a product of floats is fast
+        with np.errstate(invalid="ignore"):  # a resample may hold no question that has a value
+            parts.append((counts @ table) / (counts @ there.astype(np.float64)))
+    means = np.concatenate(parts)  # (RESAMPLES, columns)
     low, high = np.nanquantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     values, num_known = table.sum(0) / there.sum(0), there.sum(0)
     found = {}

@@ -21,6 +21,11 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a character whose last bytes are still to come reads as, for all of its bytes or for each."""
 
 
+MOST_HELD = 256
+"""Unfinished characters in a row that are waited with. More are none: a model in a loop draws thousands, and all of them would be
+read again with each."""
+
+
 class Detokenizer:
     """Gives the text of tokens as they come, and holds back what a next token may still change."""
 
@@ -38,6 +43,8 @@ class Detokenizer:
         text = self._ending.text(self._tokens[self._start :])
         # all of them: of bytes that are tokens of their own, one that is not finished spoils those before (SentencePiece)
         certain = text.rstrip(UNFINISHED)
+        if len(text) - len(certain) > MOST_HELD:
+            certain = text
         new = certain[self._num_shown :]
         self._num_shown = max(self._num_shown, len(certain))
         if certain == text:  # what comes next needs only the newest tokens as context

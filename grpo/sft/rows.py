@@ -30,15 +30,15 @@ from grpo.data.prompts import (
     chat_text,
     check_chat,
     conversation,
-    fill,
+    end_tokens,
     prefill_of,
     question_of,
     render,
     time_limit,
+    token_ids,
     tokenize,
 )
 from grpo.data.rows import Fields, has_question, is_conversation, question_in, written_rows
-from grpo.policy.tokenizer import END_TOKENS
 from grpo.system import progress
 from grpo.types import Completion, Group, Prompt
 
@@ -120,12 +120,14 @@ class _Reader:
         self.config = config
         self.tokenizer = tokenizer
         self.template_name = config.chat_template or f"that of {model}"
+        self.ends = end_tokens(tokenizer)
         self._end_of_turn: str | None = None
 
     def drafts(self, rows: Iterable[tuple[dict[str, Any], Fields, str]]) -> Iterator[Draft]:
         makers = {"ids": self._ids, "messages": self._messages, "question": self._question, "prompt": self._prompt}
         every = [(row, fields, where, self._form(row, fields, where)) for row, fields, where in rows]
-        if any(form == "messages" for *_, form in every):
+        asks = TEMPLATES[self.config.template].is_chat and any(form == "question" for *_, form in every)
+        if asks or any(form == "messages" for *_, form in every):
             check_chat(self.tokenizer, self.config)
         with time_limit(10 * len(every)):
             for row, fields, where, form in every:
@@ -180,7 +182,7 @@ class _Reader:
         config = self.config
         found = question_in(row, fields, where)
         question = question_of({**row, **found}, config)
-        (text,) = fill([question], self.tokenizer, config)
+        text = TEMPLATES[config.template].fill(question, self.tokenizer, config)
         messages = conversation(question, config) if TEMPLATES[config.template].is_chat else None
         draft = Draft(where, {**row, **found}, text, config.template, messages=messages)
         return self._completed(draft, row[config.completion_column])
@@ -211,7 +213,7 @@ class _Reader:
         if self._end_of_turn is None:
             turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "a reply"}]
             after = render(turns, self.tokenizer, self.config, add_generation_prompt=False).rpartition("a reply")[2]
-            found = _first_end(after, self.tokenizer)
+            found = _first_end(after, self.ends)
             self._end_of_turn = found[0] if found else str(self.tokenizer.eos_token)
         return self._end_of_turn
 
@@ -251,7 +253,7 @@ class _Reader:
                 f"data.template is {config.template!r}; {where} is a conversation of {len(turns)} messages, and this template "
                 "has room for one question. Set data.template to chat."
             )
-        (text,) = fill([turns[0]["content"]], self.tokenizer, config)
+        text = TEMPLATES[config.template].fill(turns[0]["content"], self.tokenizer, config)
         return self._completed(Draft(where, row, text, config.template), turns[1]["content"])
 
     def _rendered(self, messages: list[Message], wanted: list[int], row: dict[str, Any], where: str) -> Draft:
@@ -271,7 +273,7 @@ class _Reader:
             if not whole.startswith(before) or not said.lstrip().startswith(content):
                 raise ValueError(self._rewritten(where, messages[number]["content"], whole, "what the assistant said"))
             start = said.index(content) + len(content)
-            end = _first_end(said[start:], self.tokenizer)
+            end = _first_end(said[start:], self.ends)
             trained = said[: start + (end[1] if end else 0)]
             if number > wanted[0]:
                 draft.parts.append((before[len(so_far) :], False))
@@ -319,11 +321,10 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
     return {str(name): value for name, value in turn.items() if value is not None}
 
 
-def _first_end(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int] | None:
-    """The first end token in a text, and where it begins; only white space may come before it."""
-    known = {str(tokenizer.eos_token), *(each for each in END_TOKENS if each in tokenizer.all_special_tokens)}
+def _first_end(text: str, ends: Iterable[str]) -> tuple[str, int] | None:
+    """The first of the end tokens in a text, and where it begins; only white space may come before it."""
     begun = text.lstrip()
-    found = [each for each in known if begun.startswith(each)]
+    found = [each for each in ends if begun.startswith(each)]
     return (max(found, key=len), len(text) - len(begun)) if found else None
 
 
@@ -400,8 +401,7 @@ def _fitting(groups: list[Group], drafts: list[Draft], config: RowsConfig, dropp
 
 
 def _notes(groups: list[Group], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    known = {str(tokenizer.eos_token), *(each for each in END_TOKENS if each in tokenizer.all_special_tokens)}
-    ends = {_id_of(token, tokenizer) for token in known}
+    ends = {_id_of(token, tokenizer) for token in end_tokens(tokenizer)}
     endless = sum(group.completions[0].token_ids[-1] not in ends for group in groups)
     return (
         [
@@ -425,13 +425,13 @@ def _as_groups(drafts: list[Draft], config: RowsConfig, tokenizer: PreTrainedTok
             found = tokenize([str(drafts[n].prompt) for n in numbers], tokenizer, own)
             prompts |= dict(zip(numbers, found, strict=True))
     texts = [part for draft in drafts for part, _ in draft.parts if isinstance(part, str)]
-    said = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    said = token_ids(texts, tokenizer, add_special_tokens=False)
     groups = []
     for number, draft in enumerate(drafts):
         ids: list[int] = []
         trained: list[bool] = []
         for part, is_trained in draft.parts:
-            tokens = list(next(said)) if isinstance(part, str) else part
+            tokens = next(said) if isinstance(part, str) else part
             ids += tokens
             trained += [is_trained] * len(tokens)
         first = trained.index(True) if True in trained else len(trained)

@@ -35,6 +35,8 @@ from grpo.types import Batch, Group, MicroBatch, Scores
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+HELD_OUT_LOSS = "supervised/held_out_loss"
+
 
 class SupervisedTrainer(Loop):
     """Trains a language model on rows: prompts with completions, conversations, or token ids.
@@ -147,7 +149,7 @@ class SupervisedTrainer(Loop):
 
     def _evaluate(self) -> list[dict[str, Any]] | None:
         step, held_out = self.state.step, self.held_out
-        if self.aside and not self.processes.on_main(lambda: self._is_measured(step)):
+        if self.aside and not self.processes.on_main(lambda: self.log.has_metric(step, HELD_OUT_LOSS)):
             self.log.log(step, self.held_out_loss())
         if held_out is None or held_out.is_evaluated(step):
             return None
@@ -162,13 +164,8 @@ class SupervisedTrainer(Loop):
         for micro in self._deal(self.aside):
             there = micro.to(self.processes.device)
             predicted = Predicted(*self.policy.before_update(there))
-            measure_tokens(
-                meter, there, predicted, loss="supervised/held_out_loss", accuracy="supervised/held_out_accuracy"
-            )
+            measure_tokens(meter, there, predicted, loss=HELD_OUT_LOSS, accuracy="supervised/held_out_accuracy")
         return meter.reduce(self.processes)
-
-    def _is_measured(self, step: int) -> bool:
-        return any(row["step"] == step and "supervised/held_out_loss" in row for row in self.log.metrics())
 
     def save(self, *, wait: bool = False) -> Path:
         """See Loop."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,7 @@ Kind = Literal["text", "think", "answer", "tag"]
 
 _BEGINS: dict[str, Kind] = {"<think>": "think", "</think>": "text", "<answer>": "answer", "</answer>": "text"}
 """What follows each tag."""
+_TAG = re.compile("|".join(_BEGINS))
 
 
 @dataclass
@@ -26,17 +28,18 @@ class Reader:
     def feed(self, text: str) -> Iterator[tuple[Kind, str]]:
         """The parts that are certain now."""
         text, self._held = self._held + text, ""
-        while text:
-            before, tag, after = _first_tag(text)
-            if not tag:
-                size = _begun_tag(text)
-                before, self._held = text[: len(text) - size], text[len(text) - size :]
-            if before:
-                yield self.kind, before
-            if tag:
-                yield "tag", tag
-                self.kind = _BEGINS[tag]
-            text = after
+        start = 0
+        for tag in _TAG.finditer(
+            text
+        ):  # looking for each tag by itself would read the rest of the text again and again
+            if tag.start() > start:
+                yield self.kind, text[start : tag.start()]
+            yield "tag", tag[0]
+            self.kind, start = _BEGINS[tag[0]], tag.end()
+        end = len(text) - _begun_tag(text[start:])
+        self._held = text[end:]
+        if end > start:
+            yield self.kind, text[start:end]
 
     def close(self) -> Iterator[tuple[Kind, str]]:
         """What was held back, once nothing more comes."""
@@ -50,12 +53,6 @@ def parts(completion: str) -> list[tuple[Kind, str]]:
     opened, closed = completion.find("<think>"), completion.find("</think>")
     reader = Reader("think" if closed >= 0 and not 0 <= opened < closed else "text")
     return [*reader.feed(completion), *reader.close()]
-
-
-def _first_tag(text: str) -> tuple[str, str, str]:
-    """What stands before the first tag, the tag, and what stands after it."""
-    place, tag = min(((place, tag) for tag in _BEGINS if (place := text.find(tag)) >= 0), default=(len(text), ""))
-    return text[:place], tag, text[place + len(tag) :]
 
 
 def _begun_tag(text: str) -> int:
