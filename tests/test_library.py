@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Mapping
 from copy import deepcopy
@@ -20,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TINY, tiny_config, tiny_settings
+from helpers import TINY, launch, tiny_config, tiny_settings
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,6 +39,7 @@ from grpo.run import inputs
 from grpo.system.jsonl import read_jsonl, read_metrics
 from grpo.system.stopping import Stopped
 from grpo.system.terminal import logger, say
+from grpo.system.writer import Writer
 from grpo.training.rollout import own_advantages
 from grpo.training.state import Rollout
 from grpo.types import Prompt
@@ -488,6 +490,114 @@ def test_a_trainer_that_could_not_be_made_lets_another_in(tmp_path: Path):
         own(tmp_path, settings=auto, optimizer=lambda parameters: 1)
     own(tmp_path, settings=auto).close()
     assert kept.tb is not None  # as a notebook keeps it
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from grpo.observe.rundir import DirectoryLock
+lock = DirectoryLock()
+lock.take(Path(sys.argv[1]))
+print("taken", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_who_is_at_work_is_said_also_where_a_trainer_of_this_process_was_there_before(tmp_path: Path):
+    before = DirectoryLock()
+    before.take(tmp_path)
+    before.release()
+    command = [sys.executable, "-c", HOLDS, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "taken\n"
+        with pytest.raises(ValueError, match=r"another process is at work there, .* Wait until it has ended"):
+            DirectoryLock().take(tmp_path)
+        other.communicate()
+    DirectoryLock().take(tmp_path)
+
+
+def interrupted(tmp_path: Path, *, steps: int, **changed: Any) -> Trainer:
+    """A trainer that was stepped by hand, until Ctrl-C."""
+    auto = {"run.resume": "auto", "run.steps": 9, "rollout.max_completion_tokens": 4}
+    trainer = own(tmp_path, settings=auto | changed)
+    for _ in range(steps):
+        trainer.train_step()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer, "_sample", lambda: signal.default_int_handler(signal.SIGINT, None))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train_step()
+    return trainer
+
+
+def test_a_trainer_goes_on_after_another_was_refused_in_its_directory(tmp_path: Path):
+    trainer = interrupted(tmp_path, steps=2)
+    with pytest.raises(ValueError, match=r"^optimizer returned int"):
+        own(tmp_path, settings={"run.resume": "auto"}, optimizer=lambda parameters: 1)
+    trainer.train_step()
+    assert trainer.state.step == 3
+    trainer.close()
+
+
+def test_a_trainer_that_has_failed_saves_nothing_among_the_checkpoints_of_another(tmp_path: Path):
+    failed = interrupted(tmp_path, steps=1)
+    other = own(tmp_path, settings={"run.resume": "auto", "rollout.max_completion_tokens": 4})
+    with pytest.raises(ValueError, match=re.escape(HERE)):
+        failed.save()
+    other.train_step()
+    with pytest.raises(ValueError, match=re.escape(HERE)):
+        failed.save()
+    assert not (other.directory / "checkpoints").exists()
+    saved = other.save()
+    assert complete_checkpoints(other.directory / "checkpoints") == [saved]
+    other.close()
+    with pytest.raises(RuntimeError, match=r"^this trainer has failed, and another has been at work in .*/run since"):
+        failed.save()
+    failed.close()
+
+
+@pytest.mark.parametrize("leave", ["fail", "close"])
+def test_others_are_let_in_when_a_checkpoint_in_the_background_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leave: str
+):
+    trainer = own(tmp_path, settings={"checkpoint.background": True, "rollout.max_completion_tokens": 4})
+    trainer.train_step()
+    written = Writer._save
+
+    def slowly(self: Writer, *arguments: Any) -> None:
+        time.sleep(0.1)
+        written(self, *arguments)
+
+    monkeypatch.setattr(Writer, "_save", slowly)
+    trainer.save()
+    assert not trainer.checkpoints.is_written
+    if leave == "close":
+        trainer.close()
+    else:
+        trainer.callbacks = [Fails()]
+        with pytest.raises(ZeroDivisionError):
+            trainer.train_step()
+    assert trainer.checkpoints.is_written
+    DirectoryLock().take(trainer.directory)
+    trainer.close()
+
+
+def test_a_refusal_of_the_main_process_is_that_of_all(tmp_path: Path):
+    said = launch("worker_refused.py", str(tmp_path / "run"), processes=2, timeout=120)
+    for rank in (0, 1):
+        assert f"rank {rank} failed\n" in said
+        assert f"rank {rank} was refused: True\n" in said
+        assert f"rank {rank} is at step 3\n" in said
+    assert "rank 0 failed again" in said
+    assert "rank 1 failed again" not in said
+
+
+def test_a_directory_that_is_gone_is_said(tmp_path: Path):
+    trainer = interrupted(tmp_path, steps=0)
+    shutil.rmtree(trainer.directory)
+    with pytest.raises(RuntimeError, match=r"^run.dir is '.*/run', which is gone"):
+        trainer.train_step()
+    trainer.close()
 
 
 class Stops(Callback):

@@ -170,6 +170,7 @@ class SupervisedTrainer(Loop):
     def _is_measured(self, step: int) -> bool:
         return any(row["step"] == step and "supervised/held_out_loss" in row for row in self.log.metrics())
 
+    @at_work
     def save(self, *, wait: bool = False) -> Path:
         """See Loop."""
         self.policy.sync()  # sampling, which otherwise needs the whole weights, is rare here
