@@ -651,6 +651,11 @@ def test_a_forked_process_does_not_unlock_its_parents_directory(tmp_path: Path):
     DirectoryLock().take(tmp_path)
 
 
+def changed(before: Any, now: Any) -> list[str]:
+    first, second = (inputs.digests([], [], [], own={"advantage": each}) for each in (before, now))
+    return inputs.changed(first, second)
+
+
 def test_two_functions_of_one_name_are_told_apart_by_what_they_do_and_were_made_with():
     def power(exponent: float) -> Any:
         return lambda rewards: rewards**exponent
@@ -665,10 +670,6 @@ def test_two_functions_of_one_name_are_told_apart_by_what_they_do_and_were_made_
 
         return count
 
-    def changed(before: Any, now: Any) -> list[str]:
-        first, second = (inputs.digests([], [], [], own={"advantage": each}) for each in (before, now))
-        return inputs.changed(first, second)
-
     assert changed(power(2.0), power(2.0)) == []
     assert changed(power(2.0), power(3.0)) == ["the advantage"]
     assert changed(partial(plain), partial(plain)) == []
@@ -681,6 +682,96 @@ def test_two_functions_of_one_name_are_told_apart_by_what_they_do_and_were_made_
     assert changed(plain, None) == ["the advantage"]
     older = inputs.digests([], [], [])  # which says nothing of functions
     assert inputs.changed(older, inputs.digests([], [], [], own={"advantage": plain})) == []
+
+
+class Clip:
+    """An advantage that is an object, with a setting, and a counter."""
+
+    def __init__(self, most: Any) -> None:
+        self.most = most
+        self.calls = 0
+
+    def __call__(self, rewards: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return rewards.clamp(max=self.most)
+
+    def apply(self, rewards: torch.Tensor) -> torch.Tensor:
+        return self(rewards)
+
+    @classmethod
+    def of_class(cls, rewards: torch.Tensor) -> torch.Tensor:
+        return cls(1.0)(rewards)
+
+
+def scaled(scale: Any) -> Any:
+    def by_default(rewards: torch.Tensor, scale: Any = scale) -> torch.Tensor:
+        return rewards * scale
+
+    def by_keyword(rewards: torch.Tensor, *, scale: Any = scale) -> torch.Tensor:
+        return rewards * scale
+
+    return {
+        "a callable object": Clip(scale),
+        "a method": Clip(scale).apply,
+        "a partial of a method": partial(Clip(scale).apply),
+        "a default": by_default,
+        "a default by keyword": by_keyword,
+        "a lambda's default": lambda rewards, s=scale: rewards * s,
+        "a variable around it": lambda rewards: rewards * scale,
+    }
+
+
+@pytest.mark.parametrize("way", scaled(0.0))
+def test_a_setting_of_a_function_is_compared_wherever_it_lies(way: str):
+    for before, now in [(0.2, 0.3), ((0.9, 0.99), (0.9, 0.999)), (("a", (1, 2)), ("a", (1, 3))), (None, 0.2)]:
+        assert changed(scaled(before)[way], scaled(now)[way])
+        assert not changed(scaled(before)[way], scaled(before)[way])
+    assert not changed(scaled([])[way], scaled([1])[way])  # as a cache
+
+
+def test_what_a_function_counts_and_what_is_none_of_ours_is_not_compared():
+    used = Clip(0.5)
+    used(torch.ones(1))
+    assert not changed(Clip(0.5), used)
+    assert not changed(Clip(0.5).apply, used.apply)
+    module = torch.nn.ReLU()
+    for function in (Clip.of_class, torch.relu, torch.optim.SGD, module, math.sqrt):
+        assert not changed(function, function)
+    assert not changed(module, torch.nn.ReLU().eval())
+
+
+@pytest.mark.parametrize(
+    ("before", "same", "other"),
+    [
+        ({(0, 1): 2.0, (1, 0): 3.0}, {(1, 0): 3.0, (0, 1): 2.0}, {(0, 1): 2.5, (1, 0): 3.0}),
+        ({1: 2.0, "a": 3.0}, {"a": 3.0, 1: 2.0}, {1: 2.0, "b": 3.0}),
+        (
+            [{None: 1, "a": {(0, 1): [object()]}}],
+            [{"a": {(0, 1): [object()]}, None: 1}],
+            [{None: 1, "a": {(0, 1): []}}],
+        ),
+        ({0, 8}, {8, 0}, {0, 9}),
+        ({(0, 1): {0, 8}}, {(0, 1): {8, 0}}, {(0, 1): {0, 9}}),
+    ],
+)
+def test_an_argument_that_json_does_not_know_is_compared_too(before: Any, same: Any, other: Any):
+    assert not changed(partial(plain, table=before), partial(plain, table=same))
+    assert changed(partial(plain, table=before), partial(plain, table=other))
+
+
+def test_a_lambda_of_a_script_is_told_apart_by_its_default():
+    script = """
+import json, sys
+from grpo.run import inputs
+print(json.dumps(inputs.digests([], [], [], own={"advantage": lambda rewards, s=float(sys.argv[1]): rewards * s})))
+"""
+    command = [sys.executable, "-c", script]
+    said = [
+        json.loads(subprocess.run([*command, scale], capture_output=True, check=True).stdout)
+        for scale in ("0.5", "0.5", "0.7")
+    ]
+    assert inputs.changed(said[0], said[1]) == []
+    assert inputs.changed(said[0], said[2]) == ["the advantage"]
 
 
 def test_held_out_questions_that_nothing_asks_and_steps_that_are_all_done_are_said(
