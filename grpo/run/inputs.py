@@ -149,7 +149,9 @@ def _compiled(code: CodeType) -> str:
 def _made_with(function: Callable[..., Any]) -> dict[str, Any]:
     """The constants among the defaults of its parameters, the variables of the functions around it, and the attributes of its
     object, be that called itself or by a method. Variables and attributes that the source changes are left out, as a counter."""
-    called = function.__call__ if getattr(function, "__code__", None) is None else function  # of an object: its method
+    called = function
+    if not hasattr(function, "__code__"):  # an object
+        called = function.__call__  # type: ignore[operator] # which mypy does not know of one
     held = _enclosed(called) | _defaults(called)
     if inspect.ismethod(called) and not isinstance(called.__self__, type):
         attributes, changes = getattr(called.__self__, "__dict__", {}), _attributes_changed(type(called.__self__))
