@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Mapping
 from copy import deepcopy
@@ -20,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TINY, tiny_config, tiny_settings
+from helpers import TINY, launch, tiny_config, tiny_settings
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,6 +39,7 @@ from grpo.run import inputs
 from grpo.system.jsonl import read_jsonl, read_metrics
 from grpo.system.stopping import Stopped
 from grpo.system.terminal import logger, say
+from grpo.system.writer import Writer
 from grpo.training.rollout import own_advantages
 from grpo.training.state import Rollout
 from grpo.types import Prompt
@@ -490,6 +492,114 @@ def test_a_trainer_that_could_not_be_made_lets_another_in(tmp_path: Path):
     assert kept.tb is not None  # as a notebook keeps it
 
 
+HOLDS = """
+import sys
+from pathlib import Path
+from grpo.observe.rundir import DirectoryLock
+lock = DirectoryLock()
+lock.take(Path(sys.argv[1]))
+print("taken", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_who_is_at_work_is_said_also_where_a_trainer_of_this_process_was_there_before(tmp_path: Path):
+    before = DirectoryLock()
+    before.take(tmp_path)
+    before.release()
+    command = [sys.executable, "-c", HOLDS, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "taken\n"
+        with pytest.raises(ValueError, match=r"another process is at work there, .* Wait until it has ended"):
+            DirectoryLock().take(tmp_path)
+        other.communicate()
+    DirectoryLock().take(tmp_path)
+
+
+def interrupted(tmp_path: Path, *, steps: int, **changed: Any) -> Trainer:
+    """A trainer that was stepped by hand, until Ctrl-C."""
+    auto = {"run.resume": "auto", "run.steps": 9, "rollout.max_completion_tokens": 4}
+    trainer = own(tmp_path, settings=auto | changed)
+    for _ in range(steps):
+        trainer.train_step()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer, "_sample", lambda: signal.default_int_handler(signal.SIGINT, None))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train_step()
+    return trainer
+
+
+def test_a_trainer_goes_on_after_another_was_refused_in_its_directory(tmp_path: Path):
+    trainer = interrupted(tmp_path, steps=2)
+    with pytest.raises(ValueError, match=r"^optimizer returned int"):
+        own(tmp_path, settings={"run.resume": "auto"}, optimizer=lambda parameters: 1)
+    trainer.train_step()
+    assert trainer.state.step == 3
+    trainer.close()
+
+
+def test_a_trainer_that_has_failed_saves_nothing_among_the_checkpoints_of_another(tmp_path: Path):
+    failed = interrupted(tmp_path, steps=1)
+    other = own(tmp_path, settings={"run.resume": "auto", "rollout.max_completion_tokens": 4})
+    with pytest.raises(ValueError, match=re.escape(HERE)):
+        failed.save()
+    other.train_step()
+    with pytest.raises(ValueError, match=re.escape(HERE)):
+        failed.save()
+    assert not (other.directory / "checkpoints").exists()
+    saved = other.save()
+    assert complete_checkpoints(other.directory / "checkpoints") == [saved]
+    other.close()
+    with pytest.raises(RuntimeError, match=r"^this trainer has failed, and another has been at work in .*/run since"):
+        failed.save()
+    failed.close()
+
+
+@pytest.mark.parametrize("leave", ["fail", "close"])
+def test_others_are_let_in_when_a_checkpoint_in_the_background_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leave: str
+):
+    trainer = own(tmp_path, settings={"checkpoint.background": True, "rollout.max_completion_tokens": 4})
+    trainer.train_step()
+    written = Writer._save
+
+    def slowly(self: Writer, *arguments: Any) -> None:
+        time.sleep(0.1)
+        written(self, *arguments)
+
+    monkeypatch.setattr(Writer, "_save", slowly)
+    trainer.save()
+    assert not trainer.checkpoints.is_written
+    if leave == "close":
+        trainer.close()
+    else:
+        trainer.callbacks = [Fails()]
+        with pytest.raises(ZeroDivisionError):
+            trainer.train_step()
+    assert trainer.checkpoints.is_written
+    DirectoryLock().take(trainer.directory)
+    trainer.close()
+
+
+def test_a_refusal_of_the_main_process_is_that_of_all(tmp_path: Path):
+    said = launch("worker_refused.py", str(tmp_path / "run"), processes=2, timeout=120)
+    for rank in (0, 1):
+        assert f"rank {rank} failed\n" in said
+        assert f"rank {rank} was refused: True\n" in said
+        assert f"rank {rank} is at step 3\n" in said
+    assert "rank 0 failed again" in said
+    assert "rank 1 failed again" not in said
+
+
+def test_a_directory_that_is_gone_is_said(tmp_path: Path):
+    trainer = interrupted(tmp_path, steps=0)
+    shutil.rmtree(trainer.directory)
+    with pytest.raises(RuntimeError, match=r"^run.dir is '.*/run', which is gone"):
+        trainer.train_step()
+    trainer.close()
+
+
 class Stops(Callback):
     """Asks to stop, and sees whether another could take the directory while where the run stands is saved."""
 
@@ -541,6 +651,11 @@ def test_a_forked_process_does_not_unlock_its_parents_directory(tmp_path: Path):
     DirectoryLock().take(tmp_path)
 
 
+def changed(before: Any, now: Any) -> list[str]:
+    first, second = (inputs.digests([], [], [], own={"advantage": each}) for each in (before, now))
+    return inputs.changed(first, second)
+
+
 def test_two_functions_of_one_name_are_told_apart_by_what_they_do_and_were_made_with():
     def power(exponent: float) -> Any:
         return lambda rewards: rewards**exponent
@@ -555,10 +670,6 @@ def test_two_functions_of_one_name_are_told_apart_by_what_they_do_and_were_made_
 
         return count
 
-    def changed(before: Any, now: Any) -> list[str]:
-        first, second = (inputs.digests([], [], [], own={"advantage": each}) for each in (before, now))
-        return inputs.changed(first, second)
-
     assert changed(power(2.0), power(2.0)) == []
     assert changed(power(2.0), power(3.0)) == ["the advantage"]
     assert changed(partial(plain), partial(plain)) == []
@@ -571,6 +682,96 @@ def test_two_functions_of_one_name_are_told_apart_by_what_they_do_and_were_made_
     assert changed(plain, None) == ["the advantage"]
     older = inputs.digests([], [], [])  # which says nothing of functions
     assert inputs.changed(older, inputs.digests([], [], [], own={"advantage": plain})) == []
+
+
+class Clip:
+    """An advantage that is an object, with a setting, and a counter."""
+
+    def __init__(self, most: Any) -> None:
+        self.most = most
+        self.calls = 0
+
+    def __call__(self, rewards: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return rewards.clamp(max=self.most)
+
+    def apply(self, rewards: torch.Tensor) -> torch.Tensor:
+        return self(rewards)
+
+    @classmethod
+    def of_class(cls, rewards: torch.Tensor) -> torch.Tensor:
+        return cls(1.0)(rewards)
+
+
+def scaled(scale: Any) -> Any:
+    def by_default(rewards: torch.Tensor, scale: Any = scale) -> torch.Tensor:
+        return rewards * scale
+
+    def by_keyword(rewards: torch.Tensor, *, scale: Any = scale) -> torch.Tensor:
+        return rewards * scale
+
+    return {
+        "a callable object": Clip(scale),
+        "a method": Clip(scale).apply,
+        "a partial of a method": partial(Clip(scale).apply),
+        "a default": by_default,
+        "a default by keyword": by_keyword,
+        "a lambda's default": lambda rewards, s=scale: rewards * s,
+        "a variable around it": lambda rewards: rewards * scale,
+    }
+
+
+@pytest.mark.parametrize("way", scaled(0.0))
+def test_a_setting_of_a_function_is_compared_wherever_it_lies(way: str):
+    for before, now in [(0.2, 0.3), ((0.9, 0.99), (0.9, 0.999)), (("a", (1, 2)), ("a", (1, 3))), (None, 0.2)]:
+        assert changed(scaled(before)[way], scaled(now)[way])
+        assert not changed(scaled(before)[way], scaled(before)[way])
+    assert not changed(scaled([])[way], scaled([1])[way])  # as a cache
+
+
+def test_what_a_function_counts_and_what_is_none_of_ours_is_not_compared():
+    used = Clip(0.5)
+    used(torch.ones(1))
+    assert not changed(Clip(0.5), used)
+    assert not changed(Clip(0.5).apply, used.apply)
+    module = torch.nn.ReLU()
+    for function in (Clip.of_class, torch.relu, torch.optim.SGD, module, math.sqrt):
+        assert not changed(function, function)
+    assert not changed(module, torch.nn.ReLU().eval())
+
+
+@pytest.mark.parametrize(
+    ("before", "same", "other"),
+    [
+        ({(0, 1): 2.0, (1, 0): 3.0}, {(1, 0): 3.0, (0, 1): 2.0}, {(0, 1): 2.5, (1, 0): 3.0}),
+        ({1: 2.0, "a": 3.0}, {"a": 3.0, 1: 2.0}, {1: 2.0, "b": 3.0}),
+        (
+            [{None: 1, "a": {(0, 1): [object()]}}],
+            [{"a": {(0, 1): [object()]}, None: 1}],
+            [{None: 1, "a": {(0, 1): []}}],
+        ),
+        ({0, 8}, {8, 0}, {0, 9}),
+        ({(0, 1): {0, 8}}, {(0, 1): {8, 0}}, {(0, 1): {0, 9}}),
+    ],
+)
+def test_an_argument_that_json_does_not_know_is_compared_too(before: Any, same: Any, other: Any):
+    assert not changed(partial(plain, table=before), partial(plain, table=same))
+    assert changed(partial(plain, table=before), partial(plain, table=other))
+
+
+def test_a_lambda_of_a_script_is_told_apart_by_its_default():
+    script = """
+import json, sys
+from grpo.run import inputs
+print(json.dumps(inputs.digests([], [], [], own={"advantage": lambda rewards, s=float(sys.argv[1]): rewards * s})))
+"""
+    command = [sys.executable, "-c", script]
+    said = [
+        json.loads(subprocess.run([*command, scale], capture_output=True, check=True).stdout)
+        for scale in ("0.5", "0.5", "0.7")
+    ]
+    assert inputs.changed(said[0], said[1]) == []
+    assert inputs.changed(said[0], said[2]) == ["the advantage"]
 
 
 def test_held_out_questions_that_nothing_asks_and_steps_that_are_all_done_are_said(

@@ -1,14 +1,17 @@
 """A run goes on with another number of processes or another ZeRO stage, from the same numbers to the bit."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import launch
+from helpers import launch, shallow, tiny_config
+from number_reward import variety
 from worker_reshard import run
 
+from grpo import Trainer
 from grpo.run.reshard import Layout, Span, cut, what_changes
 
 LORA = {"lora": {"rank": 4}, "optimizer": {"learning_rate": 1e-4}}
@@ -94,6 +97,53 @@ def test_a_run_in_another_layout_says_what_is_no_longer_exact(tmp_path: Path, ca
     assert "resumed under ZeRO 2 what ZeRO 0 saved: weights, optimizer, step" in capsys.readouterr().out
     assert "resumed on 2 processes what 4 saved: " in what_changes(Layout(4, 2), Layout(2, 3))
     assert "sampled tokens are not" in what_changes(Layout(1, 2), Layout(2, 2))
+
+
+def stepped_by_hand(run_dir: Path, optimizer: Any, *, zero: int) -> Trainer:
+    sections = {
+        "model": {"name": shallow(1)},
+        "rollout": {"num_prompts": 4, "group_size": 3, "max_completion_tokens": 4},
+    }
+    config = tiny_config(run_dir, **sections, distributed={"zero_stage": zero}, run={"steps": 4, "resume": "auto"})
+    return Trainer(config, rewards=[variety], optimizer=optimizer)
+
+
+def two_groups(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([{"params": parameters[:3]}, {"params": parameters[3:], "weight_decay": 0.1}])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        (partial(torch.optim.SGD, momentum=0.5), "SGD, which keeps momentum_buffer of each weight"),
+        (partial(torch.optim.AdamW, amsgrad=True), "AdamW, which keeps max_exp_avg_sq of each weight"),
+        (two_groups, "AdamW with 2 groups of parameters"),
+    ],
+)
+@pytest.mark.parametrize("saved", [0, 2, 3])
+def test_what_an_optimizer_keeps_otherwise_than_adamw_stays_in_its_layout(
+    tmp_path: Path, optimizer: Any, said: str, saved: int
+):
+    first = stepped_by_hand(tmp_path / "run", optimizer, zero=saved)
+    first.train_step()
+    first.save()
+    first.close()
+    way_back = f"Go on with 1 process and distributed.zero_stage={saved}, or begin another run from its weights"
+    with pytest.raises(ValueError, match=rf"^optimizer is {said}; only exp_avg, .*\. {way_back} "):
+        stepped_by_hand(tmp_path / "run", optimizer, zero=1 if saved == 0 else 0)
+    stepped_by_hand(tmp_path / "run", optimizer, zero=saved).close()
+
+
+def test_an_optimizer_that_keeps_nothing_goes_on_in_any_layout(tmp_path: Path):
+    first = stepped_by_hand(tmp_path / "run", torch.optim.SGD, zero=2)
+    first.train_step()
+    first.save()
+    first.close()
+    again = stepped_by_hand(tmp_path / "run", torch.optim.SGD, zero=0)
+    for before, now in zip(first.policy.lm.parameters(), again.policy.lm.parameters(), strict=True):
+        assert torch.equal(before, now)
+    again.train_step()
+    again.close()
 
 
 def test_what_lies_where_in_each_stage():

@@ -671,7 +671,7 @@ def test_a_bug_stops_the_run_and_shows_the_sample() -> None:
         (lambda completions: 1.0, "returned 1.0 for 2 completions"),
         (lambda completions: [1.0, "x"], "returned 'x'"),
         (lambda completion: lambda: 1, "raised an exception"),  # cannot even be sent back
-        (lambda completion: (1.0 for _ in completion), "it returned a generator, .* Return a list: list"),
+        (lambda completion: (1.0 for _ in completion), "it returned a generator, .* Return a number, or a list"),
     ],
 )
 def test_what_is_not_a_reward_is_a_bug(function: Callable[..., Any], message: str) -> None:

@@ -88,26 +88,38 @@ class DirectoryLock:
 
     def __init__(self) -> None:
         self._let_go: Callable[[], object] | None = None  # None: it is not held
-        self._taken_at: int | None = None  # as the file has it, which everybody touches who takes it
+        self._path = Path()  # of the file
+        self._began_at: int | None = None  # as the file has it, which everybody touches who begins to write
+
+    @property
+    def is_held(self) -> bool:
+        return self._let_go is not None
 
     def take(self, directory: Path) -> None:
         """Does nothing if it is held.
 
         Raises:
             ValueError: another has it.
-            RuntimeError: it was released, and another has had it since.
+            RuntimeError: the directory is gone; or another has begun to write there since this one was released.
         """
-        if self._let_go is not None:
+        if self.is_held:
             return
         path = (directory / "lock").resolve()
         if path in _held:
             gc.collect()  # a trainer that nobody can use any more
-        file = path.open("a")
+        try:
+            file = path.open("a")
+        except FileNotFoundError:
+            raise RuntimeError(
+                f"run.dir is {str(directory)!r}, which is gone: it was removed or renamed. Put it back to go on, or make a new "
+                "trainer."
+            ) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            own = path in _held
+            last = _held.get(path)
+            own = last is not None and last.is_held
             raise ValueError(
                 f"run.dir is {str(directory)!r}; another {'trainer of this process' if own else 'process'} is at work there, and "
                 f"two would overwrite each other's files. {'Close it (trainer.close())' if own else 'Wait until it has ended'}, "
@@ -115,16 +127,20 @@ class DirectoryLock:
             ) from None
         let_go = weakref.finalize(self, _unlock, file, os.getpid())
         let_go.atexit = False
-        if self._taken_at not in (None, os.fstat(file.fileno()).st_mtime_ns):
+        if self._began_at not in (None, os.fstat(file.fileno()).st_mtime_ns):
             let_go()
             raise RuntimeError(
                 f"this trainer has failed, and another has been at work in {directory} since. To go on from there, make a "
                 "new one with run.resume=auto."
             )
-        os.utime(file.fileno())
-        self._taken_at = os.fstat(file.fileno()).st_mtime_ns
-        self._let_go = let_go
+        self._let_go, self._path = let_go, path
         _held[path] = self
+
+    def begin(self) -> None:
+        """Before the first file of a run is written: a trainer that failed here before does not go on from now on. One that is
+        refused earlier, for its settings, has changed nothing."""
+        os.utime(self._path)
+        self._began_at = self._path.stat().st_mtime_ns
 
     def release(self) -> None:
         """Let others in. Does nothing if it is not held."""
@@ -143,7 +159,7 @@ class DirectoryLock:
 
 
 _held: WeakValueDictionary[Path, DirectoryLock] = WeakValueDictionary()
-"""By its file, the last lock that this process has taken."""
+"""By its file, the last lock that this process has taken; it may be released."""
 
 
 def _unlock(file: IO[str], owner: int) -> None:

@@ -114,6 +114,11 @@ class Checkpoints:
         """Whether this process has written its part of a checkpoint that is not complete yet."""
         return self._pending is not None and self._pending.writer.is_done
 
+    def wait(self) -> None:
+        """Until this process has written its part of a checkpoint, which `finish` makes complete."""
+        if self._pending is not None:
+            self._pending.writer.wait()
+
     def finish(self) -> None:
         """Wait for a checkpoint that is being written, and make it one.
 

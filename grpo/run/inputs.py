@@ -12,6 +12,7 @@ import inspect
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -118,10 +119,10 @@ def _of_given(made: Callable[..., Any], given: dict[str, Any]) -> str:
 
 
 def _of_own(function: Callable[..., Any]) -> str:
-    """Its name, and a digest of its source and of the numbers and texts that it was made with."""
+    """Its name, and a digest of its source, of the arguments of a `partial`, and of the constants that it was made with."""
     digest = xxhash.xxh3_128()
     while isinstance(function, partial):
-        digest.update(json.dumps([function.args, function.keywords], sort_keys=True, default=plain).encode())
+        digest.update(_text([function.args, function.keywords]).encode())
         function = function.func
     named = function if hasattr(function, "__qualname__") else type(function)  # of an object: its class
     code = getattr(function, "__code__", None)
@@ -130,7 +131,7 @@ def _of_own(function: Callable[..., Any]) -> str:
         digest.update(_compiled(code).encode())
     if named.__name__ != "<lambda>" or _is_in_a_file(named):
         digest.update(_source_of(named))
-    digest.update(json.dumps(_enclosed(function), sort_keys=True).encode())
+    digest.update(json.dumps(_made_with(function), sort_keys=True).encode())
     return f"{named.__name__} {digest.hexdigest()}"
 
 
@@ -145,15 +146,66 @@ def _compiled(code: CodeType) -> str:
     return repr([code.co_code, code.co_names, constants])
 
 
+def _made_with(function: Callable[..., Any]) -> dict[str, Any]:
+    """The constants among the defaults of its parameters, the variables of the functions around it, and the attributes of its
+    object, be that called itself or by a method. Variables and attributes that the source changes are left out, as a counter."""
+    called = function
+    if not hasattr(function, "__code__"):  # an object
+        called = function.__call__  # type: ignore[operator] # which mypy does not know of one
+    held = _enclosed(called) | _defaults(called)
+    if inspect.ismethod(called) and not isinstance(called.__self__, type):
+        attributes, changes = getattr(called.__self__, "__dict__", {}), _attributes_changed(type(called.__self__))
+        held |= {f"self.{name}": each for name, each in attributes.items() if name not in changes}
+    return {name: each for name, each in held.items() if _is_constant(each)}
+
+
+def _is_constant(value: Any) -> bool:
+    """A number, a text, None, or a tuple of them; not a list, say, which may be filled while the run goes on."""
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return value is None or isinstance(value, str | int | float)
+
+
 def _enclosed(function: Callable[..., Any]) -> dict[str, Any]:
-    """The numbers and texts among the variables of the functions around one that it reads and does not change."""
+    """The variables of the functions around one that it reads and does not change."""
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()
     held = {}
     for name, cell in zip(code.co_freevars if code is not None else (), cells, strict=True):
         with suppress(ValueError):  # one that has no value yet
             held[name] = cell.cell_contents
     changes = changed_variables(function) if held else []
-    return {name: each for name, each in held.items() if isinstance(each, str | int | float) and name not in changes}
+    return {name: each for name, each in held.items() if name not in changes}
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """Of its parameters: a source says how a default is computed, and not what came of it."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return {}
+    defaults = getattr(function, "__defaults__", None) or ()
+    named = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
+    return dict(zip(named, defaults, strict=True)) | (getattr(function, "__kwdefaults__", None) or {})
+
+
+def _attributes_changed(kind: type) -> frozenset[str]:
+    """Attributes of its objects that methods other than those which make them assign, as far as the source can be seen."""
+    found: set[str] = set()
+    for each in kind.__mro__[:-1]:
+        try:
+            (written,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
+        except (OSError, TypeError, SyntaxError):
+            continue
+        methods = [node for node in ast.walk(written) if isinstance(node, ast.FunctionDef) and node.name not in MAKING]
+        found |= {
+            node.attr
+            for method in methods
+            for node in ast.walk(method)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        }
+    return frozenset(found)
+
+
+MAKING = ("__new__", "__init__", "__post_init__")
 
 
 def _is_in_a_file(function: Callable[..., Any]) -> bool:
@@ -198,6 +250,18 @@ def _imported(node: ast.AST) -> list[str]:
     return [*own, *(alias.name for alias in node.names)]
 
 
+def _text(value: Any) -> str:
+    """The same for equal values in every process; also of mappings with keys that JSON does not know or cannot sort."""
+    try:
+        return json.dumps(value, sort_keys=True, default=plain)
+    except TypeError:
+        if isinstance(value, Mapping):
+            return f"{{{', '.join(sorted(f'{_text(key)}: {_text(each)}' for key, each in value.items()))}}}"
+        return f"[{', '.join(map(_text, value))}]"  # of which one is such a mapping
+
+
 def plain(value: Any) -> str:
-    """What JSON does not know, without the addresses of objects."""
+    """What JSON does not know, without the addresses of objects, and sets in one order."""
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(plain, value)))}}}"
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

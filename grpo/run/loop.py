@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from grpo import report
 from grpo.config import AnyConfig, Config
@@ -43,24 +43,27 @@ class RunParts:
 
 
 Ran = TypeVar("Ran")
+Given = ParamSpec("Given")
 AnyLoop = TypeVar("AnyLoop", bound="Loop")
 
 
-def at_work(method: Callable[[AnyLoop], Ran]) -> Callable[[AnyLoop], Ran]:
+def at_work(method: Callable[Concatenate[AnyLoop, Given], Ran]) -> Callable[Concatenate[AnyLoop, Given], Ran]:
     """A method of a trainer that has not ended, within which it has the run's directory to itself. One that fails lets others in,
-    since a notebook keeps it and its traceback. Called again, it takes the directory back, unless another has been there."""
+    since a notebook keeps it and its traceback. Called again, it takes the directory back, unless another has been there.
+
+    The outermost call alone asks, so that the steps within `train` have no collective more."""
 
     @wraps(method)
-    def call(self: AnyLoop) -> Ran:
+    def call(self: AnyLoop, *arguments: Given.args, **options: Given.kwargs) -> Ran:
         self._check_open()
-        if self.processes.is_main:
-            self._lock.take(self._place)
+        if self._calls_at_work == 0:
+            self._keep_others_out()
         self._calls_at_work += 1
         try:
-            return method(self)
+            return method(self, *arguments, **options)
         except BaseException:
             if self._calls_at_work == 1:  # the outermost: `train` saves after a step was interrupted
-                self._lock.release()
+                self._let_others_in()
             raise
         finally:
             self._calls_at_work -= 1
@@ -94,6 +97,8 @@ class Loop:
         """Take up the checkpoint that was found, and open the log; the guard reads what the run has written so far."""
         if found is not None:
             self._restore(found)
+        if self.processes.is_main:
+            self._lock.begin()
         self.log.open(resumed_step=None if found is None else self.state.step)
         self.guard = Guard(config, self.policy, collector, self.checkpoints, self.log, self.processes)
         if self.step.rollout is None and self.guard.roll_backs.last_to == self.state.step:  # killed after going back
@@ -122,6 +127,28 @@ class Loop:
         try:
             self.log.close()
         finally:
+            self._let_others_in()
+
+    def _keep_others_out(self) -> None:
+        """On the main process; what it raises, all raise, who would wait for it in a collective otherwise. It asks for that in
+        each case, and not only after a failure: what failed may have been a callback of the main process alone."""
+
+        def problem() -> Exception | None:
+            try:
+                self._lock.take(self._place)
+            except (ValueError, RuntimeError, OSError) as error:
+                return error
+            return None
+
+        refused = self.processes.on_main(problem)
+        if refused is not None:
+            raise refused
+
+    def _let_others_in(self) -> None:
+        """Once what this process writes of a checkpoint in the background is on disk."""
+        try:
+            self.checkpoints.wait()
+        finally:
             self._lock.release()
 
     def _check_open(self) -> None:
@@ -146,7 +173,8 @@ class Loop:
             StoppedInNotebook: the same in a notebook.
             PreflightRefused: there is nothing to learn from.
             ValueError: the trainer failed before, and another is at work in its directory.
-            RuntimeError: the trainer has ended before; or it failed, and another has been at work in its directory since.
+            RuntimeError: the trainer has ended before; or it failed, and its directory is gone, or another has been at work there
+                since.
         """
         self._check_place()
         if self.log.is_closed:  # a callback or a reward ended an earlier call
@@ -220,9 +248,15 @@ class Loop:
             self._roll_back(good)
         return metrics
 
+    @at_work
     @progress.phase("saving")
     def save(self, *, wait: bool = False) -> Path:
-        """Write a checkpoint of the current state; every process calls it. See Checkpoints.save."""
+        """Write a checkpoint of the current state; every process calls it. See Checkpoints.save.
+
+        Raises:
+            CheckpointError: it could not be written.
+            ValueError, RuntimeError: see `train`.
+        """
         saved = self.checkpoints.save(self.state, self.step, policy=self.policy, wait=wait)
         if saved != self._told_of:  # the last one is asked for twice
             self._told_of = saved

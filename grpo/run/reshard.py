@@ -28,7 +28,7 @@ from grpo.policy.policy import Policy
 from grpo.system import distributed, progress
 from grpo.system.writer import load_tensors
 
-MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+MASTER, STEP, MOMENTS = "master", "step", ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Part:
     flats: list[Flat]
     lengths: list[int]  # of the flat tensors with what fills them up, which DeepSpeed leaves out of some in its files
     num_steps: int  # of the optimizer
+    others: frozenset[str] = frozenset()
+    """What the optimizer keeps of each weight, where it is not what AdamW keeps."""
 
 
 def layout_of(policy: Policy) -> Layout:
@@ -84,11 +86,20 @@ def load(directory: Path, policy: Policy, *, saved: Layout) -> None:
     """Read what `Policy.save_training_state` wrote in the layout `saved` into a policy in any layout. Every process calls it.
 
     Masters, moments and the count of steps are equal to the bit; the weights are the masters in the model's dtype.
+
+    Raises:
+        ValueError: on all processes, if the optimizer keeps something else of each weight than AdamW, or has several groups.
     """
+    optimizer = policy.engine.basic_optimizer
+    name, num_groups = type(optimizer).__name__, len(optimizer.param_groups)
+    if num_groups > 1:
+        raise _stays(directory, saved, f"{name} with {num_groups} groups of parameters")
     sizes, now = _sizes(policy), layout_of(policy)
     num_files = saved.num_processes if saved.zero_stage else 1
     with progress.busy("reading a checkpoint"):
         files = [_read(directory / "training", sizes, saved, rank) for rank in range(num_files)]
+    if kept := sorted(set().union(*(part.others for part in files))):
+        raise _stays(directory, saved, f"{name}, which keeps {', '.join(kept)} of each weight")
     stored: dict[str, list[tuple[Span, Flat]]] = defaultdict(list)
     for rank, part in enumerate(files):
         for flat, spans in zip(part.flats, cut(sizes, saved, rank=rank, lengths=part.lengths), strict=True):
@@ -101,6 +112,16 @@ def load(directory: Path, policy: Policy, *, saved: Layout) -> None:
             copied = sum(_copy_common(span, flat, *piece) for piece in stored[span.name])
             assert copied == span.length, f"{directory} holds {copied} of {span.length} elements of {span.name}"
     _refresh_weights(policy)
+
+
+def _stays(checkpoint: Path, saved: Layout, optimizer: str) -> ValueError:
+    """The refusal of what can be taken up in the layout alone that it was saved in."""
+    processes = f"{saved.num_processes} process{'es' * (saved.num_processes > 1)}"
+    return ValueError(
+        f"optimizer is {optimizer}; only {', '.join(MOMENTS)} and {STEP} of AdamW, in one group of parameters, can be taken up "
+        f"by another number of processes or in another ZeRO stage. Go on with {processes} and distributed.zero_stage="
+        f"{saved.zero_stage}, or begin another run from its weights (model.name={checkpoint / 'hf'}, another run.dir)."
+    )
 
 
 def cut(sizes: dict[str, int], layout: Layout, *, rank: int, lengths: list[int]) -> list[list[Span]]:
@@ -155,13 +176,18 @@ def _read(training: Path, sizes: dict[str, int], saved: Layout, rank: int) -> Pa
     (path,) = training.glob(pattern)
     content = load_tensors(path, classes=distributed.deepspeed_classes(), mmap=True)
     masters, state, padding = _contents(content, sizes, saved.zero_stage)
+    state = {i: kept for i, each in state.items() if (kept := {k: v for k, v in each.items() if v is not None})}
+    lengths = [master.numel() + more for master, more in zip(masters, padding, strict=True)]
+    known = {STEP, *MOMENTS}
+    others = frozenset(name for each in state.values() if each.keys() != known for name in each.keys() - known or each)
+    if others:
+        return Part([], lengths, 0, others)
     flats = [
         {MASTER: master.detach().view(-1), **{name: state[i][name].view(-1) for name in MOMENTS if i in state}}
         for i, master in enumerate(masters)
     ]
-    counts = {int(each["step"]) for each in state.values()}
+    counts = {int(each[STEP]) for each in state.values()}
     assert len(counts) <= 1, f"{path} has several counts of optimizer steps: {sorted(counts)}"
-    lengths = [master.numel() + more for master, more in zip(masters, padding, strict=True)]
     return Part(flats, lengths, num_steps=max(counts, default=0))
 
 
@@ -195,7 +221,7 @@ def _own(policy: Policy, *, num_steps: int) -> Part:
         state = optimizer.state[master] if num_steps else {}
         if num_steps:
             state.update({name: torch.zeros_like(master) for name in MOMENTS if name not in state})
-            state["step"] = torch.tensor(float(num_steps), device=master.device)
+            state[STEP] = torch.tensor(float(num_steps), device=master.device)
         flats.append({MASTER: master.detach().view(-1), **{name: state[name].view(-1) for name in MOMENTS if state}})
     return Part(flats, [master.numel() for master in masters], num_steps)
 

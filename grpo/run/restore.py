@@ -38,7 +38,8 @@ def restore(
         Where the run stands, and this process's part of the step under way.
 
     Raises:
-        ValueError: the optimizer is another than the one whose state the checkpoint has.
+        ValueError: the optimizer is another than the one whose state the checkpoint has, or keeps something else than AdamW and
+            was saved in another layout.
     """
     saved = read_state(checkpoint)
     _check_optimizer(checkpoint, saved.get("optimizer"), policy)  # older ones do not say

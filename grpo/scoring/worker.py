@@ -352,7 +352,10 @@ def _answer(function: Callable[..., Any], arguments: dict[str, Any], logs: tuple
         if hasattr(value, "__await__"):
             value = _awaited(value)
         if isinstance(value, types.GeneratorType | types.AsyncGeneratorType):
-            raise TypeError("it returned a generator, whose values nobody has computed yet. Return a list: list(...)")
+            raise TypeError(
+                "it returned a generator, whose values nobody has computed yet. Return a number, or a list with one for each "
+                "completion."
+            )
         return "value", pickle.dumps((value, logged.metrics, logged.columns))
     except MemoryError:
         return "exhausted", None

@@ -167,6 +167,7 @@ class SupervisedTrainer(Loop):
             measure_tokens(meter, there, predicted, loss=HELD_OUT_LOSS, accuracy="supervised/held_out_accuracy")
         return meter.reduce(self.processes)
 
+    @at_work
     def save(self, *, wait: bool = False) -> Path:
         """See Loop."""
         self.policy.sync()  # sampling, which otherwise needs the whole weights, is rare here
