@@ -225,9 +225,16 @@ def test_supervised_training_releases_what_an_evaluation_took(
 
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
 def test_another_engine_is_refused(tmp_path: Path, engine: str):
-    rule = rf"memory\.release_kv_cache is True; only the native engine reads it, and the engine is {engine}\. Remove"
+    rule = (
+        rf"memory\.release_kv_cache is True; only the native engine reads it, and rollout\.engine is {engine}\. Remove"
+    )
     with pytest.raises(ValueError, match=rule):
         tiny_config(tmp_path, rollout={"engine": engine}, memory={"release_kv_cache": True})
+    asks = {"evaluation": {"num_questions": 2, "engine": engine}, "data": {"eval_name": str(TINY / "test.jsonl")}}
+    with pytest.raises(
+        ValueError, match=rule.replace("rollout", "evaluation") if engine == "hf" else "evaluation.engine"
+    ):
+        sft_config(tmp_path, **asks, memory={"release_kv_cache": True})
 
 
 @on_cpu

@@ -625,7 +625,7 @@ REFUSED_SETTINGS = [
     ),
     (
         {"rollout": {"engine": "vllm"}, "memory": {"kv_cache_gib": 2}},
-        "memory.kv_cache_gib is 2.0; only the native engine reads it, and the engine is vllm. Remove it.",
+        "memory.kv_cache_gib is 2.0; only the native engine reads it, and rollout.engine is vllm. Remove it.",
     ),
     (
         {"rollout": {"engine": "vllm", "fused_layers": False}},

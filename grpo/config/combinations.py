@@ -550,7 +550,7 @@ def _check_engine_settings(config: Config) -> None:
         of, value = getattr(config, section), getattr(getattr(config, section), name)
         if value != type(of).model_fields[name].default:
             raise ValueError(
-                f"{section}.{name} is {value}; only the native engine reads it, and the engine is {engine}. Remove it."
+                f"{section}.{name} is {value}; only the native engine reads it, and rollout.engine is {engine}. Remove it."
             )
 
 

@@ -218,26 +218,29 @@ class SupervisedConfig(Settings):
         data = self.data.model_dump(include=set(DataConfig.model_fields), exclude_unset=True)
         longest = self.data.max_prompt_tokens + evaluation.max_completion_tokens
         memory = self.memory.model_dump() | {"micro_batch_tokens": max(self.memory.micro_batch_tokens, longest)}
-        parts = Config(
-            model=self.model.model_dump(),
-            data=data,
-            rollout={
-                "max_completion_tokens": evaluation.max_completion_tokens,
-                "stop": evaluation.stop,
-                "engine": evaluation.engine,
-            },
-            rewards=[reward.model_dump() for reward in self.rewards],
-            scoring=self.scoring.model_dump(),
-            algorithm={"kl_coef": 0.0},
-            lora=self.lora.model_dump(),
-            optimizer=self.optimizer.model_dump(),
-            memory=memory,
-            distributed=self.distributed.model_dump(),
-            evaluation=evaluation.model_dump(include=set(EvaluationConfig.model_fields)),
-            checkpoint=self.checkpoint.model_dump(),
-            logging=self.logging.model_dump(),
-            run={**self.run.model_dump(), "steps": self.run.steps or max(self.optimizer.warmup_steps, 1)},
-        ).model_copy(update={"watchdog": self.watchdog})
+        try:
+            parts = Config(
+                model=self.model.model_dump(),
+                data=data,
+                rollout={
+                    "max_completion_tokens": evaluation.max_completion_tokens,
+                    "stop": evaluation.stop,
+                    "engine": evaluation.engine,
+                },
+                rewards=[reward.model_dump() for reward in self.rewards],
+                scoring=self.scoring.model_dump(),
+                algorithm={"kl_coef": 0.0},
+                lora=self.lora.model_dump(),
+                optimizer=self.optimizer.model_dump(),
+                memory=memory,
+                distributed=self.distributed.model_dump(),
+                evaluation=evaluation.model_dump(include=set(EvaluationConfig.model_fields)),
+                checkpoint=self.checkpoint.model_dump(),
+                logging=self.logging.model_dump(),
+                run={**self.run.model_dump(), "steps": self.run.steps or max(self.optimizer.warmup_steps, 1)},
+            ).model_copy(update={"watchdog": self.watchdog})
+        except ValueError as error:
+            raise ValueError(str(error).replace("rollout.", "evaluation.")) from None  # as it is spelled here
         check_watchdog(parts)
         return parts
 
