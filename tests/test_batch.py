@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from grpo.algorithm.batch import (
-    _num_pairs,
     empty_micro_batch,
     join,
     micro_batch,
     pack,
+    pass_cost,
     plan_passes,
     split,
     take,
@@ -237,10 +237,10 @@ def test_pairs_are_counted_where_a_prompt_is_shared():
         Group(prompt([1, 2, 3]), [completion([4]), completion([6])]),
     ]
     batch = pack(groups, torch.tensor([[1.0, 1.0], [1.0, math.nan]]))
-    lens = batch.prompt_index.tolist(), batch.prompt_lens.tolist(), batch.completion_lens.tolist()
     micro = micro_batch(batch, torch.empty(0))
     seen = [(1, 2), (3, 4), (3,), (1, 2, 3), (4,)]  # by each place of: 1 2, 3 4, 5; 1 2 3, 4
-    assert micro.num_pairs == _num_pairs([0, 1, 2], *lens) == sum(map(sum, seen))
+    assert micro.num_pairs == sum(map(sum, seen))
+    assert pass_cost(batch, [0, 1, 2], pair_cost=0.5) == len(micro.tokens) + 0.5 * micro.num_pairs
 
 
 def test_an_empty_batch_needs_no_pass():

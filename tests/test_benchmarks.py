@@ -387,6 +387,15 @@ def test_a_server_that_clients_leave_loses_nothing(
     assert "nothing was lost" in printed
 
 
+def test_waiting_is_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    import balance
+
+    monkeypatch.setattr(sys, "argv", ["balance.py", "--size", "0.5b", "--processes", "4"])
+    balance.main()
+    tokens, operations = (float(line.split()[4].rstrip("%")) for line in capsys.readouterr().out.splitlines())
+    assert 0 < operations < 0.6 * tokens
+
+
 def test_grading_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     import grading
 

@@ -174,19 +174,19 @@ def plan_passes(
         between = (too_few + enough) // 2
         fewer = deal(between)
         passes, enough, too_few = (passes, enough, between) if fewer is None else (fewer, between, too_few)
-    passes.sort(
-        key=lambda each: (
-            -each.num_tokens - pair_cost * _num_pairs(each.sequences, prompts, prompt_lens, completion_lens)
-        )
-    )
+    passes.sort(key=lambda each: -pass_cost(batch, each.sequences, pair_cost=pair_cost))
     return [[each.sequences for each in passes[rank::num_processes]] for rank in range(num_processes)]
 
 
-def _num_pairs(sequences: list[int], prompts: list[int], prompt_lens: list[int], completion_lens: list[int]) -> float:
-    """Of a token and one that it sees, itself among them, in a pass; a prompt's own once."""
-    shared = {prompts[i]: prompt_lens[i] for i in sequences}
-    own = ((completion_lens[i], prompt_lens[i]) for i in sequences)
-    return sum(n * (n + 1) / 2 for n in shared.values()) + sum(n * before + n * (n + 1) / 2 for n, before in own)
+def pass_cost(batch: Batch | Outline, sequences: list[int], *, pair_cost: float) -> float:
+    """What a pass of these sequences takes, in the time that a token takes but for attention; a prompt's tokens and pairs once.
+
+    A pair is a token and one that it sees, itself among them.
+    """
+    lens, before = batch.completion_lens[sequences].double(), batch.prompt_lens[sequences].double()
+    shared = dict(zip(batch.prompt_index[sequences].tolist(), before.tolist(), strict=True)).values()
+    pairs = sum(n * (n + 1) / 2 for n in shared) + float((lens * before + lens * (lens + 1) / 2).sum())
+    return sum(shared) + float(lens.sum()) + pair_cost * pairs
 
 
 @dataclass
