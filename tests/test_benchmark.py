@@ -22,6 +22,7 @@ from grpo.evaluation.sample_file import claimed, finished
 from grpo.inference.resolve_model import num_positions
 from grpo.observe.bar import Bar, check_rows
 from grpo.rollout import sampling
+from grpo.scoring import answers
 from grpo.system import progress
 from grpo.system.jsonl import append_jsonl, read_jsonl
 from grpo.turns.environment import Environment
@@ -436,6 +437,23 @@ def test_a_refused_command_leaves_nothing_and_one_without_samples_binds_nobody(
             benchmark.evaluate(settings(seed=1), out, ONE)
     benchmark.evaluate(settings(num_questions=1, num_samples=1), out, ONE)
     assert read_json(out / "settings.json")["seed"] == 0
+
+
+def test_questions_are_answered_in_parts_and_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[int] = []
+    answer = answers.answer
+
+    def counted(prompts: list[Any], **named: Any) -> Any:
+        asked.append(len(prompts))
+        return answer(prompts, **named)
+
+    monkeypatch.setattr(answers, "answer", counted)
+    benchmark.evaluate(settings(), tmp_path / "whole", ONE)
+    monkeypatch.setattr(answers, "ANSWERED_AT_ONCE", 12)
+    benchmark.evaluate(settings(), tmp_path / "parts", ONE)
+    assert asked == [8, 3, 3, 2]
+    whole, parts = (sorted((tmp_path / name / "samples.jsonl").read_text().splitlines()) for name in ("whole", "parts"))
+    assert whole == parts
 
 
 def test_what_is_wrong_is_said_of_the_options_that_were_typed(tmp_path: Path):

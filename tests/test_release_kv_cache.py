@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grpo import SupervisedTrainer, Trainer
 from grpo.check import memory as check_memory
+from grpo.check import supervised
 from grpo.check.advice import advice
 from grpo.policy.policy import Policy
 from grpo.rollout import make_generator
@@ -235,6 +236,17 @@ def test_another_engine_is_refused(tmp_path: Path, engine: str):
         ValueError, match=rule.replace("rollout", "evaluation") if engine == "hf" else "evaluation.engine"
     ):
         sft_config(tmp_path, **asks, memory={"release_kv_cache": True})
+
+
+def test_a_supervised_dry_run_samples_nothing(tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "What is 1+1?", "completion": "2"}\n')
+    config = sft_config(
+        tmp_path / "run",
+        evaluation={"num_rows": 0, "num_questions": 2, "max_completion_tokens": 8},
+        data={"name": str(tmp_path / "rows.jsonl"), "eval_name": str(TINY / "test.jsonl")},
+        memory={"release_kv_cache": True},
+    )
+    assert supervised.rehearse(config).policy.holds_whole
 
 
 @on_cpu
