@@ -173,6 +173,19 @@ def test_who_waits_for_a_process_that_died_at_its_start_is_ended(tmp_path: Path,
     assert 1 < time.monotonic() - started < 50
 
 
+def test_a_process_that_is_frozen_is_killed_once_another_has_missed_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It hears no signal but the last one, and its GPU would stay taken."""
+    (tmp_path / "freezes.py").write_text(
+        "import os, signal\nif os.environ['RANK'] == '1':\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
+        f"raise SystemExit({PEER_LOST})\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(launch, "PATIENCE_ONCE_LOST", 1.0)
+    started = time.monotonic()
+    assert launch.run("freezes", [], num_processes=2) == PEER_LOST
+    assert 1 < time.monotonic() - started < 50
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert launch.num_processes(None) == 2

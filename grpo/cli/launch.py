@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 PATIENCE = 240.0
 """Seconds; a little more than heartbeat takes to tell that all wait for each other."""
 
+PATIENCE_ONCE_LOST = 60.0
+"""Seconds, in which all that hear a heartbeat's absence have ended; who is left then is frozen itself."""
+
 LOOK_SECONDS = 0.1
 
 PROCESSES_PER_CORE = 4
@@ -102,8 +105,8 @@ def run(module: str, arguments: Sequence[str], *, num_processes: int) -> int:
     """Run a module in that many processes, which find each other; the exit code of the run.
 
     Every signal that asks for a stop is handed on. Where one fails, the others end by themselves (system/heartbeat.py). Those
-    that do not, because they have not met yet or hang, are ended after PATIENCE seconds. Nothing is printed
-    beside what they print.
+    that do not, because they have not met yet or hang, are ended after PATIENCE seconds, and killed PATIENCE_ONCE_LOST seconds
+    after one that has missed another's heartbeat. Nothing is printed beside what they print.
     """
     environment = {
         **os.environ,
@@ -131,24 +134,33 @@ def run(module: str, arguments: Sequence[str], *, num_processes: int) -> int:
             processes.append(subprocess.Popen(command, env=environment | own))
             for number in heard:  # before this process was known
                 processes[-1].send_signal(number)
-        _wait(processes, hand_on)
-        return exit_code([process.wait() for process in processes])
+        frozen = _wait(processes, hand_on)
+        return exit_code([process.wait() for process in processes if process not in frozen])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], end: Callable[[int], None]) -> None:
-    """Until all have ended; PATIENCE seconds after the first that failed, the others are ended."""
+def _wait(
+    processes: Sequence[subprocess.Popen[bytes]], end: Callable[[int], None]
+) -> Sequence[subprocess.Popen[bytes]]:
+    """Until all have ended; PATIENCE seconds after the first that failed, the others are ended. Returns who was frozen, and killed."""
     deadlines: list[tuple[float, int]] = []
+    lost_at = math.inf
     while None in (codes := [process.poll() for process in processes]):
+        now = time.monotonic()
         if not deadlines and any(code not in (None, 0, EXIT_STOPPED) for code in codes):
-            failed = time.monotonic()
-            deadlines = [(failed + PATIENCE, signal.SIGTERM), (failed + 2 * PATIENCE, signal.SIGKILL)]
-        if deadlines and time.monotonic() > deadlines[0][0]:
+            deadlines = [(now + PATIENCE, signal.SIGTERM), (now + 2 * PATIENCE, signal.SIGKILL)]
+        if deadlines and now > deadlines[0][0]:
             end(deadlines.pop(0)[1])
             deadlines = deadlines or [(math.inf, signal.SIGKILL)]
+        if PEER_LOST in codes:
+            lost_at = min(lost_at, now)
+        if now > lost_at + PATIENCE_ONCE_LOST:
+            end(signal.SIGKILL)
+            return [process for process, code in zip(processes, codes, strict=True) if code is None]
         time.sleep(LOOK_SECONDS)
+    return []
 
 
 def exit_code(codes: Sequence[int]) -> int:
