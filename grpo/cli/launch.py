@@ -144,7 +144,7 @@ def run(module: str, arguments: Sequence[str], *, num_processes: int) -> int:
 def _wait(
     processes: Sequence[subprocess.Popen[bytes]], end: Callable[[int], None]
 ) -> Sequence[subprocess.Popen[bytes]]:
-    """Until all have ended; PATIENCE seconds after the first that failed, the others are ended. Returns who was frozen, and killed."""
+    """Until all have ended, or were made to after the seconds that `run` tells of. Returns who was frozen, and killed."""
     deadlines: list[tuple[float, int]] = []
     lost_at = math.inf
     while None in (codes := [process.poll() for process in processes]):
