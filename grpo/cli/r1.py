@@ -22,7 +22,8 @@ def main() -> None:
     parser.add_argument(
         "stages",
         metavar="DIR",
-        help="a folder with stages.yaml, or the name of one that comes with the library: r1-tiny, r1, gsm8k-warm, gsm8k-distil",
+        help="a folder with stages.yaml, or the name of one that comes with the library: r1-tiny, r1, gsm8k-warm, "
+        "gsm8k-distil, countdown-warm",
     )
     parser.add_argument("--out", metavar="DIR", help="where all files go; default: runs/ and the folder's name")
     parser.add_argument(
