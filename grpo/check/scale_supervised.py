@@ -127,6 +127,7 @@ def _header(
 ) -> list[str]:
     memory = memory_of(recipe, shape, layout, hardware)
     launch = f"grpo sft --processes {hardware.gpus} --config {out}"
+    needs_more = recipe.evaluation.num_questions > 0 and not recipe.memory.release_kv_cache
     epochs = f"{recipe.training.epochs:g} epochs" if recipe.run.steps is None else f"{recipe.run.steps:,} updates"
     return [
         f"{source.name} for {shape.name}, by `grpo scale`, for {hardware.gpus} x {hardware.gpu} with "
@@ -140,6 +141,6 @@ def _header(
         f"Memory  {sum(memory.values()):.1f} GiB: "
         + ", ".join(f"{name} {size:.1f}" for name, size in memory.items() if size)
         + ".",
-        "        The answers to held-out questions need some more.",
+        *["        The answers to held-out questions need some more."] * needs_more,
         f"Kept    {recipe.training.rows_per_update} rows per update, {epochs}, the learning rate.",
     ]
