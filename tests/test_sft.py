@@ -754,14 +754,18 @@ def _unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
             None,
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can release keys and values"),
         ),
-        ({"evaluation": {"engine": "native"}}, "is native; it is odd", _unsupported),
+        (
+            {"evaluation": {"engine": "native"}},
+            r"^evaluation\.engine is native; it is odd\. Set evaluation\.engine to hf",
+            _unsupported,
+        ),
         ({"data": {"eval_name": None}}, r"^evaluation\.num_questions is 2; data\.eval_name is missing", None),
         (
             {"data": {"eval_answer_regex": "(never)"}},
             r"^data\.eval_answer_regex is '\(never\)'; it finds no group",
             None,
         ),
-        ({"evaluation": {"max_completion_tokens": 5000}}, "positions", None),
+        ({"evaluation": {"max_completion_tokens": 5000}}, r"^evaluation\.max_completion_tokens is 5000; with", None),
         (
             {"rewards": [{"function": "acuracy"}]},
             r"^rewards\.\*\.function is 'acuracy'; .* did you mean accuracy",
