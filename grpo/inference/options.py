@@ -99,7 +99,9 @@ def checkpoint_of(run: Path | None, step: int, option: str = "--step") -> Path:
 
 def settings_of(path: Path, overrides: Sequence[str] = ()) -> Config:
     """What a YAML says, and overrides as `Config.load` takes; of supervised training, how its held-out questions are asked."""
-    return SupervisedConfig.load(path, overrides).parts if is_supervised(path) else Config.load(path, overrides)
+    return (
+        SupervisedConfig.load(path, overrides).parts if is_supervised(path) else Config.load_questions(path, overrides)
+    )
 
 
 def is_supervised(path: Path) -> bool:
