@@ -16,9 +16,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from grpo.observe.bar import Bar
+from grpo.system import jsonl
 from grpo.system.files import replace_text
 from grpo.system.jsonl import append_jsonl, iterate_jsonl, replacing_jsonl
 
@@ -55,6 +56,43 @@ class Book:
             append_jsonl(self.path, self._waiting)
         self._waiting = []
         self._last_write = time.monotonic()
+
+
+class Samples:
+    """The rows of a file that grows, of one benchmark after the other.
+
+    A line is read when it is new, and once more if it is of a benchmark that comes later. What is kept of it is its place.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        """
+        Args:
+            names: of the columns that say to what a row belongs.
+        """
+        self.path, self.names = path, tuple(names)
+        self._end = 0  # of what has been read
+        self._places: dict[tuple[Any, ...], list[int]] = {}
+
+    def of(self, key: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The rows with these values of the columns, by question and sample."""
+        wanted = tuple(key[name] for name in self.names)
+        with self.path.open("rb") as file:
+            found = [_row_at(file, place) for place in self._places.get(wanted, [])]
+            file.seek(self._end)
+            for line in file:
+                if (row := jsonl.row_of(line, (*self.names, "row", "sample"))) is not None:
+                    own = tuple(row[name] for name in self.names)
+                    self._places.setdefault(own, []).append(self._end)
+                    found += [row] if own == wanted else []
+                self._end += len(line)
+        return sorted(found, key=lambda row: (row["row"], row["sample"]))
+
+
+def _row_at(file: BinaryIO, place: int) -> dict[str, Any]:
+    file.seek(place)
+    row = jsonl.row_of(file.readline(), ())
+    assert row is not None, "it was a row when its place was noted, and the file is only added to"
+    return row
 
 
 Difference = Callable[[str, Any, Any], str]
