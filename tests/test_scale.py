@@ -395,3 +395,21 @@ def test_the_command_knows_both_kinds(tmp_path: Path, monkeypatch: pytest.Monkey
                                      "--out", str(out)])  # fmt: skip
     command.main()
     assert f"grpo sft --processes 1 --config {out} --dry-run" in out.read_text()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("quickstart", Config), ("sft-quickstart", SupervisedConfig)])
+def test_a_recipe_may_be_named_and_what_lies_beside_it_is_found(
+    name: str, kind: type[Config | SupervisedConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from grpo.cli import scale as command
+
+    monkeypatch.chdir(tmp_path)
+    given = ["--config", name, "--model", str(TINY / "model"), "--hours", "1000", "--out", "my.yaml"]
+    monkeypatch.setattr("sys.argv", ["grpo scale", *given])
+    command.main()
+    assert kind.load("my.yaml").data.name == kind.load(name).data.name
+    assert Path(str(kind.load("my.yaml").data.name)).is_file()
+    for bad in ("inf", "nan", "0"):
+        monkeypatch.setattr("sys.argv", ["grpo scale", *given, "--gpu-memory", bad])
+        with pytest.raises(SystemExit, match="2"):
+            command.main()

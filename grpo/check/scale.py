@@ -32,6 +32,7 @@ from statistics import fmean
 from typing import Any
 
 from grpo.config import Config, ModelConfig, read_yaml, write_yaml
+from grpo.config.settings import read_file
 from grpo.policy.families import attention_calls, attribute, without_weights
 from grpo.policy.model_source import model_config
 from grpo.rollout.engine import READ_TOKENS
@@ -482,7 +483,7 @@ def as_yaml(scaled: Scaled, source: Path, *, run_dir: str, out: Path, num_questi
     Raises:
         ValueError: what comes out would be refused.
     """
-    settings, why = read_yaml(source.read_text()), changes(scaled, run_dir)
+    settings, why = read_file(source), changes(scaled, run_dir)
     comments: dict[str, list[str]] = {}
     for name, (value, _) in why.items():
         section, setting = name.split(".", 1)

@@ -25,6 +25,7 @@ from grpo.check.scale import (
     zero_stages,
 )
 from grpo.config import SupervisedConfig, read_yaml
+from grpo.config.settings import read_file
 
 
 def layout_for(recipe: SupervisedConfig, shape: Shape, hardware: Hardware, *, max_tokens: int) -> Layout:
@@ -112,7 +113,7 @@ def as_yaml(
         ),
         "run.dir": (run_dir, "of its own"),
     }
-    settings = read_yaml(source.read_text())
+    settings = read_file(source)
     for name, (value, _) in changes.items():
         section, setting = name.split(".", 1)
         settings.setdefault(section, {})[setting] = value

@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from grpo.config import Config, SupervisedConfig, read_text
+from grpo.config import Config, SupervisedConfig, read_text, shipped
 from grpo.config.load import read_settings
 from grpo.policy.model_source import complete_checkpoints, numbers_of
 from grpo.scoring.reward import check_spec
@@ -105,8 +105,9 @@ def settings_of(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def is_supervised(path: Path) -> bool:
-    """Whether a YAML says how rows are learned."""
-    return path.is_file() and "training" in read_settings(read_text(path, f"{path} is a configuration"), str(path))
+    """Whether a YAML, or a configuration that comes with the library, says how rows are learned."""
+    file = shipped.find(path)
+    return "training" in read_settings(read_text(file, f"{path} is a configuration"), str(file))
 
 
 RULES: dict[str, tuple[Callable[[float], bool], str, str]] = {
