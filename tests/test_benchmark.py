@@ -409,6 +409,21 @@ def test_a_directory_without_a_sample_is_bound_to_no_settings(tmp_path: Path):
         pass
 
 
+@pytest.mark.parametrize("text", ["", "{broken", "[1]", '"\xff'])
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("settings.json", "choose another --out"), ("results.json", "remove it:")]
+)
+def test_a_file_of_an_evaluation_that_cannot_be_read_is_named_before_the_model_is_loaded(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, remedy: str, text: str
+):
+    monkeypatch.setattr(benchmark.inference, "load", lambda *_: pytest.fail("it was loaded"))
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"^--out is '{out}'; {name} there cannot be read \(.*\).*{remedy}"):
+        benchmark.evaluate(settings(templates=["r1_zero", "chat"]), out, ONE)
+
+
 def test_samples_of_different_settings_are_never_mixed(whole: Path, tmp_path: Path):
     before = (whole / "samples.jsonl").read_text()
     with pytest.raises(

@@ -128,8 +128,8 @@ def evaluate(settings: Settings, out: Path, runtime: Runtime, hosted: Asks | Non
         processes.on_main(lambda: held.enter_context(_claimed(out, settings, rows, asks)))
         wanted = {key: task.num_samples for task in tasks for key in task.keys}
         done = processes.on_main(lambda: finished(out / "samples.jsonl", QUESTION_KEYS, wanted))
-        generator = asks.start(out)
         results = processes.on_main(lambda: earlier_results(out))
+        generator = asks.start(out)
         samples = Samples(out / "samples.jsonl", list(tasks[0].key))
         for task in tasks:
             started = time.perf_counter()

@@ -84,8 +84,18 @@ def seconds_of(results: Iterable[dict[str, Any]], task: Task) -> float | None:
 
 
 def earlier_results(out: Path) -> list[dict[str, Any]]:
+    """Raises ValueError if they cannot be read."""
     path = out / "results.json"
-    return json.loads(path.read_text())["results"] if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--out is {str(out)!r}; {path.name} there cannot be read ({error}). Restore it, or remove it: its numbers come "
+            "again from the samples, but for the seconds."
+        ) from None
+    return results
 
 
 def as_json(settings: Settings, results: list[dict[str, Any]]) -> dict[str, Any]:

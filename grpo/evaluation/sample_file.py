@@ -126,7 +126,7 @@ def claimed(
                 f"until it has ended, or choose another {option}."
             ) from None
         if any((out / name).exists() and (out / name).stat().st_size for name in (SAMPLES, *results)):
-            before = json.loads((out / SETTINGS).read_text())
+            before = _settings_of(out, option)
             for name, value in wanted.items():
                 if before.get(name) != value:
                     raise ValueError(
@@ -135,6 +135,19 @@ def claimed(
                     )
         replace_text(out / SETTINGS, json.dumps(wanted, indent=1))
         yield
+
+
+def _settings_of(out: Path, option: str) -> dict[str, Any]:
+    try:
+        settings = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it is no mapping")
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{option} is {str(out)!r}; {SETTINGS} there cannot be read ({error}), and says which settings the samples are of. "
+            f"Restore it, or choose another {option}."
+        ) from None
+    return settings
 
 
 def finished(path: Path, names: Sequence[str], wanted: Mapping[Any, int]) -> set[Any]:
