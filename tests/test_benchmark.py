@@ -18,12 +18,12 @@ from helpers import ROOT, TINY, launch, read_json, tiny_config
 from grpo.config import EnvironmentConfig, ModelConfig
 from grpo.evaluation import benchmark, results
 from grpo.evaluation.asked import Runtime, Settings
-from grpo.evaluation.sample_file import claimed, finished
+from grpo.evaluation.sample_file import Samples, claimed, finished
 from grpo.inference.resolve_model import num_positions
 from grpo.observe.bar import Bar, check_rows
 from grpo.rollout import sampling
 from grpo.scoring import answers
-from grpo.system import progress
+from grpo.system import jsonl, progress
 from grpo.system.jsonl import append_jsonl, read_jsonl
 from grpo.turns.environment import Environment
 from grpo.turns.named import PromptDefaults, named_environment, prompt_defaults
@@ -116,6 +116,40 @@ def test_an_interrupted_evaluation_ends_with_the_same_samples(whole: Path, tmp_p
     before = read_json(whole / "results.json")
     benchmark.evaluate(settings(templates=["r1_zero", "chat"]), whole, ONE)
     assert read_json(whole / "results.json") == before  # also the seconds
+
+
+def test_samples_are_read_once_and_not_after_each_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    names = [f"set{n}" for n in range(6)]
+    many = settings(benchmarks=names, data=dict.fromkeys(names, QUESTIONS), num_samples=2, max_completion_tokens=4)
+    lines: list[bytes] = []
+    original = jsonl.row_of
+    monkeypatch.setattr(jsonl, "row_of", lambda line, keys: lines.append(line) or original(line, keys))
+    benchmark.evaluate(many, tmp_path / "out", ONE)
+    written = (tmp_path / "out" / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    assert sorted(lines) == sorted(written)
+    first = read_json(tmp_path / "out" / "results.json")
+    lines.clear()
+    (tmp_path / "out" / "samples.jsonl").write_bytes(b"".join(written[:-1]))  # a kill took the last
+    benchmark.evaluate(many, tmp_path / "out", ONE)
+    assert len(lines) <= 4 * len(written)  # what is there, what is whole, whose it is, and itself
+    again = read_json(tmp_path / "out" / "results.json")
+    assert [each["metrics"] for each in again["results"]] == [each["metrics"] for each in first["results"]]
+
+
+def test_samples_are_those_of_their_benchmark_wherever_they_lie_and_whenever_they_came(tmp_path: Path):
+    def row(benchmark: str, number: int, sample: int) -> dict[str, Any]:
+        return {"benchmark": benchmark, "template": "chat", "row": number, "sample": sample}
+
+    path, keys = tmp_path / "samples.jsonl", ("benchmark", "template")
+    a, b = {"benchmark": "a", "template": "chat"}, {"benchmark": "b", "template": "chat"}
+    append_jsonl(path, [row("b", 0, 1), row("a", 1, 0), row("b", 0, 0)])
+    path.write_bytes(path.read_bytes() + b"null\n")
+    append_jsonl(path, [row("a", 0, 0)])
+    found = Samples(path, keys)
+    assert found.of(a) == [row("a", 0, 0), row("a", 1, 0)]
+    append_jsonl(path, [row("b", 1, 0), row("a", 2, 0)])
+    assert found.of(b) == [row("b", 0, 0), row("b", 0, 1), row("b", 1, 0)]
+    assert found.of(a) == [row("a", 0, 0), row("a", 1, 0), row("a", 2, 0)]
 
 
 def test_samples_that_a_kill_cut_within_a_character_are_answered_again(tmp_path: Path):
@@ -373,6 +407,21 @@ def test_a_directory_without_a_sample_is_bound_to_no_settings(tmp_path: Path):
         claimed(tmp_path, {"a": 3}, option="--out", difference=lambda *_: "", results=["results.json"]),
     ):
         pass
+
+
+@pytest.mark.parametrize("text", ["", "{broken", "[1]", '"\xff'])
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("settings.json", "choose another --out"), ("results.json", "remove it:")]
+)
+def test_a_file_of_an_evaluation_that_cannot_be_read_is_named_before_the_model_is_loaded(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, remedy: str, text: str
+):
+    monkeypatch.setattr(benchmark.inference, "load", lambda *_: pytest.fail("it was loaded"))
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"^--out is '{out}'; {name} there cannot be read \(.*\).*{remedy}"):
+        benchmark.evaluate(settings(templates=["r1_zero", "chat"]), out, ONE)
 
 
 def test_samples_of_different_settings_are_never_mixed(whole: Path, tmp_path: Path):

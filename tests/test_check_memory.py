@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import ROOT, launch_group, run_script, tiny_config
 
+from grpo import Trainer
 from grpo.algorithm.batch import micro_batch, pack, plan_passes, take
 from grpo.check import memory
 from grpo.check.advice import LADDERS, advice, supervised_advice
@@ -351,6 +352,14 @@ def test_another_error_is_not_taken_for_a_shortage(tmp_path: Path, monkeypatch: 
 )
 def test_shortages_that_do_not_come_from_torchs_allocator_are_known(text: str):
     assert is_out_of_memory(RuntimeError(text))
+
+
+def test_a_dry_run_refuses_a_logger_that_is_not_there_as_the_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("grpo.observe.sinks.find_spec", lambda name: None)
+    config = tiny_config(tmp_path / "run", logging={"tensorboard": True})
+    for start in (Trainer, memory.check):
+        with pytest.raises(ValueError, match=r"^logging\.tensorboard is true; it needs the package tensorboard"):
+            start(config)
 
 
 @pytest.mark.slow

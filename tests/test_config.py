@@ -18,10 +18,28 @@ CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.n
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_configuration_loads(path: Path):
-    if "training" in read_yaml(path.read_text()):
+    settings = read_yaml(path.read_text())
+    if "training" in settings:
         assert SupervisedConfig.load(path).training.epochs > 0
+    elif "run" not in settings:  # questions for grpo reject
+        assert Config.load_questions(path).rewards
     else:
         assert Config.load(path).optimizer_steps > 0
+
+
+def test_a_configuration_of_questions_needs_no_run_and_a_training_run_does(tmp_path: Path):
+    path = tmp_path / "questions.yaml"
+    path.write_text("model: {name: x}\nrollout: {temperature: 0.7}\noptimizer: {warmup_steps: 500}\n")
+    with pytest.raises(ValueError, match=r"^run is missing; it has no default\. Set run\.$"):
+        Config.load(path)
+    assert Config.load_questions(path).rollout.temperature == 0.7
+    assert Config.load_questions(path, ["run.seed=3"]).run.seed == 3
+    path.write_text("model: {name: x}\nrun: {dir: x, steps: 1}\n")
+    assert Config.load_questions(path) == Config.load(path)
+    for text, said in (("run: {stepz: 1}", r"^run\.stepz is not a setting"), ("run: 3", "^run is 3; it is a mapping")):
+        path.write_text(f"model: {{name: x}}\n{text}\n")
+        with pytest.raises(ValueError, match=said):
+            Config.load_questions(path)
 
 
 def test_there_are_configurations_to_load():

@@ -139,6 +139,8 @@ def load_settings(program: str, options: Namespace) -> list[AnyConfig]:
             own = Path(scratch) / "my.yaml"
             own.write_text(block("yaml", "README.md", beginning="# my.yaml"))
             return [Config.load(own, overrides)]
+    if program == "grpo reject" and options.config is not None:
+        return [Config.load_questions(options.config, overrides)]
     if getattr(options, "config", None) is not None:
         is_supervised = program in ("grpo sft", "scripts/train_sft.py") or (
             program == "grpo scale" and scale.is_supervised(Path(options.config))

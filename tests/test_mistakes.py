@@ -292,6 +292,10 @@ ASKED: list[tuple[list[str], str]] = [
         r"--config is 'sft_run/config.yaml', of supervised training: ",
     ),
     (
+        ["reject", "--model", MODEL, "--config", "sft-quickstart", "--out", "a.jsonl"],
+        r"--config is 'sft-quickstart', of supervised training: ",
+    ),
+    (
         ["reject", "--model", "sft_run", "--out", "a.jsonl", "--questions", "no.jsonl"],
         r"--questions is 'no\.jsonl'; there is no such",
     ),

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -173,6 +174,12 @@ def test_settings_of_the_configuration_that_questions_come_from_are_overridden(t
     ]
     assert plan.settings(stage)["data.name"] == questions
     assert [each.path for each in plan.inputs(stage) if each.label == "data"] == [questions]
+    asked = yaml.safe_load((folder / "zero.yaml").read_text())
+    del asked["run"]
+    (folder / "questions.yaml").write_text(yaml.safe_dump(asked))
+    without = replace(stage, config=folder / "questions.yaml")
+    assert plan.settings(without) == plan.settings(stage)
+    assert plan.inputs(without) == plan.inputs(stage)
     with pytest.raises(ValueError, match=r"stage r: data\.nam is not a setting"):
         read_plan(folder, tmp_path / "out", ["r:data.nam=1"])
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from grpo import assembly
 from grpo.cli import reject as command
-from grpo.config import Config, DataConfig
+from grpo.config import Config, DataConfig, read_yaml
 from grpo.data.pass_rates import within_pass_rates
 from grpo.observe.rundir import DirectoryLock
 from grpo.rejection.reject import table_of
@@ -285,9 +285,7 @@ def test_questions_may_be_a_file_or_a_configurations(tmp_path: Path):
         ("story", "taken")
     }  # `prompt` is what the model read
     (tmp_path / "own.yaml").write_text(
-        json.dumps(
-            {"data": {"name": str(own), "template": "none"}, "model": {"name": "x"}, "run": {"dir": "x", "steps": 1}}
-        )
+        json.dumps({"data": {"name": str(own), "template": "none"}, "model": {"name": "x"}})
     )
     found = run(
         tmp_path / "b.jsonl", str(tmp_path / "own.yaml"), "--require", "format=0", "--min-language", "0", asked=few
@@ -301,6 +299,16 @@ def test_questions_may_be_a_file_or_a_configurations(tmp_path: Path):
         ValueError, match=r"--questions: not one of 3 questions can be asked: 3: answer cannot be graded"
     ):
         run(tmp_path / "c.jsonl", str(own), asked=few)
+
+
+def test_a_configuration_of_questions_is_enough(whole: Path, tmp_path: Path):
+    settings = read_yaml((ROOT / "configs" / "quickstart.yaml").read_text())
+    questions = {name: settings[name] for name in ("model", "data", "rollout", "rewards") if name in settings}
+    questions["data"]["name"] = str(ROOT / "configs" / questions["data"]["name"].removeprefix("configs/"))
+    (tmp_path / "questions.yaml").write_text(json.dumps(questions))
+    asked = [str(tmp_path / "questions.yaml") if each.endswith("quickstart.yaml") else each for each in ASKED]
+    run(tmp_path / "rows.jsonl", "--per-question", "2", asked=asked)
+    assert (tmp_path / "rows.jsonl").read_text() == whole.read_text()
 
 
 def test_settings_are_overridden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -19,7 +19,7 @@ from torch import Tensor
 from grpo import SupervisedTrainer, Trainer
 from grpo.check import memory as check_memory
 from grpo.check import supervised
-from grpo.check.advice import advice
+from grpo.check.advice import advice, supervised_advice
 from grpo.policy.policy import Policy
 from grpo.rollout import make_generator
 from grpo.rollout.engine import NativeGenerator
@@ -238,7 +238,11 @@ def test_another_engine_is_refused(tmp_path: Path, engine: str):
         sft_config(tmp_path, **asks, memory={"release_kv_cache": True})
 
 
-def test_a_supervised_dry_run_samples_nothing(tmp_path: Path):
+@on_cpu
+def test_a_supervised_dry_run_has_keys_and_values_as_the_run_does_and_samples_nothing(
+    tmp_path: Path, log: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("grpo.sft.assembly.check_engine", lambda config: None)
     (tmp_path / "rows.jsonl").write_text('{"question": "What is 1+1?", "completion": "2"}\n')
     config = sft_config(
         tmp_path / "run",
@@ -246,7 +250,10 @@ def test_a_supervised_dry_run_samples_nothing(tmp_path: Path):
         data={"name": str(tmp_path / "rows.jsonl"), "eval_name": str(TINY / "test.jsonl")},
         memory={"release_kv_cache": True},
     )
-    assert supervised.rehearse(config).policy.holds_whole
+    trainer = supervised.rehearse(config)
+    assert trainer.policy.holds_whole
+    supervised.report(trainer)
+    assert without_repeats(log) == ["take", "release"]
 
 
 @on_cpu
@@ -347,6 +354,9 @@ def test_it_is_advised_where_the_update_does_not_fit_beside_keys_and_values(tmp_
         assert text not in advice(phase, config, world_size=1, kv_gib=(40.0, 1.0))
         assert text not in advice(phase, config, world_size=1, on_gpu=True)
     assert text not in advice("rollout", config, world_size=1, kv_gib=(40.0, 1.0), on_gpu=True)
+    rows = sft_config(tmp_path)
+    assert supervised_advice("update", rows, world_size=1, kv_gib=(40.0, 1.0), on_gpu=True)[0] == text
+    assert text not in supervised_advice("update", rows, world_size=1)
     has_it = tiny_config(tmp_path, memory={"release_kv_cache": True})
     assert text not in advice("update", has_it, world_size=1, kv_gib=(40.0, 1.0), on_gpu=True)
 

@@ -72,6 +72,43 @@ def test_memory_is_within_a_tenth_of_what_docs_performance_measured(
     assert sum(parts.values()) == pytest.approx(measured, rel=0.1)
 
 
+def test_with_released_keys_and_values_the_larger_phase_counts():
+    """docs/performance.md, Memory: 10.50 GiB while sampling and 11.88 in the update of the fixed workload."""
+    kept = Layout(2, offload=False, pass_tokens=32_768, sequences=256)
+    options = {"reference": True, "samples": True, "sequence_tokens": 199 + 512, "chunk_tokens": 4096}
+    beside, update, sampling = (
+        memory_gib(HALF, layout, gpus=1, **options)
+        for layout in (kept, replace(kept, releases=True), replace(kept, releases=True, sequences=1024))
+    )
+    assert update == {name: size for name, size in beside.items() if name != "keys and values"}
+    assert 11.88 <= sum(update.values()) <= 1.15 * 11.88  # gradients have fewer than 6 bytes a weight on one GPU
+    assert set(sampling) == {"policy", "reference", "optimizer", "keys and values", "sampling"}
+    assert sampling["keys and values"] == 4 * beside["keys and values"]
+    assert sampling["sampling"] == 1024 * 151_936 * 8 / 2**30  # a step's logits, twice in float32
+    of_256 = sum(sampling.values()) - 3 * beside["keys and values"] - sampling["sampling"] + 16_384 * 896 * 34 / 2**30
+    assert of_256 == pytest.approx(10.50, rel=0.1)
+    shards = memory_gib(HALF, replace(kept, releases=True, sequences=1024, zero_stage=3), gpus=1, **options)
+    assert shards["gradients"] == beside["gradients"]  # DeepSpeed keeps a share of them from update to update
+
+
+def test_keys_and_values_are_released_where_a_run_does_not_fit_otherwise(tmp_path: Path):
+    hardware, own = Hardware(2, 24, "h100"), changed_recipe(tmp_path, memory={"release_kv_cache": True})
+
+    def scaled(source: Path, gib: float) -> Config:
+        found = scale_down(Config.load(source), ONE_AND_A_HALF, replace(hardware, memory_gib=gib),
+                           max_tokens=2048, hours=1000)  # fmt: skip
+        text = as_yaml(found, source, run_dir="runs/my", out=tmp_path / "my.yaml", num_questions=None)
+        assert (found.layout.releases, "took 11.9 GiB" in text) == (("release_kv_cache: true" in text),) * 2
+        return Config(**yaml.safe_load(text))
+
+    small, large, asked = scaled(PAPER, 24), scaled(PAPER, 80), scaled(own, 80)
+    assert small.memory.release_kv_cache
+    assert not small.distributed.offload_optimizer  # which each update would wait for
+    assert small.distributed.zero_stage == 2
+    assert not large.memory.release_kv_cache
+    assert asked.memory.release_kv_cache
+
+
 @pytest.mark.parametrize(
     ("shape", "prompts", "phases"),
     [
@@ -248,11 +285,11 @@ def test_the_script_scales_no_length_up_and_leaves_no_file_where_it_fails(tmp_pa
     [
         (
             SEVEN,
-            Hardware(1, 80, "h100"),
+            Hardware(1, 64, "h100"),
             2048,
             24,
             [
-                "--gpu-memory is 80; 7b with 7.62 billion weights needs",
+                "--gpu-memory is 64; 7b with 7.62 billion weights needs",
                 "even with",
                 "offload_optimizer",
                 "Give more --gpus",
@@ -317,6 +354,22 @@ def test_a_supervised_recipe_keeps_its_rows_and_takes_what_fits(tmp_path: Path):
     assert f"{seconds:.0f} s for a million tokens of rows, in each of 2 epochs" in text
 
 
+@pytest.mark.parametrize(("num_questions", "releases"), [(8, False), (8, True), (0, False)])
+def test_answers_need_memory_beside_an_update_only_where_they_lie_there(
+    tmp_path: Path, num_questions: int, releases: bool
+):
+    settings = yaml.safe_load(SFT.read_text())
+    settings["evaluation"] = {"num_questions": num_questions}
+    settings["data"] |= {"eval_name": "openai/gsm8k"} if num_questions else {}
+    settings["data"] = {k: v for k, v in settings["data"].items() if num_questions or not k.startswith("eval_")}
+    settings["memory"] = {**settings.get("memory", {}), "release_kv_cache": releases}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    recipe, hardware = SupervisedConfig.load(tmp_path / "recipe.yaml"), Hardware(1, 80, "h100")
+    own = {"max_tokens": 4096, "run_dir": "runs/my", "out": tmp_path / "my.yaml"}
+    text = scale_supervised.as_yaml(recipe, tmp_path / "recipe.yaml", HALF, hardware, **own)
+    assert ("held-out questions need some more" in text) == (num_questions > 0 and not releases)
+
+
 @pytest.mark.parametrize(
     ("shape", "hardware", "max_tokens", "said"),
     [
@@ -342,3 +395,21 @@ def test_the_command_knows_both_kinds(tmp_path: Path, monkeypatch: pytest.Monkey
                                      "--out", str(out)])  # fmt: skip
     command.main()
     assert f"grpo sft --processes 1 --config {out} --dry-run" in out.read_text()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("quickstart", Config), ("sft-quickstart", SupervisedConfig)])
+def test_a_recipe_may_be_named_and_what_lies_beside_it_is_found(
+    name: str, kind: type[Config | SupervisedConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from grpo.cli import scale as command
+
+    monkeypatch.chdir(tmp_path)
+    given = ["--config", name, "--model", str(TINY / "model"), "--hours", "1000", "--out", "my.yaml"]
+    monkeypatch.setattr("sys.argv", ["grpo scale", *given])
+    command.main()
+    assert kind.load("my.yaml").data.name == kind.load(name).data.name
+    assert Path(str(kind.load("my.yaml").data.name)).is_file()
+    for bad in ("inf", "nan", "0"):
+        monkeypatch.setattr("sys.argv", ["grpo scale", *given, "--gpu-memory", bad])
+        with pytest.raises(SystemExit, match="2"):
+            command.main()

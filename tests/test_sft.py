@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -706,10 +707,11 @@ def test_a_dry_run_learns_the_longest_update_and_leaves_nothing_behind(
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     config = sft_config(
         tmp_path / "run",
-        data={"name": str(tmp_path / "rows.jsonl")},
+        data={"name": str(tmp_path / "rows.jsonl"), "eval_name": str(TINY / "test.jsonl")},
         training={"rows_per_update": 1, "epochs": 2},
-        evaluation={"num_rows": 0, "num_questions": 2},
+        evaluation={"num_rows": 0, "num_questions": 2, "max_completion_tokens": 8},
     )
+    monkeypatch.setattr("grpo.run.held_out.HeldOut.evaluate", lambda *_, **__: pytest.fail("it evaluated"))
     assert supervised.check(config) == 0
     sizes = [len(tokenizer.encode(str(length))) + length + 1 for length in (3, 90, 4, 5, 6, 100)]
     assert learned == [max(sizes)] * 3  # an update of one row has no fuller pass
@@ -727,11 +729,75 @@ def test_a_dry_run_holds_a_whole_copy_of_a_sharded_model_where_the_run_does(tmp_
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": " b"}))
     config = sft_config(
         tmp_path / "run",
-        data={"name": str(tmp_path / "rows.jsonl")},
-        evaluation={"num_rows": 0, "num_questions": num_questions},
+        data={"name": str(tmp_path / "rows.jsonl"), "eval_name": str(TINY / "test.jsonl") if num_questions else None},
+        evaluation={"num_rows": 0, "num_questions": num_questions}
+        | ({"max_completion_tokens": 8} if num_questions else {}),
         distributed={"zero_stage": 3},
     )
     assert supervised.rehearse(config).policy.holds_whole == bool(num_questions)
+
+
+def _without_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo.observe.sinks.find_spec", lambda name: None)
+
+
+def _unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo.rollout.engine.unsupported", lambda *given, **named: "it is odd")
+
+
+@pytest.mark.parametrize(
+    ("sections", "said", "prepare"),
+    [
+        pytest.param(
+            {"memory": {"release_kv_cache": True}},
+            r"^memory\.release_kv_cache is true; .* no GPU here\. Remove it\.$",
+            None,
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can release keys and values"),
+        ),
+        (
+            {"evaluation": {"engine": "native"}},
+            r"^evaluation\.engine is native; it is odd\. Set evaluation\.engine to hf",
+            _unsupported,
+        ),
+        ({"data": {"eval_name": None}}, r"^evaluation\.num_questions is 2; data\.eval_name is missing", None),
+        (
+            {"data": {"eval_answer_regex": "(never)"}},
+            r"^data\.eval_answer_regex is '\(never\)'; it finds no group",
+            None,
+        ),
+        ({"evaluation": {"max_completion_tokens": 5000}}, r"^evaluation\.max_completion_tokens is 5000; with", None),
+        (
+            {"rewards": [{"function": "acuracy"}]},
+            r"^rewards\.\*\.function is 'acuracy'; .* did you mean accuracy",
+            None,
+        ),
+        ({"memory": {"kv_cache_gib": 1e-6}}, r"^memory\.kv_cache_gib is 1e-06", None),
+        ({"logging": {"tensorboard": True}}, r"^logging\.tensorboard is true; it needs", _without_tensorboard),
+    ],
+    ids=["release", "engine", "questions", "answers", "positions", "rewards", "cache", "logging"],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(
+    sections: dict[str, Any],
+    said: str,
+    prepare: Callable[[pytest.MonkeyPatch], None] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    if prepare is not None:
+        prepare(monkeypatch)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": " b"}))
+    usual: dict[str, Any] = {
+        "data": {"name": str(tmp_path / "rows.jsonl"), "eval_name": str(TINY / "test.jsonl")},
+        "evaluation": {"num_rows": 0, "num_questions": 2, "max_completion_tokens": 8},
+    }
+    rewards = {"rewards": sections["rewards"]} if "rewards" in sections else {}
+    changed = {name: usual.get(name, {}) | values for name, values in sections.items() if name != "rewards"}
+    config = SupervisedConfig(**sft_settings(tmp_path / "run", **usual | changed), **rewards)
+    with pytest.raises(ValueError, match=said) as of_the_run:
+        SupervisedTrainer(config)
+    with pytest.raises(ValueError, match=said) as of_the_dry_run:
+        supervised.check(config)
+    assert str(of_the_dry_run.value) == str(of_the_run.value)
 
 
 def test_a_dry_run_fills_a_pass_of_each_process_as_far_as_rows_can(tokenizer):

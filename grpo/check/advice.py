@@ -30,14 +30,25 @@ def advice(
     return [text for text in found if text is not None]
 
 
-def supervised_advice(phase: str, config: SupervisedConfig, *, world_size: int) -> list[str]:
+def supervised_advice(
+    phase: str,
+    config: SupervisedConfig,
+    *,
+    world_size: int,
+    kv_gib: tuple[float, float] | None = None,
+    on_gpu: bool = False,
+) -> list[str]:
     """The same for supervised training: while the model is loaded, or in an update."""
     if phase == "loading":
         return advice(phase, config.parts, world_size=world_size)
     now, longest, parts = config.memory.micro_batch_tokens, config.data.max_tokens, config.parts
     rungs = (_chunk, _checkpointing, _sequence_parallel, _offload, _four_bits, _zero_stage)
     own = _share(longest, config.distributed.sequence_parallel)  # of the longest row, what a process has
-    found = [_smaller_passes(now, now, own), *(rung(parts, world_size=world_size) for rung in rungs)]
+    found = [
+        _release_kv_cache(parts, kv_gib=kv_gib, on_gpu=on_gpu),
+        _smaller_passes(now, now, own),
+        *(rung(parts, world_size=world_size) for rung in rungs),
+    ]
     if longest > 1:
         found.append(_change("data.max_tokens", longest, longest // 2, "longer rows are left out"))
     return [text for text in found if text is not None]

@@ -27,6 +27,7 @@ from grpo.check.advice import advice
 from grpo.check.dry_run import rehearse
 from grpo.config import Config
 from grpo.observe.console import print_of_rank
+from grpo.observe.sinks import check_sinks
 from grpo.policy.policy import Policy
 from grpo.rollout.engine import NativeGenerator
 from grpo.run.loop import Loop
@@ -34,6 +35,7 @@ from grpo.system import mapped_memory
 from grpo.system.distributed import GIB, Processes, TrainingProcesses
 from grpo.system.out_of_memory import is_out_of_memory
 from grpo.trainer import Trainer
+from grpo.training.collector import Collector
 from grpo.turns.generator import TurnGenerator
 from grpo.types import Batch, Prompt
 
@@ -88,6 +90,7 @@ def tried(make: Callable[[], AnyLoop], measure: Callable[[AnyLoop], str], advise
 
 def worst_case(config: Config) -> Trainer:
     """A trainer whose steps are the longest that `config` allows."""
+    check_sinks(config)
     trainer = rehearse(
         config, EndlessTrainer, rollout={"stop": []}, run={"steps": max(config.run.steps, NUM_STEPS + 1)}
     )
@@ -277,11 +280,16 @@ def _explain(error: RuntimeError, advise: Advise, trainer: Loop | None) -> None:
 
 
 def _advise(config: Config, phase: str, trainer: Loop | None, world_size: int) -> list[str]:
-    generator = trainer.collector.generator if isinstance(trainer, Trainer) else None
+    collector = trainer.collector if isinstance(trainer, Trainer) else None
+    return advice(phase, config, world_size=world_size, **held(trainer, collector))
+
+
+def held(trainer: Loop | None, collector: Collector | None) -> dict[str, Any]:
+    """What `advice` is told of keys and values, and of where they lie."""
+    generator = None if collector is None else collector.generator
     generator = generator.inner if isinstance(generator, TurnGenerator) else generator
     kv_gib = generator.kv_gib if isinstance(generator, NativeGenerator) else None
-    on_gpu = trainer is not None and trainer.processes.device.type == "cuda"
-    return advice(phase, config, world_size=world_size, kv_gib=kv_gib, on_gpu=on_gpu)
+    return {"kv_gib": kv_gib, "on_gpu": trainer is not None and trainer.processes.device.type == "cuda"}
 
 
 WHERE = {

@@ -25,6 +25,7 @@ from grpo.check.scale import (
     zero_stages,
 )
 from grpo.config import SupervisedConfig, read_yaml
+from grpo.config.settings import read_file
 
 
 def layout_for(recipe: SupervisedConfig, shape: Shape, hardware: Hardware, *, max_tokens: int) -> Layout:
@@ -112,7 +113,7 @@ def as_yaml(
         ),
         "run.dir": (run_dir, "of its own"),
     }
-    settings = read_yaml(source.read_text())
+    settings = read_file(source)
     for name, (value, _) in changes.items():
         section, setting = name.split(".", 1)
         settings.setdefault(section, {})[setting] = value
@@ -127,6 +128,7 @@ def _header(
 ) -> list[str]:
     memory = memory_of(recipe, shape, layout, hardware)
     launch = f"grpo sft --processes {hardware.gpus} --config {out}"
+    needs_more = recipe.evaluation.num_questions > 0 and not recipe.memory.release_kv_cache
     epochs = f"{recipe.training.epochs:g} epochs" if recipe.run.steps is None else f"{recipe.run.steps:,} updates"
     return [
         f"{source.name} for {shape.name}, by `grpo scale`, for {hardware.gpus} x {hardware.gpu} with "
@@ -140,6 +142,6 @@ def _header(
         f"Memory  {sum(memory.values()):.1f} GiB: "
         + ", ".join(f"{name} {size:.1f}" for name, size in memory.items() if size)
         + ".",
-        "        The answers to held-out questions need some more.",
+        *["        The answers to held-out questions need some more."] * needs_more,
         f"Kept    {recipe.training.rows_per_update} rows per update, {epochs}, the learning rate.",
     ]

@@ -1,8 +1,9 @@
 """Does supervised training fit, and how long will it take? The longest update of the run, on this machine and this model.
 
 What is run is the trainer's own step on the rows of the update that has the most tokens, and, for the peak of memory, once more
-on rows that fill a pass of every process as far as rows can. No file is left behind, the updated weights are thrown away, nothing
-is evaluated.
+on rows that fill a pass of every process as far as rows can. Held-out questions, their rewards and the engine are made ready as
+in the run, which refuses what is wrong with them, and nothing is evaluated. No file is left behind; the updated weights are
+thrown away.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from tempfile import TemporaryDirectory
 
 from grpo.check import memory
 from grpo.check.advice import supervised_advice
-from grpo.check.dry_run import policy_that
 from grpo.config import SupervisedConfig
+from grpo.observe.sinks import check_sinks
+from grpo.run.loop import Loop
 from grpo.sft.order import RowOrder
 from grpo.sft.trainer import SupervisedTrainer
 from grpo.types import Group
@@ -32,25 +34,25 @@ def check(config: SupervisedConfig) -> int:
         ValueError: as SupervisedTrainer.
     """
 
-    def advise(phase: str, trainer: object, world_size: int) -> list[str]:
-        return supervised_advice(phase, config, world_size=world_size)
+    def advise(phase: str, trainer: Loop | None, world_size: int) -> list[str]:
+        collector = trainer.collector if isinstance(trainer, SupervisedTrainer) else None
+        return supervised_advice(phase, config, world_size=world_size, **memory.held(trainer, collector))
 
     return memory.tried(lambda: rehearse(config), report, advise)
 
 
 def rehearse(config: SupervisedConfig) -> SupervisedTrainer:
     """A trainer that learns the run's longest update again and again, and writes no files."""
+    check_sinks(config)
     settings = config.model_dump(exclude_unset=True)
     settings["logging"] = {"wandb": "disabled", "completions_every": 0, "tensorboard": False}
-    settings["evaluation"] = {"num_rows": config.evaluation.num_rows}  # rows that are not learned
-    settings["checkpoint"] = {}
-    settings["memory"] = {**settings.get("memory", {}), "release_kv_cache": False}  # nothing is sampled
     with TemporaryDirectory(prefix="grpo-check-") as directory:
         own = {name: value for name, value in settings["run"].items() if name in ("steps", "seed", "deterministic")}
         settings["run"] = own | {"dir": str(Path(directory) / "run"), "resume": "never"}
-        kind = SamplingTrainer if config.evaluation.num_questions else SupervisedTrainer
-        trainer = kind(SupervisedConfig(**settings))
+        trainer = SupervisedTrainer(SupervisedConfig(**settings))
         trainer.log.close()  # before its directory goes
+        if trainer.collector is not None:
+            trainer.collector.scorer.close()
     longest = Longest(trainer.order)
     trainer.order = longest
     trainer.processes.say(
@@ -58,12 +60,6 @@ def rehearse(config: SupervisedConfig) -> SupervisedTrainer:
         f"{longest.most:,} tokens. The longest row has {longest.longest_row:,}."
     )
     return trainer
-
-
-class SamplingTrainer(SupervisedTrainer):
-    """Holds what a run's does that answers questions, though the rehearsal asks none."""
-
-    _policy_class = policy_that(samples=True)
 
 
 def report(trainer: SupervisedTrainer) -> str:

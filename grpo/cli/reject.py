@@ -161,7 +161,7 @@ def _with_questions(settings: Any, questions: str | None) -> Any:
     if questions is None:
         return settings
     if questions.endswith((".yaml", ".yml")):
-        return settings.model_copy(update={"data": Config.load(questions).data})
+        return settings.model_copy(update={"data": Config.load_questions(questions).data})
     return settings.model_copy(
         update={"data": settings.data.model_copy(update={"name": questions, "pass_rates": None})}
     )

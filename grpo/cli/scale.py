@@ -8,10 +8,12 @@ No weights are loaded. What comes out is an estimate; `grpo train --dry-run` mea
 """
 
 import argparse
+import math
 from pathlib import Path
 
-from grpo.config.shipped import shipped
+from grpo.config import shipped
 from grpo.data.hub_names import check_model
+from grpo.inference.options import is_supervised
 from grpo.observe.console import errors_for_users, positive
 from grpo.system.parser import Parser
 
@@ -19,7 +21,7 @@ from grpo.system.parser import Parser
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--config", type=Path, default=shipped("r1_zero_paper"), help="the recipe; default: r1_zero_paper"
+        "--config", type=Path, default=shipped.shipped("r1_zero_paper"), help="the recipe; default: r1_zero_paper"
     )
     parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="only its configuration is read")
     parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="default: %(default)s")
@@ -47,18 +49,10 @@ def main() -> None:
         if not arguments.out.parent.is_dir():
             raise ValueError(f"--out is {arguments.out}; there is no directory {arguments.out.parent}. Make it first.")
         check_model(arguments.model, whole=False)
+        arguments.config = shipped.find(arguments.config)
         text = supervised(arguments) if is_supervised(arguments.config) else reinforcement(arguments)
     arguments.out.write_text(text)
     print(text)
-
-
-def is_supervised(source: Path) -> bool:
-    """Whether it says how rows are learned."""
-    from grpo.config.load import read_settings, read_text
-
-    return source.is_file() and "training" in read_settings(
-        read_text(source, f"--config is {str(source)!r}"), str(source)
-    )
 
 
 def supervised(arguments: argparse.Namespace) -> str:
@@ -97,6 +91,6 @@ def reinforcement(arguments: argparse.Namespace) -> str:
 
 
 def _above_zero(text: str) -> float:
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return float(text)

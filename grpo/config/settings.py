@@ -55,6 +55,9 @@ LOWEST_LORA_RATE = 1e-5
 STEPS_OF_A_MODEL = 200
 """Of a run of which nothing is said but its model: enough to see whether the reward rises."""
 
+NOT_TRAINED = {"dir": "", "steps": 2**30}
+"""The section `run` where nothing is trained. No warm-up is longer."""
+
 OF_THE_RATIO = ("ratio", "clip", "clip_low", "clip_high", "clip_dual", "soft_positive", "soft_negative", "kl_weighted")
 """Settings of the algorithm without effect where the ratio is 1; that to the policy that drew a token may be another."""
 
@@ -93,11 +96,15 @@ class Settings(Section):
         Args:
             path: or the name of a configuration that comes with the library, such as `quickstart`.
         """
+        return cls(**cls._read(path, overrides))
+
+    @classmethod
+    def _read(cls, path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
         settings = read_file(path)
         for override in overrides:
             apply_override(settings, override)
             _take_back(settings, override, cls)
-        return cls(**settings)
+        return settings
 
     @classmethod
     def of(cls, source: Self | str | Path, settings: Mapping[str, Any]) -> Self:
@@ -168,6 +175,13 @@ class Config(Settings):
 
     def __init__(self, **settings: Any) -> None:  # for type checkers, which would want the sections as objects
         super().__init__(**settings)
+
+    @classmethod
+    def load_questions(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
+        """As `load`, where a model is only asked: what has no default in the section `run` may be missing."""
+        settings = cls._read(path, overrides)
+        given = settings.get("run", {})
+        return cls(**settings | {"run": NOT_TRAINED | given if isinstance(given, dict) else given})
 
     @classmethod
     def elsewhere(cls) -> dict[str, str]:

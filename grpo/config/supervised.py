@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,6 +102,15 @@ class SupervisedRunConfig(PlaceConfig):
 
 OF_SAMPLING = ("kl", "length", "truncation", "repetition", "reward", "signal", "reward_hacking")
 """Rules of the watchdog that look at what was sampled."""
+
+
+@contextmanager
+def as_spelled_here() -> Iterator[None]:
+    """Errors about what `parts` says of rollouts name the setting of the evaluation that it comes from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("rollout.", "evaluation.")) from None
 
 
 class SupervisedConfig(Settings):
@@ -218,7 +229,7 @@ class SupervisedConfig(Settings):
         data = self.data.model_dump(include=set(DataConfig.model_fields), exclude_unset=True)
         longest = self.data.max_prompt_tokens + evaluation.max_completion_tokens
         memory = self.memory.model_dump() | {"micro_batch_tokens": max(self.memory.micro_batch_tokens, longest)}
-        try:
+        with as_spelled_here():
             parts = Config(
                 model=self.model.model_dump(),
                 data=data,
@@ -239,8 +250,6 @@ class SupervisedConfig(Settings):
                 logging=self.logging.model_dump(),
                 run={**self.run.model_dump(), "steps": self.run.steps or max(self.optimizer.warmup_steps, 1)},
             ).model_copy(update={"watchdog": self.watchdog})
-        except ValueError as error:
-            raise ValueError(str(error).replace("rollout.", "evaluation.")) from None  # as it is spelled here
         check_watchdog(parts)
         return parts
 

@@ -30,7 +30,7 @@ from grpo.data import registry as benchmarks
 from grpo.data.prompts import build_prompts
 from grpo.evaluation.asked import PROMPT_FORMATS, Runtime, Settings, Task
 from grpo.evaluation.results import QUESTION_KEYS, as_json, conclude, earlier_results, seconds_of
-from grpo.evaluation.sample_file import Book, claimed, finished
+from grpo.evaluation.sample_file import Book, Samples, claimed, finished
 from grpo.inference import model as inference
 from grpo.inference.options import run_directory, settings_of
 from grpo.inference.resolve_model import num_positions
@@ -128,8 +128,9 @@ def evaluate(settings: Settings, out: Path, runtime: Runtime, hosted: Asks | Non
         processes.on_main(lambda: held.enter_context(_claimed(out, settings, rows, asks)))
         wanted = {key: task.num_samples for task in tasks for key in task.keys}
         done = processes.on_main(lambda: finished(out / "samples.jsonl", QUESTION_KEYS, wanted))
-        generator = asks.start(out)
         results = processes.on_main(lambda: earlier_results(out))
+        generator = asks.start(out)
+        samples = Samples(out / "samples.jsonl", list(tasks[0].key))
         for task in tasks:
             started = time.perf_counter()
             answering = asks.around(generator, task.template)
@@ -138,7 +139,8 @@ def evaluate(settings: Settings, out: Path, runtime: Runtime, hosted: Asks | Non
             is_new = done.isdisjoint(task.keys)
             seconds = time.perf_counter() - started if is_new else seconds_of(results, task)
             # the others wait for it, so that nobody writes the next task's samples while these are read
-            results = processes.on_main(partial(conclude, task, results, settings, out, seconds=seconds))
+            concluded = partial(conclude, task, results, settings, out, samples=samples, seconds=seconds)
+            results = processes.on_main(concluded)
     return as_json(settings, results)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.evaluation.asked import PROMPT_FORMATS, SOURCES, Settings, Task
+from grpo.evaluation.sample_file import Samples
 from grpo.scoring.answers import OF_THE_QUESTION, by_question, columns_of, is_right
 from grpo.scoring.statistics import estimate
 from grpo.system.files import replace_text, to_json
@@ -31,18 +32,18 @@ def read_samples(path: Path, **key: str) -> list[dict[str, Any]]:
 
 
 def conclude(
-    task: Task, results: list[dict[str, Any]], settings: Settings, out: Path, *, seconds: float | None
+    task: Task, results: list[dict[str, Any]], settings: Settings, out: Path, *, samples: Samples, seconds: float | None
 ) -> list[dict[str, Any]]:
     """All results so far, with that of a task whose samples are all there."""
-    found = _result(task, settings, out, seconds=seconds)
+    found = _result(task, settings, samples, seconds=seconds)
     results = [*(each for each in results if not _is_of(each, task)), found]
     replace_text(out / "results.json", to_json(as_json(settings, results), indent=1))
     say(f"{task.benchmark}, {task.template}: {_in_words(found)}")
     return results
 
 
-def _result(task: Task, settings: Settings, out: Path, *, seconds: float | None) -> dict[str, Any]:
-    questions = by_question(read_samples(out / "samples.jsonl", **task.key))
+def _result(task: Task, settings: Settings, samples: Samples, *, seconds: float | None) -> dict[str, Any]:
+    questions = by_question(samples.of(task.key))
     found = {rows[0]["row"]: [row["sample"] for row in rows] for rows in questions}
     assert found == {prompt.row: list(range(task.num_samples)) for prompt in task.prompts}, (
         "samples.jsonl does not hold each sample of each question once"
@@ -83,8 +84,18 @@ def seconds_of(results: Iterable[dict[str, Any]], task: Task) -> float | None:
 
 
 def earlier_results(out: Path) -> list[dict[str, Any]]:
+    """Raises ValueError if they cannot be read."""
     path = out / "results.json"
-    return json.loads(path.read_text())["results"] if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--out is {str(out)!r}; {path.name} there cannot be read ({error}). Restore it, or remove it: its numbers come "
+            "again from the samples, but for the seconds."
+        ) from None
+    return results
 
 
 def as_json(settings: Settings, results: list[dict[str, Any]]) -> dict[str, Any]:

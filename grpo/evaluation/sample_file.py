@@ -16,9 +16,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from grpo.observe.bar import Bar
+from grpo.system import jsonl
 from grpo.system.files import replace_text
 from grpo.system.jsonl import append_jsonl, iterate_jsonl, replacing_jsonl
 
@@ -57,6 +58,43 @@ class Book:
         self._last_write = time.monotonic()
 
 
+class Samples:
+    """The rows of a file that grows, of one benchmark after the other.
+
+    A line is read when it is new, and once more if it is of a benchmark that comes later. What is kept of it is its place.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        """
+        Args:
+            names: of the columns that say to what a row belongs.
+        """
+        self.path, self.names = path, tuple(names)
+        self._end = 0  # of what has been read
+        self._places: dict[tuple[Any, ...], list[int]] = {}
+
+    def of(self, key: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The rows with these values of the columns, by question and sample."""
+        wanted = tuple(key[name] for name in self.names)
+        with self.path.open("rb") as file:
+            found = [_row_at(file, place) for place in self._places.get(wanted, [])]
+            file.seek(self._end)
+            for line in file:
+                if (row := jsonl.row_of(line, (*self.names, "row", "sample"))) is not None:
+                    own = tuple(row[name] for name in self.names)
+                    self._places.setdefault(own, []).append(self._end)
+                    found += [row] if own == wanted else []
+                self._end += len(line)
+        return sorted(found, key=lambda row: (row["row"], row["sample"]))
+
+
+def _row_at(file: BinaryIO, place: int) -> dict[str, Any]:
+    file.seek(place)
+    row = jsonl.row_of(file.readline(), ())
+    assert row is not None, "it was a row when its place was noted, and the file is only added to"
+    return row
+
+
 Difference = Callable[[str, Any, Any], str]
 """Of the name of a setting, its value there and the one that is wanted: how they differ, in words."""
 
@@ -88,7 +126,7 @@ def claimed(
                 f"until it has ended, or choose another {option}."
             ) from None
         if any((out / name).exists() and (out / name).stat().st_size for name in (SAMPLES, *results)):
-            before = json.loads((out / SETTINGS).read_text())
+            before = _settings_of(out, option)
             for name, value in wanted.items():
                 if before.get(name) != value:
                     raise ValueError(
@@ -97,6 +135,19 @@ def claimed(
                     )
         replace_text(out / SETTINGS, json.dumps(wanted, indent=1))
         yield
+
+
+def _settings_of(out: Path, option: str) -> dict[str, Any]:
+    try:
+        settings = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it is no mapping")
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{option} is {str(out)!r}; {SETTINGS} there cannot be read ({error}), and says which settings the samples are of. "
+            f"Restore it, or choose another {option}."
+        ) from None
+    return settings
 
 
 def finished(path: Path, names: Sequence[str], wanted: Mapping[Any, int]) -> set[Any]:

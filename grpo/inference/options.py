@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from grpo.config import Config, SupervisedConfig, read_text
+from grpo.config import Config, SupervisedConfig, read_text, shipped
 from grpo.config.load import read_settings
 from grpo.policy.model_source import complete_checkpoints, numbers_of
 from grpo.scoring.reward import check_spec
@@ -99,12 +99,15 @@ def checkpoint_of(run: Path | None, step: int, option: str = "--step") -> Path:
 
 def settings_of(path: Path, overrides: Sequence[str] = ()) -> Config:
     """What a YAML says, and overrides as `Config.load` takes; of supervised training, how its held-out questions are asked."""
-    return SupervisedConfig.load(path, overrides).parts if is_supervised(path) else Config.load(path, overrides)
+    return (
+        SupervisedConfig.load(path, overrides).parts if is_supervised(path) else Config.load_questions(path, overrides)
+    )
 
 
 def is_supervised(path: Path) -> bool:
-    """Whether a YAML says how rows are learned."""
-    return path.is_file() and "training" in read_settings(read_text(path, f"{path} is a configuration"), str(path))
+    """Whether a YAML, or a configuration that comes with the library, says how rows are learned."""
+    file = shipped.find(path)
+    return "training" in read_settings(read_text(file, f"{path} is a configuration"), str(file))
 
 
 RULES: dict[str, tuple[Callable[[float], bool], str, str]] = {

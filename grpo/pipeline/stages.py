@@ -190,7 +190,8 @@ class Plan:
         else:
             found |= {"model": self.path(stage.model or "")}
             if stage.config is not None:
-                found |= _flat(Config.load(stage.config, _as_overrides(stage.set)).model_dump(mode="json"))
+                asked = Config.load_questions(stage.config, _as_overrides(stage.set))
+                found |= _flat(asked.model_dump(mode="json", exclude={"run"}))
         text = json.dumps(found, default=str)
         for place, name in ((self.out, "OUT"), (self.folder, "STAGES")):
             text = text.replace(f"{json.dumps(str(place))[1:-1]}/", f"{name}/")
@@ -217,7 +218,7 @@ class Plan:
             own = [] if stage.rows else [config.data.name]
             found += [Input("data", path) for path in _files([*own, config.data.eval_name])]
         else:
-            given = Config.load(stage.config, _as_overrides(stage.set)).data if stage.config else None
+            given = Config.load_questions(stage.config, _as_overrides(stage.set)).data if stage.config else None
             named = stage.options.get("questions") or (given and given.name)
             found += [Input("data", path) for path in _files([named])]
         return found

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.assembly import Rows, held_out_questions, reward_functions, with_given_model
 from grpo.config import AlgorithmConfig, Config, SupervisedConfig
+from grpo.config.supervised import as_spelled_here
 from grpo.data.prompts import use_chat_template
 from grpo.observe import rundir
 from grpo.observe.console import OF_ROWS
@@ -102,8 +103,9 @@ def assemble(
         config.model, config.data.max_tokens, said=f"data.max_tokens is {config.data.max_tokens}; a row may have"
     )
     if asks:
-        check_context(shared)
-        check_engine(shared)
+        with as_spelled_here():
+            check_context(shared)
+            check_engine(shared)
     check_family(config.model)
     check_sinks(config)
     check_quantization(config)
@@ -149,7 +151,11 @@ def assemble(
         num_steps=order.num_updates,
         columns=OF_ROWS,
     )
-    collector = None if scorer is None else Collector(make_generator(shared, policy), scorer, stop, rank=processes.rank)
+    collector = None
+    if scorer is not None:
+        with as_spelled_here():
+            generator = make_generator(shared, policy)
+        collector = Collector(generator, scorer, stop, rank=processes.rank)
     return Parts(
         config=config,
         shared=shared,
