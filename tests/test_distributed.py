@@ -272,6 +272,27 @@ def test_the_host_of_a_gpu_gets_few_threads_unless_the_environment_says_how_many
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(
+    ("given", "processes", "number"), [(None, 1, 8), (None, 2, 4), ("1", 2, 4), ("3", 2, 3), ("1", 16, 1)]
+)
+def test_an_optimizer_on_the_host_gets_its_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, processes: int, number: int
+):
+    """torchrun, accelerate and `grpo train` leave each of several processes one thread, with which 7B take half a minute."""
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        if given:
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+        torch.set_num_threads(int(given or 1))
+        distributed.share_threads()
+        assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_small_model_trains_on_one_thread_of_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     if torch.cuda.is_available():
         pytest.skip("a CPU is not what trains here")

@@ -216,7 +216,9 @@ def start(config: Config, *, dtype: torch.dtype) -> TrainingProcesses:
     )
     assert accelerator.distributed_type == DistributedType.DEEPSPEED, f"no DeepSpeed: {accelerator.distributed_type}"
     dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
-    if not (on_cpu or config.distributed.offload_optimizer):  # which updates the weights on the host
+    if config.distributed.offload_optimizer:
+        share_threads()
+    elif not on_cpu:
         limit_threads()
     heartbeat.start(rank=accelerator.process_index, world_size=launched)
     return TrainingProcesses(
@@ -266,6 +268,16 @@ def limit_threads(most: int = MOST_THREADS) -> None:
     """At most so many for torch's work on the host, unless OMP_NUM_THREADS says how many."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), most))
+
+
+def share_threads() -> None:
+    """This process's share of the cores, for an optimizer on the host, which updates with the threads of torch.
+
+    Launchers of several processes set OMP_NUM_THREADS to 1 where it is not set, so 1 is taken for theirs. Another number is kept.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 
 def _prepare_environment() -> None:

@@ -101,7 +101,8 @@ def _print(text: str, stream: TextIO | None) -> None:
         return
     encoding = getattr(stream, "encoding", None) or "utf-8"
     with silenced():
-        print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+        line = printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n"
+        print(line, end="", file=stream, flush=True)  # whole, so that another thread's line does not end up in it
 
 
 def say_at_once(text: str) -> None:
