@@ -233,6 +233,9 @@ def _independent(residuals: Values) -> float:
 
 # ---- of a run --------------------------------------------------------------------------------------------------------
 
+SHARES = ("accuracy", "code", "countdown", "exact_match", "format", "reasoning_gym")
+"""Rewards of which none is below 0 or above 1. Another may pass what it was so far."""
+
 
 def prediction(run: Run) -> dict[str, Any] | None:
     """What the curve through a run's values says, or why it says nothing.
@@ -258,7 +261,7 @@ def prediction(run: Run) -> dict[str, Any] | None:
     compute = np.array([step - lag for step, _ in chosen], dtype=np.float64)
     steps, planned = run.metrics[-1]["step"], run.config.get("run", {}).get("steps") or 0
     end = planned if planned > steps else 2 * steps
-    is_share = about["name"] in ("reward/accuracy", "eval/accuracy")  # another reward may pass what it was so far
+    is_share = name.partition("/")[2] in SHARES
     fewest = FEWEST_EVALUATIONS if is_held_out else FEWEST_STEPS
     found = fit(compute, values, end=end - lag, fewest=fewest, bounds=(0.0, 1.0) if is_share else None)
     if isinstance(found, str):
