@@ -1,6 +1,7 @@
-"""Make configs/countdown-warm/rows.jsonl.gz: searches in Countdown, written out, from which a model learns to search.
+"""Make rows of searches in Countdown, written out, from which a model learns to search: configs/countdown-warm/rows.jsonl.gz.
 
     python scripts/make_countdown_rows.py [--puzzles FILE] [--out FILE] [--rows 2000] [--max-trials 8] [--seed 0]
+    python scripts/make_countdown_rows.py --give-up 0.5 --out configs/countdown-short/rows.jsonl.gz
 
 After Stream of Search (arXiv 2404.03683) and Gandhi et al. (arXiv 2503.01307): a model that has seen wrong trials given up can
 make more of them in reinforcement learning. A thought states the task, makes trials until one is right, and checks that one.
@@ -14,7 +15,12 @@ the rows have three numbers and half have four. A puzzle that is not solved with
 puzzles with several solutions, and searches are shorter than the same draws would need for all puzzles. That leaves room for
 reinforcement learning to search longer. The script prints how many were left out.
 
-Each row is read back by the rewards: its answer is right, and the trials that `countdown_trials` finds are those that were told.
+With --give-up a search ends after each wrong trial with that chance, and after --max-trials; its answer is then the nearest
+trial, which is wrong. So no puzzle is left out, and a model learns that one may stop: whether going on pays is for reinforcement
+learning to find out.
+
+Each row is read back by the rewards: its answer is right (or wrong, where it gave up), and the trials that `countdown_trials`
+finds are those that were told.
 """
 
 import argparse
@@ -43,6 +49,7 @@ STATEMENTS = (
 OPENINGS = ("", "", "Try ", "Or ")
 MISSES = ("Not {target}.", "Too {side}.", "No, too {side}.")
 HITS = ("That is it.", "That is the target.", "Yes.")
+STOPS = ("I stop here. The nearest is {text}.", "That takes too long. {text} comes nearest.")
 CHECKS = (
     "Check: {text} = {target}, and {nums} are each used once.",
     "To verify: {text} = {target}, with {nums} used once each.",
@@ -102,8 +109,10 @@ def draw_another(rng: random.Random, nums: list[int], told: Container[str]) -> t
     return None
 
 
-def search(rng: random.Random, nums: list[int], target: int, max_trials: int) -> list[Term] | None:
-    """The trials up to the right one; None: it was not found."""
+def search(
+    rng: random.Random, nums: list[int], target: int, max_trials: int, give_up: float = 0.0
+) -> list[Term] | None:
+    """The trials up to the right one, or to where the search gave up; None: it was not found."""
     told: dict[str, Term] = {}
     while len(told) < max_trials:
         drawn = [another for _ in range(DRAWS) if (another := draw_another(rng, nums, told)) is not None]
@@ -111,7 +120,7 @@ def search(rng: random.Random, nums: list[int], target: int, max_trials: int) ->
             return None
         reading, trial = min(drawn, key=lambda another: abs(another[1].value - target))
         told[reading] = trial
-        if trial.value == target:
+        if trial.value == target or (give_up and (len(told) == max_trials or rng.random() < give_up)):
             return [*told.values()]
     return None
 
@@ -125,21 +134,29 @@ def write(rng: random.Random, nums: list[int], target: int, told: list[Term]) ->
         verdict = said.format(target=target, side="high" if trial.value > target else "low")
         opening = rng.choice(OPENINGS) if len(lines) > 1 else ""
         lines.append(f"{opening}{', '.join(trial.steps)}. {verdict}")
-    lines.append(rng.choice(CHECKS).format(text=told[-1].text, target=target, nums=listed))
+    answer = min(told, key=lambda trial: abs(trial.value - target))
+    last = CHECKS if answer.value == target else STOPS
+    lines.append(rng.choice(last).format(text=answer.text, target=target, nums=listed))
     thought = "\n".join(lines)
-    return f" {thought} </think> <answer> {told[-1].text} </answer>"
+    return f" {thought} </think> <answer> {answer.text} </answer>"
 
 
 def check(completion: str, nums: list[int], target: int, told: list[Term]) -> None:
     read = trials(completion, nums)
-    assert countdown(completion, nums, target) == 1.0, f"the answer is wrong: {completion}"
+    assert countdown(completion, nums, target) == float(told[-1].value == target), f"another verdict: {completion}"
     assert [trial.value for trial in read] == [trial.value for trial in told], f"other trials are read: {completion}"
     assert all(trial.claimed == trial.value for trial in read), f"wrong arithmetic: {completion}"
     assert countdown_search(completion, nums, target) == float(len(told) > 1), f"it reads otherwise: {completion}"
 
 
 def rows(
-    puzzles: list[dict[str, Any]], *, number: int, max_trials: int, seed: int, unsolved: Counter[int]
+    puzzles: list[dict[str, Any]],
+    *,
+    number: int,
+    max_trials: int,
+    seed: int,
+    unsolved: Counter[int],
+    give_up: float = 0.0,
 ) -> Iterator[dict[str, Any]]:
     """Rows of searches, from the last puzzle on; counts in `unsolved` those left out, by how many numbers they have."""
     rng = random.Random(seed)
@@ -148,7 +165,7 @@ def rows(
         nums, target = puzzle["nums"], puzzle["target"]
         if not missing.get(len(nums)):
             continue
-        told = search(rng, nums, target, max_trials)
+        told = search(rng, nums, target, max_trials, give_up)
         if told is None:
             unsolved[len(nums)] += 1
             continue
@@ -166,18 +183,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--max-trials", type=int, default=8)
+    parser.add_argument("--give-up", type=float, default=0.0, metavar="CHANCE", help="after each wrong trial")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     puzzles = [json.loads(line) for line in gzip.decompress(args.puzzles.read_bytes()).splitlines()]
     unsolved: Counter[int] = Counter()
-    made = [*rows(puzzles, number=args.rows, max_trials=args.max_trials, seed=args.seed, unsolved=unsolved)]
+    how = {"max_trials": args.max_trials, "give_up": args.give_up, "seed": args.seed}
+    made = [*rows(puzzles, number=args.rows, unsolved=unsolved, **how)]
     text = "".join(json.dumps(row) + "\n" for row in made)
     args.out.write_bytes(gzip.compress(text.encode(), mtime=0))
     for level in LEVELS:
         counts = Counter(row["trials"] for row in made if len(row["nums"]) == level)
         mean = sum(trials * count for trials, count in counts.items()) / max(counts.total(), 1)
         by_trials = ", ".join(f"{trials}: {counts[trials]}" for trials in sorted(counts))
-        print(f"{level} numbers: {counts.total()} rows, {unsolved[level]} left out, {mean:.2f} trials ({by_trials})")
+        right = sum(
+            countdown(row["completion"], row["nums"], row["target"]) for row in made if len(row["nums"]) == level
+        )
+        said = f"{counts.total()} rows, {right:.0f} of them right, {unsolved[level]} puzzles left out"
+        print(f"{level} numbers: {said}, {mean:.2f} trials ({by_trials})")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 ROWS = lines(FOLDER / "rows.jsonl.gz")
+SHORT = lines(ROOT / "configs/countdown-short/rows.jsonl.gz")
 
 
 def puzzle(row: dict[str, Any]) -> tuple[int, ...]:
@@ -63,8 +64,23 @@ def test_every_row_is_right_and_the_rewards_read_the_trials_that_the_script_told
         assert [trial.value == target for trial in read] == [False] * (row["trials"] - 1) + [True], completion
 
 
+def test_searches_that_give_up_are_short_mostly_wrong_and_answer_with_the_nearest_trial():
+    right = [bool(countdown(row["completion"], row["nums"], row["target"])) for row in SHORT]
+    assert 0.3 < sum(right) / len(SHORT) < 0.4
+    assert 1.5 < sum(row["trials"] for row in SHORT) / len(SHORT) < 1.7
+    for row, is_right in zip(SHORT, right, strict=True):
+        read = trials(row["completion"], row["nums"])
+        assert len(read) == row["trials"], row
+        assert format(f"<think>{row['completion']}") == 1.0, row
+        answer = row["completion"].partition("<answer> ")[2].removesuffix(" </answer>")
+        nearest = min(read, key=lambda trial: abs(trial.value - row["target"]))
+        assert trials(answer, row["nums"])[0].value == nearest.value, row
+        assert (nearest.value == row["target"]) == is_right, row
+        assert ("nearest" in row["completion"]) != is_right, row
+
+
 def test_the_verdict_of_each_trial_is_true():
-    for row in ROWS:
+    for row in (*ROWS, *SHORT):
         thought = row["completion"].partition(" </think>")[0].splitlines()
         for line, trial in zip(thought[1:-1], trials(row["completion"], row["nums"]), strict=True):
             is_right = trial.value == row["target"]
@@ -86,15 +102,18 @@ def test_no_row_is_of_a_puzzle_that_is_trained_on_or_asked_later():
     rl = Config.load(FOLDER / "rl.yaml").data
     trained, held_out = load_rows(rl), load_rows(rl, evaluation=True)
     assert (len(trained), len(held_out)) == (8000, 1000)
-    shown = {puzzle(row) for row in ROWS}
-    assert len(shown) == len(ROWS)
-    assert not shown & {puzzle(row) for row in [*trained, *held_out, *lines(PUZZLES / "test.jsonl")]}
-    assert shown <= {puzzle(row) for row in lines(PUZZLES / "train.jsonl.gz")[8000:]}
+    for rows in (ROWS, SHORT):
+        shown = {puzzle(row) for row in rows}
+        assert len(shown) == len(rows)
+        assert not shown & {puzzle(row) for row in [*trained, *held_out, *lines(PUZZLES / "test.jsonl")]}
+        assert shown <= {puzzle(row) for row in lines(PUZZLES / "train.jsonl.gz")[8000:]}
 
 
-def test_the_script_makes_the_rows_that_are_shipped(maker):
-    made = maker.rows(lines(PUZZLES / "train.jsonl.gz"), number=2000, max_trials=8, seed=0, unsolved=Counter())
-    assert [*islice(made, 300)] == ROWS[:300]  # the others follow from the same draws
+@pytest.mark.parametrize(("give_up", "shipped"), [(0.0, ROWS), (0.5, SHORT)])
+def test_the_script_makes_the_rows_that_are_shipped(maker, give_up: float, shipped: list[dict[str, Any]]):
+    puzzles = lines(PUZZLES / "train.jsonl.gz")
+    made = maker.rows(puzzles, number=2000, max_trials=8, seed=0, unsolved=Counter(), give_up=give_up)
+    assert [*islice(made, 300)] == shipped[:300]  # the others follow from the same draws
 
 
 def test_the_script_writes_as_many_rows_as_are_asked_for_and_no_more_than_there_are(

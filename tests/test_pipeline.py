@@ -187,7 +187,7 @@ def test_settings_of_the_configuration_that_questions_come_from_are_overridden(t
 def test_a_wrong_folder_override_or_comparison_is_refused(tmp_path: Path):
     with pytest.raises(
         ValueError,
-        match=r"'r1-tinny' is no folder .* comes with the library: countdown-warm, gsm8k-distil, gsm8k-warm, r1, r1-tiny",
+        match=r"'r1-tinny' is no folder .*: countdown-short, countdown-warm, gsm8k-distil, gsm8k-warm, r1, r1-tiny",
     ):
         read_plan("r1-tinny", None)
     with pytest.raises(ValueError, match=r"--set 'zro:run.steps=1': there is no stage 'zro', .* Did you mean zero\?"):

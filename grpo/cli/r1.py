@@ -23,7 +23,7 @@ def main() -> None:
         "stages",
         metavar="DIR",
         help="a folder with stages.yaml, or the name of one that comes with the library: r1-tiny, r1, gsm8k-warm, "
-        "gsm8k-distil, countdown-warm",
+        "gsm8k-distil, countdown-warm, countdown-short",
     )
     parser.add_argument("--out", metavar="DIR", help="where all files go; default: runs/ and the folder's name")
     parser.add_argument(
