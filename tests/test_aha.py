@@ -206,6 +206,16 @@ def test_two_processes_count_what_one_would_and_so_do_two_parts_of_a_step():
     assert joined == pytest.approx(whole)
 
 
+@pytest.mark.parametrize("verdict", ["accuracy", "countdown", "code", "own"])
+def test_forms_of_answers_are_told_where_right_means_the_gold_answer(verdict: str):
+    """In Countdown every right answer is arithmetic: an alarm of that told of nothing."""
+    meter = Meter()
+    measure_texts(meter, [{**row, "rewards": {verdict: 1.0}, "answer": "24"} for row in ROWS], WORDS)
+    told = meter.reduce(Gathered([meter]))
+    assert ("answer/arithmetic" in told) == ("answer/right" in told) == (verdict in ("accuracy", "own"))
+    assert "aha/reflection_share" in told
+
+
 def test_the_base_level_is_that_of_step_one():
     rows = [
         {"step": 0, "aha/eval_reflection_share": 0.3},

@@ -489,6 +489,16 @@ def test_the_console_shows_slots_only_of_an_engine_that_has_them(
     assert (shown.get("slots"), shown.get("KV_GiB")) == ((None, None) if slots is None else ("256", "2.850"))
 
 
+def test_rewards_whose_names_begin_alike_have_columns_of_different_titles(capsys: pytest.CaptureFixture[str]):
+    names = ["countdown", "countdown_search", "countdown_trials", "countdowning_late"]
+    LineSink(num_steps=2, reward_names=names).log(1, {"time/step": 3.2})
+    header = capsys.readouterr().out.splitlines()[0]
+    titles = header.replace("cut off", "cut_off").replace("time left", "time_left").split()
+    assert titles[:6] == ["step", "reward", "countdown", "…search", "…trials", "…late"]
+    assert len(set(titles)) == len(titles)
+    assert len(header) == 10 * len(titles) - 1
+
+
 def test_the_console_shows_names_of_rewards_as_they_are(capsys: pytest.CaptureFixture[str]):
     sink = LineSink(num_steps=2, reward_names=["a[/b]", "[red]c"])
     sink.log(

@@ -10,7 +10,7 @@ import tempfile
 import time
 import traceback
 from argparse import ArgumentTypeError
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -82,7 +82,7 @@ class LineSink:
         if self._lines == 0:  # not every engine has slots
             self.columns = {t: n for t, n in self.columns.items() if n in metrics or not n.startswith("rollout/")}
         if self._lines % self.HEADER_EVERY == 0:
-            titles = " ".join(f"{t[:WIDE]:>{WIDE}}" for t in ("step", *self.columns, "time left"))
+            titles = " ".join(f"{title:>{WIDE}}" for title in short(["step", *self.columns, "time left"]))
             show(self.console, titles, style="dim")
         cells = [f"{step}/{self.num_steps}", *(number(metrics.get(name)) for name in self.columns.values())]
         left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
@@ -97,6 +97,16 @@ class LineSink:
 
     def close(self) -> None:
         """Every line is out."""
+
+
+def short(titles: Sequence[str]) -> list[str]:
+    """Titles that fit into a column: the beginning of each, or the end of one that begins as another before it does."""
+    found: list[str] = []
+    for title in titles:
+        end = title[1 - WIDE :]
+        fits = title[:WIDE] if title[:WIDE] not in found else "…" + (end.partition("_")[2] or end)
+        found.append(fits)
+    return found
 
 
 def console(*, markup: bool = True) -> Console:

@@ -33,7 +33,8 @@ METRICS = {
     "completion/truncated": "share of completions cut off at rollout.max_completion_tokens",
     "completion/repetition": "share of the runs of 8 tokens in completions that the same completion had before",
     "completion/length_<kind>": "the mean over completions that ended by themselves and are `right`, or `wrong`",
-    "answer/right": "share of the completions that are right, of those whose question has a gold answer in words or signs",
+    "answer/right": "share of the completions that are right, of those whose question has a gold answer in words or signs; "
+    "not for `code`, `countdown` and `reasoning_gym`",
     "answer/<form>": "share of these right completions whose answer has a form of answer_forms.py: `arithmetic`, `several`, ...",
     "completion/other_script": "mean over completions of the share of their words in another script than the question's",
     "language/consistency": "mean over completions of the share of the thought's words that are in the question's script",

@@ -13,7 +13,7 @@ from torch import Tensor
 from grpo.algorithm.advantage import has_signal
 from grpo.algorithm.loss import Objective, TokenLoss
 from grpo.observe.metric_names import LOSS
-from grpo.scoring.answers import is_right
+from grpo.scoring.answers import is_right, verdict_name
 from grpo.system.distributed import Processes
 from grpo.text import answer_forms, language
 from grpo.text.aha import Words, tally
@@ -216,7 +216,9 @@ def measure_batch(meter: Meter, groups: list[Group], scores: Scores, *, signal: 
 def measure_texts(meter: Meter, rows: list[dict[str, Any]], words: Words) -> None:
     """What the `completion_rows` of one step say: their words, of which script they are, and the forms of right answers."""
     verdicts = [is_right(row) for row in rows]
-    tallied = tally(rows, verdicts, words) | answer_forms.tally(rows, verdicts) | language.tally(rows)
+    tallied = tally(rows, verdicts, words) | language.tally(rows)
+    if rows and verdict_name(rows[0]["rewards"]) not in answer_forms.OF_OWN_FORM:
+        tallied |= answer_forms.tally(rows, verdicts)
     for name, (total, size) in tallied.items():
         meter.ratio(name, total, size)
 

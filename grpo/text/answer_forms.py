@@ -159,6 +159,9 @@ def _plain(text: str) -> str:
 
 # ---- of a step -------------------------------------------------------------------------------------------------------
 
+OF_OWN_FORM = ("code", "countdown", "reasoning_gym")
+"""Rewards for which right is what does the task, and not the gold answer as it is written: forms say nothing there."""
+
 
 def tally(rows: Sequence[Mapping[str, Any]], verdicts: Sequence[bool | None]) -> dict[str, tuple[float, float]]:
     """Numerator and denominator of `answer/right` and `answer/<form>` over `completion_rows` and their verdicts.
