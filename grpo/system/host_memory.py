@@ -50,7 +50,7 @@ def _left_by(mount: Path, path: str, names: tuple[str, str, str]) -> Iterator[in
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """Of a file with a name and a number in each line, or with a lone number, whose name is empty; no limit is `max`, no number."""
+    """Of a file with a name and a number in each line, or with a lone number, whose name is empty. `max`, no limit, is none."""
     return {name: int(number) for name, number in re.findall(r"^(?:(\w+):? +)?(\d+)", _text(path), re.MULTILINE)}
 
 
