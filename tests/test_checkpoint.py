@@ -195,13 +195,14 @@ def test_a_run_on_a_cpu_writes_at_once_by_default_and_a_resume_may_choose_otherw
         assert names(run)[-1] == name_of(steps)
 
 
-def test_a_stop_in_the_middle_of_a_step_is_saved_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    trainer = a_run(tmp_path / "run")
-    trainer.config.checkpoint.background = True
-    stop_at_call(trainer, "_optimizer_step", 3)
-    with copies_noted(monkeypatch) as noted, pytest.raises(Stopped):
-        trainer.train()
+def test_a_step_under_way_is_saved_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trainer = Trainer(tiny_config(tmp_path / "run", checkpoint={"background": True}))
+    trainer._sample()
+    with copies_noted(monkeypatch) as noted:
+        trainer.save(wait=False)
     assert noted == [False]
+    assert names(tmp_path / "run") == [name_of(0, 0)]
+    trainer.close()
 
 
 def test_one_process_without_memory_for_its_copy_lets_all_write_at_once(tmp_path: Path):

@@ -5,7 +5,6 @@ A container sees the host's /proc/meminfo. What it may take itself, its control 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +39,7 @@ def _left_by(mount: Path, path: str, names: tuple[str, str, str]) -> Iterator[in
     """Where a container sees its own part alone, `path` may be one of the host's, or lead out of it: what is not there is passed
     over, up to `mount`, which then is the container's."""
     limit_file, usage_file, cached = names
-    innermost = mount / os.path.normpath(f"/{path}").lstrip("/")
+    innermost = mount / path.lstrip("/")
     for group in (innermost, *innermost.parents):
         if not group.is_relative_to(mount):
             break
