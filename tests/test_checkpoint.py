@@ -31,6 +31,7 @@ from grpo.run import checkpoint, inputs
 from grpo.run.checkpoint import CheckpointError
 from grpo.run.resumable import changed_setting, read_state
 from grpo.scoring import reward as scoring
+from grpo.system.distributed import Processes
 from grpo.system.files import checksum
 from grpo.system.jsonl import read_jsonl
 from grpo.system.stopping import EXIT_STOPPED, Stopped
@@ -111,6 +112,121 @@ def test_a_writer_keeps_its_first_error_to_itself_and_writes_nothing_more(tmp_pa
     assert writer.error is not None
     assert "file" in writer.error
     assert not (tmp_path / "other.pt").exists()
+
+
+GPU = torch.device("cuda", 0)
+
+
+def test_a_copy_fits_on_gpus_where_it_takes_a_third_of_the_memory_that_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = Trainer(tiny_config(tmp_path / "run"))
+    trainer.close()
+    policy = trainer.policy
+    weights = sum(weight.numel() for weight in policy.lm.parameters())
+    # of each weight in float32: itself in hf/ and in DeepSpeed's file; itself with two averages to go on from
+    needed = (4 + 4 + 12) * weights
+    for left, device, fits in [
+        (3 * needed, GPU, True),
+        (3 * needed - 3, GPU, False),
+        (2**60, torch.device("cpu"), False),
+    ]:
+        monkeypatch.setattr(checkpoint, "available_bytes", lambda left=left: left)
+        assert checkpoint.copy_fits(policy, Processes(0, 1, device)) is fits
+    # one of two machines: what one process writes alone may be here, of the training state it is half
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for left, fits in [(3 * (4 + 4 + 6) * weights, True), (3 * (4 + 4 + 6) * weights - 3, False)]:
+        monkeypatch.setattr(checkpoint, "available_bytes", lambda left=left: left)
+        assert checkpoint.copy_fits(policy, Processes(1, 4, GPU)) is fits
+    policy.reference_moved = True
+    assert checkpoint.num_copied_bytes(policy, share=1) == needed + 4 * weights
+
+
+@contextmanager
+def copies_noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Whether each checkpoint was written in the background."""
+    noted: list[bool] = []
+    made = Writer.__init__
+
+    def note(self: Writer, directory: Path, *, background: bool) -> None:
+        noted.append(background)
+        made(self, directory, background=background)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "__init__", note)
+        yield noted
+
+
+@pytest.mark.parametrize(
+    ("setting", "fits", "expected"),
+    [("auto", True, True), ("auto", False, False), (True, False, True), (False, True, False)],
+)
+def test_what_a_run_does_not_wait_for_is_written_in_the_background_if_that_is_set_or_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str | bool, fits: bool, expected: bool
+):
+    monkeypatch.setattr(checkpoint, "copy_fits", lambda *_: fits)
+    trainer = Trainer(tiny_config(tmp_path / "run", checkpoint={"background": setting}))
+    with copies_noted(monkeypatch) as noted:
+        trainer.train_step()
+        trainer.save(wait=False)
+        trainer.train_step()
+        trainer.save()
+    assert noted == [expected, False]
+    assert names(tmp_path / "run") == [name_of(1), name_of(2)]
+    trainer.close()
+
+
+def test_a_run_on_a_cpu_writes_at_once_by_default_and_a_resume_may_choose_otherwise(
+    tmp_path: Path, saved_run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if torch.cuda.is_available():
+        pytest.skip("a CPU is not what trains here")
+    run = shutil.copytree(saved_run, tmp_path / "run")
+    assert read_state(run / "checkpoints" / name_of(2))["config"]["checkpoint"]["background"] == "auto"
+    for steps, changed, expected in [
+        (3, {}, [False]),
+        (4, {"background": True}, [True]),
+        (5, {"background": False}, [False]),
+    ]:
+        saving = {**EVERY_STEP, **changed}
+        with copies_noted(monkeypatch) as noted:
+            Trainer(tiny_config(run, checkpoint=saving, run={"steps": steps, "resume": "auto"})).train()
+        assert noted == expected
+        assert names(run)[-1] == name_of(steps)
+
+
+def test_a_step_under_way_is_saved_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trainer = Trainer(tiny_config(tmp_path / "run", checkpoint={"background": True}))
+    trainer._sample()
+    with copies_noted(monkeypatch) as noted:
+        trainer.save(wait=False)
+    assert noted == [False]
+    assert names(tmp_path / "run") == [name_of(0, 0)]
+    trainer.close()
+
+
+def test_one_process_without_memory_for_its_copy_lets_all_write_at_once(tmp_path: Path):
+    said = launch("worker_background.py", str(tmp_path), processes=2, timeout=120)
+    for rank in (0, 1):
+        assert f"rank {rank} in the background: [False, True]\n" in said
+    assert names(tmp_path / "run") == [name_of(1), name_of(2)]
+
+
+def test_the_row_of_a_step_says_how_long_the_checkpoint_before_it_was_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = Trainer(tiny_config(tmp_path / "run", checkpoint={"every_steps": 2}, run={"steps": 4}))
+    own = trainer.checkpoints.save
+
+    def slowly(*arguments: object, **options: object) -> Path:
+        time.sleep(0.2)
+        return own(*arguments, **options)
+
+    trainer.checkpoints.save = slowly
+    trainer.train()
+    rows = [row for row in read_jsonl(tmp_path / "run/metrics.jsonl") if "time/step" in row]
+    assert ["time/checkpoint" in row for row in rows] == [False, False, True, False]
+    assert 0.2 < rows[2]["time/checkpoint"] < 20
 
 
 def test_names_sort_by_time_and_are_read_back():
@@ -705,7 +821,7 @@ def test_a_checkpoint_written_in_the_background_is_complete_with_the_next_update
     """And not only with the next save, which may be hours away."""
     trainer = Trainer(tiny_config(tmp_path / "run", checkpoint={"background": True}))
     trainer.train_step()
-    trainer.save()
+    trainer.save(wait=False)
     while not trainer.checkpoints.is_written:
         time.sleep(0.01)
     assert complete_checkpoints(tmp_path / "run/checkpoints") == []

@@ -187,6 +187,13 @@ def test_a_missing_setting_is_named(tmp_path: Path):
             {"algorithm": {"normalize_by_std": "Batch"}},
             ["by_std is 'Batch'; it may be true or false. Correct algorithm.normalize_by_std.", "may be batch"],
         ),
+        (
+            {"checkpoint": {"background": "Auto"}},
+            [
+                "checkpoint.background is 'Auto'; it may be auto.",
+                "it may be true or false. Correct checkpoint.background.",
+            ],
+        ),
         ({"algorithm": {"entropy_step": 0.1}}, ["entropy_step is 0.1", "entropy_target is null"]),
         ({"algorithm": {"entropy_max": 0.1}}, ["entropy_max is 0.1", "entropy_target is null"]),
         ({"algorithm": {"entropy_coef": 0.1, "entropy_target": 0.2}}, ["entropy_coef is 0.1", "entropy_max, 0.005"]),

@@ -457,8 +457,10 @@ class CheckpointConfig(Section):
     """How many of the newest checkpoints stay on disk."""
     keep_every: NonNegativeInt = 0
     """Besides them, those after every so many steps stay for good. 0: none."""
-    background: bool = False
-    """Write while training goes on, from a copy in the machine's memory: 16 bytes per weight over all processes of the run."""
+    background: Literal["auto"] | bool = "auto"
+    """Write while training goes on, from a copy in the machine's memory: 16 bytes per weight over all processes of the run. auto:
+    on GPUs, if each machine's part of the copy takes at most a third of its available memory when the checkpoint is due. What
+    the run waits for, such as a save after a signal, is written at once."""
 
 
 Action = Literal["warn", "stop", "roll_back"]

@@ -102,6 +102,8 @@ METRICS = {
     "batch/imbalance": "share of the update's passes that the processes would wait for the longest, by tokens and attention",
     "scoring/timeouts": "reward calls that were killed at scoring.timeout_seconds",
     "scoring/crashes": "reward calls whose worker died or ran out of memory",
+    "time/checkpoint": "seconds that the main process waited before the step for the checkpoint after the last one: to write it "
+    "or, in the background, to copy it; only where one was saved",
     "time/step": "seconds of the whole step on the main process",
     "time/rollout": "seconds of it spent sampling",
     "time/scoring": "seconds of it that scoring took beyond sampling, alongside which it runs",

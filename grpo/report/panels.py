@@ -139,6 +139,7 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
                 stacked=True,
             ),
             Panel("Step time", ["time/step"], "seconds"),
+            Panel("Waiting for checkpoints", ["time/checkpoint"], "seconds"),
             Panel("Sampling", ["throughput/rollout"], "tokens/s"),
             Panel("Updating", ["throughput/update"], "tokens/s"),
             Panel("Scoring", ["throughput/scoring"], "completions/s"),

@@ -35,8 +35,9 @@ from grpo.policy.policy import Policy
 from grpo.run import inputs
 from grpo.run.resumable import check_resumable, checksum_of, longer, read_state
 from grpo.system import progress
-from grpo.system.distributed import GIB, Processes, num_elements
+from grpo.system.distributed import GIB, Processes, num_elements, num_local_processes
 from grpo.system.files import flush, free_bytes
+from grpo.system.host_memory import available_bytes
 from grpo.system.stopping import RunError
 from grpo.system.terminal import say
 from grpo.system.writer import Writer, problem_with, save_tensors
@@ -74,11 +75,11 @@ class Checkpoints:
         self._stuck: set[Path] = set()  # old checkpoints that cannot be removed, which was said
 
     def save(self, state: RunState, step: StepState, *, policy: Policy, wait: bool = False) -> Path:
-        """Write a checkpoint of the state, or, with `checkpoint.background`, begin to.
+        """Write a checkpoint of the state, or, in the background (`checkpoint.background`), begin to.
 
         Args:
             step: this process's part of a step that is not finished; not sampled, between steps.
-            wait: until it is complete.
+            wait: until it is complete, for which no copy is needed.
 
         Raises:
             CheckpointError: on all processes, if one of them could not write its part, now or in the background.
@@ -91,7 +92,8 @@ class Checkpoints:
         final = self.directory / name_of(state.step, updates)
         if self.processes.on_main(final.exists):
             return final
-        writer = Writer(_partial(final), background=self.config.checkpoint.background and under_way is None)
+        waits = wait or under_way is not None
+        writer = Writer(_partial(final), background=not waits and self._goes_to_background(policy))
         self._check([self.processes.on_main(lambda: _prepare(_partial(final)))], final)
         carries = isinstance(self.config, Config) and self.config.rollout.carry_over
         drafts = step.drafts if carries else None
@@ -105,9 +107,14 @@ class Checkpoints:
         }
         self._pending = _Pending(final, writer, record)
         writer.start()
-        if wait or not writer.background:
+        if not writer.background:
             self.finish()
         return final
+
+    def _goes_to_background(self, policy: Policy) -> bool:
+        """What `checkpoint.background` comes to now, for all processes alike, since they complete a checkpoint together."""
+        chosen = self.config.checkpoint.background
+        return all(self.processes.gather(copy_fits(policy, self.processes))) if chosen == "auto" else chosen
 
     @property
     def is_written(self) -> bool:
@@ -115,9 +122,12 @@ class Checkpoints:
         return self._pending is not None and self._pending.writer.is_done
 
     def wait(self) -> None:
-        """Until this process has written its part of a checkpoint, which `finish` makes complete."""
+        """Until this process has written its part of a checkpoint. Alone it completes it; of several, one may have failed, and
+        the others would wait for it in `finish`."""
         if self._pending is not None:
             self._pending.writer.wait()
+            if self.processes.world_size == 1:
+                self.try_to(self.finish)
 
     def finish(self) -> None:
         """Wait for a checkpoint that is being written, and make it one.
@@ -232,8 +242,28 @@ TRAINING_BYTES = 12
 
 def num_bytes(policy: Policy) -> int:
     """About what a checkpoint takes: the model as it is exported, and the training state of what is trained."""
+    return policy.num_whole_bytes() + _num_training_bytes(policy)
+
+
+def _num_training_bytes(policy: Policy) -> int:
     trained = (weight for weight in policy.lm.parameters() if weight.requires_grad)
-    return policy.num_whole_bytes() + TRAINING_BYTES * sum(map(num_elements, trained))
+    return TRAINING_BYTES * sum(map(num_elements, trained))
+
+
+COPY_SHARE = 1 / 3
+"""Of the available memory, what a copy may take: as much again may be in the system's cache until the disk has it."""
+
+
+def copy_fits(policy: Policy, processes: Processes) -> bool:
+    """Whether this machine trains on GPUs and has the memory for its processes' copies of what they write."""
+    share = num_local_processes() / processes.world_size
+    return processes.device.type == "cuda" and num_copied_bytes(policy, share=share) <= COPY_SHARE * available_bytes()
+
+
+def num_copied_bytes(policy: Policy, *, share: float) -> int:
+    """At most what a machine copies of a checkpoint: its share of the training state, and, as if it had the main process, the
+    model as it is exported, as DeepSpeed has it, and as the reference once that has moved."""
+    return round(share * _num_training_bytes(policy)) + (2 + policy.reference_moved) * policy.num_whole_bytes()
 
 
 def _prepare(partial: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ class Loop:
             raise refused
 
     def _let_others_in(self) -> None:
-        """Once what this process writes of a checkpoint in the background is on disk."""
+        """Once what this process writes of a checkpoint in the background is on disk; alone, it has then completed it."""
         try:
             self.checkpoints.wait()
         finally:
@@ -193,9 +194,9 @@ class Loop:
                 while not self._is_last():
                     self.train_step()
                     if self._is_last() or _due(self.state.step, self.config.checkpoint.every_steps):
-                        self.checkpoints.try_to(self.save)
+                        self.checkpoints.try_to(lambda: self.save(wait=False))
                     self._evaluate_if_due()
-                last = self.save(wait=True)
+                last = self.save()
                 self._call_back(lambda callback: callback.on_end(last))
             except Interrupted as interrupted:
                 raise self._leave(interrupted) from interrupted
@@ -250,14 +251,21 @@ class Loop:
 
     @at_work
     @progress.phase("saving")
-    def save(self, *, wait: bool = False) -> Path:
+    def save(self, *, wait: bool = True) -> Path:
         """Write a checkpoint of the current state; every process calls it. See Checkpoints.save.
+
+        Args:
+            wait: until it is complete. False: in the background, if `checkpoint.background` comes to that; it is complete with an
+                update of a later step, or the next checkpoint. `train` saves so between steps.
 
         Raises:
             CheckpointError: it could not be written.
             ValueError, RuntimeError: see `train`.
         """
+        started = time.perf_counter()
         saved = self.checkpoints.save(self.state, self.step, policy=self.policy, wait=wait)
+        waited = self.step.seconds.get("checkpoint", 0.0) + time.perf_counter() - started
+        self.step.seconds["checkpoint"] = waited  # a row of metrics.jsonl is written before what it has led to is saved
         if saved != self._told_of:  # the last one is asked for twice
             self._told_of = saved
             self._call_back(lambda callback: callback.on_save(self.state.step, saved))
@@ -317,7 +325,7 @@ class Loop:
     def _leave(self, interrupted: Interrupted) -> BaseException:
         if self.step.rollout is None:
             self.step = StepState(drafts=self.step.drafts)  # to be done again
-        saved = self.save(wait=True)
+        saved = self.save()
         for callback in self.callbacks:
             if isinstance(callback, PushToHub):
                 callback.on_stop()

@@ -168,7 +168,7 @@ class SupervisedTrainer(Loop):
         return meter.reduce(self.processes)
 
     @at_work
-    def save(self, *, wait: bool = False) -> Path:
+    def save(self, *, wait: bool = True) -> Path:
         """See Loop."""
         self.policy.sync()  # sampling, which otherwise needs the whole weights, is rare here
         return super().save(wait=wait)

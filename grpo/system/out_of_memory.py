@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from grpo.system.host_memory import available_bytes
 from grpo.system.stopping import Interrupted
 from grpo.system.terminal import say
 from grpo.types import Generator
@@ -35,13 +34,11 @@ def free() -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """How much memory is free on a GPU, or for the processes of this machine."""
+    """How much memory is free on a GPU, or for the processes of this machine, within the limit of their container."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    assert available is not None, "Linux says how much memory is available"
-    return int(available.group(1)) * 1024
+    return available_bytes()
 
 
 def retry_with_fewer_sequences(sample: Callable[[], T], generator: Generator, *, rank: int) -> T:

@@ -50,7 +50,7 @@ class Callback:
         """After an evaluation. `rows`: every held-out answer with its rewards, of all processes, as in evaluations.jsonl."""
 
     def on_save(self, step: int, checkpoint: Path) -> None:
-        """After a checkpoint was written, or begun with `checkpoint.background`."""
+        """After a checkpoint was written, or begun in the background (`checkpoint.background`)."""
 
     def on_end(self, checkpoint: Path) -> None:
         """After the last step, once the last checkpoint is complete; not where a run is stopped."""
