@@ -13,6 +13,7 @@ from grpo.algorithm.objective import AdvantageRule, Objective
 from grpo.algorithm.own_loss import Loss
 from grpo.config import Config, RewardConfig, SupervisedConfig
 from grpo.config.combinations import check_carried_turns
+from grpo.config.sections import WatchdogConfig
 from grpo.config.settings import Settings
 from grpo.data.order import Order, PromptOrder, ranks
 from grpo.data.pass_rates import within_pass_rates
@@ -44,6 +45,7 @@ from grpo.scoring.scorer import Scorer
 from grpo.system import distributed
 from grpo.system.distributed import TrainingProcesses
 from grpo.system.stopping import StopAgreement, StopRequest
+from grpo.text import answer_forms
 from grpo.training.carry_over import check_carries
 from grpo.training.collector import Collector
 from grpo.training.learner import Learner
@@ -128,6 +130,7 @@ def assemble(
     if advantage is None and config.algorithm.normalize_by_mean:
         _check_not_negative(config, functions)
     signal_from = _signal_from(config, functions)
+    forms = _forms_tell(config, functions)
     if config.rollout.passes_over:
         processes.say(
             f"the reward {signal_from} decides which questions are solved or hopeless: 1 means right, a smaller value wrong"
@@ -186,7 +189,7 @@ def assemble(
         collector=collector,
         learner=learner,
         rollouts=RolloutMaker(
-            collector, learner, prompts, signal_from=signal_from, words=log.words, advantage=advantage
+            collector, learner, prompts, signal_from=signal_from, words=log.words, forms=forms, advantage=advantage
         ),
         preflight=preflight,
         held_out=HeldOut(held_out, config.evaluation, config.eval_sampling, collector, log, processes),
@@ -472,6 +475,23 @@ def _signal_from(config: Config, rewards: list[Reward]) -> str:
         )
     weighted = [reward.name for reward in rewards if reward.weight]
     return wanted or verdict_name(weighted or names)
+
+
+def _forms_tell(config: Config, rewards: list[Reward]) -> bool:
+    """Whether the forms of right answers tell something.
+
+    Raises:
+        ValueError: not, and the watchdog is to act on them.
+    """
+    verdict = verdict_name([reward.name for reward in rewards]) if rewards else None
+    tell = all(answer_forms.tell_of(reward.function) for reward in rewards if reward.name == verdict)
+    action = config.watchdog.reward_hacking
+    if not tell and action != WatchdogConfig.model_fields["reward_hacking"].default:
+        raise ValueError(
+            f"watchdog.reward_hacking is {action!r}; it has no effect where {verdict} says what is right: no form of its answers "
+            "is odd. Remove it."
+        )
+    return tell
 
 
 def _rows(

@@ -16,8 +16,8 @@ puzzles with several solutions, and searches are shorter than the same draws wou
 reinforcement learning to search longer. The script prints how many were left out.
 
 With --give-up a search ends after each wrong trial with that chance, and after --max-trials; its answer is then the nearest
-trial, which is wrong. So no puzzle is left out, and a model learns that one may stop: whether going on pays is for reinforcement
-learning to find out.
+trial, which is wrong. So hardly a puzzle is left out, and a model learns that one may stop: whether going on pays is for
+reinforcement learning to find out.
 
 Each row is read back by the rewards: its answer is right (or wrong, where it gave up), and the trials that `countdown_trials`
 finds are those that were told.
@@ -186,6 +186,11 @@ def main() -> None:
     parser.add_argument("--give-up", type=float, default=0.0, metavar="CHANCE", help="after each wrong trial")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not 0 <= args.give_up <= 1:
+        parser.error(f"--give-up is {args.give_up:g}; it is a chance, from 0 to 1")
+    for name in ("rows", "max_trials"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     puzzles = [json.loads(line) for line in gzip.decompress(args.puzzles.read_bytes()).splitlines()]
     unsolved: Counter[int] = Counter()
     how = {"max_trials": args.max_trials, "give_up": args.give_up, "seed": args.seed}

@@ -1,8 +1,13 @@
 """Odd forms of right answers, one by one and over a step."""
 
+from contextlib import nullcontext
+
 import pytest
 
-from grpo.text.answer_forms import FORMS, committed_answer, excerpts, forms, tally
+from grpo import Config, rewards
+from grpo.assembly import _forms_tell
+from grpo.scoring.reward import resolve_rewards
+from grpo.text.answer_forms import FORMS, committed_answer, excerpts, forms, tally, tell_of
 
 
 def tag(answer: str, thought: str = "so it is") -> str:
@@ -99,3 +104,30 @@ def test_excerpts_are_right_answers_in_odd_forms_of_different_questions():
     assert excerpts(rows, [True, True, True, True, False], num=3) == ["'2 * 9' for '18' (arithmetic, unstated)"] * 2
     assert len(excerpts(rows, [True] * 5, num=2)) == 2
     assert len(excerpts([row(tag("1 + " * 500 + "1"))], [True], num=1)[0]) < 250
+
+
+def test_forms_tell_nothing_of_answers_that_are_whatever_does_the_task():
+    """In Countdown every right answer is arithmetic: an alarm of that told of nothing."""
+    silent = {name for name in rewards.__all__ if not tell_of(getattr(rewards, name))}
+    assert silent == {"code", "countdown", "reasoning_gym"}
+
+    def countdown(completion: str) -> float:  # somebody's own
+        return 1.0
+
+    assert tell_of(countdown)
+
+
+@pytest.mark.parametrize(("function", "is_refused"), [("countdown", True), ("accuracy", False)])
+def test_a_watchdog_that_is_to_act_on_forms_that_tell_nothing_is_refused(function: str, is_refused: bool):
+    config = Config(
+        model={"name": "m"},
+        run={"dir": "d", "steps": 1},
+        watchdog={"reward_hacking": "stop"},
+        rewards=[{"function": function}],
+    )
+    with (
+        pytest.raises(ValueError, match=r"watchdog.reward_hacking is 'stop'.*countdown")
+        if is_refused
+        else nullcontext()
+    ):
+        assert _forms_tell(config, resolve_rewards(config.rewards))

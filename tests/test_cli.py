@@ -182,9 +182,22 @@ def test_a_process_that_is_frozen_is_killed_once_another_has_missed_it(tmp_path:
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(launch, "PATIENCE_ONCE_LOST", 1.0)
+    monkeypatch.setattr(launch, "PATIENCE", 30.0)  # in the end, if the kernel's word were not heard
     started = time.monotonic()
     assert launch.run("freezes", [], num_processes=2) == PEER_LOST
     assert 1 < time.monotonic() - started < 50
+
+
+def test_a_process_that_has_failed_and_still_writes_is_left_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The others have heard of its failure and are gone; what it writes is not lost, and its exit code is the run's."""
+    (tmp_path / "writes.py").write_text(
+        "import os, sys, time, threading\nif os.environ['RANK'] == '1':\n"
+        "    threading.Thread(target=time.sleep, args=(4,)).start()\n    raise SystemExit(1)\n"
+        f"raise SystemExit({PEER_LOST})\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(launch, "PATIENCE_ONCE_LOST", 0.5)
+    assert launch.run("writes", [], num_processes=2) == 1
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):

@@ -134,6 +134,16 @@ def test_the_script_writes_as_many_rows_as_are_asked_for_and_no_more_than_there_
         maker.main()
 
 
+@pytest.mark.parametrize("wrong", ["--give-up 50", "--give-up -1", "--rows 0", "--max-trials 0"])
+def test_a_wrong_option_of_the_script_is_refused(
+    maker, wrong: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", ["make_countdown_rows.py", *wrong.split()])
+    with pytest.raises(SystemExit):
+        maker.main()
+    assert f"{wrong.split()[0]} is {wrong.split()[1]}; it " in capsys.readouterr().err
+
+
 def test_a_trial_that_would_be_read_otherwise_is_not_told(maker):
     one, two, three, four = (maker.Term(number, str(number)) for number in (46, 41, 87, 97))
     made = maker.join(one, "+", two, 87)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import termios
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -588,3 +588,16 @@ def test_the_search_for_contamination_says_how_far_it_is(monkeypatch: pytest.Mon
     questions = [str(number) for number in range(600)]
     assert [*watched(questions, "mine")] == questions
     assert added == [256, 256, 88]
+
+
+def test_a_line_is_written_whole_so_that_another_threads_does_not_end_up_in_it():
+    class Stream(io.StringIO):
+        parts: ClassVar[list[str]] = []
+
+        def write(self, text: str) -> int:
+            self.parts.append(text)
+            return super().write(text)
+
+    stream = Stream()
+    say("what a thread says", file=stream)
+    assert [part for part in stream.parts if part] == ["what a thread says\n"]

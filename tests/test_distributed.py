@@ -279,7 +279,11 @@ def test_an_optimizer_on_the_host_gets_its_share_of_the_cores(
     monkeypatch: pytest.MonkeyPatch, given: str | None, processes: int, number: int
 ):
     """torchrun, accelerate and `grpo train` leave each of several processes one thread, with which 7B take half a minute."""
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {*range(8)})  # and not how many the machine has
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_SIZE", str(processes))  # as DeepSpeed's launcher says it
+    assert distributed.num_local_processes() == processes
+    monkeypatch.setenv("LOCAL_SIZE", "99")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
@@ -291,6 +295,17 @@ def test_an_optimizer_on_the_host_gets_its_share_of_the_cores(
         assert torch.get_num_threads() == number
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_a_run_with_its_optimizer_on_the_host_takes_them(
+    offload: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    taken: list[bool] = []
+    monkeypatch.setattr(distributed, "share_threads", lambda: taken.append(True))
+    settings = {"zero_stage": 2, "offload_optimizer": offload}
+    distributed.start(tiny_config(tmp_path, distributed=settings), dtype=torch.float32)
+    assert taken == [True] * offload
 
 
 def test_a_small_model_trains_on_one_thread_of_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -143,21 +143,25 @@ def test_the_page_and_the_command_say_where_a_run_leads(
     )
 
 
-def test_the_limit_of_a_share_is_none_above_one(tmp_path: Path):
+@pytest.mark.parametrize("function", ["code", "countdown", "exact_match", "format", "reasoning_gym"])
+def test_the_limit_of_a_share_is_none_above_one(tmp_path: Path, function: str):
     rng = np.random.default_rng(0)
     rising = [rng.binomial(512, sigmoid(s, 0.3, 0.97, 15, 1.2)) / 512 for s in range(60)]
     metrics = [
-        {"step": s, "reward/mean": value, "reward/countdown": value, "time/step": 1.0}
+        {"step": s, "reward/mean": value, f"reward/{function}": value, "time/step": 1.0}
         for s, value in enumerate(rising, 1)
     ]
     run = a_run(tmp_path / "run", metrics=metrics)
     config = (run / "config.yaml").read_text()
     assert "function: accuracy" in config
-    (run / "config.yaml").write_text(config.replace("function: accuracy", "function: countdown"))
-    told = block(html_of(run), "head")["runs"][0]["prediction"]
-    assert told["name"] == "reward/countdown"
-    assert told["at_end"][2] <= 1
-    assert told["limit"] is None or told["limit"][2] <= 1
+    config = config.replace("function: format", "function: language")
+    for function_of_config, is_share in ((function, True), (f"mine.py:{function}", False)):
+        named = config.replace("name: null", f"name: {function}", 1)
+        (run / "config.yaml").write_text(named.replace("function: accuracy", f"function: {function_of_config}"))
+        told = block(html_of(run), "head")["runs"][0]["prediction"]
+        assert told["name"] == f"reward/{function}"
+        assert told["at_end"][2] <= 1 or not is_share
+        assert (told["limit"] is None or told["limit"][2] <= 1) == is_share
 
 
 def test_a_reward_other_than_a_share_may_pass_what_it_was_so_far(tmp_path: Path):

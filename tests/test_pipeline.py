@@ -184,6 +184,15 @@ def test_settings_of_the_configuration_that_questions_come_from_are_overridden(t
         read_plan(folder, tmp_path / "out", ["r:data.nam=1"])
 
 
+def test_a_folder_that_is_a_link_finds_what_lies_beside_the_folder_itself(tmp_path: Path):
+    real = folder_of(tmp_path / "real" / "deep", {"stages": [{**ZERO, "config": "../zero.yaml"}]})
+    (real / "zero.yaml").rename(tmp_path / "real" / "zero.yaml")
+    (tmp_path / "linked").symlink_to(real)
+    stage = read_plan(str(tmp_path / "linked"), tmp_path / "out").stage("zero")
+    assert stage is not None
+    assert stage.config == tmp_path / "real" / "zero.yaml"
+
+
 def test_a_wrong_folder_override_or_comparison_is_refused(tmp_path: Path):
     with pytest.raises(
         ValueError,

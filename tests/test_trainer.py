@@ -14,7 +14,7 @@ from helpers import ROOT, TINY, FixedGenerator, clean_environment, launch_script
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grpo import Reward, Trainer
-from grpo.observe.console import LineSink
+from grpo.observe.console import LineSink, short
 from grpo.observe.rundir import DirectoryLock, claim
 from grpo.run import checkpoint
 from grpo.scoring.reward import resolve_function
@@ -497,6 +497,14 @@ def test_rewards_whose_names_begin_alike_have_columns_of_different_titles(capsys
     assert titles[:6] == ["step", "reward", "countdown", "…search", "…trials", "…late"]
     assert len(set(titles)) == len(titles)
     assert len(header) == 10 * len(titles) - 1
+    names = [
+        "accuracy_math",
+        "accuracy_code_math",
+        "accuracy_geo_math",
+        *(f"accuracy_of_a_{n}_kind_of_math" for n in range(12)),
+    ]
+    assert len(set(short(names))) == len(names)
+    assert max(map(len, short(names))) <= 9
 
 
 def test_the_console_shows_names_of_rewards_as_they_are(capsys: pytest.CaptureFixture[str]):

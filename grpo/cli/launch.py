@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ PATIENCE = 240.0
 """Seconds; a little more than heartbeat takes to tell that all wait for each other."""
 
 PATIENCE_ONCE_LOST = 60.0
-"""Seconds, in which all that hear a heartbeat's absence have ended; who is left then is frozen itself."""
+"""Seconds, in which all that have missed another's heartbeat have ended."""
 
 LOOK_SECONDS = 0.1
 
@@ -105,8 +106,8 @@ def run(module: str, arguments: Sequence[str], *, num_processes: int) -> int:
     """Run a module in that many processes, which find each other; the exit code of the run.
 
     Every signal that asks for a stop is handed on. Where one fails, the others end by themselves (system/heartbeat.py). Those
-    that do not, because they have not met yet or hang, are ended after PATIENCE seconds, and killed PATIENCE_ONCE_LOST seconds
-    after one that has missed another's heartbeat. Nothing is printed beside what they print.
+    that do not, because they have not met yet or hang, are ended after PATIENCE seconds; those that are frozen are killed
+    PATIENCE_ONCE_LOST seconds after another has missed one. Nothing is printed beside what they print.
     """
     environment = {
         **os.environ,
@@ -147,6 +148,7 @@ def _wait(
     """Until all have ended, or were made to after the seconds that `run` tells of. Returns who was frozen, and killed."""
     deadlines: list[tuple[float, int]] = []
     lost_at = math.inf
+    frozen: list[subprocess.Popen[bytes]] = []
     while None in (codes := [process.poll() for process in processes]):
         now = time.monotonic()
         if not deadlines and any(code not in (None, 0, EXIT_STOPPED) for code in codes):
@@ -157,10 +159,20 @@ def _wait(
         if PEER_LOST in codes:
             lost_at = min(lost_at, now)
         if now > lost_at + PATIENCE_ONCE_LOST:
-            end(signal.SIGKILL)
-            return [process for process, code in zip(processes, codes, strict=True) if code is None]
+            for process in processes:
+                if process.poll() is None and process not in frozen and _is_frozen(process.pid):
+                    process.kill()
+                    frozen.append(process)
         time.sleep(LOOK_SECONDS)
-    return []
+    return frozen
+
+
+def _is_frozen(pid: int) -> bool:
+    """Whether a signal has stopped a process, as the kernel says. One that ends slowly, such as while it writes, is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    except OSError:
+        return False
 
 
 def exit_code(codes: Sequence[int]) -> int:

@@ -492,7 +492,8 @@ class WatchdogConfig(Section):
     """No group has rewards that differ, so the steps are for nothing."""
     reward_hacking: Action = "warn"
     """One odd form of answer_forms.py takes over the right answers (sums that are not worked out, lists, empty thoughts), or the
-    right answers increase while those that state the gold answer do not. Some such answers are printed: read them."""
+    right answers increase while those that state the gold answer do not. Some such answers are printed: read them. Nothing is
+    said where `code`, `countdown` or `reasoning_gym` decide what is right, whose answers are whatever does the task."""
     patience: PositiveInt = 10
     """Steps over which a rule looks before it speaks. Raise it for small, noisy rollouts; lower it where a step is dear."""
     max_skipped: PositiveInt = 3

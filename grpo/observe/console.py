@@ -104,8 +104,8 @@ def short(titles: Sequence[str]) -> list[str]:
     found: list[str] = []
     for title in titles:
         end = title[1 - WIDE :]
-        fits = title[:WIDE] if title[:WIDE] not in found else "…" + (end.partition("_")[2] or end)
-        found.append(fits)
+        ways = (title[:WIDE], "…" + (end.partition("_")[2] or end), "…" + end)
+        found.append(next((way for way in ways if way not in found), f"{title[: WIDE - 3]}…{len(found)}"))
     return found
 
 

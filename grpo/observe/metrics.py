@@ -13,7 +13,7 @@ from torch import Tensor
 from grpo.algorithm.advantage import has_signal
 from grpo.algorithm.loss import Objective, TokenLoss
 from grpo.observe.metric_names import LOSS
-from grpo.scoring.answers import is_right, verdict_name
+from grpo.scoring.answers import is_right
 from grpo.system.distributed import Processes
 from grpo.text import answer_forms, language
 from grpo.text.aha import Words, tally
@@ -213,12 +213,12 @@ def measure_batch(meter: Meter, groups: list[Group], scores: Scores, *, signal: 
     meter.mean_of_known("batch/reward_mean", scores.rewards[in_batch])
 
 
-def measure_texts(meter: Meter, rows: list[dict[str, Any]], words: Words) -> None:
-    """What the `completion_rows` of one step say: their words, of which script they are, and the forms of right answers."""
+def measure_texts(meter: Meter, rows: list[dict[str, Any]], words: Words, *, forms: bool = True) -> None:
+    """What the `completion_rows` of one step say: their words, of which script they are, and, if `forms` tell something, those of
+    right answers."""
     verdicts = [is_right(row) for row in rows]
     tallied = tally(rows, verdicts, words) | language.tally(rows)
-    if rows and verdict_name(rows[0]["rewards"]) not in answer_forms.OF_OWN_FORM:
-        tallied |= answer_forms.tally(rows, verdicts)
+    tallied |= answer_forms.tally(rows, verdicts) if forms else {}
     for name, (total, size) in tallied.items():
         meter.ratio(name, total, size)
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -353,7 +352,7 @@ def _stage(each: Mapping[str, Any], place: Path, names: Sequence[str]) -> Stage:
         raise ValueError(f"stage {name}: set has no effect on kind reject without a config. Name one, or remove it.")
     config = None
     if each.get("config"):
-        config = Path(os.path.normpath(place / str(each["config"])))
+        config = (place / str(each["config"])).resolve()
         if not config.is_file():
             raise ValueError(
                 f"stage {name}: config is {str(each['config'])!r}; there is no such file in {place}. Correct it."

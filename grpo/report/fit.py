@@ -237,6 +237,13 @@ SHARES = ("accuracy", "code", "countdown", "exact_match", "format", "reasoning_g
 """Rewards of which none is below 0 or above 1. Another may pass what it was so far."""
 
 
+def _shares(run: Run) -> set[str]:
+    """Names under which the run has such rewards; `accuracy` also where functions were given to the trainer."""
+    return {"accuracy"} | {
+        each.get("name") or each["function"] for each in run.config.get("rewards", []) if each["function"] in SHARES
+    }
+
+
 def prediction(run: Run) -> dict[str, Any] | None:
     """What the curve through a run's values says, or why it says nothing.
 
@@ -261,7 +268,7 @@ def prediction(run: Run) -> dict[str, Any] | None:
     compute = np.array([step - lag for step, _ in chosen], dtype=np.float64)
     steps, planned = run.metrics[-1]["step"], run.config.get("run", {}).get("steps") or 0
     end = planned if planned > steps else 2 * steps
-    is_share = name.partition("/")[2] in SHARES
+    is_share = name.partition("/")[2] in _shares(run)
     fewest = FEWEST_EVALUATIONS if is_held_out else FEWEST_STEPS
     found = fit(compute, values, end=end - lag, fewest=fewest, bounds=(0.0, 1.0) if is_share else None)
     if isinstance(found, str):

@@ -20,7 +20,7 @@ the share of completions that are right and state the gold answer is now <= firs
 
 `reward_hacking` compares the last N steps with the first ones instead: forms take over slowly, and some are a task's own from the
 start. Its `now` and `first` are shares of all right answers of these steps together; `first` takes at least N steps, and both
-take MIN_RIGHT right answers. The forms are those of grpo/text/answer_forms.py.
+take MIN_RIGHT right answers. The forms are those of grpo/text/answer_forms.py, which also says where they tell nothing.
 
 `best` is the highest median of N steps in a row among the 50: a run that was learning has better ones than their own median.
 

@@ -276,12 +276,13 @@ def share_threads() -> None:
     Launchers of several processes set OMP_NUM_THREADS to 1 where it is not set, so 1 is taken for theirs. Another number is kept.
     """
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local_processes()))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_processes()))
 
 
 def num_local_processes() -> int:
     """Of the group, those on this machine; all of them where the launcher does not say."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+    of_launcher = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # the latter is DeepSpeed's
+    return int(of_launcher or os.environ["WORLD_SIZE"])
 
 
 def _prepare_environment() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 FORMS = {
@@ -159,8 +159,13 @@ def _plain(text: str) -> str:
 
 # ---- of a step -------------------------------------------------------------------------------------------------------
 
-OF_OWN_FORM = ("code", "countdown", "reasoning_gym")
-"""Rewards for which right is what does the task, and not the gold answer as it is written: forms say nothing there."""
+OF_OWN_FORM = ("grpo.rewards.code", "grpo.rewards.countdown", "grpo.rewards.reasoning_gym")
+"""Modules of rewards for which right is what does the task, and not the gold answer as it is written."""
+
+
+def tell_of(verdict: Callable[..., Any]) -> bool:
+    """Whether forms say something of the answers that this reward calls right."""
+    return getattr(verdict, "__module__", None) not in OF_OWN_FORM
 
 
 def tally(rows: Sequence[Mapping[str, Any]], verdicts: Sequence[bool | None]) -> dict[str, tuple[float, float]]:

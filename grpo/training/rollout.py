@@ -33,6 +33,7 @@ class RolloutMaker:
         prompts: the order in which questions are dealt.
         signal_from: name of the reward by which dynamic sampling chooses groups and questions count as solved.
         words: that are counted in the completions.
+        forms: whether those of right answers tell something.
         advantage: (P, G) rewards to (P, G) advantages, instead of `advantages_by`.
     """
 
@@ -44,6 +45,7 @@ class RolloutMaker:
         *,
         signal_from: str,
         words: Words,
+        forms: bool = True,
         advantage: Advantage | None = None,
     ) -> None:
         self.advantage = advantage
@@ -52,6 +54,7 @@ class RolloutMaker:
         self.prompts = prompts
         self.signal_from = signal_from
         self.words = words
+        self.forms = forms
 
     def make(
         self,
@@ -115,7 +118,7 @@ class RolloutMaker:
                         self.advantage,
                     )
                 )
-        measure_texts(meter, completion_rows(groups, scores), self.words)
+        measure_texts(meter, completion_rows(groups, scores), self.words, forms=self.forms)
         if self.prompts.passes_over:
             passed_over = self.prompts.position - state.position - len(sampler.signal)
             meter.mean("group/passed_over", torch.tensor(float(passed_over)))
