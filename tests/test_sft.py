@@ -22,7 +22,7 @@ from grpo.algorithm.batch import share_prompts
 from grpo.algorithm.loss import grpo_loss, token_weights
 from grpo.check import supervised
 from grpo.config import Config, ModelConfig
-from grpo.config.supervised import RowsConfig, TrainingConfig
+from grpo.config.supervised import RowsConfig, TrainingConfig, as_spelled_here
 from grpo.data.prompts import build_prompts
 from grpo.data.rows import load_rows
 from grpo.evaluation.benchmark import default_max_tokens
@@ -798,6 +798,27 @@ def test_a_dry_run_refuses_what_the_run_refuses(
     with pytest.raises(ValueError, match=said) as of_the_dry_run:
         supervised.check(config)
     assert str(of_the_dry_run.value) == str(of_the_run.value)
+
+
+def test_an_error_of_the_evaluation_names_its_own_setting_and_leaves_the_names_of_files(tmp_path: Path):
+    model = tmp_path / "rollout.v2/rollout.engine"
+    shutil.copytree(TINY / "model", model)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": " b"}))
+    config = sft_config(
+        tmp_path / "run",
+        model={"name": str(model)},
+        data={"name": str(tmp_path / "rows.jsonl"), "eval_name": str(TINY / "test.jsonl")},
+        evaluation={"num_questions": 2, "max_completion_tokens": 5000},
+    )
+    with pytest.raises(ValueError, match=r"^evaluation\.max_completion_tokens is 5000; with") as caught:
+        SupervisedTrainer(config)
+    assert f"model.name {str(model)!r}" in str(caught.value)
+    said = (
+        "rollout.engine is hf (rollout.stop); take rollout.engine. 'rollout.engine' rollout.weights rollout.engine/hf"
+    )
+    ours = "evaluation.engine is hf (evaluation.stop); take evaluation.engine. 'rollout.engine' rollout.weights rollout.engine/hf"
+    with pytest.raises(ValueError, match=f"^{re.escape(ours)}$"), as_spelled_here():
+        raise ValueError(said)
 
 
 def test_a_dry_run_fills_a_pass_of_each_process_as_far_as_rows_can(tokenizer):
