@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 from helpers import ROOT, TINY, launch, read_json, tiny_config
 
-from grpo.config import EnvironmentConfig, ModelConfig
+from grpo.config import EnvironmentConfig, ModelConfig, read_yaml
 from grpo.evaluation import benchmark, results
 from grpo.evaluation.asked import Runtime, Settings
 from grpo.evaluation.sample_file import Samples, claimed, finished
@@ -379,6 +379,10 @@ def test_an_environment_is_named_as_it_is_or_with_all_its_section_has_or_by_a_co
     assert prompt_defaults("guess_number") == PromptDefaults("r1_zero")
     game = ROOT / "configs/quickstart-game.yaml"
     assert prompt_defaults(str(game)) == PromptDefaults("none", "{question}\nPlayer:", None, ["\n"])
+    asked = {name: section for name, section in read_yaml(game.read_text()).items() if name != "run"}
+    (tmp_path / "questions.yaml").write_text(json.dumps(asked))  # nothing is trained with
+    assert named_environment(str(tmp_path / "questions.yaml")) == named_environment(str(game))
+    assert prompt_defaults(str(tmp_path / "questions.yaml")) == prompt_defaults(str(game))
     other = game.read_text().replace("{question}\\nPlayer:", "{hint} {question}")
     (tmp_path / "other.yaml").write_text(other)
     with pytest.raises(
