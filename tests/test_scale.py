@@ -428,6 +428,7 @@ def test_a_recipe_may_be_named_and_what_lies_beside_it_is_found(
     given = ["--config", name, "--model", str(TINY / "model"), "--hours", "1000", "--out", "my.yaml"]
     monkeypatch.setattr("sys.argv", ["grpo scale", *given])
     command.main()
+    assert Path("my.yaml").read_text().startswith(f"# {name}.yaml for ")
     assert kind.load("my.yaml").data.name == kind.load(name).data.name
     assert Path(str(kind.load("my.yaml").data.name)).is_file()
     for bad in ("inf", "nan", "0"):
