@@ -15,7 +15,8 @@ from unittest.mock import Mock
 import pytest
 from helpers import ROOT, TINY, launch, read_json, tiny_config
 
-from grpo.config import EnvironmentConfig, ModelConfig
+from grpo.cli import evaluate as command
+from grpo.config import EnvironmentConfig, ModelConfig, read_yaml
 from grpo.evaluation import benchmark, results
 from grpo.evaluation.asked import Runtime, Settings
 from grpo.evaluation.sample_file import Samples, claimed, finished
@@ -158,7 +159,7 @@ def test_samples_that_a_kill_cut_within_a_character_are_answered_again(tmp_path:
     append_jsonl(path, [row])
     whole = path.read_bytes()
     path.write_bytes(whole + b"null\n" + whole[:-4])
-    assert results.read_samples(path, benchmark="mine") == [row]
+    assert Samples(path, ["benchmark"]).of({"benchmark": "mine"}) == [row]
     assert finished(path, results.QUESTION_KEYS, {}) == set()
     assert path.read_bytes() == b""
 
@@ -379,6 +380,10 @@ def test_an_environment_is_named_as_it_is_or_with_all_its_section_has_or_by_a_co
     assert prompt_defaults("guess_number") == PromptDefaults("r1_zero")
     game = ROOT / "configs/quickstart-game.yaml"
     assert prompt_defaults(str(game)) == PromptDefaults("none", "{question}\nPlayer:", None, ["\n"])
+    asked = {name: section for name, section in read_yaml(game.read_text()).items() if name != "run"}
+    (tmp_path / "questions.yaml").write_text(json.dumps(asked))  # nothing is trained with
+    assert named_environment(str(tmp_path / "questions.yaml")) == named_environment(str(game))
+    assert prompt_defaults(str(tmp_path / "questions.yaml")) == prompt_defaults(str(game))
     other = game.read_text().replace("{question}\\nPlayer:", "{hint} {question}")
     (tmp_path / "other.yaml").write_text(other)
     with pytest.raises(
@@ -537,6 +542,22 @@ def test_the_transcript_shows_each_question_once_with_the_answers_of_each_templa
     text = results.transcript(samples(whole))
     assert text.count("gold answer:") == 8
     assert text.count("r1_zero: right 0 of 4 times") == 8
+
+
+def test_the_command_prints_the_transcript_of_the_probes_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """9 probes in each of two templates, beside a question of another benchmark."""
+    given = ["--model", MODEL, "--benchmarks", "mine,probes", "--data", f"mine={QUESTIONS}", "--questions", "9"]
+    asked = ["--templates", "r1_zero,chat", "--samples", "2", "--max-tokens", "4", "--workers", "1"]
+    monkeypatch.setattr("sys.argv", ["grpo evaluate", *given, *asked, "--out", str(tmp_path / "out")])
+    command.main()
+    shown = capsys.readouterr().out
+    probes = [row for row in read_jsonl(tmp_path / "out" / "samples.jsonl") if row["benchmark"] == "probes"]
+    probes.sort(key=lambda row: (row["row"], row["sample"]))
+    assert len(probes) == 9 * 2 * 2
+    assert shown.endswith(f"{results.transcript(probes)}\n")
+    assert shown.count("gold answer:") == 9
 
 
 def test_without_a_limit_answers_are_as_long_as_the_model_or_its_run_allows(tmp_path: Path):

@@ -91,6 +91,27 @@ def test_with_released_keys_and_values_the_larger_phase_counts():
     assert shards["gradients"] == beside["gradients"]  # DeepSpeed keeps a share of them from update to update
 
 
+def test_what_a_pass_over_prompts_works_with_counts_while_sampling():
+    """By hand, in GiB: 2**30 weights are 2 of policy, 2 of reference, and 6 of gradients; the optimizer is offloaded.
+
+    Keys and values: 50 sequences x 2**15 tokens x 2**12 bytes = 6.25. Prompts are read 2**14 tokens at a time, with 34 bytes x
+    2**10 for each: 0.53125, where logits of 50 sequences are 0.0004. So sampling takes 6.78125 beside the weights, and the update
+    6 + 2**14 tokens x (2 x 2 + 34) x 2**10 + 2**12 x 2**10 x 2 = 6.6015625: less, but more than keys and values alone.
+    """
+    shape = Shape("by hand", 2**30, layers=2, hidden=2**10, vocabulary=2**10, kv_bytes=2**12, positions=None)
+    layout = Layout(2, offload=True, pass_tokens=2**14, sequences=50, releases=True)
+    options = {"reference": True, "samples": True, "sequence_tokens": 2**15, "chunk_tokens": 2**12}
+    assert memory_gib(shape, layout, gpus=1, **options) == {
+        "policy": 2,
+        "reference": 2,
+        "optimizer": 0,
+        "keys and values": 6.25,
+        "sampling": 0.53125,
+    }
+    update = memory_gib(shape, replace(layout, sequences=48), gpus=1, **options)  # 6 + 0.53125 are less than 6.6015625
+    assert sum(update.values()) == 2 + 2 + 6.6015625
+
+
 def test_keys_and_values_are_released_where_a_run_does_not_fit_otherwise(tmp_path: Path):
     hardware, own = Hardware(2, 24, "h100"), changed_recipe(tmp_path, memory={"release_kv_cache": True})
 
@@ -407,6 +428,7 @@ def test_a_recipe_may_be_named_and_what_lies_beside_it_is_found(
     given = ["--config", name, "--model", str(TINY / "model"), "--hours", "1000", "--out", "my.yaml"]
     monkeypatch.setattr("sys.argv", ["grpo scale", *given])
     command.main()
+    assert Path("my.yaml").read_text().startswith(f"# {name}.yaml for ")
     assert kind.load("my.yaml").data.name == kind.load(name).data.name
     assert Path(str(kind.load("my.yaml").data.name)).is_file()
     for bad in ("inf", "nan", "0"):

@@ -22,11 +22,12 @@ from grpo.algorithm.batch import share_prompts
 from grpo.algorithm.loss import grpo_loss, token_weights
 from grpo.check import supervised
 from grpo.config import Config, ModelConfig
-from grpo.config.supervised import RowsConfig, TrainingConfig
+from grpo.config.supervised import RowsConfig, TrainingConfig, as_spelled_here
 from grpo.data.prompts import build_prompts
 from grpo.data.rows import load_rows
 from grpo.evaluation.benchmark import default_max_tokens
 from grpo.run import watchdog
+from grpo.scoring.worker_pool import _Worker
 from grpo.sft.assembly import cross_entropy
 from grpo.sft.order import RowOrder, set_aside
 from grpo.sft.rows import read_rows
@@ -724,6 +725,28 @@ def test_a_dry_run_learns_the_longest_update_and_leaves_nothing_behind(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_has_no_workers_that_grade_once_its_questions_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def start(worker: _Worker) -> None:
+        own(worker)
+        started.append(worker)
+
+    own, started = _Worker.start, []
+    monkeypatch.setattr(_Worker, "start", start)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": " b"}))
+    config = sft_config(
+        tmp_path / "run",
+        data={"name": str(tmp_path / "rows.jsonl"), "eval_name": str(TINY / "test.jsonl")},
+        evaluation={"num_rows": 0, "num_questions": 2, "max_completion_tokens": 8},
+        scoring={"num_workers": 2},
+    )
+    trainer = supervised.rehearse(config)  # which stays, and so does its collector
+    assert trainer.collector is not None
+    assert len(started) == 2
+    assert [worker.is_alive for worker in started] == [False, False]
+
+
 @pytest.mark.parametrize("num_questions", [0, 2])
 def test_a_dry_run_holds_a_whole_copy_of_a_sharded_model_where_the_run_does(tmp_path: Path, num_questions: int):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": " b"}))
@@ -800,6 +823,27 @@ def test_a_dry_run_refuses_what_the_run_refuses(
     assert str(of_the_dry_run.value) == str(of_the_run.value)
 
 
+def test_an_error_of_the_evaluation_names_its_own_setting_and_leaves_the_names_of_files(tmp_path: Path):
+    model = tmp_path / "rollout.v2/rollout.engine"
+    shutil.copytree(TINY / "model", model)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": " b"}))
+    config = sft_config(
+        tmp_path / "run",
+        model={"name": str(model)},
+        data={"name": str(tmp_path / "rows.jsonl"), "eval_name": str(TINY / "test.jsonl")},
+        evaluation={"num_questions": 2, "max_completion_tokens": 5000},
+    )
+    with pytest.raises(ValueError, match=r"^evaluation\.max_completion_tokens is 5000; with") as caught:
+        SupervisedTrainer(config)
+    assert f"model.name {str(model)!r}" in str(caught.value)
+    said = (
+        "rollout.engine is hf (rollout.stop); take rollout.engine. 'rollout.engine' rollout.weights rollout.engine/hf"
+    )
+    ours = "evaluation.engine is hf (evaluation.stop); take evaluation.engine. 'rollout.engine' rollout.weights rollout.engine/hf"
+    with pytest.raises(ValueError, match=f"^{re.escape(ours)}$"), as_spelled_here():
+        raise ValueError(said)
+
+
 def test_a_dry_run_fills_a_pass_of_each_process_as_far_as_rows_can(tokenizer):
     """Of the update with the most tokens the passes are two of 120, of another one 155."""
     rows = [{"prompt_ids": [n], "completion_ids": [5] * (size - 1)} for n, size in enumerate((60, 60, 60, 60, 80, 75))]
@@ -832,3 +876,25 @@ def test_a_dry_run_that_does_not_fit_says_what_to_lower(
         said.splitlines()[-1]
         == "If that is not enough, set data.max_tokens from 200 to 100 (longer rows are left out)."
     )
+
+
+def test_a_dry_run_that_does_not_fit_on_a_gpu_knows_what_its_keys_and_values_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def full(policy: Any, *_: Any, **__: Any) -> None:
+        object.__setattr__(policy.processes, "device", torch.device("cuda"))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("grpo.policy.policy.Policy.backward", full)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": " b"}))
+    config = sft_config(
+        tmp_path / "run",
+        data={"name": str(tmp_path / "rows.jsonl"), "eval_name": str(TINY / "test.jsonl")},
+        evaluation={"num_rows": 0, "num_questions": 2, "max_completion_tokens": 8, "engine": "native"},
+        memory={"kv_cache_gib": 0.125},
+    )
+    assert supervised.check(config) == 1
+    assert (
+        "First, set memory.release_kv_cache from false to true (the 0.125 GiB of keys and values are free from the end of "
+        "sampling on)."
+    ) in capsys.readouterr().err

@@ -72,6 +72,7 @@ def main() -> None:
         if arguments.out and Path(arguments.out).is_file():
             raise ValueError(f"--out is {arguments.out!r}, a file; an evaluation is a directory. Name another.")
         from grpo.evaluation import benchmark, results
+        from grpo.evaluation.sample_file import Samples
         from grpo.system import distributed
 
         hosted = _hosted(arguments) if arguments.endpoint else None
@@ -91,7 +92,8 @@ def main() -> None:
         if hosted is not None:
             hosted.report()
         if benchmarks.PROBES_NAME in names:
-            say(results.transcript(results.read_samples(out / "samples.jsonl", benchmark=benchmarks.PROBES_NAME)))
+            samples = Samples(out / "samples.jsonl", ["benchmark"])
+            say(results.transcript(samples.of({"benchmark": benchmarks.PROBES_NAME})))
     distributed.stop()
 
 

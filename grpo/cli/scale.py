@@ -49,7 +49,7 @@ def main() -> None:
         if not arguments.out.parent.is_dir():
             raise ValueError(f"--out is {arguments.out}; there is no directory {arguments.out.parent}. Make it first.")
         check_model(arguments.model, whole=False)
-        arguments.config = shipped.find(arguments.config)
+        arguments.config = shipped.find(arguments.config)  # so that the header has the name of a file
         text = supervised(arguments) if is_supervised(arguments.config) else reinforcement(arguments)
     arguments.out.write_text(text)
     print(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,13 +105,19 @@ OF_SAMPLING = ("kl", "length", "truncation", "repetition", "reward", "signal", "
 """Rules of the watchdog that look at what was sampled."""
 
 
+SAMPLED_WITH = ("max_completion_tokens", "stop", "engine")
+"""Settings of the evaluation that `parts` has as those of rollouts."""
+NAMED = re.compile(rf"(?<![^\s(])rollout\.(?=(?:{'|'.join(SAMPLED_WITH)})(?![\w/'\"]))")
+"""The section in front of such a setting, and not within a path or a text in quotation marks."""
+
+
 @contextmanager
 def as_spelled_here() -> Iterator[None]:
     """Errors about what `parts` says of rollouts name the setting of the evaluation that it comes from."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(str(error).replace("rollout.", "evaluation.")) from None
+        raise ValueError(NAMED.sub("evaluation.", str(error))) from None
 
 
 class SupervisedConfig(Settings):
@@ -233,11 +240,7 @@ class SupervisedConfig(Settings):
             parts = Config(
                 model=self.model.model_dump(),
                 data=data,
-                rollout={
-                    "max_completion_tokens": evaluation.max_completion_tokens,
-                    "stop": evaluation.stop,
-                    "engine": evaluation.engine,
-                },
+                rollout=evaluation.model_dump(include=set(SAMPLED_WITH)),
                 rewards=[reward.model_dump() for reward in self.rewards],
                 scoring=self.scoring.model_dump(),
                 algorithm={"kl_coef": 0.0},

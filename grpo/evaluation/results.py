@@ -14,18 +14,10 @@ from grpo.evaluation.sample_file import Samples
 from grpo.scoring.answers import OF_THE_QUESTION, by_question, columns_of, is_right
 from grpo.scoring.statistics import estimate
 from grpo.system.files import replace_text, to_json
-from grpo.system.jsonl import iterate_jsonl
 from grpo.system.terminal import say
 
 QUESTION_KEYS = ("benchmark", "template", "row")
-SAMPLE_KEYS = (*QUESTION_KEYS, "sample")
-"""What a row of samples.jsonl has at least."""
-
-
-def read_samples(path: Path, **key: str) -> list[dict[str, Any]]:
-    """Rows of a samples.jsonl, such as those of a benchmark and a template, by question and sample."""
-    rows = [row for row in iterate_jsonl(path, SAMPLE_KEYS) if all(row[name] == value for name, value in key.items())]
-    return sorted(rows, key=lambda row: (row["row"], row["sample"]))
+"""What tells the questions of a samples.jsonl apart."""
 
 
 # ---- the numbers -----------------------------------------------------------------------------------------------------

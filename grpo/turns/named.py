@@ -18,7 +18,7 @@ def named_environment(text: str) -> EnvironmentConfig:
         ValueError: it is none of these.
     """
     if text.endswith(".yaml"):
-        found = Config.load(Path(text)).environment
+        found = Config.load_questions(Path(text)).environment
         if found.function is None:
             raise ValueError(f"--environment is {text!r}; the configuration has no environment.function. Name another.")
         return found
@@ -57,7 +57,7 @@ def prompt_defaults(environment: str | None, question_template: str | None = Non
     """
     if environment is None or not environment.endswith(".yaml"):
         return PromptDefaults(question_template=question_template)
-    config = Config.load(Path(environment))
+    config = Config.load_questions(Path(environment))
     template = config.data.question_template if question_template is None else question_template
     if question_template is None and template is not None and COLUMN_IN_BRACES.findall(template) != ["question"]:
         raise ValueError(
