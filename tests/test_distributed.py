@@ -273,7 +273,7 @@ def test_the_host_of_a_gpu_gets_few_threads_unless_the_environment_says_how_many
 
 
 @pytest.mark.parametrize(
-    ("given", "processes", "number"), [(None, 1, 8), (None, 2, 4), ("1", 2, 4), ("3", 2, 3), ("1", 16, 1)]
+    ("given", "processes", "number"), [(None, 1, 8), ("1", 1, 1), (None, 2, 4), ("1", 2, 4), ("3", 2, 3), ("1", 16, 1)]
 )
 def test_an_optimizer_on_the_host_gets_its_share_of_the_cores(
     monkeypatch: pytest.MonkeyPatch, given: str | None, processes: int, number: int

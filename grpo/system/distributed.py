@@ -273,10 +273,12 @@ def limit_threads(most: int = MOST_THREADS) -> None:
 def share_threads() -> None:
     """This process's share of the cores, for an optimizer on the host, which updates with the threads of torch.
 
-    Launchers of several processes set OMP_NUM_THREADS to 1 where it is not set, so 1 is taken for theirs. Another number is kept.
+    Launchers of several processes set OMP_NUM_THREADS to 1 where it is not set, so 1 is taken for theirs then. Another number, and
+    that of a process alone, is kept.
     """
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_processes()))
+    processes, chosen = num_local_processes(), os.environ.get("OMP_NUM_THREADS")
+    if chosen is None or (chosen == "1" and processes > 1):
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
 
 
 def num_local_processes() -> int:
