@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 from grpo.rewards import countdown, countdown_search, countdown_trials
+from helpers import tiny_settings
+
+from grpo import Config, Trainer
+from grpo.system.jsonl import read_jsonl
 
 DATA = Path(__file__).parents[1] / "configs" / "countdown"
 
@@ -165,3 +169,17 @@ def test_whatever_a_model_writes_is_read_without_an_error_and_soon() -> None:
         assert countdown_search(text, NUMS, TARGET) in (0.0, 1.0)
     assert countdown_trials("65 + 45 - 76 = 34\n" * 20_000, NUMS) == 1
     assert time.perf_counter() - start < 20
+
+
+@pytest.mark.parametrize("verdict", ["countdown", "accuracy"])
+def test_a_run_on_puzzles_tells_no_forms_of_its_answers(verdict: str, tmp_path: Path):
+    """All right ones are arithmetic."""
+    settings = tiny_settings(tmp_path / "run", data={"name": str(DATA / "train.jsonl.gz"), "split": "train[:8]"})
+    settings["data"] |= {"answer_column": "target", "max_prompt_tokens": 256}
+    settings["memory"]["micro_batch_tokens"] = 512
+    trainer = Trainer(Config(**settings, rewards=[{"function": verdict}]))
+    trainer.train_step()
+    trainer.close()
+    (row,) = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert ("answer/right" in row) == (verdict == "accuracy")
+    assert f"reward/{verdict}" in row

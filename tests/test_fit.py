@@ -156,8 +156,10 @@ def test_the_limit_of_a_share_is_none_above_one(tmp_path: Path, function: str):
     assert "function: accuracy" in config
     config = config.replace("function: format", "function: language")
     for function_of_config, is_share in ((function, True), (f"mine.py:{function}", False)):
-        named = config.replace("name: null", f"name: {function}", 1)
-        (run / "config.yaml").write_text(named.replace("function: accuracy", f"function: {function_of_config}"))
+        first = f"function: {function_of_config}\n  weight: 1.0\n  name: {function}"
+        assert "function: accuracy\n  weight: 1.0\n  name: null" in config
+        named = config.replace("function: accuracy\n  weight: 1.0\n  name: null", first)
+        (run / "config.yaml").write_text(named)
         told = block(html_of(run), "head")["runs"][0]["prediction"]
         assert told["name"] == f"reward/{function}"
         assert told["at_end"][2] <= 1 or not is_share
