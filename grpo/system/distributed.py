@@ -273,8 +273,8 @@ def limit_threads(most: int = MOST_THREADS) -> None:
 def share_threads() -> None:
     """This process's share of the cores, for an optimizer on the host, which updates with the threads of torch.
 
-    Launchers of several processes set OMP_NUM_THREADS to 1 where it is not set, so 1 is taken for theirs then. Another number, and
-    that of a process alone, is kept.
+    Launchers of several processes set OMP_NUM_THREADS to 1 where it is not set, so 1 is taken for theirs then. Another number is
+    kept, and any that a process alone has.
     """
     processes, chosen = num_local_processes(), os.environ.get("OMP_NUM_THREADS")
     if chosen is None or (chosen == "1" and processes > 1):
