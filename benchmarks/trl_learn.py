@@ -28,6 +28,7 @@ from grpo.rewards import accuracy, exact_match, format
 from transformers import AutoTokenizer, TrainerCallback
 
 from grpo import Config
+from grpo.config import RewardConfig
 from grpo.data.prompts import build_prompts
 from grpo.data.rows import load_rows, prepare_rows
 
@@ -78,6 +79,8 @@ def recipe(config: Config, *, micro_batch: int) -> dict[str, Any]:
             "script knows constant, linear and cosine, and one update a step. Set them so."
         )
     num_completions = rollout.num_prompts * rollout.group_size
+    if num_completions % micro_batch:
+        raise SystemExit(f"--micro-batch is {micro_batch}; it must divide the {num_completions} completions of a step.")
     return {
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": num_completions // micro_batch,
@@ -128,7 +131,7 @@ def train(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             disable_tqdm=True,
             **settings,
         ),
-        reward_funcs=[of_trl(reward.function) for reward in config.rewards],
+        reward_funcs=[of_trl(reward) for reward in config.rewards],
         train_dataset=Dataset.from_list(
             [{"prompt": each.text, "prefill": each.prefill, "answer": each.columns["answer"]} for each in prompts]
         ),
@@ -140,18 +143,22 @@ def train(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     return {"steps": clock.steps, "seconds": round(clock.seconds, 1), "defaults": args.defaults, "settings": settings}
 
 
-def of_trl(name: Any) -> Callable[..., list[float | None]]:
+def of_trl(reward: RewardConfig) -> Callable[..., list[float | None]]:
     """One of our rewards in TRL's form, under our name.
 
     Raises:
-        SystemExit: it is none that compares with a gold answer.
+        SystemExit: it is none that compares with a gold answer, or has more than a weight.
     """
-    if name not in REWARDS:
-        raise SystemExit(f"rewards has {name!r}; this script knows {', '.join(REWARDS)}. Leave it out.")
+    name = reward.function
+    if name not in REWARDS or reward.args or reward.only:
+        raise SystemExit(
+            f"rewards has {name!r}, args {reward.args}, only {reward.only}; this script knows {', '.join(REWARDS)}, without args "
+            "or only. Leave it out."
+        )
 
     def grade(completions: list[str], prefill: list[str], answer: list[str], **_: Any) -> list[float | None]:
         every = zip(completions, prefill, answer, strict=True)
-        return [REWARDS[name](begun + completion, gold) for completion, begun, gold in every]
+        return [REWARDS[str(name)](begun + completion, gold) for completion, begun, gold in every]
 
     grade.__name__ = str(name)
     return grade

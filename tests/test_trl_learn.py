@@ -103,8 +103,10 @@ def test_the_recipe_of_gsm8k_is_told_in_trls_names(script):
         ("optimizer.schedule=wsd", "optimizer.schedule is 'wsd' and algorithm.num_minibatches 1; this script knows"),
         (
             "rewards='[{function: repetition}]'",
-            "rewards has 'repetition'; this script knows accuracy, exact_match, format",
+            r"rewards has 'repetition', .* this script knows accuracy, exact_match, format",
         ),
+        ("rewards='[{function: accuracy, args: {source: boxed}}]'", "args {'source': 'boxed'}"),
+        ("rollout.group_size=5", "--micro-batch is 32; it must divide the 80 completions of a step"),
     ],
 )
 def test_what_it_does_not_know_is_refused(
