@@ -130,7 +130,7 @@ class DataConfig(Section):
     """Split of a hub data set to evaluate on."""
     question_column: str = "question"
     """Column that holds the question: a text, or a list of chat messages, which data.template `chat` renders. What lies deeper is
-    named with dots: `extra_info.question`, `messages.0.content`. grpo/data/rows.py has the text of each kind of cell."""
+    named with dots: `extra_info.question`, `messages.0.content`. grpo/data/cells.py has the text of each kind of cell."""
     question_template: str | None = None
     """The question made of columns, each named in braces: `Using the numbers {nums}, make {target}.` Other text stays as it is.
     null: the question is `question_column`. Of `eval_name` too."""

@@ -1,19 +1,5 @@
-"""Rows as they are written -> rows with `question` and `answer`: sources, columns, the text of a cell.
-
-The text of a cell is the text that trains:
-
-    text                      itself
-    number of JSON            as it is written: 0.50, 1e400, 4611686018427387905
-    integer, decimal          exact
-    other float               its shortest digits; a whole number without `.0`, because tables keep integers as floats beside a
-                              missing one
-    true, false               as JSON writes them, in every format
-    date, time                ISO 8601: 1945-05-08, 1945-05-08T00:00:00
-    list of numbers           as JSON writes it: [3, 4], [[1, 0], [0, 1]]
-    null, NaN                 missing: no question, and an answer that no reward can grade
-    list of messages          a conversation, where it is the question (data.template chat renders it)
-    anything else             refused, with the column, the row and what to do
-"""
+"""Rows as they are written -> rows with `question` and `answer`: sources, columns, conversations. cells.py has the text of a
+cell."""
 
 from __future__ import annotations
 
@@ -22,12 +8,11 @@ import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, time
-from decimal import Decimal
 from typing import Any
 
 from grpo.config import COLUMN_IN_BRACES, TASK_PREFIX, DataConfig, SourceConfig
-from grpo.data.files import Row, Written, given_rows, is_split, load_table, refuse_row
+from grpo.data.cells import cell_of, described, is_conversation, is_missing, said, text_in, text_of
+from grpo.data.files import Row, given_rows, is_split, load_table, refuse_row
 from grpo.data.gym import make_rows
 from grpo.system import progress
 
@@ -263,27 +248,27 @@ def _prepared(rows: Iterable[Mapping[str, Any]], fields: Fields, setting: str, *
 def question_in(row: Mapping[str, Any], fields: Fields, where: str) -> Row:
     """The row's columns in their places of the template; or the turns of a conversation, and the last of them as the question."""
     if (column := COLUMN_IN_BRACES.fullmatch(fields.question)) is not None:
-        cell = _cell(row, column[1], fields.question_setting, where)
+        cell = cell_of(row, column[1], fields.question_setting, where)
         if is_conversation(cell):
             turns = _turns(cell, fields, where)
             return {"question": turns[-1]["content"], MESSAGES: turns}
 
     def text(found: re.Match[str]) -> str:
-        cell = _cell(row, found[1], fields.question_setting, where)
+        cell = cell_of(row, found[1], fields.question_setting, where)
         if is_missing(cell):
-            raise ValueError(f"{_said(fields.question_setting)}; {where} has no {found[1]}. Drop the row.")
-        return _text(cell, found[1], fields.question_setting, where)
+            raise ValueError(f"{said(fields.question_setting)}; {where} has no {found[1]}. Drop the row.")
+        return text_in(cell, found[1], fields.question_setting, where)
 
     return {"question": COLUMN_IN_BRACES.sub(text, fields.question)}
 
 
 def _answer(row: Mapping[str, Any], fields: Fields, pattern: re.Pattern[str] | None, where: str) -> str:
-    cell = _cell(row, fields.answer, fields.answer_setting, where)
+    cell = cell_of(row, fields.answer, fields.answer_setting, where)
     if is_missing(cell):
         return ""  # no reward can grade it
     if not fields.reads_answer and text_of(cell) is None:
         return json.dumps(cell, default=str)
-    answer = _text(cell, fields.answer, fields.answer_setting, where)
+    answer = text_in(cell, fields.answer, fields.answer_setting, where)
     if pattern is None or not answer:
         return answer
     found = pattern.search(answer)
@@ -295,153 +280,7 @@ def _answer(row: Mapping[str, Any], fields: Fields, pattern: re.Pattern[str] | N
     return found.group(1).strip()
 
 
-def _cell(row: Mapping[str, Any], address: str, setting: tuple[str, str], where: str) -> Any:
-    """The cell of a column, or what lies deeper in it: `reward_model.ground_truth`, `messages.-1.content`.
-
-    A column that has the very name comes first.
-    """
-    if address in row:
-        return row[address]
-    cell: Any = row
-    for depth, key in enumerate(keys := address.split(".")):
-        if isinstance(cell, Mapping) and key in cell:
-            cell = cell[key]
-        elif _is_list(cell) and re.fullmatch(r"-?\d+", key) and -len(cell) <= int(key) < len(cell):
-            cell = cell[int(key)]
-        else:
-            raise ValueError(_nothing_there(cell, keys[:depth], setting, where))
-        if is_missing(cell):
-            return None
-    return cell
-
-
-def _nothing_there(cell: Any, path: list[str], setting: tuple[str, str], where: str) -> str:
-    if not path:
-        return f"{_said(setting)}; {where} has the columns {', '.join(map(str, cell))}. Name one of them."
-    inside = ".".join(path)
-    if isinstance(cell, Mapping):
-        return f"{_said(setting)}; {inside} of {where} has {', '.join(map(str, cell))}. Name one of them."
-    if _is_list(cell):
-        return f"{_said(setting)}; {inside} of {where} is a list of {len(cell)}. Name one by its number: {inside}.0."
-    return f"{_said(setting)}; {inside} of {where} is {_kind(cell)}, and there is nothing in it. Name {inside}."
-
-
-def _said(setting: tuple[str, str]) -> str:
-    return f"{setting[0]} is {setting[1]!r}"
-
-
-def is_missing(cell: Any) -> bool:
-    """None, NaN, and what tables have for them."""
-    if cell is None or isinstance(cell, (str, list, dict)):
-        return cell is None
-    try:
-        return bool(cell != cell)  # NaN and NaT
-    except (TypeError, ValueError):  # pandas' NA is neither; an array is many
-        return type(cell).__name__ == "NAType"
-
-
-# ---- the text of a cell ----------------------------------------------------------------------------------------------
-
-
-def _text(cell: Any, column: str, setting: tuple[str, str], where: str) -> str:
-    """
-    Raises:
-        ValueError: the cell has no text of its own, or one that is no Unicode.
-    """
-    text = text_of(cell)
-    if text is None:
-        raise ValueError(
-            f"{_said(setting)}; {column} of {where} is {_kind(cell)}, not a text. {_remedy(cell, column, setting)}"
-        )
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{_said(setting)}; {column} of {where} holds {text[error.start]!r}, half of a character. Correct it, or "
-                "drop the row."
-            ) from error
-    return text
-
-
-def text_of(cell: Any) -> str | None:
-    """The text of a cell, as the head of this module has it; None: it has none."""
-    if isinstance(cell, str):
-        return str(cell)
-    if isinstance(cell, bool):
-        return "true" if cell else "false"
-    if isinstance(cell, (int, Written)):
-        return str(cell)
-    if isinstance(cell, Decimal):
-        return format(cell, "f")
-    if isinstance(cell, (date, time)):  # a datetime is a date
-        return cell.isoformat()
-    if hasattr(cell, "dtype") and hasattr(cell, "tolist"):  # numpy and torch
-        return _array_text(cell)
-    if isinstance(cell, float):
-        return _float_text(repr(float(cell)))
-    return _list_text(cell) if _is_list(cell) else None
-
-
-def _float_text(digits: str) -> str:
-    return digits.removesuffix(".0")
-
-
-def _array_text(cell: Any) -> str | None:
-    """Of a number or an array of numbers; those of half and single precision have their own shortest digits."""
-    if getattr(cell, "ndim", 0) == 0 and str(cell.dtype) in ("float16", "float32"):
-        return _float_text(str(cell))
-    plain = cell.tolist()
-    return None if hasattr(plain, "dtype") else text_of(plain)
-
-
-def _list_text(cell: Sequence[Any]) -> str | None:
-    """Of a list of numbers, or of such lists."""
-    parts = [None if isinstance(item, str) else text_of(item) for item in cell]
-    known = [part for part in parts if part is not None]
-    return f"[{', '.join(known)}]" if len(known) == len(parts) and parts else None
-
-
-def _is_list(cell: Any) -> bool:
-    return isinstance(cell, (list, tuple))
-
-
-def _kind(cell: Any) -> str:
-    if isinstance(cell, Mapping):
-        return f"a dictionary with {', '.join(map(str, cell))}" if cell else "an empty dictionary"
-    if is_conversation(cell):
-        return f"a conversation of {len(cell)} messages"
-    if _is_list(cell):
-        return (
-            f"a list of {len(cell)} ({', '.join(sorted({type(item).__name__ for item in cell}))})"
-            if cell
-            else "an empty list"
-        )
-    return f"{type(cell).__name__} data"
-
-
-def _remedy(cell: Any, column: str, setting: tuple[str, str]) -> str:
-    if isinstance(cell, Mapping) and cell:
-        inside = f"{column}.{next(iter(cell))}"
-    elif is_conversation(cell):
-        inside = f"{column}.0.content"
-    elif _is_list(cell) and cell:
-        inside = f"{column}.0"
-    else:
-        return "Name another column, or convert this one to text."
-    return f"Name what is inside, such as {inside}, in {setting[0]}, or convert the column to text."
-
-
 # ---- conversations ---------------------------------------------------------------------------------------------------
-
-
-def is_conversation(cell: Any) -> bool:
-    """A list of messages, each with a role and a content."""
-    return (
-        _is_list(cell)
-        and len(cell) > 0
-        and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in cell)
-    )
 
 
 def _turns(cell: Sequence[Mapping[str, Any]], fields: Fields, where: str) -> list[Row]:
@@ -460,13 +299,13 @@ def _turns(cell: Sequence[Mapping[str, Any]], fields: Fields, where: str) -> lis
     for number, turn in enumerate(turns):
         if not isinstance(turn.get("content"), str):
             raise ValueError(
-                f"{_said(fields.question_setting)}; the content of message {number} in {where} is {_kind(turn.get('content'))}, "
-                "not a text. Convert it to text, or drop the row."
+                f"{said(fields.question_setting)}; the content of message {number} in {where} is "
+                f"{described(turn.get('content'))}, not a text. Convert it to text, or drop the row."
             )
-        _text(turn["content"], column, fields.question_setting, where)
+        text_in(turn["content"], column, fields.question_setting, where)
     if not turns or turns[-1]["role"] in ("assistant", "system"):
         raise ValueError(
-            f"{_said(fields.question_setting)}; the conversation of {where} ends with a message of the "
+            f"{said(fields.question_setting)}; the conversation of {where} ends with a message of the "
             f"{turns[-1]['role'] if turns else 'assistant'}, and the assistant is to answer a user. Drop that message; or, where "
             f"it is the gold answer, set data.answer_column to {column}.-1.content; or take one message: data.question_column "
             f"{column}.0.content."

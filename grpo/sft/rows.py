@@ -24,6 +24,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.supervised import RowsConfig
+from grpo.data.cells import is_conversation
 from grpo.data.prompts import (
     TEMPLATES,
     Message,
@@ -38,7 +39,7 @@ from grpo.data.prompts import (
     token_ids,
     tokenize,
 )
-from grpo.data.rows import Fields, has_question, is_conversation, question_in, written_rows
+from grpo.data.rows import Fields, has_question, question_in, written_rows
 from grpo.system import progress
 from grpo.types import Completion, Group, Prompt
 
