@@ -6,14 +6,16 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from grpo.config import COLUMN_IN_BRACES, TASK_PREFIX, DataConfig, SourceConfig
 from grpo.data.cells import cell_of, described, is_conversation, is_missing, said, text_in, text_of
-from grpo.data.files import Row, given_rows, is_split, load_table, refuse_row
+from grpo.data.files import Row, given_rows, is_split, load_table
 from grpo.data.gym import make_rows
+from grpo.data.where import Selection
 from grpo.system import progress
 
 MESSAGES = "question_messages"
@@ -37,14 +39,21 @@ class Fields:
 
 
 @progress.busy("reading data")
-def load_rows(config: DataConfig, *, evaluation: bool = False, reads_answer: bool = True) -> list[Row]:
+def load_rows(
+    config: DataConfig,
+    *,
+    evaluation: bool = False,
+    reads_answer: bool = True,
+    left_out: Counter[str] | None = None,
+) -> list[Row]:
     """Rows of the training or the evaluation set, each with `question` and `answer` among its columns.
 
     Args:
         reads_answer: whether a reward asks for `answer`, which then has to be a text.
+        left_out: is to count the rows that data.where or data.eval_where leaves out, by reason.
 
     Raises:
-        ValueError: no such data set, a column is missing, or `answer_regex` does not match an answer.
+        ValueError: no such data set, a column is missing, `answer_regex` does not match an answer, or see Selection.
     """
     own = evaluation and config.eval_name is not None
     setting, given = ("data.eval_name", config.eval_name) if own else ("data.name", config.name)
@@ -56,15 +65,18 @@ def load_rows(config: DataConfig, *, evaluation: bool = False, reads_answer: boo
         )
     if isinstance(given, str) and given.startswith(TASK_PREFIX):
         made = make_rows(given, config.args, held_out=evaluation)
-        return _prepared(made, _fields(config, own, reads_answer), setting)
+        selection = Selection.of(config, held_out=evaluation, left_out=left_out)
+        return _prepared(made, _fields(config, own, reads_answer), selection, setting)
     if evaluation and not own and (not isinstance(given, str) or not is_split(given)):
         raise ValueError(_no_held_out(given if isinstance(given, str) else ", ".join(each.name for each in given)))
+    selection = Selection.of(config, held_out=evaluation, left_out=left_out, is_shared=isinstance(given, list))
     if isinstance(given, str):
-        return complete(_source_rows(SourceConfig(name=given), config, evaluation, reads_answer, setting))
+        return complete(_source_rows(SourceConfig(name=given), config, evaluation, reads_answer, selection, setting))
     rows: list[Row] = []
     for number, source in enumerate(given):
-        found = _source_rows(source, config, evaluation, reads_answer, f"{setting}.{number}.name")
+        found = _source_rows(source, config, evaluation, reads_answer, selection, f"{setting}.{number}.name")
         rows += [{**row, DATA_NAME: source.label} for row in found]
+    selection.check_values()
     return complete(rows)
 
 
@@ -76,7 +88,12 @@ def _no_held_out(name: str) -> str:
 
 
 def _source_rows(
-    source: SourceConfig, config: DataConfig, evaluation: bool, reads_answer: bool, setting: str
+    source: SourceConfig,
+    config: DataConfig,
+    evaluation: bool,
+    reads_answer: bool,
+    selection: Selection,
+    setting: str,
 ) -> list[Row]:
     own = evaluation and config.eval_name is not None
     subset = source.subset or (config.eval_subset if own else config.subset)
@@ -84,25 +101,33 @@ def _source_rows(
     revision = source.revision or (None if own else config.revision)
     option = f"{setting.removesuffix('name')}split" if source.split else f"data.{'eval_' * evaluation}split"
     table = load_table(source.name, subset, split, setting, revision, split_setting=option)
-    fields = _own_fields(source, _fields(config, own, reads_answer), setting.removesuffix("name"))
-    return _prepared(table, fields, setting, name=source.name)
+    prefix = setting.removesuffix("name")
+    fields = _own_fields(source, _fields(config, own, reads_answer), prefix)
+    return _prepared(table, fields, selection.of_source(source, prefix), setting, name=source.name)
 
 
 def written_rows(
-    config: DataConfig, given: Iterable[Mapping[str, Any]] | None, *, setting: str = "data.name"
+    config: DataConfig,
+    given: Iterable[Mapping[str, Any]] | None,
+    *,
+    setting: str = "data.name",
+    left_out: Counter[str] | None = None,
 ) -> Iterator[tuple[Row, Fields, str]]:
     """The training rows as they are written, each with where its question is and what errors call it.
 
     Args:
         given: rows of a program instead of those of `data.name`; `setting` is then what errors blame.
+        left_out: see load_rows.
 
     Raises:
-        ValueError: no such data set, or a row is none.
+        ValueError: no such data set, a row is none, or see Selection.
     """
     fields = _fields(config, False, False)
-    sources: list[tuple[Iterable[Mapping[str, Any]], Fields, str, Row]] = []
+    is_shared = given is None and isinstance(config.name, list)
+    selection = Selection.of(config, held_out=False, left_out=left_out, is_shared=is_shared)
+    sources: list[tuple[Iterable[Mapping[str, Any]], Fields, Selection, str, Row]] = []
     if given is not None:
-        sources = [(given_rows(given, setting), fields, setting, {})]
+        sources = [(given_rows(given, setting), fields, selection, setting, {})]
     elif config.name is None:
         raise ValueError(
             "data.name is missing; supervised training needs rows. Set data.name, or pass train_dataset to SupervisedTrainer."
@@ -111,7 +136,7 @@ def written_rows(
         table = load_table(
             config.name, config.subset, config.split, setting, config.revision, split_setting="data.split"
         )
-        sources = [(table, fields, setting, {})]
+        sources = [(table, fields, selection, setting, {})]
     else:
         for number, source in enumerate(config.name):
             own, prefix = f"{setting}.{number}.name", f"{setting}.{number}."
@@ -120,13 +145,12 @@ def written_rows(
             table = load_table(
                 source.name, subset, split, own, source.revision or config.revision, split_setting=option
             )
-            sources.append((table, _own_fields(source, fields, prefix), own, {DATA_NAME: source.label}))
-    for rows, where_question, name, label in sources:
-        for number, row in enumerate(rows):
-            where = f"row {number} of {name}"
-            if not isinstance(row, Mapping):
-                refuse_row(row, where)
-            yield {**row, **label}, where_question, where
+            chosen = selection.of_source(source, prefix)
+            sources.append((table, _own_fields(source, fields, prefix), chosen, own, {DATA_NAME: source.label}))
+    for rows, where_question, chosen, name, label in sources:
+        for number, row in chosen.kept(rows, name):
+            yield {**row, **label}, where_question, f"row {number} of {name}"
+    selection.check_values()
 
 
 def has_question(row: Mapping[str, Any], fields: Fields) -> bool:
@@ -143,6 +167,7 @@ def prepare_rows(
     setting: str,
     held_out: bool = False,
     reads_answer: bool = True,
+    selection: Selection | None = None,
 ) -> list[Row]:
     """Give each row its `question` and `answer`; its other columns stay, and one that only some rows have is None in the rest.
 
@@ -150,13 +175,15 @@ def prepare_rows(
         rows: dictionaries, a Dataset or a DataFrame.
         held_out: the rows are those of `data.eval_name`, which may have settings of its own.
         reads_answer: see load_rows.
+        selection: which of the rows; None: all.
 
     Raises:
-        ValueError: the rows are none, or a cell cannot be a question or an answer.
+        ValueError: the rows are none, a cell cannot be a question or an answer, or see Selection.
     """
     fields = _fields(config, held_out, reads_answer)
     fields = Fields(**{**vars(fields), "regex": answer_regex})
-    return complete(_prepared(given_rows(rows, setting), fields, setting))
+    selection = selection or Selection(None, setting, Counter())
+    return complete(_prepared(given_rows(rows, setting), fields, selection, setting))
 
 
 def complete(rows: list[Row]) -> list[Row]:
@@ -231,13 +258,13 @@ def _own_fields(source: SourceConfig, fields: Fields, prefix: str) -> Fields:
 # ---- question and answer ---------------------------------------------------------------------------------------------
 
 
-def _prepared(rows: Iterable[Mapping[str, Any]], fields: Fields, setting: str, *, name: str = "") -> list[Row]:
+def _prepared(
+    rows: Iterable[Mapping[str, Any]], fields: Fields, selection: Selection, setting: str, *, name: str = ""
+) -> list[Row]:
     pattern = re.compile(fields.regex) if fields.regex is not None else None
     prepared = []
-    for number, row in enumerate(rows):
+    for number, row in selection.kept(rows, setting):
         where = f"row {number} of {setting}"
-        if not isinstance(row, Mapping):
-            refuse_row(row, where)
         prepared.append({**row, **question_in(row, fields, where), "answer": _answer(row, fields, pattern, where)})
     if not prepared:
         found = f" ({name})" if name else ""

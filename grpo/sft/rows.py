@@ -102,10 +102,10 @@ def read_rows(
     """
     reader = _Reader(config, tokenizer, model)
     setting = "data.name" if given is None else "train_dataset"
-    drafts = list(reader.drafts(written_rows(config, given, setting=setting)))
+    dropped: Counter[str] = Counter()
+    drafts = list(reader.drafts(written_rows(config, given, setting=setting, left_out=dropped)))
     if not drafts:
         raise ValueError(f"{setting} holds no rows. Name a data set with at least one.")
-    dropped: Counter[str] = Counter()
     for draft in drafts:
         _check_learned(draft)
     kept = _without_empty_thoughts(drafts, config, dropped)
