@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from grpo import Trainer
 from grpo.check.at_once import check_config
 from grpo.cli import reject as reject_command
+from grpo.cli import sample as sample_command
 from grpo.cli import scale as scale_command
 from grpo.config import Config, DataConfig, EnvironmentConfig, SupervisedConfig
 from grpo.config.supervised import RowsConfig
@@ -515,6 +516,17 @@ def test_rejection_refuses_a_where_for_questions_of_a_file(questions: str, monke
 def test_a_row_of_a_run_is_counted_among_those_that_are_taken(questions: str):
     data = DataConfig(name=questions, where={"level": 3})
     assert taken(chosen_rows(data, [1], held_out=False)) == [3]
+
+
+def test_a_file_that_is_sampled_from_is_taken_as_it_is(
+    tmp_path: Path, questions: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps({"model": {"name": "m"}, "data": {"name": "x", "where": {"level": 3}}}))
+    words = ["--config", str(config), "--data", questions, "--row", "1", "--group", "1", "--max-tokens", "4", "--json"]
+    monkeypatch.setattr(sys, "argv", ["grpo sample", "--model", str(TINY / "model"), *words])
+    sample_command.main()
+    assert json.loads(capsys.readouterr().out)["question"] == "What is 1+1?"
 
 
 class Puzzle:
