@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from grpo.data.order import Order, PromptOrder, ranks
 from grpo.data.pass_rates import within_pass_rates
 from grpo.data.prompts import build_prompts, check_kinds, use_chat_template
 from grpo.data.rows import load_rows, missing, prepare_rows
+from grpo.data.where import Selection
 from grpo.observe import rundir
 from grpo.observe.bar import check_rows
 from grpo.observe.metric_names import check_reward_names
@@ -284,8 +286,7 @@ def _without_effect(config: Config, **given: Callable[..., Any] | None) -> Itera
             value = getattr(values, name)
             if given[argument] is not None and value != type(values).model_fields[name].default:
                 yield f"{section}.{name} is {value}, without effect: {argument} was given to Trainer"
-    if config.data.eval_name is not None and config.evaluation.num_questions == 0:
-        yield f"data.eval_name is {config.data.eval_name!r}, without effect: evaluation.num_questions is 0"
+    yield from unread_questions(config)
     if given["loss"] is not None and config.rollout.carry_over:
         yield "rollout.carry_over is true, and loss was given to Trainer: it must weigh old tokens itself, by sampling_logprobs"
     if given["loss"] is not None and config.rollout.weights == "fp8":
@@ -301,6 +302,13 @@ def _without_effect(config: Config, **given: Callable[..., Any] | None) -> Itera
         )
 
 
+def unread_questions(config: Config) -> Iterator[str]:
+    """Says what is set of held-out questions where none are asked."""
+    for name in ("eval_name", "eval_where"):
+        if getattr(config.data, name) is not None and config.evaluation.num_questions == 0:
+            yield f"data.{name} is {getattr(config.data, name)!r}, without effect: evaluation.num_questions is 0"
+
+
 def _questions(
     config: Config,
     processes: TrainingProcesses,
@@ -313,12 +321,16 @@ def _questions(
 ) -> Questions:
     environment = None if tools is None else tools.toolbox.environment
     with processes.accelerator.main_process_first():
-        rows = _rows(config, train_dataset, functions, environment, evaluation=False)
-        kept, left_out = within_pass_rates(rows, config.data)
+        left_out, left_out_held_out = Counter[str](), Counter[str]()
+        rows = _rows(config, train_dataset, functions, environment, left_out, evaluation=False)
+        kept, by_pass_rate = within_pass_rates(rows, config.data)
+        left_out.update(by_pass_rate)
         rows = [row for row, is_kept in zip(rows, kept, strict=True) if is_kept]
         check_kinds(rows, config.data)
         wanted = config.evaluation.num_questions
-        eval_rows = _rows(config, eval_dataset, functions, environment, evaluation=True) if wanted else []
+        eval_rows = (
+            _rows(config, eval_dataset, functions, environment, left_out_held_out, evaluation=True) if wanted else []
+        )
     eval_rows = eval_rows[:wanted]
     if tools is not None:
         toolbox = tools.toolbox
@@ -329,9 +341,13 @@ def _questions(
     scorer = _scorer(config, functions, rows, eval_rows)
     scorer.check_limits(config.completion_limits)
     gaps = [*_gaps(scorer, rows, "training questions"), *_gaps(scorer, eval_rows, "held-out questions")]
-    for why, num in left_out.items():
-        processes.say(f"{num:,} training questions left out: {why}")
-    for notice in [*scorer.notices(), *scorer.check_routes(rows, "training questions"), *gaps]:
+    for notice in [
+        *_left_out(left_out, "training questions"),
+        *_left_out(left_out_held_out, "held-out questions"),
+        *scorer.notices(),
+        *scorer.check_routes(rows, "training questions"),
+        *gaps,
+    ]:
         processes.say(notice)
     prompts, first = _gradable(rows, "training questions", config, processes, tokenizer, scorer)
     held_out: list[Prompt] = []
@@ -368,12 +384,20 @@ def held_out_questions(
         ValueError: see assemble.
     """
     with processes.accelerator.main_process_first():
-        rows = _rows(config, eval_dataset, functions, None, evaluation=True)[: config.evaluation.num_questions]
+        left_out = Counter[str]()
+        rows = _rows(config, eval_dataset, functions, None, left_out, evaluation=True)
+        rows = rows[: config.evaluation.num_questions]
     scorer = _scorer(config, functions, rows, rows)
-    for notice in [*scorer.notices(), *_gaps(scorer, rows, "held-out questions")]:
+    what = "held-out questions"
+    for notice in [*_left_out(left_out, what), *scorer.notices(), *_gaps(scorer, rows, what)]:
         processes.say(notice)
-    prompts, _ = _gradable(rows, "held-out questions", config, processes, tokenizer, scorer)
+    prompts, _ = _gradable(rows, what, config, processes, tokenizer, scorer)
     return prompts, scorer
+
+
+def _left_out(counts: Counter[str], what: str) -> Iterator[str]:
+    for why, num in counts.items():
+        yield f"{num:,} {what} left out: {why}"
 
 
 def _scorer(
@@ -499,21 +523,25 @@ def _rows(
     given: Rows | None,
     rewards: list[Reward],
     environment: Environment | None,
+    left_out: Counter[str],
     *,
     evaluation: bool,
 ) -> list[dict[str, Any]]:
+    """Counts in `left_out` the rows that are not taken."""
+    reads = reads_answer(rewards)
     if given is None and environment is not None:
-        own = own_rows(environment, config.data, evaluation=evaluation, reads_answer=reads_answer(rewards))
+        own = own_rows(environment, config.data, evaluation=evaluation, reads_answer=reads, left_out=left_out)
         if own is not None:
             return own
     if given is None:
-        return load_rows(config.data, evaluation=evaluation, reads_answer=reads_answer(rewards))
+        return load_rows(config.data, evaluation=evaluation, reads_answer=reads, left_out=left_out)
     return prepare_rows(
         given,
         config.data,
         answer_regex=config.data.answer_regex,
         setting="eval_dataset" if evaluation else "train_dataset",
-        reads_answer=reads_answer(rewards),
+        reads_answer=reads,
+        selection=Selection.of(config.data, held_out=evaluation, left_out=left_out),
     )
 
 

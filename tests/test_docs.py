@@ -278,10 +278,13 @@ def test_the_documents_schedules_are_valid():
     assert config.at(500).algorithm.kl_coef == pytest.approx(0.0005)
 
 
-def test_the_documents_list_of_sources_is_valid():
-    data = yaml.safe_load(block("yaml", "docs/data.md", beginning="data:"))
-    config = Config(**data, model={"name": "m"}, run={"dir": "d", "steps": 1})
-    assert list((config.data.weights or {}).values()) == [3, 1]
+def test_the_documents_sources_and_rows_are_valid():
+    configs = [
+        Config(**yaml.safe_load(text), model={"name": "m"}, run={"dir": "d", "steps": 1})
+        for text in blocks("yaml", "docs/data.md")
+    ]
+    assert [list((config.data.weights or {}).values()) for config in configs] == [[3, 1], [], [1, 3]]
+    assert configs[1].data.where == {"level": [3, 4, 5], "subject": "Algebra"}
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)

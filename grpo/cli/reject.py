@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import glob
 import os
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,11 @@ def main() -> None:
                 )
     elif options.tags:
         parser.error("--tags has no effect with --rewrite-with. Leave it out: --rewrite-template can ask for tags.")
+    if options.questions and any(each.partition("=")[0].startswith("data.where") for each in options.set):
+        parser.error(
+            "--set data.where chooses among the run's own questions, and has no effect on --questions. Leave one of the two out, "
+            "or let --questions name a YAML whose section data has a where."
+        )
     if options.set and not options.config and run_directory(options.model) is None:
         parser.error("--set has no effect without --config, or a run as --model, whose settings it overrides.")
     with errors_for_users():
@@ -122,8 +128,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         )
     rewards = resolve_rewards(trusted_rewards(chosen, options))
     processes = distributed.join()
-    rows = load_rows(data, reads_answer=reads_answer(rewards))[: options.num_questions]
-    rates, left_out = within_pass_rates(rows, data)
+    left_out = Counter[str]()
+    rows = load_rows(data, reads_answer=reads_answer(rewards), left_out=left_out)[: options.num_questions]
+    rates, by_pass_rate = within_pass_rates(rows, data)
+    left_out.update(by_pass_rate)
     asked = Asked(
         chosen.model, chosen.sampling, options.samples, options.seed, _rewriting(options, chosen.sampling), options.tags
     )
@@ -163,7 +171,7 @@ def _with_questions(settings: Any, questions: str | None) -> Any:
     if questions.endswith((".yaml", ".yml")):
         return settings.model_copy(update={"data": Config.load_questions(questions).data})
     return settings.model_copy(
-        update={"data": settings.data.model_copy(update={"name": questions, "pass_rates": None})}
+        update={"data": settings.data.model_copy(update={"name": questions, "pass_rates": None, "where": None})}
     )
 
 

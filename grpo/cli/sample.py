@@ -94,7 +94,7 @@ def sample(options: argparse.Namespace, asked: list[dict[str, Any]]) -> list[dic
     tools = Tools.of(called, chosen.settings.scoring, tokenizer, data, environment=environment)
     data = data if tools is None else tools.told(data)
     if options.data:
-        data = data.model_copy(update={"name": options.data})
+        data = data.model_copy(update={"name": options.data, "where": None})
     asked = [{**row, "question": as_asked(row["question"], data)} for row in asked]
     rows = asked or chosen_rows(data, options.row, held_out=options.held_out, environment=environment)
     rows = rows if tools is None else tools.toolbox.observed(rows, data)

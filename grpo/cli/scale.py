@@ -76,6 +76,7 @@ def reinforcement(arguments: argparse.Namespace) -> str:
     from grpo import Config
     from grpo.check import scale
     from grpo.data.files import load_table
+    from grpo.data.where import Selection
 
     recipe = Config.load(arguments.config)
     max_tokens = arguments.max_tokens or min(scale.USUAL_TOKENS, recipe.rollout.max_completion_tokens)
@@ -84,7 +85,10 @@ def reinforcement(arguments: argparse.Namespace) -> str:
     scaled = scale.scale_down(recipe, shape, hardware, max_tokens=max_tokens, hours=arguments.hours)
     name = recipe.data.name if isinstance(recipe.data.name, str) else None
     local = name is not None and Path(name).is_file()
-    rows = sum(1 for _ in load_table(str(name), None, recipe.data.split, "data.name")) if local else None
+    rows: int | None = None
+    if local:
+        table = load_table(str(name), None, recipe.data.split, "data.name")
+        rows = sum(1 for _ in Selection.of(recipe.data, held_out=False).kept(table, "data.name"))
     return scale.as_yaml(
         scaled, arguments.config, run_dir=f"runs/{arguments.out.stem}", out=arguments.out, num_questions=rows
     )

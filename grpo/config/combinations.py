@@ -24,6 +24,7 @@ from grpo.config.sections import (
     VLLMConfig,
     WatchdogConfig,
 )
+from grpo.config.where import check_where
 from grpo.text.aha import check_lists
 from grpo.types import VOTE
 
@@ -187,6 +188,7 @@ def check_combinations(config: Config) -> None:
     _check_task(config.data)
     _check_sources(config.data)
     _check_order(config.data)
+    check_where(config.data)
     low, high = config.data.pass_rate
     if low > high:
         raise ValueError(

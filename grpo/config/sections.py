@@ -92,11 +92,14 @@ class SourceConfig(Section):
     """Column that holds the gold answer."""
     answer_regex: str | None = None
     """A regular expression whose first group is the answer."""
+    where: dict[str, Any] | None = None
+    """Which of its rows are taken, in place of `data.where`; `{}`: all of them."""
 
     @property
     def label(self) -> str:
         """What tells it from the others; rows have it as their column `data_name`."""
-        return ":".join(each for each in (self.name, self.subset, self.split) if each is not None)
+        rows = [f"{column}={values}" for column, values in (self.where or {}).items()]
+        return ":".join(each for each in (self.name, self.subset, self.split, *rows) if each is not None)
 
 
 SHAPES_OF_SOURCES = ("one name", "a list")
@@ -128,9 +131,15 @@ class DataConfig(Section):
     """Configuration name of the hub data set `eval_name`; without `eval_name` that of `name` holds."""
     eval_split: str = "test"
     """Split of a hub data set to evaluate on."""
+    where: dict[str, Any] | None = None
+    """Take only rows that have one of these values in each of these columns, which are named like `question_column`:
+    `{level: [3, 4, 5], subject: Algebra}`. Compared is the text of the cell, so 3, 3.0 and "3" are the same; a row that has
+    nothing there is not taken. How many are left out is said at the start. null: all rows."""
+    eval_where: dict[str, Any] | None = None
+    """The same for held-out questions, with `eval_name` or without. null: all of them, whatever `where` says."""
     question_column: str = "question"
     """Column that holds the question: a text, or a list of chat messages, which data.template `chat` renders. What lies deeper is
-    named with dots: `extra_info.question`, `messages.0.content`. grpo/data/rows.py has the text of each kind of cell."""
+    named with dots: `extra_info.question`, `messages.0.content`. grpo/data/cells.py has the text of each kind of cell."""
     question_template: str | None = None
     """The question made of columns, each named in braces: `Using the numbers {nums}, make {target}.` Other text stays as it is.
     null: the question is `question_column`. Of `eval_name` too."""

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo.config import DataConfig
+from grpo.data.cells import text_of
 from grpo.data.files import load_table
 from grpo.data.probes import PROBES
-from grpo.data.rows import MESSAGES, prepare_rows, text_of
+from grpo.data.rows import MESSAGES, prepare_rows
 
 
 @dataclass(frozen=True)

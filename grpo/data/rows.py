@@ -1,34 +1,21 @@
-"""Rows as they are written -> rows with `question` and `answer`: sources, columns, the text of a cell.
-
-The text of a cell is the text that trains:
-
-    text                      itself
-    number of JSON            as it is written: 0.50, 1e400, 4611686018427387905
-    integer, decimal          exact
-    other float               its shortest digits; a whole number without `.0`, because tables keep integers as floats beside a
-                              missing one
-    true, false               as JSON writes them, in every format
-    date, time                ISO 8601: 1945-05-08, 1945-05-08T00:00:00
-    list of numbers           as JSON writes it: [3, 4], [[1, 0], [0, 1]]
-    null, NaN                 missing: no question, and an answer that no reward can grade
-    list of messages          a conversation, where it is the question (data.template chat renders it)
-    anything else             refused, with the column, the row and what to do
-"""
+"""Rows as they are written -> rows with `question` and `answer`: sources, columns, conversations. cells.py has the text of a
+cell."""
 
 from __future__ import annotations
 
 import json
 import pickle
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, time
-from decimal import Decimal
 from typing import Any
 
 from grpo.config import COLUMN_IN_BRACES, TASK_PREFIX, DataConfig, SourceConfig
-from grpo.data.files import Row, Written, given_rows, is_split, load_table, refuse_row
+from grpo.data.cells import cell_of, described, is_conversation, is_missing, said, text_in, text_of
+from grpo.data.files import Row, given_rows, is_split, load_table
 from grpo.data.gym import make_rows
+from grpo.data.where import Selection
 from grpo.system import progress
 
 MESSAGES = "question_messages"
@@ -52,14 +39,21 @@ class Fields:
 
 
 @progress.busy("reading data")
-def load_rows(config: DataConfig, *, evaluation: bool = False, reads_answer: bool = True) -> list[Row]:
+def load_rows(
+    config: DataConfig,
+    *,
+    evaluation: bool = False,
+    reads_answer: bool = True,
+    left_out: Counter[str] | None = None,
+) -> list[Row]:
     """Rows of the training or the evaluation set, each with `question` and `answer` among its columns.
 
     Args:
         reads_answer: whether a reward asks for `answer`, which then has to be a text.
+        left_out: is to count the rows that data.where or data.eval_where leaves out, by reason.
 
     Raises:
-        ValueError: no such data set, a column is missing, or `answer_regex` does not match an answer.
+        ValueError: no such data set, a column is missing, `answer_regex` does not match an answer, or see Selection.
     """
     own = evaluation and config.eval_name is not None
     setting, given = ("data.eval_name", config.eval_name) if own else ("data.name", config.name)
@@ -71,15 +65,18 @@ def load_rows(config: DataConfig, *, evaluation: bool = False, reads_answer: boo
         )
     if isinstance(given, str) and given.startswith(TASK_PREFIX):
         made = make_rows(given, config.args, held_out=evaluation)
-        return _prepared(made, _fields(config, own, reads_answer), setting)
+        selection = Selection.of(config, held_out=evaluation, left_out=left_out)
+        return _prepared(made, _fields(config, own, reads_answer), selection, setting)
     if evaluation and not own and (not isinstance(given, str) or not is_split(given)):
         raise ValueError(_no_held_out(given if isinstance(given, str) else ", ".join(each.name for each in given)))
+    selection = Selection.of(config, held_out=evaluation, left_out=left_out, is_shared=isinstance(given, list))
     if isinstance(given, str):
-        return complete(_source_rows(SourceConfig(name=given), config, evaluation, reads_answer, setting))
+        return complete(_source_rows(SourceConfig(name=given), config, evaluation, reads_answer, selection, setting))
     rows: list[Row] = []
     for number, source in enumerate(given):
-        found = _source_rows(source, config, evaluation, reads_answer, f"{setting}.{number}.name")
+        found = _source_rows(source, config, evaluation, reads_answer, selection, f"{setting}.{number}.name")
         rows += [{**row, DATA_NAME: source.label} for row in found]
+    selection.check_values()
     return complete(rows)
 
 
@@ -91,7 +88,12 @@ def _no_held_out(name: str) -> str:
 
 
 def _source_rows(
-    source: SourceConfig, config: DataConfig, evaluation: bool, reads_answer: bool, setting: str
+    source: SourceConfig,
+    config: DataConfig,
+    evaluation: bool,
+    reads_answer: bool,
+    selection: Selection,
+    setting: str,
 ) -> list[Row]:
     own = evaluation and config.eval_name is not None
     subset = source.subset or (config.eval_subset if own else config.subset)
@@ -99,25 +101,33 @@ def _source_rows(
     revision = source.revision or (None if own else config.revision)
     option = f"{setting.removesuffix('name')}split" if source.split else f"data.{'eval_' * evaluation}split"
     table = load_table(source.name, subset, split, setting, revision, split_setting=option)
-    fields = _own_fields(source, _fields(config, own, reads_answer), setting.removesuffix("name"))
-    return _prepared(table, fields, setting, name=source.name)
+    prefix = setting.removesuffix("name")
+    fields = _own_fields(source, _fields(config, own, reads_answer), prefix)
+    return _prepared(table, fields, selection.of_source(source, prefix), setting, name=source.name)
 
 
 def written_rows(
-    config: DataConfig, given: Iterable[Mapping[str, Any]] | None, *, setting: str = "data.name"
+    config: DataConfig,
+    given: Iterable[Mapping[str, Any]] | None,
+    *,
+    setting: str = "data.name",
+    left_out: Counter[str] | None = None,
 ) -> Iterator[tuple[Row, Fields, str]]:
     """The training rows as they are written, each with where its question is and what errors call it.
 
     Args:
         given: rows of a program instead of those of `data.name`; `setting` is then what errors blame.
+        left_out: see load_rows.
 
     Raises:
-        ValueError: no such data set, or a row is none.
+        ValueError: no such data set, a row is none, or see Selection.
     """
     fields = _fields(config, False, False)
-    sources: list[tuple[Iterable[Mapping[str, Any]], Fields, str, Row]] = []
+    is_shared = given is None and isinstance(config.name, list)
+    selection = Selection.of(config, held_out=False, left_out=left_out, is_shared=is_shared)
+    sources: list[tuple[Iterable[Mapping[str, Any]], Fields, Selection, str, Row]] = []
     if given is not None:
-        sources = [(given_rows(given, setting), fields, setting, {})]
+        sources = [(given_rows(given, setting), fields, selection, setting, {})]
     elif config.name is None:
         raise ValueError(
             "data.name is missing; supervised training needs rows. Set data.name, or pass train_dataset to SupervisedTrainer."
@@ -126,7 +136,7 @@ def written_rows(
         table = load_table(
             config.name, config.subset, config.split, setting, config.revision, split_setting="data.split"
         )
-        sources = [(table, fields, setting, {})]
+        sources = [(table, fields, selection, setting, {})]
     else:
         for number, source in enumerate(config.name):
             own, prefix = f"{setting}.{number}.name", f"{setting}.{number}."
@@ -135,13 +145,12 @@ def written_rows(
             table = load_table(
                 source.name, subset, split, own, source.revision or config.revision, split_setting=option
             )
-            sources.append((table, _own_fields(source, fields, prefix), own, {DATA_NAME: source.label}))
-    for rows, where_question, name, label in sources:
-        for number, row in enumerate(rows):
-            where = f"row {number} of {name}"
-            if not isinstance(row, Mapping):
-                refuse_row(row, where)
-            yield {**row, **label}, where_question, where
+            chosen = selection.of_source(source, prefix)
+            sources.append((table, _own_fields(source, fields, prefix), chosen, own, {DATA_NAME: source.label}))
+    for rows, where_question, chosen, name, label in sources:
+        for number, row in chosen.kept(rows, name):
+            yield {**row, **label}, where_question, f"row {number} of {name}"
+    selection.check_values()
 
 
 def has_question(row: Mapping[str, Any], fields: Fields) -> bool:
@@ -158,6 +167,7 @@ def prepare_rows(
     setting: str,
     held_out: bool = False,
     reads_answer: bool = True,
+    selection: Selection | None = None,
 ) -> list[Row]:
     """Give each row its `question` and `answer`; its other columns stay, and one that only some rows have is None in the rest.
 
@@ -165,13 +175,15 @@ def prepare_rows(
         rows: dictionaries, a Dataset or a DataFrame.
         held_out: the rows are those of `data.eval_name`, which may have settings of its own.
         reads_answer: see load_rows.
+        selection: which of the rows; None: all.
 
     Raises:
-        ValueError: the rows are none, or a cell cannot be a question or an answer.
+        ValueError: the rows are none, a cell cannot be a question or an answer, or see Selection.
     """
     fields = _fields(config, held_out, reads_answer)
     fields = Fields(**{**vars(fields), "regex": answer_regex})
-    return complete(_prepared(given_rows(rows, setting), fields, setting))
+    selection = selection or Selection(None, setting, Counter())
+    return complete(_prepared(given_rows(rows, setting), fields, selection, setting))
 
 
 def complete(rows: list[Row]) -> list[Row]:
@@ -246,13 +258,13 @@ def _own_fields(source: SourceConfig, fields: Fields, prefix: str) -> Fields:
 # ---- question and answer ---------------------------------------------------------------------------------------------
 
 
-def _prepared(rows: Iterable[Mapping[str, Any]], fields: Fields, setting: str, *, name: str = "") -> list[Row]:
+def _prepared(
+    rows: Iterable[Mapping[str, Any]], fields: Fields, selection: Selection, setting: str, *, name: str = ""
+) -> list[Row]:
     pattern = re.compile(fields.regex) if fields.regex is not None else None
     prepared = []
-    for number, row in enumerate(rows):
+    for number, row in selection.kept(rows, setting):
         where = f"row {number} of {setting}"
-        if not isinstance(row, Mapping):
-            refuse_row(row, where)
         prepared.append({**row, **question_in(row, fields, where), "answer": _answer(row, fields, pattern, where)})
     if not prepared:
         found = f" ({name})" if name else ""
@@ -263,27 +275,27 @@ def _prepared(rows: Iterable[Mapping[str, Any]], fields: Fields, setting: str, *
 def question_in(row: Mapping[str, Any], fields: Fields, where: str) -> Row:
     """The row's columns in their places of the template; or the turns of a conversation, and the last of them as the question."""
     if (column := COLUMN_IN_BRACES.fullmatch(fields.question)) is not None:
-        cell = _cell(row, column[1], fields.question_setting, where)
+        cell = cell_of(row, column[1], fields.question_setting, where)
         if is_conversation(cell):
             turns = _turns(cell, fields, where)
             return {"question": turns[-1]["content"], MESSAGES: turns}
 
     def text(found: re.Match[str]) -> str:
-        cell = _cell(row, found[1], fields.question_setting, where)
+        cell = cell_of(row, found[1], fields.question_setting, where)
         if is_missing(cell):
-            raise ValueError(f"{_said(fields.question_setting)}; {where} has no {found[1]}. Drop the row.")
-        return _text(cell, found[1], fields.question_setting, where)
+            raise ValueError(f"{said(fields.question_setting)}; {where} has no {found[1]}. Drop the row.")
+        return text_in(cell, found[1], fields.question_setting, where)
 
     return {"question": COLUMN_IN_BRACES.sub(text, fields.question)}
 
 
 def _answer(row: Mapping[str, Any], fields: Fields, pattern: re.Pattern[str] | None, where: str) -> str:
-    cell = _cell(row, fields.answer, fields.answer_setting, where)
+    cell = cell_of(row, fields.answer, fields.answer_setting, where)
     if is_missing(cell):
         return ""  # no reward can grade it
     if not fields.reads_answer and text_of(cell) is None:
         return json.dumps(cell, default=str)
-    answer = _text(cell, fields.answer, fields.answer_setting, where)
+    answer = text_in(cell, fields.answer, fields.answer_setting, where)
     if pattern is None or not answer:
         return answer
     found = pattern.search(answer)
@@ -295,153 +307,7 @@ def _answer(row: Mapping[str, Any], fields: Fields, pattern: re.Pattern[str] | N
     return found.group(1).strip()
 
 
-def _cell(row: Mapping[str, Any], address: str, setting: tuple[str, str], where: str) -> Any:
-    """The cell of a column, or what lies deeper in it: `reward_model.ground_truth`, `messages.-1.content`.
-
-    A column that has the very name comes first.
-    """
-    if address in row:
-        return row[address]
-    cell: Any = row
-    for depth, key in enumerate(keys := address.split(".")):
-        if isinstance(cell, Mapping) and key in cell:
-            cell = cell[key]
-        elif _is_list(cell) and re.fullmatch(r"-?\d+", key) and -len(cell) <= int(key) < len(cell):
-            cell = cell[int(key)]
-        else:
-            raise ValueError(_nothing_there(cell, keys[:depth], setting, where))
-        if is_missing(cell):
-            return None
-    return cell
-
-
-def _nothing_there(cell: Any, path: list[str], setting: tuple[str, str], where: str) -> str:
-    if not path:
-        return f"{_said(setting)}; {where} has the columns {', '.join(map(str, cell))}. Name one of them."
-    inside = ".".join(path)
-    if isinstance(cell, Mapping):
-        return f"{_said(setting)}; {inside} of {where} has {', '.join(map(str, cell))}. Name one of them."
-    if _is_list(cell):
-        return f"{_said(setting)}; {inside} of {where} is a list of {len(cell)}. Name one by its number: {inside}.0."
-    return f"{_said(setting)}; {inside} of {where} is {_kind(cell)}, and there is nothing in it. Name {inside}."
-
-
-def _said(setting: tuple[str, str]) -> str:
-    return f"{setting[0]} is {setting[1]!r}"
-
-
-def is_missing(cell: Any) -> bool:
-    """None, NaN, and what tables have for them."""
-    if cell is None or isinstance(cell, (str, list, dict)):
-        return cell is None
-    try:
-        return bool(cell != cell)  # NaN and NaT
-    except (TypeError, ValueError):  # pandas' NA is neither; an array is many
-        return type(cell).__name__ == "NAType"
-
-
-# ---- the text of a cell ----------------------------------------------------------------------------------------------
-
-
-def _text(cell: Any, column: str, setting: tuple[str, str], where: str) -> str:
-    """
-    Raises:
-        ValueError: the cell has no text of its own, or one that is no Unicode.
-    """
-    text = text_of(cell)
-    if text is None:
-        raise ValueError(
-            f"{_said(setting)}; {column} of {where} is {_kind(cell)}, not a text. {_remedy(cell, column, setting)}"
-        )
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{_said(setting)}; {column} of {where} holds {text[error.start]!r}, half of a character. Correct it, or "
-                "drop the row."
-            ) from error
-    return text
-
-
-def text_of(cell: Any) -> str | None:
-    """The text of a cell, as the head of this module has it; None: it has none."""
-    if isinstance(cell, str):
-        return str(cell)
-    if isinstance(cell, bool):
-        return "true" if cell else "false"
-    if isinstance(cell, (int, Written)):
-        return str(cell)
-    if isinstance(cell, Decimal):
-        return format(cell, "f")
-    if isinstance(cell, (date, time)):  # a datetime is a date
-        return cell.isoformat()
-    if hasattr(cell, "dtype") and hasattr(cell, "tolist"):  # numpy and torch
-        return _array_text(cell)
-    if isinstance(cell, float):
-        return _float_text(repr(float(cell)))
-    return _list_text(cell) if _is_list(cell) else None
-
-
-def _float_text(digits: str) -> str:
-    return digits.removesuffix(".0")
-
-
-def _array_text(cell: Any) -> str | None:
-    """Of a number or an array of numbers; those of half and single precision have their own shortest digits."""
-    if getattr(cell, "ndim", 0) == 0 and str(cell.dtype) in ("float16", "float32"):
-        return _float_text(str(cell))
-    plain = cell.tolist()
-    return None if hasattr(plain, "dtype") else text_of(plain)
-
-
-def _list_text(cell: Sequence[Any]) -> str | None:
-    """Of a list of numbers, or of such lists."""
-    parts = [None if isinstance(item, str) else text_of(item) for item in cell]
-    known = [part for part in parts if part is not None]
-    return f"[{', '.join(known)}]" if len(known) == len(parts) and parts else None
-
-
-def _is_list(cell: Any) -> bool:
-    return isinstance(cell, (list, tuple))
-
-
-def _kind(cell: Any) -> str:
-    if isinstance(cell, Mapping):
-        return f"a dictionary with {', '.join(map(str, cell))}" if cell else "an empty dictionary"
-    if is_conversation(cell):
-        return f"a conversation of {len(cell)} messages"
-    if _is_list(cell):
-        return (
-            f"a list of {len(cell)} ({', '.join(sorted({type(item).__name__ for item in cell}))})"
-            if cell
-            else "an empty list"
-        )
-    return f"{type(cell).__name__} data"
-
-
-def _remedy(cell: Any, column: str, setting: tuple[str, str]) -> str:
-    if isinstance(cell, Mapping) and cell:
-        inside = f"{column}.{next(iter(cell))}"
-    elif is_conversation(cell):
-        inside = f"{column}.0.content"
-    elif _is_list(cell) and cell:
-        inside = f"{column}.0"
-    else:
-        return "Name another column, or convert this one to text."
-    return f"Name what is inside, such as {inside}, in {setting[0]}, or convert the column to text."
-
-
 # ---- conversations ---------------------------------------------------------------------------------------------------
-
-
-def is_conversation(cell: Any) -> bool:
-    """A list of messages, each with a role and a content."""
-    return (
-        _is_list(cell)
-        and len(cell) > 0
-        and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in cell)
-    )
 
 
 def _turns(cell: Sequence[Mapping[str, Any]], fields: Fields, where: str) -> list[Row]:
@@ -460,13 +326,13 @@ def _turns(cell: Sequence[Mapping[str, Any]], fields: Fields, where: str) -> lis
     for number, turn in enumerate(turns):
         if not isinstance(turn.get("content"), str):
             raise ValueError(
-                f"{_said(fields.question_setting)}; the content of message {number} in {where} is {_kind(turn.get('content'))}, "
-                "not a text. Convert it to text, or drop the row."
+                f"{said(fields.question_setting)}; the content of message {number} in {where} is "
+                f"{described(turn.get('content'))}, not a text. Convert it to text, or drop the row."
             )
-        _text(turn["content"], column, fields.question_setting, where)
+        text_in(turn["content"], column, fields.question_setting, where)
     if not turns or turns[-1]["role"] in ("assistant", "system"):
         raise ValueError(
-            f"{_said(fields.question_setting)}; the conversation of {where} ends with a message of the "
+            f"{said(fields.question_setting)}; the conversation of {where} ends with a message of the "
             f"{turns[-1]['role'] if turns else 'assistant'}, and the assistant is to answer a user. Drop that message; or, where "
             f"it is the gold answer, set data.answer_column to {column}.-1.content; or take one message: data.question_column "
             f"{column}.0.content."

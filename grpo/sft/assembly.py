@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.assembly import Rows, held_out_questions, reward_functions, with_given_model
+from grpo.assembly import Rows, held_out_questions, reward_functions, unread_questions, with_given_model
 from grpo.config import AlgorithmConfig, Config, SupervisedConfig
 from grpo.config.supervised import as_spelled_here
 from grpo.data.prompts import use_chat_template
@@ -97,6 +97,8 @@ def assemble(
     if given_model is not None:
         shared = with_given_model(shared, given_model, processes)
     config = config.model_copy(update={"model": shared.model})
+    for notice in unread_questions(shared):
+        processes.say(notice)
     tokenizer = load_tokenizer(config.model)
     use_chat_template(tokenizer, config.data)
     check_positions(

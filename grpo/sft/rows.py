@@ -24,6 +24,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.supervised import RowsConfig
+from grpo.data.cells import is_conversation
 from grpo.data.prompts import (
     TEMPLATES,
     Message,
@@ -38,7 +39,7 @@ from grpo.data.prompts import (
     token_ids,
     tokenize,
 )
-from grpo.data.rows import Fields, has_question, is_conversation, question_in, written_rows
+from grpo.data.rows import Fields, has_question, question_in, written_rows
 from grpo.system import progress
 from grpo.types import Completion, Group, Prompt
 
@@ -101,10 +102,10 @@ def read_rows(
     """
     reader = _Reader(config, tokenizer, model)
     setting = "data.name" if given is None else "train_dataset"
-    drafts = list(reader.drafts(written_rows(config, given, setting=setting)))
+    dropped: Counter[str] = Counter()
+    drafts = list(reader.drafts(written_rows(config, given, setting=setting, left_out=dropped)))
     if not drafts:
         raise ValueError(f"{setting} holds no rows. Name a data set with at least one.")
-    dropped: Counter[str] = Counter()
     for draft in drafts:
         _check_learned(draft)
     kept = _without_empty_thoughts(drafts, config, dropped)

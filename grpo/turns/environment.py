@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from grpo.config import DataConfig, EnvironmentConfig
 from grpo.data.rows import prepare_rows
+from grpo.data.where import Selection
 from grpo.scoring.reward import Reward, resolve_function
 from grpo.turns.episode import EpisodeRunner, environment
 
@@ -95,13 +97,18 @@ class Environment:
 
 
 def own_rows(
-    environment: Environment, data: DataConfig, *, evaluation: bool, reads_answer: bool
+    environment: Environment,
+    data: DataConfig,
+    *,
+    evaluation: bool,
+    reads_answer: bool,
+    left_out: Counter[str] | None = None,
 ) -> list[dict[str, Any]] | None:
     """The questions that an environment brings, as rows of the data, where the data names none; None: it brings none.
 
     Args:
         evaluation: those of the evaluation.
-        reads_answer: as load_rows has it.
+        reads_answer: as load_rows has it, and left_out.
 
     Raises:
         ValueError: as Environment.rows; or a row is none, or environment.rows has no effect.
@@ -117,7 +124,12 @@ def own_rows(
     if made is None:
         return None
     return prepare_rows(
-        made, data, answer_regex=data.answer_regex, setting="environment.rows", reads_answer=reads_answer
+        made,
+        data,
+        answer_regex=data.answer_regex,
+        setting="environment.rows",
+        reads_answer=reads_answer,
+        selection=Selection.of(data, held_out=evaluation, left_out=left_out),
     )
 
 
