@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 from grpo.rewards import language
 from helpers import ROOT, TINY, clean_environment, tiny_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto import wandb_internal_pb2 as wandb_records
+from wandb_files import wandb_histories, wandb_records_of
 
 from grpo import Trainer
 from grpo.observe.metric_names import METRICS
@@ -361,36 +360,6 @@ def test_evaluations_are_counted_too(run: Path):
     rows = [each for each in read_jsonl(run / "evaluations.jsonl") if each["step"] == 0]
     share = sum("guess" in each["completion"] for each in rows) / 4
     assert metrics["aha/eval_guess_share"] == share
-
-
-def wandb_log(path: Path) -> Iterator[Any]:
-    """The records of an offline run: LevelDB's log format, blocks of 32 KiB with a header of 7 bytes before each part."""
-    data, place, record = path.read_bytes(), 7, b""
-    while place + 7 <= len(data):
-        if (left := 32768 - place % 32768) < 7:
-            place += left
-            continue
-        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-        record += data[place + 7 : place + 7 + size]
-        place += 7 + size
-        if kind in (1, 4):  # whole, or the last part
-            yield wandb_records.Record.FromString(record)
-            record = b""
-
-
-def wandb_records_of(run: Path, kind: str) -> list[list[Any]]:
-    """Of each attempt at the run, its records of a kind."""
-    paths = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
-    return [
-        [getattr(each, kind) for each in wandb_log(path) if each.WhichOneof("record_type") == kind] for path in paths
-    ]
-
-
-def wandb_histories(run: Path) -> list[list[dict[str, Any]]]:
-    return [
-        [{"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in each.item} for each in rows]
-        for rows in wandb_records_of(run, "history")
-    ]
 
 
 def test_wandb_has_the_curves_of_both_attempts_and_the_few_that_matter_once_more(run: Path):

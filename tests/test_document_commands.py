@@ -35,6 +35,7 @@ ELSEWHERE = {
     r"^pip install": "needs the package index",
     r"--config my\.yaml": "tests/test_docs.py runs it with the README's files",
     r"^grpo r1 r1-tiny( --out .*)?$": "takes minutes; tests/test_pipeline.py runs its stages in short",
+    r"^grpo workspace": "needs a login at W&B; tests/test_workspace.py has a server of its own",
     r"^grpo compare": "trains six runs; tests/test_compare.py does so with smaller ones",
     r"scripts/check_gpu\.py": "needs GPUs; tests/test_check_gpu.py rehearses it",
     r"--group 8|,probes|--require accuracy=1|max_oversampling=3": "as a shorter one beside it; tests of that option run it",

@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "a model as others run it: GGUF with an Ollama Modelfile, a folder, the hub",
     "serve": "an OpenAI-style server for a model, and a page to talk to it",
     "report": "one page to look at a run, or to compare several",
+    "workspace": "a W&B workspace for the runs of a project, laid out as the report is",
     "compare": "run configurations with several seeds, and tell what differs",
     "aha": "words of reflection in a run's completions",
     "contamination": "which test questions share ten words with training questions",

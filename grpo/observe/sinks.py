@@ -179,6 +179,22 @@ CHARTS = {
 
 UNTRAINED = "untrained model"
 
+COMPLETIONS, REFLECTIVE = "samples/completions", "samples/reflective"
+"""W&B's tables."""
+
+
+def overview(verdict: str) -> dict[str, str]:
+    """The few metrics that W&B has once more, under these names; `verdict` is the reward that says what is right."""
+    return {
+        "reward/mean": "reward",
+        f"reward/{verdict}": verdict,
+        f"eval/{verdict}": f"held-out {verdict}",
+        "completion/length_mean": "length",
+        "completion/truncated": "cut off",
+        "policy/entropy": "entropy",
+        "policy/kl": "KL",
+    }
+
 
 def chart_lines(metric: str) -> dict[str, str]:
     """What a chart's lines are called, and the metric of each."""
@@ -261,7 +277,7 @@ class WandbSink:
             say("wandb: no login found (run `wandb login`); this run is logged offline.")
             mode = "offline"
         options: dict[str, Any] = {
-            "project": project or os.environ.get("WANDB_PROJECT") or PROJECT,
+            "project": project or default_project(),
             "name": os.environ.get("WANDB_NAME") or directory.name,
             "dir": str(directory),
             "config": config,
@@ -275,20 +291,12 @@ class WandbSink:
                 raise
             say(f"wandb: {error}; this run is logged offline.")
             self._run = wandb.init(mode="offline", **options)
-        self._overview = {
-            "reward/mean": "reward",
-            f"reward/{verdict}": verdict,
-            f"eval/{verdict}": f"held-out {verdict}",
-            "completion/length_mean": "length",
-            "completion/truncated": "cut off",
-            "policy/entropy": "entropy",
-            "policy/kl": "KL",
-        }
+        self._overview = overview(verdict)
         # W&B's own step cannot go back; a run that resumes or rolls back does
-        self._run.define_metric("step", hidden=True)
-        self._run.define_metric("*", step_metric="step")
+        self._run.define_metric(STEP, hidden=True)
+        self._run.define_metric("*", step_metric=STEP)
         for name in (f"reward/{verdict}", f"eval/{verdict}"):  # the list of runs shows the best beside the last
-            self._run.define_metric(name, step_metric="step", summary="max,last")
+            self._run.define_metric(name, step_metric=STEP, summary="max,last")
         self._samples = ReflectiveSamples(words)
         self._history: list[Row] = list(history)
         self._charts_due = Rarely()
@@ -319,7 +327,7 @@ class WandbSink:
         if not drawn:
             return None
         xs, ys = ([list(each[axis]) for each in drawn.values()] for axis in (0, 1))
-        return self._wandb.plot.line_series(xs, ys, list(drawn), title, "step", split_table=True)
+        return chart_of(self._wandb, title, xs, ys, list(drawn))
 
     def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
         if not rows:
@@ -333,9 +341,9 @@ class WandbSink:
         for row in shown:
             cells = [row.get(name) for name in columns]
             table.add_data(*(to_json(cell) if isinstance(cell, dict) else cell for cell in cells))
-        self._run.log({"step": step, "samples/completions": table})
+        self._run.log({"step": step, COMPLETIONS: table})
         if picked := self._samples.pick(step, rows):
-            self._run.log({"step": step, "samples/reflective": self._reflective_table(picked)})
+            self._run.log({"step": step, REFLECTIVE: self._reflective_table(picked)})
 
     def _reflective_table(self, picked: list[tuple[str, Row, list[tuple[int, int]]]]) -> Any:
         columns: list[str | int] = [
@@ -364,8 +372,18 @@ class WandbSink:
             self._run.finish()
 
 
-PROJECT = "grpo"
-"""Of a W&B run, where neither the configuration nor the environment names one."""
+STEP = "step"
+"""The metric over which W&B draws all others."""
+
+
+def chart_of(wandb: Any, title: str, xs: list[list[float]], ys: list[list[float]], labels: list[str]) -> Any:
+    """Lines over the step. Its table is in no section of the workspace where the samples are."""
+    return wandb.plot.line_series(xs, ys, labels, title, STEP, split_table=True)
+
+
+def default_project() -> str:
+    """Of a W&B run whose configuration names none."""
+    return os.environ.get("WANDB_PROJECT") or "grpo"
 
 
 def end_wandb_service() -> None:

@@ -173,7 +173,7 @@ def _draw(axis: Axes, panel: Panel, runs: list[Run]) -> None:
                 _base(axis, run, name, color, label="" if r else "step 1, untrained")
         color = COLORS[r % 8] if several or not names else _color(names[0], 0, panel)
         _points(axis, run, panel.points, color, labelled=not r)
-    axis.set_title(panel.title + (f" ({panel.unit})" if panel.unit else ""))
+    axis.set_title(panel.caption)
     axis.set_xlabel("step")
     axis.margins(x=0.01)
     if axis.get_ylim()[0] < 0.6 * axis.get_ylim()[1] and axis.dataLim.y0 >= 0:

@@ -15,6 +15,7 @@ FIT = "fit/curve"
 NOT_A_FUNCTION = {"reward/mean", "reward/std", "reward/unknown"}
 BOUNDS = ("_stderr", "_low", "_high")  # of a held-out value; drawn with it
 NOT_DRAWN = {"step", "eval/pass@1"}  # the latter is the mean of the verdict, which is drawn beside that of training
+HEALTH, COST = "Is it healthy?", "What does it cost?"
 
 
 @dataclass
@@ -33,6 +34,16 @@ class Panel:
         default_factory=list
     )  # further lines where no other run is drawn, without their single values
 
+    @property
+    def caption(self) -> str:
+        """The title with the unit."""
+        return self.title + (f" ({self.unit})" if self.unit else "")
+
+    @property
+    def metrics(self) -> list[str]:
+        """All that is drawn."""
+        return [*self.lines, *filter(None, [self.points]), *self.alone]
+
 
 @dataclass
 class Section:
@@ -45,17 +56,19 @@ class Section:
 def sections(names: Iterable[str]) -> list[Section]:
     """The panels of runs that have metrics of these names; each metric is in one of them, what nobody asked for at the end."""
     left = {name: None for name in names if not name.endswith(BOUNDS) and name not in NOT_DRAWN}
-    functions = [name.removeprefix("reward/") for name in left if _is_function(name)]
-    asked = [Section(title, _present(panels, left)) for title, panels in _questions(functions, list(left)).items()]
+    asked = [Section(title, _present(panels, left)) for title, panels in _questions(list(left)).items()]
     rest = [Panel(name, [name]) for name in left]
     return [section for section in [*asked, Section("Everything else", rest)] if section.panels]
 
 
-def _is_function(name: str) -> bool:
-    return name.startswith("reward/") and name not in NOT_A_FUNCTION
+def functions_of(names: Iterable[str]) -> list[str]:
+    """The reward functions of runs that have metrics of these names."""
+    rewards = [name for name in names if name.startswith("reward/") and name not in NOT_A_FUNCTION]
+    return [name.removeprefix("reward/") for name in rewards]
 
 
-def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]:
+def _questions(names: list[str]) -> dict[str, list[Panel]]:
+    functions = functions_of(names)
     verdict = verdict_name(functions) if functions else "accuracy"
     kinds = [
         name.removeprefix("kind/").removesuffix("/length") for name in names if re.fullmatch(r"kind/.+/length", name)
@@ -110,7 +123,7 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
             for kind in kinds
         ],
         "Does it reflect?": _reflection(names),
-        "Is it healthy?": [
+        HEALTH: [
             Panel("Entropy", ["policy/entropy"], "nats"),
             Panel("Weight of the entropy", ["policy/entropy_coef"]),
             Panel("KL to reference", ["policy/kl"], "nats"),
@@ -131,7 +144,7 @@ def _questions(functions: list[str], names: list[str]) -> dict[str, list[Panel]]
         "What was scheduled?": [
             Panel(name.removeprefix("schedule/"), [name]) for name in names if name.startswith("schedule/")
         ],
-        "What does it cost?": [
+        COST: [
             Panel(
                 "Step time by phase",
                 ["time/rollout", "time/scoring", "time/logprobs", "time/update"],
