@@ -32,10 +32,10 @@ needs_package = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps of the quickstart, with samples enough for pass@k and the KL that it comes with."""
+    """Two steps of the quickstart, with samples enough for pass@k and for a reflective word, whatever they say."""
     directory = tmp_path_factory.mktemp("workspace") / "run"
     few = (
-        f"run.dir={directory} run.steps=2 rollout.num_prompts=4 rollout.group_size=4 preflight.num_questions=0 "
+        f"run.dir={directory} run.steps=2 rollout.num_prompts=8 rollout.group_size=8 preflight.num_questions=0 "
         "evaluation.num_questions=4 evaluation.num_samples=2 logging.wandb=offline"
     )
     Trainer(Config.load("quickstart", few.split())).train()
