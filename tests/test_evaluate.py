@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers import TINY, tiny_config
 
-from grpo import Trainer
-from grpo.scoring.answers import evaluation_rows, is_right, summarize, verdict_name
+from grpo import Trainer, rewards
+from grpo.scoring.answers import MANNERS, evaluation_rows, is_right, summarize, verdict_name
 from grpo.system.jsonl import read_jsonl
 from grpo.types import Completion, Group, Prompt, Scores
 
@@ -19,6 +19,9 @@ from grpo.types import Completion, Group, Prompt, Scores
 def test_the_verdict_is_that_of_accuracy_wherever_it_stands_and_else_of_the_first_reward():
     assert verdict_name(["format", "accuracy"]) == "accuracy"
     assert verdict_name(iter(["code", "format"])) == "code"
+    assert verdict_name(["format", "countdown_search", "countdown"]) == "countdown"
+    assert verdict_name(["format", "language"]) == "format"
+    assert set(rewards.__all__) >= MANNERS
 
 
 @pytest.mark.parametrize(

@@ -217,9 +217,9 @@ class RolloutConfig(Section):
     this multiple of num_prompts questions was sampled in the step; see dynamic_sampling.py. 1: num_prompts questions,
     whatever their rewards. Raising it fills more batches with signal and costs rollout time."""
     signal_from: str | None = None
-    """Name of the reward whose values must differ in a group that dynamic sampling takes. null: `accuracy`, or else the first, of
-    those with a weight. Choosing by a reward for length or form fills batches with groups that teach only that. It also says
-    which questions are solved."""
+    """Name of the reward whose values must differ in a group that dynamic sampling takes. null: of those with a weight, the
+    one that says what is right (docs/rewards.md). Choosing by a reward for length or form fills batches with groups that teach
+    only that. It also says which questions are solved."""
     solved_share: Share = 1.0
     """Share of their turns at which solved questions are asked; at the others the next question is, and group/passed_over counts.
     A question is solved as long as solved_from of the answers that it had last are right. 1: all questions are alike. 0: what is

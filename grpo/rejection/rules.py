@@ -40,7 +40,7 @@ class Rules:
     """Thresholds. The defaults let a healthy English or Chinese solution pass; see docs/rejection.md."""
 
     require: Mapping[str, float] = field(default_factory=dict)
-    """Least value of each reward that a right row has; empty: 1 of `accuracy` if it is there, else of the first reward."""
+    """Least value of each reward that a right row has; empty: 1 of the reward that says what is right."""
     min_thought_words: int = 1
     """Words of the thought, where tags tell it from the answer."""
     min_language: float = 0.9

@@ -148,9 +148,14 @@ def training_rows(
 
 
 def verdict_name(names: Iterable[str]) -> str:
-    """Of a run's reward functions, the one whose verdict says what is right: `accuracy` if it is there, else the first."""
+    """Of a run's reward functions, the one whose verdict says what is right: `accuracy` if it is there, else the first that is
+    not one of MANNERS, else the first."""
     names = list(names)
-    return "accuracy" if "accuracy" in names else names[0]
+    return "accuracy" if "accuracy" in names else next((name for name in names if name not in MANNERS), names[0])
+
+
+MANNERS = frozenset({"format", "overlong", "repetition", "language", "countdown_search", "countdown_trials"})
+"""Rewards of the library that say how an answer is written, and never whether it is right."""
 
 
 def is_right(row: Mapping[str, Any]) -> bool | None:
