@@ -125,7 +125,7 @@ def train(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             use_cpu=not on_gpu,
             seed=config.run.seed,
             use_vllm=args.vllm,
-            logging_steps=10,
+            logging_steps=1,
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
