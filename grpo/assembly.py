@@ -535,13 +535,15 @@ def _rows(
             return own
     if given is None:
         return load_rows(config.data, evaluation=evaluation, reads_answer=reads, left_out=left_out)
+    data, stands_in = config.data, evaluation and config.data.eval_name is not None
     return prepare_rows(
         given,
-        config.data,
-        answer_regex=config.data.answer_regex,
+        data,
+        answer_regex=data.eval_answer_regex if stands_in else data.answer_regex,
         setting="eval_dataset" if evaluation else "train_dataset",
+        held_out=stands_in,
         reads_answer=reads,
-        selection=Selection.of(config.data, held_out=evaluation, left_out=left_out),
+        selection=Selection.of(data, held_out=evaluation, left_out=left_out),
     )
 
 

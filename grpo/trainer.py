@@ -56,7 +56,7 @@ class Trainer(Loop):
             `config.environment.function`; docs/environments.md.
         train_dataset: rows instead of those of `config.data.name`: a `datasets.Dataset`, a `pandas.DataFrame` or a list of
             dictionaries.
-        eval_dataset: rows instead of those of `config.data.eval_name`.
+        eval_dataset: rows instead of those of `config.data.eval_name`, read by the `eval_` settings where that is set.
         settings: over those of `config`, by name: {"run.steps": 100, "rollout.group_size": 8}.
         callbacks: called after steps, evaluations and checkpoints, and at the end.
         optimizer: a function from the list of trained parameters to their torch optimizer, instead of AdamW. The learning rate

@@ -281,6 +281,34 @@ def test_a_weight_without_effect_is_refused(weights: dict[str, float], message: 
         of_two_sources(weights)
 
 
+def is_said(completion: str, answer: str) -> float:
+    return float(answer in completion)
+
+
+def test_held_out_rows_that_are_given_are_read_as_those_they_stand_in_for(tmp_path: Path):
+    ours = [{"question": "1+1?", "answer": "two #### 2"}]
+    theirs = [{"problem": "1+2?", "gold": "three (3)"}]
+
+    def held_out(given: list[dict[str, Any]], **data: Any) -> tuple[str, str]:
+        settings = {"answer_regex": "#### (.*)", **data}
+        config = tiny_config(
+            tmp_path / "run", data=settings, evaluation={"num_questions": 1}, rollout={"num_prompts": 1}
+        )
+        run = Trainer(config, rewards=[is_said], train_dataset=ours, eval_dataset=given)
+        (prompt,) = run.held_out.prompts
+        run.close()
+        return prompt.columns["question"], prompt.columns["answer"]
+
+    named = {"eval_name": "unused", "eval_question_template": "Say {problem}", "eval_answer_column": "gold"}
+    assert held_out(theirs, **named, eval_answer_regex=r"\((.*)\)") == ("Say 1+2?", "3")
+    assert held_out(theirs, **named) == ("Say 1+2?", "three (3)"), "null: the column is the bare answer"
+    assert held_out(ours) == ("1+1?", "2"), "without a name the training rows say it"
+    with pytest.raises(
+        ValueError, match=r"^data\.eval_answer_regex is .*it finds no group in the answer of row 0 of eval"
+    ):
+        held_out(theirs, **named, eval_answer_regex="#### (.*)")
+
+
 # ---- what rewards ask for --------------------------------------------------------------------------------------------
 
 
