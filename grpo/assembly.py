@@ -48,6 +48,7 @@ from grpo.system import distributed
 from grpo.system.distributed import TrainingProcesses
 from grpo.system.stopping import StopAgreement, StopRequest
 from grpo.text import answer_forms
+from grpo.text.plural import counted
 from grpo.training.carry_over import check_carries
 from grpo.training.collector import Collector
 from grpo.training.learner import Learner
@@ -397,7 +398,7 @@ def held_out_questions(
 
 def _left_out(counts: Counter[str], what: str) -> Iterator[str]:
     for why, num in counts.items():
-        yield f"{num:,} {what} left out: {why}"
+        yield f"{counted(num, what)} left out: {why}"
 
 
 def _scorer(
@@ -434,7 +435,7 @@ def _gradable(
     prompts, dropped = build_prompts(gradable, tokenizer, config.data)
     if len(gradable) < len(rows):
         dropped[f"answer cannot be graded, e.g. {next(filter(None, reasons))}"] += len(rows) - len(gradable)
-    processes.say(f"{len(prompts):,} {what}" + "".join(f"; {n:,} dropped: {why}" for why, n in dropped.items()))
+    processes.say(counted(len(prompts), what) + "".join(f"; {n:,} dropped: {why}" for why, n in dropped.items()))
     return prompts, audit(what, rows, reasons, num_prompts=len(prompts))
 
 

@@ -222,7 +222,7 @@ def test_questions_by_level_and_subject_have_numbers_of_their_own(tmp_path: Path
     assert mean == pytest.approx(result["metrics"]["pass@1"]["value"])
     shown = results.report(found["results"])
     assert "mine level 2" in shown
-    assert "1 questions are left out" in shown
+    assert "1 question left out, because the gold answer cannot be graded" in shown
 
 
 def test_greedy_decoding_answers_once(tmp_path: Path):

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 from helpers import TINY, tiny_config
+from test_sft import sft_config
 from transformers import AutoTokenizer
 
-from grpo import Trainer
+from grpo import SupervisedTrainer, Trainer
 from grpo.config import Config, DataConfig
 from grpo.data.order import PromptOrder
 from grpo.data.prompts import build_prompts
 from grpo.data.rows import MESSAGES, canonical, complete, load_rows, prepare_rows
+from grpo.text.plural import counted
 from grpo.types import Prompt
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -320,6 +322,21 @@ def trainer(tmp_path: Path, rows: list[dict[str, Any]], held_out: list[dict[str,
     questions = len(held_out or [])
     config = tiny_config(tmp_path / "run", evaluation={"num_questions": questions}, rollout={"num_prompts": 1})
     return Trainer(config, rewards=[by_level], train_dataset=rows, eval_dataset=held_out)
+
+
+def test_a_single_question_or_row_is_counted_in_the_singular(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    trainer(tmp_path, [WITH], [WITH]).close()
+    lines = capsys.readouterr().out.splitlines()
+    assert {"1 training question", "1 held-out question"} <= set(lines)
+    trainer(tmp_path, [WITH, WITHOUT], [WITH, WITHOUT]).close()
+    lines = capsys.readouterr().out.splitlines()
+    assert {"2 training questions", "2 held-out questions"} <= set(lines)
+    config = sft_config(tmp_path / "rows", evaluation={"num_rows": 0}, training={"rows_per_update": 1})
+    for number, said in ((1, "1 row"), (2, "2 rows")):
+        rows = [{"prompt": f"{n}?", "completion": "2"} for n in range(number)]
+        SupervisedTrainer(config, train_dataset=rows).close()
+        assert said in capsys.readouterr().out.splitlines()
+    assert [counted(number, "rows") for number in (0, 1, 1000)] == ["0 rows", "1 row", "1,000 rows"]
 
 
 WITH = {"question": "1+1?", "answer": "2", "level": 3}

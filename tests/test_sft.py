@@ -718,8 +718,7 @@ def test_a_dry_run_learns_the_longest_update_and_leaves_nothing_behind(
     assert learned == [max(sizes)] * 3  # an update of one row has no fuller pass
     said = capsys.readouterr().out
     assert (
-        f"The longest of 12 updates, 2 times: 1 rows with {max(sizes)} tokens. The longest row has {max(sizes)}."
-        in said
+        f"The longest of 12 updates, 2 times: 1 row with {max(sizes)} tokens. The longest row has {max(sizes)}." in said
     )
     assert f"12 updates on {2 * sum(sizes)} tokens take about" in said
     assert not (tmp_path / "run").exists()
