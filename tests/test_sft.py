@@ -844,6 +844,23 @@ def test_an_error_of_the_evaluation_names_its_own_setting_and_leaves_the_names_o
         raise ValueError(said)
 
 
+def test_what_is_said_of_the_engine_names_the_setting_of_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("grpo.rollout.engine._unsupported_by_design", lambda lm: "its attention is odd")
+    questions = [{"question": "What is 1+1?", "answer": "2"}]
+    asks = {"num_questions": 1, "max_completion_tokens": 8}
+    config = sft_config(tmp_path / "run", evaluation={**asks, "engine": "auto"})
+    SupervisedTrainer(config, train_dataset=ROWS[:4], eval_dataset=questions).close()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "its attention is odd" in line]
+    assert lines == ["evaluation.engine is auto: sampling with transformers' generate, because its attention is odd"]
+    config = sft_config(tmp_path / "run", evaluation={**asks, "engine": "native"})
+    with pytest.raises(
+        ValueError, match=r"^evaluation\.engine is native; its attention is odd\. Set evaluation\.engine to"
+    ):
+        SupervisedTrainer(config, train_dataset=ROWS[:4], eval_dataset=questions)
+
+
 def test_a_dry_run_fills_a_pass_of_each_process_as_far_as_rows_can(tokenizer):
     """Of the update with the most tokens the passes are two of 120, of another one 155."""
     rows = [{"prompt_ids": [n], "completion_ids": [5] * (size - 1)} for n, size in enumerate((60, 60, 60, 60, 80, 75))]

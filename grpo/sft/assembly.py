@@ -157,7 +157,7 @@ def assemble(
     collector = None
     if scorer is not None:
         with as_spelled_here():
-            generator = make_generator(shared, policy)
+            generator = make_generator(shared, policy, setting="evaluation.engine")
         collector = Collector(generator, scorer, stop, rank=processes.rank)
     return Parts(
         config=config,
