@@ -118,6 +118,7 @@ class Trainer(Loop):
             self.config = parts.config
             self.prompts, self.rollouts, self.collector = parts.prompts, parts.rollouts, parts.collector
             self.preflight, self.held_out, self.toolbox = parts.preflight, parts.held_out, parts.toolbox
+            self._evaluates = bool(self.held_out.prompts)
             self._begin(parts.found, self.config, self.collector)
 
     @at_work
@@ -231,7 +232,7 @@ class Trainer(Loop):
             raise
 
     def _evaluate(self) -> list[dict[str, Any]] | None:
-        if not self.held_out.prompts or self.held_out.is_evaluated(self.state.step):
+        if not self._evaluates or self.held_out.is_evaluated(self.state.step):
             return None
         self._follow_schedules()
         return self.held_out.evaluate(self.state.step, seed=self._seed("evaluation"))

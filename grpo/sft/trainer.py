@@ -90,6 +90,7 @@ class SupervisedTrainer(Loop):
             self.config = parts.config
             self.order, self.aside = parts.order, parts.aside
             self.collector, self.held_out = parts.collector, parts.held_out
+            self._evaluates = bool(self.aside) or self.held_out is not None
             self._begin(parts.found, parts.shared, self.collector)
 
     @property
