@@ -48,6 +48,7 @@ from grpo.system import distributed
 from grpo.system.distributed import TrainingProcesses
 from grpo.system.stopping import StopAgreement, StopRequest
 from grpo.text import answer_forms
+from grpo.text.plural import counted
 from grpo.training.carry_over import check_carries
 from grpo.training.collector import Collector
 from grpo.training.learner import Learner
@@ -397,7 +398,7 @@ def held_out_questions(
 
 def _left_out(counts: Counter[str], what: str) -> Iterator[str]:
     for why, num in counts.items():
-        yield f"{num:,} {what} left out: {why}"
+        yield f"{counted(num, what)} left out: {why}"
 
 
 def _scorer(
@@ -434,7 +435,7 @@ def _gradable(
     prompts, dropped = build_prompts(gradable, tokenizer, config.data)
     if len(gradable) < len(rows):
         dropped[f"answer cannot be graded, e.g. {next(filter(None, reasons))}"] += len(rows) - len(gradable)
-    processes.say(f"{len(prompts):,} {what}" + "".join(f"; {n:,} dropped: {why}" for why, n in dropped.items()))
+    processes.say(counted(len(prompts), what) + "".join(f"; {n:,} dropped: {why}" for why, n in dropped.items()))
     return prompts, audit(what, rows, reasons, num_prompts=len(prompts))
 
 
@@ -535,13 +536,15 @@ def _rows(
             return own
     if given is None:
         return load_rows(config.data, evaluation=evaluation, reads_answer=reads, left_out=left_out)
+    data, stands_in = config.data, evaluation and config.data.eval_name is not None
     return prepare_rows(
         given,
-        config.data,
-        answer_regex=config.data.answer_regex,
+        data,
+        answer_regex=data.eval_answer_regex if stands_in else data.answer_regex,
         setting="eval_dataset" if evaluation else "train_dataset",
+        held_out=stands_in,
         reads_answer=reads,
-        selection=Selection.of(config.data, held_out=evaluation, left_out=left_out),
+        selection=Selection.of(data, held_out=evaluation, left_out=left_out),
     )
 
 

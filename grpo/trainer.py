@@ -56,7 +56,7 @@ class Trainer(Loop):
             `config.environment.function`; docs/environments.md.
         train_dataset: rows instead of those of `config.data.name`: a `datasets.Dataset`, a `pandas.DataFrame` or a list of
             dictionaries.
-        eval_dataset: rows instead of those of `config.data.eval_name`.
+        eval_dataset: rows instead of those of `config.data.eval_name`, read by the `eval_` settings where that is set.
         settings: over those of `config`, by name: {"run.steps": 100, "rollout.group_size": 8}.
         callbacks: called after steps, evaluations and checkpoints, and at the end.
         optimizer: a function from the list of trained parameters to their torch optimizer, instead of AdamW. The learning rate
@@ -118,6 +118,7 @@ class Trainer(Loop):
             self.config = parts.config
             self.prompts, self.rollouts, self.collector = parts.prompts, parts.rollouts, parts.collector
             self.preflight, self.held_out, self.toolbox = parts.preflight, parts.held_out, parts.toolbox
+            self._evaluates = bool(self.held_out.prompts)
             self._begin(parts.found, self.config, self.collector)
 
     @at_work
@@ -231,7 +232,7 @@ class Trainer(Loop):
             raise
 
     def _evaluate(self) -> list[dict[str, Any]] | None:
-        if not self.held_out.prompts or self.held_out.is_evaluated(self.state.step):
+        if not self._evaluates or self.held_out.is_evaluated(self.state.step):
             return None
         self._follow_schedules()
         return self.held_out.evaluate(self.state.step, seed=self._seed("evaluation"))

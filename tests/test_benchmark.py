@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
 import random
@@ -17,6 +18,7 @@ from helpers import ROOT, TINY, launch, read_json, tiny_config
 
 from grpo.cli import evaluate as command
 from grpo.config import EnvironmentConfig, ModelConfig, read_yaml
+from grpo.data import registry
 from grpo.evaluation import benchmark, results
 from grpo.evaluation.asked import Runtime, Settings
 from grpo.evaluation.sample_file import Samples, claimed, finished
@@ -222,7 +224,7 @@ def test_questions_by_level_and_subject_have_numbers_of_their_own(tmp_path: Path
     assert mean == pytest.approx(result["metrics"]["pass@1"]["value"])
     shown = results.report(found["results"])
     assert "mine level 2" in shown
-    assert "1 questions are left out" in shown
+    assert "1 question left out, because the gold answer cannot be graded" in shown
 
 
 def test_greedy_decoding_answers_once(tmp_path: Path):
@@ -231,6 +233,26 @@ def test_greedy_decoding_answers_once(tmp_path: Path):
     assert result["num_samples"] == 1
     assert "cons@1" not in result["metrics"]
     assert "vote" not in samples(tmp_path / "out")[0]["rewards"]
+
+
+def test_a_file_for_a_known_benchmark_that_is_not_asked_for_is_passed_over_and_for_any_other_name_refused():
+    parser = argparse.ArgumentParser()
+    registry.add_arguments(parser)
+    listed = ["gsm8k=no/such/file.jsonl", "math500=here.jsonl", "mine=mine.jsonl"]
+
+    def named(benchmarks: str, *data: str) -> tuple[list[str], dict[str, str]]:
+        return registry.named(parser.parse_args(["--benchmarks", benchmarks, "--data", *data]))
+
+    assert named("math500,mine", *listed) == (["math500", "mine"], {"math500": "here.jsonl", "mine": "mine.jsonl"})
+    assert named("probes", *listed[:2]) == (["probes"], {})
+    with pytest.raises(
+        ValueError, match=r"^--data has a file for 'mine'; it is not among --benchmarks \(math500\)\. Add"
+    ):
+        named("math500", *listed)
+    with pytest.raises(
+        ValueError, match=r"^--data has a file for 'gsm8'; it is not among --benchmarks \(gsm8k\)\. Add"
+    ):
+        named("gsm8k", "gsm8=gsm8k.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 from helpers import QUESTIONS, launch, tiny_config
 from test_engine import make_policy, native, some_prompts, tokens_of
 
-from grpo import Config, Trainer
+from grpo import Config, SupervisedConfig, Trainer
 from grpo.algorithm.batch import join, micro_batch, pack, split
 from grpo.check.invariance import _one_plain_step
 from grpo.data.order import PromptOrder
@@ -279,6 +279,25 @@ def test_a_checkpoint_that_is_older_than_a_setting_has_its_default():
     del before["rollout"]["carry_over"]
     changed = changed_setting(completed(before, config), config.model_dump(mode="json"), may_change=set())
     assert changed == "rollout.carry_over"
+
+
+@pytest.mark.parametrize("kind", [Config, SupervisedConfig])
+def test_so_has_one_that_is_older_than_a_setting_of_entries_of_lists(kind: type[Config | SupervisedConfig]):
+    sources = [{"name": "a.jsonl", "weight": 2}, {"name": "b.jsonl", "weight": 1}]
+    rewards = [{"function": "accuracy", "name": "right"}]
+    given = {"model": {"name": "m"}, "data": {"name": sources}, "rewards": rewards, "run": {"dir": "run", "steps": 9}}
+    config, before = kind(**given), kind(**given).model_dump(mode="json")
+    for entry in before["data"]["name"]:
+        del entry["where"], entry["subset"]
+    del before["rewards"][0]["form"], before["data"]["pass_rate"]
+    now = config.model_dump(mode="json")
+    assert changed_setting(completed(before, config), now, may_change=set()) is None
+    before["data"]["name"][1]["where"] = {"level": [1]}
+    assert changed_setting(completed(before, config), now, may_change=set()) == "data.name"
+    del before["data"]["name"][1]
+    assert changed_setting(completed(before, config), now, may_change=set()) == "data.name"
+    del before["rewards"]
+    assert changed_setting(completed(before, config), now, may_change={"data"}) == "rewards."
 
 
 def test_processes_with_unequal_shares_are_refused(tmp_path: Path):

@@ -19,10 +19,11 @@ from threading import Thread
 import pytest
 import torch
 import warm
-from helpers import QUESTIONS, ROOT, clean_environment, launch, tiny_config
+from helpers import QUESTIONS, ROOT, TINY, clean_environment, launch, tiny_config
+from test_sft import sft_config
 from test_trainer import steps_of
 
-from grpo import Trainer
+from grpo import SupervisedTrainer, Trainer
 from grpo.algorithm.batch import empty_micro_batch, micro_batch, pack, take
 from grpo.config import Config, RewardConfig, as_override
 from grpo.observe.metrics import Meter
@@ -185,14 +186,40 @@ def test_a_run_on_a_cpu_writes_at_once_by_default_and_a_resume_may_choose_otherw
     assert read_state(run / "checkpoints" / name_of(2))["config"]["checkpoint"]["background"] == "auto"
     for steps, changed, expected in [
         (3, {}, [False]),
-        (4, {"background": True}, [True]),
-        (5, {"background": False}, [False]),
+        (5, {"background": True}, [True, False]),
+        (6, {"background": False}, [False]),
     ]:
         saving = {**EVERY_STEP, **changed}
         with copies_noted(monkeypatch) as noted:
             Trainer(tiny_config(run, checkpoint=saving, run={"steps": steps, "resume": "auto"})).train()
         assert noted == expected
         assert names(run)[-1] == name_of(steps)
+
+
+def test_the_last_checkpoint_is_copied_only_where_an_evaluation_follows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    saving, run = {"every_steps": 1, "keep": 9, "background": True}, {"steps": 2}
+    asks = {"data": {"eval_name": str(TINY / "test.jsonl")}, "evaluation": {"num_questions": 1}}
+    config = tiny_config(tmp_path / "plain", checkpoint=saving, run=run)
+    asking = tiny_config(tmp_path / "asking", checkpoint=saving, run=run, **asks)
+
+    def of_rows(directory: Path, num_aside: int) -> SupervisedTrainer:
+        own = {"dir": str(directory), **run}
+        config = sft_config(directory, checkpoint=saving, evaluation={"num_rows": num_aside}, run=own)
+        return SupervisedTrainer(config, train_dataset=[{"prompt": f"{n}", "completion": " 1"} for n in range(4)])
+
+    for make, expected in [
+        (lambda: Trainer(config), [True, False]),
+        (lambda: Trainer(asking), [True, True]),
+        (lambda: of_rows(tmp_path / "rows", 0), [True, False]),
+        (lambda: of_rows(tmp_path / "aside", 1), [True, True]),
+    ]:
+        trainer = make()
+        with copies_noted(monkeypatch) as noted:
+            trainer.train()
+        assert noted == expected
+        assert names(trainer.directory) == [name_of(1), name_of(2)]
 
 
 def test_a_step_under_way_is_saved_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -249,8 +276,8 @@ def test_keeping_checkpoints_that_are_not_written_is_refused(tmp_path: Path, eve
 
 def test_saving_in_the_background_gives_the_same_files_as_saving_at_once(tmp_path: Path):
     for name, background in (("at-once", False), ("background", True)):
-        config = tiny_config(tmp_path / name, checkpoint={"background": background}, run={"steps": 1})
-        Trainer(config).train()
+        saving = {**EVERY_STEP, "background": background}
+        Trainer(tiny_config(tmp_path / name, checkpoint=saving, run={"steps": 2})).train()
     files = [read_state(tmp_path / name / "checkpoints" / name_of(1))["files"] for name in ("at-once", "background")]
     assert files[0].keys() == files[1].keys()
     weights = "hf/model.safetensors"

@@ -183,6 +183,19 @@ def test_a_run_of_any_other_setting_is_not_taken_for_the_one_asked_for(config: P
         planned(config, out, 0, settings=(setting,))
 
 
+def test_a_run_that_is_older_than_a_setting_had_its_default(config: Path, tmp_path: Path):
+    (run,) = planned(config, tmp_path / "out", 0)
+    before = run.config.model_dump(mode="json")
+    del before["data"]["where"], before["rewards"][0]["form"], before["preflight"]
+    run.directory.mkdir(parents=True)
+    (run.directory / "config.yaml").write_text(json.dumps(before))
+    assert planned(config, tmp_path / "out", 0) == [run]
+    before["data"]["where"] = {"level": 1}
+    (run.directory / "config.yaml").write_text(json.dumps(before))
+    with pytest.raises(ValueError, match=r"the run there differs from the one asked for in data\.where"):
+        planned(config, tmp_path / "out", 0)
+
+
 def test_a_run_has_stopped_if_it_says_so_whatever_the_exit_code_of_its_launcher(config: Path, tmp_path: Path):
     said: list[str] = []
     runs = planned(config, tmp_path / "out", 5, 0)

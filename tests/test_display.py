@@ -423,6 +423,16 @@ def test_without_a_terminal_there_are_plain_lines_and_nothing_else(capsys: pytes
     ]
 
 
+def test_held_out_lines_tell_of_every_reward_and_leave_the_ends_of_intervals_out(capsys: pytest.CaptureFixture[str]):
+    sink = console_sink(title="run", num_steps=2, first_step=0, reward_names=["mine", "mine_low"], rows=[])
+    of_answers = {"eval/pass@2": 0.75, "eval/pass@2_low": 0.5, "eval/pass@2_high": 1.0}
+    rewards = {"eval/mine": 0.5, "eval/mine_stderr": 0.1, "eval/mine_low": 0.25, "eval/mine_low_stderr": 0.2}
+    sink.log(0, rewards | of_answers)
+    sink.close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "held-out, step 0:  mine 0.500 ± 0.100  mine_low 0.250 ± 0.200  pass@2 0.750"
+
+
 RUN = """
 import json, sys
 from grpo import Trainer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import json
 import math
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -37,7 +39,7 @@ from grpo.algorithm.batch import micro_batch, pack
 from grpo.policy.policy import Policy
 from grpo.policy.tokenizer import load_tokenizer
 from grpo.rollout import make_generator
-from grpo.rollout.decoder import Decoder, bucket_of
+from grpo.rollout.decoder import Decoder, _undone_if_it_fails, bucket_of
 from grpo.rollout.engine import NativeGenerator, _unsupported_by_design, first_turns, unsupported
 from grpo.rollout.hf import HFGenerator
 from grpo.rollout.layers import FusedLayers, Joined, end_to_end, model_layers
@@ -80,6 +82,15 @@ FUSED = [name for name in FAMILIES if name.split()[0] in ("qwen2", "qwen3", "lla
 def make_policy(directory: Path, model: Path = TINY / "model", **sections: Any) -> Policy:
     config = tiny_config(directory, **{"model": {"name": str(model), "dtype": "float32"}, **sections})
     return Policy(config, load_tokenizer(config.model), distributed.start(config, dtype=torch.float32))
+
+
+def keep_a_free_segment(num_bytes: int) -> None:
+    """Let torch's allocator keep a free segment of so many bytes that nothing else lies in: what is half free is filled first."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before, blocks = torch.cuda.memory_reserved(), []
+    while torch.cuda.memory_reserved() < before + num_bytes:
+        blocks.append(torch.empty(num_bytes, dtype=torch.uint8, device="cuda"))
 
 
 def native(policy: Policy, **memory: Any) -> NativeGenerator:
@@ -828,9 +839,9 @@ def test_graphs_are_captured_again_when_a_weight_moves(policy: Policy):
 
 @pytest.mark.gpu
 @gpu
-def test_a_capture_that_fails_leaves_random_numbers_whole(policy: Policy, monkeypatch: pytest.MonkeyPatch):
-    """The engine that samples in its place draws with them."""
-    step = Decoder._step
+def test_a_capture_that_fails_leaves_torch_as_it_was(policy: Policy, monkeypatch: pytest.MonkeyPatch):
+    """The engine that samples in its place draws random numbers, and its memory is given back as ever."""
+    step, stream = Decoder._step, torch.cuda.current_stream()
 
     def waits(self: Decoder, size: int) -> None:
         step(self, size)
@@ -839,8 +850,39 @@ def test_a_capture_that_fails_leaves_random_numbers_whole(policy: Policy, monkey
     with monkeypatch.context() as patch:
         patch.setattr(Decoder, "_step", waits)
         assert "cannot be run or captured" in str(unsupported(policy, fused=True))
+    assert torch.cuda.current_stream() == stream
     assert len(torch.rand(8, device="cuda").unique()) > 1
+    keep_a_free_segment(2**26)
+    reserved = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= reserved - 2**26
     assert unsupported(policy, fused=True) is None
+
+
+def test_a_capture_that_fails_is_ended_in_torch_on_its_stream_and_in_its_pool(monkeypatch: pytest.MonkeyPatch):
+    done: list[Any] = []
+    generator = Mock(graphsafe_set_state=lambda state: done.append("generator"))
+    monkeypatch.setattr(torch.cuda, "default_generators", [None, generator])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "before")
+    monkeypatch.setattr(torch.cuda, "set_stream", done.append)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *of: done.append(("end", *of)))
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *of: done.append(("release", *of)))
+    device, pool = torch.device("cuda", 1), (0, 7)
+    with _undone_if_it_fails(device, pool):
+        pass
+    assert not done
+    with pytest.raises(RuntimeError, match=r"^a capture$"), _undone_if_it_fails(device, pool):
+        raise RuntimeError("a capture")
+    assert done == ["before", ("end", 1, pool), ("release", 1, pool), "generator"]
+
+    def ended(*of: Any) -> None:
+        raise RuntimeError("not currently recording to mempool_id")
+
+    done.clear()
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended)
+    with pytest.raises(RuntimeError, match=r"^a capture$"), _undone_if_it_fails(device, pool):
+        raise RuntimeError("a capture")
+    assert done == ["before", "generator"], "released once, with its graph"
 
 
 @pytest.mark.gpu

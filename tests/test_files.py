@@ -194,6 +194,10 @@ def test_a_folder_has_splits_and_its_text_files_are_read_as_they_are_written(tmp
     assert load_rows(DataConfig(name=name))[0]["answer"] == "2024-01-01"
     with pytest.raises(ValueError, match=r"data.split is 'validation'; .* has only train, test. Set data.split"):
         questions(name=name, split="validation")
+    with pytest.raises(ValueError, match=r"^data\.split is 'train\[:x\]'; it is no part of 2 rows"):
+        questions(name=name, split="train[:x]")
+    with pytest.raises(ValueError, match=r"^data\.eval_split is 'test\[:x\]'; it is no part of 1 rows"):
+        questions(name=name, eval_split="test[:x]", evaluation=True)
 
 
 def test_a_saved_data_set_is_read_by_its_splits(tmp_path: Path):
@@ -201,6 +205,9 @@ def test_a_saved_data_set_is_read_by_its_splits(tmp_path: Path):
     datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(tmp_path / "both")
     assert questions(name=str(tmp_path / "both")) == ["a", "b"]
     assert questions(name=str(tmp_path / "both"), evaluation=True) == ["a"]
+    assert questions(name=str(tmp_path / "both"), split="train[1:]") == ["b"]
+    with pytest.raises(ValueError, match=r"^data\.split is 'train\[:x\]'; it is no part of 2 rows"):
+        questions(name=str(tmp_path / "both"), split="train[:x]")
     table.save_to_disk(tmp_path / "one")
     assert questions(name=str(tmp_path / "one"), split="train[1:]") == ["b"]
 

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 from helpers import TINY, tiny_config
-from test_engine import CUDA, GREEDY, all_completions, make_policy, native, some_prompts, tokens_of
+from test_engine import (
+    CUDA,
+    GREEDY,
+    all_completions,
+    keep_a_free_segment,
+    make_policy,
+    native,
+    some_prompts,
+    tokens_of,
+)
 from test_sft import sft_config
 from torch import Tensor
 
@@ -445,9 +454,7 @@ def test_what_torch_keeps_is_given_back_when_there_is_too_little(monkeypatch: py
     assert not whole.any()
     whole.fill_(7)
     memory.release()
-    torch.cuda.empty_cache()  # or it may lie in what is half free
-    kept = torch.empty(256 * MIB, dtype=torch.uint8, device="cuda")
-    del kept
+    keep_a_free_segment(256 * MIB)
     own, failures, reserved = mapped_memory._call, [1], torch.cuda.memory_reserved()
 
     def short_once(name: str, *arguments: Any) -> None:

@@ -401,6 +401,22 @@ def test_intervals_of_the_run_are_taken_over_and_votes_are_no_values(tmp_path: P
     assert held_out(run)[0]["functions"].keys() == {"accuracy"}
 
 
+def test_endings_of_names_alone_make_no_interval_and_hide_no_panel(tmp_path: Path):
+    clipped = {"policy/clip_fraction": 0.3, "policy/clip_fraction_low": 0.1, "policy/clip_fraction_high": 0.2}
+    mine = {
+        f"{group}/{name}": 0.5 for group in ("reward", "eval") for name in ("fit", "fit_low", "fit_high", "odd_low")
+    }
+    names = [*clipped, *mine, "eval/odd_low_stderr", "eval/fit_stderr", "schedule/algorithm.clip_low"]
+    panels = {panel.title: panel.metrics for section in sections(names) for panel in section.panels}
+    assert panels["Clipped tokens"] == list(clipped)
+    assert panels["Odd low"] == ["reward/odd_low", "eval/odd_low"]
+    assert panels["Fit high"] == ["reward/fit_high", "eval/fit_high"]
+    assert {name for metrics in panels.values() for name in metrics} == {each for each in names if "stderr" not in each}
+    metrics = [{"step": 0, **clipped, "eval/fit": 0.5, "eval/fit_low": 0.5}]
+    (run,) = read_runs([a_run(tmp_path / "run", metrics=metrics)], max_completions=0)
+    assert intervals(run) == {}
+
+
 def test_what_was_learned_and_forgotten_is_counted_by_question_and_intervals_count_questions(tmp_path: Path):
     # of two samples a question is right if both are; 0, 1 | 2 | 3 are right | one of two | wrong, then wrong | right | right
     before = {0: (1, 1), 1: (1, 1), 2: (1, 0), 3: (0, 0)}
@@ -449,13 +465,17 @@ def test_the_headline_adds_up_time_and_tokens(tmp_path: Path):
     assert columns(run)["last"]["reward/mean"] == 38.5
 
 
+OF_AN_ESTIMATE = {"eval/accuracy_stderr", "eval/pass@4_low", "eval/pass@4_high"}
+"""Told with the values of which they say how sure they are."""
+
+
 def test_every_metric_is_in_one_panel_and_has_its_formula():
     example = {"<function>": "accuracy", "<list>": "reflection", "<kind>": "right", "<k>": "4", "<n>": "4"}
     example |= {"<setting>": "algorithm.kl_coef", "<name>": "found", "<form>": "arithmetic", "<question_kind>": "maths"}
     names = [re.sub(r"<\w+>", lambda found: example[found[0]], name) for name in METRICS]
     panels = [panel for section in sections([*names, "eval/pass@1"]) for panel in section.panels]
     drawn = [name for panel in panels for name in [*panel.lines, *panel.alone, panel.points] if name]
-    assert sorted(drawn) == sorted(name for name in names if not name.endswith(("_stderr", "_low", "_high")))
+    assert sorted(drawn) == sorted(set(names) - OF_AN_ESTIMATE)
     for name, pattern in zip(names, METRICS, strict=True):
         assert formula(name) == METRICS[pattern], name
     assert formula("reward/my_function") == METRICS["reward/<function>"]

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 from helpers import TINY, tiny_config
+from test_sft import sft_config
 from transformers import AutoTokenizer
 
-from grpo import Trainer
+from grpo import SupervisedTrainer, Trainer
 from grpo.config import Config, DataConfig
 from grpo.data.order import PromptOrder
 from grpo.data.prompts import build_prompts
 from grpo.data.rows import MESSAGES, canonical, complete, load_rows, prepare_rows
+from grpo.text.plural import counted
 from grpo.types import Prompt
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -281,6 +283,34 @@ def test_a_weight_without_effect_is_refused(weights: dict[str, float], message: 
         of_two_sources(weights)
 
 
+def is_said(completion: str, answer: str) -> float:
+    return float(answer in completion)
+
+
+def test_held_out_rows_that_are_given_are_read_as_those_they_stand_in_for(tmp_path: Path):
+    ours = [{"question": "1+1?", "answer": "two #### 2"}]
+    theirs = [{"problem": "1+2?", "gold": "three (3)"}]
+
+    def held_out(given: list[dict[str, Any]], **data: Any) -> tuple[str, str]:
+        settings = {"answer_regex": "#### (.*)", **data}
+        config = tiny_config(
+            tmp_path / "run", data=settings, evaluation={"num_questions": 1}, rollout={"num_prompts": 1}
+        )
+        run = Trainer(config, rewards=[is_said], train_dataset=ours, eval_dataset=given)
+        (prompt,) = run.held_out.prompts
+        run.close()
+        return prompt.columns["question"], prompt.columns["answer"]
+
+    named = {"eval_name": "unused", "eval_question_template": "Say {problem}", "eval_answer_column": "gold"}
+    assert held_out(theirs, **named, eval_answer_regex=r"\((.*)\)") == ("Say 1+2?", "3")
+    assert held_out(theirs, **named) == ("Say 1+2?", "three (3)"), "null: the column is the bare answer"
+    assert held_out(ours) == ("1+1?", "2"), "without a name the training rows say it"
+    with pytest.raises(
+        ValueError, match=r"^data\.eval_answer_regex is .*it finds no group in the answer of row 0 of eval"
+    ):
+        held_out(theirs, **named, eval_answer_regex="#### (.*)")
+
+
 # ---- what rewards ask for --------------------------------------------------------------------------------------------
 
 
@@ -292,6 +322,21 @@ def trainer(tmp_path: Path, rows: list[dict[str, Any]], held_out: list[dict[str,
     questions = len(held_out or [])
     config = tiny_config(tmp_path / "run", evaluation={"num_questions": questions}, rollout={"num_prompts": 1})
     return Trainer(config, rewards=[by_level], train_dataset=rows, eval_dataset=held_out)
+
+
+def test_a_single_question_or_row_is_counted_in_the_singular(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    trainer(tmp_path, [WITH], [WITH]).close()
+    lines = capsys.readouterr().out.splitlines()
+    assert {"1 training question", "1 held-out question"} <= set(lines)
+    trainer(tmp_path, [WITH, WITHOUT], [WITH, WITHOUT]).close()
+    lines = capsys.readouterr().out.splitlines()
+    assert {"2 training questions", "2 held-out questions"} <= set(lines)
+    config = sft_config(tmp_path / "rows", evaluation={"num_rows": 0}, training={"rows_per_update": 1})
+    for number, said in ((1, "1 row"), (2, "2 rows")):
+        rows = [{"prompt": f"{n}?", "completion": "2"} for n in range(number)]
+        SupervisedTrainer(config, train_dataset=rows).close()
+        assert said in capsys.readouterr().out.splitlines()
+    assert [counted(number, "rows") for number in (0, 1, 1000)] == ["0 rows", "1 row", "1,000 rows"]
 
 
 WITH = {"question": "1+1?", "answer": "2", "level": 3}

@@ -718,8 +718,7 @@ def test_a_dry_run_learns_the_longest_update_and_leaves_nothing_behind(
     assert learned == [max(sizes)] * 3  # an update of one row has no fuller pass
     said = capsys.readouterr().out
     assert (
-        f"The longest of 12 updates, 2 times: 1 rows with {max(sizes)} tokens. The longest row has {max(sizes)}."
-        in said
+        f"The longest of 12 updates, 2 times: 1 row with {max(sizes)} tokens. The longest row has {max(sizes)}." in said
     )
     assert f"12 updates on {2 * sum(sizes)} tokens take about" in said
     assert not (tmp_path / "run").exists()
@@ -843,6 +842,23 @@ def test_an_error_of_the_evaluation_names_its_own_setting_and_leaves_the_names_o
     ours = "evaluation.engine is hf (evaluation.stop); take evaluation.engine. 'rollout.engine' rollout.weights rollout.engine/hf"
     with pytest.raises(ValueError, match=f"^{re.escape(ours)}$"), as_spelled_here():
         raise ValueError(said)
+
+
+def test_what_is_said_of_the_engine_names_the_setting_of_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("grpo.rollout.engine._unsupported_by_design", lambda lm: "its attention is odd")
+    questions = [{"question": "What is 1+1?", "answer": "2"}]
+    asks = {"num_questions": 1, "max_completion_tokens": 8}
+    config = sft_config(tmp_path / "run", evaluation={**asks, "engine": "auto"})
+    SupervisedTrainer(config, train_dataset=ROWS[:4], eval_dataset=questions).close()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "its attention is odd" in line]
+    assert lines == ["evaluation.engine is auto: sampling with transformers' generate, because its attention is odd"]
+    config = sft_config(tmp_path / "run", evaluation={**asks, "engine": "native"})
+    with pytest.raises(
+        ValueError, match=r"^evaluation\.engine is native; its attention is odd\. Set evaluation\.engine to"
+    ):
+        SupervisedTrainer(config, train_dataset=ROWS[:4], eval_dataset=questions)
 
 
 def test_a_dry_run_fills_a_pass_of_each_process_as_far_as_rows_can(tokenizer):

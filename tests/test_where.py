@@ -404,10 +404,10 @@ def test_a_trainer_takes_only_such_of_the_rows_it_is_given_and_says_how_many_not
     shown = capsys.readouterr().out
     for said in (
         "2 training questions left out: subject has none of the values of data.where",
-        "1 training questions left out: level is missing, which data.where asks for",
-        "1 training questions left out: pass rate below 0.15",
+        "1 training question left out: level is missing, which data.where asks for",
+        "1 training question left out: pass rate below 0.15",
         "3 held-out questions left out: level has none of the values of data.eval_where",
-        "1 held-out questions left out: level is missing, which data.eval_where asks for",
+        "1 held-out question left out: level is missing, which data.eval_where asks for",
         "2 training questions\n",
         "2 held-out questions\n",
     ):

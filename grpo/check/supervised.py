@@ -18,6 +18,7 @@ from grpo.observe.sinks import check_sinks
 from grpo.run.loop import Loop
 from grpo.sft.order import RowOrder
 from grpo.sft.trainer import SupervisedTrainer
+from grpo.text.plural import counted
 from grpo.types import Group
 
 NUM_STEPS = 2
@@ -56,7 +57,7 @@ def rehearse(config: SupervisedConfig) -> SupervisedTrainer:
     longest = Longest(trainer.order)
     trainer.order = longest
     trainer.processes.say(
-        f"\nThe longest of {longest.num_updates:,} updates, {NUM_STEPS} times: {len(longest.rows):,} rows with "
+        f"\nThe longest of {longest.num_updates:,} updates, {NUM_STEPS} times: {counted(len(longest.rows), 'rows')} with "
         f"{longest.most:,} tokens. The longest row has {longest.longest_row:,}."
     )
     return trainer

@@ -250,7 +250,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME[=VALUE]",
-        help="rewards that a right row has, with their least values, else 1; default: the reward that says what is right (docs/rewards.md)",
+        help="rewards that a right row has, with their least values, else 1; default: the reward that says what is right "
+        "(docs/rewards.md)",
     )
     for name, what in (
         ("min_thought_words", "words of a thought"),

@@ -154,7 +154,7 @@ def _folder_rows(path: Path, subset: str | None, split: str, setting: str, split
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = _loaded(lambda: datasets.load_from_disk(str(path)), path, f"{said}; it cannot be read")
         if isinstance(saved, datasets.DatasetDict):
-            return data_set_rows(saved[_known_split(split, saved, path, split_setting)])
+            saved = saved[_known_split(split, saved, path, split_setting)]
         return _sliced(data_set_rows(saved), split, split_setting)
     builder = _loaded(
         lambda: datasets.load_dataset_builder(str(path), subset),
@@ -166,7 +166,7 @@ def _folder_rows(path: Path, subset: str | None, split: str, setting: str, split
     name = _known_split(split, files, path, split_setting)
     if all(_format(file) for file in files[name]):
         return _sliced(
-            chain.from_iterable(map(_file_rows(str(path), files[name], setting), files[name])), split, setting
+            chain.from_iterable(map(_file_rows(str(path), files[name], setting), files[name])), split, split_setting
         )
     load = partial(datasets.load_dataset, str(path), subset, split=split)
     return data_set_rows(_loaded(load, path, f"{said}; it cannot be read"))

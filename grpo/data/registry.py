@@ -65,12 +65,15 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
         default=[],
         metavar="NAME=FILE",
         help="a .jsonl, .json, .jsonl.gz or .parquet file with the columns question and answer, instead of the hub or as a "
-        "benchmark of your own",
+        "benchmark of your own; that of a benchmark that is not asked for is passed over",
     )
 
 
 def named(arguments: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     """Names of the benchmarks, and their files where there are any, from `add_arguments`'s arguments.
+
+    One list of files may serve many evaluations: those of BENCHMARKS that are not asked for are passed over. A file for any other
+    name is refused then, since the name may be misspelt.
 
     Raises:
         ValueError: see `check_names`; or no file is named.
@@ -81,6 +84,7 @@ def named(arguments: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
         if not (equals and name and path):
             raise ValueError(f"--data has {text!r}; it reads NAME=FILE, such as math500=math500.jsonl. Correct it.")
         data[name] = os.path.expanduser(path)
+    data = {name: path for name, path in data.items() if name in names or name not in {*BENCHMARKS, PROBES_NAME}}
     check_names(names, data)
     return names, data
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo.config import Config, as_override, read_yaml
-from grpo.run.resumable import MAY_CHANGE, changed_setting
+from grpo.run.resumable import MAY_CHANGE, changed_setting, completed
 from grpo.scoring.answers import verdict_name
 
 OWN = ("run.dir", "run.seed", "run.resume")
@@ -117,7 +117,7 @@ def _check_comparable(run: PlannedRun) -> None:
         )
     saved = run.directory / "config.yaml"
     if saved.exists():
-        before = read_yaml(saved.read_text())
+        before = completed(read_yaml(saved.read_text()), run.config)
         name = changed_setting(before, run.config.model_dump(mode="json"), may_change=MAY_DIFFER)
         if name is not None:
             raise ValueError(

@@ -15,6 +15,7 @@ from grpo.scoring.answers import OF_THE_QUESTION, by_question, columns_of, is_ri
 from grpo.scoring.statistics import estimate
 from grpo.system.files import replace_text, to_json
 from grpo.system.terminal import say
+from grpo.text.plural import counted
 
 QUESTION_KEYS = ("benchmark", "template", "row")
 """What tells the questions of a samples.jsonl apart."""
@@ -196,7 +197,7 @@ def _sources(results: list[dict[str, Any]]) -> dict[str, str]:
 
 def _left_out(results: list[dict[str, Any]]) -> list[str]:
     return [
-        f"{name}: {number} questions are left out, because their gold answer cannot be graded"
+        f"{name}: {counted(number, 'questions')} left out, because the gold answer cannot be graded"
         for name, number in {result["benchmark"]: result["num_ungradable"] for result in results}.items()
         if number
     ]

@@ -20,6 +20,7 @@ from grpo.scoring.binding import LISTED, SINGLE
 from grpo.scoring.reward import Reward
 from grpo.scoring.scorer import Scorer
 from grpo.system.terminal import printable
+from grpo.text.plural import counted
 from grpo.turns.environment import Environment
 from grpo.turns.environment import own_rows as rows_of_environment
 from grpo.types import Generator, Prompt, Sampling
@@ -179,7 +180,7 @@ def _styled(row: Mapping[str, Any]) -> Text:
 
 
 def _summary(rows: list[dict[str, Any]]) -> str:
-    said = [f"{len(rows)} completion{'s' * (len(rows) > 1)}"]
+    said = [counted(len(rows), "completions")]
     if rows[0]["answer"] is not None:
         verdicts = [verdict_of(row) for row in rows]
         counts = {"right": verdicts.count(True), "wrong": verdicts.count(False), "unknown": verdicts.count(None)}

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from grpo.observe.metric_names import is_bound
 from grpo.system import heartbeat
 from grpo.system.stopping import EXIT_INTERRUPTED, RunError
 from grpo.system.terminal import SilencedConsole, printable, say, show
@@ -117,20 +118,20 @@ def console(*, markup: bool = True) -> Console:
 def show_evaluation(console: Console, step: int, metrics: Mapping[str, float]) -> None:
     """What held-out questions gave, if anything among the metrics is of them."""
     for what, prefix in (("held-out", "eval/"), ("held-out rows", "supervised/held_out_")):
-        evaluated = {n: v for n, v in metrics.items() if n.startswith(prefix) and not n.endswith(("_low", "_high"))}
-        if evaluated:
-            shown = "  ".join(_evaluation_words({n.removeprefix(prefix): v for n, v in evaluated.items()}))
+        shown = "  ".join(_evaluation_words({n: v for n, v in metrics.items() if n.startswith(prefix)}, prefix))
+        if shown:
             show(console, Text.assemble((f"{what}, step {step}:", "bold"), f"  {shown}"))
 
 
-def _evaluation_words(values: Mapping[str, float]) -> Iterator[str]:
+def _evaluation_words(metrics: Mapping[str, float], prefix: str) -> Iterator[str]:
     """Each number once, with its standard error where it has one."""
-    told = [value for name, value in values.items() if f"{name}_stderr" in values]
+    values = {name: value for name, value in metrics.items() if not is_bound(name)}
+    told = [value for name, value in values.items() if f"{name}_stderr" in metrics]
     for name, value in values.items():
-        if name.endswith("_stderr") or (name == "pass@1" and any(map(partial(math.isclose, value), told))):
+        if name == "eval/pass@1" and any(map(partial(math.isclose, value), told)):
             continue
-        error = values.get(f"{name}_stderr")
-        yield f"{EVALUATION_WORDS.get(name, name)} {value:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+        word, error = name.removeprefix(prefix), metrics.get(f"{name}_stderr")
+        yield f"{EVALUATION_WORDS.get(word, word)} {value:.3f}" + (f" ± {error:.3f}" if error is not None else "")
 
 
 EVALUATION_WORDS = {"length_mean": "length", "truncated": "cut off"}

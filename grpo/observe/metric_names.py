@@ -165,6 +165,18 @@ def check_reward_names(names: Iterable[str]) -> None:
             )
 
 
+BOUNDS = re.compile(r"eval/(.+_stderr|pass@\d+_(low|high))")
+
+
+def is_bound(metric: str) -> bool:
+    """Whether a metric says how sure a held-out value is, beside which it is told: its standard error, or an end of its interval.
+
+    An ending alone says nothing: policy/clip_fraction_low and a reward called `my_low` are values of their own. The names that
+    match are no reward's, as `check_reward_names` sees to it.
+    """
+    return BOUNDS.fullmatch(metric) is not None
+
+
 def _is_own(metric: str) -> bool:
     """Whether a metric in whose name no reward stands has this name."""
     return _own_names().fullmatch(metric) is not None

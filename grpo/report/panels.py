@@ -6,14 +6,13 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from grpo.observe.metric_names import LOSS, METRICS
+from grpo.observe.metric_names import LOSS, METRICS, is_bound
 from grpo.scoring.answers import verdict_name
 from grpo.text.answer_forms import FORMS
 
 FIT = "fit/curve"
 """A line of the page that no run has logged: what grpo/report/fit.py makes of its values."""
 NOT_A_FUNCTION = {"reward/mean", "reward/std", "reward/unknown"}
-BOUNDS = ("_stderr", "_low", "_high")  # of a held-out value; drawn with it
 NOT_DRAWN = {"step", "eval/pass@1"}  # the latter is the mean of the verdict, which is drawn beside that of training
 HEALTH, COST = "Is it healthy?", "What does it cost?"
 
@@ -55,7 +54,7 @@ class Section:
 
 def sections(names: Iterable[str]) -> list[Section]:
     """The panels of runs that have metrics of these names; each metric is in one of them, what nobody asked for at the end."""
-    left = {name: None for name in names if not name.endswith(BOUNDS) and name not in NOT_DRAWN}
+    left = {name: None for name in names if not is_bound(name) and name not in NOT_DRAWN}
     asked = [Section(title, _present(panels, left)) for title, panels in _questions(list(left)).items()]
     rest = [Panel(name, [name]) for name in left]
     return [section for section in [*asked, Section("Everything else", rest)] if section.panels]

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from grpo.config import Config
+from grpo.observe.metric_names import is_bound
 from grpo.report.read import Row, Run, Source
 from grpo.scoring.answers import is_right
 from grpo.scoring.statistics import wilson
@@ -24,10 +25,10 @@ def intervals(run: Run) -> dict[str, dict[int, Interval]]:
     """metric -> step -> value and interval of what was held out: from the answers or, without them, from the standard error."""
     found: dict[str, dict[int, Interval]] = {}
     for row in run.metrics:
-        for name in [name for name in row if f"{name}_stderr" in row]:
+        for name in [name for name in row if f"{name}_stderr" in row and is_bound(f"{name}_stderr")]:
             half = 1.96 * row[f"{name}_stderr"]
             found.setdefault(name, {})[row["step"]] = (row[name], row[name] - half, row[name] + half)
-        for name in [name for name in row if f"{name}_low" in row]:
+        for name in [name for name in row if f"{name}_low" in row and is_bound(f"{name}_low")]:
             found.setdefault(name, {})[row["step"]] = (row[name], row[f"{name}_low"], row[f"{name}_high"])
     for step, rows in _by_step(run.evaluations).items():
         for name in rows[0]["rewards"].keys() - {VOTE}:  # whose values are names

@@ -46,8 +46,11 @@ ENGINES = {"NativeGenerator": "native engine", "HFGenerator": "transformers' gen
 """What a display calls each."""
 
 
-def make_generator(config: Config, policy: SampledModel) -> Generator:
+def make_generator(config: Config, policy: SampledModel, *, setting: str = "rollout.engine") -> Generator:
     """The engine that `rollout.engine` names; `auto` takes the native one if it supports the model.
+
+    Args:
+        setting: what the user calls it.
 
     Raises:
         ValueError: the engine cannot run this model here.
@@ -81,5 +84,5 @@ def make_generator(config: Config, policy: SampledModel) -> Generator:
             raise ValueError(f"rollout.engine is native; {reason}. Set rollout.engine to hf.")
         if policy.processes.is_main:
             unused = "; memory.release_kv_cache has no effect then" if config.memory.release_kv_cache else ""
-            say(f"rollout.engine is auto: sampling with transformers' generate, because {reason}{unused}")
+            say(f"{setting} is auto: sampling with transformers' generate, because {reason}{unused}")
     return HFGenerator(policy, max_sequences=config.memory.max_sequences)

@@ -11,7 +11,7 @@ sequence that goes on therefore stays on the device, and only moves to its new c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,11 +64,22 @@ def _places(pages: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def _generator_restored(device: torch.device) -> Iterator[None]:
-    """A capture that fails leaves torch's random numbers as if it still went on, and whoever draws next fails."""
+def _undone_if_it_fails(device: torch.device, pool: tuple[int, int]) -> Iterator[None]:
+    """A capture that fails leaves torch as if it still went on (torch 2.13, CUDAGraph::capture_end): its stream stays the current
+    one, the allocator gives nothing back, neither in empty_cache nor before it is out of memory, and whoever draws random numbers
+    next fails.
+
+    Args:
+        pool: the memory that the graph is captured in.
+    """
+    stream = torch.cuda.current_stream(device)
     try:
         yield
     except RuntimeError:
+        torch.cuda.set_stream(stream)
+        with suppress(RuntimeError):  # the failure came after torch had ended it
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+            torch._C._cuda_releasePool(device.index, pool)
         generator = torch.cuda.default_generators[device.index]
         generator.graphsafe_set_state(generator.clone_state())
         raise
@@ -287,11 +298,10 @@ class Decoder:
             with torch.cuda.stream(side), progress.busy("compiling a step"):
                 self._step(size)
             torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with _generator_restored(self.device), torch.cuda.graph(graph, pool=self._pool):
+            graph, pool = torch.cuda.CUDAGraph(), self._pool or torch.cuda.graph_pool_handle()
+            with _undone_if_it_fails(self.device, pool), torch.cuda.graph(graph, pool=pool):
                 self._step(size)
-            self._pool = self._pool or graph.pool()
-            self._graphs[key] = graph
+            self._pool, self._graphs[key] = pool, graph
             self.state.copy_(state)
             self.table.copy_(table)
         return self._graphs[key]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -77,6 +77,8 @@ class Loop:
 
     config: AnyConfig
     guard: Guard
+    _evaluates: bool
+    """Whether there is anything to evaluate; the same on all processes."""
     _lock: DirectoryLock
     _calls_at_work = 0
     _after_roll_back = ""
@@ -194,7 +196,8 @@ class Loop:
                 while not self._is_last():
                     self.train_step()
                     if self._is_last() or _due(self.state.step, self.config.checkpoint.every_steps):
-                        self.checkpoints.try_to(lambda: self.save(wait=False))
+                        nothing_follows = self._is_last() and not self._evaluates  # beside which it could be written
+                        self.checkpoints.try_to(partial(self.save, wait=nothing_follows))
                     self._evaluate_if_due()
                 last = self.save()
                 self._call_back(lambda callback: callback.on_end(last))

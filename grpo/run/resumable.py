@@ -81,15 +81,20 @@ def check_resumable(checkpoint: Path, config: AnyConfig, *, may_change: set[str]
 
 def completed(before: dict[str, Any], config: AnyConfig) -> dict[str, Any]:
     """Settings that a checkpoint was written with, and the defaults of those that are newer than it."""
-    whole = dict(before)
-    for section, settings in config:
-        if isinstance(settings, BaseModel):
-            known = type(settings).model_fields.items()
-            defaults = {
-                name: field.get_default(call_default_factory=True) for name, field in known if not field.is_required()
-            }
-            whole[section] = defaults | before.get(section, {})
+    whole: dict[str, Any] = _completed(before, config)
     return whole
+
+
+def _completed(before: Any, now: Any) -> Any:
+    """At any depth: sections, entries of lists and values of mappings, whose kind is that of what is in their place now."""
+    if isinstance(now, BaseModel) and isinstance(before, dict):
+        whole = type(now).model_construct().model_dump(mode="json") | before
+        return {name: _completed(value, getattr(now, name, None)) for name, value in whole.items()}
+    if isinstance(now, list) and isinstance(before, list) and len(now) == len(before):
+        return [_completed(*pair) for pair in zip(before, now, strict=True)]
+    if isinstance(now, dict) and isinstance(before, dict):
+        return {name: _completed(value, now.get(name)) for name, value in before.items()}
+    return before
 
 
 def changed_setting(before: dict[str, Any], now: dict[str, Any], *, may_change: set[str]) -> str | None:

@@ -37,6 +37,7 @@ from grpo.sft.rows import read_rows
 from grpo.system import distributed
 from grpo.system.distributed import TrainingProcesses
 from grpo.system.stopping import StopAgreement, StopRequest
+from grpo.text.plural import counted
 from grpo.training.collector import Collector
 from grpo.training.learner import Learner
 from grpo.types import Group, Prompt
@@ -156,7 +157,7 @@ def assemble(
     collector = None
     if scorer is not None:
         with as_spelled_here():
-            generator = make_generator(shared, policy)
+            generator = make_generator(shared, policy, setting="evaluation.engine")
         collector = Collector(generator, scorer, stop, rank=processes.rank)
     return Parts(
         config=config,
@@ -187,7 +188,7 @@ def _rows(
         rows = read_rows(config.data, tokenizer, given=given, model=config.model.name)
     learned, aside = set_aside(rows.groups, config.evaluation.num_rows, seed=config.run.seed)
     dropped = "".join(f"; {count:,} dropped: {why}" for why, count in rows.dropped.items())
-    processes.say("\n".join([f"{len(rows.groups):,} rows{dropped}", *rows.notes]))
+    processes.say("\n".join([f"{counted(len(rows.groups), 'rows')}{dropped}", *rows.notes]))
     return learned, aside
 
 

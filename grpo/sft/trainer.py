@@ -48,7 +48,7 @@ class SupervisedTrainer(Loop):
             folder, or a loaded model of transformers.
         train_dataset: rows instead of those of `config.data.name`: a `datasets.Dataset`, a `pandas.DataFrame` or a list of
             dictionaries.
-        eval_dataset: held-out questions with answers instead of those of `config.data.eval_name`.
+        eval_dataset: held-out questions with answers instead of those of `config.data.eval_name`; see Trainer.
         rewards: reward functions that grade the answers to held-out questions, instead of `config.rewards`.
         settings: over those of `config`, by name: {"training.epochs": 3}.
         callbacks: called after steps, evaluations and checkpoints, and at the end. The rollout that they are given is the rows.
@@ -90,6 +90,7 @@ class SupervisedTrainer(Loop):
             self.config = parts.config
             self.order, self.aside = parts.order, parts.aside
             self.collector, self.held_out = parts.collector, parts.held_out
+            self._evaluates = bool(self.aside) or self.held_out is not None
             self._begin(parts.found, parts.shared, self.collector)
 
     @property
