@@ -107,7 +107,7 @@ def trusted_rewards(chosen: Chosen, options: Namespace) -> list[RewardConfig]:
     rewards = chosen.settings.rewards
     foreign = [each.function for each in rewards if ":" in each.function and not each.function.startswith(OWN_REWARDS)]
     if not options.trust_rewards:
-        _trust(foreign, "reward functions", "say so with --trust-rewards", options)
+        _trust(foreign, "reward functions that are run", "say so with --trust-rewards", options)
     return rewards
 
 
@@ -127,7 +127,7 @@ def trusted_tools(chosen: Chosen, options: Namespace) -> ToolsConfig:
         for each in tools.functions
         if ":" in each.function or each.args
     ]
-    _trust(foreign, "tools", "name them with --tools", options)
+    _trust(foreign, "tools that are run", "name them with --tools", options)
     return tools
 
 
@@ -139,14 +139,15 @@ def trusted_environment(chosen: Chosen, options: Namespace) -> EnvironmentConfig
     """
     config = chosen.settings.environment
     foreign = [config.function] if config.function is not None and ":" in config.function else []
-    _trust(foreign, "an environment", "say so with --trust-rewards", options)
+    if not options.trust_rewards:
+        _trust(foreign, "an environment that is run", "say so with --trust-rewards", options)
     return config
 
 
 def _trust(foreign: list[str], what: str, how: str, options: Namespace) -> None:
     if not foreign or options.config:
         return
-    said = f"the configuration of {options.model!r} names {what} that are run here: {', '.join(foreign)}"
+    said = f"the configuration of {options.model!r} names {what} here: {', '.join(foreign)}"
     if sys.stdin.isatty() and sys.stderr.isatty():
         say(f"{said}. Run them? [y/N]", file=sys.stderr)
         if sys.stdin.readline().strip().lower() in ("y", "yes"):
