@@ -492,7 +492,9 @@ def test_an_environment_of_a_runs_configuration_is_run_if_a_person_trusts_it(run
     (foreign / "config.yaml").write_text(yaml.safe_dump(settings))
     asked = options(foreign)
     asked.trust_rewards = False
-    with pytest.raises(ValueError, match=r"names an environment that is run here: game\.py:Game\. .* with --trust-rewards"):
+    with pytest.raises(
+        ValueError, match=r"names an environment that is run here: game\.py:Game\. .* with --trust-rewards"
+    ):
         trusted_environment(choose(asked), asked)
     asked.trust_rewards = True
     assert trusted_environment(choose(asked), asked).function == "game.py:Game"
