@@ -26,7 +26,7 @@ from grpo.system.files import checksum, replace_text, to_json
 
 FILE = "lineage.json"
 FINISHED = "finished"
-TRACEBACK = re.compile(r"traceback(-rank-[0-9]+)?\.txt")
+TRACEBACK = re.compile(r"traceback[\w.-]*\.txt")
 """What a process leaves behind that has failed."""
 
 Entry = dict[str, Any]
