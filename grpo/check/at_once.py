@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grpo.config import TASK_PREFIX, AnyConfig, Config, SourceConfig, SupervisedConfig
-from grpo.data import hub_names
+from grpo.data import hub_names, pass_rates
 from grpo.data.files import FORMATS, load_table
 from grpo.data.rows import load_rows, written_rows
 from grpo.run.resumable import check_newest
@@ -61,6 +61,8 @@ def check_data(config: AnyConfig, is_to_come: Callable[[object], bool] = lambda 
     def is_read(source: object, split: str) -> bool:
         return not is_to_come(source) and is_read_fast(source, split)
 
+    if isinstance(config, Config) and data.pass_rates is not None and not is_to_come(data.pass_rates):
+        pass_rates.check_file(Path(data.pass_rates), data.pass_rates)
     for number, source in enumerate(data.name if isinstance(data.name, list) else []):
         if is_read(source.name, "") and not Path(source.name).expanduser().exists():
             load_table(source.name, source.subset, "train", f"data.name.{number}.name", source.revision)

@@ -16,7 +16,7 @@ from grpo.check.at_once import check_data, check_functions
 from grpo.cli import evaluate, reject
 from grpo.config import AnyConfig, Config
 from grpo.data.hub_names import check_model, models_of
-from grpo.inference.options import RULES, check_number, check_options
+from grpo.inference.options import RULES, can_ask, check_number, check_options, foreign_rewards
 from grpo.pipeline.stages import TRAINED, Plan, Stage
 
 
@@ -47,6 +47,16 @@ def _check_training(plan: Plan, stage: Stage) -> None:
 
 def _check_reject(plan: Plan, stage: Stage) -> None:
     options = _parsed(reject._parser(), plan, stage)
+    for name in REWRITING if options.rewrite_with is None else ():
+        if getattr(options, name) is not None:
+            raise ValueError(f"options has {name}, without effect without rewrite_with. Remove it, or name a model.")
+    if options.rewrite_with is not None and options.tags:
+        raise ValueError(
+            "options has tags, without effect with rewrite_with. Remove it: rewrite_template can ask for tags."
+        )
+    source = plan.stage(stage.model or "")
+    if options.config is None and source is not None:
+        _check_sampled(source, plan.config(source), trusts=options.trust_rewards)
     if _is_to_come(plan, options.model):
         for name in RULES:
             if (value := getattr(options, name)) is not None:
@@ -62,11 +72,29 @@ def _check_reject(plan: Plan, stage: Stage) -> None:
     reject.rules_of(options)
     if options.config is not None:
         asked = Config.load_questions(options.config, options.set)
+        _check_sampled(stage, asked, trusts=True)
         check_functions(asked)
         if options.questions is None:
             check_data(_without_evaluation(asked), lambda name: _is_to_come(plan, name))
     if options.questions is not None and options.questions.endswith((".yaml", ".yml")):
         check_data(_without_evaluation(Config.load_questions(options.questions)), lambda name: _is_to_come(plan, name))
+
+
+REWRITING = ("rewrite_template", "rewrite_temperature", "rewrite_max_tokens", "rewrite_samples")
+
+
+def _check_sampled(source: Stage, config: AnyConfig, *, trusts: bool) -> None:
+    """Of the configuration that says how questions are sampled and graded. A person at a terminal is asked for trust later."""
+    if isinstance(config, Config) and (config.tools.functions or config.environment.function is not None):
+        raise ValueError(
+            f"the configuration of stage {source.name} has tools or an environment; grpo reject has none, and the answers "
+            "would not be those of the run. Name a config without them."
+        )
+    if not trusts and not can_ask() and (foreign := foreign_rewards(config.rewards)):
+        raise ValueError(
+            f"the configuration of stage {source.name} names reward functions that are run here: {', '.join(foreign)}. If you "
+            "trust them, set options: {trust_rewards: true}, or name a config."
+        )
 
 
 def _without_evaluation(config: Config) -> AnyConfig:
