@@ -12,8 +12,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     NonNegativeFloat,
@@ -25,19 +23,12 @@ from pydantic import (
     field_validator,
 )
 
+from grpo.config.section import Section
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Location = Annotated[str, AfterValidator(os.path.expanduser)]
 """A hub id or a local path, which may begin with `~`."""
-
-
-class Section(BaseModel):
-    """Settings; the text beneath each says what it means, and `grpo settings` reads it from the source.
-
-    pydantic can read it too (use_attribute_docstrings), while it makes the classes: for half a second in every process.
-    """
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Section):
