@@ -210,7 +210,8 @@ def _values(counts: Counter[str], near: str) -> str:
 def _listed(texts: Collection[str], num: int) -> str:
     """The first of them in order, each cut, and how many of `num` are not named."""
     shown = sorted(texts, key=_in_order)[:MOST_SHOWN]
-    others = f", and {num - len(shown):,} others" if num > len(shown) else ""
+    rest = num - len(shown)
+    others = f", and {rest:,} other{'s' * (rest > 1)}" if rest else ""
     return ", ".join(repr(text[:MOST_SIGNS]) for text in shown) + others
 
 
