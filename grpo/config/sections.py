@@ -124,8 +124,8 @@ class DataConfig(Section):
     """Split of a hub data set to evaluate on."""
     where: dict[str, Any] | None = None
     """Take only rows that have one of these values in each of these columns, which are named like `question_column`:
-    `{level: [3, 4, 5], subject: Algebra}`. Compared is the text of the cell, so 3, 3.0 and "3" are the same; a row that has
-    nothing there is not taken. How many are left out is said at the start. null: all rows."""
+    `{level: [3, 4, 5], subject: Algebra}`. Compared is the text of the cell, and the value of a number, so 3, 3.0 and "3" are the
+    same; a row that has nothing there is not taken. How many are left out is said at the start. null: all rows."""
     eval_where: dict[str, Any] | None = None
     """The same for held-out questions, with `eval_name` or without. null: all of them, whatever `where` says."""
     question_column: str = "question"
