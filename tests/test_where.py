@@ -467,6 +467,17 @@ def test_a_row_is_of_the_source_that_lists_its_file_whatever_a_column_of_the_fil
     assert [row[DATA_NAME] for row in load_rows(DataConfig(name=[a]))] == [a, a]
 
 
+def test_a_source_says_what_its_rows_are_called(tmp_path: Path):
+    a = written(tmp_path / "a.jsonl", ROWS[:2])
+    sources = [{"name": a, "data_name": "sums", "weight": 2}, {"name": a, "where": {"level": 1}, "weight": 1}]
+    config = DataConfig(name=sources, eval_name=[{"name": a, "data_name": "sums"}])
+    assert {row[DATA_NAME] for row in load_rows(config)} == {"sums", f"{a}:level=1"}
+    assert config.weights == {"sums": 2, f"{a}:level=1": 1}
+    assert {row[DATA_NAME] for row in load_rows(config, evaluation=True)} == {"sums"}
+    with pytest.raises(ValueError, match=r"it lists sources, each once\. Name 'sums' once"):
+        tiny_config(tmp_path, data={"name": [sources[0], {"name": a, "data_name": "sums", "weight": 1}]})
+
+
 SETTINGS = ["--model", str(TINY / "model"), "--config", str(ROOT / "configs" / "quickstart.yaml")]
 FEW = ["--samples", "2", "--max-tokens", "8", "--workers", "1", "--require", "format=0"]
 

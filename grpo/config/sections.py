@@ -85,10 +85,15 @@ class SourceConfig(Section):
     """A regular expression whose first group is the answer."""
     where: dict[str, Any] | None = None
     """Which of its rows are taken, in place of `data.where`; `{}`: all of them."""
+    data_name: str | None = None
+    """What its rows have in the column `data_name`, by which rewards (`only`) and metrics (`data.kind_column`) tell sources apart.
+    null: name, subset, split and where, as far as they are set here, with colons between them."""
 
     @property
     def label(self) -> str:
         """What tells it from the others; rows have it as their column `data_name`."""
+        if self.data_name is not None:
+            return self.data_name
         rows = [f"{column}={values}" for column, values in (self.where or {}).items()]
         return ":".join(each for each in (self.name, self.subset, self.split, *rows) if each is not None)
 
