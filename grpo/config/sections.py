@@ -86,7 +86,7 @@ class SourceConfig(Section):
     where: dict[str, Any] | None = None
     """Which of its rows are taken, in place of `data.where`; `{}`: all of them."""
     data_name: str | None = None
-    """What its rows have in the column `data_name`, by which rewards (`only`) and metrics (`data.kind_column`) tell sources apart.
+    """What its rows have in the column `data_name`, by which rewards (`only`) and metrics (`data.kind_column`) tell them apart.
     null: name, subset, split and where, as far as they are set here, with colons between them."""
 
     @property
