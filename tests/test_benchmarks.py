@@ -3,10 +3,12 @@
 import importlib
 import json
 import os
+import random
 import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,6 +267,57 @@ def test_rollouts_are_measured_beside_transformers_with_exactly_the_tokens_they_
     assert f"decoding step, 4 rows of {native['step_at']} tokens: {native['step_seconds'] * 1e3:.2f} ms" in done.printed
     assert "16 decoding steps:" in done.printed
     assert "aten::mm" in done.printed
+
+
+@pytest.fixture
+def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of the completions that each call of `sample` is asked for; the first is shortened to 3 tokens where it may be."""
+    import rollout
+
+    asked: list[int] = []
+    timed_call = rollout.timed_call
+
+    def watched(sampler: Any, prompts: Any, sampling: Any, *more: Any) -> Any:
+        asked.append(sampling.max_tokens)
+        return timed_call(sampler, prompts, sampling, *more)
+
+    monkeypatch.setattr(rollout, "FIRST_CALL", 3)
+    monkeypatch.setattr(rollout, "timed_call", watched)
+    return asked
+
+
+def test_of_rollouts_of_one_length_the_first_call_alone_is_short(run, cache: Path, lengths: list[int]):
+    done = run("rollout.py", "--size tiny --prompts 2 --completions 2 --new-tokens 8 --repeats 2", "--cache", cache)
+    assert lengths == [3, 8, 8]
+    assert done.records[0]["mean_length"] == 8
+
+
+def test_the_first_call_of_rollouts_is_a_whole_one_where_lengths_differ(run, lengths: list[int]):
+    shape = "--template chat --prompts 2 --completions 2 --new-tokens 20 --repeats 1"
+    run("rollout.py", shape, "--model", TINY / "model", "--questions", TINY / "test.jsonl")
+    assert lengths == [20, 20]
+
+
+def test_the_first_call_of_rollouts_is_a_whole_one_where_keys_and_values_do_not_fit(
+    run, cache: Path, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """Sequences are preempted in any call then, and first in a long one."""
+    monkeypatch.setattr(
+        "grpo.rollout.engine.free_bytes", lambda device: 2 * 40 * 98_304
+    )  # 40 pages; 8 sequences take 76
+    shape = "--size tiny --prompts 4 --completions 2 --new-tokens 400 --repeats 1"
+    done = run("rollout.py", shape, "--cache", cache)
+    assert lengths == [400, 400]
+    assert done.records[0]["metrics"]["rollout/preempted"] > 0
+
+
+def test_a_coin_is_as_often_heads_as_tails_whatever_was_written():
+    from random_reward import coin
+
+    random.seed(1)
+    thrown = Counter(coin("the same") for _ in range(1000))
+    assert set(thrown) == {0.0, 1.0}
+    assert abs(thrown[1.0] - 500) < 80, "five standard deviations of 16"
 
 
 def test_rollouts_of_a_real_model_end_by_themselves(run):

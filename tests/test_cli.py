@@ -1,6 +1,7 @@
 """The command `grpo`: what it finds, how fast it answers, and how it starts and stops the processes of a run."""
 
 import errno
+import io
 import os
 import re
 import signal
@@ -330,3 +331,11 @@ with launch.ending_at_once():
     with launch.ending_at_once():
         assert signal.getsignal(signal.SIGINT) is not before
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_an_encoding_lacks_is_written_in_its_code(monkeypatch: pytest.MonkeyPatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    cli.main(["--help"])
+    print("✗ wrong", flush=True)
+    assert written.getvalue().endswith(b"\\u2717 wrong\n")

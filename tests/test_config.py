@@ -133,6 +133,44 @@ def test_a_setting_in_the_wrong_section_names_the_right_one(tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize("setting", ["algorithm.kl_coef", "run.steps", "rewards.0.weight", "memory.kv_cache_gib"])
+def test_true_is_no_number(setting: str):
+    with pytest.raises(
+        ValueError, match=rf"^{setting} is True; it takes a number, not true or false\. Correct {setting}\."
+    ):
+        Config.load("quickstart", [f"{setting}=true"])
+
+
+def test_true_is_what_it_says_where_a_number_is_no_other_way_to_say_it():
+    told = Config.load("quickstart", ["algorithm.normalize_by_std=false", "checkpoint.background=true"])
+    assert (told.algorithm.normalize_by_std, told.checkpoint.background) == (False, True)
+
+
+def test_every_unknown_name_is_told_and_those_of_sections_that_others_have():
+    theirs = ["actor_rollout_ref.actor.optim.lr=1e-6", "actor_rollout_ref.rollout.n=8", "actor_rollout_ref.other.x=1"]
+    with pytest.raises(ValueError, match=r".") as caught:
+        Config.load("quickstart", [*theirs, "bf16=true", "run.stepz=3", "critic.strategy=fsdp"])
+    of_others = "That is a name of TRL or verl; here it is"
+    lines = str(caught.value).splitlines()
+    assert sorted(lines)[0:2] == [
+        f"actor_rollout_ref.actor.optim.lr is not a setting here. {of_others} optimizer.learning_rate.",
+        f"actor_rollout_ref.rollout.n is not a setting here. {of_others} rollout.group_size.",
+    ]
+    assert any(line.startswith(f"bf16 is not a setting here. {of_others} model.dtype") for line in lines)
+    assert "run.stepz is not a setting. Did you mean run.steps?" in lines
+    assert any(line.startswith("critic is not a setting. Known here: model, ") for line in lines)
+    assert len(lines) == 5
+
+
+@pytest.mark.parametrize("value", ["rollout.temperature=1", "rollout={temperature: {points: {0: 1}}}"])
+def test_a_schedule_in_sections_is_told_how_it_is_written(value: str):
+    with pytest.raises(
+        ValueError, match=r"^schedules\.rollout is .*Write \{rollout\.temperature: \{points: "
+    ) as caught:
+        Config.load("quickstart", [f"schedules.{value}"])
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_an_unknown_reward_setting_names_the_nearest_one(tmp_path: Path):
     assert messages(tmp_path, rewards=[{"function": "accuracy", "wieght": 2}]) == (
         "rewards.0.wieght is not a setting. Did you mean rewards.0.weight?"

@@ -588,7 +588,7 @@ def test_what_is_said_at_once_survives_any_text_and_a_stdout_that_is_none_or_clo
 def test_a_terminal_sees_how_far_a_download_is_and_a_log_does_not(monkeypatch: pytest.MonkeyPatch):
     for is_terminal in (True, False):
         monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)  # noqa: B023
-        distributed._quiet()
+        distributed.quiet()
         assert are_progress_bars_disabled() is not is_terminal
 
 

@@ -101,6 +101,7 @@ def test_the_command_exports_a_model(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"written to {tmp_path / 'out' / 'model-Q4_0.gguf'}\n")
+    assert not re.search("Loading weights|Writing model shards|real_accelerator", done.stdout + done.stderr)
     again = warm.run(
         ["scripts/export.py", str(TINY / "model"), *options], cwd=ROOT, timeout=120, env=clean_environment()
     )

@@ -182,7 +182,7 @@ def test_a_frame_between_two_lines_has_no_line_number_and_is_described_all_the_s
 def test_what_torch_says_of_the_devices_of_a_barrier_is_no_part_of_a_runs_output():
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        distributed._quiet()
+        distributed.quiet()
         warnings.warn(
             "barrier(): using the device under current context. You can specify `device_id` in ...", stacklevel=1
         )

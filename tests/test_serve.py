@@ -1266,6 +1266,16 @@ def sampled(model: HostedModel, num: int = 1) -> list[str]:
     return [completion.text for group in groups for completion in group.completions]
 
 
+@pytest.mark.parametrize(
+    ("path", "remedy"), [("", r"The address has no version, such as /v1: add it"), ("/v1", "Correct the request")]
+)
+def test_an_address_without_its_version_is_told_what_it_lacks(path: str, remedy: str):
+    with scripted(lambda handler, _: reply_with(handler, 404, "Not Found")) as url:
+        model = HostedModel(Endpoint(url.removesuffix("/v1") + path), "model")
+        with pytest.raises(ValueError, match=rf"refuses a request for 'model': HTTP 404.*\. {remedy}; the same"):
+            sampled(model)
+
+
 def test_a_key_does_not_follow_a_redirect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("A_KEY", "secret")
     seen = []

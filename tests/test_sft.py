@@ -251,6 +251,14 @@ def test_a_template_that_drops_thoughts_is_found_and_named(tokenizer, tmp_path: 
         ),
         ({"prompt": "", "completion": "a"}, "row 1 .* has an empty prompt"),
         ({"messages": [GREETING[1]]}, "row 1 .* begins with what the assistant says"),
+        (
+            {"messages": [GREETING[0], {"role": "assistant", "text": "Hello"}]},
+            r"row 1 .* nothing can be learned from it \(messages\.1 has no content, but role, text\)",
+        ),
+        (
+            {"messages": [{"from": "human", "value": "Hi"}]},
+            r"row 1 .* \(messages\.0 has no role and no content, but from, value\)\. Give it",
+        ),
         ({"messages": [{"role": "user", "content": None}, GREETING[1]]}, "row 1 .* message of the user whose content"),
         (
             {"question": "Hi", "completion": "<think>\n</think> 3"},

@@ -1,19 +1,16 @@
-"""data.where: which rows are taken, by what is compared, how many are left out, and what is refused."""
+"""data.where: which rows are taken, how many are left out, and what is refused. test_where_cells.py has what is compared."""
 
 import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pandas
-import pyarrow
 import pytest
 from helpers import ROOT, TINY, tiny_config
-from pyarrow import parquet
 from test_sft import sft_config
 from transformers import AutoTokenizer
 
@@ -24,8 +21,7 @@ from grpo.cli import sample as sample_command
 from grpo.cli import scale as scale_command
 from grpo.config import Config, DataConfig, EnvironmentConfig, SupervisedConfig
 from grpo.config.supervised import RowsConfig
-from grpo.data.files import Written
-from grpo.data.rows import DATA_NAME, load_rows
+from grpo.data.rows import DATA_NAME, load_rows, written_rows
 from grpo.data.where import Selection
 from grpo.inference.inspect import chosen_rows
 from grpo.sft.rows import read_rows
@@ -61,7 +57,7 @@ def taken(rows: list[dict[str, Any]]) -> list[int]:
     return [int(row["answer"]) // 2 for row in rows]
 
 
-# ---- what is compared ------------------------------------------------------------------------------------------------
+# ---- what is taken ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -84,74 +80,6 @@ def test_rows_are_kept_in_their_order_that_have_one_of_the_values_in_each_column
     assert taken(load_rows(DataConfig(name=questions, where=where))) == numbers
 
 
-@pytest.mark.parametrize(
-    ("cell", "value", "is_kept"),
-    [
-        (3, "3", True),
-        ("3", 3, True),
-        (3.0, 3, True),
-        (Written("3.0"), 3, True),
-        ("3.0", 3, True),
-        ("-3.0", -3, True),
-        (13, 3, False),
-        (3.5, 3, False),
-        (Written("0.50"), "0.50", True),
-        (0.5, 0.5, True),
-        ("Level 3", 3, False),
-        ("Level 3", "Level 3", True),
-        ("level 3", "Level 3", False),
-        ("v1.0", "v1", False),
-        (True, True, True),
-        (True, "true", True),
-        (True, 1, False),
-        ([3, 4], "[3, 4]", True),
-    ],
-)
-def test_cells_and_values_are_compared_by_their_text(cell: Any, value: Any, is_kept: bool):
-    other = {"cell": value}  # so that there is always a row left, and one that has the value
-    left_out = Counter[str]()
-    found = [number for number, _ in Selection({"cell": value}, "w", left_out).kept([{"cell": cell}, other], "rows")]
-    assert found == ([0, 1] if is_kept else [1])
-    assert left_out == ({} if is_kept else {"cell has none of the values of w": 1})
-
-
-def _as_csv(path: Path) -> str:
-    lines = [f"{row['question']},{row['answer']},{row['level'] or ''}" for row in ROWS]
-    path.with_suffix(".csv").write_text("\n".join(["question,answer,level", *lines]))
-    return str(path.with_suffix(".csv"))
-
-
-def _as_parquet(kind: pyarrow.DataType) -> Callable[[Path], str]:
-    def write(path: Path) -> str:
-        columns = {name: [row[name] for row in ROWS] for name in ("question", "answer")}
-        levels = pyarrow.array(LEVELS, kind)
-        parquet.write_table(pyarrow.table({**columns, "level": levels}), path.with_suffix(".parquet"))
-        return str(path.with_suffix(".parquet"))
-
-    return write
-
-
-def _as_pandas_writes_it(path: Path) -> str:
-    pandas.DataFrame(ROWS).to_json(path, orient="records", lines=True)
-    assert '"level":3.0' in path.read_text()
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    "write",
-    [_as_csv, _as_parquet(pyarrow.int64()), _as_parquet(pyarrow.float32()), _as_pandas_writes_it],
-    ids=["csv", "integers", "floats", "pandas"],
-)
-def test_an_integer_finds_its_rows_in_every_format(tmp_path: Path, write: Callable[[Path], str]):
-    left_out = Counter[str]()
-    name = write(tmp_path / "rows.jsonl")
-    assert taken(load_rows(DataConfig(name=name, where={"level": [3, 5]}), left_out=left_out)) == [2, 3, 4]
-    assert left_out == {
-        "level has none of the values of data.where": 2,
-        "level is missing, which data.where asks for": 1,
-    }
-
-
 def test_a_row_is_counted_for_the_first_column_that_leaves_it_out(questions: str):
     left_out = Counter[str]()
     load_rows(DataConfig(name=questions, where={"subject": "Algebra", "deep.level": [1, 3]}), left_out=left_out)
@@ -160,6 +88,13 @@ def test_a_row_is_counted_for_the_first_column_that_leaves_it_out(questions: str
         "deep.level has none of the values of data.where": 1,
         "deep.level is missing, which data.where asks for": 1,
     }
+
+
+def test_a_column_with_nothing_in_it_is_no_reason_after_another():
+    rows = [{"subject": "Geometry", "level": None}, {"subject": "Algebra", "level": 3}]
+    left_out = Counter[str]()
+    assert len(list(Selection({"subject": "Algebra", "level": 3}, "w", left_out).kept(rows, "rows"))) == 1
+    assert left_out == {"subject has none of the values of w": 1}
 
 
 def test_a_column_that_some_rows_lack_is_missing_there(tmp_path: Path):
@@ -192,8 +127,8 @@ def test_the_split_says_what_is_read_and_where_chooses_from_it(questions: str):
     [
         (
             {"level": [3, 4, 7]},
-            "data.where is {'level': [3, 4, 7]}; no row has '4' in level. Its values are '1', '2', '3', '5'. Correct it, or "
-            "remove the value.",
+            "data.where is {'level': [3, 4, 7]}; no row has '4', '7' in level. Its values are '1', '2', '3', '5'. "
+            "Correct them, or remove the values.",
         ),
         (
             {"level": "Level 3"},
@@ -238,6 +173,27 @@ def test_of_many_values_the_nearest_and_the_most_frequent_are_named():
     assert len(named) == 8
     assert {"Algebra", "z", "y" * 40} < set(named)
     assert named == sorted(named)
+
+
+def test_what_is_named_in_an_error_is_cut_as_the_values_are():
+    values = [*range(20), "y" * 99]
+    with pytest.raises(ValueError, match=r"^data\.where is ") as error:
+        list(Selection({"level": values, "a": 1}, "data.where", Counter()).kept([{"level": 3, "a": 1}], "data.name"))
+    assert str(error.value) == (
+        "data.where is {'level': [0, 1, 2, 3, 4, 5, 6, 7, ...], 'a': 1}; no row has '0', '1', '2', '4', '5', '6', '7', '8', and "
+        "12 others in level. Its values are '3'. Correct them, or remove the values."
+    )
+    with pytest.raises(ValueError, match=r"^data\.where is {'level': 'y{17,20}\.\.\.y+'}; no.* in level"):
+        list(Selection({"level": "y" * 99}, "data.where", Counter()).kept([{"level": 3}], "data.name"))
+    with pytest.raises(ValueError, match=r"no row has 'y{40}' in level"):
+        list(Selection({"level": [3, "y" * 99]}, "data.where", Counter()).kept([{"level": 3}], "data.name"))
+
+
+def test_of_no_rows_it_is_said_that_there_are_none(tmp_path: Path):
+    selection = Selection({"level": 3}, "data.where", Counter())
+    assert list(selection.kept([], "data.name")) == []
+    with pytest.raises(ValueError, match=r"^train_dataset holds no rows"):
+        Trainer(tiny_config(tmp_path / "run", data={"where": {"level": 3}}), train_dataset=[])
 
 
 @pytest.mark.parametrize(
@@ -316,6 +272,12 @@ def test_an_entry_of_a_list_has_the_where_of_data_or_its_own_in_place_of_it(sour
     a, b, plain = sources
     own = [a, {"name": b, "where": {"answer": 5}}, {"name": plain, "where": {}}]
     assert asked(name=own, where={"level": [2, 3]}) == ["q2", "q3", "q5", "p0", "p1"]
+    left_out = Counter[str]()
+    load_rows(DataConfig(name=own, where={"level": [2, 3]}), left_out=left_out)
+    assert left_out == {
+        "level has none of the values of data.where": 1,
+        "answer has none of the values of data.name.1.where": 2,
+    }
     with pytest.raises(
         ValueError, match=r"^data\.name\.0\.where is {'level': 4}; none of the 3 rows of data\.name\.0\.n"
     ):
@@ -431,13 +393,29 @@ def test_rows_that_are_given_are_refused_before_a_model_is_loaded(tmp_path: Path
 def test_a_where_of_questions_that_are_not_asked_is_said(
     tmp_path: Path, questions: str, capsys: pytest.CaptureFixture[str]
 ):
-    data = {"name": questions, "eval_where": {"level": 3}}
-    Trainer(tiny_config(tmp_path / "run", data=data)).close()
-    said = "data.eval_where is {'level': 3}, without effect: evaluation.num_questions is 0"
-    assert said in capsys.readouterr().out
+    unread = {"eval_where": {"level": 3}, "eval_name": questions}
+    Trainer(tiny_config(tmp_path / "run", data={"name": questions, **unread})).close()
+    without = [
+        f"data.{name} is {value!r}, without effect: evaluation.num_questions is 0" for name, value in unread.items()
+    ]
+    shown = capsys.readouterr().out
+    assert all(said in shown for said in without)
     rows = [{"question": "1+1?", "completion": " 2"}]
-    SupervisedTrainer(sft_config(tmp_path / "sft", data={"eval_where": {"level": 3}}), train_dataset=rows).close()
-    assert said in capsys.readouterr().out
+    SupervisedTrainer(sft_config(tmp_path / "sft", data=unread), train_dataset=rows).close()
+    shown = capsys.readouterr().out
+    assert all(said in shown for said in without)
+
+
+def test_supervised_training_says_which_held_out_questions_it_does_not_ask(
+    tmp_path: Path, questions: str, capsys: pytest.CaptureFixture[str]
+):
+    data = {"eval_name": questions, "eval_where": {"level": [3, 5]}}
+    config = sft_config(tmp_path / "sft", data=data, evaluation={"num_questions": 2, "max_completion_tokens": 8})
+    rows = [{"question": "1+1?", "completion": " 2"}]
+    SupervisedTrainer(config, train_dataset=rows).close()
+    shown = capsys.readouterr().out
+    assert "2 held-out questions left out: level has none of the values of data.eval_where" in shown
+    assert "1 held-out question left out: level is missing, which data.eval_where asks for" in shown
 
 
 def test_a_run_does_not_resume_with_another_where(tmp_path: Path, questions: str):
@@ -472,11 +450,32 @@ def test_supervised_training_takes_only_such_rows_and_counts_the_others(tmp_path
     listed: dict[str, Any] = {"name": [a, {"name": b, "where": {"subject": "Algebra"}}], "where": {"level": [1, 3]}}
     found = read_rows(RowsConfig(template="chat", **listed), tokenizer, model="tiny")
     assert [int(group.prompt.columns["answer"]) // 2 for group in found.groups] == [0, 2, 4, 5]
+    listed["where"] = {"level": [1, 5]}  # the first file has the one and the second the other
+    found = read_rows(RowsConfig(template="chat", **{**listed, "name": [a, b]}), tokenizer, model="tiny")
+    assert [int(group.prompt.columns["answer"]) // 2 for group in found.groups] == [0, 4]
     listed["where"] = {"level": [1, 9]}
     with pytest.raises(ValueError, match=r"^data\.where is {'level': \[1, 9\]}; no row has '9' in level"):
         check_config(sft_config(tmp_path / "run", data={"name": a, "where": {"level": [1, 9]}}))
     with pytest.raises(ValueError, match=r"^data\.where is {'level': \[1, 9\]}; no row has '9' in level"):
         read_rows(RowsConfig(template="chat", **listed), tokenizer, model="tiny")
+
+
+def test_a_row_is_of_the_source_that_lists_its_file_whatever_a_column_of_the_file_says(tmp_path: Path):
+    a = written(tmp_path / "a.jsonl", [{**row, "completion": " two", DATA_NAME: "its own"} for row in ROWS[:2]])
+    found = written_rows(RowsConfig(name=[a]), None)
+    assert [row[DATA_NAME] for row, _, _ in found] == [a, a]
+    assert [row[DATA_NAME] for row in load_rows(DataConfig(name=[a]))] == [a, a]
+
+
+def test_a_source_says_what_its_rows_are_called(tmp_path: Path):
+    a = written(tmp_path / "a.jsonl", ROWS[:2])
+    sources = [{"name": a, "data_name": "sums", "weight": 2}, {"name": a, "where": {"level": 1}, "weight": 1}]
+    config = DataConfig(name=sources, eval_name=[{"name": a, "data_name": "sums"}])
+    assert {row[DATA_NAME] for row in load_rows(config)} == {"sums", f"{a}:level=1"}
+    assert config.weights == {"sums": 2, f"{a}:level=1": 1}
+    assert {row[DATA_NAME] for row in load_rows(config, evaluation=True)} == {"sums"}
+    with pytest.raises(ValueError, match=r"it lists sources, each once\. Name 'sums' once"):
+        tiny_config(tmp_path, data={"name": [sources[0], {"name": a, "data_name": "sums", "weight": 1}]})
 
 
 SETTINGS = ["--model", str(TINY / "model"), "--config", str(ROOT / "configs" / "quickstart.yaml")]
@@ -499,14 +498,22 @@ def test_rejection_asks_such_questions_of_the_run_and_all_of_those_it_is_given(
     assert "without 2 of the questions: level has none of the values of data.where" in shown
     assert "without 1 of the questions: level is missing, which data.where asks for" in shown
 
+    rates = [{**row, "pass_rate": 0.1 * n} for n, row in enumerate(ROWS)]
+    by_rate = [f"data.pass_rates={written(tmp_path / 'rates.jsonl', rates)}", "data.pass_rate=[0.25, 1.0]"]
+    assert run("--out", str(tmp_path / "c.jsonl"), "--set", *chosen, *by_rate)["num_questions"] == 2
+    assert "without 1 of the questions: pass rate below 0.25" in capsys.readouterr().out
+
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps({"model": {"name": "m"}, "data": {"name": "x", "where": {"level": 3}}}))
     words = ["--config", str(config), "--questions", questions]
     assert run("--out", str(tmp_path / "b.jsonl"), *words)["num_questions"] == 6
 
 
-def test_rejection_refuses_a_where_for_questions_of_a_file(questions: str, monkeypatch: pytest.MonkeyPatch, capsys):
-    words = [*SETTINGS, "--out", "a.jsonl", "--questions", questions, "--set", "data.where={level: 3}"]
+@pytest.mark.parametrize("given", ["data.where={level: 3}", "data.where.level=3"])
+def test_rejection_refuses_a_where_for_questions_of_a_file(
+    questions: str, given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    words = [*SETTINGS, "--out", "a.jsonl", "--questions", questions, "--set", given]
     monkeypatch.setattr(sys, "argv", ["grpo reject", *words])
     with pytest.raises(SystemExit):
         reject_command.main()

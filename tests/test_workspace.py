@@ -10,6 +10,7 @@ import sys
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from wandb_files import wandb_records_of
 from grpo import Trainer, cli
 from grpo.config import Config
 from grpo.observe.metric_names import METRICS, is_bound
-from grpo.observe.sinks import CHARTS
+from grpo.observe.sinks import CHARTS, COMPLETIONS, REFLECTIVE
 from grpo.report import workspace
 from grpo.report.panels import NOT_DRAWN, formula, sections
 
@@ -111,6 +112,17 @@ def test_the_workspace_of_the_quickstart_begins_with_the_aha_moment_and_ends_wit
 def of_list(measure: str) -> list[str]:
     """Metrics of a list of words: all, right, wrong, held out; none of the two steps' completions is cut off."""
     return [measure, f"{measure}_right", f"{measure}_wrong", f"eval_{measure}"]
+
+
+@needs_package
+def test_samples_stand_one_below_the_other_and_a_section_of_many_panels_has_pages():
+    told = sections_of(spec_of({f"reward/of_{letter}" for letter in "abcdefghijklmno"} | {COMPLETIONS, REFLECTIVE}))
+    sizes = {
+        name: (own["flowConfig"]["columnsPerPage"], own["flowConfig"]["rowsPerPage"]) for name, own in told.items()
+    }
+    assert len(told["What is rewarded?"]["panels"]) == 15
+    assert sizes["What is rewarded?"] == (3, 4)
+    assert sizes["Samples"] == (1, 2)
 
 
 @needs_package
@@ -278,18 +290,70 @@ def test_the_newest_runs_together_say_what_is_drawn_and_the_environment_names_th
     [
         ("--project gpro", "--project is 'gpro'; W&B has no project me/gpro, or your account may not see it"),
         ("--entity you", "--project is 'grpo'; W&B has no project you/grpo, or your account may not see it"),
-        ("--project a/b/c", "--project is 'a/b/c'; W&B has no project me/a/b/c, or your account may not see it"),
         ("--project empty", "--project is 'empty'; none of its 20 newest runs has metrics of grpo."),
         ("--project others", "--project is 'others'; none of its 20 newest runs has metrics of grpo."),
         ("--name aha💡", "--name is 'aha💡'; W&B takes no symbols in it."),
     ],
-    ids=["misspelt", "of another", "no name", "empty", "of others", "symbol"],
+    ids=["misspelt", "of another", "empty", "of others", "symbol"],
 )
 def test_a_project_that_is_unknown_or_has_no_runs_is_said_and_nothing_is_sent(
     server: FakeWandb, tmp_path: Path, arguments: str, said: str
 ):
     assert_error(call(tmp_path, server, *arguments.split()), 2, re.escape(f"error: {said}"))
     assert server.views == []
+
+
+@needs_package
+def test_an_error_names_the_variable_that_says_the_project(server: FakeWandb, tmp_path: Path):
+    assert_error(
+        call(tmp_path, server, WANDB_PROJECT="gpro"), 2, "error: WANDB_PROJECT is 'gpro'; W&B has no project me/gpro"
+    )
+    assert_error(call(tmp_path, server, WANDB_PROJECT="empty"), 2, "error: WANDB_PROJECT is 'empty'; none of its 20")
+    both = call(tmp_path, server, "--project", "gpro", WANDB_PROJECT="grpo")
+    assert_error(both, 2, "error: --project is 'gpro'; W&B has no project me/gpro")
+    assert server.views == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable", "said"),
+    [
+        (["--name", ""], "", "--name is ''; it is empty. Give one, or leave --name out."),
+        (["--name", "  "], "", "--name is '  '; it is empty. Give one, or leave --name out."),
+        (["--project", ""], "nope", "--project is ''; it is empty. Give one, or leave --project out."),
+        (["--entity", ""], "", "--entity is ''; it is empty. Give one, or leave --entity out."),
+        (
+            ["--project", "me/grpo"],
+            "",
+            "--project is 'me/grpo'; the name of a project has no /. Give --entity me --project grpo.",
+        ),
+        ([], "me/grpo", "WANDB_PROJECT is 'me/grpo'; the name of a project has no /. Give --entity me --project grpo."),
+        (
+            ["--project", "a/b/c"],
+            "",
+            "--project is 'a/b/c'; the name of a project has no /. Give ENTITY and PROJECT of its address.",
+        ),
+    ],
+)
+def test_a_name_that_is_empty_or_more_than_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    variable: str,
+    said: str,
+):
+    monkeypatch.setenv("WANDB_PROJECT", variable)
+    monkeypatch.setattr(workspace, "connect", None)
+    monkeypatch.setattr(sys, "argv", ["grpo"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["workspace", *arguments])
+    assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {said}\n")
+
+
+def test_the_entity_of_the_environment_comes_before_the_accounts_own():
+    account = SimpleNamespace(settings={"entity": "team"}, default_entity="me")
+    assert workspace.entity_of(account) == "team"
+    account.settings["entity"] = None
+    assert workspace.entity_of(account) == "me"
 
 
 def assert_error(done: subprocess.CompletedProcess[str], code: int, said: str) -> None:
@@ -307,7 +371,7 @@ def test_without_a_login_with_a_wrong_key_or_a_service_that_fails_a_line_says_so
     short = call(tmp_path, server, WANDB_API_KEY="abc")
     assert_error(short, 1, "error: W&B: WANDB_API_KEY invalid: API key must have 40")
     gone = call(tmp_path, server, WANDB_BASE_URL="http://127.0.0.1:1", WANDB_HTTP_TIMEOUT="1")
-    assert_error(gone, 1, "error: W&B: Failed to verify credentials with http://127.0.0.1:1")
+    assert_error(gone, 1, r"error: W&B: cannot reach http://127\.0\.0\.1:1: no answer in time\. Is the address right")
     server.refuses = True
     assert_error(call(tmp_path, server), 1, "error: W&B: .*permission denied")
     server.entity = None

@@ -6,6 +6,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 
 COMMANDS = {
     "train": "train a model, on every GPU of this machine",
@@ -36,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: 1: the command's own bad news; 2: it was called wrongly; 75: a run was stopped and saved; 130: Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # or what it prints is lost where the encoding lacks a character
+            stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = given[0] if given else "--help"
     if name in ("-h", "--help", "help"):

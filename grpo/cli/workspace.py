@@ -7,7 +7,10 @@ Each call adds a view to the project; those that are there stay as they are. Wha
 drawn. It needs a login (`wandb login`) and `pip install -e '.[workspace]'`.
 """
 
+from __future__ import annotations
+
 import argparse
+import os
 
 from grpo.observe.console import errors_for_users
 from grpo.system.parser import Parser
@@ -20,16 +23,38 @@ def main() -> None:
     parser.add_argument("--name", default="grpo", help="what the view is called; default: %(default)s")
     arguments = parser.parse_args()
     with errors_for_users():
-        from grpo.observe.sinks import default_project
         from grpo.report import workspace
 
+        project, setting = project_of(arguments)
         workspace.check_package()
-        project = arguments.project or default_project()
         api = workspace.connect()
-        entity = arguments.entity or workspace.entity_of(api)
-        logged = workspace.logged_names(api, entity, project)
+        entity = workspace.entity_of(api) if arguments.entity is None else arguments.entity
+        logged = workspace.logged_names(api, entity, project, setting=setting)
         made = workspace.build(logged, entity=entity, project=project, name=arguments.name)
         print(workspace.save(made))
         for section in made.sections:
             count, closed = len(section.panels), "" if section.is_open else "  (closed)"
             print(f"{count:>4} panel{'s' if count != 1 else ' '}  {section.name}{closed}")
+
+
+def project_of(arguments: argparse.Namespace) -> tuple[str, str]:
+    """The name of the project, and what says it.
+
+    Raises:
+        ValueError: an argument is empty, or the project's name is more than one.
+    """
+    from grpo.observe.sinks import default_project
+
+    for name in ("project", "entity", "name"):
+        given = getattr(arguments, name)
+        if given is not None and not given.strip():
+            raise ValueError(f"--{name} is {given!r}; it is empty. Give one, or leave --{name} out.")
+    given, project = arguments.project, arguments.project or default_project()
+    setting = "WANDB_PROJECT" if given is None and os.environ.get("WANDB_PROJECT") else "--project"
+    if "/" in project:
+        entity, _, name = project.strip("/").partition("/")
+        named = (
+            f"--entity {entity} --project {name}" if name and "/" not in name else "ENTITY and PROJECT of its address"
+        )
+        raise ValueError(f"{setting} is {project!r}; the name of a project has no /. Give {named}.")
+    return project, setting

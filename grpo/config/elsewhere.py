@@ -54,6 +54,12 @@ ELSEWHERE = {
         ): "rewards (a list of function and weight)",
         ("report_to", "logger"): "logging.wandb and logging.tensorboard",
         ("resume_from_checkpoint", "resume_mode"): "run.resume",
+        ("bf16", "fp16", "torch_dtype"): "model.dtype (auto: bfloat16 on GPUs, with float32 masters)",
+        ("peft_config",): "lora (rank, alpha, target_modules)",
+        ("logging_steps",): "logging.completions_every (of texts; metrics are written at each step)",
+        (
+            "adv_estimator",
+        ): "algorithm.normalize_by_std (the advantage is the group's; docs/algorithms.md has its variants)",
         ("model_name_or_path",): "model.name",
         ("dataset_name", "train_files"): "data.name",
         ("val_files",): "data.eval_name",

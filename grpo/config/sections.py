@@ -12,8 +12,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     NonNegativeFloat,
@@ -25,19 +23,12 @@ from pydantic import (
     field_validator,
 )
 
+from grpo.config.section import Section
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Location = Annotated[str, AfterValidator(os.path.expanduser)]
 """A hub id or a local path, which may begin with `~`."""
-
-
-class Section(BaseModel):
-    """Settings; the text beneath each says what it means, and `grpo settings` reads it from the source.
-
-    pydantic can read it too (use_attribute_docstrings), while it makes the classes: for half a second in every process.
-    """
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -94,10 +85,15 @@ class SourceConfig(Section):
     """A regular expression whose first group is the answer."""
     where: dict[str, Any] | None = None
     """Which of its rows are taken, in place of `data.where`; `{}`: all of them."""
+    data_name: str | None = None
+    """What its rows have in the column `data_name`, by which rewards (`only`) and metrics (`data.kind_column`) tell them apart.
+    null: name, subset, split and where, as far as they are set here, with colons between them."""
 
     @property
     def label(self) -> str:
         """What tells it from the others; rows have it as their column `data_name`."""
+        if self.data_name is not None:
+            return self.data_name
         rows = [f"{column}={values}" for column, values in (self.where or {}).items()]
         return ":".join(each for each in (self.name, self.subset, self.split, *rows) if each is not None)
 
@@ -133,8 +129,8 @@ class DataConfig(Section):
     """Split of a hub data set to evaluate on."""
     where: dict[str, Any] | None = None
     """Take only rows that have one of these values in each of these columns, which are named like `question_column`:
-    `{level: [3, 4, 5], subject: Algebra}`. Compared is the text of the cell, so 3, 3.0 and "3" are the same; a row that has
-    nothing there is not taken. How many are left out is said at the start. null: all rows."""
+    `{level: [3, 4, 5], subject: Algebra}`. Compared is the text of the cell, and the value of a number, so 3, 3.0 and "3" are the
+    same; a row that has nothing there is not taken. How many are left out is said at the start. null: all rows."""
     eval_where: dict[str, Any] | None = None
     """The same for held-out questions, with `eval_name` or without. null: all of them, whatever `where` says."""
     question_column: str = "question"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -71,7 +71,9 @@ class Settings(Section):
     """
 
     def __init__(self, **settings: Any) -> None:
-        _refuse_unknown_keys(settings, type(self), type(self))
+        unknown = list(_unknown_keys(settings, type(self), type(self)))
+        if unknown:
+            raise ValueError("\n".join(unknown))
         try:
             super().__init__(**settings)
         except ValidationError as error:
@@ -420,21 +422,45 @@ LISTED_SECTIONS: dict[str, type[BaseModel]] = {
 """What an entry of a list is, where the entries of the list have settings."""
 
 
-def _refuse_unknown_keys(
+def _unknown_keys(
     settings: dict[str, Any], section: type[BaseModel], root: type[Settings], prefix: str = ""
-) -> None:
-    for key in settings:
-        if key not in section.model_fields:
-            raise ValueError(_unknown_key(f"{prefix}{key}", key, section, root, prefix))
+) -> Iterator[str]:
+    """What is wrong with each name that is no setting."""
     for key, value in settings.items():
+        spelled = f"{prefix}{key}"
+        if key not in section.model_fields:
+            theirs = list(_of_other_libraries(value, spelled, root)) if isinstance(value, dict) else []
+            yield from theirs or [_unknown_key(spelled, key, section, root, prefix)]
+            continue
         inner = section.model_fields[key].annotation
         if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, BaseModel):
-            _refuse_unknown_keys(value, inner, root, f"{prefix}{key}.")
-        listed = LISTED_SECTIONS.get(f"{prefix}{key}")
+            yield from _unknown_keys(value, inner, root, f"{spelled}.")
+        if key == "schedules" and isinstance(value, dict):
+            yield from _nested_schedules(value, root)
+        listed = LISTED_SECTIONS.get(spelled)
         if listed is not None and isinstance(value, list):
             for i, item in enumerate(value):
                 if isinstance(item, dict):
-                    _refuse_unknown_keys(item, listed, root, f"{prefix}{key}.{i}.")
+                    yield from _unknown_keys(item, listed, root, f"{spelled}.{i}.")
+
+
+def _of_other_libraries(settings: dict[str, Any], prefix: str, root: type[Settings]) -> Iterator[str]:
+    """What the settings of a section that another library has are called here, such as verl's actor_rollout_ref.rollout.n."""
+    for key, value in settings.items():
+        if key in root.elsewhere():
+            yield f"{prefix}.{key} is not a setting here. {root.elsewhere()[key]}"
+        elif isinstance(value, dict):
+            yield from _of_other_libraries(value, f"{prefix}.{key}", root)
+
+
+def _nested_schedules(schedules: dict[str, Any], root: type[Settings]) -> Iterator[str]:
+    for section, inner in schedules.items():
+        if section in root.model_fields:
+            name = f"{section}.{next(iter(inner), 'setting')}" if isinstance(inner, dict) else f"{section}.setting"
+            yield (
+                f"schedules.{section} is {inner!r}; a schedule stands under the whole name of its setting. Write "
+                f"{{{name}: {{points: {{0: ..., 100: ...}}}}}}."
+            )
 
 
 def _unknown_key(spelled: str, key: str, section: type[BaseModel], root: type[Settings], prefix: str) -> str:

@@ -1,26 +1,36 @@
 """Which rows are taken, by what stands in their columns: `data.where`, `data.eval_where`, and a source's own.
 
-Compared is the text of a cell, as cells.py has it, with that of a value: 3 is the integer, the float of a table and the text "3".
-A whole number is the same with `.0` and without, since JSON and CSV keep how it was written. Where several columns are named, a
-row has one of the values of each.
+Compared is the text of a cell, as cells.py has it, with that of a value. What JSON takes for a number is compared by its value:
+0.5 is 0.50 and the text "5e-1", 3 is a decimal's 3.00; "007", "1_000" and "nan" are texts. True and False, as pandas writes them
+to CSV, are true and false. Where several columns are named, a row has one of the values of each.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
+import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from decimal import Context, Decimal
 from typing import Any
 
 from grpo.config import DataConfig, SourceConfig
 from grpo.config.where import values_of
-from grpo.data.cells import NothingThere, is_missing, look_up, said, text_in
+from grpo.data.cells import NothingThere, is_list, is_missing, look_up, said, text_in
 from grpo.data.files import refuse_row
 
 MOST_SHOWN = 8
 """Values that an error names."""
 MOST_SIGNS = 40
 """Of each of them."""
+
+NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,3})?")
+"""A text that is one, as JSON has them; a larger exponent leaves it a text, since it is written out to be compared."""
+MOST_DIGITS = 1_000
+"""Of a number; a longer text is compared as it is."""
+EXACT = Context(prec=2 * MOST_DIGITS)
+"""Rounds none of them."""
 
 Row = Mapping[str, Any]
 
@@ -41,7 +51,7 @@ class Selection:
             is_shared: several sources are read by it, and who reads the last calls `check_values`.
         """
         self.where = where or {}
-        self.setting: tuple[str, Any] = (setting, self.where)
+        self.setting: tuple[str, Any] = (setting, _Shown(self.where))
         self.left_out = left_out
         self.is_shared = is_shared
         self.wanted = {
@@ -98,24 +108,28 @@ class Selection:
         for column, counts in self.found.items():
             lacking = self.wanted[column] - counts.keys()
             if lacking and counts:
-                value = min(lacking)
+                it, value = ("it", "value") if len(lacking) == 1 else ("them", "values")
                 raise ValueError(
-                    f"{said(self.setting)}; no row has {value!r} in {column}. {_values(counts, value)} Correct it, or remove "
-                    "the value."
+                    f"{said(self.setting)}; no row has {_listed(lacking, len(lacking))} in {column}. "
+                    f"{_values(counts, min(lacking))} Correct {it}, or remove the {value}."
                 )
 
-    def _why_not(self, row: Row, found: dict[str, Counter[str]], where: str) -> str | None:
-        """The first reason not to keep a row; None: it is kept. Counts in `found` what it has."""
+    def _why_not(self, row: Row, found: dict[str, Counter[str]], place: str) -> str | None:
+        """The first reason not to keep a row; None: it is kept. Counts in `found` what it has.
+
+        Args:
+            place: which row it is, for errors.
+        """
         why = None
         for column, counts in found.items():
             try:
                 cell = look_up(row, column)
             except NothingThere:
                 cell = None
-            if is_missing(cell):
+            if _has_nothing(cell):
                 why = why or f"{column} is missing, which {self.setting[0]} asks for"
                 continue
-            text = _text(cell, column, self.setting, where)
+            text = _text(cell, column, self.setting, place)
             counts[text] += 1
             if text not in self.wanted[column]:
                 why = why or f"{column} has none of the values of {self.setting[0]}"
@@ -144,11 +158,36 @@ class Selection:
         )
 
 
-def _text(cell: Any, column: str, setting: tuple[str, Any], where: str) -> str:
-    """By which a cell and a value are compared."""
-    text = text_in(cell, column, setting, where)
-    whole = text.removesuffix(".0")
-    return whole if whole.removeprefix("-").isdecimal() else text
+def _text(cell: Any, column: str, setting: tuple[str, Any], place: str) -> str:
+    """By which a cell and a value are compared: its text, and for all spellings of a number or a truth value the same.
+
+    Args:
+        place: where the cell is, for errors.
+    """
+    text = text_in(cell, column, setting, place)
+    if text in ("True", "False"):
+        return text.lower()
+    if len(text) > MOST_DIGITS or not NUMBER.fullmatch(text):
+        return text
+    number = Decimal(text)
+    return format(EXACT.normalize(number), "f") if number else "0"
+
+
+def _has_nothing(cell: Any) -> bool:
+    """Missing, or a list or an array without items."""
+    return is_missing(cell) or (is_list(cell) and not cell) or getattr(cell, "size", None) == 0
+
+
+class _Shown:
+    """A `where` as errors print it: long texts and long lists of values are cut."""
+
+    def __init__(self, where: Mapping[str, Any]) -> None:
+        self.where = where
+
+    def __repr__(self) -> str:
+        cut = reprlib.Repr()
+        cut.maxlist, cut.maxstring, cut.maxlong = MOST_SHOWN, MOST_SIGNS, MOST_SIGNS
+        return f"{{{', '.join(f'{column!r}: {cut.repr(values)}' for column, values in self.where.items())}}}"
 
 
 def _there(row: Row, column: str) -> str:
@@ -165,9 +204,15 @@ def _values(counts: Counter[str], near: str) -> str:
     """Which there are: all, or those like the one that was asked for, and then the most frequent."""
     shown = difflib.get_close_matches(near, counts, n=3) if len(counts) > MOST_SHOWN else []
     shown = list(dict.fromkeys([*shown, *(text for text, _ in counts.most_common(MOST_SHOWN))]))[:MOST_SHOWN]
-    others = f", and {len(counts) - len(shown):,} others" if len(counts) > len(shown) else ""
-    texts = [repr(text[:MOST_SIGNS]) for text in sorted(shown, key=_in_order)]
-    return f"Its values are {', '.join(texts)}{others}."
+    return f"Its values are {_listed(shown, len(counts))}."
+
+
+def _listed(texts: Collection[str], num: int) -> str:
+    """The first of them in order, each cut, and how many of `num` are not named."""
+    shown = sorted(texts, key=_in_order)[:MOST_SHOWN]
+    rest = num - len(shown)
+    others = f", and {rest:,} other{'s' * (rest > 1)}" if rest else ""
+    return ", ".join(repr(text[:MOST_SIGNS]) for text in shown) + others
 
 
 def _in_order(text: str) -> tuple[bool, float, str]:

@@ -324,9 +324,11 @@ class HostedModel:
                     break
                 pause = min(2 * pause, LONGEST_PAUSE)
             except Refused as error:
+                bare = "HTTP 404" in str(error) and not re.search(r"/v\d+/?\Z", self.endpoint.url)
+                remedy = "The address has no version, such as /v1: add it" if bare else "Correct the request"
                 raise ValueError(
-                    f"--endpoint is {self.endpoint.url!r}; it refuses a request for {self.model!r}: {error}. Correct the "
-                    "request; the same command goes on where this one has ended."
+                    f"--endpoint is {self.endpoint.url!r}; it refuses a request for {self.model!r}: {error}. {remedy}; the same "
+                    "command goes on where this one has ended."
                 ) from None
         raise ValueError(
             f"--endpoint is {self.endpoint.url!r}; it has not answered after {self.endpoint.retries + 1} attempts: {why}. The "

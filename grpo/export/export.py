@@ -28,7 +28,7 @@ from grpo.policy.tokenizer import end_token_ids, load_tokenizer, vocabulary_size
 from grpo.report.card import FIGURE, card, licence_of, read_run
 from grpo.report.figures import plot_curves
 from grpo.run import hub
-from grpo.system import progress
+from grpo.system import distributed, progress
 from grpo.system.terminal import say
 
 SMALL_FILES = 2**20
@@ -116,6 +116,7 @@ def push(asked: Asked, *, private: bool) -> list[str]:
 
 
 def _prepare(asked: Asked) -> Prepared:
+    distributed.quiet()
     model = asked.chosen.model
     config = model_config(model)
     check_not_quantised(model, config)

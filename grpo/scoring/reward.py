@@ -237,9 +237,15 @@ def resolve_function(
         )
     function = getattr(module, name, None)
     if not callable(function):
-        defined = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        defined = [
+            key for key, value in vars(module).items() if inspect.isfunction(value) or _is_own_class(value, module)
+        ]
         raise ValueError(_no_function(spec, setting, defined))
     return function
+
+
+def _is_own_class(value: Any, module: ModuleType) -> bool:
+    return inspect.isclass(value) and value.__module__ == module.__name__
 
 
 def check_spec(spec: str, setting: str = "rewards.*.function", built_in: str = "grpo.rewards") -> None:
@@ -273,12 +279,12 @@ def _built_in(spec: str, setting: str, built_in: str) -> ModuleType:
 def _no_function(spec: str, setting: str, defined: Iterable[str]) -> str:
     place, _, name = spec.rpartition(":")
     return (
-        f"{setting} is {spec!r}; {place} has no function {name!r}: {nearest(name, defined)} Name one of its functions."
+        f"{setting} is {spec!r}; {place} has no function or class {name!r}: {nearest(name, defined)} Name one of these."
     )
 
 
 def _bound_names(tree: ast.Module) -> tuple[set[str] | None, list[str]]:
-    """Names that a source gives to anything, anywhere, and those of its outermost functions. None: it imports `*`."""
+    """Names that a source gives to anything, anywhere, and those of its outermost functions and classes. None: it imports `*`."""
     bound: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -289,7 +295,7 @@ def _bound_names(tree: ast.Module) -> tuple[set[str] | None, list[str]]:
             if any(alias.name == "*" for alias in node.names):
                 return None, []
             bound |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
-    return bound, [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return bound, [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
 
 
 # ---- who is given what -----------------------------------------------------------------------------------------------

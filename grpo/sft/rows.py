@@ -24,7 +24,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.supervised import RowsConfig
-from grpo.data.cells import is_conversation
+from grpo.data.cells import is_conversation, is_list
 from grpo.data.prompts import (
     TEMPLATES,
     Message,
@@ -159,7 +159,8 @@ class _Reader:
             return config.form
         if len(found) != 1:
             several = f"it can be learned as {' or as '.join(found)}. Set data.form to one of them"
-            none = f"nothing can be learned from it ({config.completion_column} is {said!r}). " + (
+            flaw = _flaw(row.get(config.messages_column), config.messages_column)
+            none = f"nothing can be learned from it ({flaw or f'{config.completion_column} is {said!r}'}). " + (
                 "Give it a completion: " + "; ".join(f"{form}: {self._needs(form, fields)}" for form in there)
             )
             raise ValueError(f"{where} has the columns {columns}; {several if found else none}.")
@@ -320,6 +321,17 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
             "Convert it, or drop the row."
         )
     return {str(name): value for name, value in turn.items() if value is not None}
+
+
+def _flaw(turns: Any, column: str) -> str | None:
+    """Why a list of mappings is no conversation; None: it is no such list, or it is one."""
+    if not is_list(turns):
+        return None
+    for number, turn in enumerate(turns):
+        lacking = [key for key in ("role", "content") if isinstance(turn, Mapping) and key not in turn]
+        if lacking:
+            return f"{column}.{number} has no {' and no '.join(lacking)}, but {', '.join(map(str, turn)) or 'nothing'}"
+    return None
 
 
 def _first_end(text: str, ends: Iterable[str]) -> tuple[str, int] | None:

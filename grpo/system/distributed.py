@@ -288,7 +288,7 @@ def num_local_processes() -> int:
 
 
 def _prepare_environment() -> None:
-    _quiet()
+    quiet()
     _complete_environment()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -437,8 +437,8 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _quiet() -> None:
-    """Keep progress bars of loading, and notices that only library authors can act on, out of a run's output."""
+def quiet() -> None:
+    """Keep progress bars of loading, and notices that only library authors can act on, out of the output."""
     hub_access.hide_bars_of_data_sets()
     transformers.utils.logging.disable_progress_bar()
     if os.environ.get("RANK", "0") == "0" and sys.stderr is not None and sys.stderr.isatty():
