@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from grpo.rewards import accuracy, format
 from helpers import ROOT, TINY, tiny_config
 from rich.console import Console
@@ -27,7 +28,7 @@ from grpo.inference import model as inference
 from grpo.inference.chat import Conversation, show, write
 from grpo.inference.inspect import columns_of, make_scorer, sample_groups, show_group, without
 from grpo.inference.model import Sampler
-from grpo.inference.resolve_model import choose, num_positions, trusted_rewards
+from grpo.inference.resolve_model import choose, num_positions, trusted_environment, trusted_rewards
 from grpo.policy.tokenizer import load_tokenizer
 from grpo.rollout.grouping import all_at_once
 from grpo.scoring.reward import resolve_rewards
@@ -481,6 +482,22 @@ def test_only_rewards_of_this_package_need_no_agreement(run: Path, tmp_path: Pat
     (foreign / "config.yaml").write_text(text.replace("function: accuracy", f"function: {spec}"))
     with pytest.raises(ValueError, match=f"names reward functions that are run here: {re.escape(spec)}"):
         trusted_rewards(choose(asked), asked)
+
+
+def test_an_environment_of_a_runs_configuration_is_run_if_a_person_trusts_it(run: Path, tmp_path: Path):
+    foreign = tmp_path / "run"
+    shutil.copytree(run, foreign)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["environment"]["function"] = "game.py:Game"
+    (foreign / "config.yaml").write_text(yaml.safe_dump(settings))
+    asked = options(foreign)
+    asked.trust_rewards = False
+    with pytest.raises(
+        ValueError, match=r"names an environment that is run here: game\.py:Game\. .* with --trust-rewards"
+    ):
+        trusted_environment(choose(asked), asked)
+    asked.trust_rewards = True
+    assert trusted_environment(choose(asked), asked).function == "game.py:Game"
 
 
 def test_a_runs_own_configuration_does_not_let_code_of_its_model_run(run: Path, tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import json
 import random
@@ -11,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 from helpers import ROOT, TINY, launch, read_json, tiny_config
@@ -422,6 +423,16 @@ def test_an_environment_is_named_as_it_is_or_with_all_its_section_has_or_by_a_co
     ):
         with pytest.raises(ValueError, match=message):
             named_environment(text)
+
+
+def test_a_directory_that_cannot_be_written_to_is_told_with_its_option(tmp_path: Path):
+    refused = OSError(errno.EROFS, "Read-only file system")
+    with (
+        patch.object(Path, "mkdir", side_effect=refused),
+        pytest.raises(ValueError, match=r"--out is '.*'; it cannot be written to: .*Read-only file system\. Make room"),
+        claimed(tmp_path / "out", {}, option="--out", difference=lambda *_: ""),
+    ):
+        pass
 
 
 def test_a_directory_without_a_sample_is_bound_to_no_settings(tmp_path: Path):

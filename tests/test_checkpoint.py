@@ -509,6 +509,29 @@ def test_the_script_ends_with_75_when_it_is_asked_to_stop(tmp_path: Path):
     assert names(tmp_path / "run") == ["step-00000000"]
 
 
+def test_a_run_without_a_checkpoint_says_that_it_starts_anew_and_where_those_of_a_moved_one_are(tmp_path: Path):
+    def lines(config: Path | str, *settings: str) -> list[str]:
+        done = warm.run(
+            ["scripts/train_zero.py", "--config", str(config), "--set", *settings, "run.resume=auto"],
+            cwd=ROOT,
+            env={**clean_environment(), "PYTHONPATH": str(ROOT)},
+            timeout=300,
+        )
+        assert done.returncode == EXIT_STOPPED, done.stderr[-3000:]
+        return done.stdout.splitlines()
+
+    before, moved = tmp_path / "before", tmp_path / "moved here"
+    short = ["run.max_hours=1e-6", "evaluation.num_questions=0"]
+    told = f"no checkpoint in {before}: starts at step 1"
+    beside = f"checkpoints lie beside the configuration, in {moved}: 'run.dir={moved}' goes on from there"
+    assert told in lines("configs/quickstart.yaml", *short, f"run.dir={before}")
+    assert not [line for line in lines(before / "config.yaml") if line.startswith(("no checkpoint", "checkpoints lie"))]
+    before.rename(moved)
+    said = lines(moved / "config.yaml")
+    assert said.index(beside) < said.index(told)
+    assert not [line for line in lines(moved / "config.yaml", f"run.dir={moved}") if "no checkpoint" in line]
+
+
 # ---- disks ---------------------------------------------------------------------------------------------------------------
 
 

@@ -276,6 +276,15 @@ def test_a_rewards_error_is_its_sentence_with_the_sample_and_the_traceback_is_in
     assert 'raise KeyError("gold")' in kept.read_text()
 
 
+def test_an_evaluation_whose_folder_cannot_be_made_names_the_option_and_exits_with_2(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    model = ["--model", str(ROOT / "configs/r1-tiny/base"), "--benchmarks", "probes", "--templates", "none"]
+    done = call("evaluate", *model, "--out", "file/below", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --out is 'file/below'; it cannot be written to: [Errno 20] Not a directory")
+    assert done.stderr.endswith("choose another --out.\n")
+
+
 def test_a_disk_error_keeps_its_traceback_where_it_can_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     full = OSError(errno.ENOSPC, "No space left on device", "x")
     with pytest.raises(SystemExit) as end, errors_for_users(tmp_path / "gone"):

@@ -90,7 +90,7 @@ MISTAKES: list[tuple[list[str], str]] = [
         r"tab\.yaml is not valid YAML, line 2, column 1: found character '\\t'.*spaces",
     ),
     (["train", "--config", "list.yaml"], r"list\.yaml holds .*; a configuration is a mapping of sections"),
-    (["train", "--config", "empty.yaml"], r"empty\.yaml holds None; a configuration is a mapping"),
+    (["train", "--config", "empty.yaml"], r"empty\.yaml is empty; a configuration is a mapping"),
     (["train", "--config", "without_run.yaml"], r"run is missing; it has no default\. Set run"),
     (["train", "--config", "sft-quickstart"], r"training is not a setting here.*grpo sft"),
     (["sft", "--config", "quickstart"], r"rollout is not a setting here.*grpo train"),

@@ -28,6 +28,7 @@ from grpo.config import Config
 from grpo.config.shipped import names
 from grpo.pipeline import outcome
 from grpo.pipeline import run as pipeline_run
+from grpo.pipeline.check import check_stages
 from grpo.pipeline.lineage import of_path
 from grpo.pipeline.run import Ended, line, process, run
 from grpo.pipeline.stages import OPTIONS, OWN_OPTIONS, Plan, read_plan
@@ -159,6 +160,91 @@ REJECT = {"name": "r", "kind": "reject"}
 def test_what_is_wrong_is_said_with_the_stages_name_before_anything_runs(tmp_path: Path, stages: Any, said: str):
     with pytest.raises(ValueError, match=said):
         read_plan(folder_of(tmp_path / "small", {"stages": stages}), tmp_path / "out")
+
+
+SECOND = {"name": "b", "kind": "train", "config": "zero.yaml"}
+START = {"name": "start", "kind": "sft", "config": "sft.yaml"}
+EXAM = {"name": "exam", "kind": "evaluate", "model": "zero"}
+
+
+@pytest.mark.parametrize(
+    ("late", "said"),
+    [
+        ([{**SECOND, "set": {"data.name": "no.jsonl"}}], "stage b: data.name is 'no.jsonl'; there is no such file"),
+        ([{**SECOND, "set": {"data.eval_name": "no.jsonl"}}], "stage b: data.eval_name is 'no.jsonl'; there is no such file"),
+        ([{**SECOND, "set": {"data.name": [{"name": "no.jsonl"}]}}],
+         r"stage b: data.name.0.name is 'no.jsonl'; there is no such"),
+        ([{**SECOND, "set": {"rewards": [{"function": "acuracy"}]}}], r"stage b: rewards.0.function .* did you mean accuracy\?"),
+        ([{**SECOND, "set": {"rewards": [{"function": "nofile.py:f"}]}}], r"stage b: rewards.0.function .* there is no file"),
+        ([{**SECOND, "set": {"model.name": "nowhere/here/model"}}],
+         "stage b: model.name is 'nowhere/here/model'; there is no such"),
+        ([{**SECOND, "set": {"tools.functions": ["calculater"]}}], "stage b: tools.functions is 'calculater'; "),
+        ([{**START, "set": {"data.name": "no.jsonl"}}], "stage start: data.name is 'no.jsonl'; there is no such file"),
+        ([{**START, "set": {**SMALL, "data.eval_name": None}}], "stage start: evaluation.num_questions is 12; data.eval_name is"),
+        ([{**START, "set": {**SMALL, "rewards": [{"function": "acuracy"}]}}], "stage start: rewards.0.function is 'acuracy'"),
+        ([{**REJECT, "model": "zero"}, {**SECOND, "rows": "r", "set": {"data.eval_name": None}}],
+         "stage b: data.eval_name is missing; the training questions .*rows.jsonl"),
+        ([{**REJECT, "model": "zero", "options": {"questions": "no.jsonl"}}],
+         "stage r: --questions is 'no.jsonl'; there is no such"),
+        ([{**REJECT, "model": "zero", "options": {"samples": 0}}], "stage r: grpo reject: argument --samples: "),
+        ([{**REJECT, "model": "zero", "options": {"temperature": -1}}], "stage r: --temperature is -1"),
+        ([{**REJECT, "model": "./nowhere", "config": "zero.yaml"}], "stage r: model is './nowhere'"),
+        ([{**REJECT, "model": "zero", "config": "zero.yaml", "set": {"rewards": [{"function": "acuracy"}]}}],
+         "stage r: rewards.0.function is 'acuracy'"),
+        ([{**REJECT, "model": "zero", "config": "zero.yaml", "set": {"data.name": "no.jsonl"}}],
+         "stage r: data.name is 'no.jsonl'; there is no such file"),
+        ([{**SECOND, "set": {"data.pass_rates": "no.jsonl"}}], "stage b: data.pass_rates is 'no.jsonl'; there is no file"),
+        ([{**REJECT, "model": "zero", "options": {"rewrite_template": "x.txt"}}], "stage r: options has rewrite_template, wi"),
+        ([{**REJECT, "model": "zero", "options": {"rewrite_with": "a/b", "tags": True}}], "stage r: options has tags, without"),
+        ([{**SECOND, "set": {"tools.functions": ["calculator"]}}, {**REJECT, "model": "b"}],
+         "stage r: the configuration of stage b has tools or an environment"),
+        ([{**SECOND, "set": {"rewards": [{"function": f"{ROOT}/tests/warm.py:run"}]}}, {**REJECT, "model": "b"}],
+         r"stage r: the configuration of stage b names reward functions .* set options: \{trust_rewards: true\}"),
+        ([{**EXAM, "options": {"benchmarks": "gsm9k"}}], "stage exam: --benchmarks has 'gsm9k'; .*did you mean gsm8k"),
+        ([{**EXAM, "options": {"benchmarks": "m", "data": ["m=no.jsonl"]}}],
+         "stage exam: --data m is 'no.jsonl'; there is no such"),
+        ([{**EXAM, "options": {"benchmarks": "gsm8k", "templates": "r1"}}], "stage exam: --templates has 'r1'; it is one of"),
+        ([{**EXAM, "options": {"samples": 2}}], "stage exam: grpo evaluate: .*required: --benchmarks"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_late_stage_is_said_before_the_first_runs(tmp_path: Path, late: list[Any], said: str):
+    place = folder_of(tmp_path / "small", {"stages": [ZERO, *late]})
+    with pytest.raises(ValueError, match=said):
+        run(read_plan(place, tmp_path / "out"), nothing)
+
+
+def test_what_earlier_stages_make_and_models_of_the_hub_are_not_looked_for(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("grpo.system.hub_access.unreachable", lambda: "the hub was asked")
+    stages = [
+        {**ZERO, "set": {"model.name": "nobody/no-such-model"}},
+        {**REJECT, "model": "zero", "options": {"step": 10}},
+        {**START, "rows": ["r", "other.jsonl"], "model": "zero"},
+        {**SECOND, "set": {"model.name": f"{tmp_path}/out/start", "data.name": f"{tmp_path}/out/r/rows.jsonl"}},
+        {**EXAM, "options": {"benchmarks": "gsm8k,mine", "data": [f"mine={tmp_path}/out/r/rows.jsonl"]}},
+    ]
+    plan = read_plan(folder_of(tmp_path / "small", {"stages": stages}), tmp_path / "out")
+    assert run(plan, lambda _: Ended(3)) == 3
+
+
+@pytest.mark.parametrize("name", ["r1-tiny", "r1", "gsm8k-warm", "gsm8k-distil", "countdown-warm", "countdown-short"])
+def test_nothing_is_wrong_with_the_paths_that_come_with_the_library(tmp_path: Path, name: str, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = read_plan(name, tmp_path / "out")
+    check_stages(plan, plan.stages)
+
+
+def test_a_stage_that_has_made_nothing_takes_the_settings_that_were_corrected(tmp_path: Path):
+    place, out = folder_of(tmp_path / "small", {"stages": [ZERO]}), tmp_path / "out"
+    assert run(read_plan(place, out, ["zero:run.steps=2"]), lambda _: Ended(2)) == 2
+    (out / "zero" / "lock").touch()
+    (out / "zero" / "traceback.txt").write_text("ValueError")
+    assert run(read_plan(place, out, ["zero:run.steps=3"]), lambda _: Ended(2)) == 2
+    assert read_json(out / "lineage.json")["stages"]["zero"]["settings"]["run.steps"] == 3
+    (out / "zero" / "metrics.jsonl").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"stage zero: its configuration changed since it was made: run.steps was 3 and is 4"
+    ):
+        run(read_plan(place, out, ["zero:run.steps=4"]), nothing)
 
 
 def test_settings_of_the_configuration_that_questions_come_from_are_overridden(tmp_path: Path):
@@ -317,7 +403,7 @@ def moved(finished: Plan, tmp_path: Path) -> tuple[Path, Path]:
 
 def test_changed_files_and_settings_of_a_finished_stage_are_refused_by_name(finished: Plan, tmp_path: Path):
     place, out = moved(finished, tmp_path)
-    with pytest.raises(ValueError, match="stage zero: its configuration changed since it was made") as refused:
+    with pytest.raises(ValueError, match=r"stage zero: its configuration changed since it was made") as refused:
         run(read_plan(place, out, ["zero:optimizer.learning_rate=1e-3"]), nothing)
     first, second = str(refused.value).splitlines()
     assert first.startswith(

@@ -273,6 +273,14 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path):
         run(tmp_path / "rows.json")
 
 
+def test_rows_below_a_file_are_refused_by_their_option(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ValueError, match=r"--out is '.*/file/below/rows.jsonl'; it cannot be written to: .* another --out"
+    ):
+        run(tmp_path / "file" / "below" / "rows.jsonl")
+
+
 def test_questions_may_be_a_file_or_a_configurations(tmp_path: Path):
     rows = [json.loads(line) for line in (TINY / "test.jsonl").read_text().splitlines()[:3]]
     own = tmp_path / "own.jsonl"

@@ -66,3 +66,13 @@ def test_what_a_run_ran_on_is_written_down(tmp_path: Path):
     assert written["processor"]
     assert written["commit"] is None or len(written["commit"].rstrip("+")) == 40
     assert written["grpo"] == own_version()
+
+
+def test_the_traceback_of_a_run_that_goes_on_is_kept_under_another_name(tmp_path: Path):
+    log = RunLog(tmp_path, tiny_config(tmp_path), Processes(0, 1, torch.device("cpu")), reward_names=[])
+    for error in ("first", "second"):
+        (tmp_path / "traceback.txt").write_text(error)
+        log.open(resumed_step=None)
+        log.close()
+    assert not (tmp_path / "traceback.txt").exists()
+    assert (tmp_path / "traceback.superseded.txt").read_text().split() == ["first", "second"]

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from grpo.config import TASK_PREFIX, AnyConfig, Config, SupervisedConfig
-from grpo.data import hub_names
-from grpo.data.files import FORMATS
+from grpo.config import TASK_PREFIX, AnyConfig, Config, SourceConfig, SupervisedConfig
+from grpo.data import hub_names, pass_rates
+from grpo.data.files import FORMATS, load_table
 from grpo.data.rows import load_rows, written_rows
 from grpo.run.resumable import check_newest
 from grpo.scoring.reward import check_spec
@@ -32,27 +33,55 @@ def check_config(config: AnyConfig, *, resumes: bool = False) -> None:
         check_newest(config)
     config.run.check_dir()
     hub_names.check_config(config)
-    if isinstance(config, Config):
-        for reward in config.rewards:
-            check_spec(reward.function)
-        for tool in config.tools.functions:
-            check_spec(tool.function, "tools.functions", "grpo.tools")
-        if config.environment.function is not None:
-            check_spec(config.environment.function, "environment.function", "grpo.tools.environments")
-    _check_data(config)
+    check_functions(config)
+    check_data(config)
 
 
-def _check_data(config: AnyConfig) -> None:
+def check_functions(config: AnyConfig) -> None:
+    """Raises ValueError for a reward, a tool or an environment that cannot be found. Supervised training grades answers only."""
+    is_graded = isinstance(config, Config) or config.evaluation.num_questions > 0
+    for number, reward in enumerate(config.rewards if is_graded else []):
+        check_spec(reward.function, f"rewards.{number}.function")
+    if not isinstance(config, Config):
+        return
+    for tool in config.tools.functions:
+        check_spec(tool.function, "tools.functions", "grpo.tools")
+    if config.environment.function is not None:
+        check_spec(config.environment.function, "environment.function", "grpo.tools.environments")
+
+
+def check_data(config: AnyConfig, is_to_come: Callable[[object], bool] = lambda _: False) -> None:
+    """Raises ValueError for files that are missing, and for small ones whose rows cannot be read.
+
+    Args:
+        is_to_come: whether a file of that name is made before the run begins, and is not looked for.
+    """
     data = config.data
+
+    def is_read(source: object, split: str) -> bool:
+        return not is_to_come(source) and is_read_fast(source, split)
+
+    if isinstance(config, Config) and data.pass_rates is not None and not is_to_come(data.pass_rates):
+        pass_rates.check_file(Path(data.pass_rates), data.pass_rates)
+    for number, source in enumerate(data.name if isinstance(data.name, list) else []):
+        if is_read(source.name, "") and not Path(source.name).expanduser().exists():
+            load_table(source.name, source.subset, "train", f"data.name.{number}.name", source.revision)
     if isinstance(config, SupervisedConfig):
-        if is_read_fast(data.name, data.split):
+        if is_read(data.name, data.split):
             for _ in written_rows(data, None):
                 pass
+        config.check_held_out()
+        if config.evaluation.num_questions > 0 and is_read(data.eval_name, data.eval_split):
+            load_rows(config.parts.data, evaluation=True, reads_answer=False)
         return
-    if is_read_fast(data.name, data.split):
+    if is_read(data.name, data.split):
         load_rows(data, reads_answer=False)
     is_evaluated = data.name is not None and config.evaluation.num_questions > 0
-    if is_evaluated and is_read_fast(data.eval_name or data.name, data.eval_split):
+    if is_evaluated and data.eval_name is None and is_to_come(data.name):  # files have no held-out split, listed or not
+        data = data.model_copy(update={"name": [SourceConfig(name=str(data.name))]})
+    if is_evaluated and data.eval_name is None and isinstance(data.name, list):
+        load_rows(data, evaluation=True, reads_answer=False)
+    if is_evaluated and is_read(data.eval_name or data.name, data.eval_split):
         load_rows(data, evaluation=True, reads_answer=False)
 
 

@@ -17,6 +17,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,36 +40,12 @@ def main() -> None:
     arguments = parser.parse_args()
     check(parser, arguments)
     with errors_for_users():
-        names, data = ([], {}) if arguments.benchmarks is None else benchmarks.named(arguments)
+        settings = settings_of(arguments)
         if not arguments.endpoint:
             check_model(arguments.model, revision=arguments.revision)
-        for name, path in data.items():
-            if is_read_fast(path):
-                benchmarks.load(name, path)
-        environment = None if arguments.environment is None else named_environment(arguments.environment)
-        defaults = prompt_defaults(None if arguments.endpoint else arguments.environment, arguments.question_template)
-        settings = asked.Settings(
-            model=arguments.model if arguments.endpoint else model_directory(arguments.model),
-            benchmarks=names,
-            templates=(defaults.template if arguments.templates is None else arguments.templates).split(","),
-            data=data,
-            revision=arguments.revision,
-            num_samples=arguments.samples,
-            temperature=arguments.temperature,
-            top_p=arguments.top_p
-            if arguments.top_p is not None
-            else (asked.Settings.top_p if arguments.temperature > 0 else 1.0),
-            max_completion_tokens=arguments.max_tokens,
-            stop=defaults.stop if arguments.stop is None else arguments.stop,
-            tools=arguments.tools,
-            environment=None if environment is None else environment.model_dump(mode="json"),
-            question_template=defaults.question_template,
-            num_questions=arguments.questions,
-            system_prompt=arguments.system_prompt or (defaults.system_prompt if arguments.templates is None else None),
-            dtype=arguments.dtype,
-            seed=arguments.seed,
-            endpoint=arguments.endpoint,
-        )
+            settings = replace(settings, model=model_directory(arguments.model))
+        for name, path in settings.data.items():
+            check_file(name, path)
         if arguments.out and Path(arguments.out).is_file():
             raise ValueError(f"--out is {arguments.out!r}, a file; an evaluation is a directory. Name another.")
         from grpo.evaluation import benchmark, results
@@ -91,10 +68,44 @@ def main() -> None:
         )
         if hosted is not None:
             hosted.report()
-        if benchmarks.PROBES_NAME in names:
+        if benchmarks.PROBES_NAME in settings.benchmarks:
             samples = Samples(out / "samples.jsonl", ["benchmark"])
             say(results.transcript(samples.of({"benchmark": benchmarks.PROBES_NAME})))
     distributed.stop()
+
+
+def check_file(name: str, path: str) -> None:
+    """Raises ValueError for a benchmark's file that is missing, or is small and cannot be read."""
+    if is_read_fast(path):
+        benchmarks.load(name, path)
+
+
+def settings_of(arguments: argparse.Namespace) -> asked.Settings:
+    """What is asked of the model, as it is named. Raises ValueError if it cannot be asked so."""
+    names, data = ([], {}) if arguments.benchmarks is None else benchmarks.named(arguments)
+    environment = None if arguments.environment is None else named_environment(arguments.environment)
+    defaults = prompt_defaults(None if arguments.endpoint else arguments.environment, arguments.question_template)
+    top_p = asked.Settings.top_p if arguments.temperature > 0 else 1.0
+    return asked.Settings(
+        model=arguments.model,
+        benchmarks=names,
+        templates=(defaults.template if arguments.templates is None else arguments.templates).split(","),
+        data=data,
+        revision=arguments.revision,
+        num_samples=arguments.samples,
+        temperature=arguments.temperature,
+        top_p=top_p if arguments.top_p is None else arguments.top_p,
+        max_completion_tokens=arguments.max_tokens,
+        stop=defaults.stop if arguments.stop is None else arguments.stop,
+        tools=arguments.tools,
+        environment=None if environment is None else environment.model_dump(mode="json"),
+        question_template=defaults.question_template,
+        num_questions=arguments.questions,
+        system_prompt=arguments.system_prompt or (defaults.system_prompt if arguments.templates is None else None),
+        dtype=arguments.dtype,
+        seed=arguments.seed,
+        endpoint=arguments.endpoint,
+    )
 
 
 def _hosted(arguments: argparse.Namespace) -> HostedModel:

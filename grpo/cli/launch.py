@@ -15,9 +15,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from grpo.config import AnyConfig
 from grpo.observe.console import errors_for_users
+from grpo.run.resumable import other_place
 from grpo.system.heartbeat import PEER_LOST
 from grpo.system.stopping import EXIT_INTERRUPTED, EXIT_STOPPED, LAUNCHED, SAFE_PATH, SIGNALS, Stopped
+from grpo.system.terminal import say
 
 if TYPE_CHECKING:
     from grpo.run.loop import Loop
@@ -48,6 +51,12 @@ def start_processes(module: str, wanted: int | None) -> None:
     """Run the module in several processes and leave with their exit code, unless one is enough or this is one of them."""
     if "RANK" not in os.environ and (number := num_processes(wanted)) > 1:
         raise SystemExit(run(module, sys.argv[1:], num_processes=number))
+
+
+def say_other_place(config: AnyConfig, path: str) -> None:
+    """Before a run begins anew in one place whose checkpoints lie in another; the first process says it."""
+    if os.environ.get("RANK", "0") == "0" and (told := other_place(config, path)) is not None:
+        say(told)
 
 
 def train(make: Callable[[], Loop], module: str) -> int:

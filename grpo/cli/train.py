@@ -49,6 +49,8 @@ def main() -> None:
         config = Config.load(arguments.config, arguments.set)
         check_config(config, resumes=not arguments.dry_run)
         launch.start_processes(MODULE, arguments.processes)
+        if not arguments.dry_run:
+            launch.say_other_place(config, arguments.config)
     raise SystemExit(dry_run(config) if arguments.dry_run else launch.train(lambda: make_trainer(config), MODULE))
 
 

@@ -97,7 +97,8 @@ def read_settings(text: str, where: str) -> dict[str, Any]:
             f"{where} is not valid YAML{_problem(error)}. Correct it; YAML is indented by spaces."
         ) from None
     if not isinstance(settings, dict):
-        raise ValueError(f"{where} holds {settings!r}; a configuration is a mapping of sections. See configs/.")
+        found = "is empty" if settings is None else f"holds {settings!r}"
+        raise ValueError(f"{where} {found}; a configuration is a mapping of sections. See configs/.")
     return settings
 
 

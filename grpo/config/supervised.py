@@ -226,6 +226,14 @@ class SupervisedConfig(Settings):
         """Most tokens of a pass, over the processes that run it together."""
         return self.memory.micro_batch_tokens * self.distributed.sequence_parallel
 
+    def check_held_out(self) -> None:
+        """Raises ValueError if held-out questions are to be asked and are not named."""
+        if self.evaluation.num_questions > 0 and self.data.eval_name is None:
+            raise ValueError(
+                f"evaluation.num_questions is {self.evaluation.num_questions}; data.eval_name is missing, and rows are no "
+                "questions. Set data.eval_name, pass eval_dataset, or set evaluation.num_questions to 0."
+            )
+
     @property
     def parts(self) -> Config:
         """The same model, memory, held-out questions and so on as settings of reinforcement learning, for parts that both have.

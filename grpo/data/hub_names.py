@@ -18,23 +18,32 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def check_config(config: Config | SupervisedConfig) -> None:
     """Raises ValueError for a model or data set that is neither on this machine nor to be had from the hub, and for a model here
     whose files are not whole."""
-    check_model(config.model.name, "model.name", config.model.revision)
-    if isinstance(config, Config) and config.teacher.name is not None:
-        check_model(config.teacher.name, "teacher.name", config.teacher.revision)
-    for number, reward in enumerate(config.rewards if isinstance(config, Config) else []):
-        model = reward.args.get("model")
-        if reward.function == "reward_model" and isinstance(model, str):
-            check_model(model, f"rewards.{number}.args.model", str(reward.args.get("revision", "main")))
+    for setting, name, revision in models_of(config):
+        check_model(name, setting, revision)
     for setting, name in _data_sets(config):
         if _may_be_of_hub(name) and not hub_access.has_data_set(name) and (reason := hub_access.unreachable()):
             raise ValueError(hub_access.no_data_set(f"{setting} is {name!r}", name, setting, reason))
 
 
-def check_model(name: str, setting: str = "--model", revision: str = "main", *, whole: bool = True) -> None:
+def models_of(config: Config | SupervisedConfig) -> Iterator[tuple[str, str, str]]:
+    """Setting, name and revision of each model that a run loads."""
+    yield "model.name", config.model.name, config.model.revision
+    if isinstance(config, Config) and config.teacher.name is not None:
+        yield "teacher.name", config.teacher.name, config.teacher.revision
+    for number, reward in enumerate(config.rewards if isinstance(config, Config) else []):
+        model = reward.args.get("model")
+        if reward.function == "reward_model" and isinstance(model, str):
+            yield f"rewards.{number}.args.model", model, str(reward.args.get("revision", "main"))
+
+
+def check_model(
+    name: str, setting: str = "--model", revision: str = "main", *, whole: bool = True, asks_hub: bool = True
+) -> None:
     """Raises ValueError if it is neither on this machine nor to be had from the hub.
 
     Args:
         whole: refuse one here whose files are not whole, too; otherwise its weights are not read.
+        asks_hub: whether one that may be of the hub is looked for there.
     """
     path, is_first = Path(name), os.environ.get("RANK", "0") == "0"
     is_begun = (path / "config.yaml").is_file() and not complete_checkpoints(
@@ -42,6 +51,8 @@ def check_model(name: str, setting: str = "--model", revision: str = "main", *, 
     )  # --base needs no more
     if whole and is_first and not is_begun and (directory := Path(model_directory(name, setting=setting))).is_dir():
         check_files(directory, f"{setting} is {name!r}")
+    if not asks_hub:
+        return
     if _may_be_of_hub(name) and not hub_access.has_model(name, revision) and (reason := hub_access.unreachable()):
         raise ValueError(hub_access.no_model(f"{setting} is {name!r}", name, setting, reason))
 

@@ -61,12 +61,17 @@ def _key(row: Mapping[str, Any]) -> tuple[str, str]:
     return str(row["question"]), str(row["answer"])
 
 
-def _read(path: Path, spelled: str) -> dict[tuple[str, str], float | None]:
-    """By question and answer; of a question that is there several times the mean over all of its samples."""
+def check_file(path: Path, spelled: str) -> None:
+    """Raises ValueError if it is not there."""
     if not path.is_file():
         raise ValueError(
             f"data.pass_rates is {spelled!r}; there is no file {path.resolve()}. Name a *.pass_rates.jsonl of grpo reject."
         )
+
+
+def _read(path: Path, spelled: str) -> dict[tuple[str, str], float | None]:
+    """By question and answer; of a question that is there several times the mean over all of its samples."""
+    check_file(path, spelled)
     sums: dict[tuple[str, str], list[float]] = {}
     for row in iterate_jsonl(path, ("question", "answer", "pass_rate")):
         rate, num = row["pass_rate"], row.get("num_samples", 1)

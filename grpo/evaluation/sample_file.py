@@ -95,6 +95,18 @@ def _row_at(file: BinaryIO, place: int) -> dict[str, Any]:
     return row
 
 
+@contextmanager
+def writing(out: Path, option: str) -> Iterator[None]:
+    """Say what a user can do where the disk is full or read-only, or a directory belongs to another."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{option} is {str(out)!r}; it cannot be written to: {error}. Make room there, correct its permissions, or choose "
+            f"another {option}."
+        ) from error
+
+
 Difference = Callable[[str, Any, Any], str]
 """Of the name of a setting, its value there and the one that is wanted: how they differ, in words."""
 
@@ -111,13 +123,18 @@ def claimed(
         results: other files that bind a start to the settings, besides samples.
 
     Raises:
-        ValueError: it holds something else, or samples of other settings; or another process is at work there.
+        ValueError: it holds something else, or samples of other settings; another process is at work there; or it cannot be
+            written to.
     """
-    found = {path.name for path in out.iterdir()} if out.exists() else set()
-    if SETTINGS not in found and found - {"lock"}:
-        raise ValueError(f"{option} is {str(out)!r}; the directory holds something else. Choose another, or empty it.")
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("w") as lock:
+    with writing(out, option):
+        found = {path.name for path in out.iterdir()} if out.exists() else set()
+        if SETTINGS not in found and found - {"lock"}:
+            raise ValueError(
+                f"{option} is {str(out)!r}; the directory holds something else. Choose another, or empty it."
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / "lock").open("w")
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -133,7 +150,8 @@ def claimed(
                         f"{option} is {str(out)!r}; {difference(name, before.get(name), value)}: their samples must not be "
                         f"mixed. Choose another {option}, or the same settings to go on."
                     )
-        replace_text(out / SETTINGS, json.dumps(wanted, indent=1))
+        with writing(out, option):
+            replace_text(out / SETTINGS, json.dumps(wanted, indent=1))
         yield
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from grpo.config import Config, SupervisedConfig, read_text, shipped
+from grpo.config import Config, RewardConfig, SupervisedConfig, read_text, shipped
 from grpo.config.load import read_settings
 from grpo.policy.model_source import complete_checkpoints, numbers_of
 from grpo.scoring.reward import check_spec
@@ -108,6 +109,20 @@ def is_supervised(path: Path) -> bool:
     """Whether a YAML, or a configuration that comes with the library, says how rows are learned."""
     file = shipped.find(path)
     return "training" in read_settings(read_text(file, f"{path} is a configuration"), str(file))
+
+
+OWN_REWARDS = ("grpo.rewards:", "grpo.rewards.")
+"""How the names of functions begin that come with this package; `rewards.py` or a package `rewards` is somebody's own."""
+
+
+def foreign_rewards(rewards: Sequence[RewardConfig]) -> list[str]:
+    """The functions that do not come with this package."""
+    return [each.function for each in rewards if ":" in each.function and not each.function.startswith(OWN_REWARDS)]
+
+
+def can_ask() -> bool:
+    """Whether a person sits at a terminal and can say what may run."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 RULES: dict[str, tuple[Callable[[float], bool], str, str]] = {

@@ -21,7 +21,15 @@ from grpo.config import (
 from grpo.data.prompts import use_chat_template
 from grpo.data.rows import stands_around_a_question
 from grpo.inference.model import Sampler, load, sampling_config
-from grpo.inference.options import RULES, check_options, checkpoint_of, run_directory, settings_of
+from grpo.inference.options import (
+    RULES,
+    can_ask,
+    check_options,
+    checkpoint_of,
+    foreign_rewards,
+    run_directory,
+    settings_of,
+)
 from grpo.policy.families import attribute
 from grpo.policy.model_source import model_config, model_directory
 from grpo.system.terminal import say
@@ -105,9 +113,8 @@ def trusted_rewards(chosen: Chosen, options: Namespace) -> list[RewardConfig]:
         ValueError: there is such code, and nobody has said that it may run.
     """
     rewards = chosen.settings.rewards
-    foreign = [each.function for each in rewards if ":" in each.function and not each.function.startswith(OWN_REWARDS)]
     if not options.trust_rewards:
-        _trust(foreign, "reward functions", "say so with --trust-rewards", options)
+        _trust(foreign_rewards(rewards), "reward functions that are run", "say so with --trust-rewards", options)
     return rewards
 
 
@@ -127,7 +134,7 @@ def trusted_tools(chosen: Chosen, options: Namespace) -> ToolsConfig:
         for each in tools.functions
         if ":" in each.function or each.args
     ]
-    _trust(foreign, "tools", "name them with --tools", options)
+    _trust(foreign, "tools that are run", "name them with --tools", options)
     return tools
 
 
@@ -139,23 +146,20 @@ def trusted_environment(chosen: Chosen, options: Namespace) -> EnvironmentConfig
     """
     config = chosen.settings.environment
     foreign = [config.function] if config.function is not None and ":" in config.function else []
-    _trust(foreign, "an environment", "say so with --trust-rewards", options)
+    if not options.trust_rewards:
+        _trust(foreign, "an environment that is run", "say so with --trust-rewards", options)
     return config
 
 
 def _trust(foreign: list[str], what: str, how: str, options: Namespace) -> None:
     if not foreign or options.config:
         return
-    said = f"the configuration of {options.model!r} names {what} that are run here: {', '.join(foreign)}"
-    if sys.stdin.isatty() and sys.stderr.isatty():
+    said = f"the configuration of {options.model!r} names {what} here: {', '.join(foreign)}"
+    if can_ask():
         say(f"{said}. Run them? [y/N]", file=sys.stderr)
         if sys.stdin.readline().strip().lower() in ("y", "yes"):
             return
     raise ValueError(f"{said}. If you trust them, {how}, or name a YAML of your own with --config.")
-
-
-OWN_REWARDS = ("grpo.rewards:", "grpo.rewards.")
-"""How the names of functions begin that come with this package; `rewards.py` or a package `rewards` is somebody's own."""
 
 
 def choose(options: Namespace) -> Chosen:

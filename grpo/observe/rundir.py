@@ -41,6 +41,10 @@ STEP = ("step",)
 RECORDED = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "mpmath")
 
 
+EARLIER_TRACEBACKS = "traceback.superseded.txt"
+"""Those of the attempts that a run has gone on from, one after another."""
+
+
 def claim(config: PlaceConfig, lock: DirectoryLock) -> Path:
     """Create and return the run's directory: `run.dir` itself to resume or if it is new; else the first of dir-2, dir-3, ...
 
@@ -278,6 +282,11 @@ class RunLog:
         rewind_jsonl(self.directory / ROLL_BACKS, -1 if last < 0 else math.inf)
         if last < 0:
             (self.directory / "wandb_id").unlink(missing_ok=True)
+        for path in sorted(self.directory.glob("traceback*.txt")):
+            if path.name != EARLIER_TRACEBACKS:
+                with (self.directory / EARLIER_TRACEBACKS).open("a", encoding="utf-8") as file:
+                    file.write(path.read_text(encoding="utf-8", errors="replace") + "\n")
+                path.unlink()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._tell(lambda sink: sink.log(step, metrics))

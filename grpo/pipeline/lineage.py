@@ -13,6 +13,7 @@ Checksums are XXH3 of content, blind to intent. A model's is that of all files o
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +26,8 @@ from grpo.system.files import checksum, replace_text, to_json
 
 FILE = "lineage.json"
 FINISHED = "finished"
+TRACEBACK = re.compile(r"traceback[\w.-]*\.txt")
+"""What a process leaves behind that has failed."""
 
 Entry = dict[str, Any]
 
@@ -104,8 +107,16 @@ class Lineage:
                     f"delete the directory."
                 )
         for stage in self.plan.stages:
-            if stage.name in self.stages:
+            if stage.name in self.stages and not self._has_made_nothing(stage):
                 self._check(stage, self.stages[stage.name])
+
+    def _has_made_nothing(self, stage: Stage) -> bool:
+        """Whether a stage ended, as for a wrong setting, before it wrote anything: then it may begin with other settings.
+
+        An empty file, such as a lock, is nothing.
+        """
+        files = (path for path in self.plan.directory(stage).rglob("*") if path.is_file() and path.stat().st_size)
+        return not self.is_finished(stage.name) and all(TRACEBACK.fullmatch(path.name) for path in files)
 
     def _check(self, stage: Stage, entry: Entry) -> None:
         settings = self.plan.settings(stage)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from grpo.pipeline import outcome, page
+from grpo.pipeline.check import check_stages
 from grpo.pipeline.lineage import FINISHED, Lineage
 from grpo.pipeline.stages import Plan, Stage
 from grpo.system.stopping import EXIT_STOPPED, LAUNCHED, SAFE_PATH, SIGNALS
@@ -45,13 +46,15 @@ def run(plan: Plan, launch: Launch | None = None) -> int:
         launch: runs a stage; None: as a process of this Python.
 
     Raises:
-        ValueError: settings, an input or an output of a stage that has begun changed since; or another process is at work in OUT.
+        ValueError: settings, an input or an output of a stage that has begun changed since; a stage that is to run has a mistake
+            (grpo/pipeline/check.py); or another process is at work in OUT.
     """
     launch = launch or process
     plan.out.mkdir(parents=True, exist_ok=True)
     with _locked(plan):
         lineage = Lineage(plan)
         lineage.check()
+        check_stages(plan, [stage for stage in plan.stages if not lineage.is_finished(stage.name)])
         for number, stage in enumerate(plan.stages, start=1):
             where = f"{number}/{len(plan.stages)} {stage.name}"
             if lineage.is_finished(stage.name):

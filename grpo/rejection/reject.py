@@ -26,7 +26,7 @@ import xxhash
 
 from grpo.config import Config, ModelConfig
 from grpo.evaluation.asked import Runtime
-from grpo.evaluation.sample_file import SAMPLES
+from grpo.evaluation.sample_file import SAMPLES, writing
 from grpo.inference import model as inference
 from grpo.policy.tokenizer import load_tokenizer
 from grpo.rejection.rewriting import Kept, Rewriter, check_template, fall_of, in_tags, prompts_of
@@ -167,7 +167,8 @@ def _check_free(out: Path, samples: Path) -> Any:
             "Choose another, or move it away."
         )
     if not out.parent.is_dir():
-        out.parent.mkdir(parents=True)
+        with writing(out, "--out"):
+            out.parent.mkdir(parents=True)
     yield
 
 

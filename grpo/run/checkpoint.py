@@ -344,6 +344,7 @@ def find(directory: Path, config: AnyConfig, processes: Processes, *, given: dic
             f"run.resume is 'auto'; not one of the {len(there)} checkpoints in {directory} is as it was written. Choose another "
             "run.dir to start anew."
         )
+    processes.say(f"no checkpoint in {directory.parent}: starts at step 1")
     return None
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from pydantic import BaseModel
 
-from grpo.config import AnyConfig, Config
+from grpo.config import AnyConfig, Config, shipped
+from grpo.config.load import as_override
 from grpo.policy.model_source import complete_checkpoints
 
 MAY_CHANGE = {
@@ -66,6 +68,21 @@ def check_newest(config: AnyConfig) -> None:
         except ValueError:  # the run looks for an older one
             return
         check_resumable(there[-1], config, may_change=MAY_CHANGE | {"model", "teacher", "data"})
+
+
+def other_place(config: AnyConfig, path: str | Path) -> str | None:
+    """What is said where a run would begin anew and its configuration is that of a run which was moved, with its checkpoints.
+
+    Args:
+        path: of the configuration.
+    """
+    wanted, beside = Path(config.run.dir), shipped.find(path).parent
+    if config.run.resume == "never" or complete_checkpoints(wanted / "checkpoints"):
+        return None
+    if not complete_checkpoints(beside / "checkpoints"):
+        return None
+    setting = f"run.dir={as_override(str(beside))}"
+    return f"checkpoints lie beside the configuration, in {beside}: {shlex.quote(setting)} goes on from there"
 
 
 def check_resumable(checkpoint: Path, config: AnyConfig, *, may_change: set[str] = MAY_CHANGE) -> None:

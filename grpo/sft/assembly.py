@@ -86,11 +86,8 @@ def assemble(
         ValueError: whatever is wrong with the settings, the rows or the rewards; before the model is loaded.
     """
     asks = config.evaluation.num_questions > 0
-    if asks and eval_dataset is None and config.data.eval_name is None:
-        raise ValueError(
-            f"evaluation.num_questions is {config.evaluation.num_questions}; data.eval_name is missing, and rows are no "
-            "questions. Set data.eval_name, pass eval_dataset, or set evaluation.num_questions to 0."
-        )
+    if eval_dataset is None:
+        config.check_held_out()
     shared = config.parts if given_model is not None else with_resolved_name(config.parts)
     functions = reward_functions(shared, rewards) if asks else []
     request = StopRequest(config.run.max_hours)
