@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -24,11 +25,11 @@ import yaml
 from helpers import ROOT, clean_environment, read_json
 
 from grpo.cli import evaluate, launch, r1, reject
+from grpo.cli.check_stages import check_stages
 from grpo.config import Config
 from grpo.config.shipped import names
 from grpo.pipeline import outcome
 from grpo.pipeline import run as pipeline_run
-from grpo.pipeline.check import check_stages
 from grpo.pipeline.lineage import of_path
 from grpo.pipeline.run import Ended, line, process, run
 from grpo.pipeline.stages import OPTIONS, OWN_OPTIONS, Plan, read_plan
@@ -210,7 +211,15 @@ EXAM = {"name": "exam", "kind": "evaluate", "model": "zero"}
 def test_what_is_wrong_in_a_late_stage_is_said_before_the_first_runs(tmp_path: Path, late: list[Any], said: str):
     place = folder_of(tmp_path / "small", {"stages": [ZERO, *late]})
     with pytest.raises(ValueError, match=said):
-        run(read_plan(place, tmp_path / "out"), nothing)
+        run(read_plan(place, tmp_path / "out"), nothing, check=check_stages)
+
+
+def test_the_command_checks_all_stages_first(tmp_path: Path):
+    late = {**SECOND, "set": {"rewards": [{"function": "acuracy"}]}}
+    place = folder_of(tmp_path / "small", {"stages": [ZERO, late]})
+    done = warm.run(["scripts/r1.py", str(place), "--out", str(tmp_path / "out")], cwd=ROOT, timeout=100)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.match(r"error: stage \w+: rewards\.0\.function is 'acuracy'", done.stderr)
 
 
 def test_what_earlier_stages_make_and_models_of_the_hub_are_not_looked_for(tmp_path: Path, monkeypatch):
@@ -223,7 +232,7 @@ def test_what_earlier_stages_make_and_models_of_the_hub_are_not_looked_for(tmp_p
         {**EXAM, "options": {"benchmarks": "gsm8k,mine", "data": [f"mine={tmp_path}/out/r/rows.jsonl"]}},
     ]
     plan = read_plan(folder_of(tmp_path / "small", {"stages": stages}), tmp_path / "out")
-    assert run(plan, lambda _: Ended(3)) == 3
+    assert run(plan, lambda _: Ended(3), check=check_stages) == 3
 
 
 @pytest.mark.parametrize("name", ["r1-tiny", "r1", "gsm8k-warm", "gsm8k-distil", "countdown-warm", "countdown-short"])

@@ -39,6 +39,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     with errors_for_users():
+        from grpo.cli.check_stages import check_stages
         from grpo.pipeline.run import line, run
         from grpo.pipeline.stages import read_plan
 
@@ -46,5 +47,5 @@ def main() -> None:
         if arguments.print:
             say("\n".join(line(plan, stage) for stage in plan.stages))
             return
-        code = run(plan)
+        code = run(plan, check=check_stages)
     raise SystemExit(code)

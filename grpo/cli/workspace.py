@@ -4,7 +4,7 @@ grpo workspace --project grpo
 grpo workspace --project countdown --entity my-team --name "Countdown, 1.5B"
 
 Each call adds a view to the project; those that are there stay as they are. What the project's 20 newest runs have logged is
-drawn. It needs a login (`wandb login`) and `pip install -e '.[workspace]'`.
+drawn. It needs a login (`wandb login`) and the package wandb-workspaces.
 """
 
 from __future__ import annotations

@@ -72,8 +72,9 @@ class Settings(Section):
 
     def __init__(self, **settings: Any) -> None:
         unknown = list(_unknown_keys(settings, type(self), type(self)))
+        of_another_command = [line for line in unknown if "`grpo " in line]
         if unknown:
-            raise ValueError("\n".join(unknown))
+            raise ValueError("\n".join(of_another_command[:1] or unknown))
         try:
             super().__init__(**settings)
         except ValidationError as error:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from types import FrameType
 
 from grpo.pipeline import outcome, page
-from grpo.pipeline.check import check_stages
 from grpo.pipeline.lineage import FINISHED, Lineage
 from grpo.pipeline.stages import Plan, Stage
 from grpo.system.stopping import EXIT_STOPPED, LAUNCHED, SAFE_PATH, SIGNALS
@@ -33,28 +32,33 @@ class Ended:
 Launch = Callable[[Sequence[str]], Ended]
 """Runs `grpo` with these arguments to its end."""
 
+Check = Callable[[Plan, Sequence[Stage]], None]
+"""Raises ValueError: one of these stages has a mistake."""
+
 
 def line(plan: Plan, stage: Stage) -> str:
     """As a shell reads it."""
     return shlex.join(["grpo", *plan.launch(stage)])
 
 
-def run(plan: Plan, launch: Launch | None = None) -> int:
+def run(plan: Plan, launch: Launch | None = None, *, check: Check | None = None) -> int:
     """Run what is not done; the exit code: 0, that of a stage that failed, or 75 if one was stopped.
 
     Args:
         launch: runs a stage; None: as a process of this Python.
+        check: tells what is wrong with the stages that are to run, before the first of them does.
 
     Raises:
         ValueError: settings, an input or an output of a stage that has begun changed since; a stage that is to run has a mistake
-            (grpo/pipeline/check.py); or another process is at work in OUT.
+            that `check` tells; or another process is at work in OUT.
     """
     launch = launch or process
     plan.out.mkdir(parents=True, exist_ok=True)
     with _locked(plan):
         lineage = Lineage(plan)
         lineage.check()
-        check_stages(plan, [stage for stage in plan.stages if not lineage.is_finished(stage.name)])
+        if check is not None:
+            check(plan, [stage for stage in plan.stages if not lineage.is_finished(stage.name)])
         for number, stage in enumerate(plan.stages, start=1):
             where = f"{number}/{len(plan.stages)} {stage.name}"
             if lineage.is_finished(stage.name):
