@@ -339,3 +339,15 @@ def test_what_an_encoding_lacks_is_written_in_its_code(monkeypatch: pytest.Monke
     cli.main(["--help"])
     print("✗ wrong", flush=True)
     assert written.getvalue().endswith(b"\\u2717 wrong\n")
+
+
+def test_a_stream_that_cannot_be_set_otherwise_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    class Pipe(io.TextIOWrapper):
+        def reconfigure(self, **_: object) -> None:
+            raise OSError(errno.ESPIPE, "Illegal seek")
+
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", Pipe(written, encoding="ascii"))
+    cli.main(["--version"])
+    sys.stdout.flush()
+    assert written.getvalue().startswith(b"grpo ")

@@ -149,7 +149,7 @@ def test_what_is_sampled_from_has_the_trained_adapters(tmp_path: Path, zero: int
 def test_the_gradient_checkpointed_backward_gives_the_same_adapters(tmp_path: Path):
     """The inputs of the layers need no gradient, a trap of checkpointing that loses all of it."""
     results = []
-    for checkpointing in (False, True):
+    for checkpointing in (0.0, 1.0):
         memory = {"micro_batch_tokens": 256, "activation_checkpointing": checkpointing}
         policy = make_policy(tmp_path / str(checkpointing), memory=memory)
         batch = fixed_batch(policy)
