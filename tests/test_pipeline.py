@@ -453,6 +453,14 @@ def test_a_stage_whose_directory_is_deleted_is_made_again_but_not_under_what_cam
         run(read_plan(place, out), nothing)
 
 
+def test_a_finished_stage_whose_files_are_gone_has_not_made_nothing(finished: Plan, tmp_path: Path):
+    place, out = moved(finished, tmp_path)
+    shutil.rmtree(out / "start")
+    (out / "start").mkdir()
+    with pytest.raises(ValueError, match=r"stage start: its output is gone"):
+        run(read_plan(place, out), nothing)
+
+
 def test_a_stage_that_fails_ends_the_path_with_its_exit_code_and_is_tried_again(tmp_path: Path, capsys):
     plan = read_plan(folder_of(tmp_path / "small"), tmp_path / "out")
     launched = []

@@ -87,8 +87,7 @@ def connect() -> Any:
 def _failure(error: Exception) -> RunError:
     """What is said of it.
 
-    W&B's process is ended here: in about one of seven runs whose service could not be reached, its hook at the end of Python hung
-    for 120 s, and in none of 60 that had ended it.
+    W&B's process is ended here: where the service does not answer, its hook at the end of Python waits for it without limit.
     """
     import wandb
 
