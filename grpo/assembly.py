@@ -40,7 +40,7 @@ from grpo.run.checkpoint import Checkpoints
 from grpo.run.held_out import HeldOut
 from grpo.run.loop import RunParts
 from grpo.run.preflight import Audit, Preflight, audit
-from grpo.scoring.answers import verdict_name
+from grpo.scoring.answers import MANNERS, verdict_name, verdicts_of
 from grpo.scoring.binding import reads_answer
 from grpo.scoring.reward import Reward, resolve_rewards
 from grpo.scoring.scorer import Scorer
@@ -132,11 +132,12 @@ def assemble(
     check_quantization(config)
     if advantage is None and config.algorithm.normalize_by_mean:
         _check_not_negative(config, functions)
-    signal_from = _signal_from(config, functions)
+    verdicts, signal_from = _signal_from(config, functions)
     forms = _forms_tell(config, functions)
     if config.rollout.passes_over:
         processes.say(
-            f"the reward {signal_from} decides which questions are solved or hopeless: 1 means right, a smaller value wrong"
+            f"the reward {' or '.join(verdicts)} decides which questions are solved or hopeless: 1 means right, a smaller value "
+            "wrong"
         )
     config, in_use = _with_tools(config, processes, tokenizer, tools, surroundings)
     questions = _questions(config, processes, tokenizer, functions, train_dataset, eval_dataset, order, in_use)
@@ -192,7 +193,14 @@ def assemble(
         collector=collector,
         learner=learner,
         rollouts=RolloutMaker(
-            collector, learner, prompts, signal_from=signal_from, words=log.words, forms=forms, advantage=advantage
+            collector,
+            learner,
+            prompts,
+            verdicts=verdicts,
+            signal_from=signal_from,
+            words=log.words,
+            forms=forms,
+            advantage=advantage,
         ),
         preflight=preflight,
         held_out=HeldOut(held_out, config.evaluation, config.eval_sampling, collector, log, processes),
@@ -412,6 +420,7 @@ def _scorer(
         timeout_seconds=config.scoring.timeout_seconds,
         memory_gib=config.scoring.memory_gib,
         environment=config.scoring.environment,
+        verdict=config.scoring.verdict,
     )
 
 
@@ -491,15 +500,17 @@ def _check_not_negative(config: Config, rewards: list[Reward]) -> None:
             )
 
 
-def _signal_from(config: Config, rewards: list[Reward]) -> str:
-    """Name of the reward by which dynamic sampling chooses groups."""
+def _signal_from(config: Config, rewards: list[Reward]) -> tuple[list[str], list[str]]:
+    """Names of the rewards by which questions count as solved, and of those by which dynamic sampling chooses groups."""
     wanted, names = config.rollout.signal_from, [reward.name for reward in rewards]
     if wanted is not None and wanted not in names:
         raise ValueError(
             f"rollout.signal_from is {wanted!r}; the rewards of this run are {', '.join(names)}. Name one of them."
         )
-    weighted = [reward.name for reward in rewards if reward.weight]
-    return wanted or verdict_name(weighted or names)
+    weighted = [reward.name for reward in rewards if reward.weight] or names
+    verdicts = [name for name in verdicts_of(config.scoring.verdict, names) if name in weighted]
+    decides = [wanted] if wanted else verdicts or [verdict_name(weighted)]
+    return decides, [*decides, *(name for name in weighted if name not in MANNERS and name not in decides)]
 
 
 def _forms_tell(config: Config, rewards: list[Reward]) -> bool:
@@ -508,13 +519,13 @@ def _forms_tell(config: Config, rewards: list[Reward]) -> bool:
     Raises:
         ValueError: not, and the watchdog is to act on them.
     """
-    verdict = verdict_name([reward.name for reward in rewards]) if rewards else None
-    tell = all(answer_forms.tell_of(reward.function) for reward in rewards if reward.name == verdict)
+    verdicts = verdicts_of(config.scoring.verdict, [reward.name for reward in rewards])
+    tell = all(answer_forms.tell_of(reward.function) for reward in rewards if reward.name in verdicts)
     action = config.watchdog.reward_hacking
     if not tell and action != WatchdogConfig.model_fields["reward_hacking"].default:
         raise ValueError(
-            f"watchdog.reward_hacking is {action!r}; it has no effect where {verdict} says what is right: no form of its answers "
-            "is odd. Remove it."
+            f"watchdog.reward_hacking is {action!r}; it has no effect where {' or '.join(verdicts)} says what is right: no form "
+            "of its answers is odd. Remove it."
         )
     return tell
 

@@ -10,7 +10,7 @@ Shapes use one legend everywhere:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -373,6 +373,7 @@ class Scores:
     extras: list[list[dict[str, Any]]] = field(
         default_factory=list
     )  # P lists of G: of each completion, by reward, what log_extra had
+    verdicts: Sequence[str] = ()  # names of the functions that say what is right; see scoring/answers.py
 
 
 @dataclass

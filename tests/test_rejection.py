@@ -147,9 +147,9 @@ def test_what_is_right_may_be_several_rewards():
     assert [fall.rule for fall in falls_of_row(row(), ENGLISH, Rules(), both)] == ["wrong"]
     assert falls_of_row(row(), ENGLISH, Rules(), both)[0].detail == "format 0"
     assert falls_of_row(row() | {"rewards": {"accuracy": 1.0, "format": 0.5}}, ENGLISH, Rules(), both) == []
-    assert Rules().required(["format", "accuracy"], "accuracy") == REQUIRED
+    assert Rules().required(["format", "accuracy"], ["accuracy"]) == REQUIRED
     with pytest.raises(ValueError, match=r"^--require names 'acuracy'; the rewards are accuracy, format\. Correct"):
-        Rules(require={"acuracy": 1.0}).required(["accuracy", "format"], "accuracy")
+        Rules(require={"acuracy": 1.0}).required(["accuracy", "format"], ["accuracy"])
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from grpo.config import Config
 from grpo.observe.metric_names import METRICS, is_bound
 from grpo.observe.sinks import CHARTS, COMPLETIONS, REFLECTIVE
 from grpo.report import workspace
-from grpo.report.panels import NOT_DRAWN, formula, sections
+from grpo.report.panels import SAME, formula, sections
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")
 needs_package = pytest.mark.skipif(
@@ -133,7 +133,7 @@ def test_panels_have_what_the_run_has_logged_and_all_of_it_under_the_reports_tit
     for section in sections_of(spec_of(logged)).values():
         drawn |= plots(section)
     assert {name for metrics in drawn.values() for name in metrics} == {
-        name for name in in_files if not is_bound(name) and name not in NOT_DRAWN
+        name for name in in_files if not is_bound(name) and name not in ("step", SAME)
     }
     report = [panel for section in sections(sorted(in_files)) for panel in section.panels]
     assert drawn == {panel.caption: panel.metrics for panel in report}
@@ -227,7 +227,14 @@ def test_runs_with_different_verdicts_have_a_panel_each_and_pass_at_k_stands_in_
     names = {"reward/accuracy", "accuracy", "reward/countdown", "countdown"}
     names |= {"eval/pass@1", "eval/pass@2", "eval/pass@16", "eval/cons@16"}
     (first, *_), _ = workspace.arrange(names)
-    assert [panel.title for panel in first.panels] == ["Accuracy", "Countdown", "cons@16", "pass@2", "pass@16"]
+    assert [panel.title for panel in first.panels] == [
+        "Accuracy",
+        "Countdown",
+        "cons@16",
+        "pass@1",
+        "pass@2",
+        "pass@16",
+    ]
 
 
 # ---- what is asked of the server, and said of its answers -------------------------------------------------------------

@@ -10,7 +10,8 @@ as it comes.
   anyway. Its size, its updates and the weights of its tokens are always the same. (DAPO's published code ends the run there.)
 - Groups with signal that the batch has no room for are thrown away, as in DAPO's published code. In the next step they would be
   samples of an older policy, and they are the ones dealt last, of which rounding up leaves few.
-- A group has signal here if the values of one reward differ, as in DAPO: `accuracy`, or what rollout.signal_from names. By the
+- A group has signal here if the values of one reward differ, as in DAPO: the one that says what is right, or that
+  rollout.signal_from names; where it cannot tell of a question, as of another kind, the next that is not about manners. By the
   weighted sum a batch would fill up with groups that differ in length or form alone, as wrong answers to the hardest questions
   do; that has taught a policy to be short and wrong within 40 steps (verl-project/verl-recipe#125). With algorithm.pass_at it has
   signal if its advantages, by that reward, are not all 0: where too few answers are wrong they are.

@@ -33,7 +33,8 @@ def rehearse(config: Config, trainer_class: type[AnyTrainer], **changes: dict[st
         trainer = trainer_class(changed(config, **quiet, **changes, run=run))
         trainer.log.close()  # before its directory goes
     trainer.collector.scorer.close()
-    trainer.collector.scorer, trainer.rollouts.signal_from = RandomRewards(), "random"
+    trainer.collector.scorer = RandomRewards()
+    trainer.rollouts.verdicts = trainer.rollouts.signal_from = ["random"]
     trainer.collector.retries = False  # a shortage of memory is what a check is to find
     return trainer
 

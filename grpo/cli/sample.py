@@ -79,7 +79,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 def sample(options: argparse.Namespace, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from grpo.data.prompts import build_prompts
-    from grpo.inference.inspect import chosen_rows, columns_of, make_scorer, sample_groups, without
+    from grpo.inference.inspect import chosen_rows, columns_of, make_scorer, of_those_left, sample_groups, without
     from grpo.inference.resolve_model import choose, said, trusted_environment, trusted_rewards, trusted_tools
     from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
     from grpo.scoring.reward import resolve_rewards
@@ -109,7 +109,7 @@ def sample(options: argparse.Namespace, asked: list[dict[str, Any]]) -> list[dic
         [reward for reward in rewards if reward.name not in lacking],
         columns=columns,
         sampling=chosen.sampling,
-        scoring=chosen.settings.scoring,
+        scoring=of_those_left(chosen.settings.scoring, lacking),
     )
     with scorer, contextlib.nullcontext() if tools is None else tools.toolbox:
         print(f"model {chosen.model.name}, template {data.template}, {said(chosen.sampling)}, seed {options.seed}")

@@ -214,8 +214,9 @@ class RolloutConfig(Section):
     whatever their rewards. Raising it fills more batches with signal and costs rollout time."""
     signal_from: str | None = None
     """Name of the reward whose values must differ in a group that dynamic sampling takes. null: of those with a weight, the
-    one that says what is right (docs/rewards.md). Choosing by a reward for length or form fills batches with groups that teach
-    only that. It also says which questions are solved."""
+    one that says what is right (scoring.verdict). Choosing by a reward for length or form fills batches with groups that teach
+    only that. Of a question of which it cannot tell, the next reward that is not about manners decides. It also says which
+    questions are solved."""
     solved_share: Share = 1.0
     """Share of their turns at which solved questions are asked; at the others the next question is, and group/passed_over counts.
     A question is solved as long as solved_from of the answers that it had last are right. 1: all questions are alike. 0: what is
@@ -372,6 +373,11 @@ class EnvironmentConfig(Section):
 
 
 class ScoringConfig(Section):
+    verdict: str | list[str] | None = None
+    """Name of the reward that says what is right, which a value of 1 means; where questions of several kinds have one each, their
+    names: [accuracy, code], of which the first that can tell of any answer to a question is its verdict. Pass rates, lengths of
+    right answers, reports and rejection go by it, and dynamic sampling if rollout.signal_from is null. null: `accuracy`, or else
+    the first that is not about manners (docs/rewards.md)."""
     num_workers: PositiveInt = 2
     """Reward worker processes per training process."""
     timeout_seconds: PositiveFloat = 10.0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from grpo.config import Config, as_override, read_yaml
 from grpo.run.resumable import MAY_CHANGE, changed_setting, completed
-from grpo.scoring.answers import verdict_name
+from grpo.scoring.answers import ENVIRONMENT, verdicts_of
 
 OWN = ("run.dir", "run.seed", "run.resume")
 """Settings that a comparison sets itself."""
@@ -128,14 +128,17 @@ def _check_comparable(run: PlannedRun) -> None:
 
 def _check_judged_alike(first: PlannedRun, other: PlannedRun) -> None:
     """What is right is what one reward says; of two arms by two rewards the table would compare nothing."""
-    ours, theirs = (_verdict_of(run.config) for run in (first, other))
+    ours, theirs = (" or ".join(verdicts_in(run.config)) for run in (first, other))
     if ours != theirs:
         raise ValueError(
             f"what is right is said by {theirs} in {other.arm.name} and by {ours} in {first.arm.name}; accuracies by two rewards "
-            f"do not compare. Let {other.arm.name} measure {ours} too, with weight 0, as the first of its rewards."
+            f"do not compare. Let {other.arm.name} measure {ours} too, with weight 0, and name it in scoring.verdict."
         )
 
 
-def _verdict_of(config: Config) -> str:
+def verdicts_in(config: Config) -> list[str]:
+    """Names of the rewards that say what is right in a run of this configuration."""
     names = [each.name or re.split(r"[:.]", each.function)[-1] for each in config.rewards]
-    return verdict_name(names or ["environment"])
+    if config.environment.function is not None:
+        names.append(ENVIRONMENT)
+    return verdicts_of(config.scoring.verdict, names)

@@ -30,11 +30,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from grpo.evaluation.arms import PlannedRun
+from grpo.evaluation.arms import PlannedRun, verdicts_in
 from grpo.policy.model_source import name_of
 from grpo.report import plot_arms, write_page
 from grpo.report.read import MAX_RUNS
-from grpo.scoring.answers import by_question, columns_of, is_right, verdict_name
+from grpo.scoring.answers import by_question, columns_of, is_right
 from grpo.scoring.statistics import Estimate, Values, estimate, mean_of_few
 from grpo.system.files import replace_text, to_json
 from grpo.system.jsonl import iterate_jsonl, read_metrics
@@ -273,7 +273,7 @@ def _ends(found: Estimate) -> list[float]:
 def _the_rest(runs: Sequence[PlannedRun]) -> Row:
     """Means over all final answers of all runs; entropy and time are means over runs."""
     answers = [row for run in runs for row in _final(run)]
-    verdict = verdict_name(answers[0]["rewards"])
+    verdict, *_ = verdicts_in(runs[0].config)
     steps = [[row for row in read_metrics(run.directory / "metrics.jsonl") if "time/step" in row] for run in runs]
     return {
         "before": _mean(share for run in runs for share in _before(run)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -62,6 +62,12 @@ def without(rewards: Sequence[Reward], columns: Sequence[str]) -> dict[str, list
     return {name: sorted(needed) for name, needed in lacking.items() if needed}
 
 
+def of_those_left(scoring: ScoringConfig, lacking: Container[str]) -> ScoringConfig:
+    """Without verdicts that cannot be asked."""
+    named = [scoring.verdict] if isinstance(scoring.verdict, str) else scoring.verdict or []
+    return scoring.model_copy(update={"verdict": [name for name in named if name not in lacking] or None})
+
+
 def _required(reward: Reward) -> set[str]:
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(reward.function).parameters.values()
@@ -83,6 +89,7 @@ def make_scorer(
         timeout_seconds=scoring.timeout_seconds,
         memory_gib=scoring.memory_gib,
         environment=scoring.environment,
+        verdict=scoring.verdict,
     )
 
 

@@ -146,7 +146,7 @@ METRICS = {
 }
 """Formula of each metric. `<function>` stands for the name of a reward function; `<list>` for that of a word list: `reflection`,
 `verification`, `backtracking`, `subgoals`, or one of logging.reflection_words; `<question_kind>` for a value of
-data.kind_column. Right is a verdict of 1, of the reward `accuracy` if there is one, else the first. Trained tokens are those
+data.kind_column. Right is a verdict of 1, of the reward that scoring.verdict names. Trained tokens are those
 of completions with a known reward in groups of the batch, less what algorithm.filter_truncated leaves out; where the others
 make no gradient and no pass reads them (AlgorithmConfig.every_token_counts), only of those whose advantage is not 0, if any."""
 

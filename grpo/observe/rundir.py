@@ -25,7 +25,7 @@ from grpo.config import AnyConfig, PlaceConfig
 from grpo.observe.console import OF_ROLLOUTS, show_samples
 from grpo.observe.screen import Screen, console_sink
 from grpo.observe.sinks import InBackground, JsonlSink, Sink, TensorBoardSink, WandbSink, end_wandb_service
-from grpo.scoring.answers import is_right, summarize, training_rows, verdict_name
+from grpo.scoring.answers import is_right, summarize, training_rows, verdicts_of
 from grpo.system.build import commit, own_version, processor
 from grpo.system.distributed import Processes
 from grpo.system.files import replace_text, to_json
@@ -248,7 +248,7 @@ class RunLog:
                 project=logging.wandb_project,
                 directory=self.directory,
                 config=self.config.model_dump(),
-                verdict=verdict_name(self.reward_names),
+                verdict=next(iter(verdicts_of(self.config.scoring.verdict, self.reward_names)), ""),
                 words=self.words,
                 history=history,
             )

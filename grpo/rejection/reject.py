@@ -33,7 +33,6 @@ from grpo.rejection.rewriting import Kept, Rewriter, check_template, fall_of, in
 from grpo.rejection.rules import OPTIONS, Fall, Rules, falls_of_row, judge, pass_rate
 from grpo.rejection.sampling import Row, by_question, claim, sample, seed_of
 from grpo.run.inputs import digests
-from grpo.scoring.answers import verdict_name
 from grpo.scoring.scorer import Scorer
 from grpo.system import distributed
 from grpo.system.files import replace_text, to_json
@@ -98,7 +97,7 @@ def reject(
         ValueError: a required reward is not there, or `out` holds other rows; before a model is loaded.
     """
     names = [reward.name for reward in scorer.rewards if reward.name != VOTE]
-    required = rules.required(names, verdict_name(names))
+    required = rules.required(names, scorer.verdicts)
     processes = distributed.join()
     samples, rewrites = out.with_suffix(".samples"), out.with_suffix(".rewrites")
     given = digests(prompts, [], scorer.rewards)

@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from grpo.scoring import answers
 from grpo.text import readable
 
 ROUNDING = 1e-9
@@ -75,12 +76,12 @@ class Rules:
         low, high = self.pass_rate
         _check("pass_rate", f"{low} {high}", 0 <= low <= high <= 1, "two shares, the smaller one first")
 
-    def required(self, names: Sequence[str], verdict: str) -> dict[str, float]:
-        """Least value of each reward.
+    def required(self, names: Sequence[str], verdicts: Sequence[str]) -> dict[str, float]:
+        """Least value of each reward; none: what each row's verdict says, which is that of one reward or another.
 
         Args:
             names: of the rewards there are.
-            verdict: the one that says what is right.
+            verdicts: those that say what is right.
 
         Raises:
             ValueError: a required reward is not there.
@@ -88,7 +89,7 @@ class Rules:
         for name in self.require:
             if name not in names:
                 raise ValueError(f"--require names {name!r}; the rewards are {', '.join(names)}. Correct the name.")
-        return dict(self.require) or {verdict: 1.0}
+        return dict(self.require) or (dict.fromkeys(verdicts, 1.0) if len(verdicts) == 1 else {})
 
 
 def _check(name: str, value: Any, holds: bool, rule: str) -> None:
@@ -125,9 +126,11 @@ OPTIONS = {
 """Every rule in its order, with the option that has its threshold. The last two are those of rewriting: see rewriting.py."""
 
 
-def is_right(rewards: Mapping[str, float | None], required: Mapping[str, float]) -> bool | None:
+def is_right(row: Mapping[str, Any], required: Mapping[str, float]) -> bool | None:
     """Whether every required reward reaches its least value; None if one can't tell and none is below."""
-    values = [(rewards[name], least) for name, least in required.items()]
+    if not required:
+        return answers.is_right(row)
+    values = [(row["rewards"][name], least) for name, least in required.items()]
     if any(value is not None and value < least - ROUNDING for value, least in values):
         return False
     return None if any(value is None for value, _ in values) else True
@@ -135,7 +138,7 @@ def is_right(rewards: Mapping[str, float | None], required: Mapping[str, float])
 
 def pass_rate(rows: Sequence[Mapping[str, Any]], required: Mapping[str, float]) -> float | None:
     """Share of right ones among the rows of a question whose verdict is known; None if there is none."""
-    known = [right for row in rows if (right := is_right(row["rewards"], required)) is not None]
+    known = [right for row in rows if (right := is_right(row, required)) is not None]
     return sum(known) / len(known) if known else None
 
 
@@ -179,14 +182,14 @@ def falls_of_row(
 ) -> list[Fall]:
     """The same of a sampled row, with its rewards and how it ended."""
     falls = []
-    rewards = row["rewards"]
-    right = is_right(rewards, required)
+    rewards, right = row["rewards"], is_right(row, required)
+    asked = required or dict.fromkeys(rewards, 1.0)
     if right is None:
-        falls.append(Fall("unknown", _named(name for name in required if rewards[name] is None)))
+        falls.append(Fall("unknown", _named(name for name in asked if rewards[name] is None)))
     if right is False:
         below = (
             f"{name} {value:g}"
-            for name, least in required.items()
+            for name, least in asked.items()
             if (value := rewards[name]) is not None and value < least - ROUNDING
         )
         falls.append(Fall("wrong", _named(below)))

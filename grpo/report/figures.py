@@ -148,7 +148,9 @@ def _mean(series: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.n
 
 def _panels(runs: list[Run]) -> list[Panel]:
     names = dict.fromkeys(name for run in runs for row in run.metrics for name in row)
-    return [panel for section in sections(names) for panel in section.panels if not (panel.stacked and len(runs) > 1)]
+    verdicts = list(dict.fromkeys(verdict for run in runs for verdict in run.verdicts))
+    panels = [panel for section in sections(names, verdicts) for panel in section.panels]
+    return [panel for panel in panels if not (panel.stacked and len(runs) > 1)]
 
 
 def _file_name(panel: Panel) -> str:

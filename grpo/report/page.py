@@ -172,11 +172,12 @@ def _own_lists(run: Run) -> dict[str, list[str]]:
 
 def _head(runs: list[Run], described: list[dict[str, Any]]) -> dict[str, Any]:
     names = list(dict.fromkeys(name for run in described for name in run["metrics"]["values"]))
+    verdicts = list(dict.fromkeys(verdict for run in runs for verdict in run.verdicts))
     return {
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "sections": [
             {"title": section.title, "panels": [vars(panel) for panel in section.panels]}
-            for section in panels.sections(names)
+            for section in panels.sections(names, verdicts)
         ],
         "formulas": {name: panels.formula(name) for name in names},
         "defaults": summary.defaults(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from grpo.observe.metric_names import LOSS, METRICS, is_bound
@@ -13,7 +13,7 @@ from grpo.text.answer_forms import FORMS
 FIT = "fit/curve"
 """A line of the page that no run has logged: what grpo/report/fit.py makes of its values."""
 NOT_A_FUNCTION = {"reward/mean", "reward/std", "reward/unknown"}
-NOT_DRAWN = {"step", "eval/pass@1"}  # the latter is the mean of the verdict, which is drawn beside that of training
+SAME = "eval/pass@1"  # the mean of the verdict, which is drawn beside that of training; of several verdicts it is none of them
 HEALTH, COST = "Is it healthy?", "What does it cost?"
 
 
@@ -52,10 +52,15 @@ class Section:
     panels: list[Panel]
 
 
-def sections(names: Iterable[str]) -> list[Section]:
-    """The panels of runs that have metrics of these names; each metric is in one of them, what nobody asked for at the end."""
-    left = {name: None for name in names if not is_bound(name) and name not in NOT_DRAWN}
-    asked = [Section(title, _present(panels, left)) for title, panels in _questions(list(left)).items()]
+def sections(names: Iterable[str], verdicts: Sequence[str] = ()) -> list[Section]:
+    """The panels of runs that have metrics of these names; each metric is in one of them, what nobody asked for at the end.
+
+    Args:
+        verdicts: names of the rewards that say what is right; none: as the rule says.
+    """
+    not_drawn = {"step", *([] if len(verdicts) > 1 else [SAME])}
+    left = {name: None for name in names if not is_bound(name) and name not in not_drawn}
+    asked = [Section(title, _present(panels, left)) for title, panels in _questions(list(left), verdicts).items()]
     rest = [Panel(name, [name]) for name in left]
     return [section for section in [*asked, Section("Everything else", rest)] if section.panels]
 
@@ -66,19 +71,19 @@ def functions_of(names: Iterable[str]) -> list[str]:
     return [name.removeprefix("reward/") for name in rewards]
 
 
-def _questions(names: list[str]) -> dict[str, list[Panel]]:
+def _questions(names: list[str], verdicts: Sequence[str]) -> dict[str, list[Panel]]:
     functions = functions_of(names)
-    verdict = verdict_name(functions) if functions else "accuracy"
+    verdicts = verdicts or [verdict_name(functions) if functions else "accuracy"]
     kinds = [
         name.removeprefix("kind/").removesuffix("/length") for name in names if re.fullmatch(r"kind/.+/length", name)
     ]
-    other = [name for name in functions if name not in (verdict, "format")]
+    other = [name for name in functions if name not in (*verdicts, "format")]
     return {
         "Is it learning?": [
             Panel("Reward", ["reward/mean"]),
             Panel("Loss of rows", [LOSS], "nats", points="supervised/held_out_loss"),
             Panel("Next tokens", ["supervised/accuracy"], points="supervised/held_out_accuracy"),
-            replace(_function(verdict), alone=[FIT]),
+            *(replace(_function(verdict), alone=[FIT] if verdict == verdicts[0] else []) for verdict in verdicts),
             Panel("Solved and hopeless questions", ["progress/solved", "progress/hopeless"]),
             *map(_function, other),
             *(

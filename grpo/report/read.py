@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from grpo.config import read_yaml
-from grpo.scoring.answers import verdict_name
+from grpo.scoring.answers import is_right, verdict_name
 from grpo.system.jsonl import row_of
 
 Row = dict[str, Any]
@@ -51,12 +51,24 @@ class Run:
 
     @property
     def verdict(self) -> str:
-        """Name of the reward function that says what is right."""
+        """Name of the reward function that says what is right; of several the first."""
+        return self.verdicts[0]
+
+    @property
+    def held_out_metric(self) -> str:
+        """Share of right answers to the held-out questions."""
+        return f"eval/{self.verdict}" if len(self.verdicts) == 1 else "eval/pass@1"
+
+    @property
+    def verdicts(self) -> list[str]:
+        """Names of those that say what is right, of one question or another."""
+        if setting := self.config.get("scoring", {}).get("verdict"):
+            return [setting] if isinstance(setting, str) else list(setting)
         names = [name.removeprefix("reward/") for row in self.metrics for name in row if name.startswith("reward/")]
         functions = [name for name in names if name not in ("mean", "std", "unknown")]
         if not functions:
             functions = [name for row in self.evaluations[:1] for name in row["rewards"]]
-        return verdict_name(functions) if functions else "accuracy"
+        return [verdict_name(functions) if functions else "accuracy"]
 
 
 def read_runs(directories: list[Path], *, max_completions: int) -> list[Run]:
@@ -177,7 +189,7 @@ def _verdicts(path: Path, notes: list[str]) -> list[Row]:
     if not path.is_file():
         return []
     rows = _parsed(path, notes, {"step", *ANSWER}, lambda _: True)
-    return [{name: row[name] for name in ("step", *VERDICT)} for row in rows]
+    return [{"right": is_right(row)} | {name: row[name] for name in ("step", *VERDICT)} for row in rows]
 
 
 def _num_lines(path: Path) -> int:

@@ -105,20 +105,20 @@ def headline(run: Run) -> dict[str, Any]:
     whole = max(map(len, steps.values()), default=0)  # one of fewer rows is being written, or was when the run died
     verdicts = {
         step: interval
-        for step, interval in intervals(run).get(f"eval/{run.verdict}", {}).items()
+        for step, interval in intervals(run).get(run.held_out_metric, {}).items()
         if len(steps.get(step, [])) == whole
     }
     trained = [row for row in run.metrics if "time/step" in row]
     tokens = [row["throughput/rollout"] * row["time/rollout"] for row in trained if "throughput/rollout" in row]
     memory = [row["memory/step"] for row in trained if "memory/step" in row]
     return {
-        "verdict": run.verdict,
+        "verdict": " or ".join(run.verdicts),
         "before": verdicts.get(min(verdicts)) if verdicts else None,
         "after": verdicts.get(max(verdicts)) if len(verdicts) > 1 else None,
         "evaluated": [min(verdicts), max(verdicts)] if verdicts else None,
         "questions": len({row["row"] for row in steps[min(verdicts)]}) if verdicts and steps else 0,
         "reward": _ends(run, "reward/mean"),
-        "accuracy": _ends(run, f"reward/{run.verdict}"),
+        "accuracy": _ends(run, f"reward/{run.verdict}") if len(run.verdicts) == 1 else None,
         "length": _ends(run, "completion/length_mean"),
         "steps": run.metrics[-1]["step"] if run.metrics else 0,
         "planned": run.config.get("run", {}).get("steps"),

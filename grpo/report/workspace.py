@@ -155,9 +155,10 @@ def logged_names(api: Any, entity: str, project: str, *, setting: str = "--proje
 def arrange(logged: Collection[str]) -> tuple[list[Section], list[Section]]:
     """Of runs that have logged these names, the sections that are open, and those with all other panels of the report."""
     names = sorted(filter(formula, logged), key=_natural)
-    asked = sections(names)
+    verdicts = _verdicts(logged)
+    asked = sections(names, verdicts)
     panels = [panel for section in asked for panel in section.panels]
-    stands_for = {"<verdict>": _any_of(_verdicts(logged)), "<function>": _any_of(functions_of(names))}
+    stands_for = {"<verdict>": _any_of(verdicts), "<function>": _any_of(functions_of(names))}
     first = []
     for title, patterns in FIRST.items():
         same = [panel for section in asked if section.title == title for panel in section.panels]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -84,10 +84,12 @@ def in_order(parts: list[list[dict[str, Any]]], prompts: list[Prompt]) -> list[d
 
 
 def completion_rows(groups: list[Group], scores: Scores) -> list[dict[str, Any]]:
-    """One JSON-ready row per completion; an unknown reward is null. `extra` has, by reward, what they gave to log_extra, and
-    `turns` what tools answered between what the model wrote, which alone is its `completion`.
+    """One JSON-ready row per completion; an unknown reward is null, and so is `right` where nobody can tell. `extra` has, by
+    reward, what they gave to log_extra, and `turns` what tools answered between what the model wrote, which alone is its
+    `completion`.
     """
     rows = []
+    right = judged(scores.values, scores.verdicts or [verdict_name(scores.values)])
     for p, group in enumerate(groups):
         for g, completion in enumerate(group.completions):
             extra = scores.extras[p][g] if scores.extras else {}
@@ -101,6 +103,7 @@ def completion_rows(groups: list[Group], scores: Scores) -> list[dict[str, Any]]
                     "num_tokens": len(completion.own_ids),
                     "reward": _null_if_nan(float(scores.rewards[p, g])),
                     "rewards": {name: _null_if_nan(float(values[p, g])) for name, values in scores.values.items()},
+                    "right": _means_right(_null_if_nan(float(right[p, g]))),
                     **({"turns": completion.messages} if len(completion.turns or []) > 1 else {}),
                     **({"extra": extra} if extra else {}),
                     **({} if group.prompt.kind is None else {"kind": group.prompt.kind}),
@@ -158,10 +161,39 @@ MANNERS = frozenset({"format", "overlong", "repetition", "language", "countdown_
 """Rewards of the library that say how an answer is written, and never whether it is right."""
 
 
+def verdicts_of(setting: str | Sequence[str] | None, names: Iterable[str]) -> list[str]:
+    """Of a run's reward functions, those that say what is right, as scoring.verdict has it.
+
+    Raises:
+        ValueError: it names none, or one that is not there.
+    """
+    names = list(names)
+    if setting is None:
+        return [verdict_name(names)] if names else []
+    wanted = [setting] if isinstance(setting, str) else list(setting)
+    if not wanted or not set(wanted) <= set(names):
+        there = f"the rewards of this run are {', '.join(names)}" if names else "this run has no rewards"
+        raise ValueError(f"scoring.verdict is {setting!r}; {there}. Name one of them, or remove it.")
+    return wanted
+
+
+def judged(values: Mapping[str, Tensor], verdicts: Sequence[str]) -> Tensor:
+    """(P, G) of each group the values of the first of these functions that can tell of any of it; NaN where nobody can tell."""
+    first, *others = (values[name] for name in verdicts)
+    for other in others:
+        first = first.where(~first.isnan().all(1, keepdim=True), other)
+    return first
+
+
 def is_right(row: Mapping[str, Any]) -> bool | None:
-    """Whether a row of `completion_rows` has the verdict 1; None if the verdict is unknown, which is neither right nor wrong."""
-    value = row["rewards"][verdict_name(row["rewards"])]
-    return None if value is None else value >= RIGHT
+    """Whether a row of `completion_rows` is right; None if its verdict is unknown, which is neither right nor wrong."""
+    if "right" in row:
+        return row["right"]
+    return _means_right(row["rewards"][verdict_name(row["rewards"])])  # a row of an older run
+
+
+def _means_right(verdict: float | None) -> bool | None:
+    return None if verdict is None else verdict >= RIGHT
 
 
 RIGHT = 1 - 1e-9

@@ -38,6 +38,7 @@ from torch import Tensor
 from grpo.config import as_text
 from grpo.data.rows import canonical
 from grpo.scoring import verdict_cache
+from grpo.scoring.answers import verdicts_of
 from grpo.scoring.binding import BoundFunction, Task, asks_for, bind, bind_check
 from grpo.scoring.reward import LARGEST, Form, Reward, changed_variables, loaded_files, modules_of, nearest
 from grpo.scoring.worker import FunctionBug, Logged, Outcome
@@ -63,6 +64,7 @@ class Scorer:
         timeout_seconds: float,
         memory_gib: float,
         environment: Sequence[str] = (),
+        verdict: str | Sequence[str] | None = None,
     ) -> None:
         """Check that every function can be given what it asks for, and start the workers.
 
@@ -75,10 +77,11 @@ class Scorer:
             timeout_seconds: wall-clock limit of one completion in one function; a list gets it once per completion.
             memory_gib: address space that the calls of one worker may add to what importing the functions took.
             environment: names of environment variables that the workers are given besides worker_pool.INHERITED.
+            verdict: names of the functions that say what is right, as scoring.verdict.
 
         Raises:
-            ValueError: a parameter nobody can fill, an argument nobody takes, two rewards of one name, or a function
-                that cannot be sent to a process.
+            ValueError: a parameter nobody can fill, an argument nobody takes, two rewards of one name, a verdict that is none
+                of them, or a function that cannot be sent to a process.
             RuntimeError: a worker cannot load the functions.
         """
         names = [reward.name for reward in rewards]
@@ -91,6 +94,7 @@ class Scorer:
                     f"scoring.environment has {variable!r}; there is no such environment variable here. Export it, or remove it."
                 )
         self.rewards = list(rewards)
+        self.verdicts = verdicts_of(verdict, names)
         self.max_completion_tokens = max_completion_tokens
         self.trainer_state = SimpleNamespace(global_step=0, max_steps=0, epoch=0.0)  # as far as TRL's is known here
         self.timeout_seconds = timeout_seconds
@@ -412,6 +416,7 @@ class Scoring:
             seconds=sum(outcome.seconds for outcome in outcomes),
             metrics=metrics,
             extras=extras,
+            verdicts=self._scorer.verdicts,
         )
 
     def _refuse_too_large(self, sums: Tensor, values: Tensor, tasks: list[Task]) -> None:
@@ -510,6 +515,7 @@ def join_scores(parts: Sequence[Scores]) -> Scores:
             for name in dict.fromkeys(name for each in parts for name in each.metrics)
         },
         extras=[group for each in parts for group in each.extras],
+        verdicts=parts[0].verdicts,
     )
 
 

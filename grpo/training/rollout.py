@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from grpo.algorithm.objective import AdvantageRule
 from grpo.config import AlgorithmConfig, Config
 from grpo.data.order import PromptOrder
 from grpo.observe.metrics import Meter, measure_carry_over, measure_texts
-from grpo.scoring.answers import completion_rows, is_solved
+from grpo.scoring.answers import completion_rows, is_solved, judged
 from grpo.text.aha import Words
 from grpo.training.carry_over import CarryOver
 from grpo.training.collector import Clock, Collector, SamplingPlan
@@ -31,7 +31,8 @@ class RolloutMaker:
 
     Args:
         prompts: the order in which questions are dealt.
-        signal_from: name of the reward by which dynamic sampling chooses groups and questions count as solved.
+        verdicts: names of the rewards by which questions count as solved.
+        signal_from: names of those by which dynamic sampling chooses groups; of several the first that can tell of a question.
         words: that are counted in the completions.
         forms: whether those of right answers tell something.
         advantage: (P, G) rewards to (P, G) advantages, instead of `advantages_by`.
@@ -43,7 +44,8 @@ class RolloutMaker:
         learner: Learner,
         prompts: PromptOrder,
         *,
-        signal_from: str,
+        verdicts: Sequence[str],
+        signal_from: Sequence[str],
         words: Words,
         forms: bool = True,
         advantage: Advantage | None = None,
@@ -52,6 +54,7 @@ class RolloutMaker:
         self.collector = collector
         self.learner = learner
         self.prompts = prompts
+        self.verdicts = verdicts
         self.signal_from = signal_from
         self.words = words
         self.forms = forms
@@ -158,7 +161,7 @@ class RolloutMaker:
         Raises:
             ValueError: on all processes, a verdict is no share of what is right.
         """
-        verdicts = scores.values[self.signal_from]
+        verdicts = judged(scores.values, self.verdicts)
         outside = verdicts[(verdicts < 0) | (verdicts > 1 + FLAT)].tolist()  # NaN is neither
         rows = [group.prompt.row for group in groups]
         solved = is_solved(verdicts, at_least=solved_from)
@@ -168,16 +171,16 @@ class RolloutMaker:
             shares = {"solved_share": self.prompts.solved_share, "hopeless_share": self.prompts.hopeless_share}
             names = " and ".join(f"rollout.{name}" for name, share in shares.items() if share < 1)
             raise ValueError(
-                f"{names} below 1; the reward {self.signal_from} has given a completion {found[0]:g}, and 1 means right, 0 "
-                f"wrong. Name a reward of values from 0 to 1 in rollout.signal_from, or set {names} to 1."
+                f"{names} below 1; the reward {' or '.join(self.verdicts)} has given a completion {found[0]:g}, and 1 means "
+                f"right, 0 wrong. Name a reward of values from 0 to 1 in rollout.signal_from, or set {names} to 1."
             )
         asked = [each for part, _ in parts for each in part]
         state.solved = _after(state.solved, [(row, is_so) for row, is_so, _ in asked])
         state.hopeless = _after(state.hopeless, [(row, is_so) for row, _, is_so in asked])
 
     def _signal(self, rule: AdvantageRule, scores: Scores) -> Tensor:
-        """(P,) which groups are worth a place in the batch, by the one reward that decides it."""
-        values = scores.values[self.signal_from].masked_fill(scores.rewards.isnan(), math.nan)
+        """(P,) which groups are worth a place in the batch, by the one reward that decides it of a question."""
+        values = judged(scores.values, self.signal_from).masked_fill(scores.rewards.isnan(), math.nan)
         return has_signal(values) if self.advantage is not None else teaches(rule, values)
 
 
