@@ -21,6 +21,7 @@ from grpo.report.summary import headline
 from grpo.scoring.answers import completion_rows, judged, summarize, verdicts_of
 from grpo.scoring.reward import Reward
 from grpo.system.jsonl import read_jsonl
+from grpo.types import Scores
 
 nan = math.nan
 
@@ -66,8 +67,14 @@ def test_an_answer_that_the_verdict_of_its_question_cannot_judge_is_not_judged_b
     assert judged({"a": torch.zeros(0, 4), "b": torch.zeros(0, 4)}, ["a", "b"]).shape == (0, 4)
 
 
+def test_without_rewards_nobody_can_tell_and_of_no_groups_there_are_no_rows():
+    for rows in (2, 0):
+        groups, scores = [make_group(["a", "b"])] * rows, Scores(torch.ones(rows, 2, dtype=torch.float64), {}, 0, 0)
+        assert [row["right"] for row in completion_rows(groups, scores)] == [None] * 2 * rows
+
+
 def test_a_verdict_is_one_of_the_rewards():
-    assert verdicts_of(None, []) == []
+    assert verdicts_of(None, []) == verdicts_of("accuracy", []) == []  # supervised training that grades nothing
     assert verdicts_of(None, ["format", "mine"]) == ["mine"]
     for wrong in ("cheked", ["checked", "cheked"], []):
         with pytest.raises(

@@ -89,7 +89,8 @@ def completion_rows(groups: list[Group], scores: Scores) -> list[dict[str, Any]]
     `completion`.
     """
     rows = []
-    right = judged(scores.values, scores.verdicts or [verdict_name(scores.values)])
+    verdicts = scores.verdicts or verdicts_of(None, scores.values)
+    right = judged(scores.values, verdicts) if scores.values else scores.rewards * math.nan
     for p, group in enumerate(groups):
         for g, completion in enumerate(group.completions):
             extra = scores.extras[p][g] if scores.extras else {}
@@ -162,18 +163,21 @@ MANNERS = frozenset({"format", "overlong", "repetition", "language", "countdown_
 
 
 def verdicts_of(setting: str | Sequence[str] | None, names: Iterable[str]) -> list[str]:
-    """Of a run's reward functions, those that say what is right, as scoring.verdict has it.
+    """Of a run's reward functions, those that say what is right, as scoring.verdict has it; without functions none.
 
     Raises:
         ValueError: it names none, or one that is not there.
     """
     names = list(names)
+    if not names:
+        return []
     if setting is None:
-        return [verdict_name(names)] if names else []
+        return [verdict_name(names)]
     wanted = [setting] if isinstance(setting, str) else list(setting)
     if not wanted or not set(wanted) <= set(names):
-        there = f"the rewards of this run are {', '.join(names)}" if names else "this run has no rewards"
-        raise ValueError(f"scoring.verdict is {setting!r}; {there}. Name one of them, or remove it.")
+        raise ValueError(
+            f"scoring.verdict is {setting!r}; the rewards of this run are {', '.join(names)}. Name one of them, or remove it."
+        )
     return wanted
 
 
