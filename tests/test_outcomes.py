@@ -54,7 +54,9 @@ def test_shares_add_up_over_processes_also_where_one_has_no_completion_of_a_sort
         row(1.0, countdown_trials=2.0),
     ]
     meters = [Meter(), Meter(), Meter()]
-    for meter, part in zip(meters, (rows[:3], rows[3:], []), strict=True):  # one has no wrong ones, the last has nothing
+    for meter, part in zip(
+        meters, (rows[:3], rows[3:], []), strict=True
+    ):  # one has no wrong ones, the last has nothing
         measure_texts(meter, part, aha.Words(aha.WORD_LISTS), forms=False)
     metrics = meters[0].reduce(SimpleNamespace(gather=lambda _: meters))  # type: ignore[arg-type]
     eighths = {"right": 0, "right_first": 1, "right_later": 3, "wrong": 2, "truncated": 1, "unknown": 1}

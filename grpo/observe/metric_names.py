@@ -38,7 +38,7 @@ METRICS = {
     "outcome/right. This and the next only with that reward",
     "outcome/right_later": "share that are right after several trials, by the same",
     "outcome/wrong": "share that ended by themselves and are wrong",
-    "outcome/truncated": "share that were cut off at rollout.max_completion_tokens; neither right nor wrong, whatever their verdict",
+    "outcome/truncated": "share that were cut off at rollout.max_completion_tokens; they are neither right nor wrong here",
     "outcome/unknown": "share that ended by themselves and have no verdict",
     "answer/right": "share of the completions that are right, of those whose question has a gold answer in words or signs; "
     "not for `code`, `countdown` and `reasoning_gym`",
