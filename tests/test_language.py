@@ -118,11 +118,11 @@ def test_a_run_has_metrics_of_each_kind_and_they_add_up(run: Path):
 def test_the_report_draws_them_and_every_one_has_its_formula(run: Path):
     names = {name for each in read_metrics(run / "metrics.jsonl") for name in each}
     panels = {section.title: section.panels for section in sections(names)}
-    drawn = {name for panel in panels["In which language does it think?"] for name in [*panel.lines, panel.points]}
+    drawn = {name for panel in panels["In which language does it think?"] for name in [*panel.lines, *panel.points]}
     assert {"language/consistency", "language/eval_consistency", "language/mixed"} <= drawn
     assert any(name.startswith("language/consistency/") for name in drawn)
     by_kind = {panel.title for panel in panels["What of each kind of question?"]}
-    assert {"sum: reward", "story: accuracy", "story: length"} <= by_kind
+    assert {"Reward by kind", "Accuracy by kind", "Held-out accuracy by kind", "Length by kind"} <= by_kind
     assert not [name for name in names if name.startswith(("kind/", "language/")) and not formula(name)]
     assert formula("kind/sum/length") == METRICS["kind/<question_kind>/length"]
     assert formula("language/eval_mixed/story") == METRICS["language/eval_mixed/<question_kind>"]

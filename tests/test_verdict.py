@@ -168,6 +168,7 @@ def test_pass_rates_count_every_kind():
 def test_a_report_names_the_verdicts_and_shows_the_share_of_both(tmp_path: Path):
     evaluations = [row | {"step": step, "right": row["right"] or step == 2} for step in (0, 2) for row in ANSWERS[:3]]
     metrics = [{"step": step} | summarize([row for row in evaluations if row["step"] == step]) for step in (0, 2)]
+    metrics += [{"step": step, "outcome/right": step / 4} for step in range(1, 5)]
     directory = a_run(tmp_path / "run", metrics=metrics, evaluations=evaluations)
     config = tiny_config(tmp_path / "run", scoring={"verdict": ["of_a", "of_b"]})
     (directory / "config.yaml").write_text(config.to_yaml())
@@ -176,9 +177,11 @@ def test_a_report_names_the_verdicts_and_shows_the_share_of_both(tmp_path: Path)
     found = headline(run)
     assert found["verdict"] == "of_a or of_b"
     assert [found["before"][0], found["after"][0]] == pytest.approx([2 / 3, 1])
+    assert found["accuracy"][0] < 0.5 < found["accuracy"][1]
     names = [name for row in metrics for name in row]
-    assert "eval/pass@1" in {panel.points for section in sections(names, run.verdicts) for panel in section.panels}
-    assert "eval/pass@1" not in {panel.points for section in sections(names, ["of_a"]) for panel in section.panels}
+    for verdicts, is_drawn in ((run.verdicts, True), (["of_a"], False)):
+        panels = [panel for section in sections(names, verdicts=verdicts) for panel in section.panels]
+        assert any("eval/pass@1" in panel.points for panel in panels) == is_drawn
 
 
 def test_a_row_of_an_older_run_is_judged_by_the_rule(tmp_path: Path):

@@ -219,7 +219,7 @@ def test_the_verdict_is_the_reward_that_the_run_says_it_is_whatever_the_order():
     names = {"reward/brevity", "reward/zeal", "reward/length", "reward/format", "eval/zeal", "completion/length_mean"}
     (first, *_, rewards), _ = workspace.arrange(names | {"zeal", "length", "held-out zeal"})
     assert [panel.title for panel in first.panels] == ["Zeal", "Length"]
-    assert first.panels[0].points == "eval/zeal"
+    assert first.panels[0].points == ["eval/zeal"]
     assert [panel.title for panel in rewards.panels] == ["Zeal", "Brevity", "Length", "Format"]
 
 

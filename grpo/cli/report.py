@@ -2,6 +2,7 @@
 
 grpo report runs/quickstart
 grpo report runs/a runs/b --out compare.html --png figures --pdf figures
+grpo report runs/quickstart --picture curves.png --panels "Accuracy,Length by verdict,What becomes of a completion"
 """
 
 import argparse
@@ -20,12 +21,19 @@ def main() -> None:
     parser.add_argument("--max-completions", type=int, metavar="N", help="of each kind in all; default: 20,000")
     parser.add_argument("--png", type=Path, metavar="DIR", help="also write each curve as a PNG, for a paper")
     parser.add_argument("--pdf", type=Path, metavar="DIR", help="the same as PDF")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="also draw some panels as one PNG, PDF or SVG")
+    parser.add_argument(
+        "--panels", metavar="TITLES", help="of --picture, with commas between them; default: those of curves.png"
+    )
     arguments = parser.parse_args()
+    titles = [title.strip() for title in (arguments.panels or "").split(",") if title.strip()]
+    if titles and arguments.picture is None:
+        parser.error("--panels says what --picture draws. Give --picture FILE too.")
     with errors_for_users():
-        from grpo.report import check_places, read_runs, remarks, save_figures, write_page_of
+        from grpo.report import check_places, read_runs, remarks, save_figures, save_picture, write_page_of
         from grpo.report.page import MAX_COMPLETIONS
 
-        check_places(arguments.out, arguments.png, arguments.pdf)
+        check_places(arguments.out, arguments.png, arguments.pdf, picture=arguments.picture)
         limit = MAX_COMPLETIONS if arguments.max_completions is None else arguments.max_completions
         out = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "report.html"
         runs = read_runs(arguments.runs, max_completions=limit)
@@ -44,3 +52,6 @@ def main() -> None:
             if directory is not None:
                 figures = save_figures(arguments.runs, directory, suffix=suffix)
                 print(f"{directory}  {len(figures)} figures ({suffix})")
+        if arguments.picture is not None:
+            save_picture(arguments.runs, arguments.picture, titles)
+            print(arguments.picture)

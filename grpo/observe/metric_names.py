@@ -33,6 +33,13 @@ METRICS = {
     "completion/truncated": "share of completions cut off at rollout.max_completion_tokens",
     "completion/repetition": "share of the runs of 8 tokens in completions that the same completion had before",
     "completion/length_<kind>": "the mean over completions that ended by themselves and are `right`, or `wrong`",
+    "outcome/right": "share of completions that ended by themselves and are right; all `outcome/...` add up to 1",
+    "outcome/right_first": "share that are right at the first trial, by the reward `countdown_trials`; they are not in "
+    "outcome/right. This and the next only with that reward",
+    "outcome/right_later": "share that are right after several trials, by the same",
+    "outcome/wrong": "share that ended by themselves and are wrong",
+    "outcome/truncated": "share that were cut off at rollout.max_completion_tokens; they are neither right nor wrong here",
+    "outcome/unknown": "share that ended by themselves and have no verdict",
     "answer/right": "share of the completions that are right, of those whose question has a gold answer in words or signs; "
     "not for `code`, `countdown` and `reasoning_gym`",
     "answer/<form>": "share of these right completions whose answer has a form of answer_forms.py: `arithmetic`, `several`, ...",

@@ -13,7 +13,7 @@ from torch import Tensor
 from grpo.algorithm.advantage import has_signal
 from grpo.algorithm.loss import Objective, TokenLoss
 from grpo.observe.metric_names import LOSS
-from grpo.scoring.answers import is_right
+from grpo.scoring.answers import count_outcomes, is_right
 from grpo.system.distributed import Processes
 from grpo.text import answer_forms, language
 from grpo.text.aha import Words, tally
@@ -214,10 +214,10 @@ def measure_batch(meter: Meter, groups: list[Group], scores: Scores, *, signal: 
 
 
 def measure_texts(meter: Meter, rows: list[dict[str, Any]], words: Words, *, forms: bool = True) -> None:
-    """What the `completion_rows` of one step say: their words, of which script they are, and, if `forms` tell something, those of
-    right answers."""
+    """What the `completion_rows` of one step say: what becomes of them, their words, of which script they are, and, if `forms`
+    tell something, those of right answers."""
     verdicts = [is_right(row) for row in rows]
-    tallied = tally(rows, verdicts, words) | language.tally(rows)
+    tallied = count_outcomes(rows) | tally(rows, verdicts, words) | language.tally(rows)
     tallied |= answer_forms.tally(rows, verdicts) if forms else {}
     for name, (total, size) in tallied.items():
         meter.ratio(name, total, size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from grpo.report.figures import plot_arms, plot_curves, save_figures
+from grpo.report.figures import plot_arms, plot_curves, save_figures, save_picture
 from grpo.report.fit import prediction, said
 from grpo.report.page import write_page, write_page_of
 from grpo.report.read import Run, read_runs
@@ -18,6 +18,7 @@ __all__ = [
     "read_runs",
     "remarks",
     "save_figures",
+    "save_picture",
     "write_page",
     "write_page_of",
 ]
@@ -26,16 +27,25 @@ COMPLETIONS_AT_THE_END = 4_000
 """Of each kind, so that a run does not wait for its page; `grpo report` writes one with more."""
 
 
-def check_places(file: Path | None, *directories: Path | None) -> None:
+PICTURES = (".png", ".pdf", ".svg")
+
+
+def check_places(file: Path | None, *directories: Path | None, picture: Path | None = None) -> None:
     """See that what will be written can be, before the runs are read.
 
     Raises:
-        ValueError: `file` is a directory or would lie where there is none; a directory is, or lies in, something else.
+        ValueError: `file` or `picture` is a directory or would lie where there is none; a directory is, or lies in, something
+            else; the name of the picture does not say what it is.
     """
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+    for option, place, example in (("--out", file, "compare.html"), ("--picture", picture, "curves.png")):
+        if place is not None and (place.is_dir() or not place.parent.is_dir()):
+            raise ValueError(
+                f"{option} is {str(place)!r}; it is a file in a directory that exists. Give a name such as {example}, or make "
+                f"{str(place.parent)!r} first."
+            )
+    if picture is not None and picture.suffix not in PICTURES:
         raise ValueError(
-            f"--out is {str(file)!r}; it is a file in a directory that exists. Give a name such as compare.html, or make "
-            f"{str(file.parent)!r} first."
+            f"--picture is {str(picture)!r}; a picture's name ends in {', '.join(PICTURES)}. Give one such as curves.png."
         )
     for directory in directories:
         if directory is not None and not next(p for p in (directory, *directory.parents) if p.exists()).is_dir():

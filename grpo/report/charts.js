@@ -5,15 +5,10 @@ const charts = [];
 const HEIGHT = 168;
 const MARGIN = { left: 46, right: 12, top: 8, bottom: 24 };
 const MOST_POINTS = 700;
+const DASHES = ["", "5 3", "1.5 3", "7 2 1.5 2"];
 
 function redraw() {
   for (const chart of charts) chart.draw();
-}
-
-function shares(name) {
-  if (page.formulas[name].startsWith("share")) return true;
-  if (!/^(reward|eval)\//.test(name) || name === "reward/mean" || name === "reward/std") return false;
-  return page.runs.every((run) => (run.metrics.values[name] || []).every((v) => v === null || (v >= 0 && v <= 1)));
 }
 
 /** Position of each step of a run on the axis: the step, or the minutes of training up to it. */
@@ -84,7 +79,7 @@ function nearest(xs, x) {
 class Chart {
   /**
    * @param panels what it can show; the first at first, the others by a switch
-   * @param only the run that a stacked chart is of; null for all runs
+   * @param only the run that it is of; null for all runs
    */
   constructor(panels, only) {
     this.panels = panels;
@@ -96,8 +91,8 @@ class Chart {
 
   use(panel) {
     this.panel = panel;
-    this.name = panel.lines[0] || panel.points;
-    this.share = !panel.stacked && shares(this.name);
+    this.name = panel.lines[0] || panel.points[0];
+    this.share = page.shares.includes(this.name);
     this.format = this.share ? percent : number;
   }
 
@@ -105,19 +100,43 @@ class Chart {
     return page.runs.filter((run) => !view.hidden.has(run) && (this.only === null || run === this.only));
   }
 
+  /** Whether colours tell runs apart, and not metrics. */
+  get several() {
+    return page.runs.length > 1 && this.only === null;
+  }
+
+  called(name) {
+    const [label] = this.panel.legend[name] || [short(name)];
+    return label;
+  }
+
+  /** Of a metric beside others in the chart of one run. */
+  color(name, index, count) {
+    const [, own] = this.panel.legend[name] || [];
+    return own === undefined ? metricColor(name, index, count) : colorOf(own);
+  }
+
+  /** Of one of many lines: colours come again after eight. */
+  dash(name) {
+    const [, own] = this.panel.legend[name] || [];
+    return DASHES[Math.floor((own || 0) / 8) % 4];
+  }
+
   /** What is drawn: a line per run, or per metric where there is one run. */
   series() {
-    const several = page.runs.length > 1 && !this.panel.stacked;
-    const names = several ? this.panel.lines : [...this.panel.lines, ...this.panel.alone];
+    const { several } = this;
+    const { lines, alone, stacked } = this.panel;
+    const names = several ? lines : [...lines, ...alone];
+    const isDrawn = (values) => values && !(stacked && values.every((v) => !v));
     return this.runs().flatMap((run) =>
       names
-        .filter((name) => run.metrics.values[name])
+        .filter((name) => isDrawn(run.metrics.values[name]))
         .map((name, i) => ({
           run,
           name,
-          label: several ? (names.length > 1 ? `${run.name}, ${short(name)}` : run.name) : short(name),
-          color: several ? run.color : metricColor(name, i, names.length),
-          dash: several ? ["", "5 3", "1.5 3", "7 2 1.5 2"][i % 4] : "",
+          label: several ? (names.length > 1 ? `${run.name}, ${this.called(name)}` : run.name) : this.called(name),
+          color: several ? run.color : this.color(name, i, names.length),
+          dash: several ? DASHES[i % 4] : this.dash(name),
         })),
     );
   }
@@ -125,7 +144,7 @@ class Chart {
   build() {
     const { panel } = this;
     const title = panel.title + (this.only && page.runs.length > 1 ? `: ${this.only.name}` : "");
-    const named = this.panels.flatMap((each) => [...each.lines, each.points, ...each.alone]);
+    const named = this.panels.flatMap((each) => [...each.lines, ...each.points, ...each.alone]);
     const described = named.filter((name) => name && page.formulas[name]);
     const formula = described.map((name) => `${name}: ${page.formulas[name]}`).join("\n");
     this.readout = el("span", { class: "readout", title: "mean of the last steps" });
@@ -243,12 +262,13 @@ class Chart {
 
   /** The value that all runs have at all steps; undefined where there is none. */
   constant() {
-    const all = page.runs
+    const runs = this.only ? [this.only] : page.runs;
+    const all = runs
       .flatMap((run) =>
-        [...this.panel.lines, this.panel.points, ...this.panel.alone].flatMap((name) => run.metrics.values[name] || []),
+        [...this.panel.lines, ...this.panel.points, ...this.panel.alone].flatMap((name) => run.metrics.values[name] || []),
       )
       .filter((v) => v !== null);
-    const broken = page.runs.some((run) => this.panel.lines.some((name) => run.metrics.not_finite[name]));
+    const broken = runs.some((run) => this.panel.lines.some((name) => run.metrics.not_finite[name]));
     return !broken && all.length > 1 && all.every((v) => v === all[0]) ? all[0] : undefined;
   }
 
@@ -289,18 +309,20 @@ class Chart {
       const bins = binned(points);
       return { ...series, bins, line: smoothed(bins, this.sigma()) };
     });
-    this.dots = this.runs().flatMap((run) => {
-      const values = run.metrics.values[this.panel.points];
-      if (!values) return [];
-      const xs = positions(run);
-      const found = run.intervals[this.panel.points] || {};
-      const { lines, alone } = this.panel;
-      const color =
-        page.runs.length > 1 ? run.color : metricColor(lines[0] || this.panel.points, 0, lines.length + alone.length);
-      return values
-        .map((v, i) => ({ run, color, i, x: xs[i], value: v, interval: found[run.metrics.steps[i]] }))
-        .filter((dot) => dot.value !== null);
-    });
+    this.dots = this.runs().flatMap((run) => this.panel.points.flatMap((name) => this.dotsOf(run, name)));
+  }
+
+  dotsOf(run, name) {
+    const values = run.metrics.values[name];
+    if (!values) return [];
+    const xs = positions(run);
+    const found = run.intervals[name] || {};
+    const { lines, alone, points } = this.panel;
+    const color = this.several ? run.color : this.color(lines[0] || name, 0, lines.length + alone.length);
+    const label = points.length > 1 ? this.called(name) : "held out";
+    return values
+      .map((v, i) => ({ run, name, label, color, i, x: xs[i], value: v, interval: found[run.metrics.steps[i]] }))
+      .filter((dot) => dot.value !== null);
   }
 
   sigma() {
@@ -516,9 +538,24 @@ class Chart {
     });
   }
 
-  /** Held-out values with their 95 % intervals. */
+  /** Held-out values with their 95 % intervals; joined where no line of training goes by them. */
   held() {
-    return this.dots
+    const joined = this.panel.lines.length
+      ? []
+      : this.dotted().map((dots) =>
+          svg("path", {
+            class: "joined",
+            d: path(
+              dots.map((dot) => [dot.x, dot.value]),
+              this.x,
+              this.y,
+            ),
+            "stroke-dasharray": this.dash(dots[0].name),
+            "clip-path": this.clip,
+            style: { stroke: dots[0].color },
+          }),
+        );
+    const single = this.dots
       .filter((dot) => dot.x >= this.domain[0] && dot.x <= this.domain[1])
       .map((dot) => {
         const x = this.x(dot.x);
@@ -537,20 +574,34 @@ class Chart {
           svg("circle", { cx: x, cy: this.y(dot.value), r: 4, style: { fill: dot.color } }),
         );
       });
+    return [...joined, ...single];
+  }
+
+  /** The dots of each run and metric. */
+  dotted() {
+    const found = new Map();
+    for (const dot of this.dots) {
+      const key = `${page.runs.indexOf(dot.run)} ${dot.name}`;
+      found.set(key, [...(found.get(key) || []), dot]);
+    }
+    return [...found.values()];
   }
 
   describe() {
-    const last = page.runs.length === 1 && !this.panel.stacked ? page.runs[0].metrics.last[this.name] : undefined;
+    const last = page.runs.length === 1 && !this.panel.by_run ? page.runs[0].metrics.last[this.name] : undefined;
     this.readout.textContent = last === undefined ? "" : this.format(last);
     const ends = this.drawn
       .filter((s) => s.line.length)
       .map((s) => `${s.label} from ${this.format(s.line[0][1])} to ${this.format(s.line.at(-1)[1])}`);
+    if (!this.panel.lines.length)
+      for (const dots of this.dotted())
+        ends.push(`${dots[0].label} from ${this.format(dots[0].value)} to ${this.format(dots.at(-1).value)}`);
     this.svg.setAttribute(
       "aria-label",
       `${this.panel.title}: ${ends.join("; ")}. Arrow keys read values, plus and minus zoom, enter shows the step's completions.`,
     );
     const keys = new Map();
-    if (page.runs.length === 1 || this.panel.stacked) {
+    if (!this.several) {
       if (this.drawn.length > 1)
         for (const s of this.drawn) {
           const beyond = s.line.some(([x, y]) => x >= this.domain[0] && x <= this.domain[1] && y > this.range[1]);
@@ -577,10 +628,13 @@ class Chart {
       );
     }
     const sure = this.dots.some((dot) => dot.interval);
-    if (this.dots.length && this.panel.lines.length)
+    if (this.panel.points.length > 1 && !this.several) {
+      for (const [dot] of this.dotted()) keys.set(dot.label, el("i", { class: "dot", style: { background: dot.color } }));
+      if (sure) keys.set("95 % intervals", null);
+    } else if (this.dots.length && this.panel.lines.length)
       keys.set(
         sure ? "held out, 95 % interval" : "held out",
-        el("i", { class: "dot", style: page.runs.length > 1 ? {} : { background: this.dots[0].color } }),
+        el("i", { class: "dot", style: this.several ? {} : { background: this.dots[0].color } }),
       );
     this.legend.replaceChildren(...[...keys].map(([label, key]) => el("span", {}, key, label)));
   }
@@ -630,7 +684,7 @@ class Chart {
       if (nearest(positions(dot.run), x) !== dot.i) continue;
       where = where || `step ${dot.run.metrics.steps[dot.i]}`;
       const between = dot.interval ? `${this.format(dot.interval[1])} to ${this.format(dot.interval[2])}` : "";
-      rows.push([dot.color, "held out", this.format(dot.value), between]);
+      rows.push([dot.color, dot.label, this.format(dot.value), between]);
     }
     this.tell(px, where, rows);
   }

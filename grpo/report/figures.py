@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
 from itertools import chain, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ import numpy as np
 
 from grpo.report import summary
 from grpo.report.panels import Panel, sections
-from grpo.report.read import Run, read_runs
+from grpo.report.read import Run, kind_of_questions, read_runs, verdicts_of_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,24 +55,74 @@ STYLE: Any = {
 
 def plot_curves(run_dir: Path, path: Path | None = None) -> Path:
     """Draw the six curves that say most, by default as `curves.png` in the run's directory, and return the file's path."""
+    runs = read_runs([run_dir], max_completions=0)
+    path = path or run_dir / "curves.png"
+    _save_grid(_overview(runs), path, columns=3, rows=2, heading=run_dir.name)
+    return path
+
+
+def save_picture(run_dirs: list[Path], path: Path, titles: Sequence[str] = ()) -> None:
+    """Draw some panels of the runs as one picture, three in a row at most; a PNG, PDF or SVG as the file's name says.
+
+    Args:
+        titles: of panels, as the page has them; none: those of `plot_curves`.
+
+    Raises:
+        ValueError: a directory is not that of a run; the runs have no such panel.
+    """
+    runs = read_runs(run_dirs, max_completions=0)
+    drawings = _of_titles(runs, titles) if titles else _overview(runs)
+    columns = 2 if len(drawings) == 4 else min(3, len(drawings))
+    _save_grid(drawings, path, columns=columns, rows=math.ceil(len(drawings) / max(columns, 1)))
+
+
+Drawing = tuple[Panel, list[Run]]
+"""A panel, and the runs that are in it."""
+
+
+def _overview(runs: list[Run]) -> list[Drawing]:
+    """The panels that say most of the runs."""
+    panels = {panel.title: panel for panel in _panels(runs)}
+    verdict = next((panel.title for panel in panels.values() if f"reward/{runs[0].verdict}" in panel.lines), "")
+    return [(panels[title], runs) for title in ("Reward", verdict, *OVERVIEW) if title in panels]
+
+
+def _of_titles(runs: list[Run], titles: Sequence[str]) -> list[Drawing]:
+    panels: dict[str, list[Drawing]] = {}
+    for panel in _panels(runs):
+        panels.setdefault(panel.title, []).extend(_drawings(panel, runs))
+    for title in titles:
+        if title not in panels:
+            near = "".join(f" Did you mean {each!r}?" for each in get_close_matches(title, panels, n=1))
+            raise ValueError(
+                f"--panels has {title!r}; the runs have no panel of this title.{near} There are: {', '.join(panels)}."
+            )
+    return [drawing for title in titles for drawing in panels[title]]
+
+
+def _drawings(panel: Panel, runs: list[Run]) -> list[Drawing]:
+    """A panel once, or once for each run that has something in it."""
+    if not panel.by_run or len(runs) == 1:
+        return [(panel, runs)]
+    wanted = {*panel.lines, *panel.points}
+    having = [run for run in runs if any(not wanted.isdisjoint(row) for row in run.metrics)]
+    return [(replace(panel, title=f"{panel.title}: {run.name}"), [run]) for run in having]
+
+
+def _save_grid(drawings: list[Drawing], path: Path, *, columns: int, rows: int, heading: str = "") -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    runs = read_runs([run_dir], max_completions=0)
-    panels = {panel.title: panel for panel in _panels(runs)}
-    verdict = next((panel.title for panel in panels.values() if f"reward/{runs[0].verdict}" in panel.lines), "")
-    chosen = [panels[title] for title in ("Reward", verdict, *OVERVIEW) if title in panels]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 5), layout="constrained")  # without pyplot, whose backend is the user's
-        axes = figure.subplots(2, 3)
-        for axis, panel in zip(axes.flat, chosen, strict=False):
+        figure = Figure(figsize=(10 / 3 * columns, 2.5 * rows), layout="constrained")  # pyplot's backend is the user's
+        axes = figure.subplots(rows, columns, squeeze=False)
+        for axis, (panel, runs) in zip(axes.flat, drawings, strict=False):
             _draw(axis, panel, runs)
-        for axis in axes.flat[len(chosen) :]:
+        for axis in axes.flat[len(drawings) :]:
             axis.set_axis_off()
-        figure.suptitle(run_dir.name, x=0.01, ha="left", fontsize=11)
-        path = path or run_dir / "curves.png"
+        if heading:
+            figure.suptitle(heading, x=0.01, ha="left", fontsize=11)
         figure.savefig(path, dpi=140)
-    return path
 
 
 def save_figures(run_dirs: list[Path], directory: Path, *, suffix: str) -> list[Path]:
@@ -89,10 +141,10 @@ def save_figures(run_dirs: list[Path], directory: Path, *, suffix: str) -> list[
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
     with mpl.rc_context(STYLE):
-        for panel in _panels(runs):
+        for panel, drawn in chain.from_iterable(_drawings(panel, runs) for panel in _panels(runs)):
             figure = Figure(figsize=(3.4, 2.3), layout="constrained")
             axis = figure.subplots()
-            _draw(axis, panel, runs)
+            _draw(axis, panel, drawn)
             path = directory / f"{_file_name(panel)}.{suffix}"
             figure.savefig(path, dpi=300)
             paths.append(path)
@@ -148,17 +200,17 @@ def _mean(series: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.n
 
 def _panels(runs: list[Run]) -> list[Panel]:
     names = dict.fromkeys(name for run in runs for row in run.metrics for name in row)
-    verdicts = list(dict.fromkeys(verdict for run in runs for verdict in run.verdicts))
-    panels = [panel for section in sections(names, verdicts) for panel in section.panels]
-    return [panel for panel in panels if not (panel.stacked and len(runs) > 1)]
+    asked = sections(names, verdicts=verdicts_of_runs(runs), kind=kind_of_questions(runs))
+    return [panel for section in asked for panel in section.panels]
 
 
 def _file_name(panel: Panel) -> str:
-    """Of the metric that is drawn first."""
-    return re.sub(r"[^\w-]+", "-", "time-phases" if panel.stacked else (panel.lines or [panel.points])[0])
+    """Of the metric that is drawn first; where a run has a figure of its own, of its title."""
+    return re.sub(r"[^\w-]+", "-", panel.title.lower() if panel.by_run else (panel.lines or panel.points)[0])
 
 
 def _draw(axis: Axes, panel: Panel, runs: list[Run]) -> None:
+    from matplotlib.ticker import FuncFormatter
     from matplotlib.transforms import ScaledTranslation
 
     several = len(runs) > 1
@@ -168,13 +220,20 @@ def _draw(axis: Axes, panel: Panel, runs: list[Run]) -> None:
             _areas(axis, panel, run)
         for i, name in enumerate(names):
             color = COLORS[r % 8] if several else _color(name, i, panel)
-            label = " ".join(([run.name] if several else []) + ([_last(name)] if len(names) > 1 else []))
+            dash = DASHES[i % 4] if several else _dash(name, panel)
+            label = " ".join(([run.name] if several else []) + ([_called(name, panel)] if len(names) > 1 else []))
             pale = name not in panel.alone  # single values of few completions would hide the other lines
-            _line(axis, run, name, color=color, dash=DASHES[i % 4 if several else 0], label=label, pale=pale)
+            _line(axis, run, name, color=color, dash=dash, label=label, pale=pale)
             if panel.base and not i:
                 _base(axis, run, name, color, label="" if r else "step 1, untrained")
-        color = COLORS[r % 8] if several or not names else _color(names[0], 0, panel)
-        _points(axis, run, panel.points, color, labelled=not r)
+        for name in panel.points:
+            color = COLORS[r % 8] if several else _color(names[0] if names else name, 0, panel)
+            label = _called(name, panel) if len(panel.points) > 1 else "" if r else HELD_OUT
+            _points(axis, run, name, color, label=label, joined="" if names else _dash(name, panel))
+    if all(summary.is_share(name, runs) for name in [*panel.lines, *panel.points]):
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+    if panel.stacked and summary.is_share(panel.lines[0], runs):
+        axis.set_ylim(0, 1)
     axis.set_title(panel.caption)
     axis.set_xlabel("step")
     axis.margins(x=0.01)
@@ -186,10 +245,13 @@ def _draw(axis: Axes, panel: Panel, runs: list[Run]) -> None:
             loc="upper center",
             bbox_to_anchor=(0.5, 0.0),
             bbox_transform=axis.transAxes + ScaledTranslation(0, -BELOW_LABELS / 72, axis.figure.dpi_scale_trans),
-            ncols=4 if max(map(len, labels)) < 12 else 2,
+            ncols=6 if max(map(len, labels)) < 4 else 4 if max(map(len, labels)) < 12 else 2,
+            title=SURE if len(panel.points) > 1 and summary.intervals(runs[0]).keys() & {*panel.points} else None,
+            title_fontsize=7,
         )
 
 
+SURE = "95 % interval"
 BELOW_LABELS = 27
 """Points from an axis down to its legend, past the numbers and the label of the axis, whatever the height of the figure."""
 
@@ -202,12 +264,24 @@ def _last(name: str) -> str:
     return "all" if name.startswith("aha/") else name.split("/")[-1].replace("_", " ")
 
 
+def _called(name: str, panel: Panel) -> str:
+    label, _ = panel.legend.get(name, (_last(name), 0))
+    return label
+
+
+def _dash(name: str, panel: Panel) -> Any:
+    """Of a metric of one run: colours come again after eight."""
+    _, number = panel.legend.get(name, ("", 0))
+    return DASHES[number // 8 % 4]
+
+
 def _color(name: str, index: int, panel: Panel) -> str:
     """Of a metric of one run: all in ink beside right, wrong and cut off; else in order."""
+    if name in panel.legend:
+        return COLORS[panel.legend[name][1] % 8]
     sides = {"right": COLORS[0], "wrong": COLORS[1], "cut off": COLORS[7]}
-    return sides.get(
-        _last(name), COLORS[6] if panel.lines[0].startswith("aha/") and len(panel.lines) > 1 else COLORS[index % 8]
-    )
+    in_ink = len(panel.lines) > 1 and panel.lines[0].startswith("aha/")
+    return sides.get(_last(name), COLORS[6] if in_ink else COLORS[index % 8])
 
 
 def _series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -254,36 +328,47 @@ def _base(axis: Axes, run: Run, name: str, color: str, *, label: str) -> None:
             axis.axhline(row[name], color=color, linewidth=0.8, linestyle=(0, (1, 2)), label=label or None)
 
 
-def _points(axis: Axes, run: Run, name: str, color: str, *, labelled: bool) -> None:
+def _points(axis: Axes, run: Run, name: str, color: str, *, label: str, joined: Any) -> None:
+    """Held-out values.
+
+    Args:
+        joined: the style of the line through them; empty for none.
+    """
     steps, values = _series(run, name)
     known = summary.intervals(run).get(name, {})
     ends = [known.get(int(step), (value, value, value))[1:] for step, value in zip(steps, values, strict=True)]
     if ends:
-        label = "held out, 95 % interval" if known else "held out"
+        sure = f", {SURE}" if label == HELD_OUT and known else ""
         below, above = np.array(ends).T
         error = np.maximum(0, [values - below, above - values])
         axis.errorbar(
             steps,
             values,
             yerr=error,
-            fmt="o",
+            marker="o",
+            linestyle=joined,
+            linewidth=0.8,
             color=color,
             markersize=4,
             mec="white",
             mew=0.8,
             elinewidth=1,
             zorder=3,
-            label=label if labelled else None,
+            label=label + sure or None,
         )
 
 
+HELD_OUT = "held out"
+
+
 def _areas(axis: Axes, panel: Panel, run: Run) -> None:
-    rows = [row for row in run.metrics if all(name in row for name in panel.lines)]
+    names = [name for name in panel.lines if any(row.get(name) for row in run.metrics)]
+    rows = [row for row in run.metrics if all(name in row for name in names)] if names else []
     steps = [row["step"] for row in rows]
     axis.stackplot(
         steps,
-        [[row[name] for row in rows] for name in panel.lines],
-        labels=[_last(name) for name in panel.lines],
-        colors=COLORS,
+        [[row[name] for row in rows] for name in names],
+        labels=[_called(name, panel) for name in names],
+        colors=[_color(name, i, panel) for i, name in enumerate(names)],
         alpha=0.85,
     )

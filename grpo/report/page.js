@@ -332,9 +332,9 @@ function buildCurves() {
   const charted = (number) => ` ${number} ${number === 1 ? "chart" : "charts"}`;
   for (const section of page.sections) {
     const made = section.panels.flatMap((panel) =>
-      panel.stacked
+      panel.by_run
         ? page.runs
-            .filter((run) => panel.lines.some((name) => run.metrics.values[name]))
+            .filter((run) => [...panel.lines, ...panel.points].some((name) => run.metrics.values[name]))
             .map((run) => new Chart([panel], run))
         : panel.family && panel !== ofFamily(section, panel)[0]
           ? []

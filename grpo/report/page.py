@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.report import fit, panels, summary
-from grpo.report.read import Row, Run, Source, read_runs
+from grpo.report.read import Row, Run, Source, kind_of_questions, read_runs, verdicts_of_runs
 from grpo.system.files import replace_text
 from grpo.text.aha import PAPER_WORDS, pattern_source
 
@@ -172,13 +172,13 @@ def _own_lists(run: Run) -> dict[str, list[str]]:
 
 def _head(runs: list[Run], described: list[dict[str, Any]]) -> dict[str, Any]:
     names = list(dict.fromkeys(name for run in described for name in run["metrics"]["values"]))
-    verdicts = list(dict.fromkeys(verdict for run in runs for verdict in run.verdicts))
+    asked = panels.sections(names, verdicts=verdicts_of_runs(runs), kind=kind_of_questions(runs))
     return {
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "sections": [
-            {"title": section.title, "panels": [vars(panel) for panel in section.panels]}
-            for section in panels.sections(names, verdicts)
+            {"title": section.title, "panels": [vars(panel) for panel in section.panels]} for section in asked
         ],
+        "shares": [name for name in names if summary.is_share(name, runs)],
         "formulas": {name: panels.formula(name) for name in names},
         "defaults": summary.defaults(),
         "runs": described,

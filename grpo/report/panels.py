@@ -16,6 +16,16 @@ NOT_A_FUNCTION = {"reward/mean", "reward/std", "reward/unknown"}
 SAME = "eval/pass@1"  # the mean of the verdict, which is drawn beside that of training; of several verdicts it is none of them
 HEALTH, COST = "Is it healthy?", "What does it cost?"
 
+OUTCOMES = {
+    "outcome/right": ("right", 0),
+    "outcome/right_first": ("right at the first trial", 5),
+    "outcome/right_later": ("right after several", 0),
+    "outcome/wrong": ("wrong", 1),
+    "outcome/truncated": ("cut off", 7),
+    "outcome/unknown": ("unknown", 3),
+}
+"""What becomes of a completion, from the bottom up; name and colour of each."""
+
 
 @dataclass
 class Panel:
@@ -24,11 +34,15 @@ class Panel:
     title: str
     lines: list[str]
     unit: str = ""
-    points: str = ""  # held-out values, drawn as dots with their intervals where there are any
+    points: list[str] = field(default_factory=list)  # held-out values: dots, with their intervals where there are any
     base: bool = False  # draw the value at step 1, which the untrained model sampled, as a line
     family: str = ""  # panels of one family are one chart of the page, with a switch between their measures
     measure: str = ""  # what the switch calls this one
-    stacked: bool = False  # areas on top of each other; for one run only
+    by_run: bool = False  # a chart of its own for each run
+    stacked: bool = False  # areas on top of each other, without those that are always 0
+    legend: dict[str, tuple[str, int]] = field(
+        default_factory=dict
+    )  # what a line or a dot is called, and which colour it has; else both follow from its name
     alone: list[str] = field(
         default_factory=list
     )  # further lines where no other run is drawn, without their single values
@@ -41,7 +55,7 @@ class Panel:
     @property
     def metrics(self) -> list[str]:
         """All that is drawn."""
-        return [*self.lines, *filter(None, [self.points]), *self.alone]
+        return [*self.lines, *self.points, *self.alone]
 
 
 @dataclass
@@ -52,15 +66,16 @@ class Section:
     panels: list[Panel]
 
 
-def sections(names: Iterable[str], verdicts: Sequence[str] = ()) -> list[Section]:
+def sections(names: Iterable[str], *, verdicts: Sequence[str] = (), kind: str = "kind") -> list[Section]:
     """The panels of runs that have metrics of these names; each metric is in one of them, what nobody asked for at the end.
 
     Args:
         verdicts: names of the rewards that say what is right; none: as the rule says.
+        kind: what kinds of questions are called: the column of data.kind_column.
     """
     not_drawn = {"step", *([] if len(verdicts) > 1 else [SAME])}
     left = {name: None for name in names if not is_bound(name) and name not in not_drawn}
-    asked = [Section(title, _present(panels, left)) for title, panels in _questions(list(left), verdicts).items()]
+    asked = [Section(title, _present(panels, left)) for title, panels in _questions(list(left), verdicts, kind).items()]
     rest = [Panel(name, [name]) for name in left]
     return [section for section in [*asked, Section("Everything else", rest)] if section.panels]
 
@@ -71,23 +86,21 @@ def functions_of(names: Iterable[str]) -> list[str]:
     return [name.removeprefix("reward/") for name in rewards]
 
 
-def _questions(names: list[str], verdicts: Sequence[str]) -> dict[str, list[Panel]]:
+def _questions(names: list[str], verdicts: Sequence[str], kind: str) -> dict[str, list[Panel]]:
     functions = functions_of(names)
     verdicts = verdicts or [verdict_name(functions) if functions else "accuracy"]
-    kinds = [
-        name.removeprefix("kind/").removesuffix("/length") for name in names if re.fullmatch(r"kind/.+/length", name)
-    ]
+    kinds = _kinds(names, functions)
     other = [name for name in functions if name not in (*verdicts, "format")]
     return {
         "Is it learning?": [
             Panel("Reward", ["reward/mean"]),
-            Panel("Loss of rows", [LOSS], "nats", points="supervised/held_out_loss"),
-            Panel("Next tokens", ["supervised/accuracy"], points="supervised/held_out_accuracy"),
+            Panel("Loss of rows", [LOSS], "nats", points=["supervised/held_out_loss"]),
+            Panel("Next tokens", ["supervised/accuracy"], points=["supervised/held_out_accuracy"]),
             *(replace(_function(verdict), alone=[FIT] if verdict == verdicts[0] else []) for verdict in verdicts),
             Panel("Solved and hopeless questions", ["progress/solved", "progress/hopeless"]),
             *map(_function, other),
             *(
-                Panel(name.removeprefix("eval/"), [], points=name)
+                Panel(name.removeprefix("eval/"), [], points=[name])
                 for name in names
                 if re.fullmatch(r"eval/(pass|cons)@\d+", name)
             ),
@@ -98,10 +111,11 @@ def _questions(names: list[str], verdicts: Sequence[str]) -> dict[str, list[Pane
         ],
         "How does it write?": [
             _function("format"),
-            Panel("Length", ["completion/length_mean"], "tokens", points="eval/length_mean", base=True),
+            Panel("Length", ["completion/length_mean"], "tokens", points=["eval/length_mean"], base=True),
             Panel("Length by verdict", ["completion/length_right", "completion/length_wrong"], "tokens", base=True),
+            Panel("What becomes of a completion", list(OUTCOMES), by_run=True, stacked=True, legend=OUTCOMES),
             Panel("Longest", ["completion/length_max"], "tokens"),
-            Panel("Cut off", ["completion/truncated"], points="eval/truncated"),
+            Panel("Cut off", ["completion/truncated"], points=["eval/truncated"]),
             Panel("Repetition", ["completion/repetition"]),
             Panel("Right", ["answer/right"]),
             Panel("Right answers by form", [f"answer/{name}" for name in FORMS], base=True),
@@ -110,21 +124,21 @@ def _questions(names: list[str], verdicts: Sequence[str]) -> dict[str, list[Pane
             Panel(
                 "Words in the question's language",
                 ["language/consistency"],
-                points="language/eval_consistency",
+                points=["language/eval_consistency"],
                 base=True,
             ),
-            Panel("Answers with other scripts", ["language/mixed"], points="language/eval_mixed", base=True),
+            Panel("Answers with other scripts", ["language/mixed"], points=["language/eval_mixed"], base=True),
             *(
-                Panel(f"{title}: {kind}", [f"language/{name}/{kind}"], points=f"language/eval_{name}/{kind}", base=True)
+                Panel(
+                    f"{title}: {each}", [f"language/{name}/{each}"], points=[f"language/eval_{name}/{each}"], base=True
+                )
                 for name, title in (("consistency", "Question's language"), ("mixed", "Other scripts"))
-                for kind in kinds
+                for each in kinds
             ),
             Panel("Other script", ["completion/other_script"], base=True),
         ],
         "What of each kind of question?": [
-            Panel(f"{kind}: {name}", [f"kind/{kind}/{name}"], points=f"kind/{kind}/eval_{name}")
-            for name in ("reward", *functions, "length")
-            for kind in kinds
+            panel for name in ("reward", *functions, "length") for panel in _by_kind(name, kinds, kind)
         ],
         "Does it reflect?": _reflection(names),
         HEALTH: [
@@ -153,6 +167,7 @@ def _questions(names: list[str], verdicts: Sequence[str]) -> dict[str, list[Pane
                 "Step time by phase",
                 ["time/rollout", "time/scoring", "time/logprobs", "time/update"],
                 "seconds",
+                by_run=True,
                 stacked=True,
             ),
             Panel("Step time", ["time/step"], "seconds"),
@@ -175,17 +190,44 @@ def _questions(names: list[str], verdicts: Sequence[str]) -> dict[str, list[Pane
     }
 
 
+def _kinds(names: list[str], functions: list[str]) -> list[str]:
+    """The kinds of questions, of which some may only be held out."""
+    measures = "|".join(map(re.escape, ["length", *(f"eval_{name}" for name in functions)]))
+    found = {match[1] for name in names if (match := re.fullmatch(f"kind/(.+)/(?:{measures})", name))}
+    return sorted(found, key=natural)
+
+
+def natural(name: str) -> list[str | int]:
+    """So that 2 comes before 16."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def _by_kind(name: str, kinds: list[str], kind: str) -> list[Panel]:
+    """A measure of all kinds in training, and of the held-out questions; a kind has the same colour in all of them."""
+    sampled = {f"kind/{each}/{name}": (each, i) for i, each in enumerate(kinds)}
+    held_out = {f"kind/{each}/eval_{name}": (each, i) for i, each in enumerate(kinds)}
+    unit = "tokens" if name == "length" else ""
+    return [
+        Panel(f"{_words(name)} by {kind}", list(sampled), unit, by_run=True, legend=sampled),
+        Panel(f"Held-out {name.replace('_', ' ')} by {kind}", [], points=list(held_out), by_run=True, legend=held_out),
+    ]
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
 def _function(name: str) -> Panel:
-    return Panel(name.replace("_", " ").capitalize(), [f"reward/{name}"], points=f"eval/{name}")
+    return Panel(_words(name), [f"reward/{name}"], points=[f"eval/{name}"])
 
 
 def _present(panels: list[Panel], left: dict[str, None]) -> list[Panel]:
     """The panels of which there is something to draw; takes what they draw out of `left`."""
     found = []
     for panel in panels:
-        lines, points, alone = _take(panel.lines, left), _take([panel.points], left), _take(panel.alone, left)
+        lines, points, alone = _take(panel.lines, left), _take(panel.points, left), _take(panel.alone, left)
         if lines or points:
-            found.append(replace(panel, lines=lines, points="".join(points), alone=alone))
+            found.append(replace(panel, lines=lines, points=points, alone=alone))
     return found
 
 
@@ -204,7 +246,7 @@ def _reflection(names: list[str]) -> list[Panel]:
             title.format(each).capitalize(),
             [f"aha/{each}{measure}", f"aha/{each}{measure}_right", f"aha/{each}{measure}_wrong"],
             unit,
-            points=f"aha/eval_{each}{measure}" if measure else "",
+            points=[f"aha/eval_{each}{measure}"] if measure else [],
             base=True,
             alone=[f"aha/{each}{measure}_truncated"],
             family=each,

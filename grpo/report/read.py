@@ -70,6 +70,22 @@ class Run:
             functions = [name for row in self.evaluations[:1] for name in row["rewards"]]
         return [verdict_name(functions) if functions else "accuracy"]
 
+    @property
+    def kind_column(self) -> str | None:
+        """What kinds of questions are called."""
+        return self.config.get("data", {}).get("kind_column")
+
+
+def verdicts_of_runs(runs: list[Run]) -> list[str]:
+    """Names of the rewards that say what is right in one of them or another."""
+    return list(dict.fromkeys(verdict for run in runs for verdict in run.verdicts))
+
+
+def kind_of_questions(runs: list[Run]) -> str:
+    """What all of them call it, if they call it the same."""
+    columns = {run.kind_column for run in runs} - {None}
+    return str(columns.pop()) if len(columns) == 1 else "kind"
+
 
 def read_runs(directories: list[Path], *, max_completions: int) -> list[Run]:
     """The runs, each under a name that no other has, with at most about `max_completions` rows of each kind in all.
@@ -189,7 +205,8 @@ def _verdicts(path: Path, notes: list[str]) -> list[Row]:
     if not path.is_file():
         return []
     rows = _parsed(path, notes, {"step", *ANSWER}, lambda _: True)
-    return [{"right": is_right(row)} | {name: row[name] for name in ("step", *VERDICT)} for row in rows]
+    kept = ("step", *VERDICT, "kind")
+    return [{"right": is_right(row)} | {name: row[name] for name in kept if name in row} for row in rows]
 
 
 def _num_lines(path: Path) -> int:

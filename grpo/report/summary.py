@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from statistics import fmean
 from typing import Any
@@ -11,6 +12,7 @@ from pydantic import BaseModel
 
 from grpo.config import Config
 from grpo.observe.metric_names import is_bound
+from grpo.report.panels import formula
 from grpo.report.read import Row, Run, Source
 from grpo.scoring.answers import is_right
 from grpo.scoring.statistics import wilson
@@ -31,11 +33,25 @@ def intervals(run: Run) -> dict[str, dict[int, Interval]]:
         for name in [name for name in row if f"{name}_low" in row and is_bound(f"{name}_low")]:
             found.setdefault(name, {})[row["step"]] = (row[name], row[f"{name}_low"], row[f"{name}_high"])
     for step, rows in _by_step(run.evaluations).items():
-        for name in rows[0]["rewards"].keys() - {VOTE}:  # whose values are names
-            interval = _interval(rows, name)
-            if interval is not None:
-                found.setdefault(f"eval/{name}", {})[step] = interval
+        kinds = sorted({row["kind"] for row in rows if "kind" in row})
+        parts = {f"kind/{kind}/eval_": [row for row in rows if row.get("kind") == kind] for kind in kinds}
+        for prefix, part in {"eval/": rows, **parts}.items():
+            for name in part[0]["rewards"].keys() - {VOTE}:  # whose values are names
+                interval = _interval(part, name)
+                if interval is not None:
+                    found.setdefault(f"{prefix}{name}", {})[step] = interval
     return found
+
+
+VALUE_OF_A_FUNCTION = re.compile(r"reward/(?!mean$|std$)|eval/|kind/.+/(?!length$|reward$)")
+
+
+def is_share(name: str, runs: list[Run]) -> bool:
+    """Whether a metric is told in percent: a share, or a reward function whose values are all between 0 and 1."""
+    if formula(name).startswith("share"):
+        return True
+    values = [row[name] for run in runs for row in run.metrics if name in row]
+    return VALUE_OF_A_FUNCTION.match(name) is not None and all(0 <= v <= 1 or not math.isfinite(v) for v in values)
 
 
 def _by_step(rows: list[Row]) -> dict[int, list[Row]]:
@@ -118,7 +134,7 @@ def headline(run: Run) -> dict[str, Any]:
         "evaluated": [min(verdicts), max(verdicts)] if verdicts else None,
         "questions": len({row["row"] for row in steps[min(verdicts)]}) if verdicts and steps else 0,
         "reward": _ends(run, "reward/mean"),
-        "accuracy": _ends(run, f"reward/{run.verdict}") if len(run.verdicts) == 1 else None,
+        "accuracy": _ends(run, f"reward/{run.verdict}" if len(run.verdicts) == 1 else "outcome/right"),
         "length": _ends(run, "completion/length_mean"),
         "steps": run.metrics[-1]["step"] if run.metrics else 0,
         "planned": run.config.get("run", {}).get("steps"),

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 from grpo.observe.sinks import CHARTS, COMPLETIONS, REFLECTIVE, STEP, chart_of, end_wandb_service, overview
-from grpo.report.panels import COST, HEALTH, Panel, Section, formula, functions_of, sections
+from grpo.report.panels import COST, HEALTH, Panel, Section, formula, functions_of, natural, sections
 from grpo.system.stopping import RunError
 
 AHA, REWARDS, SAMPLES = "Is there an aha moment?", "What is rewarded?", "Samples"
@@ -154,9 +154,9 @@ def logged_names(api: Any, entity: str, project: str, *, setting: str = "--proje
 
 def arrange(logged: Collection[str]) -> tuple[list[Section], list[Section]]:
     """Of runs that have logged these names, the sections that are open, and those with all other panels of the report."""
-    names = sorted(filter(formula, logged), key=_natural)
+    names = sorted(filter(formula, logged), key=natural)
     verdicts = _verdicts(logged)
-    asked = sections(names, verdicts)
+    asked = sections(names, verdicts=verdicts)
     panels = [panel for section in asked for panel in section.panels]
     stands_for = {"<verdict>": _any_of(verdicts), "<function>": _any_of(functions_of(names))}
     first = []
@@ -178,11 +178,6 @@ def _verdicts(logged: Collection[str]) -> list[str]:
 
 def _any_of(names: Iterable[str]) -> str:
     return f"(?:{'|'.join(map(re.escape, names)) or '(?!)'})"
-
-
-def _natural(name: str) -> list[str | int]:
-    """So that pass@2 comes before pass@16."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _with(pattern: str, panels: Iterable[Panel]) -> list[Panel]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -202,6 +203,34 @@ def _means_right(verdict: float | None) -> bool | None:
 
 RIGHT = 1 - 1e-9
 """Least value of a verdict that means right; a function may add up parts of 1 in floating point."""
+
+
+TRIALS = "countdown_trials"
+"""The reward that says how many different trials a completion states."""
+
+OUTCOMES = ("right", "right_first", "right_later", "wrong", "truncated", "unknown")
+
+
+def outcome(row: Mapping[str, Any]) -> str:
+    """Which of OUTCOMES a row of `completion_rows` is.
+
+    One that was cut off is "truncated", whatever its verdict: it is neither right nor wrong, as in grpo/text/aha.py. One that is
+    right is "right_first" or "right_later" where TRIALS gives it a number: at the first trial, or after several.
+    """
+    if row["finish_reason"] == "length":
+        return "truncated"
+    verdict, trials = is_right(row), row["rewards"].get(TRIALS)
+    if not verdict:
+        return "unknown" if verdict is None else "wrong"
+    return "right" if trials is None else "right_later" if trials > 1 else "right_first"
+
+
+def count_outcomes(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Numerator and denominator of each outcome's share of the rows; they add up over processes."""
+    counts = Counter(map(outcome, rows))
+    by_trials = any(TRIALS in row["rewards"] for row in rows)
+    names = [name for name in OUTCOMES if by_trials or not name.startswith("right_")]
+    return {f"outcome/{name}": (counts[name], len(rows)) for name in names}
 
 
 def is_solved(verdicts: Tensor, *, at_least: float) -> list[bool | None]:
