@@ -130,7 +130,7 @@ def _check_one_turn(settings: Config, options: argparse.Namespace) -> None:
         where = "--tools" if options.tools else f"tools.functions of {options.config or options.model}"
         raise ValueError(
             f"{where} names tools; grpo reject calls none, and the answers would not be those of the run. Give --tools without a "
-            "name to sample without them."
+            "name to sample without them, or name a YAML without tools (--config)."
         )
     if settings.environment.function is not None:
         raise ValueError(
