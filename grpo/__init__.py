@@ -32,6 +32,10 @@ if not Path(__file__).with_name("rewards").is_dir():
 def __getattr__(name: str) -> Any:
     """Import on first use: a reward worker imports this package and must not wait for torch."""
     if name not in _HOMES:
+        from grpo.config.elsewhere import CLASSES
+
+        if name in CLASSES:  # of an AttributeError `from grpo import ...` would say no word
+            raise ImportError(f"{name} is a class of TRL; here it is {CLASSES[name]}.")
         raise AttributeError(f"module 'grpo' has no attribute {name!r}")
     import warnings
     from importlib import import_module

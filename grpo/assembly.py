@@ -251,6 +251,11 @@ def settle(
     Raises:
         ValueError: see Config.of and GivenModel.of.
     """
+    if not isinstance(settings, Mapping):
+        raise ValueError(
+            f"settings is a {type(settings).__name__}; it is a dictionary of names and values. Write "
+            "settings={'run.steps': 100}; `grpo settings` lists the names."
+        )
     if isinstance(source, (kind, str, Path)):
         if tokenizer is not None:
             raise ValueError(

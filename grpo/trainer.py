@@ -20,6 +20,7 @@ from grpo.run.loop import Loop, at_work
 from grpo.run.preflight import PreflightRefused
 from grpo.scoring.reward import Reward
 from grpo.system.stopping import Interrupted
+from grpo.training.arguments import explained
 from grpo.training.callback import Callback, check_callbacks
 from grpo.training.learner import Learner
 from grpo.training.rollout import Advantage
@@ -63,10 +64,8 @@ class Trainer(Loop):
             remains that of `optimizer.learning_rate` and its schedule.
         advantage: a function from rewards (questions, completions), NaN where unknown, to advantages of the same shape, instead
             of what `algorithm.baseline`, `algorithm.normalize_by_std` and their like say.
-        loss: a function from `LossInputs`, the tokens of a pass, to the loss of each, instead of the clipped surrogate with its
-            KL and entropy terms.
-        order: a function from the epoch (0, 1, ...) and the rows to the row numbers in the order in which they are asked, instead
-            of a seeded permutation.
+        loss: a function from `LossInputs`, the tokens of a pass, to the loss of each, with all its terms, instead of the usual.
+        order: a function from the epoch (0, 1, ...) and the rows to the row numbers as they are asked, instead of a seeded order.
         tokenizer: that of a loaded model; None: the one that lies where the model was loaded from.
 
     Raises:
@@ -78,6 +77,7 @@ class Trainer(Loop):
     _policy_class: type[Policy] = Policy
     _learner_class: type[Learner] = Learner
 
+    @explained
     def __init__(
         self,
         config: Config | str | Path | PreTrainedModel,

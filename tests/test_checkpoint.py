@@ -493,7 +493,7 @@ def test_a_second_signal_ends_a_process_at_once_and_one_that_comes_with_the_firs
         time.sleep(2.5)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=10) == 128 + signal.SIGTERM
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
 
 
 def test_the_script_ends_with_75_when_it_is_asked_to_stop(tmp_path: Path):

@@ -228,7 +228,7 @@ def test_what_a_program_makes_endless_for_its_tests_is_late_and_late_is_wrong(ki
     program, tests = UNENDING[kind]
     started = time.monotonic()
     assert code(answer(program), tests, seconds=0.2) == 0.0
-    assert time.monotonic() - started < 4.0
+    assert time.monotonic() - started < 15.0
 
 
 def test_no_attempt_to_reach_out_succeeds(tmp_path: Path) -> None:
@@ -315,11 +315,11 @@ def test_a_program_has_what_a_session_has_without_site() -> None:
 
 
 def test_a_slow_start_of_the_sandbox_is_not_the_programs_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = "import time; time.sleep(1.5)\n"
+    slow = "import time; time.sleep(2.5)\n"
     guard = sandbox._GUARD.read_text().replace("def main() -> None:", slow + "def main() -> None:")
     monkeypatch.setattr(sandbox, "_GUARD", SimpleNamespace(read_text=lambda: guard, name="guard"))
     assert code(answer("import time\ntime.sleep(100)"), ADD, seconds=0.5) == 0.0
-    assert code(answer("import time\nprint(3)"), ADD[:1], seconds=1.0) == 1.0
+    assert code(answer("import time\nprint(3)"), ADD[:1], seconds=2.0) == 1.0
 
 
 def test_a_full_disk_or_text_that_is_no_unicode_is_cannot_tell(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
@@ -385,7 +385,7 @@ def test_root_without_bubblewrap_is_refused_before_a_model_is_loaded(
 def test_a_program_that_devours_is_wrong_in_time_and_leaves_nothing_behind(program: str) -> None:
     started = time.monotonic()
     assert code(answer(program), ADD, seconds=0.5, memory_gib=0.5) == 0.0
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 20.0
     assert os.listdir(tempfile.gettempdir()) == []
     assert not [pid for pid in Path("/proc").iterdir() if tempfile.gettempdir().encode() in environment_of(pid)]
 
@@ -443,13 +443,13 @@ def test_it_runs_in_the_workers_of_a_run_and_a_killed_worker_takes_its_program_a
         "memory_gib": 1.0,
     }
     with Scorer(
-        [Reward(code, args={"seconds": 1.5, "as_root": True})], columns=["tests"], timeout_seconds=20.0, **options
+        [Reward(code, args={"seconds": 3.0, "as_root": True})], columns=["tests"], timeout_seconds=20.0, **options
     ) as scorer:
         assert len(scorer.notices()) == (mode == "landlock")
         assert scorer.check_rows([{"tests": ADD}, {"tests": []}])[0] is None
         assert "empty" in (scorer.check_rows([{"tests": []}])[0] or "")
         assert scorer.score([group]).rewards.tolist() == [[1.0, 0.0, 0.0]]
-    with Scorer([Reward(code, args={"as_root": True})], columns=["tests"], timeout_seconds=2.0, **options) as scorer:
+    with Scorer([Reward(code, args={"as_root": True})], columns=["tests"], timeout_seconds=4.0, **options) as scorer:
         scores = scorer.score([group])
         assert (scores.num_timeouts, scores.num_crashes) == (1, 0)
         assert not [pid for pid in Path("/proc").iterdir() if b"1000.125" in command_of(pid)]

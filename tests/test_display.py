@@ -23,7 +23,7 @@ from rich.text import Text
 from grpo.cli.contamination import watched
 from grpo.observe import display
 from grpo.observe.bar import Bar
-from grpo.observe.console import errors_for_users, show_samples
+from grpo.observe.console import LineSink, errors_for_users, show_samples
 from grpo.observe.display import Dashboard, contrast, fold, samples, sparkline, styled_completion
 from grpo.observe.rundir import RunLog
 from grpo.observe.screen import console_sink
@@ -421,6 +421,66 @@ def test_without_a_terminal_there_are_plain_lines_and_nothing_else(capsys: pytes
         "      1/2     0.100     0.050     0.500     1.000       101     0.000     0.250     5e-04      9000     2.000  00:00:02",
         "      2/2     0.200     0.100     0.500     1.000       102     0.000     0.250     5e-04      9000     2.000  00:00:00",
     ]
+
+
+LONG = ["environment", "accuracy", "language_consistency", "penalty_of_the_thought", "penalty_of_the_answer"]
+
+
+def terminal_of(width: int) -> Console:
+    return Console(file=io.StringIO(), width=width, height=40, force_terminal=True, color_system=None, soft_wrap=True)
+
+
+def long_step(number: int) -> dict[str, float]:
+    rewards = {f"reward/{name}": place / 10 for place, name in enumerate(LONG)}
+    return {**step(number), **rewards, "group/with_signal": 1.0, "completion/truncated": 0.0}
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_the_display_tells_long_names_of_rewards_apart_at_every_width(width: int):
+    board = Dashboard(title="run", num_steps=40, first_step=0, reward_names=LONG, rows=[])
+    board.add(1, long_step(1))
+    board.add(1, {f"eval/{name}": 0.5 for name in LONG})
+    lines = [line.plain for line in board.lines(terminal_of(width))]
+    assert max(map(len, lines)) <= width
+    told = LONG if width > 80 else [*LONG[:3], "penalty_of_the_thoug…", LONG[4]]
+    for name, place in zip(told, range(5), strict=True):
+        (trained,) = (line for line in lines if line.startswith(f"{name} "))
+        assert trained.split()[1:3] == [f"{place / 10:.3f}"] * 2
+        (held_out,) = (line for line in lines if line.startswith(f"held-out {name} "))
+        assert held_out.split()[2:4] == ["0.500"] * 2
+    assert len({line.index("0.500") for line in lines if line.startswith("held-out")}) == 1, (
+        "the numbers are in a column"
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "titles"),
+    [
+        (80, ["environm…", "accuracy", "language…", "…thought", "…answer"]),
+        (100, ["environment", "accuracy", "language_consi…", "…the_thought", "…of_the_answer"]),
+        (140, [*LONG[:3], "penalty_of_the_thou…", "penalty_of_the_answ…", "signal", "length"]),
+    ],
+)
+def test_lines_of_steps_fit_into_a_terminal_and_say_what_has_no_room(width: int, titles: list[str]):
+    sink = LineSink(num_steps=2, reward_names=LONG)
+    sink.console = terminal_of(width)
+    for number in (1, 2):
+        sink.log(number, long_step(number))
+    notice, header, *rows = sink.console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert header.replace("time left", "time_left").split() == ["step", "reward", *titles, "time_left"]
+    assert notice.startswith(f"metrics.jsonl has what {width} columns have no room for: ")
+    assert notice.endswith(", tok/s, s/step")
+    assert {len(line) for line in (header, *rows)} == {len(header)}
+    assert len(header) <= width
+    assert rows[1].split()[:7] == ["2/2", "0.200", "0.000", "0.100", "0.200", "0.300", "0.400"]
+
+
+def test_a_log_has_every_column_with_whole_names(capsys: pytest.CaptureFixture[str]):
+    LineSink(num_steps=2, reward_names=LONG).log(1, long_step(1))
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split()[2:7] == [*LONG[:3], "penalty_of_the_thou…", "penalty_of_the_answ…"]
+    assert header.endswith("tok/s    s/step time left")
+    assert len(header) == len(row)
 
 
 def test_held_out_lines_tell_of_every_reward_and_leave_the_ends_of_intervals_out(capsys: pytest.CaptureFixture[str]):

@@ -74,9 +74,9 @@ def test_where_the_values_cannot_tell_it_says_why(shape: Callable[[float], float
 def test_a_long_run_is_fitted_in_bins_at_once():
     steps = np.arange(20_000.0)
     noisy = np.random.default_rng(2).binomial(64, [sigmoid(step, 0.1, 0.7, 2000, 1.5) for step in steps]) / 64
-    started = time.perf_counter()
+    started = time.process_time()
     found = fit(steps, noisy, end=40_000, fewest=20, bounds=(0, 1))
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert isinstance(found, Curve)
     assert found.at_end.low < sigmoid(40_000, 0.1, 0.7, 2000, 1.5) < found.at_end.high
     assert found.at_end.high - found.at_end.low < 0.02

@@ -338,7 +338,7 @@ def test_a_run_that_stops_drops_what_waits(training: Run, api: SlowApi, capsys: 
     training.save(2)
     began = time.monotonic()
     training.push.on_stop()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     assert training.staged == ["step-1"]
     assert "warning: not all is pushed to me/small: the run stops; `grpo export" in capsys.readouterr().out
     other = training.pusher()  # in a notebook

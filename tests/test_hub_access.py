@@ -111,7 +111,7 @@ def test_a_command_without_a_network_says_so_in_a_line_and_asks_no_second_time(
     began = time.monotonic()
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
-    assert time.monotonic() - began < 5  # huggingface_hub alone takes 24 s for one file
+    assert time.monotonic() - began < 15  # huggingface_hub alone takes 24 s for one file
     said = capsys.readouterr().err
     assert ended.value.code == 2
     assert re.fullmatch(
@@ -122,15 +122,15 @@ def test_a_command_without_a_network_says_so_in_a_line_and_asks_no_second_time(
 
 
 def test_a_hub_that_accepts_and_never_answers_is_given_up_after_the_users_timeout(online: pytest.MonkeyPatch):
-    online.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)
+    online.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 4)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         _move(online, f"http://127.0.0.1:{silent.getsockname()[1]}")
         began = time.monotonic()
-        with pytest.raises(ValueError, match=r"somebody/tiny.*cannot be reached \(.*(timed out|no answer in 1 s)"):
+        with pytest.raises(ValueError, match=r"somebody/tiny.*cannot be reached \(.*(timed out|no answer in 4 s)"):
             model_config(ModelConfig(name="somebody/tiny"))
         with pytest.raises(ValueError, match=r"^data\.name is 'somebody/data' .*cannot be reached"):
             list(load_table("somebody/data", None, "train", "data.name"))
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 7.5, "it was asked twice"
 
 
 def test_a_slow_hub_is_waited_for_and_what_it_gave_is_used_when_it_is_gone(
@@ -146,6 +146,6 @@ def test_a_slow_hub_is_waited_for_and_what_it_gave_is_used_when_it_is_gone(
     huggingface_hub.close_session()
     began = time.monotonic()
     assert load_tokenizer(model).get_vocab() == vocabulary
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     assert re.search(r"note: the hub .* cannot be reached .*; copies in .*cache are used", capsys.readouterr().out)
     assert constants.HF_HUB_OFFLINE is False  # a push at the end of the run asks again

@@ -1,6 +1,7 @@
 """The library as people use it: from a model's name, with settings by name, callbacks, and metrics as a table."""
 
 import gc
+import inspect
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -25,9 +26,11 @@ from helpers import TINY, launch, tiny_config, tiny_settings
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import grpo
 from grpo import Callback, Config, LossInputs, SupervisedTrainer, Trainer
 from grpo.algorithm.objective import Objective
 from grpo.algorithm.own_loss import use_loss
+from grpo.config.elsewhere import ARGUMENTS, CLASSES
 from grpo.data.order import PromptOrder
 from grpo.observe.console import LineSink
 from grpo.observe.rundir import DirectoryLock
@@ -265,6 +268,64 @@ def test_what_is_no_callback_is_refused_before_a_model_is_loaded(callbacks: Any,
     for trainer in (Trainer, SupervisedTrainer):
         with pytest.raises(ValueError, match=message):
             trainer("nowhere/no-model", callbacks=callbacks)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            lambda: Trainer(model="m", reward_funcs=[brevity], args=None, train_dataset=[]),  # type: ignore[call-arg]
+            [
+                r"^grpo\.Trainer\(\): model is an argument of TRL; here it is config, the first argument",
+                r"reward_funcs is .* here it is rewards, with weights as grpo\.Reward",
+                r"args is .* here it is settings, by our names",
+                r"It takes config first, .* by name rewards, tools, .*, tokenizer\.$",
+            ],
+        ),
+        (
+            lambda: SupervisedTrainer("m", args=None, peft_config=1),  # type: ignore[call-arg]
+            [
+                r"^grpo\.SupervisedTrainer\(\): args is .* peft_config is .* lora",
+                r"by name train_dataset, .*, tokenizer\.$",
+            ],
+        ),
+        (
+            lambda: Trainer("m", train_data=[], beta=0.1),  # type: ignore[call-arg]
+            [
+                r"train_data is no argument\. Did you mean train_dataset\?",
+                r"beta is no argument\. .*`grpo settings beta`",
+            ],
+        ),
+        (lambda: Trainer("m", brevity), [r"^grpo\.Trainer\(\): too many positional arguments\. It takes"]),  # type: ignore[misc]
+        (lambda: Trainer(), [r"^grpo\.Trainer\(\): missing a required argument: 'config'\. It takes config first"]),  # type: ignore[call-arg]
+    ],
+)
+def test_arguments_of_trl_are_told_by_their_names_here(call: Callable[[], Any], said: list[str]):
+    with pytest.raises(TypeError) as told:
+        call()
+    for each in said:
+        assert re.search(each, str(told.value)), told.value
+
+
+def test_classes_of_trl_and_a_configuration_for_settings_are_told():
+    for name in CLASSES:
+        with pytest.raises(ImportError, match=rf"^{name} is a class of TRL; here it is .*grpo\.\w*Trainer"):
+            getattr(grpo, name)
+    with pytest.raises(AttributeError, match="module 'grpo' has no attribute 'Trainr'"):
+        grpo.Trainr  # noqa: B018
+    with pytest.raises(
+        ValueError, match=r"^settings is a object; it is a dictionary of names and values\. Write settings="
+    ):
+        Trainer("m", settings=object())  # type: ignore[arg-type]
+
+
+def test_each_argument_of_trl_is_told_by_one_that_there_is():
+    """Each first word is an argument, or a setting, or the absence of one."""
+    takes = {*inspect.signature(Trainer).parameters, *inspect.signature(SupervisedTrainer).parameters}
+    for name, ours in ARGUMENTS.items():
+        assert name not in takes
+        first = re.split(r"[, :]", ours)[0]
+        assert first in takes | {"args", "left"} or first.split(".")[0] in Config.model_fields, name
 
 
 def test_a_level_that_was_set_before_the_library_is_imported_stays():

@@ -21,7 +21,9 @@ from grpo.run.resumable import check_newest, checksum_of
 
 MODEL = str(TINY / "model")
 QUICKSTART = ["train", "--config", "quickstart", "--set", "preflight.num_questions=0"]
+CHAT = ["data.template=chat", "data.question_template=null"]
 EVALUATE = ["evaluate", "--model", MODEL, "--benchmarks", "mine"]
+REJECT = ["reject", "--model", MODEL, "--out", "a.jsonl", "--config"]
 
 FILES = {
     "empty.jsonl": "",
@@ -30,6 +32,7 @@ FILES = {
     "list.jsonl": "[1,2]\n",
     "null.jsonl": '{"question": null, "answer": "1"}\n' * 3,
     "text.txt": "hello",
+    "open.jinja": "{% generation %}{% endgeneration %}\n{% for message in messages %}",
     "twice.yaml": "model: {name: a}\nrun: {dir: x, steps: 1}\nrun: {dir: y, steps: 1}\n",
     "tab.yaml": "model:\n\tname: a\n",
     "list.yaml": "- a\n- b\n",
@@ -117,6 +120,18 @@ MISTAKES: list[tuple[list[str], str]] = [
         r"memory\.micro_batch_tokens is 8; .* Set memory\.micro_batch_tokens >= 160",
     ),
     ([*QUICKSTART, "data.template=chatml"], r"data\.template is 'chatml'; input should be 'r1_zero'"),
+    (
+        [*QUICKSTART, *CHAT, "data.chat_template=no.jinja"],
+        r"data\.chat_template is 'no\.jinja'; there is no file .* Name a file",
+    ),
+    (
+        [*QUICKSTART, *CHAT, "data.chat_template=open.jinja"],
+        r"data\.chat_template is 'open\.jinja'; line 2 is not valid Jinja: .*'endfor'.* Correct the file",
+    ),
+    (
+        ["sft", "--config", "sft-quickstart", "--set", "data.chat_template=open.jinja"],
+        r"data\.chat_template is 'open\.jinja'; line 2 is not valid Jinja: ",
+    ),
     ([*QUICKSTART, "model.dtype=fp8"], r"model\.dtype is 'fp8'; input should be 'auto', 'bfloat16' or 'float32'"),
     ([*QUICKSTART, "rollout.engine=sglang"], r"rollout\.engine is 'sglang'; input should be 'auto', 'native'"),
     ([*QUICKSTART, "data.answer_regex=["], r"'\[' is not valid YAML, line 1, column 2: .*\. Quote it"),
@@ -254,10 +269,6 @@ MISTAKES: list[tuple[list[str], str]] = [
     ),
     (["check", "memroy", "--config", "quickstart"], r"invalid choice: 'memroy' \(choose from 'memory'"),
     (["reject", "--model", MODEL, "--out", "rows.txt"], r"--out is 'rows\.txt'; the rows are JSON lines"),
-    (
-        ["reject", "--model", MODEL, "--out", "rows.jsonl", "--config", "quickstart-tools"],
-        r"tools\.functions of quickstart-tools names tools; grpo reject calls none.* Give --tools without a name",
-    ),
 ]
 
 ASKED: list[tuple[list[str], str]] = [
@@ -285,6 +296,34 @@ ASKED: list[tuple[list[str], str]] = [
     (
         ["reject", "--model", MODEL, "--config", "quickstart", "--out", "a.jsonl", "--set", "data.nam=b"],
         r"data\.nam is not a setting\. Did you mean data\.name\?",
+    ),
+    (
+        [*REJECT, "quickstart-tools"],
+        r"tools\.functions of quickstart-tools names tools; .* Give --tools without a name",
+    ),
+    ([*REJECT, "quickstart-game"], r"environment\.function of quickstart-game is .*; grpo reject has no environment"),
+    ([*REJECT, "quickstart", "--tools", "python"], r"--tools names tools; grpo reject calls none"),
+    (
+        [*REJECT, "quickstart", "--rewrite-samples", "2"],
+        r"--rewrite-samples is 2; it has no effect without --rewrite-with",
+    ),
+    (
+        [*REJECT, "quickstart", "--rewrite-with", MODEL, "--tags"],
+        r"--tags has no effect with --rewrite-with\. Leave it out",
+    ),
+    (
+        [*REJECT, "quickstart", "--rewrite-with", MODEL, "--rewrite-template", "text.txt"],
+        r"--rewrite-template is 'text\.txt'; the file has no \{question\}, .* Add it",
+    ),
+    ([*REJECT, "quickstart", "--questions", "columns.jsonl"], r"row 0 of .* columns prompt, solution\. Name one"),
+    (["reject", "--model", MODEL, "--out", "a.jsonl"], r"--questions is missing; the model belongs to no run"),
+    (
+        ["reject", "--model", MODEL, "--out", "a.jsonl", "--set", "data.name=sums.jsonl"],
+        r"--set is data\.name=sums\.jsonl; .* belongs to no run\. Leave it out, or name a --config",
+    ),
+    (
+        ["reject", "--model", "foreign_run", "--out", "a.jsonl"],
+        r"names reward functions .*: one\.py:g\. If you trust them",
     ),
     (["reject", "--model", MODEL, "--out", "a.txt"], r"--out is 'a\.txt'; the rows are JSON lines\. Let its name end"),
     (["reject", "--model", MODEL, "--out", "a.jsonl", "--top-p", "2"], r"--top-p is 2\.0; it is above 0 and at most 1"),
@@ -320,6 +359,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (place / "sft_run" / "checkpoints").mkdir(parents=True)
     (place / "sft_run" / "config.yaml").write_text(SupervisedConfig.load("sft-quickstart").to_yaml())
     _make_models(place)
+    (place / "foreign_run").mkdir()
+    foreign = Config.load("quickstart", ['rewards=[{"function": "one.py:g"}]'])
+    (place / "foreign_run" / "config.yaml").write_text(foreign.to_yaml())
     checkpoint = place / "old_run" / "checkpoints" / "step-00000002"
     checkpoint.mkdir(parents=True)
     record = {"config": Config.load("quickstart").model_dump(mode="json")}
@@ -364,7 +406,10 @@ def test_a_mistake_is_answered_in_three_lines_at_most(
 EARLY = [
     given
     for given, _ in MISTAKES
-    if given[:3] == QUICKSTART[:3] or given[0] in ("compare", "export", "report") or "mine=sums.jsonl" in given
+    if given[:3] == QUICKSTART[:3]
+    or given[0] == "sft"
+    or given[0] in ("compare", "export", "report")
+    or "mine=sums.jsonl" in given
 ] + [given for given, _ in ASKED]
 
 

@@ -20,8 +20,9 @@ from grpo.config import Config, DataConfig, read_yaml
 from grpo.data.pass_rates import within_pass_rates
 from grpo.observe.rundir import DirectoryLock
 from grpo.rejection.reject import table_of
-from grpo.rejection.rewriting import Kept, Rewriter, check_template, in_tags, prompts_of, rewritten
+from grpo.rejection.rewriting import Kept, Rewriter, in_tags, prompts_of, rewritten
 from grpo.rejection.rules import Rules, falls_of_row, judge, pass_rate
+from grpo.rejection.template import read_template
 from grpo.rollout.grouping import all_at_once
 from grpo.system import distributed
 from grpo.system.jsonl import read_jsonl
@@ -457,8 +458,22 @@ def test_the_rewriting_model_sees_question_and_solution_and_no_gold_answer():
     assert prompt.text == f"User: Q {ENGLISH} S The {{question}} is solved: fourteen.\nAssistant:"
     assert prompt.columns == own.prompt.columns  # for the verifier
     assert prompt.seed != prompts_of([own], "Q {question} S {completion}", tokenizer, seed=1)[0].seed
-    with pytest.raises(ValueError, match=r"^--rewrite-template has no \{completion\}; .* Add it\.$"):
-        check_template("{question}", "--rewrite-template")
+
+
+def test_a_template_of_rewriting_has_a_place_for_the_question_and_the_solution(tmp_path: Path):
+    file = tmp_path / "own.txt"
+    with pytest.raises(
+        ValueError, match=r"^--rewrite-template is '.*own\.txt'; there is no such file\. Correct the path\.$"
+    ):
+        read_template(str(file))
+    file.write_text("{question}")
+    with pytest.raises(
+        ValueError, match=r"^--rewrite-template is '.*own\.txt'; the file has no \{completion\}, .* Add it\.$"
+    ):
+        read_template(str(file))
+    file.write_text("{question} {completion}")
+    assert read_template(str(file)) == "{question} {completion}"
+    assert "{completion}" in read_template(None)
 
 
 @pytest.mark.parametrize(

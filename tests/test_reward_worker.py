@@ -103,7 +103,7 @@ def test_a_daemon_does_not_survive_a_worker_that_dies_or_is_killed(ending: str, 
             os.kill(os.getpid(), signal.SIGSEGV)
         time.sleep(1000)
 
-    assert run(start, [str(tmp_path / "pid")], seconds=1.0) == ["timeout" if ending == "hang" else "crash"]
+    assert run(start, [str(tmp_path / "pid")], seconds=4.0) == ["timeout" if ending == "hang" else "crash"]
     assert not is_alive(int((tmp_path / "pid").read_text()))
 
 
@@ -136,7 +136,7 @@ def test_a_fork_bomb_is_a_crash_and_nothing_of_it_remains(tmp_path: Path) -> Non
 
     started = time.monotonic()
     assert run(bomb, ["a", "bomb", "a"], seconds=60.0) == [1, "crash", 1]
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 50
     assert not [pid for pid in Path("/proc").iterdir() if str(tmp_path).encode() in environment_of(pid)]
 
 
@@ -318,7 +318,7 @@ def test_a_worker_that_stops_reading_does_not_block_the_parent() -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         return len(x)
 
-    assert run(stop_later, [b"a", b"stop", b"a" * 2**24], seconds=2.0) == [1, "timeout", 2**24]
+    assert run(stop_later, [b"a", b"stop", b"a" * 2**24], seconds=4.0) == [1, "timeout", 2**24]
 
 
 def test_messages_are_read_whole_whatever_their_size() -> None:

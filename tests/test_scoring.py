@@ -578,10 +578,10 @@ def test_a_hung_call_is_killed_and_counted_and_the_others_are_scored() -> None:
         make_group(["big power", "a", "bb"], row=1),
         make_group(["a", "bb", "spawn"], row=2),
     ]
-    with make_scorer(naughty, accuracy, num_workers=2, timeout_seconds=1.0) as scorer:
+    with make_scorer(naughty, accuracy, num_workers=2, timeout_seconds=2.0) as scorer:
         started = time.perf_counter()
         scores = scorer.score(groups)
-        assert time.perf_counter() - started < 15
+        assert time.perf_counter() - started < 40
         assert_equal(scores.values["naughty"], [[1, nan, 3], [nan, 1, 2], [1, 2, nan]])
         assert_equal(scores.values["accuracy"], [[0, 0, 0]] * 3)
         assert_equal(scores.rewards, [[1, nan, 3], [nan, 1, 2], [1, 2, nan]])
@@ -591,11 +591,11 @@ def test_a_hung_call_is_killed_and_counted_and_the_others_are_scored() -> None:
 
 def test_the_time_limit_holds_for_a_call_and_not_for_what_is_sent_with_it() -> None:
     def nap(completion: str) -> float:
-        time.sleep(0.15)
+        time.sleep(0.3)
         return 1.0
 
-    with make_scorer(nap, timeout_seconds=0.6) as scorer:  # 24 calls for one worker are sent six at a time: 0.9 s
-        assert scorer.score([make_group(["a"] * 24)]).num_timeouts == 0
+    with make_scorer(nap, timeout_seconds=1.5) as scorer:  # 12 calls for one worker are sent six at a time: 1.8 s
+        assert scorer.score([make_group(["a"] * 12)]).num_timeouts == 0
 
 
 def test_what_a_hung_call_started_is_killed_with_it(tmp_path: Path) -> None:
@@ -604,7 +604,7 @@ def test_what_a_hung_call_started_is_killed_with_it(tmp_path: Path) -> None:
             subprocess.run("echo $$; exec sleep 1000", shell=True, stdout=file)
         return 1.0
 
-    with make_scorer(run_program, timeout_seconds=0.5) as scorer:
+    with make_scorer(run_program, timeout_seconds=2.0) as scorer:
         assert scorer.score([make_group([str(tmp_path / "pid")])]).num_timeouts == 1
     assert_gone(int((tmp_path / "pid").read_text()))
 
@@ -756,7 +756,7 @@ def test_groups_that_come_in_any_order_have_the_scores_of_groups_that_come_toget
     texts = [["a", "loop", "ccc"], ["exit", "a", "bb"], ["aa", "aa", "aa"], ["a", "bb", "ccc"], ["dddd", "", "f"]]
     groups = [make_group(each, row=row) for row, each in enumerate(texts)]
     rewards = (Reward(naughty), Reward(lengths, weight=0.5), Reward(accuracy))
-    with make_scorer(*rewards, num_workers=2, timeout_seconds=0.7) as scorer:
+    with make_scorer(*rewards, num_workers=2, timeout_seconds=2.0) as scorer:
         together = scorer.score(groups)
         with scorer.begin(len(groups)) as scoring:
             for p in (3, 0, 4, 1, 2):
@@ -792,7 +792,7 @@ def test_an_error_while_sampling_gives_up_the_calls_at_once_and_leaves_the_worke
             time.sleep(0.3)
             raise ZeroDivisionError
         assert_equal(scorer.score([make_group(["a", "bb"])]).rewards, [[1, 2]])
-        assert time.perf_counter() - started < 10
+        assert time.perf_counter() - started < 40
 
 
 def test_an_errand_that_was_never_left_holds_up_neither_the_next_nor_the_end_of_the_program(tmp_path: Path) -> None:
@@ -801,7 +801,7 @@ def test_an_errand_that_was_never_left_holds_up_neither_the_next_nor_the_end_of_
         scorer.begin(1).add(0, make_group(["loop"]))
         assert_equal(scorer.score([make_group(["a"])]).rewards, [[1]])
     script, _ = start_script(tmp_path / "train.py", "scorer.begin(1).add(0, group('hang')); raise SystemExit(3)")
-    assert script.wait(timeout=20) == 3
+    assert script.wait(timeout=50) == 3
 
 
 def test_a_replaced_worker_outlives_the_call_that_it_was_replaced_in() -> None:
@@ -817,12 +817,15 @@ def test_a_replaced_worker_outlives_the_call_that_it_was_replaced_in() -> None:
 
 def test_the_time_in_the_workers_is_measured() -> None:
     def nap(completion: str) -> float:
-        time.sleep(0.2)
-        return 1.0
+        began = time.perf_counter()
+        time.sleep(0.4)
+        return time.perf_counter() - began
 
-    with make_scorer(nap, num_workers=2, timeout_seconds=0.5) as scorer:
+    with make_scorer(nap, num_workers=2) as scorer:
         scorer.score([make_group(["a"])])  # the pipes are warm from here on
-        assert 0.8 <= scorer.score([make_group(["a"] * 4)]).seconds < 1.5  # of both workers, and none twice
+        scores = scorer.score([make_group(["a"] * 4)])
+        asleep = scores.rewards.sum().item()
+        assert asleep <= scores.seconds < 1.8 * asleep  # of both workers, and none twice
 
 
 # ---- checking the data -----------------------------------------------------------------------------------------------
@@ -848,7 +851,7 @@ def test_check_rows_is_bounded_in_time_and_a_bug_in_it_shows_the_row() -> None:
         return {"loop": lambda: naughty("loop"), "bug": lambda: 1 / 0, "fine": lambda: None}[answer]()  # type: ignore
 
     function.check_row = check_row  # type: ignore[attr-defined]
-    with make_scorer(function, timeout_seconds=0.5) as scorer:
+    with make_scorer(function, timeout_seconds=1.0) as scorer:
         assert scorer.check_rows([{"question": "", "answer": a} for a in ("fine", "loop", "fine")]) == [
             None,
             "function ended in a timeout while checking the row",
@@ -878,7 +881,7 @@ def is_alive(pid: int) -> bool:
 
 
 def assert_gone(pid: int) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not is_alive(pid)

@@ -92,7 +92,7 @@ def test_a_sink_that_hangs_is_given_up_after_a_while_and_nobody_waits(
     sink.log(1, {})
     sink.close()
     sink.log(2, {})
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert abandoned == [1]
     for_ever.set()
     assert capsys.readouterr().out == (

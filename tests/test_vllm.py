@@ -521,7 +521,7 @@ def test_a_server_that_is_not_there_is_refused_before_a_model_loads(tmp_path: Pa
     started = time.monotonic()
     with pytest.raises(ValueError, match=f"vllm.url is '{server.url}'.*gave no answer to /v1/models.*docs/vllm.md"):
         check_available(vllm_config(tmp_path, "server", server.url))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize("dies_on", ["/v1/completions", "/collective_rpc", "/weight_info"])
@@ -535,7 +535,7 @@ def test_a_server_that_falls_silent_ends_the_run_within_the_timeout(
     with pytest.raises(ServerError, match=rf"no answer to {dies_on} within vllm.timeout_seconds \(1.5\)"):  # noqa: PT012
         generator.sync()
         generator.sample(prompts, Sampling(max_tokens=4), num_completions=8, seed=1)
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 20
 
 
 def test_a_server_that_dies_ends_the_run(served: VLLMGenerator, prompts: list[Prompt], server: VLLMServer):

@@ -296,7 +296,10 @@ def test_the_newest_runs_together_say_what_is_drawn_and_the_environment_names_th
     ("arguments", "said"),
     [
         ("--project gpro", "--project is 'gpro'; W&B has no project me/gpro, or your account may not see it"),
-        ("--entity you", "--project is 'grpo'; W&B has no project you/grpo, or your account may not see it"),
+        (
+            "--entity you",
+            "the project is 'grpo' by default, without --project or WANDB_PROJECT; W&B has no project you/grpo, or your account",
+        ),
         ("--project empty", "--project is 'empty'; none of its 20 newest runs has metrics of grpo."),
         ("--project others", "--project is 'others'; none of its 20 newest runs has metrics of grpo."),
         ("--name aha💡", "--name is 'aha💡'; W&B takes no symbols in it."),

@@ -10,7 +10,6 @@ import json
 import linecache
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from helpers import free_port
 
 from grpo.system import heartbeat, progress
 from grpo.system.distributed import Processes
@@ -192,17 +192,13 @@ def be(rank: int, name: str, port: int) -> None:
         os._exit(0)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def fork_all() -> dict[str, list[int]]:
     """The pids of each scenario's processes, which return from here as well, but with nothing."""
     pids: dict[str, list[int]] = {}
-    for name in SCENARIOS:
-        port = free_port()
+    ports: set[int] = set()
+    while len(ports) < len(SCENARIOS):
+        ports.add(free_port())
+    for name, port in zip(SCENARIOS, ports, strict=True):
         pids[name] = []
         for rank in range(NUM_PROCESSES):
             pids[name].append(os.fork())

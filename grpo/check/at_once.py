@@ -21,20 +21,35 @@ MOST_BYTES = 20_000_000
 """Of a file that is read here; what is larger takes longer, and waits for the run itself."""
 
 
-def check_config(config: AnyConfig, *, resumes: bool = False) -> None:
+IsToCome = Callable[[object], bool]
+"""Whether what has this name is made before the run begins, and is not looked for."""
+
+
+def nothing_is_to_come(_: object) -> bool:
+    return False
+
+
+def check_config(
+    config: AnyConfig,
+    *,
+    resumes: bool = False,
+    is_to_come: IsToCome = nothing_is_to_come,
+    asks_hub: bool = True,
+) -> None:
     """Raises ValueError as the run would. Of several processes the first is enough.
 
     Args:
         resumes: what is checked is to be run, and not to be tried beside checkpoints that may be there.
+        asks_hub: whether models and data sets that may be of the hub are looked for there.
     """
     if os.environ.get("RANK", "0") != "0":
         return
     if resumes:
         check_newest(config)
     config.run.check_dir()
-    hub_names.check_config(config)
+    hub_names.check_config(config, is_to_come, asks_hub=asks_hub)
     check_functions(config)
-    check_data(config)
+    check_data(config, is_to_come)
 
 
 def check_functions(config: AnyConfig) -> None:
@@ -50,13 +65,13 @@ def check_functions(config: AnyConfig) -> None:
         check_spec(config.environment.function, "environment.function", "grpo.tools.environments")
 
 
-def check_data(config: AnyConfig, is_to_come: Callable[[object], bool] = lambda _: False) -> None:
-    """Raises ValueError for files that are missing, and for small ones whose rows cannot be read.
-
-    Args:
-        is_to_come: whether a file of that name is made before the run begins, and is not looked for.
-    """
+def check_data(config: AnyConfig, is_to_come: IsToCome = nothing_is_to_come) -> None:
+    """Raises ValueError for files that are missing, for small ones whose rows cannot be read, and for a wrong chat template."""
     data = config.data
+    if data.chat_template is not None:
+        from grpo.data.chat_template import read_chat_template
+
+        read_chat_template(data.chat_template)
 
     def is_read(source: object, split: str) -> bool:
         return not is_to_come(source) and is_read_fast(source, split)

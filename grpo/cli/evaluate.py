@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.check.at_once import is_read_fast
+from grpo.check.at_once import IsToCome, is_read_fast, nothing_is_to_come
 from grpo.data import registry as benchmarks
 from grpo.data.hub_names import check_model
 from grpo.evaluation import asked
@@ -38,16 +38,10 @@ if TYPE_CHECKING:
 def main() -> None:
     parser = _parser()
     arguments = parser.parse_args()
-    check(parser, arguments)
     with errors_for_users():
-        settings = settings_of(arguments)
+        settings = check(parser, arguments)
         if not arguments.endpoint:
-            check_model(arguments.model, revision=arguments.revision)
             settings = replace(settings, model=model_directory(arguments.model))
-        for name, path in settings.data.items():
-            check_file(name, path)
-        if arguments.out and Path(arguments.out).is_file():
-            raise ValueError(f"--out is {arguments.out!r}, a file; an evaluation is a directory. Name another.")
         from grpo.evaluation import benchmark, results
         from grpo.evaluation.sample_file import Samples
         from grpo.system import distributed
@@ -74,14 +68,8 @@ def main() -> None:
     distributed.stop()
 
 
-def check_file(name: str, path: str) -> None:
-    """Raises ValueError for a benchmark's file that is missing, or is small and cannot be read."""
-    if is_read_fast(path):
-        benchmarks.load(name, path)
-
-
-def settings_of(arguments: argparse.Namespace) -> asked.Settings:
-    """What is asked of the model, as it is named. Raises ValueError if it cannot be asked so."""
+def _settings_of(arguments: argparse.Namespace) -> asked.Settings:
+    """Raises ValueError if the model cannot be asked so."""
     names, data = ([], {}) if arguments.benchmarks is None else benchmarks.named(arguments)
     environment = None if arguments.environment is None else named_environment(arguments.environment)
     defaults = prompt_defaults(None if arguments.endpoint else arguments.environment, arguments.question_template)
@@ -125,8 +113,22 @@ LOCAL = ("revision", "dtype", "engine", "max_sequences", "kv_cache_gib", "trust_
 REMOTE = ("api_key_env", "concurrency", "request", "price_in", "price_out")
 
 
-def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Refuse what has no effect, and nothing to ask."""
+def check(
+    parser: argparse.ArgumentParser,
+    arguments: argparse.Namespace,
+    *,
+    is_to_come: IsToCome = nothing_is_to_come,
+    asks_hub: bool = True,
+) -> asked.Settings:
+    """What is asked of the model, as it is named; what is wrong is told before torch is imported.
+
+    Args:
+        is_to_come: whether a model or file of that name is made before the command runs, and is not looked for.
+        asks_hub: whether a model that may be of the hub is looked for there.
+
+    Raises:
+        ValueError: there is nothing to ask, an option has no effect, or what it names is missing or cannot be used.
+    """
     if arguments.benchmarks is None and (arguments.environment is None or arguments.data):
         parser.error("the following arguments are required: --benchmarks, or an --environment that brings questions")
     for name in LOCAL if arguments.endpoint else REMOTE:
@@ -134,6 +136,15 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
             option = "--" + name.replace("_", "-")
             where, remedy = ("with", "") if arguments.endpoint else ("without", ", or name an --endpoint")
             parser.error(f"{option} {where} --endpoint has no effect. Leave it out{remedy}.")
+    settings = _settings_of(arguments)
+    if not arguments.endpoint and not is_to_come(arguments.model):
+        check_model(arguments.model, revision=arguments.revision, asks_hub=asks_hub)
+    for name, path in settings.data.items():
+        if not is_to_come(path) and is_read_fast(path):
+            benchmarks.load(name, path)
+    if arguments.out and Path(arguments.out).is_file():
+        raise ValueError(f"--out is {arguments.out!r}, a file; an evaluation is a directory. Name another.")
+    return settings
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,12 +19,22 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from grpo.check.at_once import IsToCome, check_data, check_functions, nothing_is_to_come
 from grpo.cli.model_options import add_options
+from grpo.config import Config, ModelConfig, RunConfig
 from grpo.data.files import FORMATS
 from grpo.data.hub_names import check_model
-from grpo.inference.options import check_options, is_supervised, run_directory
+from grpo.inference.options import (
+    check_options,
+    check_trusted_rewards,
+    is_supervised,
+    named_settings,
+    run_directory,
+    with_own_chat_template,
+)
 from grpo.observe.console import errors_for_users, positive
 from grpo.rejection.rules import Rules
+from grpo.rejection.template import read_template
 from grpo.system.parser import Parser
 from grpo.system.terminal import say
 
@@ -32,28 +42,8 @@ from grpo.system.terminal import say
 def main() -> None:
     parser = _parser()
     options = parser.parse_args()
-    if not options.rewrite_with:
-        for name in ("rewrite_template", "rewrite_temperature", "rewrite_max_tokens", "rewrite_samples"):
-            if getattr(options, name) is not None:
-                parser.error(
-                    f"--{name.replace('_', '-')} has no effect without --rewrite-with. Leave it out, or name a model."
-                )
-    elif options.tags:
-        parser.error("--tags has no effect with --rewrite-with. Leave it out: --rewrite-template can ask for tags.")
-    if options.questions and any(each.partition("=")[0].startswith("data.where") for each in options.set):
-        parser.error(
-            "--set data.where chooses among the run's own questions, and has no effect on --questions. Leave one of the two out, "
-            "or let --questions name a YAML whose section data has a where."
-        )
-    if options.set and not options.config and run_directory(options.model) is None:
-        parser.error("--set has no effect without --config, or a run as --model, whose settings it overrides.")
     with errors_for_users():
-        check_model(options.model)
-        check_options(options)
-        if options.rewrite_with:
-            check_model(options.rewrite_with, "--rewrite-with")
-        check_questions(options)
-        rules_of(options)  # before what takes seconds to import
+        check(options)
         from grpo.rejection.reject import table_of
         from grpo.system import distributed
 
@@ -65,9 +55,93 @@ def main() -> None:
         distributed.stop()
 
 
-def check_questions(options: argparse.Namespace) -> None:
+def check(
+    options: argparse.Namespace,
+    *,
+    run: Config | None = None,
+    is_to_come: IsToCome = nothing_is_to_come,
+    asks_hub: bool = True,
+) -> None:
+    """What is wrong with the options, told before torch is imported.
+
+    Args:
+        run: the configuration of the run that `options.model` is going to be, where it is to come.
+        is_to_come: whether a model or file of that name is made before the command runs, and is not looked for.
+        asks_hub: whether models that may be of the hub are looked for there.
+
+    Raises:
+        ValueError: an option has no effect or is out of range, or what it names is missing or cannot be used.
+    """
+    _check_effects(options)
+    for name, setting in ((options.model, "--model"), (options.rewrite_with, "--rewrite-with")):
+        if name is not None and not is_to_come(name):
+            check_model(name, setting, asks_hub=asks_hub)
+    is_made = not is_to_come(options.model)
+    if options.set and not options.config and (run_directory(options.model) if is_made else run) is None:
+        raise ValueError(
+            f"--set is {' '.join(options.set)}; it overrides settings of --config or of a run, and {options.model!r} belongs to "
+            "no run. Leave it out, or name a --config."
+        )
+    check_options(options, is_made=is_made)
+    read_template(options.rewrite_template)
+    check_questions(options, is_made=is_made)
+    rules_of(options, is_to_come)
+    settings = named_settings(options, is_made=is_made)
+    if settings is None and run is not None:
+        settings = with_own_chat_template(run)
+    if settings is None:
+        settings = Config(model=ModelConfig(name=options.model), run=RunConfig(dir="", steps=1))
+    _check_one_turn(settings, options)
+    if options.questions is None and settings.data.name is None:
+        raise ValueError(
+            "--questions is missing; the model belongs to no run that has some. Name a file, or a YAML with data."
+        )
+    check_trusted_rewards(settings.rewards, options, asks=False)
+    check_functions(settings)
+    if not is_to_come(options.questions):
+        asked = _with_questions(settings, options.questions)
+        evaluation = asked.evaluation.model_copy(update={"num_questions": 0})  # held-out questions are not sampled
+        check_data(asked.model_copy(update={"evaluation": evaluation}), is_to_come)
+
+
+def _check_effects(options: argparse.Namespace) -> None:
+    for name in REWRITING if options.rewrite_with is None else ():
+        if (value := getattr(options, name)) is not None:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{option} is {value}; it has no effect without --rewrite-with. Leave it out, or name a model."
+            )
+    if options.rewrite_with is not None and options.tags:
+        raise ValueError("--tags has no effect with --rewrite-with. Leave it out: --rewrite-template can ask for tags.")
+    if options.questions and any(each.partition("=")[0].startswith("data.where") for each in options.set):
+        raise ValueError(
+            "--set data.where chooses among the run's own questions, and has no effect on --questions. Leave one of the two out, "
+            "or let --questions name a YAML whose section data has a where."
+        )
+
+
+REWRITING = ("rewrite_template", "rewrite_temperature", "rewrite_max_tokens", "rewrite_samples")
+"""Options that have no effect without --rewrite-with."""
+
+
+def _check_one_turn(settings: Config, options: argparse.Namespace) -> None:
+    """Raises ValueError if answers would not be those of the run, which has more than a model to answer."""
+    if options.tools or (options.tools is None and settings.tools.functions):
+        where = "--tools" if options.tools else f"tools.functions of {options.config or options.model}"
+        raise ValueError(
+            f"{where} names tools; grpo reject calls none, and the answers would not be those of the run. Give --tools without a "
+            "name to sample without them, or name a YAML without tools (--config)."
+        )
+    if settings.environment.function is not None:
+        raise ValueError(
+            f"environment.function of {options.config or options.model} is {settings.environment.function!r}; grpo reject "
+            "has no environment, and an answer is one turn. Name a YAML without one (--config)."
+        )
+
+
+def check_questions(options: argparse.Namespace, *, is_made: bool = True) -> None:
     """Raises ValueError if what the options name has rows to learn from, and no questions."""
-    run = run_directory(options.model)
+    run = run_directory(options.model) if is_made else None
     path = options.config or (run and run / "config.yaml")
     if options.questions is None and path is not None and is_supervised(Path(path)):
         named = f"--config is {path!r}" if options.config else f"--model is {options.model!r}"
@@ -78,12 +152,12 @@ def check_questions(options: argparse.Namespace) -> None:
         )
 
 
-def rules_of(options: argparse.Namespace) -> Rules:
+def rules_of(options: argparse.Namespace, is_to_come: IsToCome = nothing_is_to_come) -> Rules:
     """What is kept. Raises ValueError also for a file of rows or questions that cannot be meant."""
     if Path(options.out).suffix != ".jsonl":
         raise ValueError(f"--out is {options.out!r}; the rows are JSON lines. Let its name end with .jsonl.")
-    asked = Path(options.questions or "")
-    if asked.suffix in (*FORMATS, ".yaml") and not asked.exists() and not glob.has_magic(str(asked)):
+    asked, is_made = Path(options.questions or ""), not is_to_come(options.questions)
+    if is_made and asked.suffix in (*FORMATS, ".yaml") and not asked.exists() and not glob.has_magic(str(asked)):
         raise ValueError(f"--questions is {options.questions!r}; there is no such file. Correct the path.")
     return Rules(
         require=_required(options.require),
@@ -106,26 +180,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from grpo.system import distributed
 
     rules, chosen = rules_of(options), choose(options)
-    if options.tools or (options.tools is None and chosen.settings.tools.functions):
-        where = "--tools" if options.tools else f"tools.functions of {options.config or options.model}"
-        raise ValueError(
-            f"{where} names tools; grpo reject calls none, and the answers would not be those of the run. Give --tools without a "
-            "name to sample without them."
-        )
-    if chosen.settings.environment.function is not None:
-        raise ValueError(
-            f"environment.function of {options.config or options.model} is {chosen.settings.environment.function!r}; grpo reject "
-            "has no environment, and an answer is one turn. Name a YAML without one (--config)."
-        )
     chosen = replace(chosen, settings=_with_questions(chosen.settings, options.questions))
     tokenizer = load_tokenizer(chosen.model)
     data = chosen.data(tokenizer, options.template, options.system)
     if options.questions is None and options.template is None and options.system is None:  # as the run asked them
         data.max_prompt_tokens = chosen.settings.data.max_prompt_tokens
-    if data.name is None:
-        raise ValueError(
-            "--questions is missing; the model belongs to no run that has some. Name a file, or a YAML with data."
-        )
     rewards = resolve_rewards(trusted_rewards(chosen, options))
     processes = distributed.join()
     left_out = Counter[str]()
@@ -162,10 +221,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         return reject(asked, prompts, scorer, rules, Path(options.out), runtime)
 
 
-def _with_questions(settings: Any, questions: str | None) -> Any:
+def _with_questions(settings: Config, questions: str | None) -> Config:
     """The settings with other questions: a YAML's whole section `data`, or a file with the columns as they are named there."""
-    from grpo.config import Config
-
     if questions is None:
         return settings
     if questions.endswith((".yaml", ".yml")):
@@ -176,19 +233,11 @@ def _with_questions(settings: Any, questions: str | None) -> Any:
 
 
 def _rewriting(options: argparse.Namespace, sampling: Any) -> Any:
-    from grpo.config import ModelConfig, read_text
     from grpo.policy.model_source import model_directory
     from grpo.rejection.reject import Rewriting
-    from grpo.rejection.rewriting import TEMPLATE
 
     if not options.rewrite_with:
         return None
-    template = TEMPLATE
-    if options.rewrite_template is not None:
-        path = Path(options.rewrite_template)
-        if not path.is_file():
-            raise ValueError(f"--rewrite-template is {str(path)!r}; there is no such file. Correct the path.")
-        template = read_text(path, f"--rewrite-template is {str(path)!r}")
     model = ModelConfig(
         name=model_directory(options.rewrite_with, setting="--rewrite-with"),
         trust_remote_code=options.trust_remote_code,
@@ -200,7 +249,7 @@ def _rewriting(options: argparse.Namespace, sampling: Any) -> Any:
         max_tokens=options.rewrite_max_tokens or sampling.max_tokens,
         stop=(),
     )
-    return Rewriting(model, template, own, options.rewrite_samples or 1)
+    return Rewriting(model, read_template(options.rewrite_template), own, options.rewrite_samples or 1)
 
 
 def _required(given: list[str]) -> dict[str, float]:

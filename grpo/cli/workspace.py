@@ -25,11 +25,11 @@ def main() -> None:
     with errors_for_users():
         from grpo.report import workspace
 
-        project, setting = project_of(arguments)
+        project, said = project_of(arguments)
         workspace.check_package()
         api = workspace.connect()
         entity = workspace.entity_of(api) if arguments.entity is None else arguments.entity
-        logged = workspace.logged_names(api, entity, project, setting=setting)
+        logged = workspace.logged_names(api, entity, project, said=said)
         made = workspace.build(logged, entity=entity, project=project, name=arguments.name)
         print(workspace.save(made))
         for section in made.sections:
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def project_of(arguments: argparse.Namespace) -> tuple[str, str]:
-    """The name of the project, and what says it.
+    """The name of the project, and who says it, for errors.
 
     Raises:
         ValueError: an argument is empty, or the project's name is more than one.
@@ -50,11 +50,13 @@ def project_of(arguments: argparse.Namespace) -> tuple[str, str]:
         if given is not None and not given.strip():
             raise ValueError(f"--{name} is {given!r}; it is empty. Give one, or leave --{name} out.")
     given, project = arguments.project, arguments.project or default_project()
-    setting = "WANDB_PROJECT" if given is None and os.environ.get("WANDB_PROJECT") else "--project"
+    if given is None and not os.environ.get("WANDB_PROJECT"):
+        return project, f"the project is {project!r} by default, without --project or WANDB_PROJECT"
+    said = f"{'WANDB_PROJECT' if given is None else '--project'} is {project!r}"
     if "/" in project:
         entity, _, name = project.strip("/").partition("/")
         named = (
             f"--entity {entity} --project {name}" if name and "/" not in name else "ENTITY and PROJECT of its address"
         )
-        raise ValueError(f"{setting} is {project!r}; the name of a project has no /. Give {named}.")
-    return project, setting
+        raise ValueError(f"{said}; the name of a project has no /. Give {named}.")
+    return project, said

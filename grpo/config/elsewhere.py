@@ -1,4 +1,4 @@
-"""What TRL and verl call a setting -> what it is called here: for whoever comes from there."""
+"""What TRL and verl call a setting, an argument or a class -> what it is called here: for whoever comes from there."""
 
 ELSEWHERE = {
     name: f"That is a name of TRL or verl; here it is {ours}."
@@ -71,6 +71,32 @@ ELSEWHERE = {
     for name in names
 }
 """By their names. docs/algorithms.md has the settings of each algorithm."""
+
+ARGUMENTS = {
+    "model": "config, the first argument: a name, a folder or a loaded model",
+    "reward_funcs": "rewards, with weights as grpo.Reward(function, weight=...)",
+    "args": 'settings, by our names: settings={"run.steps": 100} (`grpo settings max_steps` tells what a name of TRL is here)',
+    "processing_class": "tokenizer, beside a loaded model; else the tokenizer lies where the model does",
+    "reward_processing_classes": "args of the reward `reward_model`, which loads its own",
+    "optimizers": "optimizer, a function from parameters to an optimizer; the schedule is optimizer.schedule in settings",
+    "peft_config": 'lora in settings: {"lora.rank": 16}',
+    "quantization_config": 'lora.quantization in settings: {"lora.rank": 16, "lora.quantization": "nf4"}',
+    "environment_factory": "environment",
+    "rollout_func": "environment or tools, for turns; the engine samples",
+    "compute_loss_func": "loss, of Trainer",
+    "compute_metrics": "rewards with weight=0, which are logged for training and held-out answers",
+    "formatting_func": "data.form in settings",
+    "data_collator": "left out: rows are packed without padding",
+}
+"""What TRL's trainers call an argument -> what it is here."""
+
+CLASSES = {
+    "GRPOTrainer": "grpo.Trainer(model, rewards=[...], train_dataset=..., settings={...})",
+    "GRPOConfig": "settings of grpo.Trainer by name, or grpo.Config",
+    "SFTTrainer": "grpo.SupervisedTrainer(model, train_dataset=..., settings={...})",
+    "SFTConfig": "settings of grpo.SupervisedTrainer by name, or grpo.SupervisedConfig",
+}
+"""What TRL calls a class -> what it is here."""
 
 SUPERVISED = {
     name: f"That is a name of TRL; here it is {ours}."

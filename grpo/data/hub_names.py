@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from grpo.config import Config, SupervisedConfig
@@ -15,12 +15,20 @@ from grpo.system import hub_access
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def check_config(config: Config | SupervisedConfig) -> None:
+def check_config(
+    config: Config | SupervisedConfig, is_to_come: Callable[[object], bool], *, asks_hub: bool = True
+) -> None:
     """Raises ValueError for a model or data set that is neither on this machine nor to be had from the hub, and for a model here
-    whose files are not whole."""
+    whose files are not whole.
+
+    Args:
+        is_to_come: whether a model is made before it is needed, and is not looked for.
+        asks_hub: whether what may be of the hub is looked for there.
+    """
     for setting, name, revision in models_of(config):
-        check_model(name, setting, revision)
-    for setting, name in _data_sets(config):
+        if not is_to_come(name):
+            check_model(name, setting, revision, asks_hub=asks_hub)
+    for setting, name in _data_sets(config) if asks_hub else ():
         if _may_be_of_hub(name) and not hub_access.has_data_set(name) and (reason := hub_access.unreachable()):
             raise ValueError(hub_access.no_data_set(f"{setting} is {name!r}", name, setting, reason))
 

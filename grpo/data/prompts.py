@@ -15,14 +15,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jinja2
 import jinja2.meta
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config import DataConfig, read_text
+from grpo.config import DataConfig
+from grpo.data.chat_template import SYNTAX, read_chat_template
 from grpo.data.rows import MESSAGES
 from grpo.policy.tokenizer import END_TOKENS
 from grpo.system import progress
@@ -107,17 +107,11 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> N
     """Give the tokenizer the chat template of `data.chat_template`, which is then saved with it.
 
     Raises:
-        ValueError: there is no such file, or it cannot be read.
+        ValueError: there is no such file, it cannot be read, or it is not valid Jinja.
     """
     if data.chat_template is None:
         return
-    path = Path(data.chat_template)
-    if not path.is_file():
-        raise ValueError(
-            f"data.chat_template is {data.chat_template!r}; there is no file {path.resolve()}. Name a file with the Jinja text "
-            "of a chat template."
-        )
-    tokenizer.chat_template = read_text(path, f"data.chat_template is {data.chat_template!r}")
+    tokenizer.chat_template = read_chat_template(data.chat_template)
 
 
 def conversation(question: Question, data: DataConfig) -> list[Message]:
@@ -257,9 +251,8 @@ GIVEN = {
 def _arguments(tokenizer: PreTrainedTokenizerBase) -> set[str] | None:
     """Names that a chat template reads and does not set; None if that cannot be told."""
     try:
-        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"])
-        return jinja2.meta.find_undeclared_variables(environment.parse(str(tokenizer.get_chat_template())))
-    except jinja2.TemplateError:  # transformers adds a tag of its own
+        return jinja2.meta.find_undeclared_variables(SYNTAX.parse(str(tokenizer.get_chat_template())))
+    except jinja2.TemplateError:
         return None
 
 

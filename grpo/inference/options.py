@@ -12,15 +12,30 @@ from grpo.config import Config, RewardConfig, SupervisedConfig, read_text, shipp
 from grpo.config.load import read_settings
 from grpo.policy.model_source import complete_checkpoints, numbers_of
 from grpo.scoring.reward import check_spec
+from grpo.system.terminal import say
 
 
-def check_options(options: Namespace) -> None:
+def check_options(options: Namespace, *, is_made: bool = True) -> None:
     """See that they can be meant: the run, its step, numbers, and what YAML they lead to.
+
+    Args:
+        is_made: whether the model is there; the steps of a run that is yet to be made are not looked for.
 
     Raises:
         ValueError: there is no such run or step, a number is out of range, or the configuration cannot be read.
     """
-    directory = run_directory(options.model)
+    if is_made:
+        _check_step(options, run_directory(options.model))
+    for name in RULES:
+        if (value := getattr(options, name)) is not None:
+            check_number(name, value)
+    for name in getattr(options, "tools", None) or []:
+        if not name.startswith("{"):
+            check_spec(name, "--tools", "grpo.tools")
+    named_settings(options, is_made=is_made)
+
+
+def _check_step(options: Namespace, directory: Path | None) -> None:
     if directory is None:
         for option, given in (("--step", options.step), ("--base", options.base or None)):
             if given is not None:
@@ -32,14 +47,6 @@ def check_options(options: Namespace) -> None:
         raise ValueError(f"--step is {options.step} with --base; that is step 0 of the run. Leave one of the two out.")
     if options.step is not None:
         checkpoint_of(directory, options.step, "--steps" if getattr(options, "steps", None) else "--step")
-    for name in RULES:
-        if (value := getattr(options, name)) is not None:
-            check_number(name, value)
-    for name in getattr(options, "tools", None) or []:
-        if not name.startswith("{"):
-            check_spec(name, "--tools", "grpo.tools")
-    if (path := options.config or (directory and directory / "config.yaml")) is not None:
-        settings_of(Path(path), getattr(options, "set", ()))
 
 
 LATEST, BASE = "latest", "base"
@@ -98,6 +105,20 @@ def checkpoint_of(run: Path | None, step: int, option: str = "--step") -> Path:
     return steps[step, None]
 
 
+def named_settings(options: Namespace, *, is_made: bool = True) -> Config | None:
+    """What --config says, or else the model's run; None if there is neither."""
+    directory = run_directory(options.model) if is_made else None
+    if (path := options.config or (directory and directory / "config.yaml")) is None:
+        return None
+    settings = settings_of(Path(path), getattr(options, "set", ()))
+    return settings if options.config or options.base else with_own_chat_template(settings)
+
+
+def with_own_chat_template(settings: Config) -> Config:
+    """A run's settings as its checkpoints are asked: their tokenizer has the chat template, whose file is not read again."""
+    return settings.model_copy(update={"data": settings.data.model_copy(update={"chat_template": None})})
+
+
 def settings_of(path: Path, overrides: Sequence[str] = ()) -> Config:
     """What a YAML says, and overrides as `Config.load` takes; of supervised training, how its held-out questions are asked."""
     return (
@@ -118,6 +139,34 @@ OWN_REWARDS = ("grpo.rewards:", "grpo.rewards.")
 def foreign_rewards(rewards: Sequence[RewardConfig]) -> list[str]:
     """The functions that do not come with this package."""
     return [each.function for each in rewards if ":" in each.function and not each.function.startswith(OWN_REWARDS)]
+
+
+def check_trusted_rewards(rewards: Sequence[RewardConfig], options: Namespace, *, asks: bool = True) -> None:
+    """Raises ValueError as `check_trusted` does, of the rewards that a run's configuration lists."""
+    if not options.trust_rewards:
+        foreign = foreign_rewards(rewards)
+        check_trusted(foreign, "reward functions that are run", "say so with --trust-rewards", options, asks=asks)
+
+
+def check_trusted(foreign: Sequence[str], what: str, how: str, options: Namespace, *, asks: bool = True) -> None:
+    """A configuration that a person names with --config is trusted. Otherwise a terminal asks.
+
+    Args:
+        asks: False if a person at a terminal is to be asked later.
+
+    Raises:
+        ValueError: a run's configuration names code of others, and nobody has said that it may run.
+    """
+    if not foreign or options.config:
+        return
+    said = f"the configuration of {options.model!r} names {what} here: {', '.join(foreign)}"
+    if can_ask():
+        if not asks:
+            return
+        say(f"{said}. Run them? [y/N]", file=sys.stderr)
+        if sys.stdin.readline().strip().lower() in ("y", "yes"):
+            return
+    raise ValueError(f"{said}. If you trust them, {how}, or name a YAML of your own with --config.")
 
 
 def can_ask() -> bool:

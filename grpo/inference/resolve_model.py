@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from argparse import Namespace
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,16 +21,16 @@ from grpo.data.rows import stands_around_a_question
 from grpo.inference.model import Sampler, load, sampling_config
 from grpo.inference.options import (
     RULES,
-    can_ask,
     check_options,
+    check_trusted,
+    check_trusted_rewards,
     checkpoint_of,
-    foreign_rewards,
+    named_settings,
     run_directory,
     settings_of,
 )
 from grpo.policy.families import attribute
 from grpo.policy.model_source import model_config, model_directory
-from grpo.system.terminal import say
 from grpo.turns.named import named
 from grpo.types import Sampling
 
@@ -112,10 +110,8 @@ def trusted_rewards(chosen: Chosen, options: Namespace) -> list[RewardConfig]:
     Raises:
         ValueError: there is such code, and nobody has said that it may run.
     """
-    rewards = chosen.settings.rewards
-    if not options.trust_rewards:
-        _trust(foreign_rewards(rewards), "reward functions that are run", "say so with --trust-rewards", options)
-    return rewards
+    check_trusted_rewards(chosen.settings.rewards, options)
+    return chosen.settings.rewards
 
 
 def trusted_tools(chosen: Chosen, options: Namespace) -> ToolsConfig:
@@ -134,7 +130,7 @@ def trusted_tools(chosen: Chosen, options: Namespace) -> ToolsConfig:
         for each in tools.functions
         if ":" in each.function or each.args
     ]
-    _trust(foreign, "tools that are run", "name them with --tools", options)
+    check_trusted(foreign, "tools that are run", "name them with --tools", options)
     return tools
 
 
@@ -147,19 +143,8 @@ def trusted_environment(chosen: Chosen, options: Namespace) -> EnvironmentConfig
     config = chosen.settings.environment
     foreign = [config.function] if config.function is not None and ":" in config.function else []
     if not options.trust_rewards:
-        _trust(foreign, "an environment that is run", "say so with --trust-rewards", options)
+        check_trusted(foreign, "an environment that is run", "say so with --trust-rewards", options)
     return config
-
-
-def _trust(foreign: list[str], what: str, how: str, options: Namespace) -> None:
-    if not foreign or options.config:
-        return
-    said = f"the configuration of {options.model!r} names {what} here: {', '.join(foreign)}"
-    if can_ask():
-        say(f"{said}. Run them? [y/N]", file=sys.stderr)
-        if sys.stdin.readline().strip().lower() in ("y", "yes"):
-            return
-    raise ValueError(f"{said}. If you trust them, {how}, or name a YAML of your own with --config.")
 
 
 def choose(options: Namespace) -> Chosen:
@@ -170,17 +155,15 @@ def choose(options: Namespace) -> Chosen:
     """
     check_options(options)
     directory = run_directory(options.model)
-    path = options.config or (None if directory is None else directory / "config.yaml")
     if options.base and directory is not None:
         model = settings_of(directory / "config.yaml").model
     else:
         name = model_directory(options.model if options.step is None else str(checkpoint_of(directory, options.step)))
         model = ModelConfig(name=name)
     model.trust_remote_code = options.trust_remote_code  # not as the run has it, which may be another person's
-    settings = usual_settings(model) if path is None else settings_of(Path(path), getattr(options, "set", ()))
-    if not options.config and not options.base:  # a checkpoint's tokenizer has its chat template
-        settings = settings.model_copy(update={"data": settings.data.model_copy(update={"chat_template": None})})
-    return Chosen(model, settings, path is not None, sampling_of(options, settings.sampling))
+    known = named_settings(options)
+    settings = usual_settings(model) if known is None else known
+    return Chosen(model, settings, known is not None, sampling_of(options, settings.sampling))
 
 
 def usual_settings(model: ModelConfig) -> Config:

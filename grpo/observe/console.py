@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import math
 import os
 import sys
@@ -24,7 +25,8 @@ from grpo.system import heartbeat
 from grpo.system.stopping import EXIT_INTERRUPTED, RunError
 from grpo.system.terminal import SilencedConsole, printable, say, show
 
-WIDE = 9
+WIDE, WIDEST = 9, 20
+"""A column is as wide as its title, within these."""
 
 ESTIMATE_OVER = 10
 """Steps whose mean duration gives the time left."""
@@ -71,6 +73,9 @@ class LineSink:
         self.console = console()
         self._lines = 0
         self._seconds: list[float] = []
+        self._shown: list[str] = []
+        self._sizes: list[int] = []
+        self._left_out: list[str] = []
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if "time/step" in metrics:
@@ -83,12 +88,39 @@ class LineSink:
         if self._lines == 0:  # not every engine has slots
             self.columns = {t: n for t, n in self.columns.items() if n in metrics or not n.startswith("rollout/")}
         if self._lines % self.HEADER_EVERY == 0:
-            titles = " ".join(f"{title:>{WIDE}}" for title in short(["step", *self.columns, "time left"]))
-            show(self.console, titles, style="dim")
-        cells = [f"{step}/{self.num_steps}", *(number(metrics.get(name)) for name in self.columns.values())]
+            self._lay_out()
+        cells = [f"{step}/{self.num_steps}", *(number(metrics.get(self.columns[each])) for each in self._shown)]
         left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
-        show(self.console, " ".join(f"{cell:>{WIDE}}" for cell in (*cells, left)))
+        self._show_row([*cells, left])
         self._lines += 1
+
+    def _lay_out(self) -> None:
+        """Choose columns and their widths, and print the header. A terminal that is too narrow has the first ones."""
+        width = self.console.width if self.console.is_terminal else math.inf
+        room = width + 1  # no space follows the last column
+        titles = ["step", "time left", *self.columns]
+        needed = [*titles[:2], *(title for title, name in self.columns.items() if name.startswith("reward/"))]
+        widest = next((most for most in range(WIDEST, WIDE, -1) if sum(_widths(needed, most)) <= room), WIDE)
+        ends = itertools.accumulate(_widths(titles, widest))
+        self._shown = [title for title, end in zip(titles, ends, strict=True) if end <= room][2:]
+        left_out = list(self.columns)[len(self._shown) :]
+        if left_out and left_out != self._left_out:
+            show(
+                self.console,
+                f"metrics.jsonl has what {width} columns have no room for: {', '.join(left_out)}",
+                style="dim",
+            )
+        self._left_out = left_out
+        header = ["step", *self._shown, "time left"]
+        self._sizes = [size - 1 for size in _widths(header, widest)]
+        self._show_row(short(header, widest), style="dim")
+
+    def _show_row(self, cells: Sequence[str], style: str = "") -> None:
+        show(
+            self.console,
+            " ".join(f"{cell:>{size}}" for cell, size in zip(cells, self._sizes, strict=True)),
+            style=style,
+        )
 
     def log_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Completions go to completions.jsonl."""
@@ -100,13 +132,20 @@ class LineSink:
         """Every line is out."""
 
 
-def short(titles: Sequence[str]) -> list[str]:
-    """Titles that fit into a column: the beginning of each, or the end of one that begins as another before it does."""
+def _widths(titles: Sequence[str], widest: int) -> list[int]:
+    """Of columns, each with the space beside it."""
+    return [min(max(len(title), WIDE), widest) + 1 for title in titles]
+
+
+def short(titles: Sequence[str], width: int) -> list[str]:
+    """Titles of at most so many characters: as they are, or the beginning, or the end of those that begin alike."""
     found: list[str] = []
     for title in titles:
-        end = title[1 - WIDE :]
-        ways = (title[:WIDE], "…" + (end.partition("_")[2] or end), "…" + end)
-        found.append(next((way for way in ways if way not in found), f"{title[: WIDE - 3]}…{len(found)}"))
+        begin, end = title[: width - 1], title[1 - width :]
+        is_alone = sum(each.startswith(begin) for each in titles) == 1
+        ways = [title] if len(title) <= width else [f"{begin}…"] if is_alone else []
+        ways += ["…" + (end.partition("_")[2] or end), "…" + end]
+        found.append(next((way for way in ways if way not in found), f"{title[: width - 3]}…{len(found)}"))
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from grpo.observe.console import ESTIMATE_OVER, console, number, show_evaluation
+from grpo.observe.console import ESTIMATE_OVER, console, number, short, show_evaluation
 from grpo.observe.metric_names import LOSS
 from grpo.scoring.answers import is_right
 from grpo.system.terminal import Region, printable
@@ -20,7 +20,12 @@ from grpo.text.thinking import Kind, parts
 
 BARS = "▁▂▃▄▅▆▇█"
 LABEL, NUMBER = 18, 9
-"""Columns of a curve's name and of each of its two values."""
+"""Columns of a curve's name, at least, and of each of its two values."""
+
+LABEL_SHARE = 3 / 8
+"""Of the columns; a curve's name takes so many at most."""
+
+HELD_OUT = "held-out "
 
 FEWEST_FREE_ROWS, FREE_SHARE = 4, 5
 """Rows that are left to messages: so many, or one in so many of a tall terminal."""
@@ -127,15 +132,17 @@ class Dashboard:
         room = max(height - 1 - max(FEWEST_FREE_ROWS, height // FREE_SHARE), 1)  # the first row of a region is empty
         below = [self._speed(), *self._alarm_lines()][: room - 1]
         room -= 1 + len(below)
-        main = self._curves(self._main_names(), width)[: max(room - 1, 0)]
-        heading = [_styled((f"{'':{LABEL}}{'start':>{NUMBER}}{'now':>{NUMBER}}", "dim"))] if main else []
+        main_names = self._main_names(width)
+        label = max([LABEL, *(len(each) for each, name in main_names.items() if name in self.history)])
+        main = self._curves(main_names, width, label)[: max(room - 1, 0)]
+        heading = [_styled((f"{'':{label}}{'start':>{NUMBER}}{'now':>{NUMBER}}", "dim"))] if main else []
         room -= len(heading) + len(main)
         about = [_styled((self.about, "dim"))] if self.about and room > 1 else []
         room -= len(about)
         needed = sum(sample.num_rows(COMPLETION_ROWS) for sample in self.samples) + 1
         shown = self.samples if needed <= room else []
         room -= needed if shown else 0
-        more = self._curves(MORE, width)[:room]
+        more = self._curves(MORE, width, label)[:room]
         rows_each = COMPLETION_ROWS + (room - len(more)) // max(len(shown), 1)
         texts = [line for sample in shown for line in sample.lines(terminal, rows_each)]
         return [self._progress(width), *about, *heading, *main, *more, *below, *[Text("")] * bool(texts), *texts]
@@ -151,17 +158,19 @@ class Dashboard:
         done = size * self.step // self.num_steps
         return _styled((self.title + " ", "bold"), ("━" * done, "green"), ("─" * (size - done), "dim"), (words, ""))
 
-    def _main_names(self) -> dict[str, str]:
-        trained = {"reward": "reward/mean", **{name: f"reward/{name}" for name in self._reward_names}, **MAIN}
-        return trained | {f"held-out {name}": f"eval/{name}" for name in self._reward_names}
+    def _main_names(self, width: int) -> dict[str, str]:
+        most = max(LABEL, int(width * LABEL_SHARE)) - len(HELD_OUT)
+        rewards = dict(zip(short(self._reward_names, most), self._reward_names, strict=True))
+        trained = {"reward": "reward/mean", **{label: f"reward/{name}" for label, name in rewards.items()}, **MAIN}
+        return trained | {HELD_OUT + label: f"eval/{name}" for label, name in rewards.items()}
 
-    def _curves(self, names: Mapping[str, str], width: int) -> list[Text]:
+    def _curves(self, names: Mapping[str, str], width: int, label_width: int) -> list[Text]:
         """A line for each metric that has values: its name, first and newest value, and shape.
 
         The shape is as long as the part of the run that is done, like the bar above it, and that of a share goes from 0 to 1.
         """
         lines = []
-        room = max(width - LABEL - 2 * NUMBER - 2, 0)
+        room = max(width - label_width - 2 * NUMBER - 2, 0)
         for label, name in names.items():
             values = self.history.get(name)
             if values:
@@ -172,7 +181,7 @@ class Dashboard:
                     values, min(length, room - len(at)), scale=(0.0, 1.0) if is_share(name, values) else None
                 )
                 pieces = (
-                    (f"{label[:LABEL]:{LABEL}}", ""),
+                    (f"{label:{label_width}}", ""),
                     (start, "dim"),
                     (now, "bold"),
                     (f"  {shape}", "cyan"),

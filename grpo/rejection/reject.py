@@ -29,7 +29,7 @@ from grpo.evaluation.asked import Runtime
 from grpo.evaluation.sample_file import SAMPLES, writing
 from grpo.inference import model as inference
 from grpo.policy.tokenizer import load_tokenizer
-from grpo.rejection.rewriting import Kept, Rewriter, check_template, fall_of, in_tags, prompts_of
+from grpo.rejection.rewriting import Kept, Rewriter, fall_of, in_tags, prompts_of
 from grpo.rejection.rules import OPTIONS, Fall, Rules, falls_of_row, judge, pass_rate
 from grpo.rejection.sampling import Row, by_question, claim, sample, seed_of
 from grpo.run.inputs import digests
@@ -68,8 +68,6 @@ class Asked:
                 f"--samples is {self.num_samples}; at --temperature 0 all samples of a question are the same. Set it to 1, or "
                 "raise --temperature."
             )
-        if self.rewriting is not None:
-            check_template(self.rewriting.template, "--rewrite-template")
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """A model rewrites kept rows into a form that is easy to read, and only those whose answer survives stay.
 
 DeepSeek-R1 (arXiv 2501.12948v2) lets DeepSeek-V3 and people rewrite R1-Zero's answers for the cold start. Its prompt is not
-published in full: TEMPLATE is ours, and `--rewrite-template` takes another. The rewriting model never sees the gold answer.
+published in full; template.py has ours, and `--rewrite-template` takes another. The rewriting model never sees the gold answer.
 """
 
 from __future__ import annotations
@@ -17,21 +17,9 @@ from grpo.data.prompts import build_prompts
 from grpo.inference.resolve_model import LONG
 from grpo.rejection.rules import Fall
 from grpo.rejection.sampling import Row, seed_of
+from grpo.rejection.template import PLACES
 from grpo.text.answer_forms import sole_box
 from grpo.types import Generator, Group, OnGroup, Prompt, Sampling
-
-TEMPLATE = """Below are a question and a solution to it. Rewrite the solution so that it is easy to read: in the language of the \
-question only, in short paragraphs, without repetition. Keep every step that matters, and keep the final answer exactly as it \
-is. Keep the form too: where the solution has <think> and </think>, or <answer> and </answer>, yours has them. Write the \
-rewritten solution between <rewritten> and </rewritten>.
-
-Question:
-{question}
-
-Solution:
-{completion}"""
-
-PLACES = ("{question}", "{completion}")
 
 
 @dataclass(frozen=True)
@@ -41,15 +29,6 @@ class Kept:
     prompt: Prompt
     row: Row
     pass_rate: float | None
-
-
-def check_template(template: str, option: str) -> None:
-    """Raises ValueError: the template has no place for the question or for the completion."""
-    for place in PLACES:
-        if place not in template:
-            raise ValueError(
-                f"{option} has no {place}; the rewriting model is shown the question and the solution there. Add it."
-            )
 
 
 def prompts_of(kept: Sequence[Kept], template: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Prompt]:

@@ -124,11 +124,11 @@ def entity_of(api: Any) -> str:
     return entity
 
 
-def logged_names(api: Any, entity: str, project: str, *, setting: str = "--project") -> set[str]:
+def logged_names(api: Any, entity: str, project: str, *, said: str) -> set[str]:
     """All that the newest runs of a project have logged.
 
     Args:
-        setting: what says the project, for errors.
+        said: what the project is, and who says so, for errors.
 
     Raises:
         ValueError: there is no such project, or no run of this library in it.
@@ -139,14 +139,14 @@ def logged_names(api: Any, entity: str, project: str, *, setting: str = "--proje
         names = {name for run in islice(runs, NEWEST) for name in run.summary.keys()}  # noqa: SIM118 - it is no dict
     except ValueError as error:
         raise ValueError(
-            f"{setting} is {project!r}; W&B has no project {entity}/{project}, or your account may not see it. Take --project "
+            f"{said}; W&B has no project {entity}/{project}, or your account may not see it. Take --project "
             "and --entity from the address of a run: ENTITY/PROJECT/runs/..."
         ) from error
     except Exception as error:
         raise _failure(error) from error
     if not any(map(formula, names)):
         raise ValueError(
-            f"{setting} is {project!r}; none of its {NEWEST} newest runs has metrics of grpo. Train one with "
+            f"{said}; none of its {NEWEST} newest runs has metrics of grpo. Train one with "
             "logging.wandb=online first, or send one that was kept offline with `wandb sync`."
         )
     return names

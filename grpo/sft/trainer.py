@@ -27,6 +27,7 @@ from grpo.run.loop import Loop, at_work
 from grpo.scoring.reward import Reward
 from grpo.sft.assembly import assemble
 from grpo.system.stopping import Interrupted
+from grpo.training.arguments import explained
 from grpo.training.callback import Callback, check_callbacks
 from grpo.training.learner import Learner
 from grpo.training.state import Rollout
@@ -62,6 +63,7 @@ class SupervisedTrainer(Loop):
     _policy_class: type[Policy] = Policy
     _learner_class: type[Learner] = Learner
 
+    @explained
     def __init__(
         self,
         config: SupervisedConfig | str | Path | PreTrainedModel,
