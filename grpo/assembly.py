@@ -133,6 +133,11 @@ def assemble(
     if advantage is None and config.algorithm.normalize_by_mean:
         _check_not_negative(config, functions)
     verdicts, signal_from = _signal_from(config, functions)
+    can_tell = [each.name for each in functions if each.name not in MANNERS]
+    if config.scoring.verdict is None and len(can_tell) > 1 and "accuracy" not in can_tell:
+        processes.say(
+            f"of {', '.join(can_tell)} the reward {verdict_name(can_tell)} says what is right; scoring.verdict names another"
+        )
     forms = _forms_tell(config, functions)
     if config.rollout.passes_over:
         processes.say(

@@ -63,6 +63,7 @@ class RewardModel:
         self._check()
 
     in_process = property(lambda self: self.where == "process", doc="Whether it is called in the training process.")
+    tells_of_all = True  # None is a text that is too long
     least_seconds = 300.0  # of a call, whatever scoring.timeout_seconds says: a CPU reads a group for a while
 
     def __getstate__(self) -> dict[str, Any]:

@@ -129,6 +129,7 @@ class Judge:
         self.cache = _default_cache() if cache is None else cache
         self.request = {"temperature": 0.0, "max_tokens": 1024, **(request or {})}
 
+    tells_of_all = True  # None is a grade that did not come
     environment = property(
         lambda self: () if self.api_key_env is None else (self.api_key_env,), doc="Variables that a worker is given."
     )

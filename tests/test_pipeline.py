@@ -176,6 +176,7 @@ EXAM = {"name": "exam", "kind": "evaluate", "model": "zero"}
         ([{**SECOND, "set": {"data.name": [{"name": "no.jsonl"}]}}],
          r"stage b: data.name.0.name is 'no.jsonl'; there is no such"),
         ([{**SECOND, "set": {"rewards": [{"function": "acuracy"}]}}], r"stage b: rewards.0.function .* did you mean accuracy\?"),
+        ([{**SECOND, "set": {"scoring.verdict": ["accuracy", "vrdict"]}}], "stage b: scoring.verdict is .*; vrdict is no reward"),
         ([{**SECOND, "set": {"rewards": [{"function": "nofile.py:f"}]}}], r"stage b: rewards.0.function .* there is no file"),
         ([{**SECOND, "set": {"model.name": "nowhere/here/model"}}],
          "stage b: model.name is 'nowhere/here/model'; there is no such"),

@@ -31,6 +31,7 @@ from grpo.scoring.worker import Call, Outcome
 from grpo.types import Completion, Group, Prompt
 
 nan = math.nan
+NOT_DUE = torch.zeros(2, 2, dtype=torch.bool)
 
 
 def make_group(
@@ -95,10 +96,50 @@ def test_a_function_that_cannot_tell_is_left_out_of_a_group_or_makes_the_sum_unk
     )
     # group 0: both apply. 1 + 2*0.5 = 2; b cannot tell -> NaN; 1 + 2*0 = 1
     # group 1: a cannot tell for any, so it does not apply: 2*1, 2*2, 2*3
-    assert_equal(weighted_sum(values, torch.tensor([1.0, 2.0])), [[2, nan, 1], [2, 4, 6]])
+    assert_equal(weighted_sum(values, torch.tensor([1.0, 2.0]), NOT_DUE), [[2, nan, 1], [2, 4, 6]])
     # b at weight 0 has no say, not even its NaN; then no weighted function applies to group 1
-    assert_equal(weighted_sum(values, torch.tensor([1.0, 0.0])), [[1, 0, 1], [nan, nan, nan]])
-    assert_equal(weighted_sum(values, torch.tensor([0.0, 0.0])), [[0.0] * 3] * 2)
+    assert_equal(weighted_sum(values, torch.tensor([1.0, 0.0]), NOT_DUE), [[1, 0, 1], [nan, nan, nan]])
+    assert_equal(weighted_sum(values, torch.tensor([0.0, 0.0]), NOT_DUE), [[0.0] * 3] * 2)
+    # a's verdict on group 1 is due: it is no question that a knows nothing of
+    is_due = torch.tensor([[False, True], [False, False]])
+    assert_equal(weighted_sum(values, torch.tensor([1.0, 2.0]), is_due), [[2, nan, 1], [nan, nan, nan]])
+    assert_equal(weighted_sum(values, torch.tensor([0.0, 2.0]), is_due), [[1, nan, 0], [2, 4, 6]])
+
+
+def hangs(completion: str) -> float:
+    return time.sleep(60) or 1.0
+
+
+def leaves(completion: str) -> float:
+    os._exit(3)
+
+
+def knows_nothing(completion: str) -> None:
+    return None
+
+
+def length(completion: str) -> float:
+    return float(len(completion))
+
+
+@pytest.mark.parametrize("fails", [hangs, leaves])
+def test_a_group_whose_grader_fails_is_not_trained_on_the_other_rewards(fails: Callable[..., Any]) -> None:
+    with make_scorer(fails, length, timeout_seconds=0.5) as scorer:
+        assert_equal(scorer.score([make_group(["a", "bc"])]).rewards, [[nan, nan]])
+    with make_scorer(Reward(fails, weight=0), length, timeout_seconds=0.5) as scorer:
+        assert_equal(scorer.score([make_group(["a", "bc"])]).rewards, [[1, 2]])
+
+
+def test_a_question_of_which_a_function_knows_nothing_is_left_to_the_others_unless_it_should_know() -> None:
+    groups = [make_group(["a", "bc"], kind="maths"), make_group(["a", "bc"], row=1, kind="chat")]
+    of_maths = Reward(knows_nothing, only={"kind": ["maths"]})
+    for reward, first in ((Reward(knows_nothing), [1, 2]), (of_maths, [nan, nan])):
+        with make_scorer(reward, length, columns=["question", "answer", "kind"]) as scorer:
+            assert_equal(scorer.score(groups).rewards, [first, [1, 2]])
+    tells = partial(knows_nothing)
+    tells.tells_of_all = True
+    with make_scorer(Reward(tells), length) as scorer:
+        assert_equal(scorer.score([make_group(["a", "bc"])]).rewards, [[nan, nan]])
 
 
 def test_none_is_unknown_and_not_wrong() -> None:

@@ -2,23 +2,27 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import FixedGenerator, number_in_text, tiny_config
+from helpers import TINY, FixedGenerator, number_in_text, tiny_config
 from test_report import a_run
 from test_scoring import make_group, make_scorer
 
 from grpo import Trainer
+from grpo.cli import reject
 from grpo.evaluation.arms import verdicts_in
+from grpo.evaluation.compare import _sampled
 from grpo.inference.inspect import of_those_left
-from grpo.rejection.rules import Rules, falls_of_row, pass_rate
+from grpo.rejection.rules import Rules, falls_of_row, of_question, pass_rate
 from grpo.report.panels import sections
 from grpo.report.read import read_runs
 from grpo.report.summary import headline
-from grpo.scoring.answers import completion_rows, judged, summarize, verdicts_of
+from grpo.run.resumable import MAY_CHANGE, changed_setting
+from grpo.scoring.answers import completion_rows, judged, summarize, verdict_name, verdicts_of
 from grpo.scoring.reward import Reward
 from grpo.system.jsonl import read_jsonl
 from grpo.types import Scores
@@ -73,21 +77,54 @@ def test_without_rewards_nobody_can_tell_and_of_no_groups_there_are_no_rows():
         assert [row["right"] for row in completion_rows(groups, scores)] == [None] * 2 * rows
 
 
-def test_a_verdict_is_one_of_the_rewards():
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            "cheked",
+            r"is 'cheked'; cheked is no reward that can say .*: there is checked, short; did you mean checked\? Name",
+        ),
+        (["checked", "shrt"], r"; shrt is no reward that can say what is right here: there is .* did you mean short\?"),
+        ([], r"is \[\]; it names no reward: there is checked, short\. Name one of them, or remove it\.$"),
+        (["checked", "vote"], r"; vote is no reward that can say what is right here: there is checked, short\."),
+        (["checked", "checked"], r"is \['checked', 'checked'\], with checked twice\. Name it once\.$"),
+    ],
+)
+def test_a_verdict_is_one_of_the_rewards(wrong: Any, said: str):
+    with pytest.raises(ValueError, match=rf"^scoring\.verdict .*{said}"):
+        verdicts_of(wrong, ["short", "checked", "vote"])
+    with pytest.raises(ValueError, match=r"^scoring\.verdict is 'no'"):
+        make_scorer(short, checked, verdict="no")
     assert verdicts_of(None, []) == verdicts_of("accuracy", []) == []  # supervised training that grades nothing
-    assert verdicts_of(None, ["format", "mine"]) == ["mine"]
-    for wrong in ("cheked", ["checked", "cheked"], []):
-        with pytest.raises(
-            ValueError, match=r"^scoring\.verdict is .*; the rewards of this run are short, checked\. Name"
-        ):
-            make_scorer(short, checked, verdict=wrong)
+
+
+@pytest.mark.parametrize("wrong", [5, True, {"a": "b"}])
+def test_a_verdict_is_a_name_or_a_list_of_names(tmp_path: Path, wrong: Any):
+    said = f"scoring.verdict is {wrong!r}; it is a name, or a list of names. Correct scoring.verdict."
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        tiny_config(tmp_path, scoring={"verdict": wrong})
+
+
+def test_an_environment_says_what_is_right_before_rewards_beside_it():
+    assert verdict_name(["turns_short", "environment"]) == "environment"
+    assert verdict_name(["environment", "accuracy"]) == "accuracy"
+
+
+def test_what_says_what_is_right_may_not_change_on_resume(tmp_path: Path):
+    before, now = (
+        {"scoring": {"verdict": name, "num_workers": number}} for name, number in ((None, 1), ("accuracy", 2))
+    )
+    assert changed_setting(before, now, may_change=MAY_CHANGE) == "scoring.verdict"
+    assert (
+        changed_setting(before, now | {"scoring": {"verdict": None, "num_workers": 2}}, may_change=MAY_CHANGE) is None
+    )
 
 
 @pytest.mark.parametrize("verdict", ["number", ["number", "nomber"]])
 def test_a_run_whose_verdict_is_missing_is_refused_before_the_model_is_loaded(tmp_path: Path, verdict: Any):
     config = tiny_config(tmp_path / "run", scoring={"verdict": verdict}, model={"name": str(tmp_path)})
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    with pytest.raises(ValueError, match=r"^scoring\.verdict is .*; the rewards of this run are number_in_text\. Name"):
+    with pytest.raises(ValueError, match=r"^scoring\.verdict is .*: there is number_in_text; did you"):
         Trainer(config, rewards=[number_in_text])
 
 
@@ -192,11 +229,87 @@ def test_a_row_of_an_older_run_is_judged_by_the_rule(tmp_path: Path):
 
 def test_rejection_keeps_what_is_right_of_every_kind():
     required = Rules().required(["shaping", "of_a", "of_b"], ["of_a", "of_b"])
-    found = [
-        [(fall.rule, fall.detail) for fall in falls_of_row(row, "How many?", Rules(), required)] for row in ANSWERS
-    ]
+    assert required == {"of_a": 1.0, "of_b": 1.0}  # as it is written down
+    found, rates = [], []
+    for question in ([0], [1, 2], [3]):
+        rows = [ANSWERS[number] for number in question]
+        own = of_question(required, rows)
+        rates.append(pass_rate(rows, own))
+        found += [[(fall.rule, fall.detail) for fall in falls_of_row(row, "How many?", Rules(), own)] for row in rows]
     assert found == [[], [], [("wrong", "of_b 0")], [("unknown", "of_a, of_b")]]
-    assert pass_rate(ANSWERS, required) == pytest.approx(2 / 3)
+    assert rates == [1, 0.5, None]
+
+
+def test_the_command_rejects_by_the_verdict_of_each_question(tmp_path: Path):
+    (tmp_path / "own.py").write_text(
+        "def shaping(completion):\n    return 1.0\n\n"
+        "def of_a(completion):\n    return float(len(completion) % 2)\n\n"
+        "def of_b(completion):\n    return float(len(completion) % 3 == 0)\n"
+    )
+    rows = [json.loads(line) for line in (TINY / "train.jsonl").read_text().splitlines()[:8]]
+    data = [row | {"kind": "ab"[number % 2]} for number, row in enumerate(rows)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    own = [{"function": f"{tmp_path}/own.py:of_{kind}", "only": {"kind": kind}} for kind in "ab"]
+    config = tiny_config(
+        tmp_path / "run",
+        data={"name": str(tmp_path / "rows.jsonl")},
+        rewards=[{"function": f"{tmp_path}/own.py:shaping", "weight": 0.1}, *own],
+        scoring={"verdict": ["of_a", "of_b"]},
+    )
+    (tmp_path / "own.yaml").write_text(config.to_yaml())
+    words = [
+        "--model",
+        str(TINY / "model"),
+        "--config",
+        str(tmp_path / "own.yaml"),
+        "--samples",
+        "6",
+        "--max-tokens",
+        "48",
+    ]
+    out = tmp_path / "kept.jsonl"
+    found = reject.run(reject._parser().parse_args([*words, "--workers", "1", "--trust-rewards", "--out", str(out)]))
+    every = [*read_jsonl(out), *read_jsonl(out.with_suffix(".dropped.jsonl"))]
+    assert len(every) == 48
+    right = {(row["row"], row["sample"]) for row in every if row["rewards"][f"of_{'ab'[row['row'] % 2]}"] == 1}
+    kept = {(row["row"], row["sample"]) for row in read_jsonl(out)}
+    assert kept <= right
+    assert {row % 2 for row, _ in kept} == {0, 1}
+    assert not right & {(row["row"], row["sample"]) for row in every if row.get("reason") == "wrong"}
+    assert found["rules"]["require"] == {"of_a": 1.0, "of_b": 1.0}
+    for rate in read_jsonl(out.with_suffix(".pass_rates.jsonl")):
+        assert rate["pass_rate"] == pytest.approx(sum(row == rate["row"] for row, _ in right) / 6)
+
+
+def test_a_report_takes_the_order_of_rewards_from_the_configuration(tmp_path: Path):
+    """In the first step no question of the verdict's kind was asked."""
+    metrics = [{"step": 1, "reward/longish": 2.0}, {"step": 2, "reward/longish": 1.0, "reward/sums_ok": 0.5}]
+    directory = a_run(tmp_path / "run", metrics=metrics)
+    named = [{"function": "own.py:sums_ok"}, {"function": "own.py:other", "name": "longish"}]
+    (directory / "config.yaml").write_text(tiny_config(tmp_path / "run", rewards=named).to_yaml())
+    assert read_runs([directory], max_completions=0)[0].verdicts == ["sums_ok"]
+    given = [
+        judged_row(0, "a", True) | {"step": 0, "rewards": {"of_a": None, "longish": 2.0}}
+    ]  # to Trainer, in this order
+    assert read_runs([a_run(tmp_path / "given", metrics=metrics, evaluations=given)], max_completions=0)[
+        0
+    ].verdicts == ["of_a"]
+
+
+def test_the_headline_counts_the_questions_that_somebody_judged(tmp_path: Path):
+    rows = [row | {"step": 0} for row in ANSWERS]
+    (run,) = read_runs(
+        [a_run(tmp_path / "run", metrics=[{"step": 0} | summarize(rows)], evaluations=rows)], max_completions=0
+    )
+    assert headline(run)["questions"] == 3
+
+
+def test_a_comparison_tells_what_was_sampled_of_every_kind():
+    row = {"reward/of_a": 0.9, "outcome/right": 0.2, "outcome/wrong": 0.3, "outcome/unknown": 0.5}
+    assert _sampled(row, ["of_a"]) == 0.9
+    assert _sampled(row, ["of_a", "of_b"]) == pytest.approx(0.4)
+    assert _sampled(row | {"outcome/right_later": 0.1}, ["of_a", "of_b"]) == pytest.approx(0.6)
+    assert _sampled({"outcome/unknown": 1.0}, ["of_a", "of_b"]) is None
 
 
 def test_two_arms_are_judged_by_the_verdict_that_each_configuration_names(tmp_path: Path):

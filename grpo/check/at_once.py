@@ -15,7 +15,7 @@ from grpo.data import hub_names, pass_rates
 from grpo.data.files import FORMATS, load_table
 from grpo.data.rows import load_rows, written_rows
 from grpo.run.resumable import check_newest
-from grpo.scoring.reward import check_spec
+from grpo.scoring.reward import check_spec, sure_name
 
 MOST_BYTES = 20_000_000
 """Of a file that is read here; what is larger takes longer, and waits for the run itself."""
@@ -57,12 +57,24 @@ def check_functions(config: AnyConfig) -> None:
     is_graded = isinstance(config, Config) or config.evaluation.num_questions > 0
     for number, reward in enumerate(config.rewards if is_graded else []):
         check_spec(reward.function, f"rewards.{number}.function")
-    if not isinstance(config, Config):
-        return
-    for tool in config.tools.functions:
-        check_spec(tool.function, "tools.functions", "grpo.tools")
-    if config.environment.function is not None:
-        check_spec(config.environment.function, "environment.function", "grpo.tools.environments")
+    if isinstance(config, Config):
+        for tool in config.tools.functions:
+            check_spec(tool.function, "tools.functions", "grpo.tools")
+        if config.environment.function is not None:
+            check_spec(config.environment.function, "environment.function", "grpo.tools.environments")
+    if is_graded and config.scoring.verdict is not None:
+        _check_verdict(config)
+
+
+def _check_verdict(config: AnyConfig) -> None:
+    """Where the names of the rewards are sure without running their files."""
+    from grpo.scoring.answers import ENVIRONMENT, verdicts_of
+
+    names = [sure_name(reward) for reward in config.rewards]
+    if isinstance(config, Config) and config.environment.function is not None:
+        names.append(ENVIRONMENT)
+    if None not in names:
+        verdicts_of(config.scoring.verdict, filter(None, names))
 
 
 def check_data(config: AnyConfig, is_to_come: IsToCome = nothing_is_to_come) -> None:

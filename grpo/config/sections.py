@@ -374,10 +374,10 @@ class EnvironmentConfig(Section):
 
 class ScoringConfig(Section):
     verdict: str | list[str] | None = None
-    """Name of the reward that says what is right, which a value of 1 means; where questions of several kinds have one each, their
+    """Name of the reward that says what is right, which a value of 1 or more means; where questions of several kinds have one each, their
     names: [accuracy, code], of which the first that can tell of any answer to a question is its verdict. Pass rates, lengths of
     right answers, reports and rejection go by it, and dynamic sampling if rollout.signal_from is null. null: `accuracy`, or else
-    the first that is not about manners (docs/rewards.md)."""
+    that of an environment, or else the first that is not about manners (docs/rewards.md)."""
     num_workers: PositiveInt = 2
     """Reward worker processes per training process."""
     timeout_seconds: PositiveFloat = 10.0

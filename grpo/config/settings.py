@@ -78,7 +78,7 @@ class Settings(Section):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise ValueError("\n".join(_explain(detail) for detail in error.errors())) from None
+            raise ValueError("\n".join(dict.fromkeys(map(_explain, error.errors())))) from None
         self.check()
 
     def check(self) -> None:
@@ -519,6 +519,9 @@ def _explain(detail: ErrorDetails) -> str:
         example = f"{{{names[0]}: {detail['input']}}}" if isinstance(detail["input"], str) else f"{{{names[0]}: ...}}"
         return f"{spelled} is {detail['input']!r}; it is a mapping with {some}. Write {example}."
     rule = detail["msg"][0].lower() + detail["msg"][1:]
+    one_or_more = re.search(r"\.(str|list\[str\])(\.\d+)?\Z", spelled)
+    if one_or_more is not None:  # and for each of these two
+        spelled, rule = spelled[: one_or_more.start()] + (one_or_more[2] or ""), "it is a name, or a list of names"
     kind = re.search(r"\.(bool|literal\['(\w+)'\])\Z", spelled)
     if kind is not None:  # a setting that is true, false or a word: pydantic has an error for each of the two
         spelled, rule = spelled[: kind.start()], f"it may be {kind[2] or 'true or false'}"

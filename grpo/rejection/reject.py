@@ -30,7 +30,7 @@ from grpo.evaluation.sample_file import SAMPLES, writing
 from grpo.inference import model as inference
 from grpo.policy.tokenizer import load_tokenizer
 from grpo.rejection.rewriting import Kept, Rewriter, fall_of, in_tags, prompts_of
-from grpo.rejection.rules import OPTIONS, Fall, Rules, falls_of_row, judge, pass_rate
+from grpo.rejection.rules import OPTIONS, Fall, Rules, falls_of_row, judge, of_question, pass_rate
 from grpo.rejection.sampling import Row, by_question, claim, sample, seed_of
 from grpo.run.inputs import digests
 from grpo.scoring.scorer import Scorer
@@ -231,13 +231,12 @@ def _choose(
         for number, rows in by_question(samples / SAMPLES):
             prompt = by_row[number]
             rows = [in_tags(row, prompt) for row in rows] if tags else rows
-            rate = pass_rate(rows, required)
+            own = of_question(required, rows)
+            rate = pass_rate(rows, own)
             rate_row(_rate_row(prompt, rows, rate))
             table.num_questions += 1
             before = table.num_kept
-            for row, falls in zip(
-                rows, judge(rows, str(prompt.columns["question"]), rules, required, special), strict=True
-            ):
+            for row, falls in zip(rows, judge(rows, str(prompt.columns["question"]), rules, own, special), strict=True):
                 table.num_samples += 1
                 if falls:
                     _drop(drop, table, prompt, row, rate, falls)
@@ -389,11 +388,11 @@ def _replace(
         for row in iterate_jsonl(dropped):
             drop(row)
         for number, attempts in by_question(directory / SAMPLES):
-            own = kept[number]
+            own, asked = kept[number], of_question(required, attempts)
             question = str(own.prompt.columns["question"])
             fall: Fall | None = None
             for attempt in attempts:
-                fall = fall_of(falls_of_row(attempt, question, rules, required, special))
+                fall = fall_of(falls_of_row(attempt, question, rules, asked, special))
                 if fall is None:
                     table.num_kept += 1
                     table.num_tokens += attempt["num_tokens"]

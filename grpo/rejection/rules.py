@@ -27,7 +27,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from grpo.scoring import answers
 from grpo.text import readable
 
 ROUNDING = 1e-9
@@ -77,7 +76,7 @@ class Rules:
         _check("pass_rate", f"{low} {high}", 0 <= low <= high <= 1, "two shares, the smaller one first")
 
     def required(self, names: Sequence[str], verdicts: Sequence[str]) -> dict[str, float]:
-        """Least value of each reward; none: what each row's verdict says, which is that of one reward or another.
+        """Least value of each reward.
 
         Args:
             names: of the rewards there are.
@@ -89,7 +88,7 @@ class Rules:
         for name in self.require:
             if name not in names:
                 raise ValueError(f"--require names {name!r}; the rewards are {', '.join(names)}. Correct the name.")
-        return dict(self.require) or (dict.fromkeys(verdicts, 1.0) if len(verdicts) == 1 else {})
+        return dict(self.require) or (dict if len(verdicts) == 1 else OneOf)(dict.fromkeys(verdicts, 1.0))
 
 
 def _check(name: str, value: Any, holds: bool, rule: str) -> None:
@@ -126,11 +125,21 @@ OPTIONS = {
 """Every rule in its order, with the option that has its threshold. The last two are those of rewriting: see rewriting.py."""
 
 
-def is_right(row: Mapping[str, Any], required: Mapping[str, float]) -> bool | None:
+class OneOf(dict[str, float]):
+    """Least values of rewards of which each judges questions of its own kind: that one alone is required; see `of_question`."""
+
+
+def of_question(required: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> Mapping[str, float]:
+    """What is required of the rows of a question: of several verdicts the first that can tell of any of them."""
+    if not isinstance(required, OneOf):
+        return required
+    tells = (name for name in required if any(row["rewards"][name] is not None for row in rows))
+    return {name: required[name] for name in [*tells][:1] or required}
+
+
+def is_right(rewards: Mapping[str, float | None], required: Mapping[str, float]) -> bool | None:
     """Whether every required reward reaches its least value; None if one can't tell and none is below."""
-    if not required:
-        return answers.is_right(row)
-    values = [(row["rewards"][name], least) for name, least in required.items()]
+    values = [(rewards[name], least) for name, least in required.items()]
     if any(value is not None and value < least - ROUNDING for value, least in values):
         return False
     return None if any(value is None for value, _ in values) else True
@@ -138,7 +147,7 @@ def is_right(row: Mapping[str, Any], required: Mapping[str, float]) -> bool | No
 
 def pass_rate(rows: Sequence[Mapping[str, Any]], required: Mapping[str, float]) -> float | None:
     """Share of right ones among the rows of a question whose verdict is known; None if there is none."""
-    known = [right for row in rows if (right := is_right(row, required)) is not None]
+    known = [right for row in rows if (right := is_right(row["rewards"], required)) is not None]
     return sum(known) / len(known) if known else None
 
 
@@ -182,14 +191,13 @@ def falls_of_row(
 ) -> list[Fall]:
     """The same of a sampled row, with its rewards and how it ended."""
     falls = []
-    rewards, right = row["rewards"], is_right(row, required)
-    asked = required or dict.fromkeys(rewards, 1.0)
+    rewards, right = row["rewards"], is_right(row["rewards"], required)
     if right is None:
-        falls.append(Fall("unknown", _named(name for name in asked if rewards[name] is None)))
+        falls.append(Fall("unknown", _named(name for name in required if rewards[name] is None)))
     if right is False:
         below = (
             f"{name} {value:g}"
-            for name, least in asked.items()
+            for name, least in required.items()
             if (value := rewards[name]) is not None and value < least - ROUNDING
         )
         falls.append(Fall("wrong", _named(below)))

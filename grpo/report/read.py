@@ -16,6 +16,7 @@ import yaml
 from grpo.config import read_yaml
 from grpo.scoring.answers import is_right, verdict_name
 from grpo.system.jsonl import row_of
+from grpo.types import VOTE
 
 Row = dict[str, Any]
 MAX_RUNS = 8
@@ -64,10 +65,13 @@ class Run:
         """Names of those that say what is right, of one question or another."""
         if setting := self.config.get("scoring", {}).get("verdict"):
             return [setting] if isinstance(setting, str) else list(setting)
-        names = [name.removeprefix("reward/") for row in self.metrics for name in row if name.startswith("reward/")]
-        functions = [name for name in names if name not in ("mean", "std", "unknown")]
-        if not functions:
-            functions = [name for row in self.evaluations[:1] for name in row["rewards"]]
+        seen = {
+            name.removeprefix("reward/"): None for row in self.metrics for name in row if name.startswith("reward/")
+        }
+        answered = dict.fromkeys(name for row in self.evaluations[:1] for name in row["rewards"])  # in the run's order
+        listed = [each.get("name") or re.split("[:.]", each["function"])[-1] for each in self.config.get("rewards", [])]
+        in_order = [*answered, *(name for name in listed if name in seen), *seen]
+        functions = [name for name in in_order if name not in ("mean", "std", "unknown", VOTE)]
         return [verdict_name(functions) if functions else "accuracy"]
 
     @property

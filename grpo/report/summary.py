@@ -132,7 +132,9 @@ def headline(run: Run) -> dict[str, Any]:
         "before": verdicts.get(min(verdicts)) if verdicts else None,
         "after": verdicts.get(max(verdicts)) if len(verdicts) > 1 else None,
         "evaluated": [min(verdicts), max(verdicts)] if verdicts else None,
-        "questions": len({row["row"] for row in steps[min(verdicts)]}) if verdicts and steps else 0,
+        "questions": len({row["row"] for row in steps[min(verdicts)] if row["right"] is not None})
+        if verdicts and steps
+        else 0,
         "reward": _ends(run, "reward/mean"),
         "accuracy": _ends(run, f"reward/{run.verdict}" if len(run.verdicts) == 1 else "outcome/right"),
         "length": _ends(run, "completion/length_mean"),

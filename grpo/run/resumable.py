@@ -37,6 +37,9 @@ MAY_CHANGE = {
 }
 """What may differ between a run and its resumption without making it another experiment."""
 
+MAY_NOT_CHANGE = {"scoring.verdict"}
+"""Of the sections that may, what is left as it is: what is right, by which batches are chosen."""
+
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What state.json holds.
@@ -118,7 +121,7 @@ def changed_setting(before: dict[str, Any], now: dict[str, Any], *, may_change: 
     """The first setting in which two configurations differ, but for settings and sections that may; None if there is none."""
     flat_before, flat_now = _flat(before), _flat(now)
     for name in sorted(flat_before.keys() | flat_now.keys()):
-        may = name in may_change or name.split(".")[0] in may_change
+        may = name in may_change or (name.split(".")[0] in may_change and name not in MAY_NOT_CHANGE)
         if not may and flat_before.get(name) != flat_now.get(name):
             return name
     return None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from grpo.scoring.reward import nearest
 from grpo.scoring.statistics import Values, estimate, majority, pass_at_k, powers_of_two
 from grpo.types import VOTE, Completion, Generator, Group, Prompt, Sampling, Scores
 
@@ -153,10 +154,11 @@ def training_rows(
 
 
 def verdict_name(names: Iterable[str]) -> str:
-    """Of a run's reward functions, the one whose verdict says what is right: `accuracy` if it is there, else the first that is
-    not one of MANNERS, else the first."""
+    """Of a run's reward functions, the one whose verdict says what is right: `accuracy` if it is there, else that of an
+    environment, else the first that is not one of MANNERS, else the first."""
     names = list(names)
-    return "accuracy" if "accuracy" in names else next((name for name in names if name not in MANNERS), names[0])
+    first = [name for name in ("accuracy", ENVIRONMENT) if name in names]
+    return next((name for name in [*first, *names] if name not in MANNERS), names[0])
 
 
 MANNERS = frozenset({"format", "overlong", "repetition", "language", "countdown_search", "countdown_trials"})
@@ -175,10 +177,15 @@ def verdicts_of(setting: str | Sequence[str] | None, names: Iterable[str]) -> li
     if setting is None:
         return [verdict_name(names)]
     wanted = [setting] if isinstance(setting, str) else list(setting)
-    if not wanted or not set(wanted) <= set(names):
-        raise ValueError(
-            f"scoring.verdict is {setting!r}; the rewards of this run are {', '.join(names)}. Name one of them, or remove it."
-        )
+    can_tell = [name for name in names if name != VOTE]  # whose values are names
+    for name in wanted or [""]:
+        if name not in can_tell:
+            wrong = f"{name} is no reward that can say what is right here" if name else "it names no reward"
+            raise ValueError(
+                f"scoring.verdict is {setting!r}; {wrong}: {nearest(name, can_tell)} Name one of them, or remove it."
+            )
+        if wanted.count(name) > 1:
+            raise ValueError(f"scoring.verdict is {setting!r}, with {name} twice. Name it once.")
     return wanted
 
 

@@ -93,6 +93,12 @@ class Reward:
         """Whether `only` lets it be asked about a question with these columns."""
         return all(as_text(columns.get(name)) in values for name, values in self.only.items())
 
+    @property
+    def is_due(self) -> bool:
+        """Whether it can tell of the questions that it is asked about, so that None is a failure: `only` names them, or the
+        function has `tells_of_all`."""
+        return bool(self.only) or getattr(self.function, "tells_of_all", False)
+
     def __post_init__(self) -> None:
         """Raises ValueError: see the class."""
         if inspect.isclass(self.function):
@@ -264,6 +270,15 @@ def check_spec(spec: str, setting: str = "rewards.*.function", built_in: str = "
             raise ValueError(_no_function(spec, setting, functions))
     elif importlib.util.find_spec(package := place.partition(".")[0] or " ") is None:
         raise ValueError(_not_imported(spec, place, setting, f"there is no package {package!r}"))
+
+
+def sure_name(config: RewardConfig) -> str | None:
+    """The name that a reward will have, by its entry and its source; None: nobody knows before its file is run."""
+    place, colon, name = config.function.rpartition(":")
+    if config.name or not colon:
+        return config.name or name
+    source = _source_file(config.function, Path(place), "rewards.*.function") if place.endswith(".py") else None
+    return name if source is not None and name in _bound_names(ast.parse(source.text))[1] else None
 
 
 def _built_in(spec: str, setting: str, built_in: str) -> ModuleType:

@@ -394,9 +394,11 @@ class Scoring:
         row = {p: number for number, p in enumerate(places)}
         group_size = next((self._sizes[p] for p in places), 0) or 0
         values = torch.full((len(rewards), len(places), group_size), math.nan, dtype=torch.float64)
+        is_due = torch.zeros(len(rewards), len(places), dtype=torch.bool)
         extras: list[list[dict[str, Any]]] = [[{} for _ in range(group_size)] for _ in places]
         metrics: dict[str, list[float]] = {}
         for task, outcome in zip(tasks, outcomes, strict=True):
+            is_due[task.function, row[task.p]] |= outcome.kind != "value" or rewards[task.function].is_due
             if outcome.kind == "value":
                 place = slice(task.g, task.g + task.num_values)
                 values[task.function, row[task.p], place] = torch.tensor(
@@ -406,7 +408,8 @@ class Scoring:
                     own |= {task.bound.reward.name: cells} if cells else {}
             for name, logged in outcome.metrics.items():
                 metrics[name] = metrics.get(name, []) + logged
-        sums = weighted_sum(values, torch.tensor([reward.weight for reward in rewards], dtype=torch.float64))
+        weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
+        sums = weighted_sum(values, weights, is_due)
         self._refuse_too_large(sums, values, tasks)
         return Scores(
             rewards=sums,
@@ -481,23 +484,24 @@ def _check_only(reward: Reward, columns: Sequence[str]) -> None:
             )
 
 
-def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
+def weighted_sum(values: Tensor, weights: Tensor, is_due: Tensor) -> Tensor:
     """The reward of each completion: sum over functions of weight * value, where NaN stands for "can't tell".
 
     A function that can't tell for any completion of a group does not apply to that prompt (a code checker on a maths
-    question): it is left out of that group's sum. If it can't tell for some, the sum of those completions is NaN. A
-    group to which no function applies is NaN throughout. Functions of weight 0 have no part in any of this; where
-    no other is left, as in distillation, the reward is 0.
+    question): it is left out of that group's sum, unless its verdict is due. If it can't tell for some, the sum of those
+    completions is NaN. A group to which no function applies is NaN throughout. Functions of weight 0 have no part in any of
+    this; where no other is left, as in distillation, the reward is 0.
 
     Args:
         values: (F, P, G).
         weights: (F,).
+        is_due: (F, P) whether the function applies even if it can't tell of any: it failed, or it is one that would know.
 
     Returns:
         (P, G).
     """
-    values, weights = values[weights != 0], weights[weights != 0, None, None]
-    applies = ~values.isnan().all(dim=-1, keepdim=True)  # (F, P, 1)
+    values, is_due, weights = values[weights != 0], is_due[weights != 0], weights[weights != 0, None, None]
+    applies = ~values.isnan().all(dim=-1, keepdim=True) | is_due[..., None]  # (F, P, 1)
     total = (weights * values.where(applies, 0.0)).sum(dim=0)
     return total.where(applies.any(dim=0) if len(values) else torch.tensor(True), math.nan)
 
