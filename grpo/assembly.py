@@ -517,10 +517,13 @@ def _signal_from(config: Config, rewards: list[Reward]) -> tuple[list[str], list
         raise ValueError(
             f"rollout.signal_from is {wanted!r}; the rewards of this run are {', '.join(names)}. Name one of them."
         )
+    if wanted is not None:
+        return [wanted], [wanted]
+    named = verdicts_of(config.scoring.verdict, names)
     weighted = [reward.name for reward in rewards if reward.weight] or names
-    verdicts = [name for name in verdicts_of(config.scoring.verdict, names) if name in weighted]
-    decides = [wanted] if wanted else verdicts or [verdict_name(weighted)]
-    return decides, [*decides, *(name for name in weighted if name not in MANNERS and name not in decides)]
+    decides = [name for name in named if name in weighted] or [verdict_name(weighted)]
+    others = [name for name in weighted if name not in MANNERS and name not in decides]
+    return decides if config.scoring.verdict is None else named, decides + others
 
 
 def _forms_tell(config: Config, rewards: list[Reward]) -> bool:

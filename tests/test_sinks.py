@@ -134,7 +134,7 @@ def test_wandbs_environment_variables_hold_where_the_configuration_says_nothing(
 
     def options() -> dict[str, Any]:
         words = aha.with_own({})
-        WandbSink("offline", project=project, directory=tmp_path, config={}, verdict="f", words=words, history=[])
+        WandbSink("offline", project=project, directory=tmp_path, config={}, verdicts=["f"], words=words, history=[])
         return fake.options
 
     for name in ("PROJECT", "NAME", "ENTITY", "RUN_ID"):
@@ -161,7 +161,7 @@ directory = Path(sys.argv[1])
 
 def make():
     return WandbSink(
-        "offline", project="p", directory=directory, config={}, verdict="f", words=aha.with_own({}), history=[]
+        "offline", project="p", directory=directory, config={}, verdicts=["f"], words=aha.with_own({}), history=[]
     )
 
 sink = InBackground("wandb", make, abandon=end_wandb_service)
@@ -207,7 +207,7 @@ def test_wandb_that_fails_offline_is_not_asked_again(tmp_path: Path, monkeypatch
 
     def make(mode: str) -> None:
         asked.clear()
-        WandbSink(mode, project="p", directory=tmp_path, config={}, verdict="f", words=aha.with_own({}), history=[])
+        WandbSink(mode, project="p", directory=tmp_path, config={}, verdicts=["f"], words=aha.with_own({}), history=[])
 
     monkeypatch.setitem(sys.modules, "wandb", Broken())
     make("online")

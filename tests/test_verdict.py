@@ -8,18 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TINY, FixedGenerator, number_in_text, tiny_config
+import warm
+from helpers import ROOT, TINY, FixedGenerator, clean_environment, number_in_text, tiny_config
 from test_report import a_run
 from test_scoring import make_group, make_scorer
 
 from grpo import Trainer
+from grpo.assembly import _signal_from
 from grpo.cli import reject
 from grpo.evaluation.arms import verdicts_in
-from grpo.evaluation.compare import _sampled
-from grpo.inference.inspect import of_those_left
+from grpo.inference.inspect import verdicts_left
+from grpo.observe.sinks import overview
 from grpo.rejection.rules import Rules, falls_of_row, of_question, pass_rate
+from grpo.report.fit import prediction
 from grpo.report.panels import sections
-from grpo.report.read import read_runs
+from grpo.report.read import read_runs, verdicts_of_runs
 from grpo.report.summary import headline
 from grpo.run.resumable import MAY_CHANGE, changed_setting
 from grpo.scoring.answers import completion_rows, judged, summarize, verdict_name, verdicts_of
@@ -65,10 +68,15 @@ def test_of_several_names_the_first_that_can_tell_of_a_question_is_its_verdict()
 
 
 def test_an_answer_that_the_verdict_of_its_question_cannot_judge_is_not_judged_by_another():
-    values = {"a": torch.tensor([[1.0, nan], [nan, nan]]), "b": torch.tensor([[0.0, 0.0], [1.0, nan]])}
-    torch.testing.assert_close(judged(values, ["a", "b"]), torch.tensor([[1.0, nan], [1.0, nan]]), equal_nan=True)
-    torch.testing.assert_close(judged(values, ["b", "a"]), values["b"], equal_nan=True)
-    assert judged({"a": torch.zeros(0, 4), "b": torch.zeros(0, 4)}, ["a", "b"]).shape == (0, 4)
+    values = {
+        "a": torch.tensor([[1.0, nan], [nan, nan], [nan, nan]]),
+        "b": torch.tensor([[0.0, 0.0], [1.0, nan], [1.0, 1.0]]),
+    }
+    scores = Scores(torch.zeros(3, 2), values, 0, 0, is_due={"a": torch.tensor([False, False, True])})
+    expected = torch.tensor([[1.0, nan], [1.0, nan], [nan, nan]])  # of the last a had to tell: it failed
+    torch.testing.assert_close(judged(scores, ["a", "b"]), expected, equal_nan=True)
+    torch.testing.assert_close(judged(scores, ["b", "a"]), values["b"], equal_nan=True)
+    assert judged(Scores(torch.zeros(0, 4), {"a": torch.zeros(0, 4)}, 0, 0), ["a", "a"]).shape == (0, 4)
 
 
 def test_without_rewards_nobody_can_tell_and_of_no_groups_there_are_no_rows():
@@ -181,6 +189,8 @@ def test_questions_of_every_kind_count_as_solved_by_their_verdict(tmp_path: Path
     solved = {group[0]["row"] for group in groups if sum(row["right"] for row in group) >= 3}
     assert set(trainer.state.solved) == solved
     assert {row["kind"] for row in rows if row["row"] in solved} == {"a", "b"}
+    (metrics,) = read_jsonl(tmp_path / "run/metrics.jsonl")
+    assert metrics["verdict/right"] == pytest.approx(sum(row["right"] for row in rows) / len(rows))
 
 
 def judged_row(number: int, kind: str, right: bool | None) -> dict[str, Any]:
@@ -205,7 +215,7 @@ def test_pass_rates_count_every_kind():
 def test_a_report_names_the_verdicts_and_shows_the_share_of_both(tmp_path: Path):
     evaluations = [row | {"step": step, "right": row["right"] or step == 2} for step in (0, 2) for row in ANSWERS[:3]]
     metrics = [{"step": step} | summarize([row for row in evaluations if row["step"] == step]) for step in (0, 2)]
-    metrics += [{"step": step, "outcome/right": step / 4} for step in range(1, 5)]
+    metrics += [{"step": step, "verdict/right": step / 4} for step in range(1, 5)]
     directory = a_run(tmp_path / "run", metrics=metrics, evaluations=evaluations)
     config = tiny_config(tmp_path / "run", scoring={"verdict": ["of_a", "of_b"]})
     (directory / "config.yaml").write_text(config.to_yaml())
@@ -216,9 +226,13 @@ def test_a_report_names_the_verdicts_and_shows_the_share_of_both(tmp_path: Path)
     assert [found["before"][0], found["after"][0]] == pytest.approx([2 / 3, 1])
     assert found["accuracy"][0] < 0.5 < found["accuracy"][1]
     names = [name for row in metrics for name in row]
-    for verdicts, is_drawn in ((run.verdicts, True), (["of_a"], False)):
-        panels = [panel for section in sections(names, verdicts=verdicts) for panel in section.panels]
-        assert any("eval/pass@1" in panel.points for panel in panels) == is_drawn
+    panels = {panel.title: panel for section in sections(names, verdicts=run.verdicts) for panel in section.panels}
+    assert (panels["Right, of all kinds"].lines, panels["Right, of all kinds"].points) == (
+        ["verdict/right"],
+        ["eval/pass@1"],
+    )
+    assert "pass@1" not in panels
+    assert prediction(run)["name"] == "verdict/right"
 
 
 def test_a_row_of_an_older_run_is_judged_by_the_rule(tmp_path: Path):
@@ -304,14 +318,6 @@ def test_the_headline_counts_the_questions_that_somebody_judged(tmp_path: Path):
     assert headline(run)["questions"] == 3
 
 
-def test_a_comparison_tells_what_was_sampled_of_every_kind():
-    row = {"reward/of_a": 0.9, "outcome/right": 0.2, "outcome/wrong": 0.3, "outcome/unknown": 0.5}
-    assert _sampled(row, ["of_a"]) == 0.9
-    assert _sampled(row, ["of_a", "of_b"]) == pytest.approx(0.4)
-    assert _sampled(row | {"outcome/right_later": 0.1}, ["of_a", "of_b"]) == pytest.approx(0.6)
-    assert _sampled({"outcome/unknown": 1.0}, ["of_a", "of_b"]) is None
-
-
 def test_two_arms_are_judged_by_the_verdict_that_each_configuration_names(tmp_path: Path):
     named = [{"function": "format"}, {"function": "accuracy"}]
     config = tiny_config(tmp_path, rewards=named, scoring={"verdict": "format"})
@@ -319,8 +325,49 @@ def test_two_arms_are_judged_by_the_verdict_that_each_configuration_names(tmp_pa
     assert verdicts_in(tiny_config(tmp_path, rewards=named)) == ["accuracy"]
 
 
-def test_a_question_of_ones_own_is_judged_without_the_verdicts_that_cannot_be_asked(tmp_path: Path):
-    scoring = tiny_config(tmp_path, scoring={"verdict": ["accuracy", "code"]}).scoring
-    assert of_those_left(scoring, {"code": ["tests"]}).verdict == ["accuracy"]
-    assert of_those_left(scoring, {"code": ["tests"], "accuracy": ["answer"]}).verdict is None
-    assert of_those_left(scoring, {}).verdict == ["accuracy", "code"]
+def test_a_question_of_ones_own_is_judged_by_the_verdicts_that_can_be_asked(tmp_path: Path):
+    rewards = [Reward(short), Reward(checked), Reward(run_code)]
+    scoring = tiny_config(tmp_path, scoring={"verdict": ["checked", "run_code"]}).scoring
+    assert verdicts_left(scoring, rewards, {"run_code": ["tests"]}) == ["checked"]
+    assert verdicts_left(scoring, rewards, {"run_code": ["tests"], "checked": ["answer"]}) == []
+    assert verdicts_left(tiny_config(tmp_path).scoring, rewards, {"short": ["kind"]}) == []  # by no other in its place
+
+
+def test_without_its_answer_nobody_says_that_an_answer_is_right():
+    """`format` is left, and says nothing of what is right."""
+    words = ["--model", str(TINY / "model"), "--config", str(ROOT / "configs" / "quickstart.yaml"), "--group", "4"]
+    done = warm.run(
+        ["-m", "grpo", "sample", *words, "--question", "What is 3+4?", "--json"],
+        cwd=ROOT,
+        env=clean_environment(),
+        timeout=100,
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["right"] for row in rows] == [None] * 4, done.stderr
+    assert {*rows[0]["rewards"]} == {"format"}
+
+
+def test_runs_without_rewards_have_no_verdict(tmp_path: Path):
+    (run,) = read_runs([a_run(tmp_path / "sft", metrics=[{"step": 1, "supervised/loss": 1.0}])], max_completions=0)
+    assert (run.verdicts, run.verdict, headline(run)["verdict"]) == ([], "accuracy", "accuracy")
+    assert verdicts_of_runs([run]) == []
+
+
+def test_the_overview_of_weights_and_biases_is_of_all_kinds():
+    assert overview(["mine"])["eval/mine"] == "held-out mine"
+    several = overview(["of_a", "of_b"])
+    assert (several["verdict/right"], several["eval/pass@1"]) == ("right", "held-out right")
+    assert "reward/of_a" not in several
+
+
+def test_dynamic_sampling_looks_at_what_has_a_weight_and_solved_questions_at_the_verdict(tmp_path: Path):
+    rewards = [Reward(checked, weight=0), Reward(short), Reward(run_code), Reward(format, name="format", weight=0.1)]
+
+    def found(**sections: Any) -> tuple[list[str], list[str]]:
+        return _signal_from(tiny_config(tmp_path, **sections), rewards)
+
+    assert found() == (["short"], ["short", "run_code"])  # and not format
+    assert found(scoring={"verdict": "checked"}) == (["checked"], ["short", "run_code"])
+    assert found(scoring={"verdict": ["checked", "run_code"]}) == (["checked", "run_code"], ["run_code", "short"])
+    named = {"max_oversampling": 2.0, "signal_from": "run_code"}
+    assert found(rollout=named, scoring={"verdict": "checked"}) == (["run_code"], ["run_code"])

@@ -227,14 +227,9 @@ def test_runs_with_different_verdicts_have_a_panel_each_and_pass_at_k_stands_in_
     names = {"reward/accuracy", "accuracy", "reward/countdown", "countdown"}
     names |= {"eval/pass@1", "eval/pass@2", "eval/pass@16", "eval/cons@16"}
     (first, *_), _ = workspace.arrange(names)
-    assert [panel.title for panel in first.panels] == [
-        "Accuracy",
-        "Countdown",
-        "cons@16",
-        "pass@1",
-        "pass@2",
-        "pass@16",
-    ]
+    assert [panel.title for panel in first.panels] == ["Accuracy", "Countdown", "cons@16", "pass@2", "pass@16"]
+    (first, *_), _ = workspace.arrange(names | {"verdict/right", "right"})
+    assert [panel.title for panel in first.panels][:3] == ["Right, of all kinds", "Accuracy", "Countdown"]
 
 
 # ---- what is asked of the server, and said of its answers -------------------------------------------------------------

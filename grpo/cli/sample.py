@@ -79,7 +79,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 def sample(options: argparse.Namespace, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from grpo.data.prompts import build_prompts
-    from grpo.inference.inspect import chosen_rows, columns_of, make_scorer, of_those_left, sample_groups, without
+    from grpo.inference.inspect import chosen_rows, columns_of, make_scorer, sample_groups, verdicts_left, without
     from grpo.inference.resolve_model import choose, said, trusted_environment, trusted_rewards, trusted_tools
     from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
     from grpo.scoring.reward import resolve_rewards
@@ -105,11 +105,12 @@ def sample(options: argparse.Namespace, asked: list[dict[str, Any]]) -> list[dic
     columns = columns_of(rows)
     rewards = resolve_rewards(trusted_rewards(chosen, options)) + ([] if environment is None else [environment.reward])
     lacking = without(rewards, columns)
+    verdicts = verdicts_left(chosen.settings.scoring, rewards, lacking)
     scorer = make_scorer(
         [reward for reward in rewards if reward.name not in lacking],
         columns=columns,
         sampling=chosen.sampling,
-        scoring=of_those_left(chosen.settings.scoring, lacking),
+        scoring=chosen.settings.scoring.model_copy(update={"verdict": verdicts or None}),
     )
     with scorer, contextlib.nullcontext() if tools is None else tools.toolbox:
         print(f"model {chosen.model.name}, template {data.template}, {said(chosen.sampling)}, seed {options.seed}")
@@ -120,7 +121,7 @@ def sample(options: argparse.Namespace, asked: list[dict[str, Any]]) -> list[dic
         for name, needed in lacking.items():
             print(f"without the reward {name}, which needs {', '.join(needed)}")
         sampler = chosen.load(tokenizer, longest_prompt=max(len(prompt.token_ids) for prompt in prompts))
-        return sample_groups(
+        sampled = sample_groups(
             prompts,
             generator=sampler.generator if tools is None else tools.around(sampler.generator),
             scorer=scorer,
@@ -129,3 +130,4 @@ def sample(options: argparse.Namespace, asked: list[dict[str, Any]]) -> list[dic
             rule=chosen.settings.algorithm.advantage_rule,
             seed=options.seed,
         )
+    return sampled if verdicts else [{**row, "right": None} for row in sampled]

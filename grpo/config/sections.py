@@ -213,10 +213,10 @@ class RolloutConfig(Section):
     this multiple of num_prompts questions was sampled in the step; see dynamic_sampling.py. 1: num_prompts questions,
     whatever their rewards. Raising it fills more batches with signal and costs rollout time."""
     signal_from: str | None = None
-    """Name of the reward whose values must differ in a group that dynamic sampling takes. null: of those with a weight, the
-    one that says what is right (scoring.verdict). Choosing by a reward for length or form fills batches with groups that teach
-    only that. Of a question of which it cannot tell, the next reward that is not about manners decides. It also says which
-    questions are solved."""
+    """Name of the reward whose values must differ in a group that dynamic sampling takes, and which says which questions are
+    solved. null: what says what is right (scoring.verdict); for dynamic sampling only what has a weight, and where that knows
+    nothing of a question, as of another kind, the next reward that is not about manners. Choosing by a reward for length or form
+    fills batches with groups that teach only that."""
     solved_share: Share = 1.0
     """Share of their turns at which solved questions are asked; at the others the next question is, and group/passed_over counts.
     A question is solved as long as solved_from of the answers that it had last are right. 1: all questions are alike. 0: what is
@@ -374,10 +374,10 @@ class EnvironmentConfig(Section):
 
 class ScoringConfig(Section):
     verdict: str | list[str] | None = None
-    """Name of the reward that says what is right, which a value of 1 or more means; where questions of several kinds have one each, their
-    names: [accuracy, code], of which the first that can tell of any answer to a question is its verdict. Pass rates, lengths of
-    right answers, reports and rejection go by it, and dynamic sampling if rollout.signal_from is null. null: `accuracy`, or else
-    that of an environment, or else the first that is not about manners (docs/rewards.md)."""
+    """Name of the reward that says what is right, which a value of 1 or more means. Questions of several kinds have one each:
+    [accuracy, code]; a question is judged by the first of them that knows something of it. Pass rates, lengths of right answers,
+    reports, rejection and the choice of questions (rollout.signal_from) go by it. null: `accuracy`, or else that of an
+    environment, or else the first that is not about manners (docs/rewards.md)."""
     num_workers: PositiveInt = 2
     """Reward worker processes per training process."""
     timeout_seconds: PositiveFloat = 10.0

@@ -34,7 +34,7 @@ from grpo.evaluation.arms import PlannedRun, verdicts_in
 from grpo.policy.model_source import name_of
 from grpo.report import plot_arms, write_page
 from grpo.report.read import MAX_RUNS
-from grpo.scoring.answers import OUTCOMES, by_question, columns_of, is_right
+from grpo.scoring.answers import by_question, columns_of, is_right, metrics_of
 from grpo.scoring.statistics import Estimate, Values, estimate, mean_of_few
 from grpo.system.files import replace_text, to_json
 from grpo.system.jsonl import iterate_jsonl, read_metrics
@@ -273,11 +273,11 @@ def _ends(found: Estimate) -> list[float]:
 def _the_rest(runs: Sequence[PlannedRun]) -> Row:
     """Means over all final answers of all runs; entropy and time are means over runs."""
     answers = [row for run in runs for row in _final(run)]
-    verdicts = verdicts_in(runs[0].config)
+    sampled, _ = metrics_of(verdicts_in(runs[0].config))
     steps = [[row for row in read_metrics(run.directory / "metrics.jsonl") if "time/step" in row] for run in runs]
     return {
         "before": _mean(share for run in runs for share in _before(run)),
-        "sampled": _mean(share for rows in steps for row in rows if (share := _sampled(row, verdicts)) is not None),
+        "sampled": _mean(row[sampled] for rows in steps for row in rows if sampled in row),
         "length": _length(answers),
         "length_right": _length(row for row in answers if is_right(row) is True),
         "length_wrong": _length(row for row in answers if is_right(row) is False),
@@ -285,15 +285,6 @@ def _the_rest(runs: Sequence[PlannedRun]) -> Row:
         "entropy": fmean(rows[-1]["policy/entropy"] for rows in steps),
         "seconds": fmean(sum(row["time/step"] for row in rows) for rows in steps),
     }
-
-
-def _sampled(row: Row, verdicts: Sequence[str]) -> float | None:
-    """Of a step, the share that was right; of several verdicts, without what nobody can judge, and what was cut off is wrong."""
-    if len(verdicts) == 1:
-        return row.get(f"reward/{verdicts[0]}")
-    right = sum(row.get(f"outcome/{name}", 0.0) for name in OUTCOMES if name.startswith("right"))
-    judged = 1 - row["outcome/unknown"]
-    return right / judged if judged else None
 
 
 def _before(run: PlannedRun) -> list[float]:

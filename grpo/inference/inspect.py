@@ -15,7 +15,7 @@ from grpo.config import DataConfig, ScoringConfig
 from grpo.data.rows import load_rows
 from grpo.observe.console import number
 from grpo.observe.display import styled_completion
-from grpo.scoring.answers import completion_rows, is_right
+from grpo.scoring.answers import completion_rows, is_right, verdicts_of
 from grpo.scoring.binding import LISTED, SINGLE
 from grpo.scoring.reward import Reward
 from grpo.scoring.scorer import Scorer
@@ -62,10 +62,10 @@ def without(rewards: Sequence[Reward], columns: Sequence[str]) -> dict[str, list
     return {name: sorted(needed) for name, needed in lacking.items() if needed}
 
 
-def of_those_left(scoring: ScoringConfig, lacking: Container[str]) -> ScoringConfig:
-    """Without verdicts that cannot be asked."""
-    named = [scoring.verdict] if isinstance(scoring.verdict, str) else scoring.verdict or []
-    return scoring.model_copy(update={"verdict": [name for name in named if name not in lacking] or None})
+def verdicts_left(scoring: ScoringConfig, rewards: Sequence[Reward], lacking: Container[str]) -> list[str]:
+    """Of the rewards that say what is right, those that can be asked."""
+    names = verdicts_of(scoring.verdict, [reward.name for reward in rewards])
+    return [name for name in names if name not in lacking]
 
 
 def _required(reward: Reward) -> set[str]:
@@ -161,7 +161,7 @@ def _heading(row: Mapping[str, Any], num: int) -> Text:
 
 def verdict_of(row: Mapping[str, Any]) -> bool | None:
     """Whether it is right; None also where there is no gold answer to tell by."""
-    return None if row["answer"] is None else is_right(row)
+    return is_right(row)
 
 
 def _verdict(name: str, value: float | None, row: Mapping[str, Any]) -> Text:

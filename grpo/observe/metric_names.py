@@ -33,6 +33,7 @@ METRICS = {
     "completion/truncated": "share of completions cut off at rollout.max_completion_tokens",
     "completion/repetition": "share of the runs of 8 tokens in completions that the same completion had before",
     "completion/length_<kind>": "the mean over completions that ended by themselves and are `right`, or `wrong`",
+    "verdict/right": "share of completions with a verdict that are right; where scoring.verdict names several",
     "outcome/right": "share of completions that ended by themselves and are right; all `outcome/...` add up to 1",
     "outcome/right_first": "share that are right at the first trial, by the reward `countdown_trials`; they are not in "
     "outcome/right. This and the next only with that reward",
@@ -153,7 +154,7 @@ METRICS = {
 }
 """Formula of each metric. `<function>` stands for the name of a reward function; `<list>` for that of a word list: `reflection`,
 `verification`, `backtracking`, `subgoals`, or one of logging.reflection_words; `<question_kind>` for a value of
-data.kind_column. Right is a verdict of 1, of the reward that scoring.verdict names. Trained tokens are those
+data.kind_column. Right is a verdict of 1, of the reward that says what is right (docs/rewards.md). Trained tokens are those
 of completions with a known reward in groups of the batch, less what algorithm.filter_truncated leaves out; where the others
 make no gradient and no pass reads them (AlgorithmConfig.every_token_counts), only of those whose advantage is not 0, if any."""
 

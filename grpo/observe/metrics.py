@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 from grpo.algorithm.advantage import has_signal
 from grpo.algorithm.loss import Objective, TokenLoss
 from grpo.observe.metric_names import LOSS
-from grpo.scoring.answers import count_outcomes, is_right
+from grpo.scoring.answers import RIGHT, RIGHT_OF_ALL_KINDS, count_outcomes, is_right, judged
 from grpo.system.distributed import Processes
 from grpo.text import answer_forms, language
 from grpo.text.aha import Words, tally
@@ -109,6 +110,9 @@ def measure_rollout(meter: Meter, groups: list[Group], scores: Scores) -> None:
     for name, values in scores.values.items():
         if name != VOTE:
             meter.mean_of_known(f"reward/{name}", values)
+    if len(scores.verdicts) > 1:
+        verdicts = judged(scores, scores.verdicts)
+        meter.mean_of_known(RIGHT_OF_ALL_KINDS, (verdicts >= RIGHT).double().masked_fill(verdicts.isnan(), math.nan))
     for p, group in enumerate(groups):
         if group.prompt.kind is not None:
             kind = f"kind/{group.prompt.kind}"

@@ -248,7 +248,7 @@ class RunLog:
                 project=logging.wandb_project,
                 directory=self.directory,
                 config=self.config.model_dump(),
-                verdict=next(iter(verdicts_of(self.config.scoring.verdict, self.reward_names)), ""),
+                verdicts=verdicts_of(self.config.scoring.verdict, self.reward_names) or [""],
                 words=self.words,
                 history=history,
             )

@@ -17,7 +17,7 @@ from threading import Thread
 from typing import Any, Protocol
 
 from grpo.config import AnyConfig
-from grpo.scoring.answers import is_right
+from grpo.scoring.answers import is_right, metrics_of
 from grpo.system.files import replace_text, to_json
 from grpo.system.jsonl import append_jsonl
 from grpo.system.terminal import say
@@ -183,12 +183,14 @@ COMPLETIONS, REFLECTIVE = "samples/completions", "samples/reflective"
 """W&B's tables."""
 
 
-def overview(verdict: str) -> dict[str, str]:
-    """The few metrics that W&B has once more, under these names; `verdict` is the reward that says what is right."""
+def overview(verdicts: Sequence[str]) -> dict[str, str]:
+    """The few metrics that W&B has once more, under these names; `verdicts` are the rewards that say what is right."""
+    sampled, held_out = metrics_of(verdicts)
+    name = verdicts[0] if len(verdicts) == 1 else "right"
     return {
         "reward/mean": "reward",
-        f"reward/{verdict}": verdict,
-        f"eval/{verdict}": f"held-out {verdict}",
+        sampled: name,
+        held_out: f"held-out {name}",
         "completion/length_mean": "length",
         "completion/truncated": "cut off",
         "policy/entropy": "entropy",
@@ -262,12 +264,12 @@ class WandbSink:
         project: str | None,
         directory: Path,
         config: dict[str, Any],
-        verdict: str,
+        verdicts: Sequence[str],
         words: aha.Words,
         history: Sequence[Row],
     ) -> None:
         """Args:
-        verdict: name of the reward that says what is right.
+        verdicts: names of the rewards that say what is right.
         history: the rows of metrics.jsonl so far.
         """
         import wandb
@@ -291,11 +293,11 @@ class WandbSink:
                 raise
             say(f"wandb: {error}; this run is logged offline.")
             self._run = wandb.init(mode="offline", **options)
-        self._overview = overview(verdict)
+        self._overview = overview(verdicts)
         # W&B's own step cannot go back; a run that resumes or rolls back does
         self._run.define_metric(STEP, hidden=True)
         self._run.define_metric("*", step_metric=STEP)
-        for name in (f"reward/{verdict}", f"eval/{verdict}"):  # the list of runs shows the best beside the last
+        for name in metrics_of(verdicts):  # the list of runs shows the best beside the last
             self._run.define_metric(name, step_metric=STEP, summary="max,last")
         self._samples = ReflectiveSamples(words)
         self._history: list[Row] = list(history)

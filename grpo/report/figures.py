@@ -83,7 +83,7 @@ Drawing = tuple[Panel, list[Run]]
 def _overview(runs: list[Run]) -> list[Drawing]:
     """The panels that say most of the runs."""
     panels = {panel.title: panel for panel in _panels(runs)}
-    verdict = next((panel.title for panel in panels.values() if f"reward/{runs[0].verdict}" in panel.lines), "")
+    verdict = next((panel.title for panel in panels.values() if runs[0].sampled_metric in panel.lines), "")
     return [(panels[title], runs) for title in ("Reward", verdict, *OVERVIEW) if title in panels]
 
 
@@ -157,8 +157,8 @@ def plot_arms(arms: Mapping[str, Sequence[Path]], path: Path) -> Path:
     from matplotlib.figure import Figure
 
     runs = {arm: [*chain(*(read_runs([each], max_completions=0) for each in own))] for arm, own in arms.items()}
-    verdict = next(iter(runs.values()))[0].verdict
-    names = {f"reward/{verdict}": f"{verdict}, sampled", **OF_ARMS}
+    first = next(iter(runs.values()))[0]
+    names = {first.sampled_metric: f"{' or '.join(first.verdicts)}, sampled", **OF_ARMS}
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 5), layout="constrained")  # without pyplot, whose backend is the user's
         axes = figure.subplots(2, 3)

@@ -251,14 +251,14 @@ def prediction(run: Run) -> dict[str, Any] | None:
         name of the metric, number of values and whether they are held out; `reason`, or `step`, `at_end`, `limit` (null where it
         cannot be told) and `curve`, its value at each of the run's steps. None: the run has no rewards.
     """
-    held_out = _values(run, f"eval/{run.verdict}")
-    sampled = _values(run, f"reward/{run.verdict}") or _values(run, "reward/mean")
+    held_out = _values(run, run.held_out_metric)
+    sampled = _values(run, run.sampled_metric) or _values(run, "reward/mean")
     # where other questions come to be asked what is sampled is no measure of the policy
     rollout, data = run.config.get("rollout", {}), run.config.get("data", {})
     passes_over = min(rollout.get("solved_share", 1), rollout.get("hopeless_share", 1)) < 1
     is_held_out = len(held_out) >= FEWEST_EVALUATIONS or passes_over or data.get("order_by") is not None
     chosen = held_out if is_held_out else sampled
-    name = f"eval/{run.verdict}" if is_held_out else f"reward/{run.verdict}"
+    name = run.held_out_metric if is_held_out else run.sampled_metric
     name = name if is_held_out or _values(run, name) else "reward/mean"
     if not chosen:
         return None
@@ -268,7 +268,7 @@ def prediction(run: Run) -> dict[str, Any] | None:
     compute = np.array([step - lag for step, _ in chosen], dtype=np.float64)
     steps, planned = run.metrics[-1]["step"], run.config.get("run", {}).get("steps") or 0
     end = planned if planned > steps else 2 * steps
-    is_share = name.partition("/")[2] in _shares(run)
+    is_share = name.partition("/")[2] in _shares(run) or (len(run.verdicts) > 1 and name != "reward/mean")
     fewest = FEWEST_EVALUATIONS if is_held_out else FEWEST_STEPS
     found = fit(compute, values, end=end - lag, fewest=fewest, bounds=(0.0, 1.0) if is_share else None)
     if isinstance(found, str):

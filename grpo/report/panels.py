@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from grpo.observe.metric_names import LOSS, METRICS, is_bound
-from grpo.scoring.answers import verdict_name
+from grpo.scoring.answers import RIGHT_OF_ALL_KINDS, verdict_name
 from grpo.text.answer_forms import FORMS
 
 FIT = "fit/curve"
 """A line of the page that no run has logged: what grpo/report/fit.py makes of its values."""
 NOT_A_FUNCTION = {"reward/mean", "reward/std", "reward/unknown"}
-SAME = "eval/pass@1"  # the mean of the verdict, which is drawn beside that of training; of several verdicts it is none of them
+SAME = "eval/pass@1"  # the mean of the verdict, which is drawn beside that of training
 HEALTH, COST = "Is it healthy?", "What does it cost?"
 
 OUTCOMES = {
@@ -73,7 +73,8 @@ def sections(names: Iterable[str], *, verdicts: Sequence[str] = (), kind: str = 
         verdicts: names of the rewards that say what is right; none: as the rule says.
         kind: what kinds of questions are called: the column of data.kind_column.
     """
-    not_drawn = {"step", *([] if len(verdicts) > 1 else [SAME])}
+    names = list(names)
+    not_drawn = {"step", *([] if RIGHT_OF_ALL_KINDS in names else [SAME])}
     left = {name: None for name in names if not is_bound(name) and name not in not_drawn}
     asked = [Section(title, _present(panels, left)) for title, panels in _questions(list(left), verdicts, kind).items()]
     rest = [Panel(name, [name]) for name in left]
@@ -91,18 +92,20 @@ def _questions(names: list[str], verdicts: Sequence[str], kind: str) -> dict[str
     verdicts = verdicts or [verdict_name(functions) if functions else "accuracy"]
     kinds = _kinds(names, functions)
     other = [name for name in functions if name not in (*verdicts, "format")]
+    right = [Panel("Right, of all kinds", [RIGHT_OF_ALL_KINDS], points=[SAME])] if RIGHT_OF_ALL_KINDS in names else []
+    right += map(_function, verdicts)
     return {
         "Is it learning?": [
             Panel("Reward", ["reward/mean"]),
             Panel("Loss of rows", [LOSS], "nats", points=["supervised/held_out_loss"]),
             Panel("Next tokens", ["supervised/accuracy"], points=["supervised/held_out_accuracy"]),
-            *(replace(_function(verdict), alone=[FIT] if verdict == verdicts[0] else []) for verdict in verdicts),
+            *(replace(panel, alone=[FIT] if i == 0 else []) for i, panel in enumerate(right)),
             Panel("Solved and hopeless questions", ["progress/solved", "progress/hopeless"]),
             *map(_function, other),
             *(
                 Panel(name.removeprefix("eval/"), [], points=[name])
                 for name in names
-                if re.fullmatch(r"eval/(pass|cons)@\d+", name)
+                if re.fullmatch(r"eval/(pass|cons)@\d+", name) and name != SAME
             ),
             Panel("Groups with signal", ["group/with_signal"]),
             Panel("Signal in the batch", ["batch/with_signal"]),

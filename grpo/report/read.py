@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from grpo.config import read_yaml
-from grpo.scoring.answers import is_right, verdict_name
+from grpo.scoring.answers import is_right, metrics_of, verdict_name
 from grpo.system.jsonl import row_of
 from grpo.types import VOTE
 
@@ -53,16 +53,21 @@ class Run:
     @property
     def verdict(self) -> str:
         """Name of the reward function that says what is right; of several the first."""
-        return self.verdicts[0]
+        return (self.verdicts or ["accuracy"])[0]
+
+    @property
+    def sampled_metric(self) -> str:
+        """How much is right of what is sampled in training."""
+        return metrics_of(self.verdicts or [self.verdict])[0]
 
     @property
     def held_out_metric(self) -> str:
-        """Share of right answers to the held-out questions."""
-        return f"eval/{self.verdict}" if len(self.verdicts) == 1 else "eval/pass@1"
+        """How much is right of the answers to the held-out questions."""
+        return metrics_of(self.verdicts or [self.verdict])[1]
 
     @property
     def verdicts(self) -> list[str]:
-        """Names of those that say what is right, of one question or another."""
+        """Names of those that say what is right, of one question or another; none of a run without rewards."""
         if setting := self.config.get("scoring", {}).get("verdict"):
             return [setting] if isinstance(setting, str) else list(setting)
         seen = {
@@ -72,7 +77,7 @@ class Run:
         listed = [each.get("name") or re.split("[:.]", each["function"])[-1] for each in self.config.get("rewards", [])]
         in_order = [*answered, *(name for name in listed if name in seen), *seen]
         functions = [name for name in in_order if name not in ("mean", "std", "unknown", VOTE)]
-        return [verdict_name(functions) if functions else "accuracy"]
+        return [verdict_name(functions)] if functions else []
 
     @property
     def kind_column(self) -> str | None:

@@ -128,7 +128,7 @@ def headline(run: Run) -> dict[str, Any]:
     tokens = [row["throughput/rollout"] * row["time/rollout"] for row in trained if "throughput/rollout" in row]
     memory = [row["memory/step"] for row in trained if "memory/step" in row]
     return {
-        "verdict": " or ".join(run.verdicts),
+        "verdict": " or ".join(run.verdicts) or run.verdict,
         "before": verdicts.get(min(verdicts)) if verdicts else None,
         "after": verdicts.get(max(verdicts)) if len(verdicts) > 1 else None,
         "evaluated": [min(verdicts), max(verdicts)] if verdicts else None,
@@ -136,7 +136,7 @@ def headline(run: Run) -> dict[str, Any]:
         if verdicts and steps
         else 0,
         "reward": _ends(run, "reward/mean"),
-        "accuracy": _ends(run, f"reward/{run.verdict}" if len(run.verdicts) == 1 else "outcome/right"),
+        "accuracy": _ends(run, run.sampled_metric),
         "length": _ends(run, "completion/length_mean"),
         "steps": run.metrics[-1]["step"] if run.metrics else 0,
         "planned": run.config.get("run", {}).get("steps"),

@@ -17,12 +17,14 @@ from typing import Any
 
 from grpo.observe.sinks import CHARTS, COMPLETIONS, REFLECTIVE, STEP, chart_of, end_wandb_service, overview
 from grpo.report.panels import COST, HEALTH, Panel, Section, formula, functions_of, natural, sections
+from grpo.scoring.answers import RIGHT_OF_ALL_KINDS
 from grpo.system.stopping import RunError
 
 AHA, REWARDS, SAMPLES = "Is there an aha moment?", "What is rewarded?", "Samples"
 
 FIRST: dict[str, tuple[str, ...]] = {
     AHA: (
+        RIGHT_OF_ALL_KINDS,
         "reward/<verdict>",
         "answer/right",
         "completion/length_mean",
@@ -172,7 +174,7 @@ def arrange(logged: Collection[str]) -> tuple[list[Section], list[Section]]:
 
 def _verdicts(logged: Collection[str]) -> list[str]:
     """Of each run the reward that says what is right, which the overview has under its own name: W&B keeps no order."""
-    others = overview("").values()
+    others = overview([""]).values()
     return sorted(name for name in functions_of(logged) if name in logged and name not in others)
 
 

@@ -92,7 +92,7 @@ def completion_rows(groups: list[Group], scores: Scores) -> list[dict[str, Any]]
     """
     rows = []
     verdicts = scores.verdicts or verdicts_of(None, scores.values)
-    right = judged(scores.values, verdicts) if scores.values else scores.rewards * math.nan
+    right = judged(scores, verdicts) if scores.values else scores.rewards * math.nan
     for p, group in enumerate(groups):
         for g, completion in enumerate(group.completions):
             extra = scores.extras[p][g] if scores.extras else {}
@@ -189,12 +189,33 @@ def verdicts_of(setting: str | Sequence[str] | None, names: Iterable[str]) -> li
     return wanted
 
 
-def judged(values: Mapping[str, Tensor], verdicts: Sequence[str]) -> Tensor:
-    """(P, G) of each group the values of the first of these functions that can tell of any of it; NaN where nobody can tell."""
-    first, *others = (values[name] for name in verdicts)
-    for other in others:
-        first = first.where(~first.isnan().all(1, keepdim=True), other)
-    return first
+RIGHT_OF_ALL_KINDS = "verdict/right"
+"""The training metric of several verdicts, in the place of `reward/<function>`."""
+
+
+def metrics_of(verdicts: Sequence[str]) -> tuple[str, str]:
+    """Names of the metrics that say how much is right: in training, and of what is held out."""
+    if len(verdicts) > 1:
+        return RIGHT_OF_ALL_KINDS, "eval/pass@1"
+    return f"reward/{verdicts[0]}", f"eval/{verdicts[0]}"
+
+
+def judged(scores: Scores, names: Sequence[str]) -> Tensor:
+    """(P, G) of each group the values of the first of these functions that applies to it; NaN where it cannot tell.
+
+    A function applies if its verdict is due, or if it can tell of any completion of the group.
+    """
+    first, *others = names
+    found, is_open = scores.values[first], ~_applies(scores, first)
+    for name in others:
+        found = found.where(~is_open[:, None], scores.values[name])
+        is_open = is_open & ~_applies(scores, name)
+    return found
+
+
+def _applies(scores: Scores, name: str) -> Tensor:
+    """(P,)"""
+    return ~scores.values[name].isnan().all(1) | scores.is_due.get(name, False)
 
 
 def is_right(row: Mapping[str, Any]) -> bool | None:

@@ -420,6 +420,7 @@ class Scoring:
             metrics=metrics,
             extras=extras,
             verdicts=self._scorer.verdicts,
+            is_due={reward.name: is_due[f] for f, reward in enumerate(rewards)},
         )
 
     def _refuse_too_large(self, sums: Tensor, values: Tensor, tasks: list[Task]) -> None:
@@ -520,6 +521,7 @@ def join_scores(parts: Sequence[Scores]) -> Scores:
         },
         extras=[group for each in parts for group in each.extras],
         verdicts=parts[0].verdicts,
+        is_due={name: torch.cat([each.is_due[name] for each in parts]) for name in parts[0].is_due},
     )
 
 

@@ -161,7 +161,7 @@ class RolloutMaker:
         Raises:
             ValueError: on all processes, a verdict is no share of what is right.
         """
-        verdicts = judged(scores.values, self.verdicts)
+        verdicts = judged(scores, self.verdicts)
         outside = verdicts[(verdicts < 0) | (verdicts > 1 + FLAT)].tolist()  # NaN is neither
         rows = [group.prompt.row for group in groups]
         solved = is_solved(verdicts, at_least=solved_from)
@@ -180,7 +180,7 @@ class RolloutMaker:
 
     def _signal(self, rule: AdvantageRule, scores: Scores) -> Tensor:
         """(P,) which groups are worth a place in the batch, by the one reward that decides it of a question."""
-        values = judged(scores.values, self.signal_from).masked_fill(scores.rewards.isnan(), math.nan)
+        values = judged(scores, self.signal_from).masked_fill(scores.rewards.isnan(), math.nan)
         return has_signal(values) if self.advantage is not None else teaches(rule, values)
 
 
