@@ -213,6 +213,40 @@ def test_a_picture_that_cannot_be_is_refused_before_the_work(tmp_path: Path, pic
         check_places(None, picture=tmp_path / picture)
 
 
+def test_a_picture_of_no_metrics_or_no_titles_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    run = a_run(tmp_path / "run", metrics=[])
+    for titles in ([], ["Reward"]):
+        with pytest.raises(
+            ValueError, match=r"^--picture is '.*x\.png'; the runs have no metrics yet\. Draw it after a step"
+        ):
+            save_picture([run], tmp_path / "x.png", titles)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, with_levels(tmp_path / "a"), "--picture", tmp_path / "x.png", "--panels", " , ")
+    assert "--panels is ' , '; it names no panel. Name some by" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command(monkeypatch, tmp_path / "a", "--picture", tmp_path / "x.png", "--panels", "Acuracy")
+    assert not (tmp_path / "a" / "report.html").exists()  # before the page is made
+
+
+def test_names_are_drawn_as_they_are_written(tmp_path: Path):
+    """matplotlib reads formulas between dollars and leaves out what begins with a line below."""
+    names = ["_", r"a$\frac$b", "a/b"]
+    shares = {f"kind/{name}/accuracy": 0.5 for name in names} | {f"kind/{name}/length": 0.5 for name in names}
+    metrics = [{"step": step, "reward/accuracy": 0.5, **shares} for step in (1, 2)]
+    runs = read(a_run(tmp_path / "run", metrics=metrics))
+    axis = Figure().subplots()
+    _draw(axis, panel_of("Accuracy by", runs), runs)
+    axis.figure.canvas.draw()
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [" _", r"a\$\frac\$b", "a/b"]
+    assert [is_share(f"kind/a/b/{name}", runs) for name in ("accuracy", "length")] == [True, False]
+
+
+def test_supervised_runs_have_their_held_out_kinds(tmp_path: Path):
+    metrics = [{"step": s, "eval/code": 0.5, **{f"kind/{k}/eval_code": 0.5 for k in "ab"}} for s in (0, 2)]
+    runs = read(a_run(tmp_path / "sft", metrics=metrics))
+    assert panel_of("Held-out code by level", runs).points == ["kind/a/eval_code", "kind/b/eval_code"]
+
+
 def test_panels_without_a_picture_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     with pytest.raises(SystemExit):
         command(monkeypatch, with_levels(tmp_path / "a"), "--panels", "Reward")

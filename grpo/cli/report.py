@@ -27,6 +27,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     titles = [title.strip() for title in (arguments.panels or "").split(",") if title.strip()]
+    if arguments.panels is not None and not titles:
+        parser.error(f"--panels is {arguments.panels!r}; it names no panel. Name some by their titles on the page.")
     if titles and arguments.picture is None:
         parser.error("--panels says what --picture draws. Give --picture FILE too.")
     with errors_for_users():
@@ -37,6 +39,8 @@ def main() -> None:
         limit = MAX_COMPLETIONS if arguments.max_completions is None else arguments.max_completions
         out = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "report.html"
         runs = read_runs(arguments.runs, max_completions=limit)
+        if arguments.picture is not None:  # first, since a title may be wrong
+            save_picture(arguments.runs, arguments.picture, titles)
         try:
             size = write_page_of(runs, out)
         except OSError as error:
@@ -53,5 +57,4 @@ def main() -> None:
                 figures = save_figures(arguments.runs, directory, suffix=suffix)
                 print(f"{directory}  {len(figures)} figures ({suffix})")
         if arguments.picture is not None:
-            save_picture(arguments.runs, arguments.picture, titles)
             print(arguments.picture)

@@ -68,9 +68,11 @@ def save_picture(run_dirs: list[Path], path: Path, titles: Sequence[str] = ()) -
         titles: of panels, as the page has them; none: those of `plot_curves`.
 
     Raises:
-        ValueError: a directory is not that of a run; the runs have no such panel.
+        ValueError: a directory is not that of a run; the runs have no such panel, or none at all.
     """
     runs = read_runs(run_dirs, max_completions=0)
+    if not _panels(runs):
+        raise ValueError(f"--picture is {str(path)!r}; the runs have no metrics yet. Draw it after a step.")
     drawings = _of_titles(runs, titles) if titles else _overview(runs)
     columns = 2 if len(drawings) == 4 else min(3, len(drawings))
     _save_grid(drawings, path, columns=columns, rows=math.ceil(len(drawings) / max(columns, 1)))
@@ -214,6 +216,7 @@ def _draw(axis: Axes, panel: Panel, runs: list[Run]) -> None:
     from matplotlib.transforms import ScaledTranslation
 
     several = len(runs) > 1
+    sure = [summary.intervals(run) if panel.points else {} for run in runs]
     names = [] if panel.stacked else panel.lines if several else panel.lines + panel.alone
     for r, run in enumerate(runs):
         if panel.stacked:
@@ -223,18 +226,19 @@ def _draw(axis: Axes, panel: Panel, runs: list[Run]) -> None:
             dash = DASHES[i % 4] if several else _dash(name, panel)
             label = " ".join(([run.name] if several else []) + ([_called(name, panel)] if len(names) > 1 else []))
             pale = name not in panel.alone  # single values of few completions would hide the other lines
-            _line(axis, run, name, color=color, dash=dash, label=label, pale=pale)
+            _line(axis, run, name, color=color, dash=dash, label=_plain(label), pale=pale)
             if panel.base and not i:
                 _base(axis, run, name, color, label="" if r else "step 1, untrained")
         for name in panel.points:
             color = COLORS[r % 8] if several else _color(names[0] if names else name, 0, panel)
             label = _called(name, panel) if len(panel.points) > 1 else "" if r else HELD_OUT
-            _points(axis, run, name, color, label=label, joined="" if names else _dash(name, panel))
+            joined = "" if names else _dash(name, panel)
+            _points(axis, run, name, color, label=_plain(label), joined=joined, known=sure[r].get(name, {}))
     if all(summary.is_share(name, runs) for name in [*panel.lines, *panel.points]):
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
     if panel.stacked and summary.is_share(panel.lines[0], runs):
         axis.set_ylim(0, 1)
-    axis.set_title(panel.caption)
+    axis.set_title(_plain(panel.caption))
     axis.set_xlabel("step")
     axis.margins(x=0.01)
     if axis.get_ylim()[0] < 0.6 * axis.get_ylim()[1] and axis.dataLim.y0 >= 0:
@@ -246,7 +250,7 @@ def _draw(axis: Axes, panel: Panel, runs: list[Run]) -> None:
             bbox_to_anchor=(0.5, 0.0),
             bbox_transform=axis.transAxes + ScaledTranslation(0, -BELOW_LABELS / 72, axis.figure.dpi_scale_trans),
             ncols=6 if max(map(len, labels)) < 4 else 4 if max(map(len, labels)) < 12 else 2,
-            title=SURE if len(panel.points) > 1 and summary.intervals(runs[0]).keys() & {*panel.points} else None,
+            title=SURE if len(panel.points) > 1 and sure[0].keys() & {*panel.points} else None,
             title_fontsize=7,
         )
 
@@ -262,6 +266,11 @@ def _last(name: str) -> str:
     if side:
         return "cut off" if side[1] == "truncated" else side[1]
     return "all" if name.startswith("aha/") else name.split("/")[-1].replace("_", " ")
+
+
+def _plain(text: str) -> str:
+    """As it is written: matplotlib reads formulas between dollars, and leaves out of a legend what begins with a line below."""
+    return re.sub("^_", " _", text.replace("$", r"\$"))
 
 
 def _called(name: str, panel: Panel) -> str:
@@ -328,14 +337,16 @@ def _base(axis: Axes, run: Run, name: str, color: str, *, label: str) -> None:
             axis.axhline(row[name], color=color, linewidth=0.8, linestyle=(0, (1, 2)), label=label or None)
 
 
-def _points(axis: Axes, run: Run, name: str, color: str, *, label: str, joined: Any) -> None:
+def _points(
+    axis: Axes, run: Run, name: str, color: str, *, label: str, joined: Any, known: Mapping[int, summary.Interval]
+) -> None:
     """Held-out values.
 
     Args:
         joined: the style of the line through them; empty for none.
+        known: their intervals, by step.
     """
     steps, values = _series(run, name)
-    known = summary.intervals(run).get(name, {})
     ends = [known.get(int(step), (value, value, value))[1:] for step, value in zip(steps, values, strict=True)]
     if ends:
         sure = f", {SURE}" if label == HELD_OUT and known else ""

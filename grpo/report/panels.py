@@ -82,9 +82,11 @@ def sections(names: Iterable[str], *, verdicts: Sequence[str] = (), kind: str = 
 
 
 def functions_of(names: Iterable[str]) -> list[str]:
-    """The reward functions of runs that have metrics of these names."""
+    """The reward functions of runs that have metrics of these names; those that grade held-out questions alone come last."""
+    names = list(names)
     rewards = [name for name in names if name.startswith("reward/") and name not in NOT_A_FUNCTION]
-    return [name.removeprefix("reward/") for name in rewards]
+    held_out = [name for name in names if name.startswith("eval/") and formula(name) == METRICS["eval/<function>"]]
+    return [*dict.fromkeys(name.partition("/")[2] for name in [*rewards, *held_out])]
 
 
 def _questions(names: list[str], verdicts: Sequence[str], kind: str) -> dict[str, list[Panel]]:

@@ -43,7 +43,7 @@ def intervals(run: Run) -> dict[str, dict[int, Interval]]:
     return found
 
 
-VALUE_OF_A_FUNCTION = re.compile(r"reward/(?!mean$|std$)|eval/|kind/.+/(?!length$|reward$)")
+VALUE_OF_A_FUNCTION = re.compile(r"reward/(?!mean$|std$)|eval/|kind/.+/(?!length$|reward$)[^/]+$")
 
 
 def is_share(name: str, runs: list[Run]) -> bool:
