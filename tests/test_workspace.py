@@ -229,7 +229,7 @@ def test_runs_with_different_verdicts_have_a_panel_each_and_pass_at_k_stands_in_
     (first, *_), _ = workspace.arrange(names)
     assert [panel.title for panel in first.panels] == ["Accuracy", "Countdown", "cons@16", "pass@2", "pass@16"]
     (first, *_), _ = workspace.arrange(names | {"verdict/right", "right"})
-    assert [panel.title for panel in first.panels][:3] == ["Right, of all kinds", "Accuracy", "Countdown"]
+    assert [panel.title for panel in first.panels][:3] == ["Right of all kinds", "Accuracy", "Countdown"]
 
 
 # ---- what is asked of the server, and said of its answers -------------------------------------------------------------

@@ -94,7 +94,7 @@ def _questions(names: list[str], verdicts: Sequence[str], kind: str) -> dict[str
     verdicts = verdicts or [verdict_name(functions) if functions else "accuracy"]
     kinds = _kinds(names, functions)
     other = [name for name in functions if name not in (*verdicts, "format")]
-    right = [Panel("Right, of all kinds", [RIGHT_OF_ALL_KINDS], points=[SAME])] if RIGHT_OF_ALL_KINDS in names else []
+    right = [Panel("Right of all kinds", [RIGHT_OF_ALL_KINDS], points=[SAME])] if RIGHT_OF_ALL_KINDS in names else []
     right += map(_function, verdicts)
     return {
         "Is it learning?": [
@@ -187,7 +187,7 @@ def _questions(names: list[str], verdicts: Sequence[str], kind: str) -> dict[str
                 alone=["memory/rollout", "memory/scoring", "memory/logprobs", "memory/update"],
             ),
             Panel("Groups sampled", ["group/sampled", "group/replaced", "group/surplus"]),
-            Panel("DynamicSampler", ["rollout/draws"]),
+            Panel("Draws of a step", ["rollout/draws"]),
             Panel("Turns passed over", ["group/passed_over"]),
             Panel("Tokens of dropped groups", ["completion/dropped_tokens"], "tokens"),
             Panel("Places in use", ["rollout/occupancy"]),
