@@ -227,7 +227,7 @@ def test_a_report_names_the_verdicts_and_shows_the_share_of_both(tmp_path: Path)
     assert found["accuracy"][0] < 0.5 < found["accuracy"][1]
     names = [name for row in metrics for name in row]
     panels = {panel.title: panel for section in sections(names, verdicts=run.verdicts) for panel in section.panels}
-    assert (panels["Right of all kinds"].lines, panels["Right, of all kinds"].points) == (
+    assert (panels["Right of all kinds"].lines, panels["Right of all kinds"].points) == (
         ["verdict/right"],
         ["eval/pass@1"],
     )
