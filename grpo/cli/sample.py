@@ -79,7 +79,15 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 def sample(options: argparse.Namespace, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from grpo.data.prompts import build_prompts
-    from grpo.inference.inspect import chosen_rows, columns_of, make_scorer, of_those_left, sample_groups, without
+    from grpo.inference.inspect import (
+        are_judged,
+        chosen_rows,
+        columns_of,
+        make_scorer,
+        of_those_left,
+        sample_groups,
+        without,
+    )
     from grpo.inference.resolve_model import choose, said, trusted_environment, trusted_rewards, trusted_tools
     from grpo.policy.tokenizer import check_vocabulary, load_tokenizer
     from grpo.scoring.reward import resolve_rewards
@@ -128,4 +136,5 @@ def sample(options: argparse.Namespace, asked: list[dict[str, Any]]) -> list[dic
             num_completions=options.group,
             rule=chosen.settings.algorithm.advantage_rule,
             seed=options.seed,
+            judged=are_judged(chosen.settings.scoring, rewards, lacking),
         )

@@ -132,8 +132,8 @@ class Window:
 
 @dataclass(frozen=True)
 class Answers:
-    """Of some steps together: the share of judged completions that are right, that of each form in these, and how many groups' worth
-    of right answers there are. The answers of a group resemble each other, so chance goes by groups."""
+    """Of some steps together: the share of judged completions that are right, that of each form in these, and how many groups'
+    worth of right answers there are. The answers of a group resemble each other, so chance goes by groups."""
 
     right: float
     forms: dict[str, float]
