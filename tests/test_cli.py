@@ -84,6 +84,11 @@ def test_a_run_goes_on_without_what_reads_its_output(tmp_path: Path):
     assert (helped.returncode, helped.stderr) == (0, "")
 
 
+def raise_from_a_worker(pipe: int) -> None:
+    print("held back")
+    os.write(pipe, b"to a worker")
+
+
 def test_the_broken_pipe_of_something_else_is_an_error(monkeypatch: pytest.MonkeyPatch):
     """Also where what reads the output has ended too."""
     readers, writers = zip(*(os.pipe() for _ in range(2)), strict=True)
@@ -92,8 +97,7 @@ def test_the_broken_pipe_of_something_else_is_an_error(monkeypatch: pytest.Monke
     with os.fdopen(writers[0], "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         with pytest.raises(BrokenPipeError) as broken, ends_with_its_reader():
-            print("held back")
-            os.write(writers[1], b"to a worker")
+            raise_from_a_worker(writers[1])
         assert type(broken.value) is BrokenPipeError
         assert sys.stdout is stdout
     os.close(writers[1])

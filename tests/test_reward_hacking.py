@@ -215,7 +215,9 @@ def test_right_answers_are_counted_among_those_that_are_judged():
     assert found is not None
     # 50 of 100 and 50 of 50 are right; 10 and 40 of them do not state the gold answer
     assert (found.right, found.forms["unstated"], found.num_groups) == (100 / 150, 50 / 100, 100 / 4)
-    assert Window(rows, [], 64, group_size=4, num_completions=80).answers_now() is None  # 40 are right, which is too few
+    assert (
+        Window(rows, [], 64, group_size=4, num_completions=80).answers_now() is None
+    )  # 40 are right, which is too few
 
 
 # ---- in a trainer ----------------------------------------------------------------------------------------------------

@@ -105,8 +105,10 @@ def real_trainer(config: Config, trainer_class: type[AnyTrainer], **changes: dic
     Raises:
         ValueError: as Trainer.
     """
-    quiet = {"logging": {"wandb": "disabled", "completions_every": 0, "tensorboard": False}}
-    quiet |= {"evaluation": NOTHING_HELD_OUT}
+    quiet: dict[str, dict[str, Any]] = {
+        "logging": {"wandb": "disabled", "completions_every": 0, "tensorboard": False},
+        "evaluation": NOTHING_HELD_OUT,
+    }
     with TemporaryDirectory(prefix="grpo-check-") as directory:
         run = {**ANEW, **changes.pop("run", {}), "dir": str(Path(directory) / "run")}
         wanted = changed(config, **quiet, **changes, run=run).model_copy(update={"schedules": config.schedules})

@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that is named first.
 
     Raises:
-        SystemExit: 1: the command's own bad news; 2: it was called wrongly; 75: a run was stopped and saved; 130: Ctrl-C; 141: what
-            reads the output of another command than GOES_ON has ended.
+        SystemExit: 1: the command's own bad news; 2: it was called wrongly; 75: a run was stopped and saved; 130: Ctrl-C; 141:
+            what reads the output has ended, of a command that is none of GOES_ON.
     """
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":
         with suppress(OSError):  # a pipe that was opened to be read, too

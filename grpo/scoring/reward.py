@@ -138,7 +138,7 @@ def _has_values(only: Mapping[str, Any]) -> bool:
     return _has_names(only) and all(isinstance(text, str) for wanted in only.values() for text in _as_texts(wanted))
 
 
-def _as_texts(wanted: object) -> list[Any]:
+def _as_texts(wanted: Any) -> list[Any]:
     """A value of a column, or several, as they are compared."""
     is_one = isinstance(wanted, str | Mapping) or not isinstance(wanted, Iterable)
     return [as_text(value) for value in ([wanted] if is_one else wanted)]
