@@ -123,7 +123,7 @@ class Trainer(Loop):
 
     @at_work
     def train_step(self) -> dict[str, float]:
-        """Sample a rollout, score it, and update the policy on it; the step's metrics over all processes.
+        """Sample a rollout, score it, and update the policy on it, also past run.steps; the step's metrics over all processes.
 
         Raises:
             Interrupted: on all processes; only within `train`, which handles what asks for it.

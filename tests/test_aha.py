@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb_files import wandb_histories, wandb_records_of
 
 from grpo import Trainer
+from grpo.cli.aha import completions, settings_of
 from grpo.observe.metric_names import METRICS
 from grpo.observe.metrics import Meter, measure_texts
 from grpo.observe.sinks import TensorBoardSink, _thinned
@@ -443,6 +444,27 @@ def test_the_script_shows_no_escape_sequence_of_a_model_or_of_a_data_set(tmp_pat
     assert "检查 🧮" in done.stdout
     assert not UNSAFE.search(done.stdout)
     assert read_jsonl(tmp_path / "completions.jsonl") == rows
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            "training: {}\nlogging: {completions_every: 1}\n",
+            r"is a run of supervised training .* Name a run of `grpo train`",
+        ),
+        (
+            "logging: {completions_every: 0}\n",
+            r"holds no completions; .* Set logging\.completions_every > 0 in the next run",
+        ),
+        ("logging: {completions_every: 5}\n", r"holds no completions; .* The run has written none yet\."),
+        ("{}\n", r"holds no completions; .* The run has written none yet\."),
+    ],
+)
+def test_a_run_without_completions_is_told_why(tmp_path: Path, settings: str, said: str):
+    (tmp_path / "config.yaml").write_text(settings)
+    with pytest.raises(ValueError, match=said):
+        completions(tmp_path, settings_of(tmp_path))
 
 
 def test_a_chart_of_a_long_run_keeps_its_last_point_and_stays_within_what_wandb_shows():

@@ -89,14 +89,26 @@ def row(completion: str, answer: object = "18", question: str = "q") -> dict[str
 
 def test_shares_are_of_the_right_answers_with_a_gold_text():
     rows = [row(tag("2 * 9")), row(tag("18")), row(tag("9 + 9")), row(tag("19")), row("x", answer=["assert 1"])]
-    tallied = tally(rows, [True, True, False, None, True])
+    tallied = tally(rows, [True, True, False, False, True])
     # of four with a gold text two are right, and one of these is arithmetic in which 18 does not stand
+    assert tallied["answer/judged"] == (4, 5)
     assert tallied["answer/right"] == (2, 4)
     assert tallied["answer/arithmetic"] == tallied["answer/unstated"] == (1, 2)
     assert tallied["answer/several"] == (0, 2)
-    assert set(tallied) == {"answer/right", *(f"answer/{name}" for name in FORMS)}
-    assert tally(rows[3:4], [False]) == {"answer/right": (0, 1)}
-    assert tally(rows[4:], [True]) == {}
+    assert set(tallied) == {"answer/judged", "answer/right", *(f"answer/{name}" for name in FORMS)}
+    assert tally(rows[3:4], [False]) == {"answer/judged": (1, 1), "answer/right": (0, 1)}
+    assert tally(rows[4:], [True]) == {"answer/judged": (0, 1)}
+    assert tally([], []) == {}
+
+
+def test_shares_are_of_what_has_a_verdict_and_a_gold_answer():
+    """A question without a gold answer has the answer "" here, and one of another kind than the verdict's has no verdict."""
+    rows = [row(tag("18")), row(tag("2 * 9")), row(tag("18")), row("a story", answer=""), row("a story", answer=" ")]
+    tallied = tally(rows, [True, False, None, True, None])
+    assert tallied["answer/judged"] == (2, 5)
+    assert tallied["answer/right"] == (1, 2)
+    assert tallied["answer/no_thought"] == (0, 1)
+    assert excerpts([row("so " * 300, answer="")], [True], num=1) == []
 
 
 def test_excerpts_are_right_answers_in_odd_forms_of_different_questions():

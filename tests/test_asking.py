@@ -26,7 +26,7 @@ from grpo.data.prompts import build_prompts
 from grpo.data.rows import asked_rows
 from grpo.inference import model as inference
 from grpo.inference.chat import Conversation, show, write
-from grpo.inference.inspect import columns_of, make_scorer, sample_groups, show_group, without
+from grpo.inference.inspect import columns_of, make_scorer, sample_groups, show_group, verdicts_left, without
 from grpo.inference.model import Sampler
 from grpo.inference.resolve_model import choose, num_positions, trusted_environment, trusted_rewards
 from grpo.policy.tokenizer import load_tokenizer
@@ -167,6 +167,20 @@ def test_rewards_that_nobody_can_fill_are_named_with_what_they_need():
     rewards = resolve_rewards([RewardConfig(function=name) for name in ("accuracy", "format", "code")])
     assert without(rewards, ["question"]) == {"accuracy": ["answer"], "code": ["tests"]}
     assert without(rewards, ["question", "answer", "tests"]) == {}
+    some = [*rewards[:2], replace(rewards[1], name="of_sums", only={"kind": "sums"})]
+    assert without(some, ["question", "answer"]) == {"of_sums": ["kind"]}
+    assert without(some, ["question", "answer", "kind"]) == {}
+
+
+def test_a_question_of_ones_own_is_asked_of_the_rewards_that_are_not_for_rows_of_some_kind():
+    """Where what says what is right is left out, no other reward says so in its place."""
+    sums = RewardConfig(function="accuracy", name="sums", only={"kind": "sums"})
+    rows = asked(["29"], RewardConfig(function="accuracy"), sums, verdict=["sums", "accuracy"])
+    assert [row["right"] for row in rows] == [True, False, False, True]
+    assert set(rows[0]["rewards"]) == {"accuracy"}
+    rows = asked(["29"], RewardConfig(function="accuracy"), sums, verdict="sums")
+    assert [row["right"] for row in rows] == [None] * 4
+    assert "4 unknown" in printed(rows).splitlines()[-1]
 
 
 TEXTS = [
@@ -187,15 +201,20 @@ class SaidGenerator:
         return all_at_once([Group(prompt, said) for prompt in prompts], on_group)
 
 
-def asked(answers: list[str]) -> list[dict[str, Any]]:
+def asked(
+    answers: list[str], *configured: RewardConfig, verdict: str | list[str] | None = None
+) -> list[dict[str, Any]]:
     rows = asked_rows([QUESTION], answers)
-    rewards = resolve_rewards([RewardConfig(function="accuracy"), RewardConfig(function="format", weight=0.5)])
+    usual = RewardConfig(function="accuracy"), RewardConfig(function="format", weight=0.5)
+    rewards = resolve_rewards(configured or usual)
     lacking = without(rewards, columns_of(rows))
+    scoring = ScoringConfig(num_workers=1, verdict=verdict)
+    verdicts = verdicts_left(scoring, rewards, lacking)
     scorer = make_scorer(
         [reward for reward in rewards if reward.name not in lacking],
         columns=columns_of(rows),
         sampling=Sampling(64),
-        scoring=ScoringConfig(num_workers=1),
+        scoring=scoring.model_copy(update={"verdict": verdicts or None}),
     )
     prompts = [Prompt(0, [5], "", "", rows[0])]
     with scorer:
@@ -207,6 +226,7 @@ def asked(answers: list[str]) -> list[dict[str, Any]]:
             num_completions=4,
             rule=AdvantageRule(),
             seed=0,
+            judged=bool(verdicts),
         )
 
 

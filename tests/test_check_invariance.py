@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from grpo.check import invariance
 from grpo.check.dry_run import changed
 from grpo.check.invariance import TOLERANCE, Variant, conclusion, plan, row, verdict
-from grpo.check.variant import EPSILON, SCALE, Replay, compare
+from grpo.check.variant import EPSILON, SCALE, Replay, compare, to_replay
 from grpo.config import Config
-from grpo.types import Completion, Prompt, Sampling
+from grpo.types import Completion, Episode, Prompt, Sampling
 
 WORKER = str(ROOT / "tests/worker_variant.py")
 
@@ -234,8 +234,12 @@ def test_updates_are_compared_as_a_whole_and_weight_by_weight(tmp_path: Path):
 
 
 def test_completions_are_replayed_as_they_were_written(tmp_path: Path):
-    completions = [Completion([3, 4], [-0.1, -0.25], "a", "stop"), Completion([5], [-1.5], "b", "length")]
-    (tmp_path / "rollout.json").write_text(json.dumps({"7": [asdict(each) for each in completions]}))
+    completions = [
+        Completion([3, 4], [-0.1, -0.25], "a", "stop", trained=[True, False]),
+        Completion([5], [-1.5], "b", "length"),
+    ]
+    played = [replace(each, episode=Episode(1.0, ended=True, num_turns=2)) for each in completions]
+    (tmp_path / "rollout.json").write_text(json.dumps({"7": [to_replay(each) for each in played]}))
     prompt = Prompt(7, [1], "", "", {})
     replay = Replay(tmp_path / "rollout.json", None)  # type: ignore[arg-type]
     (group,) = replay.sample([prompt], Sampling(max_tokens=4), num_completions=2, seed=0)

@@ -11,16 +11,18 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, clean_environment, read_json
+from helpers import ROOT, clean_environment, read_json, tiny_settings
 
 from grpo import cli
 from grpo.cli import launch
 from grpo.cli.settings import as_markdown, chosen, settings
-from grpo.config import Config, SupervisedConfig, setting_names
+from grpo.config import Config, SupervisedConfig, setting_names, write_yaml
 from grpo.config.elsewhere import ELSEWHERE
 from grpo.config.shipped import names, shipped
 from grpo.observe.console import errors_for_users
 from grpo.system.heartbeat import PEER_LOST
+from grpo.system.jsonl import read_jsonl
+from grpo.system.reader import EXIT_WITHOUT_READER, ends_with_its_reader
 
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "deepspeed", "accelerate")
 
@@ -48,6 +50,57 @@ print([name for name in {HEAVY!r} if name in sys.modules])
     assert done.returncode == 0, done.stderr
     assert f"usage: grpo {command}" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def call_unread(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command whose output nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**clean_environment(), "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, "-m", "grpo", *arguments]
+    try:
+        return subprocess.run(
+            command, cwd=cwd, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=200
+        )
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["settings"], ["completion", "bash"], ["--help"]], ids=str)
+def test_a_command_ends_quietly_with_what_reads_its_output(tmp_path: Path, arguments: list[str], unbuffered: str):
+    done = call_unread(*arguments, cwd=tmp_path, PYTHONUNBUFFERED=unbuffered)
+    assert (done.returncode, done.stderr) == (EXIT_WITHOUT_READER, "")
+
+
+def test_a_run_goes_on_without_what_reads_its_output(tmp_path: Path):
+    settings = tiny_settings(tmp_path / "run")
+    (tmp_path / "config.yaml").write_text(write_yaml(settings))
+    done = call_unread("train", "--config", "config.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr
+    assert [row["step"] for row in read_jsonl(tmp_path / "run/metrics.jsonl") if "time/step" in row] == [1, 2]
+    helped = call_unread("train", "--help", cwd=tmp_path)
+    assert (helped.returncode, helped.stderr) == (0, "")
+
+
+def raise_from_a_worker(pipe: int) -> None:
+    print("held back")
+    os.write(pipe, b"to a worker")
+
+
+def test_the_broken_pipe_of_something_else_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    """Also where what reads the output has ended too."""
+    readers, writers = zip(*(os.pipe() for _ in range(2)), strict=True)
+    for reader in readers:
+        os.close(reader)
+    with os.fdopen(writers[0], "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(BrokenPipeError) as broken, ends_with_its_reader():
+            raise_from_a_worker(writers[1])
+        assert type(broken.value) is BrokenPipeError
+        assert sys.stdout is stdout
+    os.close(writers[1])
 
 
 def test_commands_version_and_what_is_no_command(tmp_path: Path):

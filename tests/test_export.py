@@ -15,7 +15,7 @@ import torch
 import warm
 import yaml
 from go_template import render
-from helpers import ROOT, TINY, clean_environment, save_family, tiny_settings
+from helpers import ROOT, TINY, clean_environment, save_family, tiny_config, tiny_settings
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -43,6 +43,7 @@ from grpo.export.modelfile import go_template, plainly_quoted, quoted
 from grpo.export.quantizations import QUANTIZATIONS
 from grpo.export.sentencepiece import NO_SCORE, SAMPLES, Pieces
 from grpo.export.vocabulary import pre_tokenizer_of
+from grpo.report.card import card, read_run
 
 gguf = pytest.importorskip("gguf")
 
@@ -545,6 +546,44 @@ def test_a_run_is_exported_with_its_card_and_a_modelfile(trained: Path, tmp_path
     assert "| `rollout.group_size` | 4 |" in text
     assert str(trained) not in text, "nothing of the machine"
     assert not (trained / "curves.png").exists(), "the run stays as it is"
+
+
+def test_a_card_names_the_verdicts_and_says_of_how_many_questions_each_column_is(tmp_path: Path):
+    rewards = [
+        {"function": "accuracy", "name": "sums", "only": {"kind": ["sums", "products"]}},
+        {"function": "code", "only": {"kind": "code"}},
+        {"function": "format", "weight": 0.5},
+    ]
+    config = tiny_config(tmp_path, rewards=rewards, scoring={"verdict": ["sums", "code"]})
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    same = {
+        "step": 3,
+        "question": "",
+        "answer": "",
+        "completion": "",
+        "finish_reason": "stop",
+        "num_tokens": 5,
+        "reward": 1.0,
+    }
+    # of ten questions six are sums, of which three are right, and two are programs, both right
+    rows = [
+        {**same, "row": r, "rewards": {"sums": r % 2, "code": None, "format": 1.0}, "right": r % 2 == 1}
+        for r in range(6)
+    ]
+    rows += [{**same, "row": r, "rewards": {"sums": None, "code": 1.0, "format": 1.0}, "right": True} for r in (6, 7)]
+    rows += [{**same, "row": r, "rewards": {"sums": None, "code": None, "format": 1.0}, "right": None} for r in (8, 9)]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pass_1 = {"eval/pass@1": 0.625, "eval/pass@1_low": 0.25, "eval/pass@1_high": 0.875}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 3, "reward/mean": 0.5, **pass_1}) + "\n")
+    text = card("m", read_run(tmp_path), base="b", step=3, usage="", licence=None)
+    assert (
+        "| step | right (pass@1), 8 questions | sums, 6 questions | code, 2 questions | format | tokens | cut off |"
+        in text
+    )
+    assert "\n| 3 | 0.625 [0.250, 0.875] | 0.500 [0.188, 0.812] | 1.000 [" in text
+    assert "\n10 held-out questions, 10 answers, with 95 % intervals. `sums` or `code` says what is right.\n" in text
+    assert "- `sums`: accuracy, weight 1, only where kind is sums or products\n" in text
+    assert "- `format`: weight 0.5\n" in text
 
 
 def test_a_folder_loads_as_the_checkpoint_does(trained: Path, tmp_path: Path):

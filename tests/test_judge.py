@@ -16,7 +16,9 @@ from grpo.rewards import judge
 from grpo.rewards.parts_of import part_of
 from helpers import free_port
 
-from grpo.scoring.reward import Reward
+from grpo.config import RewardConfig
+from grpo.scoring.binding import bind
+from grpo.scoring.reward import Reward, resolve_rewards
 from grpo.scoring.scorer import Scorer
 from grpo.types import Completion, Group, Prompt
 
@@ -266,6 +268,17 @@ def test_verdicts_are_kept_and_failures_are_not(tmp_path: Path):
 def test_arguments_that_cannot_be_are_refused(changed: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         judge(**{"url": "http://127.0.0.1:1/v1", "model": "m", **changed})
+
+
+def test_an_unknown_argument_of_a_configuration_is_told_beside_those_that_a_judge_is_made_with():
+    args = {"url": "http://127.0.0.1:1/v1", "model": "m"}
+    (mistaken,) = resolve_rewards([RewardConfig(function="judge", args={**args, "retry": 3})])
+    names = r"api_key_env, cache, .*, retries, template, timeout_seconds, url; did you mean retries\?"
+    with pytest.raises(ValueError, match=rf"^rewards\.\*\.args of judge sets 'retry'; .*: there is {names} Remove it"):
+        bind(mistaken, ["question", "answer"], {})
+    own = Reward(judge(**args), args={"retry": 3})  # whose args are those of a call
+    with pytest.raises(ValueError, match=r"^rewards\.\*\.args of judge sets 'retry'; .*: there is nothing\. Remove it"):
+        bind(own, ["question", "answer"], {})
 
 
 def test_a_worker_asks_with_the_key_that_the_judge_names_and_logs_the_cost(monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,7 @@ import pytest
 from helpers import FixedGenerator, tiny_config
 
 from grpo import Trainer
-from grpo.run.watchdog import Watchdog, WatchdogError
+from grpo.run.watchdog import Watchdog, WatchdogError, Window
 from grpo.system.jsonl import read_jsonl
 from grpo.text.aha import values
 from grpo.text.answer_forms import FORMS, tally
@@ -204,6 +204,20 @@ def test_steps_without_right_answers_and_rewards_without_gold_texts_say_nothing(
     none = [{"answer/right": 0.0}] * 60
     assert alarms_of(tmp_path, none) == []
     assert alarms_of(tmp_path, [{"reward/mean": math.sin(step)} for step in range(60)]) == []
+
+
+def test_right_answers_are_counted_among_those_that_are_judged():
+    rows = [
+        {"answer/judged": 0.5, "answer/right": 0.5, "answer/unstated": 0.2},
+        {"answer/judged": 0.25, "answer/right": 1.0, "answer/unstated": 0.8},
+    ]
+    found = Window(rows, [], 64, group_size=4, num_completions=200).answers_now()
+    assert found is not None
+    # 50 of 100 and 50 of 50 are right; 10 and 40 of them do not state the gold answer
+    assert (found.right, found.forms["unstated"], found.num_groups) == (100 / 150, 50 / 100, 100 / 4)
+    assert (
+        Window(rows, [], 64, group_size=4, num_completions=80).answers_now() is None
+    )  # 40 are right, which is too few
 
 
 # ---- in a trainer ----------------------------------------------------------------------------------------------------

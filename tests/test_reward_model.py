@@ -21,7 +21,9 @@ from transformers import (
 )
 
 from grpo import Trainer
-from grpo.scoring.reward import Reward
+from grpo.config import RewardConfig
+from grpo.scoring.binding import bind
+from grpo.scoring.reward import Reward, resolve_rewards
 from grpo.scoring.scorer import Scorer
 from grpo.system.jsonl import read_jsonl, read_metrics
 from grpo.types import Completion, Group, Prompt
@@ -54,6 +56,14 @@ def save(directory: Path, *, num_labels: int = 1, pad_token_id: int | None = Non
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("reward") / "model")
+
+
+def test_an_unknown_argument_of_a_configuration_is_told_beside_those_that_it_is_made_with(model: Path):
+    (mistaken,) = resolve_rewards([RewardConfig(function="reward_model", args={"model": str(model), "batch_token": 9})])
+    with pytest.raises(
+        ValueError, match=r"sets 'batch_token'; .*, revision, where; did you mean batch_tokens\? Remove it"
+    ):
+        bind(mistaken, ["question"], {})
 
 
 def by_hand(directory: Path, text: str, other: str | None = None, *, add_special_tokens: bool = True) -> float:

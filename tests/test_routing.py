@@ -200,5 +200,5 @@ def test_a_reward_of_a_program_takes_only_as_a_file_says_it():
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf, "0.5", None, True])
 def test_a_weight_that_is_no_number_is_refused(weight: Any):
-    with pytest.raises(ValueError, match=r"reward length has the weight .*; it is a finite number"):
+    with pytest.raises(ValueError, match=r"reward length has weight=.*; it is a finite number"):
         Reward(length, weight=weight)

@@ -478,7 +478,7 @@ def test_a_partial_from_a_file_travels(tmp_path: Path) -> None:
     reward = Reward(resolve_function(f"{path}:thrice"))
     with make_scorer(reward) as scorer:
         assert scorer.score([make_group(["a", "bb"])]).values["f"].tolist() == [[3, 6]]
-    with pytest.raises(ValueError, match="reward f has the form 'text'; it is completion, texts, messages or None"):
+    with pytest.raises(ValueError, match="reward f has form='text'; it is completion, texts, messages or None"):
         Reward(reward.function, form="text")
 
 
@@ -499,13 +499,43 @@ def test_a_class_in_a_yaml_is_made_with_its_args_or_refused(tmp_path: Path) -> N
     with make_scorer(reward) as scorer:
         assert_equal(scorer.score([make_group(["aa", "aaa"])]).rewards, [[0, 1]])
     for name, args, message in (
-        ("Longer", {}, "cannot be made from its args {}: .*than"),
+        ("Longer", {}, "cannot be made from its args {}: .*; there is than. Set"),
+        (
+            "Longer",
+            {"then": 1},
+            "cannot be made from its args {'then': 1}: .*; there is than; did you mean than\\? Set",
+        ),
         ("Nothing", {}, "its objects cannot be called"),
     ):
         with pytest.raises(ValueError, match=message):
             resolve_rewards([RewardConfig(function=f"{path}:{name}", args=args)])
+    (mistaken,) = resolve_rewards([RewardConfig(function=f"{path}:Longer", args={"than": 1, "buy": 2})])
+    with pytest.raises(ValueError, match=r"sets 'buy'; .*: there is by, than; did you mean by\? Remove it or correct"):
+        make_scorer(mistaken)
     with pytest.raises(ValueError, match=r"reward dict is a class; .* Hand over an object: dict\(...\)"):
         Reward(dict)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"only": "sums"}, r"only='sums'; it says by columns of the data which questions, as in"),
+        ({"only": ["sums"]}, r"only=\['sums'\]; it says by columns"),
+        ({"only": {"kind": {"a": 1}}}, r"only={'kind': {'a': 1}}; it says by columns"),
+        ({"only": {"kind": None}}, r"only={'kind': None}; it says by columns"),
+        ({"only": {1: "a"}}, r"only={1: 'a'}; it says by columns"),
+        ({"args": 3}, r"args=3; it says the values of further parameters, as in"),
+        ({"name": 3}, r"name=3; it is text"),
+        ({"weight": "x"}, r"weight='x'; it is a finite number"),
+        ({"form": "x"}, r"form='x'; it is completion, texts, messages or None"),
+        ({"form": ["texts"]}, r"form=\['texts'\]; it is completion"),
+    ],
+)
+def test_a_reward_is_made_of_nothing_that_a_yaml_could_not_say(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^reward \w+ has {message}"):
+        Reward(returns_zero, **options)
+    with pytest.raises(ValueError, match=r"^a Reward is made of 'accuracy'; it is made of a function"):
+        Reward("accuracy")  # type: ignore[arg-type]
 
 
 def test_workers_see_no_secrets_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

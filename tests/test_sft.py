@@ -654,6 +654,20 @@ def test_an_update_that_is_not_finite_is_left_out(tmp_path: Path, capsys: pytest
     assert "is not finite; an update of step 1 is left out" in capsys.readouterr().out
 
 
+def test_steps_by_hand_end_with_the_rows_or_go_on_past_the_steps(tmp_path: Path):
+    trainer = SupervisedTrainer(sft_config(tmp_path / "run", training={"epochs": 1}), train_dataset=ROWS)
+    for _ in range(trainer.num_steps):
+        trainer.train_step()
+    with pytest.raises(
+        RuntimeError, match=r"^all \d+ updates are done; training\.epochs is 1, .* Make a trainer with more"
+    ):
+        trainer.train_step()
+    trainer.close()
+    trainer = SupervisedTrainer(sft_config(tmp_path / "steps", run={"steps": 1}), train_dataset=ROWS)
+    assert [trainer.train_step()["optimizer/skipped"] for _ in range(2)] == [0, 0]
+    trainer.close()
+
+
 # ---- as a user starts it ---------------------------------------------------------------------------------------------
 
 

@@ -116,6 +116,22 @@ def test_the_reference_moves_even_if_a_step_without_known_rewards_skips_the_mult
     assert trainer.policy.reference_moved
 
 
+def test_steps_by_hand_go_on_past_the_last_and_nothing_precedes_the_first_any_more(tmp_path: Path):
+    config = tiny_config(
+        tmp_path / "run",
+        run={"steps": 2},
+        optimizer={"learning_rate": 1e-3, "schedule": "linear", "final_rate_share": 0.5},
+        preflight={"num_questions": 2, "on_failure": "warn"},
+        evaluation={"num_questions": 1},
+    )
+    trainer = Trainer(config, eval_dataset=[{"question": "1+1?", "answer": "2"}])
+    rates = [trainer.train_step()["optimizer/learning_rate"] for _ in range(4)]
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.5e-3])
+    trainer.train()
+    assert not (tmp_path / "run/preflight.json").exists()
+    assert {row["step"] for row in read_jsonl(tmp_path / "run/evaluations.jsonl")} == {4}
+
+
 def test_resuming_a_finished_run_adds_nothing(tmp_path: Path):
     config = tiny_config(tmp_path / "run", run={"resume": "auto"})
     Trainer(config).train()

@@ -29,7 +29,7 @@ def rehearse(config: Config, trainer_class: type[AnyTrainer], **changes: dict[st
     """
     quiet = {"logging": {"wandb": "disabled", "completions_every": 0, "tensorboard": False}}
     with TemporaryDirectory(prefix="grpo-check-") as directory:
-        run = {"resume": "never", **changes.pop("run", {}), "dir": str(Path(directory) / "run")}
+        run = {**ANEW, **changes.pop("run", {}), "dir": str(Path(directory) / "run")}
         trainer = trainer_class(changed(config, **quiet, **changes, run=run))
         trainer.log.close()  # before its directory goes
     trainer.collector.scorer.close()
@@ -55,6 +55,18 @@ def changed(config: Config, **changes: dict[str, Any]) -> Config:
     for section, values in changes.items():
         settings[section] |= values
     return Config(**settings)
+
+
+ANEW = {"resume": "never", "accept_changes": False}
+"""Changes to the section `run` with which nothing is resumed."""
+
+NOTHING_HELD_OUT = {"num_questions": 0, "num_samples": 1}
+"""Changes to the section `evaluation` with which there is none."""
+
+
+def at_start(config: Config) -> Config:
+    """The settings of the first step, with the largest `algorithm.kl_coef`: beside 0, what else is said of the KL is refused."""
+    return changed(config.at(0), algorithm={"kl_coef": config.algorithm.kl_coef})
 
 
 def passes_alone(config: Config) -> dict[str, dict[str, Any]]:

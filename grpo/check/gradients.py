@@ -34,9 +34,9 @@ from transformers import PreTrainedTokenizerBase
 from grpo.algorithm.advantage import advantages_of_batch
 from grpo.algorithm.batch import micro_batch, pack, plan_passes, take
 from grpo.algorithm.loss import grpo_loss, token_weights
-from grpo.check.dry_run import changed, passes_alone
+from grpo.check.dry_run import at_start, changed, passes_alone
 from grpo.check.plain import PlainLM, real_trainer, unshared, use_own_rotary
-from grpo.config import Config
+from grpo.config import Config, TeacherConfig
 from grpo.policy.language_model import PackedLM, checkpoint_activations, fuse_kernels, load_lm, resolve_dtype
 from grpo.policy.policy import Policy
 from grpo.system import distributed
@@ -223,11 +223,9 @@ def _through_deepspeed(work: Work, variant: Variant) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_grad
 
     own = work.config.distributed.zero_stage == variant.zero_stage
-    config = changed(
-        work.config,
-        distributed={"zero_stage": variant.zero_stage, **({} if own else NO_OFFLOAD)},
-        algorithm={"kl_coef": 0.0, "kl_in": "loss"},  # so that no reference is loaded
-    )
+    config = changed(work.config, distributed={"zero_stage": variant.zero_stage, **({} if own else NO_OFFLOAD)})
+    without_kl = config.algorithm.model_copy(update={"kl_coef": 0.0})
+    config = config.model_copy(update={"algorithm": without_kl, "teacher": TeacherConfig()})  # no reference is loaded
     processes = distributed.start(config, dtype=resolve_dtype(config.model.dtype))
     policy = Policy(config, work.tokenizer, processes)
     passes = work.passes(variant)
@@ -348,7 +346,7 @@ def check(config: Config, *, num_sequences: int = NUM_SEQUENCES, out: Path | Non
     Raises:
         ValueError: as Trainer; adapters are trained; there is no completion to train on.
     """
-    config = changed(config.at(0), algorithm=COUNTS_ALL, **passes_alone(config))
+    config = changed(at_start(config), algorithm=COUNTS_ALL, **passes_alone(config))
     if config.lora.rank:
         raise ValueError(
             f"lora.rank is {config.lora.rank}; this check compares the gradients of all weights. Set lora.rank=0."

@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
-from grpo.check.dry_run import changed, passes_alone
+from grpo.check.dry_run import NOTHING_HELD_OUT, changed, passes_alone
 from grpo.check.variant import EPSILON, SCALE
-from grpo.config import Config
+from grpo.config import Config, OptimizerConfig
 from grpo.policy.language_model import resolve_dtype
 from grpo.policy.model_source import model_config
 from grpo.policy.sequence_parallel import num_heads
@@ -151,9 +151,13 @@ def _one_plain_step(config: Config) -> Config:
         **passes_alone(config),
         rollout={"max_oversampling": 1.0, "signal_from": None, "carry_over": False, "max_staleness": 2},
         algorithm={"num_minibatches": 1, "num_epochs": 1},
-        optimizer={"learning_rate": rate, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0},
-        evaluation={"num_questions": 0},
+        optimizer={**OptimizerConfig().model_dump(include=OF_THE_SCHEDULE), "learning_rate": rate, "weight_decay": 0.0},
+        evaluation=NOTHING_HELD_OUT,
     )
+
+
+OF_THE_SCHEDULE = {"schedule", "warmup_steps", "final_rate_share", "decay_share"}
+"""Settings of the optimizer, whose defaults leave the learning rate as it is."""
 
 
 def _run(variant: Variant, directory: Path, worker: Sequence[str]) -> dict[str, Any]:

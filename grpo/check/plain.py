@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from grpo.check.dry_run import changed
+from grpo.check.dry_run import ANEW, NOTHING_HELD_OUT, changed
 from grpo.config import Config
 from grpo.policy.attention import packed_inputs
 from grpo.policy.language_model import ROTARY, PackedLM, output_head
@@ -105,10 +105,12 @@ def real_trainer(config: Config, trainer_class: type[AnyTrainer], **changes: dic
     Raises:
         ValueError: as Trainer.
     """
-    quiet = {"logging": {"wandb": "disabled", "completions_every": 0, "tensorboard": False}}
-    quiet |= {"evaluation": {"num_questions": 0}}
+    quiet: dict[str, dict[str, Any]] = {
+        "logging": {"wandb": "disabled", "completions_every": 0, "tensorboard": False},
+        "evaluation": NOTHING_HELD_OUT,
+    }
     with TemporaryDirectory(prefix="grpo-check-") as directory:
-        run = {**changes.pop("run", {}), "dir": str(Path(directory) / "run"), "resume": "never"}
+        run = {**ANEW, **changes.pop("run", {}), "dir": str(Path(directory) / "run")}
         wanted = changed(config, **quiet, **changes, run=run).model_copy(update={"schedules": config.schedules})
         trainer = trainer_class(wanted)
         try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo.check.dry_run import changed
+from grpo.check.dry_run import ANEW, at_start, changed
 from grpo.config import OF_CHAT, Config, DataConfig, PreflightConfig, RewardConfig
 from grpo.data.prompts import TEMPLATES, build_prompts, use_chat_template
 from grpo.data.rows import load_rows
@@ -32,7 +32,7 @@ def check(config: Config, *, templates: Sequence[str] = tuple(TEMPLATES), num_qu
     Raises:
         ValueError: as Trainer, if no template has prompts.
     """
-    config = config.at(0)
+    config = at_start(config)
     num_questions = (
         num_questions or config.preflight.num_questions or PreflightConfig.model_fields["num_questions"].default
     )
@@ -73,5 +73,5 @@ def _quiet(config: Config, template: str, directory: str) -> Config:
     config = _with_template(config, template)
     if all(reward.function != "format" for reward in config.rewards):
         config = config.model_copy(update={"rewards": [*config.rewards, RewardConfig(function="format", weight=0)]})
-    run = {"dir": str(Path(directory) / "run"), "resume": "never"}
+    run = {**ANEW, "dir": str(Path(directory) / "run")}
     return changed(config, run=run, logging={"wandb": "disabled", "completions_every": 0})

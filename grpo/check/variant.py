@@ -116,13 +116,16 @@ def _sample(trainer: Trainer, path: Path) -> None:
         seed=config.run.seed + trainer.processes.rank,
     )
     trainer.prompts.position = 0
-    mine = {
-        str(group.prompt.row): [asdict(replace(each, turns=None)) for each in group.completions] for group in groups
-    }
+    mine = {str(group.prompt.row): [to_replay(each) for each in group.completions] for group in groups}
     everyone = trainer.processes.gather(mine)
     if trainer.processes.is_main:
         path.write_text(json.dumps({row: found for part in everyone for row, found in part.items()}))
     trainer.processes.barrier()
+
+
+def to_replay(completion: Completion) -> dict[str, Any]:
+    """As JSON, with what an update reads: nothing of tools and environments but which tokens are trained."""
+    return asdict(replace(completion, turns=None, episode=None))
 
 
 class Replay:

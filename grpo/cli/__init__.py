@@ -9,6 +9,8 @@ from contextlib import suppress
 from importlib import import_module
 from io import TextIOWrapper
 
+from grpo.system.reader import ends_with_its_reader, outlives_its_reader
+
 COMMANDS = {
     "train": "train a model, on every GPU of this machine",
     "sft": "train a model on rows: prompts with completions, conversations",
@@ -32,17 +34,27 @@ COMMANDS = {
 }
 
 
+GOES_ON = ("train", "sft", "r1")
+"""Commands that do not end with the reader of their output: a line that nobody reads costs a run nothing."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that is named first.
 
     Raises:
-        SystemExit: 1: the command's own bad news; 2: it was called wrongly; 75: a run was stopped and saved; 130: Ctrl-C.
+        SystemExit: 1: the command's own bad news; 2: it was called wrongly; 75: a run was stopped and saved; 130: Ctrl-C; 141:
+            what reads the output has ended, of a command that is none of GOES_ON.
     """
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":
         with suppress(OSError):  # a pipe that was opened to be read, too
             sys.stdout.reconfigure(errors="backslashreplace")  # or a line with a character that it lacks is lost
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = given[0] if given else "--help"
+    with outlives_its_reader() if name in GOES_ON else ends_with_its_reader():
+        _run(name, given[1:])
+
+
+def _run(name: str, arguments: Sequence[str]) -> None:
     if name in ("-h", "--help", "help"):
         print(overview())
         return
@@ -56,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hint = f"Did you mean {near[0]}?" if near else f"There is {', '.join(COMMANDS)}."
         print(f"error: grpo has no command {name!r}. {hint}", file=sys.stderr)
         raise SystemExit(2)
-    sys.argv = [f"grpo {name}", *given[1:]]
+    sys.argv = [f"grpo {name}", *arguments]
     import_module(f"grpo.cli.{name}").main()
 
 

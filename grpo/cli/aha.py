@@ -28,35 +28,48 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=3, help="right ones and wrong ones to show, each")
     arguments = parser.parse_args()
     with errors_for_users():
-        words = words_of(arguments.run)
+        settings = settings_of(arguments.run)
+        words = words_of(settings)
         if arguments.list not in words.lists:
             parser.error(f"--list is {arguments.list!r}; there is no such list. Take one of {', '.join(words.lists)}.")
-        rows = completions(arguments.run)
+        rows = completions(arguments.run, settings)
     show_table(rows, words)
     show_samples(rows, words, arguments.list, arguments.samples)
 
 
-def words_of(run: Path) -> aha.Words:
-    """The built-in lists and those of the run's configuration."""
+def settings_of(run: Path) -> dict[str, Any]:
+    """Of the run's configuration, as it was written."""
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(
             f"{run} is not the directory of a run; there is no {path.name} in it. Name one, such as runs/quickstart."
         )
-    logging = read_settings(read_text(path, f"RUN_DIR is {str(run)!r}"), str(path)).get("logging") or {}
+    return read_settings(read_text(path, f"RUN_DIR is {str(run)!r}"), str(path))
+
+
+def words_of(settings: dict[str, Any]) -> aha.Words:
+    """The built-in lists and those of the run's configuration."""
+    logging = settings.get("logging") or {}
     return aha.with_own(logging.get("reflection_words", {}))  # runs before there was such a setting have none
 
 
-def completions(run: Path) -> list[Row]:
+def completions(run: Path, settings: dict[str, Any]) -> list[Row]:
     from grpo.system.jsonl import read_jsonl
 
     path = run / "completions.jsonl"
     rows = read_jsonl(path, ("step", "completion"))
-    if not rows:
+    if rows:
+        return rows
+    if "training" in settings:
         raise ValueError(
-            f"{path} holds no completions; they are what is counted. Set logging.completions_every > 0 in the next run."
+            f"{run} is a run of supervised training (`grpo sft`); it learns from rows and samples no completions, which are what "
+            "is counted. Name a run of `grpo train`. Words of its held-out answers are in its metrics, as aha/eval_..."
         )
-    return rows
+    every = (settings.get("logging") or {}).get("completions_every", 1)
+    raise ValueError(
+        f"{path} holds no completions; they are what is counted. "
+        + ("The run has written none yet." if every else "Set logging.completions_every > 0 in the next run.")
+    )
 
 
 def bands(steps: list[int]) -> list[list[int]]:

@@ -121,7 +121,7 @@ def sample(options: argparse.Namespace, asked: list[dict[str, Any]]) -> list[dic
         for name, needed in lacking.items():
             print(f"without the reward {name}, which needs {', '.join(needed)}")
         sampler = chosen.load(tokenizer, longest_prompt=max(len(prompt.token_ids) for prompt in prompts))
-        sampled = sample_groups(
+        return sample_groups(
             prompts,
             generator=sampler.generator if tools is None else tools.around(sampler.generator),
             scorer=scorer,
@@ -129,5 +129,5 @@ def sample(options: argparse.Namespace, asked: list[dict[str, Any]]) -> list[dic
             num_completions=options.group,
             rule=chosen.settings.algorithm.advantage_rule,
             seed=options.seed,
+            judged=bool(verdicts),
         )
-    return sampled if verdicts else [{**row, "right": None} for row in sampled]

@@ -56,9 +56,12 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def without(rewards: Sequence[Reward], columns: Sequence[str]) -> dict[str, list[str]]:
-    """The rewards that cannot be asked because they need what is no column: their names, and what they need."""
+    """The rewards that cannot be asked: they need what is no column, or go by it (`only`). Their names, and what they need."""
     known = {*SINGLE, *LISTED, *columns}
-    lacking = {reward.name: _required(reward) - known - set(reward.args) for reward in rewards}
+    lacking = {
+        reward.name: (_required(reward) - known - set(reward.args)) | (set(reward.only) - set(columns))
+        for reward in rewards
+    }
     return {name: sorted(needed) for name, needed in lacking.items() if needed}
 
 
@@ -102,10 +105,14 @@ def sample_groups(
     num_completions: int,
     rule: AdvantageRule,
     seed: int,
+    judged: bool = True,
 ) -> list[dict[str, Any]]:
     """A row per completion: as `grpo.scoring.answers.completion_rows`, with `sample`, `advantage`, `weights` and `why` besides.
 
     `why` has what a reward function's `explain` attribute says of the completion, where it has one.
+
+    Args:
+        judged: whether any of the rewards that say what is right are asked; no other speaks for them.
     """
     with scorer.begin(len(prompts)) as scoring:
         groups = generator.sample(prompts, sampling, num_completions=num_completions, seed=seed, on_group=scoring.add)
@@ -119,7 +126,14 @@ def sample_groups(
         columns = prompts[number_ // num_completions].columns
         why = {reward.name: text for reward in scorer.rewards if (text := _why(reward, row["completion"], columns))}
         rows.append(
-            {**row, "advantage": advantage, "sample": number_ % num_completions, "weights": weights, "why": why}
+            {
+                **row,
+                "right": row["right"] if judged else None,
+                "advantage": advantage,
+                "sample": number_ % num_completions,
+                "weights": weights,
+                "why": why,
+            }
         )
     return rows
 

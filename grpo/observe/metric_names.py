@@ -41,8 +41,9 @@ METRICS = {
     "outcome/wrong": "share that ended by themselves and are wrong",
     "outcome/truncated": "share that were cut off at rollout.max_completion_tokens; they are neither right nor wrong here",
     "outcome/unknown": "share that ended by themselves and have no verdict",
-    "answer/right": "share of the completions that are right, of those whose question has a gold answer in words or signs; "
-    "not for `code`, `countdown` and `reasoning_gym`",
+    "answer/judged": "share of completions that have a verdict, and whose question has a gold answer in words or signs; this and "
+    "the next two not for `code`, `countdown` and `reasoning_gym`",
+    "answer/right": "share of these completions that are right",
     "answer/<form>": "share of these right completions whose answer has a form of answer_forms.py: `arithmetic`, `several`, ...",
     "completion/other_script": "mean over completions of the share of their words in another script than the question's",
     "language/consistency": "mean over completions of the share of the thought's words that are in the question's script",

@@ -13,6 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from grpo.report import summary
 from grpo.report.read import Run, read_runs
+from grpo.text.plural import counted
 
 FIGURE = "curves.png"
 
@@ -139,16 +140,20 @@ def _answers(run: Run) -> str:
     held_out = summary.held_out(run)
     if held_out:
         shown = held_out if len(held_out) < 3 else [held_out[0], held_out[-1]]
-        names = list(shown[0]["functions"])
+        names, verdicts, pass_1 = list(shown[0]["functions"]), run.verdicts, {}
+        if len(verdicts) > 1:
+            names, pass_1 = [RIGHT, *names], summary.intervals(run).get(run.held_out_metric, {})
+        counts = _num_questions(run, shown[-1]["step"])
+        titles = [_title(name, counts.get(name, 0), shown[-1]["questions"]) for name in names]
         lines += [
-            f"| step | {' | '.join(names)} | tokens | cut off |",
+            f"| step | {' | '.join(titles)} | tokens | cut off |",
             f"|---|{'---|' * len(names)}---|---|",
             *(
                 "| "
                 + " | ".join(
                     [
                         str(row["step"]),
-                        *(_interval(row["functions"].get(each)) for each in names),
+                        *(_interval(({RIGHT: pass_1.get(row["step"])} | row["functions"]).get(each)) for each in names),
                         f"{row['length']:.0f}",
                         f"{row['truncated']:.1%}",
                     ]
@@ -157,13 +162,33 @@ def _answers(run: Run) -> str:
                 for row in shown
             ),
             "",
-            f"{shown[-1]['questions']} held-out questions, {shown[-1]['answers']} answers, with 95 % intervals.",
+            f"{shown[-1]['questions']} held-out questions, {shown[-1]['answers']} answers, with 95 % intervals. "
+            f"{' or '.join(f'`{name}`' for name in verdicts)} says what is right.",
         ]
     if run.results:
         lines += ["", "| benchmark | template | answers of | pass@1 |", "|---|---|---|---|"]
         for result in run.results:
             lines += [_benchmark(result, each) for each in result["results"]]
     return "\n".join(["## How good it is", "", *lines]) if lines else ""
+
+
+RIGHT = "right (pass@1)"
+"""Title of the share of right answers, where several rewards say what is right and none has it alone."""
+
+
+def _num_questions(run: Run, step: int) -> dict[str, int]:
+    """How many held-out questions a column is of: a reward may be for some only, or cannot tell."""
+    questions: dict[str, set[int]] = {}
+    for row in run.evaluations:
+        if row["step"] == step:
+            for name, value in {RIGHT: row["right"], **row["rewards"]}.items():
+                if value is not None:
+                    questions.setdefault(name, set()).add(row["row"])
+    return {name: len(rows) for name, rows in questions.items()}
+
+
+def _title(name: str, num: int, of: int) -> str:
+    return name if num == of else f"{name}, {counted(num, 'questions')}"
 
 
 def _benchmark(result: dict[str, Any], found: dict[str, Any]) -> str:

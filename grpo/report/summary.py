@@ -178,7 +178,9 @@ def settings(config: dict[str, Any]) -> dict[str, str]:
 def _reward(item: dict[str, Any]) -> str:
     arguments = ", ".join(f"{key} {_written(value)}" for key, value in item["args"].items())
     function = f"{item['function']}, " if item["name"] else ""
-    return f"{function}weight {item['weight']:g}" + (f", {arguments}" if arguments else "")
+    wanted = " and ".join(f"{column} is {' or '.join(values)}" for column, values in item.get("only", {}).items())
+    only = f", only where {wanted}" if wanted else ""
+    return f"{function}weight {item['weight']:g}" + (f", {arguments}" if arguments else "") + only
 
 
 def _written(value: Any) -> str:

@@ -110,7 +110,8 @@ class Loop:
     # ---- what a trainer fills in -------------------------------------------------------------------------------------
 
     def train_step(self) -> dict[str, float]:
-        """One training step; its metrics over all processes."""
+        """One training step; its metrics over all processes. Called by hand it goes on past run.steps, at the learning rate that
+        optimizer.schedule ends with."""
         raise NotImplementedError
 
     def _before_first_step(self) -> None:
@@ -165,7 +166,8 @@ class Loop:
 
     @at_work
     def train(self) -> Path:
-        """Run all steps that are left, with the evaluations and checkpoints that are due.
+        """Run all steps that are left, with the evaluations and checkpoints that are due. Where `train_step` has been called by
+        hand, the preflight and the evaluation ahead of the first step are no longer due.
 
         Returns:
             The last checkpoint; its `hf/` is a directory that `AutoModelForCausalLM.from_pretrained` loads.

@@ -107,7 +107,7 @@ class Window:
         for row in self.since_start:
             if "answer/right" in row:
                 rows.append(row)
-                num_right += row["answer/right"] * self.num_completions
+                num_right += row["answer/right"] * self._num_judged(row)
                 if len(rows) >= len(self.recent) and num_right >= MIN_RIGHT:
                     return self._answers(rows)
         return None
@@ -115,21 +115,25 @@ class Window:
     def _answers(self, rows: list[Metrics]) -> Answers | None:
         if any("answer/right" not in row for row in rows):
             return None
-        shares = [row["answer/right"] for row in rows]
-        right = sum(shares)
-        if right * self.num_completions < MIN_RIGHT:
+        counts = [row["answer/right"] * self._num_judged(row) for row in rows]
+        right = sum(counts)
+        if right < MIN_RIGHT:
             return None
         of_form = {
-            form: sum(share * row.get(f"answer/{form}", 0.0) for share, row in zip(shares, rows, strict=True)) / right
+            form: sum(count * row.get(f"answer/{form}", 0.0) for count, row in zip(counts, rows, strict=True)) / right
             for form in FORMS
         }
-        return Answers(right / len(rows), of_form, right * self.num_completions / self.group_size)
+        return Answers(right / sum(map(self._num_judged, rows)), of_form, right / self.group_size)
+
+    def _num_judged(self, row: Metrics) -> float:
+        """Completions of a step that `answer/right` is a share of. A step of an older run does not say how many: all."""
+        return row.get("answer/judged", 1.0) * self.num_completions
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Of some steps together: the share of completions that are right, that of each form in these, and how many groups' worth
-    of right answers there are. The answers of a group resemble each other, so chance goes by groups."""
+    """Of some steps together: the share of judged completions that are right, that of each form in these, and how many groups'
+    worth of right answers there are. The answers of a group resemble each other, so chance goes by groups."""
 
     right: float
     forms: dict[str, float]
@@ -296,6 +300,7 @@ WATCHED = (
     "group/with_signal",
     "policy/sampling_gap",
     LOSS,
+    "answer/judged",
     "answer/right",
     *(f"answer/{form}" for form in FORMS),
 )

@@ -156,9 +156,12 @@ def bind(reward: Reward, columns: list[str], elsewhere: Mapping[str, str]) -> Bo
                 "Remove it, or rename the column."
             )
         if name not in parameters and not _takes_everything(reward.function):
+            settable = [each for each in parameters if each not in built_in and each not in columns]
+            if reward.made_with is not None:
+                settable += inspect.signature(type(reward.function)).parameters
             raise ValueError(
                 f"rewards.*.args of {reward.name} sets {name!r}; the function has no such parameter: "
-                f"{nearest(name, list(parameters))} Remove it or correct the name."
+                f"{nearest(name, settable)} Remove it or correct the name."
             )
     return _bound(reward, reward.function, [*built_in, *columns], reward.args, form, elsewhere)
 

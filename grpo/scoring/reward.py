@@ -75,10 +75,11 @@ class Reward:
         form: completion, texts or messages: how it is called; None: as its parameters say.
         only: which questions it is asked about, by columns of the data, as in {"kind": ["maths", "logic"]} or {"level": 1};
             empty: all.
-        made_with: what `function` was made with, where it is an object; a run that resumes compares it, as `args`.
+        made_with: what `function` was made with, where it is an object that a configuration's class made; a run that resumes
+            compares it, as `args`. None: it is none.
 
     Raises:
-        ValueError: the function is a class, the weight is not a finite number, or there is no such form.
+        ValueError: the function is a class or cannot be called, or what is said of it has the wrong form or is no value of it.
     """
 
     function: Callable[..., Any]
@@ -87,7 +88,7 @@ class Reward:
     args: dict[str, Any] = field(default_factory=dict)
     form: Form | None = None
     only: Mapping[str, Any] = field(default_factory=dict)
-    made_with: dict[str, Any] = field(default_factory=dict, repr=False)
+    made_with: dict[str, Any] | None = field(default=None, repr=False)
 
     def is_asked(self, columns: Mapping[str, Any]) -> bool:
         """Whether `only` lets it be asked about a question with these columns."""
@@ -106,22 +107,47 @@ class Reward:
                 f"reward {self.function.__name__} is a class; a reward is a function, or an object that can be called. Hand over "
                 f"an object: {self.function.__name__}(...)."
             )
+        if not callable(self.function):
+            raise ValueError(
+                f"a Reward is made of {self.function!r}; it is made of a function, or of an object that can be called. Hand over "
+                "one, such as grpo.rewards.accuracy."
+            )
         if not self.name:
             function = _unwrapped(self.function)
             object.__setattr__(self, "name", getattr(function, "__name__", type(function).__name__))
-        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not math.isfinite(self.weight):
-            raise ValueError(f"reward {self.name} has the weight {self.weight!r}; it is a finite number. Correct it.")
-        several = {
-            name: [of] if isinstance(of, str) or not isinstance(of, Iterable) else list(of)
-            for name, of in self.only.items()
+        self._check_values()
+        object.__setattr__(self, "only", {name: _as_texts(wanted) for name, wanted in self.only.items()})
+
+    def _check_values(self) -> None:
+        """Raises ValueError: a value is none that the configuration would take."""
+        is_number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        rules = {
+            "name": (isinstance(self.name, str), "it is text"),
+            "weight": (is_number and math.isfinite(self.weight), "it is a finite number"),
+            "args": (_has_names(self.args), 'it says the values of further parameters, as in {"limit": 60}'),
+            "form": (self.form in (None, *FORMS), f"it is {', '.join(FORMS)} or None"),
+            "only": (
+                _has_values(self.only),
+                'it says by columns of the data which questions, as in {"kind": ["maths"]}',
+            ),
         }
-        object.__setattr__(
-            self, "only", {name: [as_text(value) for value in values] for name, values in several.items()}
-        )
-        if self.form is not None and self.form not in FORMS:
-            raise ValueError(
-                f"reward {self.name} has the form {self.form!r}; it is {', '.join(FORMS)} or None. Correct it."
-            )
+        for setting, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"reward {self.name} has {setting}={getattr(self, setting)!r}; {rule}. Correct it.")
+
+
+def _has_names(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+
+
+def _has_values(only: Mapping[str, Any]) -> bool:
+    return _has_names(only) and all(isinstance(text, str) for wanted in only.values() for text in _as_texts(wanted))
+
+
+def _as_texts(wanted: Any) -> list[Any]:
+    """A value of a column, or several, as they are compared."""
+    is_one = isinstance(wanted, str | Mapping) or not isinstance(wanted, Iterable)
+    return [as_text(value) for value in ([wanted] if is_one else wanted)]
 
 
 CHANGING = frozenset(
@@ -189,11 +215,10 @@ def resolve_rewards(configured: Iterable[RewardConfig]) -> list[Reward]:
 
 
 def _configured(config: RewardConfig) -> Reward:
-    function, args, own = resolve_function(config.function), config.args, dict[str, Any]()
+    function, args, own = resolve_function(config.function), config.args, None
     if inspect.isclass(function):
-        named = inspect.signature(function).parameters
-        own = {name: value for name, value in args.items() if name in named}
-        function, args = _instance(config.function, function, own), {n: v for n, v in args.items() if n not in own}
+        own = {name: value for name, value in args.items() if name in inspect.signature(function).parameters}
+        function, args = _instance(config, function, own), {n: v for n, v in args.items() if n not in own}
     return Reward(
         function,
         weight=config.weight,
@@ -205,13 +230,16 @@ def _configured(config: RewardConfig) -> Reward:
     )
 
 
-def _instance(spec: str, kind: type, args: dict[str, Any]) -> Callable[..., Any]:
+def _instance(config: RewardConfig, kind: type, args: dict[str, Any]) -> Callable[..., Any]:
     """An object of a class that a YAML names, made with those of its args that the class takes."""
+    spec = config.function
     try:
         made = kind(**args)
     except TypeError as error:
+        others = [name for name in config.args if name not in args]
         raise ValueError(
-            f"rewards.*.function is {spec!r}, a class; it cannot be made from its args {args}: {error}. Set rewards.*.args."
+            f"rewards.*.function is {spec!r}, a class; it cannot be made from its args {config.args}: {error}; "
+            f"{nearest(others[0] if others else '', inspect.signature(kind).parameters)} Set rewards.*.args."
         ) from error
     if not callable(made):
         raise ValueError(

@@ -102,11 +102,11 @@ class SupervisedTrainer(Loop):
 
     @at_work
     def train_step(self) -> dict[str, float]:
-        """One update on the next rows; the step's metrics over all processes.
+        """One update on the next rows; the step's metrics over all processes. It goes on past run.steps, where that is set.
 
         Raises:
             Interrupted: on all processes; only within `train`, which handles what asks for it.
-            ValueError, RuntimeError: see `train`.
+            ValueError, RuntimeError: see `train`; or the rows of training.epochs have been learned.
         """
         if self.stop.reason:
             raise Interrupted(self.stop.reason)
@@ -115,6 +115,11 @@ class SupervisedTrainer(Loop):
         step = self.step
         with self._time("step"), self._time("update"):
             rows = self.order.draw()
+            if not rows:
+                raise RuntimeError(
+                    f"all {self.state.step:,} updates are done; training.epochs is {self.config.training.epochs:g}, and no row "
+                    "is left. Make a trainer with more training.epochs, or with run.steps in their place."
+                )
             rollout = self._as_rollout(rows)
             passes = self._deal(rows)
             if self.processes.speaks:

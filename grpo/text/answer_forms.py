@@ -169,25 +169,33 @@ def tell_of(verdict: Callable[..., Any]) -> bool:
 
 
 def tally(rows: Sequence[Mapping[str, Any]], verdicts: Sequence[bool | None]) -> dict[str, tuple[float, float]]:
-    """Numerator and denominator of `answer/right` and `answer/<form>` over `completion_rows` and their verdicts.
+    """Numerator and denominator of `answer/judged`, `answer/right` and `answer/<form>` over `completion_rows` and their verdicts.
 
-    They add up over processes. Rows whose gold answer is no text, as where programs are asked for, do not count.
+    They add up over processes. Rows without a verdict do not count, nor do those whose question has no gold answer or one that is
+    no text, as where programs are asked for.
     """
-    judged = [(row, right) for row, right in zip(rows, verdicts, strict=True) if isinstance(row["answer"], str)]
+    judged = [(row, right) for row, right in zip(rows, verdicts, strict=True) if right is not None and _has_gold(row)]
     sums: dict[str, float] = defaultdict(float)
     right_rows = [row for row, right in judged if right]
     for row in right_rows:
         for name in forms(row["completion"], row["answer"]):
             sums[name] += 1
     tallied = {f"answer/{name}": (sums[name], float(len(right_rows))) for name in FORMS if right_rows}
-    return tallied | ({"answer/right": (float(len(right_rows)), float(len(judged)))} if judged else {})
+    if judged:
+        tallied["answer/right"] = float(len(right_rows)), float(len(judged))
+    return tallied | ({"answer/judged": (float(len(judged)), float(len(rows)))} if rows else {})
+
+
+def _has_gold(row: Mapping[str, Any]) -> bool:
+    """Whether there is a gold answer to compare with; that of a question without one is empty."""
+    return isinstance(row["answer"], str) and bool(row["answer"].strip())
 
 
 def excerpts(rows: Sequence[Mapping[str, Any]], verdicts: Sequence[bool | None], *, num: int) -> list[str]:
     """Right answers in odd forms beside their gold answers: at most `num`, of different questions first."""
     shown: dict[str, str] = {}
     for row, right in zip(rows, verdicts, strict=True):
-        if right and isinstance(row["answer"], str) and row["question"] not in shown:
+        if right and _has_gold(row) and row["question"] not in shown:
             found = forms(row["completion"], row["answer"])
             if found:
                 answer = " ".join(committed_answer(row["completion"]).split())
