@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         from grpo.config.elsewhere import CLASSES
 
-        if name in CLASSES:  # of an AttributeError `from grpo import ...` would say no word
+        if name in CLASSES:  # no AttributeError, of which `from grpo import ...` says no word
             raise ImportError(f"{name} is a class of TRL; here it is {CLASSES[name]}.")
         raise AttributeError(f"module 'grpo' has no attribute {name!r}")
     import warnings

@@ -56,7 +56,7 @@ from grpo.training.rollout import Advantage, RolloutMaker
 from grpo.turns.environment import Environment, Make, check_unused, own_rows
 from grpo.turns.toolbox import Given, Toolbox, with_observations
 from grpo.turns.use import Tools
-from grpo.types import Generator, Prompt
+from grpo.types import VOTE, Generator, Prompt
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -133,12 +133,18 @@ def assemble(
     if advantage is None and config.algorithm.normalize_by_mean:
         _check_not_negative(config, functions)
     verdicts, signal_from = _signal_from(config, functions)
-    can_tell = [each.name for each in functions if each.name not in MANNERS]
+    can_tell = [each.name for each in functions if each.name not in (*MANNERS, VOTE)]
     if config.scoring.verdict is None and len(can_tell) > 1 and "accuracy" not in can_tell:
         processes.say(
-            f"of {', '.join(can_tell)} the reward {verdict_name(can_tell)} says what is right; scoring.verdict names another"
+            f"of {', '.join(can_tell)} the reward {verdict_name(can_tell)} says what is right. Set scoring.verdict to name "
+            "another"
         )
     forms = _forms_tell(config, functions)
+    if any(each.only for each in functions if each.name == config.rollout.signal_from):
+        processes.say(
+            f"rollout.signal_from is {config.rollout.signal_from!r}, which is asked about some questions only; dynamic sampling "
+            "takes no others"
+        )
     if config.rollout.passes_over:
         processes.say(
             f"the reward {' or '.join(verdicts)} decides which questions are solved or hopeless: 1 means right, a smaller value "

@@ -374,9 +374,9 @@ class Scores:
         default_factory=list
     )  # P lists of G: of each completion, by reward, what log_extra had
     verdicts: Sequence[str] = ()  # names of the functions that say what is right; see scoring/answers.py
-    is_due: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # function name -> (P,) whether it has to tell; see weighted_sum
+    is_due: dict[str, Tensor] | None = (
+        None  # function name -> (P,) whether it has to tell, as in weighted_sum; None: none has
+    )
 
 
 @dataclass

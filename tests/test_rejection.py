@@ -21,7 +21,7 @@ from grpo.data.pass_rates import within_pass_rates
 from grpo.observe.rundir import DirectoryLock
 from grpo.rejection.reject import table_of
 from grpo.rejection.rewriting import Kept, Rewriter, in_tags, prompts_of, rewritten
-from grpo.rejection.rules import Rules, falls_of_row, judge, pass_rate
+from grpo.rejection.rules import Required, Rules, falls_of_row, judge, pass_rate
 from grpo.rejection.template import read_template
 from grpo.rollout.grouping import all_at_once
 from grpo.system import distributed
@@ -32,7 +32,7 @@ from rewards import format as well_formed
 
 ENGLISH = "How many coins are left?"
 GOOD = "<think>First add the nine to the five, which gives fourteen.</think> <answer>14</answer>"
-REQUIRED = {"accuracy": 1.0}
+REQUIRED = Required({"accuracy": 1.0})
 
 
 def row(
@@ -144,7 +144,7 @@ def test_a_question_that_is_too_easy_or_too_hard_has_no_rows():
 
 
 def test_what_is_right_may_be_several_rewards():
-    both = {"accuracy": 1.0, "format": 0.5}
+    both = Required({"accuracy": 1.0, "format": 0.5})
     assert [fall.rule for fall in falls_of_row(row(), ENGLISH, Rules(), both)] == ["wrong"]
     assert falls_of_row(row(), ENGLISH, Rules(), both)[0].detail == "format 0"
     assert falls_of_row(row() | {"rewards": {"accuracy": 1.0, "format": 0.5}}, ENGLISH, Rules(), both) == []

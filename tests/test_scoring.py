@@ -14,6 +14,7 @@ import threading
 import time
 import types
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from grpo.scoring.binding import pickled
 from grpo.scoring.reward import Reward, RewardError, resolve_function, resolve_rewards
 from grpo.scoring.scorer import Scorer, weighted_sum
 from grpo.scoring.worker import Call, Outcome
-from grpo.types import Completion, Group, Prompt
+from grpo.turns.episode import environment
+from grpo.types import Completion, Episode, Group, Prompt
 
 nan = math.nan
 NOT_DUE = torch.zeros(2, 2, dtype=torch.bool)
@@ -120,6 +122,27 @@ def knows_nothing(completion: str) -> None:
 
 def length(completion: str) -> float:
     return float(len(completion))
+
+
+def leaves_at_one(completion: str) -> None:
+    """Of the others it knows nothing."""
+    if completion == "bc":
+        os._exit(3)
+
+
+def test_a_grader_that_knows_nothing_of_a_question_and_fails_once_leaves_it_to_the_others() -> None:
+    with make_scorer(leaves_at_one, length) as scorer:
+        scores = scorer.score([make_group(["a", "bc"])])
+    assert scores.num_crashes == 1
+    assert_equal(scores.rewards, [[1, 2]])
+
+
+def test_an_episode_that_failed_is_not_trained_on_for_the_sake_of_other_rewards() -> None:
+    group = make_group(["a", "bc"])
+    failed = Episode(reward=None, ended=False, num_turns=1)
+    group = Group(group.prompt, [replace(completion, episode=failed) for completion in group.completions])
+    with make_scorer(length, Reward(environment)) as scorer:
+        assert_equal(scorer.score([group]).rewards, [[nan, nan]])
 
 
 @pytest.mark.parametrize("fails", [hangs, leaves])
@@ -519,7 +542,10 @@ def test_a_class_in_a_yaml_is_made_with_its_args_or_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"only": "sums"}, r"only='sums'; it says by columns of the data which questions, as in"),
+        (
+            {"only": "sums"},
+            r"only='sums'; it says by columns of the data which questions, in text, numbers or booleans, as in",
+        ),
         ({"only": ["sums"]}, r"only=\['sums'\]; it says by columns"),
         ({"only": {"kind": {"a": 1}}}, r"only={'kind': {'a': 1}}; it says by columns"),
         ({"only": {"kind": None}}, r"only={'kind': None}; it says by columns"),

@@ -16,17 +16,19 @@ from test_scoring import make_group, make_scorer
 from grpo import Trainer
 from grpo.assembly import _signal_from
 from grpo.cli import reject
+from grpo.config import RewardConfig
 from grpo.evaluation.arms import verdicts_in
 from grpo.inference.inspect import verdicts_left
 from grpo.observe.sinks import overview
-from grpo.rejection.rules import Rules, falls_of_row, of_question, pass_rate
+from grpo.rejection.rules import Required, Rules, falls_of_row, pass_rate
 from grpo.report.fit import prediction
 from grpo.report.panels import sections
 from grpo.report.read import read_runs, verdicts_of_runs
 from grpo.report.summary import headline
 from grpo.run.resumable import MAY_CHANGE, changed_setting
 from grpo.scoring.answers import completion_rows, judged, summarize, verdict_name, verdicts_of
-from grpo.scoring.reward import Reward
+from grpo.scoring.reward import Reward, sure_name
+from grpo.scoring.scorer import join_scores
 from grpo.system.jsonl import read_jsonl
 from grpo.types import Scores
 
@@ -85,6 +87,33 @@ def test_without_rewards_nobody_can_tell_and_of_no_groups_there_are_no_rows():
         assert [row["right"] for row in completion_rows(groups, scores)] == [None] * 2 * rows
 
 
+def test_scores_that_an_older_run_saved_within_a_step_are_read():
+    old = Scores(torch.ones(1, 2), {"checked": torch.tensor([[1.0, 0.0]])}, 0, 0)
+    del old.__dict__["is_due"], old.__dict__["verdicts"]
+    assert [row["right"] for row in completion_rows([make_group(["a", "b"])], old)] == [True, False]
+    assert join_scores([old, old]).is_due is None
+    new = Scores(torch.ones(1, 2), old.values, 0, 0, is_due={"checked": torch.tensor([True])})
+    assert join_scores([new, new]).is_due["checked"].tolist() == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("def mine(completion):\n    return 1.0\n", "mine"),
+        ("def other(completion):\n    return 1.0\nmine = other\n", None),
+        ("def named(f):\n    return f\n\n@named\ndef mine(completion):\n    return 1.0\n", None),
+        ("class mine:\n    def __call__(self, completion):\n        return 1.0\n", "mine"),
+    ],
+)
+def test_the_name_of_a_reward_is_sure_where_its_source_says_it_plainly(tmp_path: Path, source: str, name: str | None):
+    (tmp_path / "own.py").write_text(source)
+    spec = f"{tmp_path}/own.py:mine"
+    assert sure_name(RewardConfig(function=spec)) == name
+    assert sure_name(RewardConfig(function=spec, name="given")) == "given"
+    assert sure_name(RewardConfig(function="accuracy")) == "accuracy"
+    assert sure_name(RewardConfig(function="package.module:mine")) is None
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -116,6 +145,7 @@ def test_a_verdict_is_a_name_or_a_list_of_names(tmp_path: Path, wrong: Any):
 def test_an_environment_says_what_is_right_before_rewards_beside_it():
     assert verdict_name(["turns_short", "environment"]) == "environment"
     assert verdict_name(["environment", "accuracy"]) == "accuracy"
+    assert verdict_name(["vote", "format", "mine"]) == "mine"  # the values of vote are names
 
 
 def test_what_says_what_is_right_may_not_change_on_resume(tmp_path: Path):
@@ -243,15 +273,16 @@ def test_a_row_of_an_older_run_is_judged_by_the_rule(tmp_path: Path):
 
 def test_rejection_keeps_what_is_right_of_every_kind():
     required = Rules().required(["shaping", "of_a", "of_b"], ["of_a", "of_b"])
-    assert required == {"of_a": 1.0, "of_b": 1.0}  # as it is written down
-    found, rates = [], []
-    for question in ([0], [1, 2], [3]):
-        rows = [ANSWERS[number] for number in question]
-        own = of_question(required, rows)
-        rates.append(pass_rate(rows, own))
-        found += [[(fall.rule, fall.detail) for fall in falls_of_row(row, "How many?", Rules(), own)] for row in rows]
+    assert required == Required({"of_a": 1.0, "of_b": 1.0}, by_row=True)
+    found = [
+        [(fall.rule, fall.detail) for fall in falls_of_row(row, "How many?", Rules(), required)] for row in ANSWERS
+    ]
     assert found == [[], [], [("wrong", "of_b 0")], [("unknown", "of_a, of_b")]]
-    assert rates == [1, 0.5, None]
+    assert pass_rate(ANSWERS, required) == pytest.approx(2 / 3)
+    failed = judged_row(4, "a", None) | {"rewards": {"of_a": None, "of_b": 1.0}}  # what failed is judged by no other
+    assert [fall.rule for fall in falls_of_row(failed, "How many?", Rules(), required)] == ["unknown"]
+    asked = Rules(require={"shaping": 0.5}).required(["shaping", "of_a", "of_b"], ["of_a", "of_b"])
+    assert falls_of_row(failed | {"rewards": {"shaping": 0.5}}, "How many?", Rules(), asked) == []
 
 
 def test_the_command_rejects_by_the_verdict_of_each_question(tmp_path: Path):
@@ -282,7 +313,12 @@ def test_the_command_rejects_by_the_verdict_of_each_question(tmp_path: Path):
         "48",
     ]
     out = tmp_path / "kept.jsonl"
-    found = reject.run(reject._parser().parse_args([*words, "--workers", "1", "--trust-rewards", "--out", str(out)]))
+    words += ["--workers", "1", "--trust-rewards", "--out", str(out)]
+    found = reject.run(reject._parser().parse_args(words))
+    with pytest.raises(
+        ValueError, match=r"the samples there have scoring.verdict 'of_a, of_b', and these 'of_b, of_a'"
+    ):
+        reject.run(reject._parser().parse_args([*words, "--set", "scoring.verdict=[of_b,of_a]"]))
     every = [*read_jsonl(out), *read_jsonl(out.with_suffix(".dropped.jsonl"))]
     assert len(every) == 48
     right = {(row["row"], row["sample"]) for row in every if row["rewards"][f"of_{'ab'[row['row'] % 2]}"] == 1}

@@ -80,7 +80,7 @@ def _check_verdict(config: AnyConfig) -> None:
 def check_data(config: AnyConfig, is_to_come: IsToCome = nothing_is_to_come) -> None:
     """Raises ValueError for files that are missing, for small ones whose rows cannot be read, and for a wrong chat template."""
     data = config.data
-    if data.chat_template is not None:
+    if data.chat_template is not None and not is_to_come(data.chat_template):
         from grpo.data.chat_template import read_chat_template
 
         read_chat_template(data.chat_template)

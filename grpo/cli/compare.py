@@ -62,8 +62,9 @@ def main() -> None:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m"]
     exit_code = compare.carry_out(runs, [*launcher, "grpo.cli.train"], at=at)
     rows = compare.compare(runs)
+    paths = compare.write(rows, runs, arguments.out)  # before the output, whose reader may be gone
     print(f"\n{compare.as_text(rows)}\n")
-    for path in compare.write(rows, runs, arguments.out):
+    for path in paths:
         print(path)
     raise SystemExit(exit_code)
 

@@ -20,10 +20,8 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-SYNTAX = jinja2.Environment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols", "jinja2.ext.do"]
-)
-"""Parses what transformers does."""
+SYNTAX = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+"""Compiles what transformers does."""
 
 
 def read_chat_template(path: str | None) -> str | None:
@@ -41,7 +39,7 @@ def read_chat_template(path: str | None) -> str | None:
         )
     text = read_text(Path(path), setting)
     try:
-        SYNTAX.parse(text)
+        SYNTAX.compile(text)
     except jinja2.TemplateSyntaxError as error:
         said = f"{error.message}".rstrip(".")
         raise ValueError(f"{setting}; line {error.lineno} is not valid Jinja: {said}. Correct the file.") from None

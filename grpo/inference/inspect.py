@@ -166,16 +166,11 @@ ENDS = {"length": "cut off", "calls": "out of calls", "turns": "out of turns"}
 
 
 def _heading(row: Mapping[str, Any], num: int) -> Text:
-    mark = {True: ("✓", "bold green"), False: ("✗", "bold red"), None: ("?", "bold yellow")}[verdict_of(row)]
+    mark = {True: ("✓", "bold green"), False: ("✗", "bold red"), None: ("?", "bold yellow")}[is_right(row)]
     advantage = f"  advantage {row['advantage']:+.3f}" if num > 1 else ""
     end = ENDS.get(row["finish_reason"], "ended")
     said = f" {row['sample'] + 1}/{num}  reward {number(row['reward'])}{advantage}  {row['num_tokens']} tokens, {end}"
     return Text.assemble(("\n", ""), mark, (said, "bold"))
-
-
-def verdict_of(row: Mapping[str, Any]) -> bool | None:
-    """Whether it is right; None also where there is no gold answer to tell by."""
-    return is_right(row)
 
 
 def _verdict(name: str, value: float | None, row: Mapping[str, Any]) -> Text:
@@ -203,7 +198,7 @@ def _styled(row: Mapping[str, Any]) -> Text:
 def _summary(rows: list[dict[str, Any]]) -> str:
     said = [counted(len(rows), "completions")]
     if rows[0]["answer"] is not None:
-        verdicts = [verdict_of(row) for row in rows]
+        verdicts = [is_right(row) for row in rows]
         counts = {"right": verdicts.count(True), "wrong": verdicts.count(False), "unknown": verdicts.count(None)}
         said += [f"{count} {name}" for name, count in counts.items() if count]
     known = [row["reward"] for row in rows if row["reward"] is not None]

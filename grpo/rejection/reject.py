@@ -30,7 +30,7 @@ from grpo.evaluation.sample_file import SAMPLES, writing
 from grpo.inference import model as inference
 from grpo.policy.tokenizer import load_tokenizer
 from grpo.rejection.rewriting import Kept, Rewriter, fall_of, in_tags, prompts_of
-from grpo.rejection.rules import OPTIONS, Fall, Rules, falls_of_row, judge, of_question, pass_rate
+from grpo.rejection.rules import OPTIONS, Fall, Required, Rules, falls_of_row, judge, pass_rate
 from grpo.rejection.sampling import Row, by_question, claim, sample, seed_of
 from grpo.run.inputs import digests
 from grpo.scoring.scorer import Scorer
@@ -106,6 +106,8 @@ def reject(
             "questions": given.pop("the training questions"),
         }
     )
+    if required.by_row:  # as rows have it
+        given["scoring.verdict"] = ", ".join(scorer.verdicts)
     wanted = {**source, **given, "--samples": asked.num_samples, "--seed": asked.seed, **_told(asked.sampling)}
     config = _config(asked.model, asked.sampling, prompts, runtime)
     tokenizer = load_tokenizer(config.model)
@@ -207,7 +209,7 @@ def _choose(
     prompts: Sequence[Prompt],
     samples: Path,
     rules: Rules,
-    required: Mapping[str, float],
+    required: Required,
     special: Sequence[str],
     table: Table,
     out: Path,
@@ -231,12 +233,13 @@ def _choose(
         for number, rows in by_question(samples / SAMPLES):
             prompt = by_row[number]
             rows = [in_tags(row, prompt) for row in rows] if tags else rows
-            own = of_question(required, rows)
-            rate = pass_rate(rows, own)
+            rate = pass_rate(rows, required)
             rate_row(_rate_row(prompt, rows, rate))
             table.num_questions += 1
             before = table.num_kept
-            for row, falls in zip(rows, judge(rows, str(prompt.columns["question"]), rules, own, special), strict=True):
+            for row, falls in zip(
+                rows, judge(rows, str(prompt.columns["question"]), rules, required, special), strict=True
+            ):
                 table.num_samples += 1
                 if falls:
                     _drop(drop, table, prompt, row, rate, falls)
@@ -321,7 +324,7 @@ def _rewrite(
     kept: list[Kept],
     scorer: Scorer,
     rules: Rules,
-    required: Mapping[str, float],
+    required: Required,
     directory: Path,
     runtime: Runtime,
     table: Table,
@@ -374,7 +377,7 @@ def _replace(
     kept: list[Kept],
     directory: Path,
     rules: Rules,
-    required: Mapping[str, float],
+    required: Required,
     special: Sequence[str],
     table: Table,
     out: Path,
@@ -388,11 +391,11 @@ def _replace(
         for row in iterate_jsonl(dropped):
             drop(row)
         for number, attempts in by_question(directory / SAMPLES):
-            own, asked = kept[number], of_question(required, attempts)
+            own = kept[number]
             question = str(own.prompt.columns["question"])
             fall: Fall | None = None
             for attempt in attempts:
-                fall = fall_of(falls_of_row(attempt, question, rules, asked, special))
+                fall = fall_of(falls_of_row(attempt, question, rules, required, special))
                 if fall is None:
                     table.num_kept += 1
                     table.num_tokens += attempt["num_tokens"]
@@ -414,15 +417,13 @@ def _rewritten_row(own: Kept, attempt: Row, source: Row) -> Row:
 # ---- what it came to -------------------------------------------------------------------------------------------------
 
 
-def _concluded(
-    asked: Asked, rules: Rules, required: Mapping[str, float], table: Table, source: Row, out: Path
-) -> dict[str, Any]:
+def _concluded(asked: Asked, rules: Rules, required: Required, table: Table, source: Row, out: Path) -> dict[str, Any]:
     found = {
         "source": source,
         "samples": asked.num_samples,
         "seed": asked.seed,
         "sampling": _told(asked.sampling),
-        "rules": {**asdict(rules), "require": dict(required), "pass_rate": list(rules.pass_rate)},
+        "rules": {**asdict(rules), "require": dict(required.least), "pass_rate": list(rules.pass_rate)},
         "tags": asked.tags,
         "rewritten_by": None if asked.rewriting is None else asked.rewriting.model.name,
         **{name: dict(value) if isinstance(value, Counter) else value for name, value in vars(table).items()},

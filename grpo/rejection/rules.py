@@ -75,8 +75,8 @@ class Rules:
         low, high = self.pass_rate
         _check("pass_rate", f"{low} {high}", 0 <= low <= high <= 1, "two shares, the smaller one first")
 
-    def required(self, names: Sequence[str], verdicts: Sequence[str]) -> dict[str, float]:
-        """Least value of each reward.
+    def required(self, names: Sequence[str], verdicts: Sequence[str]) -> Required:
+        """What makes a row right.
 
         Args:
             names: of the rewards there are.
@@ -88,7 +88,9 @@ class Rules:
         for name in self.require:
             if name not in names:
                 raise ValueError(f"--require names {name!r}; the rewards are {', '.join(names)}. Correct the name.")
-        return dict(self.require) or (dict if len(verdicts) == 1 else OneOf)(dict.fromkeys(verdicts, 1.0))
+        if self.require:
+            return Required(self.require)
+        return Required(dict.fromkeys(verdicts, 1.0), by_row=len(verdicts) > 1)
 
 
 def _check(name: str, value: Any, holds: bool, rule: str) -> None:
@@ -125,29 +127,32 @@ OPTIONS = {
 """Every rule in its order, with the option that has its threshold. The last two are those of rewriting: see rewriting.py."""
 
 
-class OneOf(dict[str, float]):
-    """Least values of rewards of which each judges questions of its own kind: that one alone is required; see `of_question`."""
+@dataclass(frozen=True)
+class Required:
+    """What makes a row right: the least value of each of these rewards.
+
+    Args:
+        by_row: each of them judges questions of its own kind; a row's `right` says what the one that judged it said.
+    """
+
+    least: Mapping[str, float]
+    by_row: bool = False
 
 
-def of_question(required: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> Mapping[str, float]:
-    """What is required of the rows of a question: of several verdicts the first that can tell of any of them."""
-    if not isinstance(required, OneOf):
-        return required
-    tells = (name for name in required if any(row["rewards"][name] is not None for row in rows))
-    return {name: required[name] for name in [*tells][:1] or required}
-
-
-def is_right(rewards: Mapping[str, float | None], required: Mapping[str, float]) -> bool | None:
+def is_right(row: Mapping[str, Any], required: Required) -> bool | None:
     """Whether every required reward reaches its least value; None if one can't tell and none is below."""
-    values = [(rewards[name], least) for name, least in required.items()]
+    if required.by_row:
+        right: bool | None = row["right"]
+        return right
+    values = [(row["rewards"][name], least) for name, least in required.least.items()]
     if any(value is not None and value < least - ROUNDING for value, least in values):
         return False
     return None if any(value is None for value, _ in values) else True
 
 
-def pass_rate(rows: Sequence[Mapping[str, Any]], required: Mapping[str, float]) -> float | None:
+def pass_rate(rows: Sequence[Mapping[str, Any]], required: Required) -> float | None:
     """Share of right ones among the rows of a question whose verdict is known; None if there is none."""
-    known = [right for row in rows if (right := is_right(row["rewards"], required)) is not None]
+    known = [right for row in rows if (right := is_right(row, required)) is not None]
     return sum(known) / len(known) if known else None
 
 
@@ -186,18 +191,18 @@ def falls_of_row(
     row: Mapping[str, Any],
     question: str,
     rules: Rules,
-    required: Mapping[str, float],
+    required: Required,
     special_tokens: Sequence[str] = (),
 ) -> list[Fall]:
     """The same of a sampled row, with its rewards and how it ended."""
     falls = []
-    rewards, right = row["rewards"], is_right(row["rewards"], required)
+    rewards, right = row["rewards"], is_right(row, required)
     if right is None:
-        falls.append(Fall("unknown", _named(name for name in required if rewards[name] is None)))
+        falls.append(Fall("unknown", _named(name for name in required.least if rewards[name] is None)))
     if right is False:
         below = (
             f"{name} {value:g}"
-            for name, least in required.items()
+            for name, least in required.least.items()
             if (value := rewards[name]) is not None and value < least - ROUNDING
         )
         falls.append(Fall("wrong", _named(below)))
@@ -211,7 +216,7 @@ def judge(
     rows: Sequence[Mapping[str, Any]],
     question: str,
     rules: Rules,
-    required: Mapping[str, float],
+    required: Required,
     special_tokens: Sequence[str] = (),
 ) -> list[list[Fall]]:
     """Of each of a question's rows what it breaks; those with nothing are kept.

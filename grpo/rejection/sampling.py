@@ -20,7 +20,7 @@ from grpo.types import Generator, Group, Prompt, Sampling, Scores
 
 Row = dict[str, Any]
 
-KEPT = ("row", "sample", "completion", "finish_reason", "num_tokens", "reward", "rewards", "extra")
+KEPT = ("row", "sample", "completion", "finish_reason", "num_tokens", "reward", "rewards", "right", "extra")
 
 
 def sample_rows(groups: list[Group], scores: Scores) -> list[Row]:

@@ -158,7 +158,7 @@ def verdict_name(names: Iterable[str]) -> str:
     environment, else the first that is not one of MANNERS, else the first."""
     names = list(names)
     first = [name for name in ("accuracy", ENVIRONMENT) if name in names]
-    return next((name for name in [*first, *names] if name not in MANNERS), names[0])
+    return next((name for name in [*first, *names] if name not in MANNERS and name != VOTE), names[0])
 
 
 MANNERS = frozenset({"format", "overlong", "repetition", "language", "countdown_search", "countdown_trials"})
@@ -215,7 +215,7 @@ def judged(scores: Scores, names: Sequence[str]) -> Tensor:
 
 def _applies(scores: Scores, name: str) -> Tensor:
     """(P,)"""
-    return ~scores.values[name].isnan().all(1) | scores.is_due.get(name, False)
+    return ~scores.values[name].isnan().all(1) | (scores.is_due or {}).get(name, False)
 
 
 def is_right(row: Mapping[str, Any]) -> bool | None:

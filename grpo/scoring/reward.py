@@ -98,7 +98,8 @@ class Reward:
     def is_due(self) -> bool:
         """Whether it can tell of the questions that it is asked about, so that None is a failure: `only` names them, or the
         function has `tells_of_all`."""
-        return bool(self.only) or getattr(self.function, "tells_of_all", False)
+        told = (getattr(each, "tells_of_all", False) for each in (self.function, _unwrapped(self.function)))
+        return bool(self.only) or any(told)
 
     def __post_init__(self) -> None:
         """Raises ValueError: see the class."""
@@ -128,7 +129,7 @@ class Reward:
             "form": (self.form in (None, *FORMS), f"it is {', '.join(FORMS)} or None"),
             "only": (
                 _has_values(self.only),
-                'it says by columns of the data which questions, as in {"kind": ["maths"]}',
+                'it says by columns of the data which questions, in text, numbers or booleans, as in {"kind": ["maths"]}',
             ),
         }
         for setting, (holds, rule) in rules.items():
@@ -146,6 +147,7 @@ def _has_values(only: Mapping[str, Any]) -> bool:
 
 def _as_texts(wanted: Any) -> list[Any]:
     """A value of a column, or several, as they are compared."""
+    wanted = getattr(wanted, "tolist", lambda: wanted)()  # of numpy
     is_one = isinstance(wanted, str | Mapping) or not isinstance(wanted, Iterable)
     return [as_text(value) for value in ([wanted] if is_one else wanted)]
 
@@ -305,8 +307,12 @@ def sure_name(config: RewardConfig) -> str | None:
     place, colon, name = config.function.rpartition(":")
     if config.name or not colon:
         return config.name or name
-    source = _source_file(config.function, Path(place), "rewards.*.function") if place.endswith(".py") else None
-    return name if source is not None and name in _bound_names(ast.parse(source.text))[1] else None
+    if not place.endswith(".py"):
+        return None
+    tree = ast.parse(_source_file(config.function, Path(place), "rewards.*.function").text)
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    plain = [node.name for node in functions if not node.decorator_list]  # a decorator may return one of another name
+    return name if name in plain else None
 
 
 def _built_in(spec: str, setting: str, built_in: str) -> ModuleType:

@@ -395,11 +395,13 @@ class Scoring:
         group_size = next((self._sizes[p] for p in places), 0) or 0
         values = torch.full((len(rewards), len(places), group_size), math.nan, dtype=torch.float64)
         is_due = torch.zeros(len(rewards), len(places), dtype=torch.bool)
+        for task in tasks:  # until one of its calls ends with a value
+            is_due[task.function, row[task.p]] = True
         extras: list[list[dict[str, Any]]] = [[{} for _ in range(group_size)] for _ in places]
         metrics: dict[str, list[float]] = {}
         for task, outcome in zip(tasks, outcomes, strict=True):
-            is_due[task.function, row[task.p]] |= outcome.kind != "value" or rewards[task.function].is_due
             if outcome.kind == "value":
+                is_due[task.function, row[task.p]] &= rewards[task.function].is_due
                 place = slice(task.g, task.g + task.num_values)
                 values[task.function, row[task.p], place] = torch.tensor(
                     task.verdicts(outcome.value), dtype=torch.float64
@@ -496,7 +498,7 @@ def weighted_sum(values: Tensor, weights: Tensor, is_due: Tensor) -> Tensor:
     Args:
         values: (F, P, G).
         weights: (F,).
-        is_due: (F, P) whether the function applies even if it can't tell of any: it failed, or it is one that would know.
+        is_due: (F, P) whether the function applies even if it can't tell of any: all its calls failed, or it would know.
 
     Returns:
         (P, G).
@@ -521,8 +523,13 @@ def join_scores(parts: Sequence[Scores]) -> Scores:
         },
         extras=[group for each in parts for group in each.extras],
         verdicts=parts[0].verdicts,
-        is_due={name: torch.cat([each.is_due[name] for each in parts]) for name in parts[0].is_due},
+        is_due=_joined([each.is_due for each in parts]),
     )
+
+
+def _joined(parts: Sequence[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
+    known = [each for each in parts if each is not None]
+    return {name: torch.cat([each[name] for each in known]) for name in known[0]} if len(known) == len(parts) else None
 
 
 def _where_and_what(worker_traceback: str) -> str:

@@ -122,3 +122,6 @@ def _number(value: Any, method: str) -> float:
 def environment(environment_reward: float | None) -> float | None:
     """The reward function in whose name the environment's own is counted."""
     return environment_reward
+
+
+environment.tells_of_all = True  # type: ignore[attr-defined] # None is an episode that failed
