@@ -31,7 +31,7 @@ from grpo.evaluation.compare import _answers
 from grpo.observe.rundir import RunLog
 from grpo.rejection.reject import Table, _choose, _replace
 from grpo.rejection.rewriting import Kept
-from grpo.rejection.rules import Rules
+from grpo.rejection.rules import Required, Rules
 from grpo.report import read
 from grpo.rollout.stop_criteria import Ending
 from grpo.scoring import answers, statistics
@@ -317,7 +317,9 @@ def test_rejection_keeps_rows_in_memory_only_to_rewrite_them(tmp_path: Path):
 
     def choose(keeps: bool) -> list[Kept]:
         out = tmp_path / "rows.jsonl"
-        return _choose([PROMPT], tmp_path, Rules(), {"accuracy": 1.0}, [], Table(), out, {}, tags=False, keeps=keeps)
+        return _choose(
+            [PROMPT], tmp_path, Rules(), Required({"accuracy": 1.0}), [], Table(), out, {}, tags=False, keeps=keeps
+        )
 
     assert len(choose(keeps=True)) == 3
     assert choose(keeps=False) == []
@@ -331,7 +333,7 @@ def test_dropped_rows_are_not_read_into_memory_to_add_some(tmp_path: Path):
     kept = [Kept(PROMPT, {**sampled(0, "It is 2.")}, 1.0)]
 
     def rewrite() -> None:
-        _replace(kept, tmp_path, Rules(), {"accuracy": 1.0}, [], Table(), out, {})
+        _replace(kept, tmp_path, Rules(), Required({"accuracy": 1.0}), [], Table(), out, {})
 
     assert peak_bytes(rewrite) < 1_500_000
     assert len(dropped.read_text().splitlines()) == 200
