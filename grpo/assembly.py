@@ -14,7 +14,6 @@ from grpo.algorithm.objective import AdvantageRule, Objective
 from grpo.algorithm.own_loss import Loss
 from grpo.config import Config, RewardConfig, SupervisedConfig
 from grpo.config.combinations import check_carried_turns
-from grpo.config.sections import WatchdogConfig
 from grpo.config.settings import Settings
 from grpo.data.order import Order, PromptOrder, ranks
 from grpo.data.pass_rates import within_pass_rates
@@ -40,14 +39,13 @@ from grpo.run.checkpoint import Checkpoints
 from grpo.run.held_out import HeldOut
 from grpo.run.loop import RunParts
 from grpo.run.preflight import Audit, Preflight, audit
-from grpo.scoring.answers import MANNERS, verdict_name, verdicts_of
 from grpo.scoring.binding import reads_answer
+from grpo.scoring.deciding import forms_tell, signal_from, who_decides
 from grpo.scoring.reward import Reward, resolve_rewards
 from grpo.scoring.scorer import Scorer
 from grpo.system import distributed
 from grpo.system.distributed import TrainingProcesses
 from grpo.system.stopping import StopAgreement, StopRequest
-from grpo.text import answer_forms
 from grpo.text.plural import counted
 from grpo.training.carry_over import check_carries
 from grpo.training.collector import Collector
@@ -56,7 +54,7 @@ from grpo.training.rollout import Advantage, RolloutMaker
 from grpo.turns.environment import Environment, Make, check_unused, own_rows
 from grpo.turns.toolbox import Given, Toolbox, with_observations
 from grpo.turns.use import Tools
-from grpo.types import VOTE, Generator, Prompt
+from grpo.types import Generator, Prompt
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -132,24 +130,10 @@ def assemble(
     check_quantization(config)
     if advantage is None and config.algorithm.normalize_by_mean:
         _check_not_negative(config, functions)
-    verdicts, signal_from = _signal_from(config, functions)
-    can_tell = [each.name for each in functions if each.name not in (*MANNERS, VOTE)]
-    if config.scoring.verdict is None and len(can_tell) > 1 and "accuracy" not in can_tell:
-        processes.say(
-            f"of {', '.join(can_tell)} the reward {verdict_name(can_tell)} says what is right. Set scoring.verdict to name "
-            "another"
-        )
-    forms = _forms_tell(config, functions)
-    if any(each.only for each in functions if each.name == config.rollout.signal_from):
-        processes.say(
-            f"rollout.signal_from is {config.rollout.signal_from!r}, which is asked about some questions only; dynamic sampling "
-            "takes no others"
-        )
-    if config.rollout.passes_over:
-        processes.say(
-            f"the reward {' or '.join(verdicts)} decides which questions are solved or hopeless: 1 means right, a smaller value "
-            "wrong"
-        )
+    verdicts, by_signal = signal_from(config, functions)
+    forms = forms_tell(config, functions)
+    for notice in who_decides(config, functions, verdicts):
+        processes.say(notice)
     config, in_use = _with_tools(config, processes, tokenizer, tools, surroundings)
     questions = _questions(config, processes, tokenizer, functions, train_dataset, eval_dataset, order, in_use)
     prompts, held_out, scorer = questions.order, questions.held_out, questions.scorer
@@ -208,7 +192,7 @@ def assemble(
             learner,
             prompts,
             verdicts=verdicts,
-            signal_from=signal_from,
+            signal_from=by_signal,
             words=log.words,
             forms=forms,
             advantage=advantage,
@@ -514,39 +498,6 @@ def _check_not_negative(config: Config, rewards: list[Reward]) -> None:
                 f"algorithm.normalize_by_mean is true; the reward {reward.name} has the weight {lowest:g}, and a mean below 0 "
                 "would turn their signs. Give it a weight of 0 or more, or set algorithm.normalize_by_mean to false."
             )
-
-
-def _signal_from(config: Config, rewards: list[Reward]) -> tuple[list[str], list[str]]:
-    """Names of the rewards by which questions count as solved, and of those by which dynamic sampling chooses groups."""
-    wanted, names = config.rollout.signal_from, [reward.name for reward in rewards]
-    if wanted is not None and wanted not in names:
-        raise ValueError(
-            f"rollout.signal_from is {wanted!r}; the rewards of this run are {', '.join(names)}. Name one of them."
-        )
-    if wanted is not None:
-        return [wanted], [wanted]
-    named = verdicts_of(config.scoring.verdict, names)
-    weighted = [reward.name for reward in rewards if reward.weight] or names
-    decides = [name for name in named if name in weighted] or [verdict_name(weighted)]
-    others = [name for name in weighted if name not in MANNERS and name not in decides]
-    return decides if config.scoring.verdict is None else named, decides + others
-
-
-def _forms_tell(config: Config, rewards: list[Reward]) -> bool:
-    """Whether the forms of right answers tell something.
-
-    Raises:
-        ValueError: not, and the watchdog is to act on them.
-    """
-    verdicts = verdicts_of(config.scoring.verdict, [reward.name for reward in rewards])
-    tell = all(answer_forms.tell_of(reward.function) for reward in rewards if reward.name in verdicts)
-    action = config.watchdog.reward_hacking
-    if not tell and action != WatchdogConfig.model_fields["reward_hacking"].default:
-        raise ValueError(
-            f"watchdog.reward_hacking is {action!r}; it has no effect where {' or '.join(verdicts)} says what is right: no form "
-            "of its answers is odd. Remove it."
-        )
-    return tell
 
 
 def _rows(

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 
 from grpo import Config, rewards
-from grpo.assembly import _forms_tell
+from grpo.scoring.deciding import forms_tell
 from grpo.scoring.reward import resolve_rewards
 from grpo.text.answer_forms import FORMS, committed_answer, excerpts, forms, tally, tell_of
 
@@ -142,4 +142,4 @@ def test_a_watchdog_that_is_to_act_on_forms_that_tell_nothing_is_refused(functio
         if is_refused
         else nullcontext()
     ):
-        assert _forms_tell(config, resolve_rewards(config.rewards))
+        assert forms_tell(config, resolve_rewards(config.rewards))

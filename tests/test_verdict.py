@@ -14,7 +14,7 @@ from test_report import a_run
 from test_scoring import make_group, make_scorer
 
 from grpo import Trainer
-from grpo.assembly import _signal_from
+from grpo.algorithm.objective import AdvantageRule
 from grpo.cli import reject
 from grpo.config import RewardConfig
 from grpo.evaluation.arms import verdicts_in
@@ -27,9 +27,11 @@ from grpo.report.read import read_runs, verdicts_of_runs
 from grpo.report.summary import headline
 from grpo.run.resumable import MAY_CHANGE, changed_setting
 from grpo.scoring.answers import completion_rows, judged, summarize, verdict_name, verdicts_of
+from grpo.scoring.deciding import signal_from, who_decides
 from grpo.scoring.reward import Reward, sure_name
 from grpo.scoring.scorer import join_scores
 from grpo.system.jsonl import read_jsonl
+from grpo.training.rollout import RolloutMaker
 from grpo.types import Scores
 
 nan = math.nan
@@ -302,18 +304,9 @@ def test_the_command_rejects_by_the_verdict_of_each_question(tmp_path: Path):
         scoring={"verdict": ["of_a", "of_b"]},
     )
     (tmp_path / "own.yaml").write_text(config.to_yaml())
-    words = [
-        "--model",
-        str(TINY / "model"),
-        "--config",
-        str(tmp_path / "own.yaml"),
-        "--samples",
-        "6",
-        "--max-tokens",
-        "48",
-    ]
     out = tmp_path / "kept.jsonl"
-    words += ["--workers", "1", "--trust-rewards", "--out", str(out)]
+    words = f"--model {TINY}/model --config {tmp_path}/own.yaml --samples 6 --max-tokens 48 --workers 1".split()
+    words += ["--trust-rewards", "--out", str(out)]
     found = reject.run(reject._parser().parse_args(words))
     with pytest.raises(
         ValueError, match=r"the samples there have scoring.verdict 'of_a, of_b', and these 'of_b, of_a'"
@@ -359,6 +352,8 @@ def test_two_arms_are_judged_by_the_verdict_that_each_configuration_names(tmp_pa
     config = tiny_config(tmp_path, rewards=named, scoring={"verdict": "format"})
     assert verdicts_in(config) == ["format"]
     assert verdicts_in(tiny_config(tmp_path, rewards=named)) == ["accuracy"]
+    game = {"environment": {"function": "guess_number"}, "rewards": [{"function": "own.py:turns_short"}]}
+    assert verdicts_in(tiny_config(tmp_path, **game)) == ["environment"]
 
 
 def test_a_question_of_ones_own_is_judged_by_the_verdicts_that_can_be_asked(tmp_path: Path):
@@ -400,10 +395,32 @@ def test_dynamic_sampling_looks_at_what_has_a_weight_and_solved_questions_at_the
     rewards = [Reward(checked, weight=0), Reward(short), Reward(run_code), Reward(format, name="format", weight=0.1)]
 
     def found(**sections: Any) -> tuple[list[str], list[str]]:
-        return _signal_from(tiny_config(tmp_path, **sections), rewards)
+        return signal_from(tiny_config(tmp_path, **sections), rewards)
 
     assert found() == (["short"], ["short", "run_code"])  # and not format
     assert found(scoring={"verdict": "checked"}) == (["checked"], ["short", "run_code"])
     assert found(scoring={"verdict": ["checked", "run_code"]}) == (["checked", "run_code"], ["run_code", "short"])
     named = {"max_oversampling": 2.0, "signal_from": "run_code"}
     assert found(rollout=named, scoring={"verdict": "checked"}) == (["run_code"], ["run_code"])
+
+
+def test_completions_without_a_reward_give_a_group_no_signal():
+    """The verdict tells them apart, and none of them is trained on."""
+    maker = RolloutMaker(None, None, None, verdicts=["checked"], signal_from=["checked"], words={})
+    values = {"checked": torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)}
+    rewards = torch.tensor([[1.0, nan], [1.0, 0.0]], dtype=torch.float64)
+    assert maker._signal(AdvantageRule(), Scores(rewards, values, 0, 0)).tolist() == [False, True]
+
+
+def test_a_run_says_who_decides_where_it_is_not_plain(tmp_path: Path):
+    rewards = [Reward(short), Reward(checked, only={"kind": ["maths"]}), Reward(format)]
+
+    def said(**sections: Any) -> list[str]:
+        return [*who_decides(tiny_config(tmp_path, **sections), rewards, ["short"])]
+
+    assert said() == ["of short, checked the reward short says what is right. Set scoring.verdict to name another"]
+    assert said(scoring={"verdict": "checked"}) == []
+    named = {"max_oversampling": 2.0, "signal_from": "checked"}
+    (line,) = said(rollout=named, scoring={"verdict": "checked"})
+    assert line.startswith("rollout.signal_from is 'checked', which is asked about some questions only")
+    assert [*who_decides(tiny_config(tmp_path), [Reward(short), Reward(format)], ["short"])] == []

@@ -10,6 +10,7 @@ from pathlib import Path
 from grpo.config import Config, as_override, read_yaml
 from grpo.run.resumable import MAY_CHANGE, changed_setting, completed
 from grpo.scoring.answers import ENVIRONMENT, verdicts_of
+from grpo.scoring.reward import likely_name
 
 OWN = ("run.dir", "run.seed", "run.resume")
 """Settings that a comparison sets itself."""
@@ -138,7 +139,7 @@ def _check_judged_alike(first: PlannedRun, other: PlannedRun) -> None:
 
 def verdicts_in(config: Config) -> list[str]:
     """Names of the rewards that say what is right in a run of this configuration."""
-    names = [each.name or re.split(r"[:.]", each.function)[-1] for each in config.rewards]
+    names = [likely_name(each.function, each.name) for each in config.rewards]
     if config.environment.function is not None:
         names.append(ENVIRONMENT)
     return verdicts_of(config.scoring.verdict, names)

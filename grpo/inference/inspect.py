@@ -197,7 +197,7 @@ def _styled(row: Mapping[str, Any]) -> Text:
 
 def _summary(rows: list[dict[str, Any]]) -> str:
     said = [counted(len(rows), "completions")]
-    if rows[0]["answer"] is not None:
+    if rows[0]["answer"] is not None or any(row["right"] is not None for row in rows):
         verdicts = [is_right(row) for row in rows]
         counts = {"right": verdicts.count(True), "wrong": verdicts.count(False), "unknown": verdicts.count(None)}
         said += [f"{count} {name}" for name, count in counts.items() if count]

@@ -15,6 +15,7 @@ import yaml
 
 from grpo.config import read_yaml
 from grpo.scoring.answers import is_right, metrics_of, verdict_name
+from grpo.scoring.reward import likely_name
 from grpo.system.jsonl import row_of
 from grpo.types import VOTE
 
@@ -74,7 +75,7 @@ class Run:
             name.removeprefix("reward/"): None for row in self.metrics for name in row if name.startswith("reward/")
         }
         answered = dict.fromkeys(name for row in self.evaluations[:1] for name in row["rewards"])  # in the run's order
-        listed = [each.get("name") or re.split("[:.]", each["function"])[-1] for each in self.config.get("rewards", [])]
+        listed = [likely_name(each["function"], each.get("name")) for each in self.config.get("rewards", [])]
         in_order = [*answered, *(name for name in listed if name in seen), *seen]
         functions = [name for name in in_order if name not in ("mean", "std", "unknown", VOTE)]
         return [verdict_name(functions)] if functions else []

@@ -158,7 +158,12 @@ def verdict_name(names: Iterable[str]) -> str:
     environment, else the first that is not one of MANNERS, else the first."""
     names = list(names)
     first = [name for name in ("accuracy", ENVIRONMENT) if name in names]
-    return next((name for name in [*first, *names] if name not in MANNERS and name != VOTE), names[0])
+    return [*first, *can_say_right(names), *names][0]
+
+
+def can_say_right(names: Iterable[str]) -> list[str]:
+    """Those that are not about manners, and whose values are not names."""
+    return [name for name in names if name not in MANNERS and name != VOTE]
 
 
 MANNERS = frozenset({"format", "overlong", "repetition", "language", "countdown_search", "countdown_trials"})

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import inspect
 import math
+import re
 import sys
 import textwrap
 import traceback
@@ -300,6 +301,11 @@ def check_spec(spec: str, setting: str = "rewards.*.function", built_in: str = "
             raise ValueError(_no_function(spec, setting, functions))
     elif importlib.util.find_spec(package := place.partition(".")[0] or " ") is None:
         raise ValueError(_not_imported(spec, place, setting, f"there is no package {package!r}"))
+
+
+def likely_name(function: str, name: str | None) -> str:
+    """The name that a reward has by its entry, unless its source gives the function another."""
+    return name or re.split("[:.]", function)[-1]
 
 
 def sure_name(config: RewardConfig) -> str | None:
