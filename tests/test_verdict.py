@@ -4,7 +4,9 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from grpo.cli import reject
 from grpo.config import RewardConfig
 from grpo.evaluation.arms import verdicts_in
 from grpo.inference.inspect import verdicts_left
+from grpo.observe.rundir import RunLog
 from grpo.observe.sinks import overview
 from grpo.rejection.rules import Required, Rules, falls_of_row, pass_rate
 from grpo.report.fit import prediction
@@ -424,3 +427,20 @@ def test_a_run_says_who_decides_where_it_is_not_plain(tmp_path: Path):
     (line,) = said(rollout=named, scoring={"verdict": "checked"})
     assert line.startswith("rollout.signal_from is 'checked', which is asked about some questions only")
     assert [*who_decides(tiny_config(tmp_path), [Reward(short), Reward(format)], ["short"])] == []
+
+
+def test_a_run_tells_weights_and_biases_what_its_configuration_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def in_background(name: str, make: Any, **_: Any) -> MagicMock:
+        asked.append(make.keywords["verdicts"])
+        return MagicMock()
+
+    monkeypatch.setattr("grpo.observe.rundir.InBackground", in_background)
+    processes = SimpleNamespace(is_main=True, device=torch.device("cpu"), world_size=1)
+    for verdict in ("second", ["second", "first"], None):
+        config = tiny_config(tmp_path, logging={"wandb": "offline"}, scoring={"verdict": verdict})
+        log = RunLog(tmp_path, config, processes, reward_names=["first", "second"])
+        log.open(resumed_step=None)
+        log.close()
+    assert asked == [["second"], ["second", "first"], ["first"]]
