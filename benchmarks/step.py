@@ -135,6 +135,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--update-only", action="store_true", help="make completions up instead of sampling them")
     parser.add_argument("--sampled-elsewhere", action="store_true", help="with it: no copy of the model to sample from")
     parser.add_argument("--profile", action="store_true", help="parts and kernels of an update, in two more steps")
+    parser.add_argument(
+        "--trace", type=Path, help="with it: the update's timeline, for chrome://tracing (.json or .json.gz)"
+    )
     parser.add_argument("--peers", nargs="*", default=[], choices=PEERS, help="after our own run; on one GPU")
     parser.add_argument("--peer-micro-batch", type=int, default=32, help="a peer's completions per forward pass")
     parser.add_argument("--out", type=Path, help="append the result to this file, as a line of JSON")
@@ -143,6 +146,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.mean_tokens and (args.peers or args.update_only):
         parser.error("--mean-tokens goes with our own whole steps")
+    if args.trace and not args.profile:
+        parser.error("--trace goes with --profile")
     if args.sampled_elsewhere and not args.update_only:
         parser.error("--sampled-elsewhere goes with --update-only")
     if args.peers and (args.update_only or int(os.environ.get("WORLD_SIZE", "1")) > 1):
@@ -186,7 +191,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         record = make_record(args, trainer, all_steps[args.warmup :])
         trainer.processes.say(describe(record))
         if args.profile:
-            trainer.processes.say(profile_update(trainer, model_config(args.size).vocab_size))
+            profiler, report = profile_update(trainer, model_config(args.size).vocab_size)
+            trainer.processes.say(report)
+            if args.trace and trainer.processes.is_main:
+                profiler.export_chrome_trace(str(args.trace))
         trainer.close()
         trainer.processes.barrier()
     distributed.stop()
@@ -474,7 +482,7 @@ def _or_dash(value: float | None, width: int) -> str:
 # ---- where the time of an update goes --------------------------------------------------------------------------------
 
 
-def profile_update(trainer: Trainer, vocab_size: int) -> str:
+def profile_update(trainer: Trainer, vocab_size: int) -> tuple[profile, str]:
     """Two more steps: the kernels of the first one's update, and the seconds of the parts of the second's.
 
     The parts are timed by waiting for the device between them, so they do not overlap as they otherwise do.
@@ -489,9 +497,8 @@ def profile_update(trainer: Trainer, vocab_size: int) -> str:
     for part, method in (("forward", "logprobs"), ("backward", "backward"), ("optimizer", "optimizer_step")):
         around(trainer.policy, method, partial(timed, parts, part))
     trainer.train_step()
-    return (
-        "\n\n" + ", ".join(f"{part} {seconds:.3f} s" for part, seconds in parts.items()) + kernels(profiler, vocab_size)
-    )
+    timings = ", ".join(f"{part} {seconds:.3f} s" for part, seconds in parts.items())
+    return profiler, f"\n\n{timings}{kernels(profiler, vocab_size)}"
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def synchronize() -> None:
 def model_config(size: str) -> Qwen2Config | Qwen3MoeConfig:
     smaller = {"vocab_size": 151936, "num_key_value_heads": 2, "tie_word_embeddings": True}
     kind = Qwen3MoeConfig if "num_experts" in SHAPES[size] else Qwen2Config
-    return kind(max_position_embeddings=32768, **{**smaller, **SHAPES[size]})
+    return kind(max_position_embeddings=131072, **{**smaller, **SHAPES[size]})
 
 
 def random_lm(size: str) -> PreTrainedModel:

@@ -487,12 +487,20 @@ class MicroBatch:
 
 
 def _moved(data: Any, device: torch.device) -> Any:
-    """A dataclass with its tensors, and those of dataclasses in it, on the device."""
+    """A dataclass with its tensors, and those of dataclasses in it, on the device.
+
+    To a GPU they go from pinned memory: from any other a copy first waits for all that the GPU has been given to do, which then
+    idles while the next pass is handed to it, kernel by kernel.
+    """
     from torch import Tensor
+
+    def there(tensor: Tensor) -> Tensor:
+        pinned = device.type == "cuda" and tensor.device.type == "cpu"
+        return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
 
     fields = vars(data).items()
     return replace(
         data,
-        **{k: v.to(device, non_blocking=True) for k, v in fields if isinstance(v, Tensor)},
+        **{k: there(v) for k, v in fields if isinstance(v, Tensor)},
         **{k: _moved(v, device) for k, v in fields if is_dataclass(v)},
     )

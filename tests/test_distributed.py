@@ -348,6 +348,19 @@ def test_processes_with_different_numbers_of_chunks_of_logits_stay_in_step_under
             assert many[name] == pytest.approx(one[name], rel=2e-5, abs=1e-6), name
 
 
+@pytest.mark.parametrize(("recomputed", "torchs_own"), [(1, "True"), (0.5, "False")])
+def test_zero_3_does_not_gather_in_the_backward_pass_what_it_could_have_kept(
+    tmp_path: Path, recomputed: float, torchs_own: str
+):
+    """DeepSpeed remembers what the check of the model's forward pass, which has no backward pass, let go of. Its own linear
+    layers are for those that are not computed again in the backward pass."""
+    output = launch("worker_gathers.py", str(tmp_path), str(recomputed), processes=2)
+    assert f"torch's own linear layers: {torchs_own}" in output
+    forward, again = re.findall(r"(\d+) layers gathered in forward passes, (\d+) in backward passes", output)[0]
+    assert int(forward) > 0
+    assert again == "0"
+
+
 def test_processes_about_to_run_other_numbers_of_passes_are_told_instead_of_waiting_for_each_other():
     class Two(distributed.Processes):
         def gather(self, value: object) -> list[object]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from pathlib import Path
 from threading import Barrier
 from typing import Any
 
 import pytest
 import torch
+from helpers import tiny_config
 from test_batch import completion, prompt
 
+from grpo import Trainer
 from grpo.algorithm.batch import Outline, join, pack, plan_passes
 from grpo.config import AlgorithmConfig
 from grpo.observe.metrics import Meter
@@ -115,3 +119,38 @@ def test_a_process_has_the_passes_of_the_whole_minibatch_though_it_gets_its_own_
         assert len(passes) == len(expected) > 1
         for ours, theirs in zip(passes, expected, strict=True):
             assert_equal(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, which may be waited for")
+def test_an_update_waits_for_the_gpu_once(tmp_path: Path):
+    """For the sums that are logged, when the last pass has been handed over."""
+    trainer = Trainer(
+        tiny_config(
+            tmp_path / "run",
+            model={"dtype": "bfloat16"},
+            rollout={"num_prompts": 8, "group_size": 8},
+            algorithm={"kl_coef": 0.05},
+            memory={"micro_batch_tokens": 256},
+            evaluation={"num_questions": 0},
+        )
+    )
+    trainer.train_step()
+    own = trainer.learner.accumulate
+
+    def watched(minibatch: list[MicroBatch], *others: Any) -> Any:
+        assert len(minibatch) > 2
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            return own(minibatch, *others)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    trainer.learner.accumulate = watched  # type: ignore[method-assign]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train_step()
+    waited = [f"{each.filename}:{each.lineno}" for each in caught if "synchronizing" in str(each.message)]
+    trainer.close()
+    assert len(waited) == 1, waited
+    assert "learner.py" in waited[0]

@@ -24,6 +24,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
+    masking_utils,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -117,6 +118,20 @@ def test_a_packed_forward_equals_one_sequence_at_a_time(family: str):
     for place, logits in zip(runs(micro), expected, strict=True):
         # float32 sums in another order: 1e-5 of logits of size one
         torch.testing.assert_close(packed[place], logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_pass_asks_the_device_where_sequences_begin(family: str, monkeypatch: pytest.MonkeyPatch):
+    """transformers looks for them in the positions, and waits for the answer, wherever it has a mask to make."""
+
+    def ask(positions: torch.Tensor) -> None:
+        raise AssertionError("the device was asked")
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", ask)
+    model = random_model(family)
+    model.set_attn_implementation("packed")
+    with torch.no_grad():
+        model.base_model(**packed_inputs(ragged()))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from grpo.types import MicroBatch, Packing
 
@@ -79,7 +78,6 @@ def check_arguments(module: nn.Module, others: dict[str, Any]) -> None:
 
 
 AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)  # `packing` says who sees whom, not a mask
 
 
 def packed_inputs(micro: MicroBatch) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -207,6 +207,35 @@ def gather_by_layer(lm: PreTrainedModel) -> None:
 
     for layer in decoder_layers(lm):
         set_z3_leaf_module(layer, True)
+    _let_go_by_the_pass_at_hand()
+
+
+@cache
+def _let_go_by_the_pass_at_hand() -> None:
+    """Let ZeRO-3 forget which weights a module lets go of when it sees that passes are others than it has recorded.
+
+    DeepSpeed 0.19 remembers that for good (`functools.lru_cache`). After a first pass without a backward one, in which each layer
+    is let go of at once, it would let go of it in the forward pass of every update, too, and gather it again in the backward
+    pass, at the moment it is needed and not before: its list of what to gather next has it as gathered.
+    """
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    decision = getattr(Coordinator, "_PartitionedParameterCoordinator__params_to_release", None)
+    within = [
+        cell.cell_contents for cell in getattr(decision, "__closure__", None) or ()
+    ]  # DeepSpeed wraps it for its profiler
+    forget = [each.cache_clear for each in (decision, *within) if hasattr(each, "cache_clear")]
+    invalidate = getattr(Coordinator, "_invalidate_trace", None)
+    if invalidate is None:
+        return  # another DeepSpeed
+
+    @wraps(invalidate)
+    def forgetting(coordinator: Any) -> None:
+        for each in forget:
+            each()
+        invalidate(coordinator)
+
+    Coordinator._invalidate_trace = forgetting
 
 
 def fuse_kernels(lm: PreTrainedModel) -> bool:

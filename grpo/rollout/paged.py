@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from grpo.policy.attention import check_arguments, varlen_attention
 from grpo.rollout import plain_kernels
@@ -161,7 +160,6 @@ def paged_attention(
 
 
 AttentionInterface.register("paged", paged_attention)
-AttentionMaskInterface.register("paged", lambda *args, **kwargs: None)  # what a token may see follows from its Places
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, places: Places, layer: int, *, scale: float, window: int | None) -> Tensor:

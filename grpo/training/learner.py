@@ -304,9 +304,12 @@ def _before_update(micro: MicroBatch) -> Tensor:
 def local_sums(loss: Tensor, meter: Meter, *more: float) -> Tensor:
     """This process's part of the loss, the sum and the number of the step's gaps so far, and more to add up; (3 + more,)."""
     gaps = meter.sums.get("policy/sampling_gap", 0.0), meter.counts.get("policy/sampling_gap", 0.0)
-    return torch.stack(
-        [loss.double(), *(torch.as_tensor(each, device=loss.device).double() for each in (*gaps, *more))]
-    )
+
+    def there(value: float | Tensor) -> Tensor:
+        """A number is filled in there: to be copied, it would wait for all that the device has to do."""
+        return value.double() if isinstance(value, Tensor) else loss.new_full((), value, dtype=torch.float64)
+
+    return torch.stack([loss.double(), *map(there, (*gaps, *more))])
 
 
 def unless_finite(loss: Tensor, total: Tensor) -> Tensor:
