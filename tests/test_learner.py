@@ -150,7 +150,7 @@ def test_an_update_waits_for_the_gpu_once(tmp_path: Path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train_step()
-    waited = [f"{each.filename}:{each.lineno}" for each in caught if "synchronizing" in str(each.message)]
+    waited = [f"{each.filename}:{each.lineno}" for each in caught if "called a synchronizing" in str(each.message)]
     trainer.close()
     assert len(waited) == 1, waited
     assert "learner.py" in waited[0]
