@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -254,6 +255,52 @@ def test_the_row_of_a_step_says_how_long_the_checkpoint_before_it_was_waited_for
     rows = [row for row in read_jsonl(tmp_path / "run/metrics.jsonl") if "time/step" in row]
     assert ["time/checkpoint" in row for row in rows] == [False, False, True, False]
     assert 0.2 < rows[2]["time/checkpoint"] < 20
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "room", "gone", "left"),
+    [
+        (2, 0, 3, [], [3, 4]),
+        (2, 0, 2, [1, 2], [3, 4]),  # each before the one that takes its place
+        (3, 0, 2, [1, 2], [3, 4]),  # more than fit were to stay
+        (1, 0, 1, [], [1]),  # the only one stays
+        (2, 2, 2, [1], [2, 3]),  # the second is there for good
+    ],
+)
+def test_on_a_full_disk_the_oldest_checkpoint_makes_room(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    keep: int,
+    keep_every: int,
+    room: int,
+    gone: list[int],
+    left: list[int],
+):
+    saving = {"every_steps": 1, "keep": keep, "keep_every": keep_every}
+    trainer = Trainer(tiny_config(tmp_path / "run", checkpoint=saving, run={"steps": 4}))
+    directory, needed = trainer.checkpoints.directory, checkpoint.num_bytes(trainer.policy)
+    monkeypatch.setattr(
+        checkpoint, "free_bytes", lambda _: (room - len(checkpoint.complete_checkpoints(directory))) * needed
+    )
+    own = checkpoint._prepare
+
+    def prepare(partial: Path) -> str | None:
+        return own(partial) if checkpoint.free_bytes(directory) else "No space left on device"
+
+    monkeypatch.setattr(checkpoint, "_prepare", prepare)
+    if left[-1] < 4:
+        with pytest.raises(checkpoint.CheckpointError, match="No space left on device"):
+            trainer.train()
+    else:
+        trainer.train()
+    said = capsys.readouterr().out
+    removed = re.findall(r"no room for another checkpoint, so step-0*(\d+) went before it", said)
+    assert [int(number) for number in removed] == gone
+    assert names(tmp_path / "run") == [name_of(step) for step in left]
+    at_once = {1: 2, 2: 2, 3: 3}[keep] + (2 if keep_every else 0)
+    warning = f"has room for {room} checkpoints of about {needed / checkpoint.GIB:.3g} GiB; {at_once} are to be there"
+    assert (warning in said) == (room < at_once)
 
 
 def test_names_sort_by_time_and_are_read_back():

@@ -465,7 +465,7 @@ class CheckpointConfig(Section):
     every_steps: NonNegativeInt = 50
     """Save after every so many steps, besides after the last. 0: only after the last."""
     keep: PositiveInt = 2
-    """How many of the newest checkpoints stay on disk."""
+    """How many of the newest checkpoints stay on disk; fewer where it is full, and the newest always."""
     keep_every: NonNegativeInt = 0
     """Besides them, those after every so many steps stay for good. 0: none."""
     background: Literal["auto"] | bool = "auto"

@@ -92,6 +92,7 @@ class Checkpoints:
         final = self.directory / name_of(state.step, updates)
         if self.processes.on_main(final.exists):
             return final
+        self._make_room(policy)
         waits = wait or under_way is not None
         writer = Writer(_partial(final), background=not waits and self._goes_to_background(policy))
         self._check([self.processes.on_main(lambda: _prepare(_partial(final)))], final)
@@ -168,14 +169,32 @@ class Checkpoints:
         return None
 
     def _prune(self) -> None:
-        settings = self.config.checkpoint
-        for old in complete_checkpoints(self.directory)[: -settings.keep]:
-            step, updates = numbers_of(old)
-            if updates is not None or not settings.keep_every or step % settings.keep_every:
-                problem = _remove(old)
-                if problem is not None and old not in self._stuck:
-                    self._stuck.add(old)
-                    say(f"warning: the old checkpoint {old} cannot be removed: {problem}. Training goes on.")
+        for old in self._beyond(self.config.checkpoint.keep):
+            problem = _remove(old)
+            if problem is not None and old not in self._stuck:
+                self._stuck.add(old)
+                say(f"warning: the old checkpoint {old} cannot be removed: {problem}. Training goes on.")
+
+    def _beyond(self, number: int) -> list[Path]:
+        """The complete ones that are not among so many of the newest, oldest first, but for those that stay for good."""
+        settings, found = self.config.checkpoint, complete_checkpoints(self.directory)[:-number]
+        return [old for old in found if not _stays(*numbers_of(old), settings.keep_every)]
+
+    def _make_room(self, policy: Policy) -> None:
+        """Where the disk is too full for another checkpoint, older ones go before it, whatever `checkpoint.keep` says; the newest
+        and those that stay for good are left."""
+        needed = num_bytes(policy)
+
+        def remove() -> list[str]:
+            gone = []
+            for old in self._beyond(1):
+                if free_bytes(self.directory) >= needed:
+                    break
+                gone += [old.name] * (_remove(old) is None)
+            return gone
+
+        if gone := self.processes.on_main(remove):
+            self.processes.say(f"the disk has no room for another checkpoint, so {', '.join(gone)} went before it")
 
     def last_before(self, began: int, policy: Policy) -> Path | None:
         """The newest checkpoint from before the trouble that showed in step `began`, on every process; None if there is none.
@@ -209,17 +228,37 @@ class Checkpoints:
             raise CheckpointError(f"{problem}. The run must not build on it. Remove it, and resume.")
         progress.last_checkpoint = checkpoint
 
-    def check_room(self, policy: Policy) -> None:
+    def check_room(self, policy: Policy, *, step: int, num_steps: int) -> None:
         """Before training, which may take hours until the first checkpoint is due; every process calls it.
 
+        Args:
+            step: of `num_steps`, after which training begins.
+
         Raises:
-            CheckpointError: the disk has no room for one.
+            CheckpointError: the disk has no room for one. It has none for as many as are to be there at once: a warning.
         """
         needed, free = num_bytes(policy), self.processes.on_main(lambda: free_bytes(self.directory))
-        if needed > free:
+        there, can_go = self.processes.on_main(
+            lambda: ([numbers_of(path) for path in complete_checkpoints(self.directory)], self._beyond(1))
+        )
+        if needed > free and not can_go:
             raise CheckpointError(
                 f"a checkpoint takes about {needed / GIB:.3g} GiB, and {free / GIB:.3g} GiB are free at {self.directory.parent}. "
                 "Free some space, or set run.dir to a directory on another disk."
+            )
+        settings = self.config.checkpoint
+        every = settings.every_steps or num_steps
+        due = [n for n in range(step + 1, num_steps + 1) if n == num_steps or n % every == 0]
+        for_good = sum(_stays(n, updates, settings.keep_every) for n, updates in there)
+        for_good += sum(_stays(n, None, settings.keep_every) for n in due)
+        at_once = for_good + min(len(there) + len(due) - for_good, max(settings.keep, 2))
+        fits = len(there) + free // needed
+        if fits < at_once:
+            self.processes.say(
+                f"warning: the disk of {self.directory.parent} has room for {fits} checkpoints of about {needed / GIB:.3g} GiB; "
+                f"{at_once} are to be there at once (checkpoint.keep is {settings.keep}, keep_every {settings.keep_every}). "
+                "When it is full, the oldest go before another is written, but for the newest and those of keep_every; what does "
+                "not fit then is not written. Free some space, or set run.dir to a directory on another disk."
             )
 
     def _check(self, errors: list[str | None], final: Path) -> None:
@@ -294,6 +333,11 @@ def _write_all(
 
 def _partial(final: Path) -> Path:
     return final.with_suffix(".partial")
+
+
+def _stays(step: int, updates: int | None, keep_every: int) -> bool:
+    """For good, by `checkpoint.keep_every`."""
+    return updates is None and keep_every > 0 and step % keep_every == 0
 
 
 def _remove(checkpoint: Path) -> str | None:

@@ -189,7 +189,7 @@ class Loop:
             self.callbacks = [*self.callbacks, push]
         with self.stop.request, progress.phase("training"):
             try:
-                self.checkpoints.check_room(self.policy)
+                self.checkpoints.check_room(self.policy, step=self.state.step, num_steps=self.num_steps)
                 if self.state == RunState() and self.step.rollout is None:  # not on resume
                     self._before_first_step()
                 self._evaluate_if_due()
