@@ -17,6 +17,7 @@ from grpo.check import memory
 from grpo.check.advice import LADDERS, advice, supervised_advice
 from grpo.check.dry_run import RandomRewards
 from grpo.config import Config, SupervisedConfig, setting_names
+from grpo.run import checkpoint
 from grpo.system import distributed
 from grpo.system.out_of_memory import is_out_of_memory
 from grpo.types import Completion, Group, Prompt
@@ -269,15 +270,28 @@ def test_what_fits_is_reported_and_nothing_is_left_behind(
     assert re.search(r"^update +\d+\.\d\d +-$", out, re.MULTILINE)
     assert re.search(r"^It fits\. The largest process took \d+\.\d\d GiB", out, re.MULTILINE)
     assert "100 such steps take" in out
+    assert re.search(
+        r"^A checkpoint takes about 0\.007\d+ GiB of the disk, at most 2 are there at once, and", out, re.MULTILINE
+    )
+    assert f"are free for {tmp_path / 'run'}.\n" in out
     assert "4 evaluations of 3 questions" in out  # after steps 0, 40, 80, 100
     assert not (tmp_path / "run").exists()
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+@pytest.mark.parametrize(("room", "enough"), [(1.5, False), (2.5, True)])
+def test_a_disk_without_room_for_the_checkpoints_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], room: float, enough: bool
+):
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda directory: room * 16 * 496_128)
+    assert memory.check(tiny_config(tmp_path / "run", run={"steps": 100})) == 0
+    assert ("That is not enough: free some space" in capsys.readouterr().out) != enough
+
+
 def test_on_a_gpu_peaks_and_what_is_left_are_reported(tmp_path: Path):
     metrics = {f"time/{phase}": 1.5 for phase in memory.PHASES} | {"memory/update": 61.234, "memory/step": 61.234}
     left = memory.GpuMemory(free=17.94, total=79.1, resident=9.0, processes=torch.cuda.device_count() or 1)
-    text = memory.report(long_config(tmp_path), metrics, left)
+    text = memory.report(long_config(tmp_path), metrics, left, "of the disk")
     assert re.search(r"^update +1\.50 +61\.23$", text, re.MULTILINE)
     assert "Of the fullest GPU's 79.1 GiB 17.9 are free" in text
     assert "GPUs were used" not in text

@@ -743,6 +743,8 @@ def test_a_dry_run_learns_the_longest_update_and_leaves_nothing_behind(
         f"The longest of 12 updates, 2 times: 1 row with {max(sizes)} tokens. The longest row has {max(sizes)}." in said
     )
     assert f"12 updates on {2 * sum(sizes)} tokens take about" in said
+    assert "A checkpoint takes about 0.007" in said
+    assert "at most 1 are there at once" in said  # the first is due after 50
     assert not (tmp_path / "run").exists()
 
 

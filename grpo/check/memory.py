@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,11 +26,12 @@ from transformers import PreTrainedTokenizerBase
 from grpo.algorithm.batch import plan_passes
 from grpo.check.advice import advice
 from grpo.check.dry_run import rehearse
-from grpo.config import Config
+from grpo.config import AnyConfig, Config
 from grpo.observe.console import print_of_rank
 from grpo.observe.sinks import check_sinks
 from grpo.policy.policy import Policy
 from grpo.rollout.engine import NativeGenerator
+from grpo.run.checkpoint import Room
 from grpo.run.loop import Loop
 from grpo.system import mapped_memory
 from grpo.system.distributed import GIB, Processes, TrainingProcesses
@@ -66,7 +68,9 @@ def check(config: Config) -> int:
     """
     return tried(
         lambda: worst_case(config),
-        lambda trainer: report(config, run(trainer), measured(trainer)),
+        lambda trainer: report(
+            config, run(trainer), measured(trainer), disk(trainer, config, num_steps=config.run.steps)
+        ),
         partial(_advise, config),
     )
 
@@ -205,10 +209,23 @@ def measured(trainer: Loop) -> GpuMemory:
     return GpuMemory.now(trainer.processes)
 
 
-def report(config: Config, metrics: dict[str, float], memory: GpuMemory) -> str:
-    """What a step took by phase, what is left of the GPU, and how long the run will take at most."""
+def report(config: Config, metrics: dict[str, float], memory: GpuMemory, disk: str) -> str:
+    """What a step took by phase, what is left of the GPU, how long the run will take at most, and what it takes of the disk."""
     return "\n".join(
-        [*phases(metrics, PHASES), "", *fits(memory), projection(config, metrics), *spare(memory, "train")]
+        [*phases(metrics, PHASES), "", *fits(memory), projection(config, metrics), disk, *spare(memory, "train")]
+    )
+
+
+def disk(trainer: Loop, config: AnyConfig, *, num_steps: int) -> str:
+    """What the checkpoints of a run that begins anew take where it will lie."""
+    where = Path(config.run.dir)
+    room = trainer.processes.on_main(
+        lambda: Room.at(where / "checkpoints", config, trainer.policy, step=0, num_steps=num_steps)
+    )
+    advice = " That is not enough: free some space, or set run.dir to a directory on another disk."
+    return (
+        f"A checkpoint takes about {room.each / GIB:.3g} GiB of the disk, at most {room.at_once} are there at once, and "
+        f"{room.free / GIB:.3g} GiB are free for {where}.{advice if room.fits < room.at_once else ''}"
     )
 
 

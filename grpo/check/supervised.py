@@ -8,6 +8,7 @@ thrown away.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,7 +40,7 @@ def check(config: SupervisedConfig) -> int:
         collector = trainer.collector if isinstance(trainer, SupervisedTrainer) else None
         return supervised_advice(phase, config, world_size=world_size, **memory.held(trainer, collector))
 
-    return memory.tried(lambda: rehearse(config), report, advise)
+    return memory.tried(lambda: rehearse(config), partial(report, config), advise)
 
 
 def rehearse(config: SupervisedConfig) -> SupervisedTrainer:
@@ -63,8 +64,8 @@ def rehearse(config: SupervisedConfig) -> SupervisedTrainer:
     return trainer
 
 
-def report(trainer: SupervisedTrainer) -> str:
-    """Learn the update, and what it took."""
+def report(config: SupervisedConfig, trainer: SupervisedTrainer) -> str:
+    """Learn the update, and what it took, and what the run takes of the disk."""
     metrics, order = [trainer.train_step() for _ in range(NUM_STEPS)][-1], trainer.order
     assert isinstance(order, Longest)
     order.rows = fullest(order, trainer.config.pass_tokens, num_processes=trainer.processes.num_parts)
@@ -78,6 +79,7 @@ def report(trainer: SupervisedTrainer) -> str:
         *memory.fits(left),
         f"{order.num_updates:,} updates on {order.tokens:,} tokens take about {seconds}, at this update's "
         f"{metrics['throughput/update']:,.0f} tokens/s. Not in it: evaluations, checkpoints and loading.",
+        memory.disk(trainer, config, num_steps=order.num_updates),
         *memory.spare(left, "sft"),
     ])  # fmt: skip
 

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -237,28 +237,22 @@ class Checkpoints:
         Raises:
             CheckpointError: the disk has no room for one. It has none for as many as are to be there at once: a warning.
         """
-        needed, free = num_bytes(policy), self.processes.on_main(lambda: free_bytes(self.directory))
-        there, can_go = self.processes.on_main(
-            lambda: ([numbers_of(path) for path in complete_checkpoints(self.directory)], self._beyond(1))
+        room, can_go = self.processes.on_main(
+            lambda: (Room.at(self.directory, self.config, policy, step=step, num_steps=num_steps), self._beyond(1))
         )
-        if needed > free and not can_go:
+        if room.each > room.free and not can_go:
             raise CheckpointError(
-                f"a checkpoint takes about {needed / GIB:.3g} GiB, and {free / GIB:.3g} GiB are free at {self.directory.parent}. "
-                "Free some space, or set run.dir to a directory on another disk."
+                f"a checkpoint takes about {room.each / GIB:.3g} GiB, and {room.free / GIB:.3g} GiB are free at "
+                f"{self.directory.parent}. Free some space, or set run.dir to a directory on another disk."
             )
-        settings = self.config.checkpoint
-        every = settings.every_steps or num_steps
-        due = [n for n in range(step + 1, num_steps + 1) if n == num_steps or n % every == 0]
-        for_good = sum(_stays(n, updates, settings.keep_every) for n, updates in there)
-        for_good += sum(_stays(n, None, settings.keep_every) for n in due)
-        at_once = for_good + min(len(there) + len(due) - for_good, max(settings.keep, 2))
-        fits = len(there) + free // needed
-        if fits < at_once:
+        if room.fits < room.at_once:
+            settings = self.config.checkpoint
             self.processes.say(
-                f"warning: the disk of {self.directory.parent} has room for {fits} checkpoints of about {needed / GIB:.3g} GiB; "
-                f"{at_once} are to be there at once (checkpoint.keep is {settings.keep}, keep_every {settings.keep_every}). "
-                "When it is full, the oldest go before another is written, but for the newest and those of keep_every; what does "
-                "not fit then is not written. Free some space, or set run.dir to a directory on another disk."
+                f"warning: the disk of {self.directory.parent} has room for {room.fits} checkpoints of about "
+                f"{room.each / GIB:.3g} GiB; {room.at_once} are to be there at once (checkpoint.keep is {settings.keep}, "
+                f"keep_every {settings.keep_every}). When it is full, the oldest go before another is written, but for the "
+                "newest and those of keep_every; what does not fit then is not written. Free some space, or set run.dir to a "
+                "directory on another disk."
             )
 
     def _check(self, errors: list[str | None], final: Path) -> None:
@@ -282,6 +276,31 @@ TRAINING_BYTES = 12
 def num_bytes(policy: Policy) -> int:
     """About what a checkpoint takes: the model as it is exported, and the training state of what is trained."""
     return policy.num_whole_bytes() + _num_training_bytes(policy)
+
+
+class Room(NamedTuple):
+    """What a run's checkpoints take of its disk."""
+
+    each: int
+    """About so many bytes."""
+    at_once: int
+    """So many are to be there, one that is being written among them where it takes the place of the only one."""
+    fits: int
+    """So many there is room for, with those that are there."""
+    free: int
+    """Bytes."""
+
+    @classmethod
+    def at(cls, directory: Path, config: AnyConfig, policy: Policy, *, step: int, num_steps: int) -> Room:
+        """Of a run that has made this step, as this process sees the disk; `directory` may not be there yet."""
+        each, free, settings = num_bytes(policy), free_bytes(directory), config.checkpoint
+        there = [numbers_of(path) for path in complete_checkpoints(directory)]
+        every = settings.every_steps or num_steps
+        due = [n for n in range(step + 1, num_steps + 1) if n == num_steps or n % every == 0]
+        for_good = sum(_stays(n, updates, settings.keep_every) for n, updates in there)
+        for_good += sum(_stays(n, None, settings.keep_every) for n in due)
+        at_once = for_good + min(len(there) + len(due) - for_good, max(settings.keep, 2))
+        return cls(each, at_once, len(there) + free // each, free)
 
 
 def _num_training_bytes(policy: Policy) -> int:
