@@ -17,7 +17,7 @@ from grpo.check import memory
 from grpo.check.advice import LADDERS, advice, supervised_advice
 from grpo.check.dry_run import RandomRewards
 from grpo.config import Config, SupervisedConfig, setting_names
-from grpo.run import checkpoint
+from grpo.run import disk
 from grpo.system import distributed
 from grpo.system.out_of_memory import is_out_of_memory
 from grpo.types import Completion, Group, Prompt
@@ -283,7 +283,7 @@ def test_what_fits_is_reported_and_nothing_is_left_behind(
 def test_a_disk_without_room_for_the_checkpoints_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], room: float, enough: bool
 ):
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda directory: room * 16 * 496_128)
+    monkeypatch.setattr(disk, "free_bytes", lambda directory: room * 16 * 496_128)
     assert memory.check(tiny_config(tmp_path / "run", run={"steps": 100})) == 0
     assert ("That is not enough: free some space" in capsys.readouterr().out) != enough
 

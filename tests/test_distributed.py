@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -359,6 +360,18 @@ def test_zero_3_does_not_gather_in_the_backward_pass_what_it_could_have_kept(
     forward, again = re.findall(r"(\d+) layers gathered in forward passes, (\d+) in backward passes", output)[0]
     assert int(forward) > 0
     assert again == "0"
+
+
+@pytest.mark.parametrize(
+    ("settings", "own"),
+    [({}, False), ({"memory": {"activation_checkpointing": 0.9}}, True), ({"lora": {"rank": 4}}, True)],
+)
+def test_zero_3_has_torchs_linear_layers_where_they_keep_no_weight_for_the_backward_pass(
+    tmp_path: Path, settings: dict[str, Any], own: bool
+):
+    config = tiny_config(tmp_path / "run", distributed={"zero_stage": 3}, **settings)
+    zero = distributed.deepspeed_config(config, dtype=torch.float32)["zero_optimization"]
+    assert zero["memory_efficient_linear"] is own
 
 
 def test_processes_about_to_run_other_numbers_of_passes_are_told_instead_of_waiting_for_each_other():

@@ -19,7 +19,7 @@ from grpo import Trainer
 from grpo.algorithm.batch import Outline, join, pack, plan_passes
 from grpo.config import AlgorithmConfig
 from grpo.observe.metrics import Meter
-from grpo.training.learner import Learner
+from grpo.training.learner import Learner, local_sums
 from grpo.types import Batch, Group, MicroBatch, Packing
 
 
@@ -119,6 +119,14 @@ def test_a_process_has_the_passes_of_the_whole_minibatch_though_it_gets_its_own_
         assert len(passes) == len(expected) > 1
         for ours, theirs in zip(passes, expected, strict=True):
             assert_equal(ours, theirs)
+
+
+def test_sums_of_a_checkpoint_are_added_to_those_on_the_device():
+    meter = Meter(sums={"policy/sampling_gap": torch.tensor(0.5)}, counts={"policy/sampling_gap": 3.0})
+    sums = local_sums(torch.zeros((), device="meta"), meter, True)
+    assert sums.device.type == "meta"
+    assert sums.shape == (4,)
+    assert local_sums(torch.tensor(2.0), meter, True).tolist() == [2, 0.5, 3, 1]
 
 
 @pytest.mark.gpu

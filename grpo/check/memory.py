@@ -31,7 +31,7 @@ from grpo.observe.console import print_of_rank
 from grpo.observe.sinks import check_sinks
 from grpo.policy.policy import Policy
 from grpo.rollout.engine import NativeGenerator
-from grpo.run.checkpoint import Room
+from grpo.run.disk import Room
 from grpo.run.loop import Loop
 from grpo.system import mapped_memory
 from grpo.system.distributed import GIB, Processes, TrainingProcesses

@@ -226,8 +226,8 @@ def _let_go_by_the_pass_at_hand() -> None:
     ]  # DeepSpeed wraps it for its profiler
     forget = [each.cache_clear for each in (decision, *within) if hasattr(each, "cache_clear")]
     invalidate = getattr(Coordinator, "_invalidate_trace", None)
-    if invalidate is None:
-        return  # another DeepSpeed
+    if invalidate is None or not forget:
+        return  # another DeepSpeed, without such a memory
 
     @wraps(invalidate)
     def forgetting(coordinator: Any) -> None:

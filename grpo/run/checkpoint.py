@@ -25,18 +25,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from grpo.config import AnyConfig, Config
 from grpo.policy.model_source import complete_checkpoints, name_of, numbers_of
 from grpo.policy.policy import Policy
-from grpo.run import inputs
+from grpo.run import disk, inputs
 from grpo.run.resumable import check_resumable, checksum_of, longer, read_state
 from grpo.system import progress
-from grpo.system.distributed import GIB, Processes, num_elements, num_local_processes
-from grpo.system.files import flush, free_bytes
+from grpo.system.distributed import GIB, Processes, num_local_processes
+from grpo.system.files import flush
 from grpo.system.host_memory import available_bytes
 from grpo.system.stopping import RunError
 from grpo.system.terminal import say
@@ -169,31 +169,28 @@ class Checkpoints:
         return None
 
     def _prune(self) -> None:
-        for old in self._beyond(self.config.checkpoint.keep):
-            problem = _remove(old)
-            if problem is not None and old not in self._stuck:
-                self._stuck.add(old)
-                say(f"warning: the old checkpoint {old} cannot be removed: {problem}. Training goes on.")
+        for old in disk.beyond(self.directory, self.config, self.config.checkpoint.keep):
+            self._remove_old(old)
 
-    def _beyond(self, number: int) -> list[Path]:
-        """The complete ones that are not among so many of the newest, oldest first, but for those that stay for good."""
-        settings, found = self.config.checkpoint, complete_checkpoints(self.directory)[:-number]
-        return [old for old in found if not _stays(*numbers_of(old), settings.keep_every)]
+    def _remove_old(self, old: Path) -> None:
+        problem = _remove(old)
+        if problem is not None and old not in self._stuck:
+            self._stuck.add(old)
+            say(f"warning: the old checkpoint {old} cannot be removed: {problem}. Training goes on.")
 
     def _make_room(self, policy: Policy) -> None:
-        """Where the disk is too full for another checkpoint, older ones go before it, whatever `checkpoint.keep` says; the newest
-        and those that stay for good are left."""
-        needed = num_bytes(policy)
+        """Where the disk is too full for another checkpoint, the oldest go before it and not after; see disk.to_go."""
+        needed = disk.num_bytes(policy)
 
         def remove() -> list[str]:
-            gone = []
-            for old in self._beyond(1):
-                if free_bytes(self.directory) >= needed:
-                    break
-                gone += [old.name] * (_remove(old) is None)
-            return gone
+            going = disk.to_go(self.directory, self.config, needed)
+            for old in going:
+                self._remove_old(old)
+            return [old.name for old in going if not old.exists()]
 
-        if gone := self.processes.on_main(remove):
+        with progress.busy("removing checkpoints"):
+            gone = self.processes.on_main(remove)
+        if gone:
             self.processes.say(f"the disk has no room for another checkpoint, so {', '.join(gone)} went before it")
 
     def last_before(self, began: int, policy: Policy) -> Path | None:
@@ -237,10 +234,10 @@ class Checkpoints:
         Raises:
             CheckpointError: the disk has no room for one. It has none for as many as are to be there at once: a warning.
         """
-        room, can_go = self.processes.on_main(
-            lambda: (Room.at(self.directory, self.config, policy, step=step, num_steps=num_steps), self._beyond(1))
+        room = self.processes.on_main(
+            lambda: disk.Room.at(self.directory, self.config, policy, step=step, num_steps=num_steps)
         )
-        if room.each > room.free and not can_go:
+        if room.each > room.free:
             raise CheckpointError(
                 f"a checkpoint takes about {room.each / GIB:.3g} GiB, and {room.free / GIB:.3g} GiB are free at "
                 f"{self.directory.parent}. Free some space, or set run.dir to a directory on another disk."
@@ -250,9 +247,9 @@ class Checkpoints:
             self.processes.say(
                 f"warning: the disk of {self.directory.parent} has room for {room.fits} checkpoints of about "
                 f"{room.each / GIB:.3g} GiB; {room.at_once} are to be there at once (checkpoint.keep is {settings.keep}, "
-                f"keep_every {settings.keep_every}). When it is full, the oldest go before another is written, but for the "
-                "newest and those of keep_every; what does not fit then is not written. Free some space, or set run.dir to a "
-                "directory on another disk."
+                f"keep_every {settings.keep_every}). Where it is full the oldest go before another is written, but for the "
+                "newest, those of keep_every and those that a roll-back needs; what does not fit then is not written. Free some "
+                "space, or set run.dir to a directory on another disk."
             )
 
     def _check(self, errors: list[str | None], final: Path) -> None:
@@ -269,45 +266,6 @@ class Checkpoints:
         return f"{shutil.disk_usage(self.directory.parent).free / 2**30:.2f} GiB are free there."
 
 
-TRAINING_BYTES = 12
-"""For each trained weight: itself and the optimizer's two averages, in float32."""
-
-
-def num_bytes(policy: Policy) -> int:
-    """About what a checkpoint takes: the model as it is exported, and the training state of what is trained."""
-    return policy.num_whole_bytes() + _num_training_bytes(policy)
-
-
-class Room(NamedTuple):
-    """What a run's checkpoints take of its disk."""
-
-    each: int
-    """About so many bytes."""
-    at_once: int
-    """So many are to be there, one that is being written among them where it takes the place of the only one."""
-    fits: int
-    """So many there is room for, with those that are there."""
-    free: int
-    """Bytes."""
-
-    @classmethod
-    def at(cls, directory: Path, config: AnyConfig, policy: Policy, *, step: int, num_steps: int) -> Room:
-        """Of a run that has made this step, as this process sees the disk; `directory` may not be there yet."""
-        each, free, settings = num_bytes(policy), free_bytes(directory), config.checkpoint
-        there = [numbers_of(path) for path in complete_checkpoints(directory)]
-        every = settings.every_steps or num_steps
-        due = [n for n in range(step + 1, num_steps + 1) if n == num_steps or n % every == 0]
-        for_good = sum(_stays(n, updates, settings.keep_every) for n, updates in there)
-        for_good += sum(_stays(n, None, settings.keep_every) for n in due)
-        at_once = for_good + min(len(there) + len(due) - for_good, max(settings.keep, 2))
-        return cls(each, at_once, len(there) + free // each, free)
-
-
-def _num_training_bytes(policy: Policy) -> int:
-    trained = (weight for weight in policy.lm.parameters() if weight.requires_grad)
-    return TRAINING_BYTES * sum(map(num_elements, trained))
-
-
 COPY_SHARE = 1 / 3
 """Of the available memory, what a copy may take: as much again may be in the system's cache until the disk has it."""
 
@@ -321,7 +279,7 @@ def copy_fits(policy: Policy, processes: Processes) -> bool:
 def num_copied_bytes(policy: Policy, *, share: float) -> int:
     """At most what a machine copies of a checkpoint: its share of the training state, and, as if it had the main process, the
     model as it is exported, as DeepSpeed has it, and as the reference once that has moved."""
-    return round(share * _num_training_bytes(policy)) + (2 + policy.reference_moved) * policy.num_whole_bytes()
+    return round(share * disk.num_training_bytes(policy)) + (2 + policy.reference_moved) * policy.num_whole_bytes()
 
 
 def _prepare(partial: Path) -> str | None:
@@ -352,11 +310,6 @@ def _write_all(
 
 def _partial(final: Path) -> Path:
     return final.with_suffix(".partial")
-
-
-def _stays(step: int, updates: int | None, keep_every: int) -> bool:
-    """For good, by `checkpoint.keep_every`."""
-    return updates is None and keep_every > 0 and step % keep_every == 0
 
 
 def _remove(checkpoint: Path) -> str | None:

@@ -304,8 +304,8 @@ def deepspeed_config(config: Config, *, dtype: torch.dtype) -> dict[str, Any]:
     if config.distributed.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
         # DeepSpeed's own linear layer keeps no gathered weight for the backward pass, at the price of a Python function each way
-        # in every linear layer of the process; where all layers are computed again there, nothing is kept that long
-        zero["memory_efficient_linear"] = config.memory.activation_checkpointing < 1
+        # in every linear layer of the process; torch's keeps it where a layer is not computed again there, and beneath adapters
+        zero["memory_efficient_linear"] = config.memory.activation_checkpointing < 1 or config.lora.rank > 0
     cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.distributed.offload_optimizer:
         zero["offload_optimizer"] = cpu

@@ -306,8 +306,11 @@ def local_sums(loss: Tensor, meter: Meter, *more: float) -> Tensor:
     gaps = meter.sums.get("policy/sampling_gap", 0.0), meter.counts.get("policy/sampling_gap", 0.0)
 
     def there(value: float | Tensor) -> Tensor:
-        """A number is filled in there: to be copied, it would wait for all that the device has to do."""
-        return value.double() if isinstance(value, Tensor) else loss.new_full((), value, dtype=torch.float64)
+        """A number is filled in there: to be copied, it would wait for all that the device has to do. So is a sum that is still
+        where a checkpoint was read to."""
+        if isinstance(value, Tensor) and value.device == loss.device:
+            return value.double()
+        return loss.new_full((), float(value), dtype=torch.float64)
 
     return torch.stack([loss.double(), *map(there, (*gaps, *more))])
 
