@@ -369,7 +369,8 @@ def test_zero_3_does_not_gather_in_the_backward_pass_what_it_could_have_kept(
 def test_zero_3_has_torchs_linear_layers_where_they_keep_no_weight_for_the_backward_pass(
     tmp_path: Path, settings: dict[str, Any], own: bool
 ):
-    config = tiny_config(tmp_path / "run", distributed={"zero_stage": 3}, **settings)
+    settings = {"memory": {"activation_checkpointing": 1}, "distributed": {"zero_stage": 3}} | settings
+    config = tiny_config(tmp_path / "run", **settings)
     zero = distributed.deepspeed_config(config, dtype=torch.float32)["zero_optimization"]
     assert zero["memory_efficient_linear"] is own
 
