@@ -18,7 +18,7 @@ import pytest
 from helpers import ROOT, TINY, launch, read_json, tiny_config
 
 from grpo.cli import evaluate as command
-from grpo.config import EnvironmentConfig, ModelConfig, read_yaml
+from grpo.config import EnvironmentConfig, ModelConfig, read_yaml, write_yaml
 from grpo.data import registry
 from grpo.evaluation import benchmark, results
 from grpo.evaluation.asked import Runtime, Settings
@@ -657,3 +657,18 @@ def test_a_check_of_a_start_has_a_bar_once_it_takes_long(monkeypatch: pytest.Mon
 
     assert check_rows(Mock(check_rows=check), [1, 2, 3]) == [None] * 3
     assert painted == [3.0]
+
+
+def test_a_run_is_asked_as_it_was_trained_unless_an_option_says_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(write_yaml({"model": {"name": str(TINY / "model")}, "data": {"template": "chat"}}))
+    words = ["--benchmarks", "gsm8k", "--model"]
+    parser = command._parser()
+    asked = [command._settings_of(parser.parse_args([*words, *each])) for each in ([str(run)], [str(run / "hf")])]
+    assert [each.templates for each in asked] == [["chat"], ["r1_zero"]]
+    assert f"template chat, by which {run} was trained" in capsys.readouterr().out
+    own = command._settings_of(parser.parse_args([*words, str(run), "--templates", "none"]))
+    assert own.templates == ["none"]

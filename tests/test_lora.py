@@ -27,7 +27,7 @@ from grpo.policy.model_source import base_quantization
 from grpo.policy.policy import Policy
 from grpo.policy.tokenizer import load_tokenizer
 from grpo.run import checkpoint
-from grpo.run.checkpoint import num_bytes
+from grpo.run.disk import num_bytes
 from grpo.system import distributed
 from grpo.system.jsonl import read_jsonl
 from grpo.types import MicroBatch

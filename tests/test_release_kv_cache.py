@@ -261,7 +261,7 @@ def test_a_supervised_dry_run_has_keys_and_values_as_the_run_does_and_samples_no
     )
     trainer = supervised.rehearse(config)
     assert trainer.policy.holds_whole
-    supervised.report(trainer)
+    supervised.report(config, trainer)
     assert without_repeats(log) == ["take", "release"]
 
 

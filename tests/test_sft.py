@@ -939,3 +939,13 @@ def test_a_dry_run_that_does_not_fit_on_a_gpu_knows_what_its_keys_and_values_tak
         "First, set memory.release_kv_cache from false to true (the 0.125 GiB of keys and values are free from the end of "
         "sampling on)."
     ) in capsys.readouterr().err
+
+
+def test_a_role_that_no_template_knows_is_refused(tmp_path: Path):
+    turns = [("user", "1+1?"), ("bot", "2"), ("user", "2+2?"), ("assistant", "4")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(
+        ValueError, match=r"^row 0 .* has a message of the role 'bot'; the roles are system, .* Rename it"
+    ):
+        SupervisedTrainer(sft_config(tmp_path / "run", data={"name": str(tmp_path / "rows.jsonl")}))

@@ -25,11 +25,12 @@ from grpo.check.at_once import IsToCome, is_read_fast, nothing_is_to_come
 from grpo.data import registry as benchmarks
 from grpo.data.hub_names import check_model
 from grpo.evaluation import asked
+from grpo.inference.options import run_directory, settings_of
 from grpo.observe.console import errors_for_users, positive
 from grpo.policy.model_source import model_directory
 from grpo.system.parser import Parser
 from grpo.system.terminal import say
-from grpo.turns.named import named_environment, prompt_defaults
+from grpo.turns.named import PromptDefaults, named_environment, prompt_defaults
 
 if TYPE_CHECKING:
     from grpo.evaluation.endpoint import HostedModel
@@ -73,6 +74,8 @@ def _settings_of(arguments: argparse.Namespace) -> asked.Settings:
     names, data = ([], {}) if arguments.benchmarks is None else benchmarks.named(arguments)
     environment = None if arguments.environment is None else named_environment(arguments.environment)
     defaults = prompt_defaults(None if arguments.endpoint else arguments.environment, arguments.question_template)
+    if arguments.templates is None and arguments.environment is None and not arguments.endpoint:
+        defaults = _as_trained(arguments.model, defaults)
     top_p = asked.Settings.top_p if arguments.temperature > 0 else 1.0
     return asked.Settings(
         model=arguments.model,
@@ -94,6 +97,18 @@ def _settings_of(arguments: argparse.Namespace) -> asked.Settings:
         seed=arguments.seed,
         endpoint=arguments.endpoint,
     )
+
+
+def _as_trained(model: str, defaults: PromptDefaults) -> PromptDefaults:
+    """With the template and the system prompt of the run that the model is of, if it is of one."""
+    if (run := run_directory(model)) is None:
+        return defaults
+    data = settings_of(run / "config.yaml").data
+    if data.template not in asked.PROMPT_FORMATS:
+        return defaults
+    if data.template != defaults.template:
+        say(f"template {data.template}, by which {run} was trained; --templates asks otherwise")
+    return replace(defaults, template=data.template, system_prompt=data.system_prompt)
 
 
 def _hosted(arguments: argparse.Namespace) -> HostedModel:
@@ -180,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
         "--templates",
         metavar="A,B,...",
         help="r1_zero, r1_zero_think, chat, chat_boxed (which asks for \\boxed{}), none, none_boxed; default: that of "
-        "--environment's YAML, else r1_zero",
+        "--environment's YAML or of the run that the model is of, else r1_zero",
     )
     parser.add_argument("--system-prompt", metavar="TEXT", help="of the chat templates; default: the tokenizer's own")
     parser.add_argument(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from grpo import report
 from grpo.config import AnyConfig, Config
 from grpo.observe.rundir import DirectoryLock, RunLog
-from grpo.run.checkpoint import Checkpoints
+from grpo.run.checkpoint import CheckpointError, Checkpoints
 from grpo.run.ending import say_how_to_go_on, say_where_all_lies
 from grpo.run.guard import Guard
 from grpo.run.hub import PushToHub
@@ -201,7 +201,7 @@ class Loop:
                         nothing_follows = self._is_last() and not self._evaluates  # beside which it could be written
                         self.checkpoints.try_to(partial(self.save, wait=nothing_follows))
                     self._evaluate_if_due()
-                last = self.save()
+                last = self._save_last()
                 self._call_back(lambda callback: callback.on_end(last))
             except Interrupted as interrupted:
                 raise self._leave(interrupted) from interrupted
@@ -217,6 +217,13 @@ class Loop:
         """Training steps of the whole run."""
         assert self.config.run.steps is not None, "a trainer whose settings do not say it fills this in"
         return self.config.run.steps
+
+    def _save_last(self) -> Path:
+        """Raises CheckpointError, with the remedy: training is over, and no other checkpoint is due."""
+        try:
+            return self.save()
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} Free some space, and start it again with run.resume=auto.") from error
 
     def _is_last(self) -> bool:
         return self.state.step >= self.num_steps

@@ -313,8 +313,17 @@ def _id_of(token: str, tokenizer: PreTrainedTokenizerBase) -> int:
     return number
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
+"""That chat templates know. Most put any other where it stands, so that what a `bot` says would be read and not learned."""
+
+
 def _message(turn: Mapping[str, Any], where: str) -> Message:
     content = turn.get("content")
+    if turn.get("role") not in ROLES:
+        raise ValueError(
+            f"{where} has a message of the role {turn.get('role')!r}; the roles are {', '.join(ROLES)}, and what the assistant "
+            "says is learned. Rename it."
+        )
     if not isinstance(content, str):
         raise ValueError(
             f"{where} has a message of the {turn.get('role')} whose content is of type {type(content).__name__}; it is a text. "
