@@ -680,13 +680,8 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path: Path):
     trainer = Trainer(tiny_config(tmp_path / "run", run={"steps": 1}))
-    with (
-        no_room(),
-        pytest.raises(
-            CheckpointError,
-            match=r"checkpoint step-00000001 was not written: .*Complete.* Free some space, and start it again with run.resume=auto",
-        ),
-    ):
+    remedy = r"checkpoint step-00000001 was not written: .*Complete.* start it again with run.resume=auto\.$"
+    with no_room(), pytest.raises(CheckpointError, match=remedy):
         trainer.train()
     assert len(steps_of(tmp_path / "run")) == 1
 
