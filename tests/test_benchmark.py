@@ -664,11 +664,13 @@ def test_a_run_is_asked_as_it_was_trained_unless_an_option_says_otherwise(
 ):
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.yaml").write_text(write_yaml({"model": {"name": str(TINY / "model")}, "data": {"template": "chat"}}))
+    (run / "config.yaml").write_text(
+        write_yaml({"model": {"name": str(TINY / "model")}, "data": {"template": "chat", "system_prompt": "Think."}})
+    )
     words = ["--benchmarks", "gsm8k", "--model"]
     parser = command._parser()
     asked = [command._settings_of(parser.parse_args([*words, *each])) for each in ([str(run)], [str(run / "hf")])]
-    assert [each.templates for each in asked] == [["chat"], ["r1_zero"]]
+    assert [(each.templates, each.system_prompt) for each in asked] == [(["chat"], "Think."), (["r1_zero"], None)]
     assert f"template chat, by which {run} was trained" in capsys.readouterr().out
     own = command._settings_of(parser.parse_args([*words, str(run), "--templates", "none"]))
     assert own.templates == ["none"]

@@ -343,6 +343,19 @@ def test_a_resumed_run_makes_room_too(
     assert names(tmp_path / "run") == [name_of(step) for step in left]
 
 
+def test_what_makes_room_is_as_large_as_the_newest_and_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = tiny_config(tmp_path / "run", checkpoint={"every_steps": 1, "keep": 4})
+    Trainer(tiny_config(tmp_path / "run", checkpoint={"every_steps": 1, "keep": 4}, run={"steps": 4})).train()
+    directory = tmp_path / "run/checkpoints"
+    first, second, third, last = checkpoint.complete_checkpoints(directory)
+    assert [*disk.may_go(directory, config)] == [first, second, third]
+    monkeypatch.setattr(disk, "free_bytes", lambda _: disk._size(last) - 1)
+    assert disk.to_go(directory, config, 1) == [first]
+    first.rename(tmp_path / "elsewhere")
+    first.symlink_to(tmp_path / "elsewhere")
+    assert disk.to_go(directory, config, 1) == [second]
+
+
 @pytest.mark.parametrize(
     ("settings", "num_steps", "at_once"),
     [

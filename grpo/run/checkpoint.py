@@ -237,7 +237,7 @@ class Checkpoints:
         room = self.processes.on_main(
             lambda: disk.Room.at(self.directory, self.config, policy, step=step, num_steps=num_steps)
         )
-        if room.each > room.free:
+        if room.each > room.free + room.can_go:
             raise CheckpointError(
                 f"a checkpoint takes about {room.each / GIB:.3g} GiB, and {room.free / GIB:.3g} GiB are free at "
                 f"{self.directory.parent}. Free some space, or set run.dir to a directory on another disk."

@@ -86,7 +86,9 @@ class Room(NamedTuple):
     fits: int
     """So many there is room for, with those that are there."""
     free: int
-    """Bytes, and those of `may_go`."""
+    """Bytes."""
+    can_go: int
+    """Bytes of `may_go`."""
 
     @classmethod
     def at(cls, directory: Path, config: AnyConfig, policy: Policy, *, step: int, num_steps: int) -> Room:
@@ -101,5 +103,5 @@ class Room(NamedTuple):
                 for_good += _stays(*newest.popleft(), settings.keep_every)
             at_once = max(at_once, for_good + len(newest) + 1, 2 if at_once else 1)
             newest.append(each_due)
-        gone = sum(may_go(directory, config).values()) if there else 0
-        return cls(each, at_once, len(there) + free // each, free + gone)
+        can_go = sum(may_go(directory, config).values()) if there else 0
+        return cls(each, at_once, len(there) + free // each, free, can_go)
